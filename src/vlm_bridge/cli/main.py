@@ -1,0 +1,90 @@
+"""The command line: thin Typer commands. Heavy imports stay inside the commands so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from vlm_bridge import __version__
+from vlm_bridge.cli import caption, data, doctor, evaluate, info, quickstart, train
+from vlm_bridge.errors import VLMBridgeError
+
+HELP = "Caption images by training a small bridge between a frozen vision encoder and a frozen language model."
+
+app = typer.Typer(name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("quickstart")(quickstart.quickstart)
+app.command("caption")(caption.caption)
+app.command("evaluate")(evaluate.evaluate)
+app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
+app.command("train")(train.train)
+app.add_typer(data.app, name="data")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"vlm-bridge {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global_options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options that stand before every command (`--debug`, anywhere on the line, shows full tracebacks)."""
+
+
+def _run(command: Callable[[], object]) -> None:
+    """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
+    debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        command()
+    except VLMBridgeError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader (head, less) went away: that is not our failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if debug:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"error: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def run_bridge() -> None:
+    """Entry point of ``vlm-bridge``."""
+    _run(app)
+
+
+def run_data() -> None:
+    """Entry point of ``vlm-data``, the same as ``vlm-bridge data``."""
+    _run(data.app)
+
+
+def run_training() -> None:
+    """Entry point of ``vlm-training``, the same as ``vlm-bridge train``."""
+    training = typer.Typer(pretty_exceptions_enable=False)
+    training.command("vlm-training")(train.train)
+    _run(training)

@@ -1,0 +1,40 @@
+"""Errors a user can mend: one clear line each, no traceback (the CLI prints it and exits)."""
+
+from __future__ import annotations
+
+
+class VLMBridgeError(Exception):
+    """Something failed that the user can act on. The message says what, where and how to mend it (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(VLMBridgeError):
+    """The command, recipe or an option is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigurationError(UsageError):
+    """A recipe has an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(VLMBridgeError):
+    """A dataset, caption folder or caption file cannot be used."""
+
+
+class ImageError(DataError):
+    """One picture cannot be decoded; ``path`` and ``reason`` let callers set it aside and go on."""
+
+    def __init__(self, path: object, reason: str):
+        self.path = str(path)
+        self.reason = reason
+        super().__init__(f"cannot read picture {self.path}: {reason}")
+
+
+class ModelError(VLMBridgeError):
+    """A vision encoder, language model or bridge cannot be loaded or does not fit its neighbours."""
+
+
+class CheckpointError(VLMBridgeError):
+    """A checkpoint is missing, damaged, or belongs to another architecture."""
