@@ -1,0 +1,232 @@
+"""Tiny random models with real tokenizers and image processors, saved as `from_pretrained` expects them.
+
+They stand in for published checkpoints: each `save_*` function writes one folder and returns it. Weights are
+random but the same on every run and in any order, because each builder seeds a random state of its own and
+leaves the caller's alone. Building one takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+HIDDEN = 32
+VOCABULARY = 320
+
+CLIP_VISION_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+# The order in which the tokenizer's trainer is given them.
+SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+# 256 bytes and three special tokens leave room for some sixty merges: the words of the drawn captions.
+CORPUS = (
+    "A small red square on a white background.",
+    "A large blue circle on a white background.",
+    "A green square and a yellow circle.",
+    "Two dogs run on the grass near a fence.",
+    "A boy and a girl are playing in a pool of water.",
+    "The black dog is above the brown dog, to the left of the fence.",
+)
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Run a block under a fixed torch seed without disturbing the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over ``CORPUS``: any text round-trips, and no special token is added unasked."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """Llama: rotary positions, grouped-query attention (4 heads, 2 key-value heads), tied embeddings."""
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        **SPECIAL_IDS,
+    )
+    with seeded():
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gemma2(folder: Path) -> Path:
+    """Gemma 2: scaled embeddings, softcapped attention and logits, a sliding window shorter than a caption.
+
+    Softcaps are small and weights large, so that code which forgets a softcap is visibly wrong.
+    """
+    tokenizer = build_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=2.0,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        **SPECIAL_IDS,
+    )
+    with seeded():
+        Gemma2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gpt2(folder: Path) -> Path:
+    """GPT-2: learned absolute positions (so position ids matter), Conv1D weights, tied embeddings."""
+    tokenizer = build_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128, **SPECIAL_IDS
+    )
+    with seeded():
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_dinov2(folder: Path) -> Path:
+    """DINOv2 at 56 px with 14 px patches: one class token and a 4x4 grid."""
+    config = Dinov2Config(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=56,
+        patch_size=14,
+    )
+    with seeded():
+        Dinov2Model(config).save_pretrained(folder)
+    # As published: shorter side to a bit more than the crop, then the centre of it.
+    BitImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def save_tiny_vit(folder: Path) -> Path:
+    """ViT at 48 px with 16 px patches: one class token and a 3x3 grid."""
+    config = ViTConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=48,
+        patch_size=16,
+    )
+    with seeded():
+        ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder)
+    return folder
+
+
+def _save_clip_processor(folder: Path) -> None:
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+
+
+def save_tiny_clip_vision(folder: Path) -> Path:
+    """The vision tower of CLIP alone, 32 px with 8 px patches: one class token and a 4x4 grid."""
+    with seeded():
+        CLIPVisionModel(CLIPVisionConfig(**CLIP_VISION_SIZES)).save_pretrained(folder)
+    _save_clip_processor(folder)
+    return folder
+
+
+def save_tiny_clip(folder: Path) -> Path:
+    """A whole CLIP as it is published (text tower too): users name such folders as vision encoders."""
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 32,
+            **SPECIAL_IDS,
+        },
+        vision_config=CLIP_VISION_SIZES,
+        projection_dim=16,
+    )
+    with seeded():
+        CLIPModel(config).save_pretrained(folder)
+    _save_clip_processor(folder)
+    return folder
+
+
+def save_tiny_siglip_vision(folder: Path) -> Path:
+    """The vision tower of SigLIP, 32 px with 8 px patches: a 4x4 grid and no class token."""
+    config = SiglipVisionConfig(**CLIP_VISION_SIZES)
+    with seeded():
+        SiglipVisionModel(config).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
