@@ -1,0 +1,201 @@
+"""The repository keeps its own promises: recipes parse, documented commands exist, imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import typer.main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "src" / "vlm_bridge"
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((REPOSITORY / "config").glob("*.yaml"))
+PROGRAMS = {"vlm-bridge": [], "vlm-data": ["data"], "vlm-training": ["train"]}
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+
+
+def code_blocks(markdown: str, language: str) -> list[str]:
+    """Return the fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def documented_commands(markdown: str) -> Iterator[list[str]]:
+    """Yield our commands in the ```bash blocks as words: the program first, wrappers and pipes removed."""
+    for block in code_blocks(markdown, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            command: list[str] = []
+            for word in [*lexer, ";"]:
+                if not set(word) <= set("();<>|&"):
+                    command.append(word)
+                    continue
+                start = next((i for i, word in enumerate(command) if Path(word).name in PROGRAMS), None)
+                if start is not None:
+                    yield [Path(command[start]).name, *command[start + 1 :]]
+                command = []
+
+
+COMMANDS = list(documented_commands(README))
+
+
+def parse(words: list[str]) -> tuple[str, dict[str, object]]:
+    """Parse a command line as the program would and run nothing; return the command's name and parameters."""
+    from vlm_bridge.cli.main import app
+
+    program, *arguments = words
+    command = typer.main.get_command(app)
+    arguments = [*PROGRAMS[program], *(word for word in arguments if word != "--debug")]
+    context = command.make_context(program, arguments)
+    while hasattr(command, "resolve_command"):
+        name, command, arguments = command.resolve_command(context, arguments)
+        assert command is not None, f"no command {name}"
+        context = command.make_context(name, arguments, parent=context)
+    return str(context.info_name), context.params
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_parses(recipe: Path) -> None:
+    from vlm_bridge.configuration import load_recipe
+
+    load_recipe(recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_opens_with_its_cost_and_command(recipe: Path) -> None:
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    header = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"config/{recipe.name}" in header, "the first lines name the exact command"
+    assert re.search(r"\b(minutes?|hours?)\b", header), "the first lines say how long it takes"
+    assert re.search(r"\b[GM]i?B\b", header), "the first lines say how much memory it takes"
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+def test_every_readme_command_is_understood(words: list[str]) -> None:
+    name, parameters = parse(words)
+    for value in parameters.values():
+        if str(value).startswith("config/"):
+            assert (REPOSITORY / str(value)).is_file(), (
+                f"{shlex.join(words)} names a recipe that is not there"
+            )
+    if name == "train" and parameters.get("config"):
+        from vlm_bridge.configuration import load_recipe
+
+        overrides = next((value for value in parameters.values() if isinstance(value, list | tuple)), ())
+        load_recipe(REPOSITORY / str(parameters["config"]), list(overrides))
+
+
+def test_the_readme_shows_the_commands_that_matter() -> None:
+    lines = [line.strip() for block in code_blocks(README, "bash") for line in block.splitlines()]
+    assert "make quickstart" in lines
+    assert "make test" in lines
+    assert {words[0] for words in COMMANDS} == set(PROGRAMS)
+
+
+def test_ci_runs_exactly_the_readme_test_command() -> None:
+    commands = [
+        line
+        for line in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith(("#", "set ", "cd "))
+    ]
+    assert commands == ["make test"]
+
+
+def test_readme_python_blocks_compile() -> None:
+    for block in code_blocks(README, "python"):
+        compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s#]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
+    missing = [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+:", target) and not (document.parent / target).exists()
+    ]
+    assert not missing
+
+
+def test_command_line_starts_without_heavy_imports() -> None:
+    program = (
+        "import sys, vlm_bridge.cli.main\n"
+        "heavy = 'torch transformers accelerate numpy scipy imagehash pycocoevalcap tensorboard'\n"
+        "print(*sorted(set(heavy.split()) & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_python_m_is_the_program(run_cli) -> None:
+    result = run_cli("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("vlm-bridge ")
+
+
+# Who may not be imported by whom. Arrows go down from the command line to the data and the models, never up.
+FORBIDDEN_IMPORTS = {
+    "data_pipeline": {"model_architecture", "training_strategy", "captioning", "evaluation", "cli"},
+    "model_architecture": {"data_pipeline", "training_strategy", "captioning", "evaluation", "cli"},
+    "training_strategy": {"cli"},
+    "captioning": {"cli"},
+    "evaluation": {"cli"},
+}
+
+
+def _imported_parts(module: Path) -> set[str]:
+    """Parts of the package that a module imports, those for type checkers alone left out."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = []
+    names = [
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.module
+            else []
+        )
+    ]
+    return {name.split(".")[1] for name in names if name.startswith("vlm_bridge.")}
+
+
+@pytest.mark.parametrize("part", FORBIDDEN_IMPORTS)
+def test_imports_point_one_way(part: str) -> None:
+    upward = {
+        f"{module.relative_to(PACKAGE)} imports {name}"
+        for module in (PACKAGE / part).rglob("*.py")
+        for name in _imported_parts(module) & FORBIDDEN_IMPORTS[part]
+    }
+    assert not upward
+
+
+def test_no_tracked_file_names_a_developer_machine() -> None:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    # Somebody's home or build folder; paths that a container or a rented machine always has are fine.
+    pattern = re.compile(rb"(?<![\w./~-])/(?:home|Users|work)/[\w.-]+")
+    found = {
+        f"{name}: {match.group().decode()}"
+        for name in listing.stdout.split("\0")
+        if name and (path := REPOSITORY / name).is_file()
+        for match in pattern.finditer(path.read_bytes())
+    }
+    assert not found
