@@ -42,9 +42,10 @@ def documented_commands(markdown: str) -> Iterator[list[str]]:
                 if not set(word) <= set("();<>|&"):
                     command.append(word)
                     continue
-                start = next((i for i, word in enumerate(command) if Path(word).name in PROGRAMS), None)
-                if start is not None:
-                    yield [Path(command[start]).name, *command[start + 1 :]]
+                if command[:2] == ["uv", "run"]:
+                    command = command[2:]
+                if command and Path(command[0]).name in PROGRAMS:
+                    yield [Path(command[0]).name, *command[1:]]
                 command = []
 
 
