@@ -1,0 +1,42 @@
+"""Bridges: the only part that is trained. One file each; a plain dict from name to (options, class)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttentionBridge, CrossAttentionOptions
+from vlm_bridge.model_architecture.bridges.prefix import PrefixBridge, PrefixOptions
+
+__all__ = ["BRIDGES", "Bridge", "CrossAttentionBridge", "PrefixBridge"]
+
+
+class Bridge(Protocol):
+    """What the captioner asks of a bridge between features [B, N, D] and text embeddings [B, T, H].
+
+    A bridge is built from ``(options, vision_dim=D, text_dim=H)``, also on the meta device. Everything that
+    depends on the image alone happens in ``encode_image``, once per image; captions and beams share the result.
+    """
+
+    def output_num_tokens(self, num_image_tokens: int) -> int:
+        """How many soft tokens stand before the text, given N image tokens (0 for a bridge that edits the text)."""
+        ...
+
+    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """Image state [B, ...] from features [B, N, D]."""
+        ...
+
+    def soft_tokens(self, image_state: torch.Tensor) -> torch.Tensor | None:
+        """Soft tokens [B, P, H] that stand before the text, or None."""
+        ...
+
+    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
+        """Text embeddings [B, T, H], edited position by position (never across positions: causality)."""
+        ...
+
+
+BRIDGES = {
+    "cross_attention": (CrossAttentionOptions, CrossAttentionBridge),
+    "prefix": (PrefixOptions, PrefixBridge),
+}

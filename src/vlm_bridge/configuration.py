@@ -1,0 +1,272 @@
+"""Recipes: strict dataclasses <-> YAML, with dotted KEY=VALUE overrides. One YAML file is one experiment.
+
+Training keys are flat and carry the published names; the three models are nested. An unknown key or a value of
+the wrong type is an error that names the key, the place and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vlm_bridge.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class VisionEncoderConfig:
+    """The frozen vision encoder: `efficientnet-lite0`, or a Hugging Face name or folder (revision pins the hub)."""
+
+    name: str = "efficientnet-lite0"
+    revision: str | None = None
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """The frozen language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
+
+    Attributes:
+        dtype: how the frozen weights are stored; `auto` keeps the checkpoint's own type.
+        prompt: text put before every caption, in training and captioning alike; never supervised.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """The trained bridge: its kind, the kind's own options (in YAML beside `kind`), and feature standardisation.
+
+    Attributes:
+        standardize_features: subtract the mean and divide by the standard deviation of every feature channel,
+            both measured on training images before the first step and kept in the checkpoint.
+    """
+
+    kind: str = "prefix"
+    standardize_features: bool = True
+    options: Any = None
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How captions are generated; the names are those of `transformers`' GenerationConfig."""
+
+    num_beams: int = 3
+    max_new_tokens: int = 40
+    min_new_tokens: int = 0
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. Defaults are those of the published training recipe where it has a value."""
+
+    vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+
+    # Data
+    data_dir: str = "data/flickr8k"
+    captions_per_image: int = 1
+    max_caption_tokens: int = 128
+    num_workers: int = 2
+    feature_cache: str = "auto"
+
+    # Optimisation
+    learning_rate: float = 1e-5
+    min_lr: float = 1e-6
+    num_epochs: int = 12
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    gradient_clip_val: float = 0.3
+    weight_decay: float = 0.01
+    use_scheduler: bool = True
+    scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    seed: int = 0
+
+    # Precision and devices
+    use_amp: bool = True
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    device: str = "auto"
+
+    # Validation, early stopping, checkpoints, logs
+    use_early_stopping: bool = True
+    early_stopping_patience: int = 3
+    early_stopping_min_delta: float = 0.01
+    val_every_n_epochs: int = 1
+    save_every_n_epochs: int = 1
+    log_every_n_steps: int = 10
+    generate_samples_every_n_epochs: int = 1
+    num_validation_samples: int = 4
+    max_validation_images: int | None = None
+    checkpoint_dir: str = "checkpoints"
+    log_dir: str = "logs"
+    resume_from_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_epochs", "batch_size", "gradient_accumulation_steps", "captions_per_image", "max_caption_tokens",
+            "val_every_n_epochs", "save_every_n_epochs", "log_every_n_steps",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size % self.captions_per_image:
+            raise ConfigurationError(
+                f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
+                f"{self.captions_per_image}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict in the YAML layout (a bridge's options stand beside its kind)."""
+        plain = dataclasses.asdict(self)
+        options = plain["bridge"].pop("options")
+        plain["bridge"].update(options or {})
+        return plain
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``dotted.key=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigurationError: the file is missing or not YAML, a key is unknown, a type is wrong or a value impossible.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return recipe_from_dict(data, where=str(path) if path else "the command line")
+
+
+def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Build a recipe from the YAML layout. Raises ConfigurationError as `load_recipe` does."""
+    data = dict(data)
+    if "bridge" in data:
+        data["bridge"] = _bridge_layout(data["bridge"], where)
+    recipe = _build(Recipe, data, where, prefix="")
+    if recipe.bridge.options is None:
+        bridge = _build(BridgeConfig, _bridge_layout({"kind": recipe.bridge.kind}, where), where, "bridge.")
+        recipe = dataclasses.replace(recipe, bridge=bridge)
+    return recipe
+
+
+def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
+    """Move a bridge's own options from beside `kind` into an options object of that kind."""
+    from vlm_bridge.model_architecture.bridges import BRIDGES
+
+    if not isinstance(data, Mapping):
+        raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {data!r}")
+    kind = data.get("kind", BridgeConfig.kind)
+    if kind not in BRIDGES:
+        raise ConfigurationError(f"{where}: bridge.kind={kind!r} is unknown{_suggest(str(kind), BRIDGES)}")
+    options_class, _ = BRIDGES[kind]
+    shared = {f.name for f in dataclasses.fields(BridgeConfig)} - {"options"}
+    own = {key: value for key, value in data.items() if key not in shared}
+    options = _build(options_class, own, where, "bridge.", also_known=shared)
+    return {**{key: value for key, value in data.items() if key in shared}, "options": options}
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigurationError(f"{override!r} is not KEY=VALUE (for example learning_rate=1e-4)")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigurationError(f"the value in {override!r} is not valid YAML") from None
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigurationError(f"{override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] | None = None) -> Any:
+    if dataclasses.is_dataclass(data) and isinstance(data, cls):
+        return data
+    if not isinstance(data, Mapping):
+        raise ConfigurationError(f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            suggestion = _suggest(str(key), known | (also_known or set()))
+            raise ConfigurationError(f"{where}: unknown key {prefix}{key}{suggestion}")
+        values[key] = _coerce(value, hints[key], where, prefix + key)
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, key + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigurationError(f"{where}: {key}={value!r} must be one of {', '.join(map(str, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _coerce(value, inner, where, key)
+    if hint is float:
+        # YAML 1.1 reads 1e-4 (no dot) as text.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif hint is str and value is False and key == "feature_cache":
+        return "off"  # YAML 1.1 reads a bare `off` as false
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigurationError(f"{where}: {key}={value!r} must be of type {hint.__name__}")
+
+
+def _suggest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(map(str, known)))})"

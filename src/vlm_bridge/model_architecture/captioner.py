@@ -1,0 +1,285 @@
+"""The captioner: frozen vision encoder -> bridge -> frozen language model, in one forward path.
+
+Training and captioning run the same `forward`; `generate` (greedy, beams, sampling, KV cache, streaming) is
+transformers' own. Tensor names carry their shape: b rows, n image tokens, p soft tokens, t text, h text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge
+from vlm_bridge.model_architecture.language_model import LanguageModel, build_language_model, causal_block_mask
+from vlm_bridge.model_architecture.loss import frozen_head_cross_entropy
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+
+
+class CaptionerConfig(PreTrainedConfig):
+    """Configuration of a captioner: that of its language model, as far as transformers' generation asks."""
+
+    model_type = "vlm-bridge-captioner"
+
+    def __init__(self, text_config: Any = None, **kwargs: Any):
+        self._text_config = text_config
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        return self._text_config if self._text_config is not None else self
+
+
+@dataclass
+class CaptionLoss:
+    """Loss of a batch. ``total`` is differentiable; ``token_losses`` [V] holds every supervised token's, in nats."""
+
+    total: torch.Tensor
+    token_losses: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_losses.numel()
+
+
+class FeatureScale(nn.Module):
+    """Standardises every feature channel by statistics measured once on training images; identity until then."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        return (features_bnd.to(self.mean.dtype) - self.mean) / self.std
+
+    @torch.no_grad()
+    def measure(self, features_bnd: torch.Tensor) -> None:
+        """Take mean and standard deviation per channel from sample features [B, N, D]."""
+        flat = features_bnd.flatten(0, 1).float()
+        self.mean.copy_(flat.mean(0))
+        self.std.copy_(flat.std(0).clamp_min(1e-6))
+
+
+class CaptionerModel(PreTrainedModel, GenerationMixin):
+    """Composes the three parts. Only `bridge` has parameters that require gradients."""
+
+    config_class = CaptionerConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self, vision_encoder: nn.Module, language_model: LanguageModel, bridge: nn.Module, *, standardize: bool
+    ):
+        super().__init__(CaptionerConfig(text_config=language_model.text_config))
+        self.vision_encoder = vision_encoder
+        self.language_model = language_model
+        self.bridge = bridge
+        self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None  # type: ignore[arg-type]
+        self.generation_config = GenerationConfig(
+            bos_token_id=language_model.start_id,
+            eos_token_id=language_model.eos_id,
+            pad_token_id=language_model.eos_id,
+        )
+
+    def train(self, mode: bool = True) -> CaptionerModel:
+        """Switch the bridge between training and evaluation; the frozen parts stay in evaluation (no dropout)."""
+        super().train(False)
+        self.training = mode
+        self.bridge.train(mode)
+        return self
+
+    # Image side: once per image.
+
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features [B, N, D] of RGB pictures."""
+        encoder: Any = self.vision_encoder
+        with torch.inference_mode(False), torch.no_grad():
+            return encoder(encoder.preprocess(images).to(self.device))
+
+    def image_state(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """What the bridge makes of an image; captions and beams of the image share it."""
+        bridge: Any = self.bridge
+        features_bnd = features_bnd.to(self.device)
+        if self.feature_scale is not None:
+            features_bnd = self.feature_scale(features_bnd)
+        return bridge.encode_image(features_bnd.to(next(bridge.parameters()).dtype))
+
+    # Text side: the one path of training and generation.
+
+    def text_states(
+        self,
+        input_ids: torch.Tensor,
+        image_state: torch.Tensor,
+        segments: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> torch.Tensor:
+        """The language model's last states [B, T, H] of ``input_ids`` [B, T].
+
+        Args:
+            segments: [B, T] caption numbers of packed rows (0 = pad); None for rows of one caption without pads.
+            past_key_values: a cache; soft tokens enter only while it is empty.
+        """
+        bridge: Bridge = self.bridge  # type: ignore[assignment]
+        text_bth = bridge.edit_text(self.language_model.embed(input_ids), image_state)
+        soft_bph = bridge.soft_tokens(image_state)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            soft_bph = None
+        num_soft = 0 if soft_bph is None else soft_bph.shape[1]
+        body_dtype = next(self.language_model.parameters()).dtype
+        inputs = text_bth if soft_bph is None else torch.cat((soft_bph.to(text_bth.dtype), text_bth), dim=1)
+        mask = positions = None
+        if segments is not None:
+            mask = causal_block_mask(segments, num_soft, body_dtype)
+            positions = packed_positions(segments, num_soft)
+        states = self.language_model.hidden_states(
+            inputs.to(body_dtype), mask, positions, past_key_values=past_key_values, use_cache=use_cache
+        )
+        return states[:, num_soft:]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        image_state: torch.Tensor,
+        segments: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocabulary] (of the last ``logits_to_keep`` positions, 0 = all)."""
+        states = self.text_states(input_ids, image_state, segments, past_key_values, use_cache)
+        logits = self.language_model.head(states[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def caption_loss(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, segments: torch.Tensor, image_state: torch.Tensor
+    ) -> CaptionLoss:
+        """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict."""
+        states = self.text_states(input_ids, image_state, segments)
+        return CaptionLoss(*frozen_head_cross_entropy(states, labels, self.language_model.head))
+
+    # Captioning.
+
+    @torch.inference_mode()
+    def generate_captions(
+        self, features_bnd: torch.Tensor, prompt_ids: Sequence[int], decode: DecodeSettings
+    ) -> tuple[list[list[int]], list[float]]:
+        """Generate one caption per row of features.
+
+        Returns:
+            Token ids of each caption (without prompt and EOS) and its mean log-probability per token, in nats.
+        """
+        state = self.image_state(features_bnd)
+        prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
+        if decode.do_sample:
+            torch.manual_seed(decode.seed)
+        output = self.generate(
+            input_ids=prompt_bt,
+            image_state=state,
+            attention_mask=torch.ones_like(prompt_bt),
+            num_beams=decode.num_beams,
+            max_new_tokens=decode.max_new_tokens,
+            min_new_tokens=decode.min_new_tokens or None,
+            length_penalty=decode.length_penalty,
+            repetition_penalty=decode.repetition_penalty,
+            no_repeat_ngram_size=decode.no_repeat_ngram_size,
+            do_sample=decode.do_sample,
+            **({"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0} if decode.do_sample else {}),
+        )
+        generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
+        return self._trim_and_score(prompt_bt, generated_bt, state)
+
+    def _trim_and_score(
+        self, prompt_bt: torch.Tensor, generated_bt: torch.Tensor, image_state: torch.Tensor
+    ) -> tuple[list[list[int]], list[float]]:
+        eos = self.language_model.eos_id
+        captions, scores = [], []
+        rows = torch.cat((prompt_bt, generated_bt), dim=1)
+        states = self.text_states(rows[:, :-1], image_state)[:, prompt_bt.shape[1] - 1 :]
+        log_probs = self.language_model.head(states).float().log_softmax(-1)
+        token_scores = log_probs.gather(-1, generated_bt[..., None])[..., 0].tolist()
+        for ids, row_scores in zip(generated_bt.tolist(), token_scores, strict=True):
+            end = ids.index(eos) if eos in ids else len(ids)
+            kept = row_scores[: end + 1]
+            captions.append(ids[:end])
+            scores.append(sum(kept) / max(len(kept), 1))
+        return captions, scores
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        image_state: torch.Tensor | None = None,
+        use_cache: bool = True,
+        **_: Any,
+    ) -> dict[str, Any]:
+        # Prompts of a batch have one length and finished rows are ignored by generate: the mask says nothing.
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            input_ids = input_ids[:, -1:]
+        return {
+            "input_ids": input_ids,
+            "image_state": image_state,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache and past_key_values is not None,
+        }
+
+    # What was trained.
+
+    def trained_state_dict(self) -> dict[str, torch.Tensor]:
+        """The bridge's weights and the feature statistics: all that a checkpoint holds."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name.startswith(("bridge.", "feature_scale."))
+        }
+
+
+def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.Tensor:
+    """Position ids [B, P+T]: soft tokens count 0..P-1, and every caption goes on from P as if it were alone."""
+    batch, length = segments_bt.shape
+    index = torch.arange(length, device=segments_bt.device).expand(batch, length)
+    starts_here = torch.ones_like(segments_bt, dtype=torch.bool)
+    starts_here[:, 1:] = segments_bt[:, 1:] != segments_bt[:, :-1]
+    start = torch.where(starts_here, index, 0).cummax(dim=1).values
+    soft = torch.arange(num_soft_tokens, device=segments_bt.device).expand(batch, num_soft_tokens)
+    return torch.cat((soft, num_soft_tokens + index - start), dim=1)
+
+
+def build_bridge(config: BridgeConfig, vision_dim: int, text_dim: int, *, meta: bool = False) -> nn.Module:
+    """The recipe's bridge between two widths, on the CPU or on the meta device."""
+    options_class, bridge_class = BRIDGES[config.kind]
+    options = config.options if config.options is not None else options_class()
+    try:
+        with torch.device("meta" if meta else "cpu"):
+            return bridge_class(options, vision_dim, text_dim)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
+    """Compose the captioner of a recipe; the bridge is freshly initialised from ``recipe.seed``.
+
+    Args:
+        meta: build everything on the meta device, without reading weights (for `info`).
+    """
+    vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
+    language_model = build_language_model(recipe.language_model, meta=meta)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        bridge = build_bridge(recipe.bridge, vision_encoder.embed_dim, language_model.embed_dim, meta=meta)
+    if not meta and hasattr(bridge, "set_output_scale"):
+        bridge.set_output_scale(language_model.embedding_std())  # type: ignore[operator]
+    return CaptionerModel(
+        vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
+    ).eval()

