@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,9 +123,8 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
             line = ""
         line = f"{line} {word}" if line else word
         while font.getlength(line) > width:
-            fitting = next(
-                n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width
-            )
+            room = bisect_right(range(1, len(line) + 1), width, key=lambda n: font.getlength(line[:n]))
+            fitting = max(1, room)
             lines.append(line[:fitting])
             line = line[fitting:]
     lines.append(line)

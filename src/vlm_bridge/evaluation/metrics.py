@@ -221,7 +221,7 @@ def _spice(gts: Tokens, res: Tokens) -> _Scores:
 
     package = Path(spice.__file__).parent
     if not (package / models.SPICELIB / f"{models.JAR}-models.jar").is_file():
-        command = f"{sys.executable} -m pycocoevalcap.spice.get_stanford_models"
+        command = "python -m pycocoevalcap.spice.get_stanford_models"
         raise JavaError(f"it needs the Stanford CoreNLP models, fetched once (about 400 MB) by: {command}")
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "in.json"), Path(folder, "out.json")

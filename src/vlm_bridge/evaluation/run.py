@@ -1,0 +1,214 @@
+"""Evaluate a captioner on captioned images: generate, score, and record all that the scores depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
+from vlm_bridge.errors import DataError
+from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
+from vlm_bridge.evaluation.metrics import CaptionScores, score_captions
+from vlm_bridge.evaluation.report import Curve, write_report
+
+if TYPE_CHECKING:
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.configuration import DecodeSettings
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+SHOWN = 12
+"""Pictures in each section of a contact sheet or report."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the captioner said about one image. After ``error`` the caption is empty and counts as such."""
+
+    image: CaptionedImage
+    caption: str
+    log_probability: float | None
+    error: str | None
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a captioner on a set of images, with the settings they depend on.
+
+    ``perplexity`` is per token of the reference captions; ``visual_gain`` is in nats per token: the loss with
+    the images shuffled among the captions minus the loss with the right ones.
+    """
+
+    predictions: tuple[Prediction, ...]
+    scores: CaptionScores
+    perplexity: float
+    visual_gain: float
+    decode: DecodeSettings
+    versions: Mapping[str, str]
+
+    @property
+    def failures(self) -> list[Prediction]:
+        return [prediction for prediction in self.predictions if prediction.error]
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores for machines; a metric that was skipped is null, with the reason under ``skipped``."""
+        metrics = {name: self.scores.corpus.get(name) for name in METRICS}
+        if "SPICE" in self.scores.corpus:
+            metrics["SPICE"] = self.scores.corpus["SPICE"]
+        return {
+            **metrics,
+            "perplexity": _finite(self.perplexity),
+            "visual_gain": _finite(self.visual_gain),
+            "num_images": len(self.predictions),
+            "num_failures": len(self.failures),
+            "decode": self.decode.to_dict(),
+            "tokenizer": self.scores.tokenizer,
+            "skipped": self.scores.skipped,
+            "versions": dict(self.versions),
+        }
+
+    def best(self, count: int = SHOWN) -> list[SheetItem]:
+        """The images with the highest CIDEr, best first."""
+        return [_sheet_item(prediction) for prediction in self._by_cider()[::-1][:count]]
+
+    def worst(self, count: int = SHOWN) -> list[SheetItem]:
+        """The images with the lowest CIDEr, worst first."""
+        return [_sheet_item(prediction) for prediction in self._by_cider()[:count]]
+
+    def random(self, count: int = SHOWN) -> list[SheetItem]:
+        """Images drawn with a fixed seed: the honest picture between best and worst."""
+        drawn = random.Random(0).sample(self.predictions, min(count, len(self.predictions)))
+        return [_sheet_item(prediction) for prediction in drawn]
+
+    def _by_cider(self) -> list[Prediction]:
+        return sorted(self.predictions, key=lambda prediction: prediction.scores["CIDEr"])
+
+
+def evaluate_captioner(
+    captioner: Captioner,
+    images: Sequence[CaptionedImage],
+    *,
+    decode: DecodeSettings,
+    batch_size: int = 16,
+    spice: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Caption every image, score the captions against all references, and measure perplexity and visual gain.
+
+    ``progress`` is handed to :meth:`Captioner.caption`. An image that fails counts as an empty caption;
+    perplexity and visual gain are measured on the others.
+
+    Raises:
+        DataError: there are no images, or none of them can be captioned.
+    """
+    from vlm_bridge.doctor import environment
+
+    if not images:
+        raise DataError("there are no images to evaluate on")
+    results = captioner.caption(
+        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
+    )
+    readable = [image for image, result in zip(images, results, strict=True) if result.error is None]
+    if not readable:
+        raise DataError(f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}")
+    validation = captioner.validate(readable, batch_size)
+
+    # Paths, not original ids, tell images apart: pictures from several folders may share an id.
+    scores = score_captions(
+        {str(image.path): image.captions for image in images},
+        {str(image.path): result.caption or "" for image, result in zip(images, results, strict=True)},
+        spice=spice,
+    )
+    predictions = tuple(
+        Prediction(image, result.caption or "", result.score, result.error, scores.per_image[str(image.path)])
+        for image, result in zip(images, results, strict=True)
+    )
+    return Evaluation(
+        predictions, scores, validation.perplexity, validation.visual_gain, decode, environment()
+    )
+
+
+def write_evaluation(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    title: str,
+    recipe_yaml: str = "",
+    curves: Mapping[str, Curve] | None = None,
+) -> None:
+    """Write ``metrics.json``, ``predictions.jsonl`` (with the scores of each image), ``contact_sheet.png``
+    (best and worst) and ``report.html`` into ``folder``, which is made if need be.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", evaluation.to_json())
+    lines = [json.dumps(_record(prediction), ensure_ascii=False) for prediction in evaluation.predictions]
+    write_atomically(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    half = min(SHOWN, len(evaluation.predictions) // 2)
+    sheet = [*evaluation.best(min(SHOWN, len(evaluation.predictions) - half)), *evaluation.worst(half)]
+    contact_sheet(sheet, folder / "contact_sheet.png", title=f"{title}: best and worst by CIDEr")
+    metrics = evaluation.to_json()
+    summary = {
+        name: metrics[name] for name in ("CIDEr", *METRICS[:6], "SPICE") if metrics.get(name) is not None
+    }
+    write_report(
+        folder / "report.html",
+        title=title,
+        summary=summary
+        | {
+            "perplexity": evaluation.perplexity,
+            "visual gain": evaluation.visual_gain,
+            "images": len(evaluation.predictions),
+        },
+        sections={
+            "Drawn at random": evaluation.random(),
+            "Best by CIDEr": evaluation.best(),
+            "Worst by CIDEr": evaluation.worst(),
+        },
+        curves=curves,
+        recipe_yaml=recipe_yaml,
+        decode=evaluation.decode.to_dict(),
+        environment=evaluation.versions,
+        notes=[*evaluation.scores.notes(), *_failure_notes(evaluation)],
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON (no NaN), whole or not at all."""
+    write_atomically(
+        path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
+
+
+def _failure_notes(evaluation: Evaluation) -> list[str]:
+    count = len(evaluation.failures)
+    return [f"{count} picture(s) could not be captioned and count as empty captions"] if count else []
+
+
+def _record(prediction: Prediction) -> dict[str, Any]:
+    record = {
+        "image": str(prediction.image.path),
+        "original_id": prediction.image.original_id,
+        "caption": prediction.caption,
+        "log_probability": prediction.log_probability,
+        "references": list(prediction.image.captions),
+        "scores": dict(prediction.scores),
+    }
+    return record | ({"error": prediction.error} if prediction.error else {})
+
+
+def _sheet_item(prediction: Prediction) -> SheetItem:
+    reference = prediction.image.captions[0]
+    return SheetItem(prediction.image.path, prediction.caption, reference, prediction.scores["CIDEr"])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
