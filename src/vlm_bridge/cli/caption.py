@@ -1,0 +1,60 @@
+"""`vlm-bridge caption`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def caption(
+    paths: list[str] = typer.Argument(..., help="Pictures, folders of pictures, or globs."),
+    checkpoint: Path = typer.Option(
+        Path("runs/lite-flickr8k"), "--checkpoint", help="A checkpoint, or the folder of a training run."
+    ),
+    num_beams: int = typer.Option(None, min=1, help="Beams; 1 is greedy. Default: the recipe's."),
+    max_new_tokens: int = typer.Option(None, min=1, help="Longest caption, in tokens. Default: the recipe's."),
+    length_penalty: float = typer.Option(None, help="Above 1 prefers longer captions (beams only)."),
+    do_sample: bool = typer.Option(False, "--do-sample", help="Sample instead of searching."),
+    temperature: float = typer.Option(None, help="Temperature of sampling."),
+    seed: int = typer.Option(None, help="Seed of sampling."),
+    batch_size: int = typer.Option(16, min=1, help="Pictures captioned together."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    json_output: bool = typer.Option(False, "--json", help="Print a JSON list of {image, caption, score}."),
+) -> None:
+    """Caption pictures, one line each, in the order given. A broken file is one line on stderr (exit code 1)."""
+    import dataclasses
+    import json
+
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.data_pipeline.images import iter_image_paths
+
+    quiet_transformers()
+    pictures = iter_image_paths(paths)
+    captioner = Captioner.from_pretrained(checkpoint, device)
+    changes = {
+        "num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
+        "do_sample": do_sample or None, "temperature": temperature, "seed": seed,
+    }  # fmt: skip
+    given = {key: value for key, value in changes.items() if value is not None}
+    if do_sample and num_beams is None:
+        given["num_beams"] = 1
+    decode = dataclasses.replace(captioner.recipe.decode, **given)
+
+    results = captioner.caption(pictures, decode=decode, batch_size=batch_size)
+    for result in results:
+        if result.error is not None:
+            typer.echo(f"{result.image}: {result.error}", err=True)
+        elif not json_output:
+            typer.echo(f"{result.image}\t{result.caption}" if len(results) > 1 else result.caption)
+    if json_output:
+        rows = [
+            {"image": r.image, "error": r.error}
+            if r.error is not None
+            else {"image": r.image, "caption": r.caption, "score": r.score}
+            for r in results
+        ]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    if any(result.error is not None for result in results):
+        raise typer.Exit(1)

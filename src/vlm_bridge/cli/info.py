@@ -1,0 +1,39 @@
+"""`vlm-bridge info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def info(
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Recipe overrides."),
+    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML)."),
+    json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
+) -> None:
+    """Show what a recipe is made of: parameters, trainable share, feature shape, memory. Reads no weights."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.configuration import load_recipe
+    from vlm_bridge.model_architecture.budget import budget_of
+
+    quiet_transformers()
+    budget = budget_of(load_recipe(config, overrides or ()))
+    if json_output:
+        typer.echo(json.dumps(budget.to_dict(), indent=2))
+        return
+    table = Table("component", "role", "parameters", "trainable")
+    for component in budget.components:
+        table.add_row(component.name, component.role, f"{component.parameters:,}", f"{component.trainable:,}")
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    tokens, width = budget.features_shape
+    console.print(f"trainable share   {budget.trainable_share:.2%}")
+    console.print(f"features          {tokens} tokens x {width}, {budget.soft_tokens} soft tokens before the text")
+    console.print(f"memory, training  about {budget.memory['training_gib']:.1f} GiB")
+    console.print(f"memory, captions  about {budget.memory['captioning_gib']:.1f} GiB (16 pictures at a time)")

@@ -1,0 +1,16 @@
+"""Keep libraries' chatter (loading bars, advice) out of our commands' output."""
+
+from __future__ import annotations
+
+
+def quiet_transformers() -> None:
+    """Errors of transformers and the hub still show; progress bars and warnings do not."""
+    import warnings
+
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)

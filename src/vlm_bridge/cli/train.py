@@ -1,0 +1,37 @@
+"""`vlm-training` and `vlm-bridge train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def train(
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. bridge.depth=4."),
+    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML); recipes that ship are in config/."),
+    resume: Path = typer.Option(None, "--resume", help="Continue this checkpoint (or a folder's latest one)."),
+) -> None:
+    """Train the bridge of a recipe. `--resume` alone continues with the checkpoint's own recipe."""
+    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.configuration import load_recipe, override_recipe
+    from vlm_bridge.training_strategy.trainer import Interrupted, resumed_recipe
+    from vlm_bridge.training_strategy.trainer import train as run_training
+
+    quiet_transformers()
+    if config is None and resume is not None:
+        recipe = override_recipe(resumed_recipe(resume), overrides or ())
+    else:
+        recipe = load_recipe(config, overrides or ())
+    try:
+        result = run_training(
+            recipe, resume=resume or recipe.resume_from_checkpoint, say=lambda line: print(line, flush=True)
+        )
+    except Interrupted as interruption:
+        typer.echo(f"{interruption}; continue with --resume {interruption.saved_to}", err=True)
+        raise typer.Exit(interruption.exit_code) from None
+    typer.echo(
+        f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}; "
+        f"checkpoints in {result.checkpoint_dir}"
+    )
+    typer.echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")

@@ -1,0 +1,411 @@
+"""The training loop: prepare, then evaluate, sample, save, step and log, straight down.
+
+Only the bridge is trained. The loss of an optimiser step is the sum over its supervised tokens divided by their
+number, whatever the accumulation; where the data order, the learning rate and the randomness stand is a
+function of the step, so that a resumed run continues the interrupted one.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_bridge import runtime
+from vlm_bridge.configuration import DecodeSettings, Recipe
+from vlm_bridge.data_pipeline import feature_cache
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
+from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.loader import (
+    CaptionFormat,
+    EpochPlan,
+    PackedBatch,
+    Row,
+    TokenizedImages,
+    in_batches,
+    prefetch,
+)
+from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.early_stopping import EarlyStopping
+from vlm_bridge.training_strategy.monitor import Monitor
+from vlm_bridge.training_strategy.schedule import learning_rate_at
+from vlm_bridge.training_strategy.validation import Features, Validation, batch_loss, validate
+
+STANDARDIZE_ON_IMAGES = 512
+Say = Callable[[str], None]
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal after saving; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, signal_number: int, saved_to: Path):
+        self.exit_code = 128 + signal_number
+        self.saved_to = saved_to
+        super().__init__(f"interrupted; saved {saved_to}")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_loss: float = float("inf")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    checkpoint_dir: Path
+    steps: int
+    seconds: float
+    best_loss: float
+    validation: Validation | None
+
+
+def train(recipe: Recipe, *, resume: str | Path | None = None, say: Say = print) -> TrainingResult:
+    """Train the bridge of a recipe.
+
+    Args:
+        resume: a checkpoint to continue (its weights, optimiser, position and randomness).
+        say: where console lines go.
+
+    Raises:
+        VLMBridgeError: data, models or the checkpoint cannot be used; nothing has been written then.
+        Interrupted: a signal came; the state was saved first.
+    """
+    return Trainer(recipe, say).run(resume)
+
+
+class Trainer:
+    def __init__(self, recipe: Recipe, say: Say):
+        self.recipe = recipe
+        self.say = say
+        self.device = runtime.resolve_device(recipe.device)
+        if recipe.use_amp and recipe.amp_dtype == "float16" and self.device.type != "cuda":
+            raise ConfigurationError("amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false")
+        self.folder = CaptionFolder.open(recipe.data_dir)
+        train_images = self.folder.split("train")
+        self.val_images = self.folder.split("val")[: recipe.max_validation_images]
+
+        self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
+        language_model: LanguageModel = self.model.language_model
+        format = caption_format(language_model, recipe)
+        self.format = format
+        self.train_data = TokenizedImages(train_images, format)
+        self.val_data = TokenizedImages(self.val_images, format)
+        self.train_features = self._features("train", train_images)
+        self.val_features = self._features("val", self.val_images)
+
+        self.plan = EpochPlan(
+            [len(captions) for captions in self.train_data.captions],
+            row_captions=recipe.captions_per_image,
+            batch_captions=recipe.batch_size,
+            seed=recipe.seed,
+        )
+        self.steps_per_epoch = -(-self.plan.batches_per_epoch // recipe.gradient_accumulation_steps)
+        self.total_steps = recipe.num_epochs * self.steps_per_epoch
+        if recipe.max_steps is not None:
+            self.total_steps = min(self.total_steps, recipe.max_steps)
+
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = adamw(self.parameters, recipe)
+        self.scaler = torch.amp.GradScaler(enabled=recipe.use_amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
+        self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
+        self.progress = Progress()
+        self.last_validation: Validation | None = None
+        self.checkpoint_dir = Path(recipe.checkpoint_dir)
+
+    def run(self, resume: str | Path | None = None) -> TrainingResult:
+        started = time.perf_counter()
+        recipe, progress = self.recipe, self.progress
+        if resume is not None:
+            self._resume(resume)
+        elif self.model.feature_scale is not None:
+            self.model.feature_scale.measure(self._sample_features())
+        trainable = sum(p.numel() for p in self.parameters)
+        total = sum(p.numel() for p in self.model.parameters())
+        self.say(
+            f"training {trainable:,} of {total:,} parameters ({trainable / total:.1%}) on {len(self.train_data):,} "
+            f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.device}"
+        )
+        self.monitor = Monitor(Path(recipe.log_dir), self.say)
+        self.model.train()
+        try:
+            with interrupt_flag() as interrupted:
+                while progress.step < self.total_steps:
+                    for group in self._groups_of_epoch():
+                        self._optimizer_step(group)
+                        if interrupted:
+                            raise Interrupted(interrupted[0], self._save(checkpoints.LATEST))
+                        if progress.step >= self.total_steps:
+                            break
+                    if self._finish_epoch():
+                        self.say(f"early stopping: no improvement in {recipe.early_stopping_patience} validations")
+                        break
+        finally:
+            self.monitor.close()
+        return TrainingResult(
+            self.checkpoint_dir,
+            progress.step,
+            time.perf_counter() - started,
+            progress.best_loss,
+            self.last_validation,
+        )
+
+    def _groups_of_epoch(self) -> Iterator[list[tuple[PackedBatch, np.ndarray]]]:
+        """The rest of the current epoch: per optimiser step, its micro-batches with features or pixels."""
+        batches = self.plan.batches(self.progress.epoch)
+        groups = in_batches(batches, self.recipe.gradient_accumulation_steps)[self.progress.step_in_epoch :]
+
+        def load(group: list[list[Row]]) -> list[tuple[PackedBatch, np.ndarray]]:
+            packed = [self.train_data.pack(rows) for rows in group]
+            return [(batch, self.train_features[batch.image_indices]) for batch in packed]
+
+        return prefetch(groups, load, self.recipe.num_workers)
+
+    def _optimizer_step(self, group: Sequence[tuple[PackedBatch, np.ndarray]]) -> None:
+        recipe, progress = self.recipe, self.progress
+        learning_rate = self._learning_rate()
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = learning_rate
+
+        num_supervised = sum(batch.num_supervised for batch, _ in group)
+        step_loss = torch.zeros((), device=self.device)
+        for batch, features in group:
+            with self._autocast():
+                loss = batch_loss(self.model, batch, features).total / num_supervised
+            self.scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        progress.step += 1
+        progress.step_in_epoch += 1
+        self.monitor.step(sum(batch.num_captions for batch, _ in group))
+        if progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps:
+            self.monitor.training(
+                step=progress.step,
+                total_steps=self.total_steps,
+                epoch=progress.epoch,
+                loss=step_loss.item(),
+                learning_rate=learning_rate,
+                gradient_norm=gradient_norm.item(),
+            )
+
+    def _finish_epoch(self) -> bool:
+        """Validate, sample and save as the recipe asks; True when training should stop early."""
+        recipe, progress = self.recipe, self.progress
+        progress.epoch += 1
+        progress.step_in_epoch = 0
+        is_last = progress.step >= self.total_steps
+        stop = improved = False
+        if progress.epoch % recipe.val_every_n_epochs == 0 or is_last:
+            result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
+            self.last_validation = result
+            self.monitor.validation(progress.step, progress.epoch - 1, result)
+            improved = result.loss < progress.best_loss
+            progress.best_loss = min(progress.best_loss, result.loss)
+            stop = recipe.use_early_stopping and self.early_stopping.should_stop(result.loss)
+            if improved:
+                self._save(checkpoints.BEST)
+                self._save(checkpoints.BEST_WEIGHTS)
+        if progress.epoch % recipe.generate_samples_every_n_epochs == 0 or is_last:
+            self._show_samples()
+        if progress.epoch % recipe.save_every_n_epochs == 0 or is_last or stop:
+            self._save(checkpoints.LATEST)
+        self.monitor.restart_clock()
+        return stop
+
+    def _show_samples(self) -> None:
+        count = min(self.recipe.num_validation_samples, len(self.val_images))
+        if not count:
+            return
+        self.model.eval()
+        greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
+        features = torch.from_numpy(np.ascontiguousarray(self.val_features[np.arange(count)]))
+        with self._autocast():
+            captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
+        self.model.train()
+        decode = self.model.language_model.tokenizer.decode
+        self.monitor.samples(
+            self.progress.step,
+            [
+                (open_image(image.path), decode(ids).strip(), image.captions[0])
+                for image, ids in zip(self.val_images, captions, strict=False)
+            ],
+        )
+
+    def _learning_rate(self) -> float:
+        recipe = self.recipe
+        return learning_rate_at(
+            self.progress.step,
+            total_steps=self.total_steps,
+            warmup_steps=recipe.warmup_steps,
+            learning_rate=recipe.learning_rate,
+            min_lr=recipe.min_lr,
+            kind=recipe.scheduler_type if recipe.use_scheduler else "constant",
+        )
+
+    def _autocast(self) -> Any:
+        return runtime.autocast(self.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
+
+    # Features
+
+    def _features(self, split: str, images: Sequence[CaptionedImage]) -> Features:
+        return split_features(self.model, self.recipe, self.folder, split, images, self.say)
+
+    def _sample_features(self) -> torch.Tensor:
+        """Features of some training images [S, N, D], for the channel statistics."""
+        count = min(STANDARDIZE_ON_IMAGES, len(self.train_data))
+        chosen = np.sort(np.random.default_rng(self.recipe.seed).permutation(len(self.train_data))[:count])
+        parts = [
+            self.model.features(torch.from_numpy(np.ascontiguousarray(self.train_features[part]))).float().cpu()
+            for part in np.array_split(chosen, -(-count // feature_cache.ENCODE_BATCH))
+        ]
+        return torch.cat(parts)
+
+    # Checkpoints
+
+    def _save(self, name: str) -> Path:
+        path = self.checkpoint_dir / name
+        training = None
+        if name != checkpoints.BEST_WEIGHTS:
+            training = {
+                "progress": vars(self.progress).copy(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "early_stopping": self.early_stopping.state_dict(),
+                "random_state": torch.get_rng_state(),
+                "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "dataset_fingerprint": self.folder.fingerprint,
+            }
+        checkpoints.save_checkpoint(path, self.recipe, self.model.trained_state_dict(), training)
+        return path
+
+    def _resume(self, path: str | Path) -> None:
+        content = checkpoints.load_checkpoint(resume_path(path))
+        training = content.get("training")
+        if training is None:
+            raise CheckpointError(f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}")
+        if training["dataset_fingerprint"] != self.folder.fingerprint:
+            raise CheckpointError(
+                f"{path} was trained on other data than {self.folder.root} (the fingerprints differ); point data_dir "
+                "to the dataset it was trained on, or start a new training"
+            )
+        checkpoints.load_weights(self.model, content["weights"], path)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.early_stopping.load_state_dict(training["early_stopping"])
+        torch.set_rng_state(training["random_state"])
+        if self.device.type == "cuda" and training["cuda_random_state"]:
+            torch.cuda.set_rng_state_all(training["cuda_random_state"])
+        self.progress = Progress(**training["progress"])
+        self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
+
+
+def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionFormat:
+    """How this language model's captions become tokens."""
+    assert language_model.start_id is not None and language_model.eos_id is not None
+    return CaptionFormat(
+        language_model.encode,
+        start_id=language_model.start_id,
+        eos_id=language_model.eos_id,
+        prompt=recipe.language_model.prompt,
+        max_caption_tokens=recipe.max_caption_tokens,
+    )
+
+
+def split_features(
+    model: CaptionerModel,
+    recipe: Recipe,
+    folder: CaptionFolder,
+    split: str,
+    images: Sequence[CaptionedImage],
+    say: Say,
+) -> Features:
+    """The cached features of a split's images, built if need be; without a cache, their pixels as they are needed."""
+    encoder: Any = model.vision_encoder
+    paths = [image.path for image in images]
+
+    def pixels_on_the_fly() -> Features:
+        return feature_cache.OnTheFlyPixels(paths, lambda pictures: encoder.preprocess(pictures).numpy())
+
+    if recipe.feature_cache == "off":
+        return pixels_on_the_fly()
+    root = Path(recipe.feature_cache) if recipe.feature_cache != "auto" else folder.root / ".features"
+    shape = encoder.num_tokens, encoder.embed_dim
+    size_gib = len(paths) * shape[0] * shape[1] * 2 / 2**30
+    started = last_said = time.perf_counter()
+
+    def progress(done: int) -> None:
+        nonlocal last_said
+        if done == len(paths) or time.perf_counter() - last_said > 10:
+            last_said = time.perf_counter()
+            say(f"encoding {split} pictures: {done}/{len(paths)} ({done / (last_said - started):.0f}/s)")
+
+    cache = feature_cache.open_or_build(
+        root,
+        feature_cache.cache_key(encoder_fingerprint(encoder), folder.fingerprint, split, str(len(paths))),
+        paths,
+        shape,
+        lambda pictures: model.encode_images(pictures).float().cpu().numpy(),
+        num_workers=recipe.num_workers,
+        progress=progress,
+    )
+    if cache is None:
+        say(f"no room for {size_gib:.1f} GiB of cached features below {root}: pictures are encoded in every step")
+        return pixels_on_the_fly()
+    return cache
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW without weight decay on biases and norms."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def resume_path(path: str | Path) -> Path:
+    """A folder means its latest checkpoint."""
+    path = Path(path)
+    latest = path / checkpoints.LATEST
+    return latest if path.is_dir() and latest.is_file() else path
+
+
+def resumed_recipe(path: str | Path) -> Recipe:
+    """The recipe of the run that ``path`` continues."""
+    content = checkpoints.load_checkpoint(resume_path(path))
+    return replace(checkpoints.recipe_of(content, path), resume_from_checkpoint=str(path))
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[list[int]]:
+    """A list that receives SIGINT or SIGTERM instead of dying, so that the loop can save first."""
+    received: list[int] = []
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda received_number, _: received.append(received_number))
+    except ValueError:  # not in the main thread: signals stay as they are
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
