@@ -196,11 +196,10 @@ class FakeCaptioner:
         *,
         decode: DecodeSettings | None = None,
         batch_size: int = 16,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> list[FakeResult]:
         self.decode = decode
-        if progress:
-            progress(len(images))
+        progress(len(images))
         return [
             FakeResult(str(path), None, None, "damaged")
             if path.stem == "broken"
@@ -208,7 +207,7 @@ class FakeCaptioner:
             for path in images
         ]
 
-    def validate(self, images: list[CaptionedImage], batch_size: int) -> FakeValidation:
+    def validate(self, images: list[CaptionedImage], *, batch_size: int) -> FakeValidation:
         self.validated = images
         return FakeValidation(perplexity=12.5, visual_gain=self.visual_gain)
 

@@ -79,7 +79,8 @@ def evaluate(
     if json_file:
         write_json(json_file, evaluation.to_json())
     if output_dir:
-        title = f"{checkpoint.stem} on {data_dir.name} {split.value}"
+        run = checkpoint.parent if checkpoint.is_file() else checkpoint
+        title = f"{run.resolve().name} on {data_dir.resolve().name} {split.value}"
         write_evaluation(evaluation, output_dir, title=title, recipe_yaml=captioner.recipe.to_yaml())
     for failure in evaluation.failures:
         print(f"failed: {failure.image.path}: {failure.error}", file=sys.stderr)
@@ -115,7 +116,7 @@ def _print_scores(evaluation: Evaluation) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A function that takes the number of images just done: a bar on a terminal, plain lines elsewhere."""
+    """A function that takes the number of images done so far: a bar on a terminal, plain lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -124,14 +125,14 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         columns = (TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("captioning", total=total)
-            yield lambda count: bar.advance(task, count)
+            yield lambda done: bar.update(task, completed=done)
         return
-    done = 0
+    said = 0
 
-    def report(count: int) -> None:
-        nonlocal done
-        tenth_before, done = done * 10 // total, done + count
-        if done * 10 // total > tenth_before:
+    def report(done: int) -> None:
+        nonlocal said
+        if done * 10 // total > said * 10 // total:
+            said = done
             print(f"captioned {done} of {total} images", file=sys.stderr, flush=True)
 
     yield report

@@ -27,7 +27,10 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the captioner said about one image. After ``error`` the caption is empty and counts as such."""
+    """What the captioner said about one image. After ``error`` the caption is empty and counts as such.
+
+    ``log_probability`` is the caption's mean per token, in nats.
+    """
 
     image: CaptionedImage
     caption: str
@@ -96,11 +99,11 @@ def evaluate_captioner(
     decode: DecodeSettings,
     batch_size: int = 16,
     spice: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Caption every image, score the captions against all references, and measure perplexity and visual gain.
 
-    ``progress`` is handed to :meth:`Captioner.caption`. An image that fails counts as an empty caption;
+    ``progress`` is called with the number of images captioned so far. An image that fails counts as an empty caption;
     perplexity and visual gain are measured on the others.
 
     Raises:
@@ -116,7 +119,7 @@ def evaluate_captioner(
     readable = [image for image, result in zip(images, results, strict=True) if result.error is None]
     if not readable:
         raise DataError(f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}")
-    validation = captioner.validate(readable, batch_size)
+    validation = captioner.validate(readable, batch_size=batch_size)
 
     # Paths, not original ids, tell images apart: pictures from several folders may share an id.
     scores = score_captions(
