@@ -103,8 +103,8 @@ def evaluate_captioner(
 ) -> Evaluation:
     """Caption every image, score the captions against all references, and measure perplexity and visual gain.
 
-    ``progress`` is called with the number of images captioned so far. An image that fails counts as an empty caption;
-    perplexity and visual gain are measured on the others.
+    ``progress`` is called with the number of images captioned so far. An image that fails counts as an empty
+    caption; perplexity and visual gain are measured on the others.
 
     Raises:
         DataError: there are no images, or none of them can be captioned.
