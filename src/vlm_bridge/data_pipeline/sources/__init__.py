@@ -1,0 +1,24 @@
+"""Where captioned pictures come from."""
+
+from __future__ import annotations
+
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
+from vlm_bridge.data_pipeline.sources.local import LocalFolder
+from vlm_bridge.data_pipeline.sources.scenes import Scenes
+from vlm_bridge.errors import UsageError
+
+SOURCES: dict[str, type[Source]] = {
+    Flickr8k.name: Flickr8k,
+    LocalFolder.name: LocalFolder,
+    Scenes.name: Scenes,
+}
+
+__all__ = ["SOURCES", "Rejected", "Source", "SourceItem", "SourceOptions", "make_source"]
+
+
+def make_source(name: str, options: SourceOptions) -> Source:
+    """Return the source called ``name``; UsageError where there is none or an option is missing."""
+    if name not in SOURCES:
+        raise UsageError(f"unknown source {name!r}: choose from {', '.join(SOURCES)}")
+    return SOURCES[name].from_options(options)

@@ -1,0 +1,90 @@
+"""What every source gives: pictures with captions, and a plain account of what it had to set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from PIL import Image
+
+from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One image: its captions as found, its split if the dataset decides it, and its picture.
+
+    The picture is a file (``path``) or something that draws it (``draw``, picklable: any process can).
+    """
+
+    image_id: str
+    captions: list[str]
+    split: SplitName | None
+    path: Path | None = None
+    draw: Callable[[], Image.Image] | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something that is not used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Everything the command line can say about a source; each source takes what it knows."""
+
+    input_dir: Path | None = None
+    captions_file: Path | None = None
+    num_train: int = 10_000
+    num_val: int = 500
+    num_test: int = 1_000
+    seed: int = 0
+
+    def require_input_dir(self, source: str) -> Path:
+        """Return the input folder; UsageError where none was named, DataError where it does not exist."""
+        if self.input_dir is None:
+            raise UsageError(f"source {source} needs --input-dir")
+        if not self.input_dir.is_dir():
+            raise DataError(f"no such folder: {self.input_dir} (--input-dir)")
+        return self.input_dir
+
+
+class Source(Protocol):
+    """A dataset in its own layout, read as a list of :class:`SourceItem`."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    licence_note: ClassVar[str]
+    split_rule: ClassVar[str | None]
+    """How the dataset decides its splits; None where ids are hashed for every image that names none."""
+    default_caption_style: ClassVar[CaptionStyle]
+    finds_near_duplicates: ClassVar[bool]
+    """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures."""
+    rejected: list[Rejected]
+    """What ``items`` set aside (captions of a missing image, an image without caption ...)."""
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> Source: ...
+
+    def items(self) -> list[SourceItem]:
+        """Read the dataset; DataError with file and line where it is malformed."""
+        ...
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", text) for every line that is not blank; DataError where one is not UTF-8."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
+            if line.strip():
+                yield f"{path}:{number}", line.rstrip("\r\n")

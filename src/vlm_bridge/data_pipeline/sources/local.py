@@ -1,0 +1,262 @@
+"""A folder of pictures with captions as CSV, TSV or JSONL, or in Hugging Face's image-folder layout."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlm_bridge.data_pipeline.caption_folder import inside
+from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
+from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
+from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
+from vlm_bridge.errors import DataError
+
+CAPTION_FILES = (
+    "captions.jsonl",
+    "captions.csv",
+    "captions.tsv",
+    "captions.txt",
+    "metadata.jsonl",
+    "metadata.csv",
+)
+IMAGE_FIELDS = ("image", "file_name", "filename", "image_path", "image_name", "name", "path", "file")
+CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "description")
+SPLIT_FIELD = "split"
+
+# Where the pictures of a caption file may lie, beside the file itself.
+_PICTURE_FOLDERS = ("", "images", "Images")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of a caption file: ``where`` is "file:line"."""
+
+    where: str
+    image: str
+    captions: list[str]
+    split: SplitName | None
+
+
+@dataclass
+class LocalFolder:
+    """Your own pictures; splits come from a ``split`` column or folders, otherwise from image ids."""
+
+    name: ClassVar[str] = "local"
+    description: ClassVar[str] = "A folder of pictures with a caption file (CSV, TSV, JSONL, metadata)"
+    licence_note: ClassVar[str] = "Your own pictures and captions: under whatever licence you hold them"
+    split_rule: ClassVar[str | None] = None
+    default_caption_style: ClassVar[CaptionStyle] = "raw"
+    finds_near_duplicates: ClassVar[bool] = True
+
+    input_dir: Path
+    captions_file: Path | None = None
+    rejected: list[Rejected] = field(default_factory=list, init=False)
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> LocalFolder:
+        return cls(options.require_input_dir(cls.name), options.captions_file)
+
+    def items(self) -> list[SourceItem]:
+        """Return the images in the order of their first caption."""
+        self.rejected = []
+        rows: dict[Path, list[_Row]] = {}
+        missing: list[Rejected] = []
+        for captions_file, folder_split in self._caption_files():
+            for row in _read_rows(captions_file, folder_split):
+                path = self._find_picture(captions_file.parent, row)
+                if path is None:
+                    missing.append(Rejected(row.image, f"its picture is missing ({_short(row.where)})"))
+                else:
+                    rows.setdefault(path, []).append(row)
+        if not rows:
+            if missing:
+                raise DataError(
+                    f"none of the {len(missing)} pictures in the caption file exists under {self.input_dir} "
+                    f"(first: {missing[0].id})"
+                )
+            raise DataError(f"the caption file in {self.input_dir} has no captions")
+        ids = _image_ids(list(rows), self.input_dir)
+        without_caption = sorted(
+            self._relative(path)
+            for path in self.input_dir.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path not in rows
+        )
+        self.rejected = missing + [Rejected(name, "it has no caption") for name in without_caption]
+        return [
+            SourceItem(
+                image_id=ids[path],
+                captions=[caption for row in of_image for caption in row.captions],
+                split=_one_split(of_image),
+                path=path,
+            )
+            for path, of_image in rows.items()
+        ]
+
+    def _caption_files(self) -> list[tuple[Path, SplitName | None]]:
+        """Find the caption file, or one in each split folder (``train/``, ``validation/`` ...)."""
+        if self.captions_file is not None:
+            if not self.captions_file.is_file():
+                raise DataError(f"no such caption file: {self.captions_file} (--captions-file)")
+            return [(self.captions_file, None)]
+        here = _candidates(self.input_dir)
+        if len(here) > 1:
+            names = ", ".join(path.name for path in here)
+            raise DataError(
+                f"{self.input_dir} has several caption files ({names}): choose one with --captions-file"
+            )
+        if here:
+            return [(here[0], None)]
+        found: list[tuple[Path, SplitName | None]] = []
+        for folder in sorted(path for path in self.input_dir.iterdir() if path.is_dir()):
+            split = normalise_split(folder.name)
+            if split is not None:
+                found.extend((path, split) for path in _candidates(folder)[:1])
+        if not found:
+            raise DataError(
+                f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}): "
+                "name it with --captions-file"
+            )
+        return found
+
+    def _find_picture(self, beside: Path, row: _Row) -> Path | None:
+        """Return the row's picture: relative to the input folder or its caption file, or in ``images/``."""
+        for folder in dict.fromkeys((beside, self.input_dir)):
+            for sub in _PICTURE_FOLDERS:
+                try:
+                    path = inside(folder / sub, row.image)
+                except ValueError:
+                    raise DataError(
+                        f"{row.where}: picture path {row.image!r} must stay inside {self.input_dir}"
+                    ) from None
+                if path.is_file():
+                    return path
+        return None
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.input_dir).as_posix()
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+
+
+def _short(where: str) -> str:
+    return Path(where).name
+
+
+def _one_split(rows: list[_Row]) -> SplitName | None:
+    splits: set[SplitName] = {row.split for row in rows if row.split is not None}
+    if len(splits) > 1:
+        raise DataError(
+            f"{rows[-1].where}: {rows[-1].image} is in several splits ({', '.join(sorted(splits))})"
+        )
+    return splits.pop() if splits else None
+
+
+def _image_ids(paths: list[Path], root: Path) -> dict[Path, str]:
+    """Name images by their path under ``root``, without its suffix unless two would then be alike."""
+
+    def relative(path: Path) -> Path:
+        return path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+
+    def stem(path: Path) -> str:
+        return relative(path).with_suffix("").as_posix()
+
+    uses = Counter(map(stem, paths))
+    return {path: stem(path) if uses[stem(path)] == 1 else relative(path).as_posix() for path in paths}
+
+
+def _read_rows(path: Path, folder_split: SplitName | None) -> Iterator[_Row]:
+    records = _read_json_lines(path) if path.suffix.lower() in (".jsonl", ".json") else _read_table(path)
+    for where, record in records:
+        yield _make_row(where, record, folder_split)
+
+
+def _make_row(where: str, record: dict[str, Any], folder_split: SplitName | None) -> _Row:
+    image = _first(record, IMAGE_FIELDS)
+    captions = _first(record, CAPTION_FIELDS)
+    if isinstance(captions, str):
+        captions = [captions]
+    if not isinstance(image, str) or not image.strip():
+        raise DataError(f"{where}: names no picture (one of the fields {', '.join(IMAGE_FIELDS)})")
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise DataError(f"{where}: has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
+    split = folder_split
+    if named := record.get(SPLIT_FIELD):
+        split = normalise_split(str(named))
+        if split is None:
+            raise DataError(f"{where}: unknown split {named!r} (train, val or test)")
+    return _Row(where, image.strip(), captions, split)
+
+
+def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in read_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not a JSON object ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: not a JSON object")
+        yield where, record
+
+
+def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read CSV (a header names the columns) or ``name<TAB>caption`` lines (a header is welcome)."""
+    lines = list(read_lines(path))
+    if not lines:
+        raise DataError(f"{path}: the caption file is empty")
+    first = lines[0][1]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in first else ","
+    if delimiter == "," and ";" in first and "," not in first:
+        delimiter = ";"
+    header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter))]
+    has_header = bool(set(header) & set(IMAGE_FIELDS)) and bool(set(header) & set(CAPTION_FIELDS))
+    if delimiter == "\t" and not has_header:
+        yield from _read_pairs(lines)
+        return
+    if not has_header:
+        raise DataError(
+            f"{lines[0][0]}: the header must name a picture column ({', '.join(IMAGE_FIELDS)}) "
+            f"and a caption column ({', '.join(CAPTION_FIELDS)})"
+        )
+    yield from _read_cells(path, header, delimiter)
+
+
+def _read_pairs(lines: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in lines:
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise DataError(f"{where}: expected name<TAB>caption")
+        yield where, {"image": name, "caption": caption}
+
+
+def _read_cells(path: Path, header: list[str], delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # The whole text, not its lines: a quoted cell may hold line breaks.
+    reader = csv.reader(
+        io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True
+    )
+    try:
+        next(reader)
+        for row in reader:
+            if not row:
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(row) != len(header):
+                raise DataError(
+                    f"{where}: {len(row)} cells where the header has {len(header)}; "
+                    "put captions with commas in double quotes"
+                )
+            yield where, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: damaged CSV ({error})") from None

@@ -1,0 +1,535 @@
+"""From a source to a caption folder: clean, split, decode, set aside, and account for everything.
+
+The work can be stopped at any moment and continued by the same command: a picture is written under another
+name and renamed, a journal remembers the finished ones, and the manifest comes last. The result depends on
+the source and the settings alone, not on the number of processes or on interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_bridge import __version__
+from vlm_bridge.data_pipeline.caption_folder import (
+    FORMAT,
+    FORMAT_VERSION,
+    IMAGES_NAME,
+    MANIFEST_NAME,
+    UNFINISHED_NAME,
+    CaptionFolderWriter,
+    caption_line,
+    fingerprint,
+    read_manifest,
+    write_atomically,
+)
+from vlm_bridge.data_pipeline.captions import CaptionStyle, clean_caption
+from vlm_bridge.data_pipeline.images import decode_image
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.splits import (
+    DUPLICATE_PRIORITY,
+    SPLITS,
+    SplitName,
+    assign_split,
+    check_fractions,
+)
+from vlm_bridge.errors import DataError, ImageError, UsageError
+
+Progress = Callable[[int, int], None]
+"""Called with (pictures done, pictures in all)."""
+
+DEFAULT_IMAGE_SIZE = 640
+"""Longest side in pixels: COCO's, so that the usual datasets are copied byte for byte."""
+
+DEFAULT_NEAR_DUPLICATE_DISTANCE = 4
+"""Differing bits of 64. Re-encoded or slightly resized pictures differ in 0 to 4."""
+
+JPEG_QUALITY = 95
+MAX_LISTED_NEAR_DUPLICATES = 100
+
+_TASKS_A_CHUNK = 16
+_CHUNKS_A_WORKER = 4
+
+
+def transform(
+    source: Source,
+    output_dir: str | Path,
+    *,
+    workers: int = 1,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    image_size: int = DEFAULT_IMAGE_SIZE,
+    caption_style: CaptionStyle | None = None,
+    limit: int | None = None,
+    near_duplicate_distance: int = DEFAULT_NEAR_DUPLICATE_DISTANCE,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``source`` as a caption folder and return its manifest.
+
+    Args:
+        workers: processes; with several, a script needs the usual ``if __name__ == "__main__":`` guard.
+        seed: of the splits, for images whose source decides none.
+        val_fraction, test_fraction: shares of those images, in [0, 1).
+        image_size: longest side in pixels; an upright RGB JPEG that is no larger is copied unchanged.
+        caption_style: see :func:`clean_caption`; None takes the source's usual one.
+        limit: at most this many images a split, the first ones.
+        near_duplicate_distance: report pictures whose 64-bit perceptual hashes differ in no more bits.
+
+    Raises:
+        UsageError: an option is out of range.
+        DataError: the source is malformed or holds nothing usable, or the folder holds something else.
+        KeyboardInterrupt: interrupted; the same call continues.
+    """
+    check_fractions(val_fraction, test_fraction)
+    _check_at_least_one(workers=workers, image_size=image_size, limit=limit)
+    if not 0 <= near_duplicate_distance <= 64:
+        raise UsageError(f"--near-duplicate-distance must be from 0 to 64, not {near_duplicate_distance}")
+    style = caption_style or source.default_caption_style
+    settings = {
+        "val_fraction": val_fraction,
+        "test_fraction": test_fraction,
+        "image_size": image_size,
+        "caption_style": style,
+        "limit": limit,
+        "near_duplicate_distance": near_duplicate_distance,
+    }
+    split_of = partial(assign_split, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
+    planned, rejected = _plan(source.items(), style, split_of, limit)
+    rejected = source.rejected + rejected
+    identity = {"source": source.name, "seed": seed, **settings, "content": _content_digest(planned)}
+
+    writer = CaptionFolderWriter(Path(output_dir))
+    if finished := _claim(writer, identity):
+        return finished
+    outcomes = _prepare_pictures(writer, planned, image_size, source.finds_near_duplicates, workers, progress)
+
+    rejected += [Rejected(p.image_id, o.error) for p in planned if (o := outcomes[p.image_id]).error]
+    usable = [p for p in planned if not outcomes[p.image_id].error]
+    kept, doubles, within_split = _drop_duplicates(usable, outcomes)
+    rejected += doubles
+    if not kept:
+        raise DataError(f"no usable picture in source {source.name} (first reason: {rejected[0].reason})")
+
+    lines = {split: _caption_lines(kept, split) for split in SPLITS}
+    digests = {
+        split: {f"{IMAGES_NAME}/{p.file_name}": outcomes[p.image_id].sha256 for p in kept if p.split == split}
+        for split in SPLITS
+    }
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_with": f"vlm-bridge {__version__}",
+        "source": source.name,
+        "description": source.description,
+        "licence_note": source.licence_note,
+        "counts": {split: {"images": len(digests[split]), "captions": len(lines[split])} for split in SPLITS},
+        "split_rule": source.split_rule
+        or f"hash of (seed, image id), {val_fraction:g} val and {test_fraction:g} test, "
+        "unless the source names a split",
+        "seed": seed,
+        "settings": settings,
+        "content": identity["content"],
+        "duplicates": {
+            "rule": "equal pixels across splits: kept in the first of " + ", ".join(DUPLICATE_PRIORITY),
+            "set_aside": len(doubles),
+            "within_a_split": within_split,
+        },
+        "near_duplicates": _near_duplicates(kept, outcomes, near_duplicate_distance)
+        if source.finds_near_duplicates
+        else None,
+        "rejected": [asdict(item) for item in rejected],
+        "fingerprint": fingerprint(lines, digests),
+    }
+    for split in SPLITS:
+        writer.write_captions(split, lines[split])
+        _remove_strangers(writer.images_dir(split), digests[split])
+    writer.finish(manifest)
+    shutil.rmtree(writer.working_dir, ignore_errors=True)
+    return manifest
+
+
+# --- planning ---
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One image to make: cleaned captions, its split and the name of its file."""
+
+    image_id: str
+    captions: tuple[str, ...]
+    split: SplitName
+    file_name: str
+    item: SourceItem
+
+
+def _plan(
+    items: Iterable[SourceItem],
+    style: CaptionStyle,
+    split_of: Callable[[str], SplitName],
+    limit: int | None,
+) -> tuple[list[_Planned], list[Rejected]]:
+    planned: list[_Planned] = []
+    rejected: list[Rejected] = []
+    counts: Counter[str] = Counter()
+    taken_names: set[str] = set()
+    for item in items:
+        split = item.split or split_of(item.image_id)
+        if limit is not None and counts[split] >= limit:
+            continue
+        cleaned = [clean_caption(caption, style) for caption in item.captions]
+        captions = tuple(filter(None, cleaned))
+        if empty := len(cleaned) - len(captions):
+            rejected.append(Rejected(item.image_id, f"{empty} of {len(cleaned)} captions without words"))
+        if not captions:
+            continue
+        counts[split] += 1
+        planned.append(_Planned(item.image_id, captions, split, _file_name(item.image_id, taken_names), item))
+    repeated = [image_id for image_id, n in Counter(p.image_id for p in planned).items() if n > 1]
+    if repeated:
+        raise DataError(f"the source names image {repeated[0]} more than once")
+    return planned, rejected
+
+
+def _file_name(image_id: str, taken: set[str]) -> str:
+    """Return a portable, unused file name; an id that cannot be one (or only by case) gets part of a hash."""
+    name = re.sub(r"[^\w.-]+", "_", image_id).strip(".")[:60]
+    if name != image_id or name.casefold() in taken:
+        name = f"{name}-{hashlib.sha256(image_id.encode()).hexdigest()[:8]}"
+    taken.add(name.casefold())
+    return f"{name}.jpg"
+
+
+def _content_digest(planned: list[_Planned]) -> str:
+    """Hash what will be made, wherever the source lies: a changed one must not continue an older folder."""
+    digest = hashlib.sha256()
+    for p in planned:
+        digest.update(json.dumps([p.image_id, p.split, p.captions]).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _check_at_least_one(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+# --- continuing ---
+
+
+def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Make the folder ours, or return the manifest if this very transformation is already finished.
+
+    Raises:
+        DataError: the folder holds something else, or another transformation.
+    """
+    root = writer.root
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root} is a file: choose another --output-dir")
+    state = writer.working_dir / "settings.json"
+    if (root / MANIFEST_NAME).is_file():
+        manifest = read_manifest(root)
+        earlier = {key: manifest.get(key) for key in ("source", "seed", "content")} | manifest.get(
+            "settings", {}
+        )
+        _refuse_other(root, "finished", earlier, identity)
+        shutil.rmtree(writer.working_dir, ignore_errors=True)
+        return manifest
+    if state.is_file():
+        _refuse_other(root, "begun", json.loads(state.read_bytes()), identity)
+    elif root.is_dir() and any(path.name != UNFINISHED_NAME for path in root.iterdir()):
+        raise DataError(f"{root} is not empty and no caption folder: choose another --output-dir")
+    writer.prepare()
+    write_atomically(state, json.dumps(identity).encode())
+    return None
+
+
+def _refuse_other(root: Path, stage: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in now if earlier.get(key) != now[key]]
+    # Another seed or limit changes the content as well: name the cause, not its consequence.
+    changed = [key for key in changed if key != "content"] or changed
+    if changed:
+        what = ", ".join(
+            "the captions or images of the source differ"
+            if key == "content"
+            else f"{key} was {earlier.get(key)}"
+            for key in changed
+        )
+        raise DataError(
+            f"{root} was {stage} with other settings ({what}): "
+            "choose another --output-dir or delete that folder"
+        )
+
+
+class _Journal:
+    """Remembers finished pictures, a line each; a line cut off by an interruption is ignored."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def read(self) -> dict[str, _Outcome]:
+        outcomes = {}
+        if self._path.is_file():
+            for line in self._path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, TypeError):
+                    outcome = _Outcome(**json.loads(line))
+                    outcomes[outcome.image_id] = outcome
+        return outcomes
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Callable[[_Outcome], None]]:
+        with self._path.open("ab", buffering=0) as file:
+
+            def remember(outcome: _Outcome) -> None:
+                # The newline goes first: it also ends a line that was cut off.
+                file.write(b"\n" + json.dumps(asdict(outcome)).encode())
+
+            yield remember
+
+
+# --- pictures ---
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One picture to make; all that a process needs to know."""
+
+    image_id: str
+    path: Path | None
+    draw: Callable[[], Image.Image] | None
+    target: Path
+    temporary: Path
+    image_size: int
+    hash_looks: bool
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a picture: hashes of its pixels, its looks (hexadecimal) and its file; or an error."""
+
+    image_id: str
+    pixels: str = ""
+    looks: str = ""
+    sha256: str = ""
+    bytes: int = 0
+    error: str = ""
+
+
+def _prepare_pictures(
+    writer: CaptionFolderWriter,
+    planned: list[_Planned],
+    image_size: int,
+    hash_looks: bool,
+    workers: int,
+    progress: Progress | None,
+) -> dict[str, _Outcome]:
+    """Make every picture that is not there yet; outcomes by image id."""
+    journal = _Journal(writer.working_dir / "journal.jsonl")
+    remembered = journal.read()
+    outcomes: dict[str, _Outcome] = {}
+    tasks: list[_Task] = []
+    for p in planned:
+        target = writer.images_dir(p.split) / p.file_name
+        earlier = remembered.get(p.image_id)
+        if earlier is not None and target.is_file() and target.stat().st_size == earlier.bytes:
+            outcomes[p.image_id] = earlier
+        else:
+            temporary = writer.working_dir / f"{p.split}-{p.file_name}"
+            tasks.append(
+                _Task(p.image_id, p.item.path, p.item.draw, target, temporary, image_size, hash_looks)
+            )
+    report = progress or (lambda done, total: None)
+    report(len(outcomes), len(planned))
+    with journal.writing() as remember, contextlib.closing(_run(tasks, workers)) as finished:
+        for outcome in finished:
+            outcomes[outcome.image_id] = outcome
+            # A picture that failed is tried again next time: its file may have been mended.
+            if not outcome.error:
+                remember(outcome)
+            report(len(outcomes), len(planned))
+    return outcomes
+
+
+def _run(tasks: list[_Task], workers: int) -> Generator[_Outcome]:
+    """Yield outcomes as they come, from this process or several."""
+    # Starting a process costs as much as many small pictures.
+    if workers == 1 or len(tasks) < 2 * _TASKS_A_CHUNK:
+        yield from map(_make_picture, tasks)
+        return
+    remaining = iter(tasks)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent
+    )
+    try:
+        pending: set[Future[list[_Outcome]]] = set()
+        while True:
+            # Bounded, so that a million tasks do not pile up in the queue.
+            while len(pending) < workers * _CHUNKS_A_WORKER and (
+                chunk := list(islice(remaining, _TASKS_A_CHUNK))
+            ):
+                pending.add(pool.submit(_make_pictures, chunk))
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield from future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process was killed (out of memory?): the same command with fewer --workers continues"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _make_pictures(tasks: Iterable[_Task]) -> list[_Outcome]:
+    return [_make_picture(task) for task in tasks]
+
+
+def _make_picture(task: _Task) -> _Outcome:
+    """Decode or draw one picture and put it where it belongs."""
+    try:
+        image, unchanged = _load(task)
+    except ImageError as error:
+        return _Outcome(task.image_id, error=error.reason)
+    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    looks = _perceptual_hash(image) if task.hash_looks else ""
+    content = unchanged if unchanged is not None else _encode(image, task.image_size)
+    task.temporary.write_bytes(content)
+    task.temporary.replace(task.target)
+    return _Outcome(task.image_id, pixels, looks, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def _load(task: _Task) -> tuple[Image.Image, bytes | None]:
+    """Return the picture, and its file's bytes where these can be used unchanged."""
+    if task.draw is not None:
+        return task.draw(), None
+    assert task.path is not None
+    decoded = decode_image(task.path)
+    keep = decoded.is_plain_jpeg and max(decoded.image.size) <= task.image_size
+    return decoded.image, task.path.read_bytes() if keep else None
+
+
+def _encode(image: Image.Image, image_size: int) -> bytes:
+    image.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # Full colour resolution (4:4:4): JPEG's usual halving blurs the edges of saturated colours.
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def _perceptual_hash(image: Image.Image) -> str:
+    """Return the 64-bit DCT hash of a picture as 16 hexadecimal digits."""
+    import imagehash
+
+    return str(imagehash.phash(image))
+
+
+# --- duplicates ---
+
+
+def _drop_duplicates(
+    usable: list[_Planned], outcomes: dict[str, _Outcome]
+) -> tuple[list[_Planned], list[Rejected], int]:
+    """Keep equal pictures in one split only: (kept, set aside, number of copies left within a split)."""
+    home: dict[str, _Planned] = {}
+    for p in sorted(usable, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
+        home.setdefault(outcomes[p.image_id].pixels, p)
+    kept: list[_Planned] = []
+    doubles: list[Rejected] = []
+    for p in usable:
+        first = home[outcomes[p.image_id].pixels]
+        if first.split == p.split:
+            kept.append(p)
+        else:
+            doubles.append(
+                Rejected(p.image_id, f"{p.split}: same picture as {first.image_id} in {first.split}")
+            )
+    return kept, doubles, len(kept) - len(home)
+
+
+def _near_duplicates(kept: list[_Planned], outcomes: dict[str, _Outcome], distance: int) -> dict[str, Any]:
+    """Report pairs of pictures that look alike; those across splits first, then the most alike."""
+    hashes = np.array([int(outcomes[p.image_id].looks, 16) for p in kept], dtype=np.uint64)
+    pairs = near_pairs(hashes, distance)
+    splits = np.array([SPLITS.index(p.split) for p in kept])
+    first, second, bits = pairs
+    across = splits[first] != splits[second]
+    order = np.lexsort((second, first, bits, ~across))[:MAX_LISTED_NEAR_DUPLICATES]
+    return {
+        "measure": "64-bit perceptual hash (DCT), differing bits",
+        "distance": distance,
+        "pairs": len(first),
+        "pairs_across_splits": int(across.sum()),
+        "listed": [
+            {
+                "images": [f"{kept[i].split}/{kept[i].image_id}", f"{kept[j].split}/{kept[j].image_id}"],
+                "distance": int(bits[n]),
+            }
+            for n in order
+            for i, j in [(first[n], second[n])]
+        ],
+    }
+
+
+def near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (i, j, differing bits) of all i < j of ``hashes`` (uint64, [n]) at most ``distance`` bits apart.
+
+    Compares block by block in numpy: 50,000 hashes take seconds and a few megabytes.
+    """
+    block = 2048
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for top in range(0, len(hashes), block):
+        rows = hashes[top : top + block]
+        for left in range(top, len(hashes), block):
+            bits = np.bitwise_count(rows[:, None] ^ hashes[None, left : left + block])
+            i, j = np.nonzero(bits <= distance)
+            above_diagonal = i + top < j + left
+            i, j = i[above_diagonal], j[above_diagonal]
+            found.append((i + top, j + left, bits[i, j]))
+    if not found:
+        empty = np.zeros(0, dtype=np.int64)
+        return empty, empty, empty
+    first, second, bits = (np.concatenate(column) for column in zip(*found, strict=True))
+    return first, second, bits
+
+
+# --- writing ---
+
+
+def _caption_lines(kept: list[_Planned], split: SplitName) -> list[str]:
+    return [
+        caption_line(p.file_name, caption, p.image_id)
+        for p in kept
+        if p.split == split
+        for caption in p.captions
+    ]
+
+
+def _remove_strangers(folder: Path, wanted: Iterable[str]) -> None:
+    """Remove pictures that were made but set aside as duplicates."""
+    names = {Path(path).name for path in wanted}
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
