@@ -1,0 +1,111 @@
+"""Statistics of captioned pictures, before (a source) or after (a caption folder) they are transformed."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.images import image_size, open_image
+from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem
+from vlm_bridge.data_pipeline.splits import SPLITS
+from vlm_bridge.errors import ImageError
+
+UNDECIDED = "undecided"
+"""Split of images whose source leaves it to ``transform``."""
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_MOST_COMMON = 20
+
+
+def folder_items(folder: CaptionFolder) -> list[SourceItem]:
+    """Return the images of a caption folder, all splits, as if it were a source."""
+    return [
+        SourceItem(image.original_id, list(image.captions), split, path=image.path)
+        for split in SPLITS
+        if split in folder.splits
+        for image in folder.split(split)
+    ]
+
+
+def describe_items(
+    items: Sequence[SourceItem], progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Return counts, caption lengths, vocabulary and picture sizes (pixels, from the headers) as plain data.
+
+    A distribution is ``{"min", "median", "p95", "max"}``, or None of nothing; ``unreadable`` lists pictures whose
+    header cannot be read. Drawn pictures have no size before they are drawn.
+    """
+    words_of = [[_words(caption) for caption in item.captions] for item in items]
+    vocabulary = Counter(word for captions in words_of for words in captions for word in words)
+    sizes, unreadable = _picture_sizes(items, progress)
+    splits = Counter(item.split or UNDECIDED for item in items)
+    return {
+        "images": len(items),
+        "captions": sum(len(item.captions) for item in items),
+        "images_per_split": {split: splits[split] for split in (*SPLITS, UNDECIDED) if splits[split]},
+        "captions_per_image": distribution(len(item.captions) for item in items),
+        "words_per_caption": distribution(len(words) for captions in words_of for words in captions),
+        "vocabulary": {
+            "words": len(vocabulary),
+            "seen_once": sum(count == 1 for count in vocabulary.values()),
+            "most_common": vocabulary.most_common(_MOST_COMMON),
+        },
+        "picture_width": distribution(width for width, _ in sizes),
+        "picture_height": distribution(height for _, height in sizes),
+        "unreadable": [{"id": item.id, "reason": item.reason} for item in unreadable],
+    }
+
+
+def distribution(values: Iterable[int]) -> dict[str, float] | None:
+    """Return minimum, median, 95th percentile and maximum; None of nothing."""
+    array = np.fromiter(values, dtype=np.int64)
+    if not array.size:
+        return None
+    low, median, p95, high = np.percentile(array, [0, 50, 95, 100]).tolist()
+    return {"min": low, "median": median, "p95": p95, "max": high}
+
+
+def sample_items(items: Sequence[SourceItem], count: int, seed: int = 0) -> list[SourceItem]:
+    """Return up to ``count`` items at random, in their own order."""
+    chosen = random.Random(seed).sample(range(len(items)), min(count, len(items)))
+    return [items[index] for index in sorted(chosen)]
+
+
+def find_broken(
+    items: Sequence[SourceItem], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Rejected]:
+    """Decode the picture of every item in full and return those that fail."""
+    broken: list[Rejected] = []
+    for done, item in enumerate(items, start=1):
+        try:
+            if item.path is not None:
+                open_image(item.path)
+        except ImageError as error:
+            broken.append(Rejected(item.image_id, error.reason))
+        progress(done, len(items))
+    return broken
+
+
+def _words(caption: str) -> list[str]:
+    return _WORD.findall(caption.lower())
+
+
+def _picture_sizes(
+    items: Sequence[SourceItem], progress: Callable[[int, int], None]
+) -> tuple[list[tuple[int, int]], list[Rejected]]:
+    sizes: list[tuple[int, int]] = []
+    unreadable: list[Rejected] = []
+    files = [(item.image_id, item.path) for item in items if item.path is not None]
+    for done, (image_id, path) in enumerate(files, start=1):
+        try:
+            sizes.append(image_size(path))
+        except ImageError as error:
+            unreadable.append(Rejected(image_id, error.reason))
+        progress(done, len(files))
+    return sizes, unreadable
