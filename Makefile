@@ -42,9 +42,9 @@ quickstart: install ## Install, then train, evaluate and caption on this machine
 	$(BIN)/vlm-bridge quickstart
 
 .PHONY: test
-test: install ## Install, then check style and run every test
-	$(BIN)/ruff check
+test: install ## Install, then run every test and the linter
 	$(BIN)/python -m pytest
+	@$(BIN)/ruff check --quiet
 
 .PHONY: lint
 lint: install ## Check formatting, lint and types
