@@ -177,6 +177,15 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     return recipe_from_dict(data, where=str(path) if path else "the command line")
 
 
+def shipped_recipe(name: str) -> Path:
+    """Path of a recipe that ships: in the installed package, or in ``config/`` of a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "config", package.parents[1] / "config"):
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    raise ConfigurationError(f"no recipe named {name!r} ships with vlm-bridge")
+
+
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe with ``dotted.key=value`` overrides applied. Raises ConfigurationError as `load_recipe` does."""
     data = recipe.to_dict()

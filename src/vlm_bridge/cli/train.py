@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
@@ -15,7 +17,7 @@ def train(
     """Train the bridge of a recipe. `--resume` alone continues with the checkpoint's own recipe."""
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe, override_recipe
-    from vlm_bridge.training_strategy.trainer import Interrupted, resumed_recipe
+    from vlm_bridge.training_strategy.trainer import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training
 
     quiet_transformers()
@@ -23,15 +25,24 @@ def train(
         recipe = override_recipe(resumed_recipe(resume), overrides or ())
     else:
         recipe = load_recipe(config, overrides or ())
-    try:
+    with exit_when_interrupted():
         result = run_training(
             recipe, resume=resume or recipe.resume_from_checkpoint, say=lambda line: print(line, flush=True)
         )
-    except Interrupted as interruption:
-        typer.echo(f"{interruption}; continue with --resume {interruption.saved_to}", err=True)
-        raise typer.Exit(interruption.exit_code) from None
     typer.echo(
         f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}; "
         f"checkpoints in {result.checkpoint_dir}"
     )
     typer.echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
+
+
+@contextmanager
+def exit_when_interrupted() -> Iterator[None]:
+    """Turn an interruption that was saved into one line and the signal's exit code."""
+    from vlm_bridge.training_strategy.trainer import Interrupted
+
+    try:
+        yield
+    except Interrupted as interruption:
+        typer.echo(f"{interruption}; continue with --resume {interruption.saved_to}", err=True)
+        raise typer.Exit(interruption.exit_code) from None

@@ -141,9 +141,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         soft_bph = bridge.soft_tokens(image_state)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             soft_bph = None
+        if soft_bph is not None:
+            soft_bph = torch.cat((self._first_token(soft_bph), soft_bph.to(text_bth.dtype)), dim=1)
         num_soft = 0 if soft_bph is None else soft_bph.shape[1]
         body_dtype = next(self.language_model.parameters()).dtype
-        inputs = text_bth if soft_bph is None else torch.cat((soft_bph.to(text_bth.dtype), text_bth), dim=1)
+        inputs = text_bth if soft_bph is None else torch.cat((soft_bph, text_bth), dim=1)
         mask = positions = None
         if segments is not None:
             mask = causal_block_mask(segments, num_soft, body_dtype)
@@ -152,6 +154,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             inputs.to(body_dtype), mask, positions, past_key_values=past_key_values, use_cache=use_cache
         )
         return states[:, num_soft:]
+
+    def _first_token(self, soft_bph: torch.Tensor) -> torch.Tensor:
+        """The start token's embedding [B, 1, H], which goes before the soft tokens.
+
+        Language models park idle attention on the first position (Xiao et al. 2024, "attention sinks"): a frozen
+        one must find the token there that it was trained with, not an image.
+        """
+        start = torch.full((len(soft_bph), 1), self.language_model.start_id, device=soft_bph.device)
+        return self.language_model.embed(start)
 
     def forward(
         self,
