@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-# Both are written out, since importing the sources would slow down --help; a test holds them to the originals.
+# Both are written out, since importing the originals would slow down --help; a test compares them.
 class SourceName(StrEnum):
     """Names in ``data_pipeline.sources.SOURCES``."""
 

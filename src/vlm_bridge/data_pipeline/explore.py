@@ -38,8 +38,8 @@ def describe_items(
 ) -> dict[str, Any]:
     """Return counts, caption lengths, vocabulary and picture sizes (pixels, from the headers) as plain data.
 
-    A distribution is ``{"min", "median", "p95", "max"}``, or None of nothing; ``unreadable`` lists pictures whose
-    header cannot be read. Drawn pictures have no size before they are drawn.
+    A distribution is ``{"min", "median", "p95", "max"}``, or None of nothing; ``unreadable`` lists pictures
+    whose header cannot be read. Drawn pictures have no size before they are drawn.
     """
     words_of = [[_words(caption) for caption in item.captions] for item in items]
     vocabulary = Counter(word for captions in words_of for words in captions for word in words)

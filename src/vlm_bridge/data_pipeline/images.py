@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ MAX_PIXELS = 100_000_000
 """A larger picture (300 MB as RGB) is refused from its header, before anything is decoded."""
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+# MAX_PIXELS is checked as soon as the header is read: Pillow's warning, below it, only adds noise. Appended,
+# so that a filter which the program set itself comes first.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 _EXIF_ORIENTATION = 0x0112
 _GLOB_CHARACTERS = frozenset("*?[")

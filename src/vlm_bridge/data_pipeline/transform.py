@@ -385,7 +385,9 @@ def _run(tasks: list[_Task], workers: int) -> Generator[_Outcome]:
             while len(pending) < workers * _CHUNKS_A_WORKER and (
                 chunk := list(islice(remaining, _TASKS_A_CHUNK))
             ):
-                pending.add(pool.submit(_make_pictures, chunk))
+                # Submitting starts the processes: they inherit the hold, so Ctrl-C reaches this one alone.
+                with _holding_interrupts():
+                    pending.add(pool.submit(_make_pictures, chunk))
             if not pending:
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -397,6 +399,19 @@ def _run(tasks: list[_Task], workers: int) -> Generator[_Outcome]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _holding_interrupts() -> Iterator[None]:
+    """Deliver Ctrl-C after the block instead of within it (where the platform can)."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _leave_interrupts_to_parent() -> None:

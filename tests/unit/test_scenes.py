@@ -1,0 +1,180 @@
+"""Drawn scenes: what is drawn, what is said, and how it is read back."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from vlm_bridge.data_pipeline.sources.scenes import (
+    ALL_PAIRS,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    PICTURE_SIZE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TRAINING_PAIRS,
+    Kind,
+    SceneFacts,
+    Scenes,
+    SceneVerdict,
+    describe,
+    judge_caption,
+    make_scene,
+    parse_caption,
+)
+
+SCENES = [make_scene(0, "train", index) for index in range(300)]
+
+
+def all_facts() -> list[SceneFacts]:
+    equal = [
+        SceneFacts((kind,), count, size) for kind in ALL_PAIRS for count in (1, 2, 3, 4) for size in SIZES
+    ]
+    pairs = list(combinations(ALL_PAIRS, 2))[::7]
+    return equal + [SceneFacts(pair, 2, relation=relation) for pair in pairs for relation in RELATIONS]
+
+
+def test_every_caption_of_every_scene_states_its_facts() -> None:
+    for facts in all_facts():
+        captions = describe(facts)
+        assert parse_caption(captions[0]) == facts
+        for caption in captions:
+            said = parse_caption(caption)
+            assert said is not None
+            assert set(said.kinds) == set(facts.kinds)
+            assert (said.count, said.size) == (facts.count, facts.size)
+            assert said.canonical_relation() == facts.canonical_relation()
+
+
+def test_captions_read_like_english() -> None:
+    assert describe(SceneFacts((Kind("red", "circle"),), 1, "large"))[0] == "A large red circle."
+    assert describe(SceneFacts((Kind("blue", "cross"),), 3, "small"))[0] == "Three small blue crosses."
+    relation = SceneFacts((Kind("green", "star"), Kind("orange", "heart")), 2, relation="above")
+    assert describe(relation) == [
+        "A green star above an orange heart.",
+        "An orange heart below a green star.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["three small blue squares", "There are 3 small blue squares!", "  THREE SMALL BLUE SQUARES . "],
+)
+def test_parsing_is_tolerant(text: str) -> None:
+    assert parse_caption(text) == SceneFacts((Kind("blue", "square"),), 3, "small")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A dog.",
+        "A large red.",
+        "Blue squares.",
+        "A red circle above.",
+        "A red circle above a blue star above a red heart.",
+    ],
+)
+def test_what_is_outside_the_grammar_is_refused(text: str) -> None:
+    assert parse_caption(text) is None
+
+
+def test_held_out_pairs_leave_every_colour_and_shape_to_training() -> None:
+    assert len(HELD_OUT_PAIRS) == len(COLOURS)
+    for colour in COLOURS:
+        assert sum(kind.colour == colour for kind in TRAINING_PAIRS) == len(SHAPES) - 1
+    for shape in SHAPES:
+        assert sum(kind.shape == shape for kind in TRAINING_PAIRS) >= len(COLOURS) - 2
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_only_the_test_split_shows_held_out_pairs(split: str) -> None:
+    shown = {item.kind for index in range(200) for item in make_scene(3, split, index).objects}
+    assert shown == (HELD_OUT_PAIRS if split == "test" else TRAINING_PAIRS)
+
+
+def test_objects_are_what_the_caption_says() -> None:
+    for scene in SCENES:
+        assert len(scene.objects) == scene.facts.count
+        assert {item.kind for item in scene.objects} == set(scene.facts.kinds)
+        if scene.facts.relation is None:
+            continue
+        (x1, y1), (x2, y2) = (item.centre for item in scene.objects)
+        across, down = x2 - x1, y2 - y1
+        expected = {"above": down, "below": -down, "to the left of": across, "to the right of": -across}
+        assert expected[scene.facts.relation] > 80
+        # No other relation could be meant.
+        assert sorted((abs(across), abs(down)))[0] < 30
+
+
+def test_small_and_large_never_meet() -> None:
+    diameters = {
+        size: [i.diameter for s in SCENES for i in s.objects if s.facts.size == size] for size in SIZES
+    }
+    assert max(diameters["small"]) * 1.4 < min(diameters["large"])
+
+
+def test_objects_stay_inside_and_apart() -> None:
+    for scene in SCENES:
+        for item in scene.objects:
+            for coordinate in item.centre:
+                assert item.diameter / 2 < coordinate < PICTURE_SIZE - item.diameter / 2
+        for first, second in combinations(scene.objects, 2):
+            distance = max(abs(a - b) for a, b in zip(first.centre, second.centre, strict=True))
+            assert distance > (first.diameter + second.diameter) / 2
+
+
+def test_objects_stand_out_from_the_background() -> None:
+    for scene in SCENES[:60]:
+        pixels = np.asarray(scene.draw(), dtype=int)
+        assert pixels.shape == (PICTURE_SIZE, PICTURE_SIZE, 3)
+        for item in scene.objects:
+            x, y = (round(coordinate) for coordinate in item.centre)
+            assert tuple(pixels[y, x]) == item.colour
+            assert max(abs(a - b) for a, b in zip(item.colour, scene.background, strict=True)) > 60
+
+
+def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
+    item = Scenes(3, 0, 0, seed=5).items()[2]
+    assert item.draw is not None
+    travelled = pickle.loads(pickle.dumps(item))
+    assert travelled.draw().tobytes() == item.draw().tobytes() == make_scene(5, "train", 2).draw().tobytes()
+    assert make_scene(6, "train", 2) != make_scene(5, "train", 2) != make_scene(5, "val", 2)
+
+
+REFERENCE = "A green star above a red heart."
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "verdict"),
+    [
+        ("A green star above a red heart.", SceneVerdict(True, True, True, True, None, True)),
+        ("a red heart below a green star", SceneVerdict(True, True, True, True, None, True)),
+        ("A red heart above a green star.", SceneVerdict(True, True, True, True, None, False)),
+        ("A red star above a green heart.", SceneVerdict(False, True, True, True, None, False)),
+        ("A green star above a red circle.", SceneVerdict(False, True, False, True, None, False)),
+        ("A green star.", SceneVerdict(False, False, False, False, None, False)),
+        ("A dog on grass.", SceneVerdict(False, False, False, False, None, False)),
+    ],
+)
+def test_judging_relations(hypothesis: str, verdict: SceneVerdict) -> None:
+    assert judge_caption(hypothesis, REFERENCE) == verdict
+
+
+def test_judging_counts_and_sizes() -> None:
+    reference = "Three small blue squares."
+    assert judge_caption("There are three small blue squares.", reference) == SceneVerdict(
+        True, True, True, True, True, None
+    )
+    assert judge_caption("Two large blue squares.", reference) == SceneVerdict(
+        True, True, True, False, False, None
+    )
+
+
+def test_a_reference_outside_the_grammar_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not a scene caption"):
+        judge_caption("A red circle.", "A dog.")

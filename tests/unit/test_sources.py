@@ -1,0 +1,197 @@
+"""Datasets in their own layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm_bridge.cli.data import CaptionStyleName, SourceName
+from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
+from vlm_bridge.data_pipeline.sources import SOURCES, SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
+from vlm_bridge.data_pipeline.sources.local import LocalFolder
+from vlm_bridge.errors import DataError, UsageError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with three pictures (sources look at names only)."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jpg", "b.png", "sub/c.jpg"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def captions_by_id(folder: Path, captions_file: Path | None = None) -> dict[str, list[str]]:
+    return {item.image_id: item.captions for item in LocalFolder(folder, captions_file).items()}
+
+
+EXPECTED = {"a": ["A dog.", 'A "wet", happy dog.'], "sub/c": ["A cat."]}
+CAPTION_FILES = {
+    "captions.csv": 'image,caption\na.jpg,A dog.\na.jpg,"A ""wet"", happy dog."\nsub/c.jpg,A cat.\n',
+    "captions.tsv": 'a.jpg\tA dog.\na.jpg\tA "wet", happy dog.\nsub/c.jpg\tA cat.\n',
+    "captions.txt": '\ufeffimage,caption\r\na.jpg,A dog.\r\na.jpg,"A ""wet"", happy dog."\r\n'
+    "sub/c.jpg,A cat.\r\n",
+    "captions.jsonl": '{"image": "a.jpg", "captions": ["A dog.", "A \\"wet\\", happy dog."]}\n'
+    '\n{"image": "sub/c.jpg", "caption": "A cat."}\n',
+    "metadata.jsonl": '{"file_name": "a.jpg", "text": "A dog."}\n'
+    '{"file_name": "a.jpg", "text": "A \\"wet\\", happy dog."}\n'
+    '{"file_name": "sub/c.jpg", "text": "A cat."}\n',
+    "metadata.csv": 'file_name;text\na.jpg;A dog.\na.jpg;"A ""wet"", happy dog."\nsub/c.jpg;A cat.\n',
+}
+
+
+@pytest.mark.parametrize("name", CAPTION_FILES)
+def test_caption_files_are_found_and_say_the_same(pictures: Path, name: str) -> None:
+    (pictures / name).write_bytes(CAPTION_FILES[name].encode())
+    source = LocalFolder(pictures)
+    assert {item.image_id: item.captions for item in source.items()} == EXPECTED
+    assert [(r.id, r.reason) for r in source.rejected] == [("b.png", "it has no caption")]
+
+
+def test_a_quoted_caption_may_hold_a_line_break(pictures: Path) -> None:
+    (pictures / "captions.csv").write_text('image,caption\na.jpg,"A\ndog."\nb.png,A cat.\n')
+    assert captions_by_id(pictures) == {"a": ["A\ndog."], "b": ["A cat."]}
+
+
+def test_pictures_may_lie_in_an_images_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").touch()
+    (tmp_path / "captions.tsv").write_text("a.jpg\tA dog.\n")
+    assert captions_by_id(tmp_path) == {"images/a": ["A dog."]}
+
+
+def test_a_caption_file_elsewhere(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.tsv"
+    elsewhere.write_text("a.jpg\tA dog.\n")
+    assert captions_by_id(pictures, elsewhere) == {"a": ["A dog."]}
+
+
+def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "captions.tsv").write_text("a.jpg\tOne.\na.png\tTwo.\nb.jpg\tThree.\n")
+    assert list(captions_by_id(tmp_path)) == ["a.jpg", "a.png", "b"]
+
+
+def test_splits_from_a_column_and_from_folders(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "train/c.jpg", "validation/d.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name, line in (("train", "c.jpg"), ("validation", "d.jpg")):
+        record = json.dumps({"file_name": line, "text": "x"})
+        (tmp_path / name / "metadata.jsonl").write_text(record)
+    assert [(i.image_id, i.split) for i in LocalFolder(tmp_path).items()] == [
+        ("train/c", "train"),
+        ("validation/d", "val"),
+    ]
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,x,dev\nb.jpg,y,\n")
+    assert [item.split for item in LocalFolder(tmp_path).items()] == ["val", None]
+
+
+def test_captions_of_missing_pictures_are_set_aside(pictures: Path) -> None:
+    (pictures / "captions.tsv").write_text("a.jpg\tA dog.\nlost.jpg\tA cat.\n")
+    source = LocalFolder(pictures)
+    assert len(source.items()) == 1
+    assert source.rejected[0].id == "lost.jpg" and "captions.tsv:2" in source.rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("captions.csv", b"image,caption\na.jpg,caf\xe9\n", r"captions.csv:2: not UTF-8"),
+        ("captions.jsonl", b'{"image": "a.jpg", "caption": "caf\xe9"}\n', r"captions.jsonl:1: not UTF-8"),
+        ("captions.tsv", b"a.jpg\tA dog.\n/etc/passwd\tA cat.\n", r"captions.tsv:2: picture path .* inside"),
+        ("captions.tsv", b"../a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
+        ("captions.tsv", b"sub\\..\\..\\a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
+        ("captions.tsv", b"C:\\a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
+        ("captions.tsv", b"a.jpg\tA dog.\nb.png A cat.\n", r"captions.tsv:2: expected name<TAB>caption"),
+        ("captions.csv", b"a.jpg,A dog.\n", r"captions.csv:1: the header must name"),
+        ("captions.csv", b"image,caption\na.jpg,A dog, wet.\n", r"captions.csv:2: 3 cells"),
+        ("captions.csv", b'image,caption\na.jpg,"A dog\n', r"captions.csv:2: damaged CSV"),
+        ("captions.csv", b"image,caption,split\na.jpg,A dog.,fold1\n", r"captions.csv:2: unknown split"),
+        ("captions.csv", b"image,caption,split\na.jpg,x,train\na.jpg,y,test\n", r"csv:3: .* several splits"),
+        ("captions.jsonl", b'{"image": "a.jpg"}\n', r"captions.jsonl:1: has no caption"),
+        ("captions.jsonl", b'{"caption": "A dog."}\n', r"captions.jsonl:1: names no picture"),
+        ("captions.jsonl", b"[1]\n", r"captions.jsonl:1: not a JSON object"),
+        ("captions.jsonl", b"{'a': 1}\n", r"captions.jsonl:1: not a JSON object"),
+        ("captions.csv", b"", r"empty"),
+        ("captions.tsv", b"lost.jpg\tA dog.\n", r"none of the 1 pictures"),
+    ],
+)  # fmt: skip
+def test_malformed_caption_files_name_file_and_line(
+    pictures: Path, name: str, content: bytes, message: str
+) -> None:
+    (pictures / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        LocalFolder(pictures).items()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_caption_file_or_several(pictures: Path) -> None:
+    with pytest.raises(DataError, match="no caption file"):
+        LocalFolder(pictures).items()
+    for name in ("captions.csv", "captions.tsv"):
+        (pictures / name).touch()
+    with pytest.raises(DataError, match="several caption files"):
+        LocalFolder(pictures).items()
+
+
+@pytest.fixture
+def flickr(tmp_path: Path) -> Path:
+    (tmp_path / "Images").mkdir()
+    for name in ("1.jpg", "2.jpg", "3.jpg", "4.jpg"):
+        (tmp_path / "Images" / name).touch()
+    captions = [f"{image}.jpg#{n}\tcaption {n} of {image} ." for image in (1, 2, 3, 5) for n in (0, 1)]
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join(captions) + "\n")
+    (tmp_path / "Flickr_8k.trainImages.txt").write_text("2.jpg\n4.jpg\n6.jpg\n")
+    (tmp_path / "Flickr_8k.devImages.txt").write_text("1.jpg\n")
+    return tmp_path
+
+
+def test_flickr8k_follows_the_official_lists(flickr: Path) -> None:
+    source = Flickr8k(flickr)
+    assert [(item.image_id, item.split) for item in source.items()] == [("2", "train"), ("1", "val")]
+    assert source.items()[0].captions == ["caption 0 of 2 .", "caption 1 of 2 ."]
+    reasons = {item.id: item.reason for item in source.rejected}
+    assert reasons.keys() == {"3", "4", "5", "6"}
+    assert "no split list" in reasons["3"] and "no caption" in reasons["4"]
+    assert "missing picture" in reasons["5"] and "its picture is missing" in reasons["6"]
+
+
+def test_flickr8k_refuses_what_it_cannot_trust(flickr: Path) -> None:
+    token = flickr / "Flickr8k.token.txt"
+    whole = token.read_bytes()
+    for line, message in (
+        (b"../1.jpg#0\tx\n", r"token.txt:1: picture path"),
+        (b"1.jpg#0 x\n", r"token.txt:1: expected"),
+        (b"1.jpg#0\t\xff\n", r"token.txt:1: not UTF-8"),
+    ):
+        token.write_bytes(line + whole)
+        with pytest.raises(DataError, match=message):
+            Flickr8k(flickr).items()
+    token.unlink()
+    with pytest.raises(DataError, match="is not Flickr8k"):
+        Flickr8k(flickr).items()
+
+
+def test_an_image_in_two_lists_is_refused(flickr: Path) -> None:
+    (flickr / "Flickr_8k.testImages.txt").write_text("2.jpg\n")
+    with pytest.raises(DataError, match=r"testImages.txt:1: 2.jpg is listed twice \(also in train\)"):
+        Flickr8k(flickr).items()
+
+
+def test_sources_by_name(tmp_path: Path) -> None:
+    assert set(SOURCES) == {name.value for name in SourceName}
+    assert set(CAPTION_STYLES) == {name.value for name in CaptionStyleName}
+    assert (
+        make_source("scenes", SourceOptions(num_train=1, num_val=2, num_test=3)).items()[-1].split == "test"
+    )
+    with pytest.raises(UsageError, match="unknown source"):
+        make_source("flickr9k", SourceOptions())
+    with pytest.raises(UsageError, match="--input-dir"):
+        make_source("local", SourceOptions())
+    with pytest.raises(DataError, match="no such folder"):
+        make_source("local", SourceOptions(input_dir=tmp_path / "missing"))

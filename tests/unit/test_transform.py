@@ -1,0 +1,272 @@
+"""Transforming: the result depends on source and settings alone, and accounts for everything."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_bridge.data_pipeline import transform as module
+from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, UNFINISHED_NAME, CaptionFolder
+from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.sources.local import LocalFolder
+from vlm_bridge.data_pipeline.sources.scenes import Scenes
+from vlm_bridge.data_pipeline.transform import near_pairs, transform
+from vlm_bridge.errors import DataError, UsageError
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every file below ``root`` with its content's hash."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """A smooth random picture: it survives JPEG and scaling, unlike noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Forty pictures with a caption each, in a folder of its own."""
+    root = tmp_path / "dataset"
+    root.mkdir()
+    for index in range(40):
+        picture(index).save(root / f"{index}.jpg", quality=95)
+    write_captions(root, {f"{index}.jpg": f"caption {index}" for index in range(40)})
+    return root
+
+
+def write_captions(root: Path, captions: dict[str, str], split: dict[str, str] | None = None) -> None:
+    rows = [f"{name},{caption},{(split or {}).get(name, '')}" for name, caption in captions.items()]
+    (root / "captions.csv").write_text("image,caption,split\n" + "\n".join(rows) + "\n")
+
+
+def test_the_number_of_processes_does_not_matter(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "7.jpg").write_bytes(b"broken")
+    one = transform(LocalFolder(dataset), tmp_path / "one", workers=1)
+    two = transform(LocalFolder(dataset), tmp_path / "two", workers=2)
+    assert one == two
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_an_interrupted_run_continues_to_the_same_result(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform(LocalFolder(dataset), tmp_path / "whole")
+    out = tmp_path / "interrupted"
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transform(LocalFolder(dataset), out, progress=interrupt)
+    assert not (out / MANIFEST_NAME).exists()
+    with pytest.raises(DataError, match="unfinished"):
+        CaptionFolder.open(out)
+    # Whatever else an abrupt end leaves: a cut journal line, a picture cut short, a temporary file.
+    with (out / UNFINISHED_NAME / "journal.jsonl").open("a") as journal:
+        journal.write('\n{"image_id": "3", "pix')
+    cut = next(out.glob("*/images/0.jpg"))
+    cut.write_bytes(cut.read_bytes()[:100])
+    (out / UNFINISHED_NAME / "train-9.jpg").write_bytes(b"half")
+
+    made: list[str] = []
+    make = module._make_picture
+    monkeypatch.setattr(module, "_make_picture", lambda task: made.append(task.image_id) or make(task))
+    transform(LocalFolder(dataset), out)
+    assert len(made) == 40 - 14, "the 15 finished pictures are not made again, except the one cut short"
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_finished_folder_is_left_alone(dataset: Path, tmp_path: Path) -> None:
+    first = transform(LocalFolder(dataset), tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert transform(LocalFolder(dataset), tmp_path / "out") == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed was 0"),
+        ({"val_fraction": 0.3}, "val_fraction was 0.1"),
+        ({"limit": 3}, "limit was None"),
+    ],
+)
+def test_other_settings_are_refused(
+    dataset: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    transform(LocalFolder(dataset), tmp_path / "out")
+    with pytest.raises(DataError, match=message):
+        transform(LocalFolder(dataset), tmp_path / "out", **change)
+
+
+def test_another_source_or_foreign_files_are_refused(dataset: Path, tmp_path: Path) -> None:
+    transform(LocalFolder(dataset), tmp_path / "out")
+    with pytest.raises(DataError, match="source was local"):
+        transform(Scenes(2, 1, 1), tmp_path / "out")
+    write_captions(dataset, {"0.jpg": "another caption"})
+    with pytest.raises(DataError, match="captions or images of the source differ"):
+        transform(LocalFolder(dataset), tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").touch()
+    with pytest.raises(DataError, match="not empty"):
+        transform(LocalFolder(dataset), tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_hostile_pictures_are_made_upright_rgb_or_set_aside(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    root.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good: dict[str, Any] = {
+        "plain.jpg": (picture(0), {"quality": 90}),
+        "turned.jpg": (picture(1), {"exif": exif}),
+        "cmyk.jpg": (picture(2).convert("CMYK"), {}),
+        "deep.png": (Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48) * 40), {}),
+        "clear.png": (Image.new("RGBA", (9, 9), (255, 0, 0, 100)), {}),
+        "moving.gif": (picture(3), {"save_all": True, "append_images": [picture(4)]}),
+        "dot.png": (Image.new("RGB", (1, 1), "red"), {}),
+        "thin.png": (picture(5, (2000, 1)), {}),
+        "large.jpg": (picture(6, (900, 300)), {}),
+    }
+    for name, (image, options) in good.items():
+        image.save(root / name, **options)
+    (root / "empty.jpg").touch()
+    (root / "text.jpg").write_text("text")
+    (root / "cut.jpg").write_bytes((root / "large.jpg").read_bytes()[:2000])
+    bad = {"empty": "empty", "text": "not a picture", "cut": "truncated"}
+    write_captions(root, dict.fromkeys([*good, *(f"{name}.jpg" for name in bad)], "A caption."))
+
+    manifest = transform(LocalFolder(root), tmp_path / "out", val_fraction=0, test_fraction=0)
+    assert manifest["counts"]["train"] == {"images": len(good), "captions": len(good)}
+    reasons = {entry["id"]: entry["reason"] for entry in manifest["rejected"]}
+    assert reasons.keys() == bad.keys()
+    assert all(bad[name] in reasons[name] for name in bad)
+    images = {image.original_id: image.path for image in CaptionFolder.open(tmp_path / "out").split("train")}
+    for path in images.values():
+        with Image.open(path) as stored:
+            assert (stored.format, stored.mode, max(stored.size) <= 640) == ("JPEG", "RGB", True)
+    assert images["plain"].read_bytes() == (root / "plain.jpg").read_bytes()
+    assert open_image(images["turned"]).size == (32, 48)
+    assert open_image(images["large"]).size == (640, 213)
+    assert open_image(images["thin"]).size == (640, 1)
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == len(good)
+
+
+def test_equal_pictures_stay_in_one_split_and_the_test_split_wins(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    root.mkdir()
+    names = ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"]
+    for name, seed in zip(names, [1, 1, 1, 2, 2, 3], strict=True):
+        picture(seed).save(root / name)
+    splits = dict(zip(names, ["train", "val", "test", "train", "train", "val"], strict=True))
+    write_captions(root, dict.fromkeys(names, "A caption."), splits)
+    manifest = transform(LocalFolder(root), tmp_path / "out")
+    assert manifest["counts"] == {
+        "train": {"images": 2, "captions": 2},
+        "val": {"images": 1, "captions": 1},
+        "test": {"images": 1, "captions": 1},
+    }
+    assert manifest["rejected"] == [
+        {"id": "a", "reason": "train: same picture as c in test"},
+        {"id": "b", "reason": "val: same picture as c in test"},
+    ]
+    assert manifest["duplicates"]["within_a_split"] == 1
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 4
+
+
+def test_near_duplicates_are_reported_and_kept(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    root.mkdir()
+    picture(1, (64, 64)).save(root / "a.png")
+    picture(1, (64, 64)).save(root / "b.jpg", quality=60)
+    picture(2, (64, 64)).save(root / "c.png")
+    splits = {"a.png": "train", "b.jpg": "val", "c.png": "train"}
+    write_captions(root, dict.fromkeys(splits, "A caption."), splits)
+    manifest = transform(LocalFolder(root), tmp_path / "out")
+    near = manifest["near_duplicates"]
+    assert (near["pairs"], near["pairs_across_splits"]) == (1, 1)
+    assert near["listed"][0]["images"] == ["train/a", "val/b"]
+    assert manifest["rejected"] == []
+
+
+def test_near_pairs_equal_the_obvious_double_loop() -> None:
+    rng = random.Random(0)
+    centres = [rng.getrandbits(64) for _ in range(40)]
+    hashes = [rng.choice(centres) ^ (1 << rng.randrange(64)) ^ (1 << rng.randrange(64)) for _ in range(150)]
+    expected = {
+        (i, j, (hashes[i] ^ hashes[j]).bit_count())
+        for i in range(len(hashes))
+        for j in range(i + 1, len(hashes))
+        if (hashes[i] ^ hashes[j]).bit_count() <= 3
+    }
+    found = near_pairs(np.array(hashes, dtype=np.uint64), 3)
+    assert expected and {tuple(map(int, pair)) for pair in zip(*found, strict=True)} == expected
+
+
+def test_near_pairs_cross_block_borders() -> None:
+    hashes = np.arange(5000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    hashes[4999] = hashes[0]
+    first, second, bits = near_pairs(hashes, 0)
+    assert (first.tolist(), second.tolist(), bits.tolist()) == ([0], [4999], [0])
+
+
+def test_empty_captions_are_counted_and_images_without_any_left_out(dataset: Path, tmp_path: Path) -> None:
+    write_captions(dataset, {"0.jpg": "A dog .", "1.jpg": " . "})
+    manifest = transform(LocalFolder(dataset), tmp_path / "out", caption_style="sentence", val_fraction=0)
+    assert {"id": "1", "reason": "1 of 1 captions without words"} in manifest["rejected"]
+    folder = CaptionFolder.open(tmp_path / "out")
+    assert [i.captions for split in folder.splits for i in folder.split(split)] == [("A dog.",)]
+
+
+def test_ids_become_portable_file_names(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    names = ["x/y z.png", "x_y_z.png", "X_Y_Z.png", "caf\u00e9.png", "n" * 200 + ".png"]
+    (root / "x").mkdir(parents=True)
+    for index, name in enumerate(names):
+        picture(index).save(root / name)
+    write_captions(root, dict.fromkeys(names, "A caption."))
+    transform(LocalFolder(root), tmp_path / "out", val_fraction=0, test_fraction=0)
+    images = CaptionFolder.open(tmp_path / "out").split("train")
+    assert len({image.path.name.casefold() for image in images}) == len(names)
+    assert all(" " not in image.path.name and len(image.path.name) < 80 for image in images)
+
+
+def test_limit_takes_the_first_images_of_each_split(tmp_path: Path) -> None:
+    manifest = transform(Scenes(5, 5, 1), tmp_path / "out", limit=2)
+    assert {split: count["images"] for split, count in manifest["counts"].items()} == {
+        "train": 2,
+        "val": 2,
+        "test": 1,
+    }
+
+
+def test_nothing_usable_leaves_no_manifest(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "0.jpg").write_bytes(b"")
+    write_captions(dataset, {"0.jpg": "A dog."})
+    with pytest.raises(DataError, match="no usable picture"):
+        transform(LocalFolder(dataset), tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"workers": 0}, {"image_size": 0}, {"limit": 0}, {"val_fraction": 1.0}, {"near_duplicate_distance": 65}],
+)
+def test_impossible_options(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        transform(Scenes(1, 1, 1), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
