@@ -260,6 +260,8 @@ def test_nothing_usable_leaves_no_manifest(dataset: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="no usable picture"):
         transform(LocalFolder(dataset), tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+    with pytest.raises(DataError, match="no usable picture"):
+        transform(Scenes(0, 0, 0), tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
