@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.limits import check_above_zero, check_at_least
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class VisionEncoderConfig:
     name: str = "efficientnet-lite0"
     revision: str | None = None
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "image_size", prefix="vision_encoder.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ class DecodeSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "num_beams", "max_new_tokens", prefix="decode.")
+        check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size", "seed", prefix="decode.")
+        check_above_zero(self, "temperature", "top_p", "repetition_penalty", prefix="decode.")
+        if self.top_p > 1:
+            raise ConfigurationError(f"decode.top_p is a probability: at most 1, not {self.top_p}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -130,12 +141,16 @@ class Recipe:
     resume_from_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_epochs", "batch_size", "gradient_accumulation_steps", "captions_per_image", "max_caption_tokens",
-            "val_every_n_epochs", "save_every_n_epochs", "log_every_n_steps",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_at_least(
+            1, self, "captions_per_image", "max_caption_tokens", "num_epochs", "max_steps", "batch_size",
+            "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs", "save_every_n_epochs",
+            "log_every_n_steps", "generate_samples_every_n_epochs", "max_validation_images",
+        )  # fmt: skip
+        check_at_least(
+            0, self, "num_workers", "learning_rate", "min_lr", "weight_decay", "warmup_steps", "seed",
+            "early_stopping_min_delta", "num_validation_samples",
+        )  # fmt: skip
+        check_above_zero(self, "gradient_clip_val")
         if self.batch_size % self.captions_per_image:
             raise ConfigurationError(
                 f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
@@ -244,7 +259,9 @@ def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] |
     if dataclasses.is_dataclass(data) and isinstance(data, cls):
         return data
     if not isinstance(data, Mapping):
-        raise ConfigurationError(f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {data!r}")
+        raise ConfigurationError(
+            f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {data!r}"
+        )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     values = {}

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlm_bridge.limits import check_at_least, check_dropout
+
 
 @dataclass(frozen=True)
 class CrossAttentionOptions:
@@ -16,6 +18,10 @@ class CrossAttentionOptions:
     num_heads: int = 8
     feed_forward_multiplier: int = 4
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "num_heads", "feed_forward_multiplier", prefix="bridge.")
+        check_dropout(self.dropout, "bridge.dropout")
 
 
 class CrossAttentionBridge(nn.Module):
@@ -28,7 +34,9 @@ class CrossAttentionBridge(nn.Module):
     def __init__(self, options: CrossAttentionOptions, vision_dim: int, text_dim: int):
         super().__init__()
         if text_dim % options.num_heads:
-            raise ValueError(f"bridge.num_heads={options.num_heads} does not divide the text width {text_dim}")
+            raise ValueError(
+                f"bridge.num_heads={options.num_heads} does not divide the text width {text_dim}"
+            )
         self.num_heads = options.num_heads
         self.dropout = options.dropout
         self.vision_projection = nn.Linear(vision_dim, text_dim)

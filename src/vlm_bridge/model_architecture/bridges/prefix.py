@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlm_bridge.limits import check_at_least, check_dropout
+
 
 @dataclass(frozen=True)
 class PrefixOptions:
@@ -29,6 +31,12 @@ class PrefixOptions:
     feed_forward_multiplier: int = 4
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_at_least(
+            1, self, "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", prefix="bridge."
+        )
+        check_dropout(self.dropout, "bridge.dropout")
+
 
 class PrefixBridge(nn.Module):
     """A resampler (Jaegle et al. 2021; Alayrac et al. 2022): queries attend to [queries; image tokens].
@@ -41,7 +49,9 @@ class PrefixBridge(nn.Module):
         super().__init__()
         width = options.width or text_dim
         if width % options.num_heads:
-            raise ValueError(f"bridge.num_heads={options.num_heads} does not divide the bridge's width {width}")
+            raise ValueError(
+                f"bridge.num_heads={options.num_heads} does not divide the bridge's width {width}"
+            )
         self.num_queries = options.num_queries
         self.dropout = options.dropout
         self.queries = nn.Parameter(torch.empty(options.num_queries, width))
