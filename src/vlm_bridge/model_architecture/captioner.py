@@ -19,7 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge
-from vlm_bridge.model_architecture.language_model import LanguageModel, build_language_model, causal_block_mask
+from vlm_bridge.model_architecture.language_model import (
+    LanguageModel,
+    build_language_model,
+    packed_positions,
+)
 from vlm_bridge.model_architecture.loss import frozen_head_cross_entropy
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 
@@ -76,7 +80,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self, vision_encoder: nn.Module, language_model: LanguageModel, bridge: nn.Module, *, standardize: bool
+        self,
+        vision_encoder: nn.Module,
+        language_model: LanguageModel,
+        bridge: nn.Module,
+        *,
+        standardize: bool,
     ):
         super().__init__(CaptionerConfig(text_config=language_model.text_config))
         self.vision_encoder = vision_encoder
@@ -137,7 +146,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             past_key_values: a cache; soft tokens enter only while it is empty.
         """
         bridge: Bridge = self.bridge  # type: ignore[assignment]
-        text_bth = bridge.edit_text(self.language_model.embed(input_ids), image_state)
+        # The bridge works in its own precision, whatever the frozen weights are stored in.
+        embedded_bth = self.language_model.embed(input_ids).to(next(self.bridge.parameters()).dtype)
+        text_bth = bridge.edit_text(embedded_bth, image_state)
         soft_bph = bridge.soft_tokens(image_state)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             soft_bph = None
@@ -148,7 +159,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         inputs = text_bth if soft_bph is None else torch.cat((soft_bph, text_bth), dim=1)
         mask = positions = None
         if segments is not None:
-            mask = causal_block_mask(segments, num_soft, body_dtype)
+            mask = self.language_model.packed_mask(segments, num_soft)
             positions = packed_positions(segments, num_soft)
         states = self.language_model.hidden_states(
             inputs.to(body_dtype), mask, positions, past_key_values=past_key_values, use_cache=use_cache
@@ -212,7 +223,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             repetition_penalty=decode.repetition_penalty,
             no_repeat_ngram_size=decode.no_repeat_ngram_size,
             do_sample=decode.do_sample,
-            **({"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0} if decode.do_sample else {}),
+            **(
+                {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
+                if decode.do_sample
+                else {}
+            ),
         )
         generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
         return self._trim_and_score(prompt_bt, generated_bt, state)
@@ -262,17 +277,6 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             for name, tensor in self.state_dict().items()
             if name.startswith(("bridge.", "feature_scale."))
         }
-
-
-def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.Tensor:
-    """Position ids [B, P+T]: soft tokens count 0..P-1, and every caption goes on from P as if it were alone."""
-    batch, length = segments_bt.shape
-    index = torch.arange(length, device=segments_bt.device).expand(batch, length)
-    starts_here = torch.ones_like(segments_bt, dtype=torch.bool)
-    starts_here[:, 1:] = segments_bt[:, 1:] != segments_bt[:, :-1]
-    start = torch.where(starts_here, index, 0).cummax(dim=1).values
-    soft = torch.arange(num_soft_tokens, device=segments_bt.device).expand(batch, num_soft_tokens)
-    return torch.cat((soft, num_soft_tokens + index - start), dim=1)
 
 
 def build_bridge(config: BridgeConfig, vision_dim: int, text_dim: int, *, meta: bool = False) -> nn.Module:

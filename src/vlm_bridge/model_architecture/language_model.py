@@ -51,14 +51,14 @@ class LanguageModel(nn.Module):
     def hidden_states(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
     ) -> torch.Tensor:
         """The body's last states [B, T, H] before the head. A given cache is extended in place.
 
-        ``attention_mask`` is None (plain causal) or additive [B, 1, T, S].
+        ``attention_mask`` is None (plain causal) or what `packed_mask` makes.
         """
         return self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
@@ -67,6 +67,34 @@ class LanguageModel(nn.Module):
             past_key_values=past_key_values,
             use_cache=use_cache,
         ).last_hidden_state
+
+    def packed_mask(
+        self, segments_bt: torch.Tensor, num_soft_tokens: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The additive mask of packed rows (`causal_block_mask`), by kind of layer where a model mixes kinds.
+
+        transformers applies no sliding window to a mask that it is given: packed rows must carry it, or a
+        caption would see further back in training than in generation.
+
+        Raises:
+            ModelError: a kind of layer that no mask can keep from mixing the captions of a row.
+        """
+        dtype = next(self.parameters()).dtype
+        window: int | None = getattr(self.text_config, "sliding_window", None)
+        kinds = set(getattr(self.text_config, "layer_types", None) or ())
+        if foreign := kinds - {"full_attention", "sliding_attention"}:
+            raise ModelError(
+                f"cannot train through {', '.join(sorted(foreign))} layers: choose a language model whose layers "
+                "are all full or sliding attention"
+            )
+        if "sliding_attention" not in kinds:
+            # Without layer kinds, a window holds for every layer (Mistral, Phi-3).
+            return causal_block_mask(segments_bt, num_soft_tokens, dtype, window=None if kinds else window)
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {
+            kind: causal_block_mask(segments_bt, num_soft_tokens, dtype, window=windows[kind])
+            for kind in kinds
+        }
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of states [..., H], soft-capped where the model caps them (Gemma 2)."""
@@ -98,10 +126,18 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
 
     source = _resolve(config, meta=meta)
     try:
-        model_config = source if not isinstance(source, str) else AutoConfig.from_pretrained(source, revision=config.revision)
+        model_config = (
+            source
+            if not isinstance(source, str)
+            else AutoConfig.from_pretrained(source, revision=config.revision)
+        )
         if meta:
             with torch.device("meta"):
-                return LanguageModel(AutoModelForCausalLM.from_config(model_config), None).requires_grad_(False).eval()
+                return (
+                    LanguageModel(AutoModelForCausalLM.from_config(model_config), None)
+                    .requires_grad_(False)
+                    .eval()
+                )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
         causal_lm = AutoModelForCausalLM.from_pretrained(
             source,
@@ -153,13 +189,14 @@ def _smollm2_config() -> Any:
 
 
 def causal_block_mask(
-    segments_bt: torch.Tensor, num_soft_tokens: int, dtype: torch.dtype
+    segments_bt: torch.Tensor, num_soft_tokens: int, dtype: torch.dtype, window: int | None = None
 ) -> torch.Tensor:
     """Additive mask [B, 1, P+T, P+T] for rows that pack one image's soft tokens and several of its captions.
 
     Args:
         segments_bt: [B, T], 0 for pads, otherwise the number of the caption a token belongs to.
         num_soft_tokens: P soft tokens before the text; causal among themselves, seen by every caption.
+        window: a token sees itself and the ``window - 1`` positions before it, counted within its own caption.
 
     A caption sees the soft tokens and its own past, never another caption. A pad sees itself alone, so that no
     softmax is over nothing.
@@ -174,6 +211,20 @@ def causal_block_mask(
     allowed = same | (is_text[:, :, None] & is_soft[:, None, :])
     allowed &= torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
     allowed &= (segments != 0)[:, None, :] | torch.eye(total, dtype=torch.bool, device=segments.device)
+    if window is not None:
+        positions = packed_positions(segments_bt, num_soft_tokens)
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
     mask = torch.full((batch, total, total), -math.inf, dtype=dtype, device=segments.device)
     mask.masked_fill_(allowed, 0.0)
     return mask[:, None]
+
+
+def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.Tensor:
+    """Position ids [B, P+T]: soft tokens count 0..P-1, and every caption goes on from P as if it were alone."""
+    batch, length = segments_bt.shape
+    index = torch.arange(length, device=segments_bt.device).expand(batch, length)
+    starts_here = torch.ones_like(segments_bt, dtype=torch.bool)
+    starts_here[:, 1:] = segments_bt[:, 1:] != segments_bt[:, :-1]
+    start = torch.where(starts_here, index, 0).cummax(dim=1).values
+    soft = torch.arange(num_soft_tokens, device=segments_bt.device).expand(batch, num_soft_tokens)
+    return torch.cat((soft, num_soft_tokens + index - start), dim=1)
