@@ -1,0 +1,109 @@
+"""Tiny captioners for tests: recipes of a few thousand parameters, and bridges that already have something to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny_models import seeded
+from vlm_bridge.configuration import Recipe, recipe_from_dict
+from vlm_bridge.data_pipeline.loader import PackedBatch
+from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge, build_captioner
+from vlm_bridge.model_architecture.language_model import LanguageModel
+
+BRIDGES: dict[str, dict[str, Any]] = {
+    "prefix": {"kind": "prefix", "num_queries": 3, "depth": 1, "width": 16, "num_heads": 4},
+    "cross_attention": {"kind": "cross_attention", "num_heads": 4},
+}
+LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
+
+
+def tiny_recipe(
+    vision_encoder: Path, language_model: Path, bridge: str = "prefix", dtype: str = "float32", **changes: Any
+) -> Recipe:
+    """A float32 recipe of two folders of tiny models; ``changes`` are keys of the recipe."""
+    return recipe_from_dict(
+        {
+            "vision_encoder": {"name": str(vision_encoder)},
+            "language_model": {"name": str(language_model), "dtype": dtype},
+            "bridge": BRIDGES[bridge],
+            "use_amp": False,
+            "num_workers": 0,
+            **changes,
+        }
+    )
+
+
+def tiny_captioner(recipe: Recipe) -> CaptionerModel:
+    """The captioner of a recipe with a bridge that looks as if it were trained: random, not the identity."""
+    model = build_captioner(recipe)
+    randomise(model.bridge)
+    return model
+
+
+def randomise(bridge: nn.Module, std: float = 0.3) -> None:
+    """Give every weight a part in the output (some start at zero), the same on every run."""
+    with seeded(1), torch.no_grad():
+        for parameter in bridge.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+
+
+def random_features(model: CaptionerModel, num_images: int) -> torch.Tensor:
+    """Features [num_images, N, D] as the captioner's encoder might give them."""
+    encoder: Any = model.vision_encoder
+    with seeded(2):
+        return torch.randn(num_images, encoder.num_tokens, encoder.embed_dim)
+
+
+def caption_loss(model: CaptionerModel, batch: PackedBatch, features_bnd: torch.Tensor):
+    """The loss of a packed batch; ``features_bnd`` holds all images, the batch says which of them it reads."""
+    ids, labels, segments = map(torch.from_numpy, (batch.input_ids, batch.labels, batch.segments))
+    return model.caption_loss(ids, labels, segments, model.image_state(features_bnd[batch.image_indices]))
+
+
+class ToyEncoder(nn.Module):
+    """Not an encoder at all: two tokens of four numbers, for captioners that are given features."""
+
+    embed_dim, num_tokens, grid = 4, 2, (1, 2)
+
+
+TOY_START, TOY_EOS = 1, 2
+
+
+def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionerModel:
+    """A captioner whose language model knows so few tokens that all of its captions can be listed.
+
+    Large weights make some captions much likelier than others and end them at different lengths.
+    """
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=TOY_START,
+        eos_token_id=TOY_EOS,
+        pad_token_id=TOY_EOS,
+    )
+    with seeded(3):
+        causal_lm = LlamaForCausalLM(config)
+    tokenizer = SimpleNamespace(bos_token_id=TOY_START, eos_token_id=TOY_EOS)
+    language_model = LanguageModel(causal_lm, tokenizer).requires_grad_(False)
+    recipe = recipe_from_dict({"bridge": BRIDGES[bridge]})
+    with seeded(4):
+        trained = build_bridge(recipe.bridge, ToyEncoder.embed_dim, config.hidden_size)
+    randomise(trained, std=0.5)
+    return CaptionerModel(ToyEncoder(), language_model, trained, standardize=False).eval()
+
+
+def words(encode_as: dict[str, Sequence[int]]):
+    """An ``encode`` function that looks whole captions up in a table."""
+    return lambda text: list(encode_as[text])

@@ -1,0 +1,119 @@
+"""Bridges by themselves: the published size, the promised length, one position at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlm_bridge.configuration import recipe_from_dict
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.bridges import BRIDGES
+from vlm_bridge.model_architecture.captioner import build_bridge
+
+
+def bridge_of(kind: str, vision_dim: int = 12, text_dim: int = 32, *, meta: bool = False, **options):
+    recipe = recipe_from_dict({"bridge": {"kind": kind, **options}})
+    return build_bridge(recipe.bridge, vision_dim, text_dim, meta=meta)
+
+
+def test_cross_attention_has_the_published_number_of_parameters() -> None:
+    bridge = bridge_of("cross_attention", 1024, 2304, meta=True)
+    assert all(parameter.is_meta for parameter in bridge.parameters())
+    assert sum(parameter.numel() for parameter in bridge.parameters()) == 66_092_544
+
+
+@torch.no_grad()
+def test_cross_attention_starts_as_the_identity() -> None:
+    bridge = bridge_of("cross_attention").eval()
+    text = torch.randn(2, 5, 32)
+    assert torch.equal(bridge.edit_text(text, bridge.encode_image(torch.randn(2, 7, 12))), text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BRIDGES)
+@pytest.mark.parametrize("num_image_tokens", [1, 49])
+def test_soft_tokens_are_as_many_as_promised(kind: str, num_image_tokens: int) -> None:
+    bridge = bridge_of(kind)
+    state = bridge.encode_image(torch.randn(3, num_image_tokens, 12))
+    soft = bridge.soft_tokens(state)
+    length = 0 if soft is None else soft.shape[1]
+    assert length == bridge.output_num_tokens(num_image_tokens)
+    assert len(state) == 3
+    assert soft is None or soft.shape == (3, length, 32)
+    assert bridge.edit_text(torch.randn(3, 4, 32), state).shape == (3, 4, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BRIDGES)
+def test_images_of_a_batch_do_not_meet(kind: str) -> None:
+    bridge = bridge_of(kind).eval()
+    features = torch.randn(3, 6, 12)
+    together = bridge.encode_image(features)
+    for index in range(3):
+        alone = bridge.encode_image(features[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", BRIDGES)
+def test_dropout_acts_in_training_only(kind: str, dropout: float) -> None:
+    bridge = bridge_of(kind, dropout=dropout)
+    for parameter in bridge.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    features, text = torch.randn(1, 6, 12), torch.randn(1, 4, 32)
+
+    def outputs() -> torch.Tensor:
+        state = bridge.encode_image(features)
+        soft = bridge.soft_tokens(state)
+        return torch.cat([x for x in (soft, bridge.edit_text(text, state)) if x is not None], dim=1)
+
+    assert torch.equal(bridge.eval() and outputs(), outputs())
+    bridge.train()
+    assert torch.equal(outputs(), outputs()) == (dropout == 0)
+
+
+@torch.no_grad()
+def test_prefix_starts_at_the_size_of_text_embeddings() -> None:
+    bridge = bridge_of("prefix", text_dim=64)
+    bridge.set_output_scale(0.05)
+    assert bridge.encode_image(torch.randn(4, 9, 12)).std().item() == pytest.approx(0.05, rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 3])
+def test_prefix_reads_the_image_at_every_depth(depth: int) -> None:
+    bridge = bridge_of("prefix", depth=depth)
+    one, other = bridge.encode_image(torch.randn(2, 5, 12))
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("cross_attention", {"num_heads": 5}, "bridge.num_heads=5 does not divide"),
+        ("prefix", {"num_heads": 5}, "bridge.num_heads=5 does not divide"),
+        ("prefix", {"num_heads": 0}, "bridge.num_heads"),
+        ("cross_attention", {"num_heads": 0}, "bridge.num_heads"),
+        ("prefix", {"num_queries": 0}, "bridge.num_queries"),
+        ("prefix", {"depth": 0}, "bridge.depth"),  # it would never look at the image
+        ("prefix", {"width": -8}, "bridge.width"),
+        ("cross_attention", {"feed_forward_multiplier": 0}, "bridge.feed_forward_multiplier"),
+        ("prefix", {"dropout": 1.0}, "bridge.dropout"),
+        ("cross_attention", {"dropout": -0.1}, "bridge.dropout"),
+    ],
+)
+def test_impossible_options_are_named(kind: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message.replace(".", r"\.")):
+        bridge_of(kind, meta=True, **options)
+
+
+@pytest.mark.parametrize("kind", BRIDGES)
+def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
+    recipe = recipe_from_dict({"bridge": {"kind": kind}})
+    options_class, bridge_class = BRIDGES[kind]
+    assert recipe.bridge.options == options_class()
+    without = replace(recipe.bridge, options=None)
+    assert isinstance(build_bridge(without, 12, 576, meta=True), bridge_class)
