@@ -212,6 +212,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
         if decode.do_sample:
             torch.manual_seed(decode.seed)
+        # transformers warns about settings that the chosen way of decoding does not read.
+        only_where_used: dict[str, Any] = {}
+        if decode.num_beams > 1:
+            only_where_used |= {"length_penalty": decode.length_penalty}
+        if decode.do_sample:
+            only_where_used |= {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
         output = self.generate(
             input_ids=prompt_bt,
             image_state=state,
@@ -219,15 +225,10 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             num_beams=decode.num_beams,
             max_new_tokens=decode.max_new_tokens,
             min_new_tokens=decode.min_new_tokens or None,
-            length_penalty=decode.length_penalty,
             repetition_penalty=decode.repetition_penalty,
             no_repeat_ngram_size=decode.no_repeat_ngram_size,
             do_sample=decode.do_sample,
-            **(
-                {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
-                if decode.do_sample
-                else {}
-            ),
+            **only_where_used,
         )
         generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
         return self._trim_and_score(prompt_bt, generated_bt, state)
