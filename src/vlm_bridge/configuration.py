@@ -6,6 +6,7 @@ the wrong type is an error that names the key, the place and the nearest known k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -143,8 +144,9 @@ class Recipe:
     def __post_init__(self) -> None:
         check_at_least(
             1, self, "captions_per_image", "max_caption_tokens", "num_epochs", "max_steps", "batch_size",
-            "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs", "save_every_n_epochs",
-            "log_every_n_steps", "generate_samples_every_n_epochs", "max_validation_images",
+            "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
+            "save_every_n_epochs", "log_every_n_steps", "generate_samples_every_n_epochs",
+            "max_validation_images",
         )  # fmt: skip
         check_at_least(
             0, self, "num_workers", "learning_rate", "min_lr", "weight_decay", "warmup_steps", "seed",
@@ -291,10 +293,8 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
     if hint is float:
         # YAML 1.1 reads 1e-4 (no dot) as text.
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     elif hint is str and value is False and key == "feature_cache":

@@ -196,7 +196,7 @@ def causal_block_mask(
     Args:
         segments_bt: [B, T], 0 for pads, otherwise the number of the caption a token belongs to.
         num_soft_tokens: P soft tokens before the text; causal among themselves, seen by every caption.
-        window: a token sees itself and the ``window - 1`` positions before it, counted within its own caption.
+        window: a token sees itself and ``window - 1`` positions before it, counted within its caption.
 
     A caption sees the soft tokens and its own past, never another caption. A pad sees itself alone, so that no
     softmax is over nothing.
