@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from vlm_bridge.configuration import LanguageModelConfig
@@ -145,7 +146,7 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
             dtype=config.dtype,
             attn_implementation=_attention(config.attention, model_config),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load the language model {config.name!r}: {message} (give a folder made by save_pretrained, "

