@@ -21,6 +21,7 @@ from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
 from vlm_bridge.errors import DataError
 
+FEATURES_NAME, INDEX_NAME = "features.npy", "index.json"
 ENCODE_BATCH = 32
 FREE_SPACE_TO_LEAVE = 512 * 2**20
 
@@ -82,12 +83,9 @@ def open_or_build(
         ImageError: a picture cannot be read.
     """
     folder = root / key
-    data, index = folder / "features.npy", folder / "index.json"
     wanted = {"images": len(paths), "shape": list(shape), "key": key}
-    if data.is_file() and index.is_file() and json.loads(index.read_text(encoding="utf-8")) == wanted:
-        cache = FeatureCache(data)
-        if cache.features.shape == (len(paths), *shape):
-            return cache
+    if cache := _open_whole(folder, wanted):
+        return cache
     size = len(paths) * shape[0] * shape[1] * 2
     root.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(root).free < size + FREE_SPACE_TO_LEAVE:
@@ -97,22 +95,36 @@ def open_or_build(
     building.mkdir(exist_ok=True)
     try:
         features = np.lib.format.open_memmap(
-            building / "features.npy", mode="w+", dtype=np.float16, shape=(len(paths), *shape)
+            building / FEATURES_NAME, mode="w+", dtype=np.float16, shape=(len(paths), *shape)
         )
         done = 0
         batches = in_batches(list(paths), ENCODE_BATCH)
         for images in prefetch(batches, lambda batch: [open_image(path) for path in batch], num_workers):
-            encoded = encode(images)
+            with np.errstate(over="ignore"):
+                encoded = encode(images).astype(np.float16)
             if not np.isfinite(encoded).all():
-                raise DataError(f"the encoder gives infinite features for pictures near {paths[done]}")
+                raise DataError(
+                    f"the features of pictures near {paths[done]} do not fit into float16: train with feature_cache=off"
+                )
             features[done : done + len(images)] = encoded
             done += len(images)
             progress(done)
         features.flush()
         del features
-        (building / "index.json").write_text(json.dumps(wanted), encoding="utf-8")
+        (building / INDEX_NAME).write_text(json.dumps(wanted), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return FeatureCache(data)
+    return FeatureCache(folder / FEATURES_NAME)
+
+
+def _open_whole(folder: Path, wanted: dict[str, object]) -> FeatureCache | None:
+    """The cache in ``folder`` if it is there, whole and the one wanted; a damaged one is built anew."""
+    try:
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        cache = FeatureCache(folder / FEATURES_NAME)
+    except (OSError, ValueError, EOFError):  # what numpy and json make of missing and truncated files
+        return None
+    is_wanted = index == wanted and [*cache.features.shape] == [index["images"], *index["shape"]]
+    return cache if is_wanted else None
