@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def save_checkpoint(
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write the checkpoint {path}: {reason} (free some space or change the folder)") from error
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {reason} (free some space or change the folder)"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,12 +64,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = checkpoint_path(path)
     try:
+        # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights.
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
+        ) from error
+    except Exception as error:  # damaged bytes meet the readers with almost any exception
         raise CheckpointError(f"{path} is damaged or is not a checkpoint: it cannot be read") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    parts = {"format", "format_version", "recipe", "weights"}
+    if not isinstance(content, dict) or not parts <= content.keys() or content["format"] != FORMAT:
         raise CheckpointError(f"{path} is not a vlm-bridge checkpoint")
     if content["format_version"] > FORMAT_VERSION:
         raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
@@ -83,7 +93,9 @@ def checkpoint_path(path: str | Path) -> Path:
                     return folder / name
         raise CheckpointError(f"no checkpoint in {path} ({BEST_WEIGHTS}, {BEST} or {LATEST})")
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; train one with vlm-training, or run vlm-bridge quickstart")
+        raise CheckpointError(
+            f"no checkpoint at {path}; train one with vlm-training, or run vlm-bridge quickstart"
+        )
     return path
 
 
@@ -108,7 +120,11 @@ def load_weights(model: Any, weights: dict[str, torch.Tensor], where: str | Path
         for name in wanted.keys() & weights.keys()
         if weights[name].shape != wanted[name].shape
     ]
-    problems = sorted(other_shape) + [f"{k} is missing" for k in sorted(missing)] + [f"{k} is unknown" for k in sorted(unknown)]
+    problems = (
+        sorted(other_shape)
+        + [f"{k} is missing" for k in sorted(missing)]
+        + [f"{k} is unknown" for k in sorted(unknown)]
+    )
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{where} belongs to another architecture: {'; '.join(problems[:3])}{more}")
