@@ -94,7 +94,9 @@ class Trainer:
         self.say = say
         self.device = runtime.resolve_device(recipe.device)
         if recipe.use_amp and recipe.amp_dtype == "float16" and self.device.type != "cuda":
-            raise ConfigurationError("amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false")
+            raise ConfigurationError(
+                "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
+            )
         self.folder = CaptionFolder.open(recipe.data_dir)
         train_images = self.folder.split("train")
         self.val_images = self.folder.split("val")[: recipe.max_validation_images]
@@ -132,8 +134,10 @@ class Trainer:
         recipe, progress = self.recipe, self.progress
         if resume is not None:
             self._resume(resume)
-        elif self.model.feature_scale is not None:
-            self.model.feature_scale.measure(self._sample_features())
+        else:
+            torch.manual_seed(recipe.seed)  # of dropout
+            if self.model.feature_scale is not None:
+                self.model.feature_scale.measure(self._sample_features())
         trainable = sum(p.numel() for p in self.parameters)
         total = sum(p.numel() for p in self.model.parameters())
         self.say(
@@ -152,7 +156,9 @@ class Trainer:
                         if progress.step >= self.total_steps:
                             break
                     if self._finish_epoch():
-                        self.say(f"early stopping: no improvement in {recipe.early_stopping_patience} validations")
+                        self.say(
+                            f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
+                        )
                         break
         finally:
             self.monitor.close()
@@ -237,7 +243,7 @@ class Trainer:
             return
         self.model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
-        features = torch.from_numpy(np.ascontiguousarray(self.val_features[np.arange(count)]))
+        features = self.model.features(torch.from_numpy(self.val_features[np.arange(count)]))
         with self._autocast():
             captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
         self.model.train()
@@ -274,7 +280,9 @@ class Trainer:
         count = min(STANDARDIZE_ON_IMAGES, len(self.train_data))
         chosen = np.sort(np.random.default_rng(self.recipe.seed).permutation(len(self.train_data))[:count])
         parts = [
-            self.model.features(torch.from_numpy(np.ascontiguousarray(self.train_features[part]))).float().cpu()
+            self.model.features(torch.from_numpy(np.ascontiguousarray(self.train_features[part])))
+            .float()
+            .cpu()
             for part in np.array_split(chosen, -(-count // feature_cache.ENCODE_BATCH))
         ]
         return torch.cat(parts)
@@ -301,7 +309,9 @@ class Trainer:
         content = checkpoints.load_checkpoint(resume_path(path))
         training = content.get("training")
         if training is None:
-            raise CheckpointError(f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}")
+            raise CheckpointError(
+                f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}"
+            )
         if training["dataset_fingerprint"] != self.folder.fingerprint:
             raise CheckpointError(
                 f"{path} was trained on other data than {self.folder.root} (the fingerprints differ); point data_dir "
@@ -368,7 +378,9 @@ def split_features(
         progress=progress,
     )
     if cache is None:
-        say(f"no room for {size_gib:.1f} GiB of cached features below {root}: pictures are encoded in every step")
+        say(
+            f"no room for {size_gib:.1f} GiB of cached features below {root}: pictures are encoded in every step"
+        )
         return pixels_on_the_fly()
     return cache
 
@@ -377,7 +389,10 @@ def adamw(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torch.opt
     """AdamW without weight decay on biases and norms."""
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
 
@@ -401,7 +416,9 @@ def interrupt_flag() -> Iterator[list[int]]:
     previous = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda received_number, _: received.append(received_number))
+            previous[number] = signal.signal(
+                number, lambda received_number, _: received.append(received_number)
+            )
     except ValueError:  # not in the main thread: signals stay as they are
         pass
     try:
