@@ -230,7 +230,7 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {data!r}")
     kind = data.get("kind", BridgeConfig.kind)
-    if kind not in BRIDGES:
+    if not isinstance(kind, str) or kind not in BRIDGES:
         raise ConfigurationError(f"{where}: bridge.kind={kind!r} is unknown{_suggest(str(kind), BRIDGES)}")
     options_class, _ = BRIDGES[kind]
     shared = {f.name for f in dataclasses.fields(BridgeConfig)} - {"options"}
