@@ -50,7 +50,7 @@ def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
     if not gguf_path.is_file():
         raise ModelError(f"no GGUF file at {gguf_path}")
     folder = cache_dir() / "gguf" / f"{gguf_path.stem}-{_fingerprint(gguf_path)}"
-    if (folder / "model.safetensors").is_file():
+    if _is_whole(folder):
         return folder
 
     import torch
@@ -60,9 +60,12 @@ def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
         quantised = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
     except ImportError as error:
-        raise ModelError(f"reading {gguf_path.name} needs the gguf package: pip install 'vlm-bridge[lite]'") from error
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"cannot read the GGUF file {gguf_path}: {error}") from error
+        raise ModelError(
+            f"reading {gguf_path.name} needs the gguf package: pip install 'vlm-bridge[lite]'"
+        ) from error
+    except Exception as error:  # damaged bytes meet the reader with almost any exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"cannot read the GGUF file {gguf_path}: {reason}") from error
 
     # transformers refuses to save a model that was loaded from GGUF, although its weights are plain by now:
     # the same weights in a fresh model of the same configuration can be saved.
@@ -78,14 +81,20 @@ def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # somebody deleted files from it
         try:
             temporary.rename(folder)
         except OSError:
-            if not (folder / "model.safetensors").is_file():  # else another process was quicker: use its folder
+            if not _is_whole(folder):  # else another process was quicker: use its folder
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def _find_in_distribution(name: str, suffix: str) -> Path | None:
