@@ -8,6 +8,7 @@ leaves the caller's alone. Building one takes milliseconds.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,11 +94,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_llama(folder: Path) -> Path:
-    """Llama: rotary positions, grouped-query attention (4 heads, 2 key-value heads), tied embeddings."""
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def _tiny_llama_config(vocab_size: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -107,6 +106,12 @@ def save_tiny_llama(folder: Path) -> Path:
         tie_word_embeddings=True,
         **SPECIAL_IDS,
     )
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """Llama: rotary positions, grouped-query attention (4 heads, 2 key-value heads), tied embeddings."""
+    tokenizer = build_tokenizer()
+    config = _tiny_llama_config(len(tokenizer))
     with seeded():
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -230,3 +235,64 @@ def save_tiny_siglip_vision(folder: Path) -> Path:
         SiglipVisionModel(config).save_pretrained(folder)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+def save_tiny_gguf(path: Path) -> Path:
+    """A Llama and its tokenizer as one float32 GGUF file, laid out as llama.cpp's converter does. Needs `gguf`."""
+    import gguf
+
+    tokenizer = build_tokenizer()
+    with seeded():
+        model = LlamaForCausalLM(_tiny_llama_config(len(tokenizer)))
+    config, weights = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([3 if token in SPECIAL_IDS.values() else 1 for token in range(len(tokenizer))])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(SPECIAL_IDS["bos_token_id"])
+    writer.add_eos_token_id(SPECIAL_IDS["eos_token_id"])
+    writer.add_pad_token_id(SPECIAL_IDS["pad_token_id"])
+    writer.add_add_bos_token(False)
+
+    def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+        """llama.cpp rotates neighbouring rows of a head, transformers the two halves of it."""
+        return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"].numpy())
+    for layer in range(config.num_hidden_layers):
+        for source, target in names.items():
+            weight = weights[f"model.layers.{layer}.{source}.weight"]
+            if target in heads:
+                weight = interleaved(weight, heads[target])
+            writer.add_tensor(f"blk.{layer}.{target}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

