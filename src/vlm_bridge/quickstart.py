@@ -36,7 +36,9 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> Quicksta
     started = time.perf_counter()
     data_dir = Path(recipe.data_dir)
     say(f"1/4 drawing {NUM_TRAIN + NUM_VAL + NUM_TEST} scenes into {data_dir}")
-    transform(Scenes(NUM_TRAIN, NUM_VAL, NUM_TEST, seed=recipe.seed), data_dir, workers=workers, seed=recipe.seed)
+    transform(
+        Scenes(NUM_TRAIN, NUM_VAL, NUM_TEST, seed=recipe.seed), data_dir, workers=workers, seed=recipe.seed
+    )
 
     say("2/4 training the bridge (the encoder and the language model stay frozen)")
     # A second run trains anew: old curves and checkpoints would only confuse.
@@ -111,7 +113,9 @@ def real_photographs() -> list[tuple[str, Any]]:
         from sklearn.datasets import load_sample_image
 
         for name in ("china.jpg", "flower.jpg"):
-            photographs.append((f"scikit-learn {name.removesuffix('.jpg')}", Image.fromarray(load_sample_image(name))))
+            photographs.append(
+                (f"scikit-learn {name.removesuffix('.jpg')}", Image.fromarray(load_sample_image(name)))
+            )
     except Exception:
         pass
     return photographs
@@ -121,5 +125,3 @@ def _share(answers: Any) -> float | None:
     """The share of right answers among those that could be right or wrong."""
     judged: Sequence[bool] = [answer for answer in answers if answer is not None]
     return round(sum(judged) / len(judged), 4) if judged else None
-
-

@@ -26,7 +26,9 @@ def resolve_device(name: str) -> Any:
     except RuntimeError:
         raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device={name!r}, but torch sees no CUDA GPU here (vlm-bridge doctor says more)")
+        raise ConfigurationError(
+            f"device={name!r}, but torch sees no CUDA GPU here (vlm-bridge doctor says more)"
+        )
     return device
 
 

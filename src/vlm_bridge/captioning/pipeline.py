@@ -119,7 +119,9 @@ class Captioner:
             self.model, data, features, batch_images=batch_size, autocast=self._autocast, progress=progress
         )
 
-    def _caption_batch(self, pictures: Sequence[Image.Image], decode: DecodeSettings) -> list[tuple[str, float]]:
+    def _caption_batch(
+        self, pictures: Sequence[Image.Image], decode: DecodeSettings
+    ) -> list[tuple[str, float]]:
         features = self.model.encode_images(pictures)
         with self._autocast():
             captions, scores = self.model.generate_captions(features, self.format.prompt_ids, decode)

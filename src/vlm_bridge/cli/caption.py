@@ -13,7 +13,9 @@ def caption(
         Path("runs/lite-flickr8k"), "--checkpoint", help="A checkpoint, or the folder of a training run."
     ),
     num_beams: int = typer.Option(None, min=1, help="Beams; 1 is greedy. Default: the recipe's."),
-    max_new_tokens: int = typer.Option(None, min=1, help="Longest caption, in tokens. Default: the recipe's."),
+    max_new_tokens: int = typer.Option(
+        None, min=1, help="Longest caption, in tokens. Default: the recipe's."
+    ),
     length_penalty: float = typer.Option(None, help="Above 1 prefers longer captions (beams only)."),
     do_sample: bool = typer.Option(False, "--do-sample", help="Sample instead of searching."),
     temperature: float = typer.Option(None, help="Temperature of sampling."),

@@ -34,6 +34,10 @@ def info(
     console.print(table)
     tokens, width = budget.features_shape
     console.print(f"trainable share   {budget.trainable_share:.2%}")
-    console.print(f"features          {tokens} tokens x {width}, {budget.soft_tokens} soft tokens before the text")
+    console.print(
+        f"features          {tokens} tokens x {width}, {budget.soft_tokens} soft tokens before the text"
+    )
     console.print(f"memory, training  about {budget.memory['training_gib']:.1f} GiB")
-    console.print(f"memory, captions  about {budget.memory['captioning_gib']:.1f} GiB (16 pictures at a time)")
+    console.print(
+        f"memory, captions  about {budget.memory['captioning_gib']:.1f} GiB (16 pictures at a time)"
+    )

@@ -17,7 +17,9 @@ from vlm_bridge.errors import VLMBridgeError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HELP = "Caption images by training a small bridge between a frozen vision encoder and a frozen language model."
+HELP = (
+    "Caption images by training a small bridge between a frozen vision encoder and a frozen language model."
+)
 
 app = typer.Typer(name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart.quickstart)

@@ -8,7 +8,9 @@ import typer
 
 
 def quickstart(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Overrides of config/quickstart.yaml."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Overrides of config/quickstart.yaml."
+    ),
     output_dir: Path = typer.Option(Path("runs/quickstart"), help="Where everything is written."),
     photo_checkpoint: Path = typer.Option(
         Path("runs/lite-flickr8k"), help="A bridge trained on photographs; used where it exists."
@@ -34,15 +36,21 @@ def quickstart(
     metrics = result.metrics
     print()
     for prediction in result.evaluation.predictions[:8]:
-        print(f"  {prediction.image.path.name}: {prediction.caption}   (a reference: {prediction.image.captions[0]})")
+        print(
+            f"  {prediction.image.path.name}: {prediction.caption}   (a reference: {prediction.image.captions[0]})"
+        )
     print()
     print(f"On {metrics['num_images']} scenes made of colour-shape pairs that training never showed:")
     print(f"  colour and shape right   {metrics['colour_shape_accuracy']:.1%}")
     print(f"  relation right           {metrics['relation_accuracy']:.1%}")
     print(f"  visual gain              {metrics['visual_gain']:.2f} nats per token")
-    print(f"  CIDEr {metrics['CIDEr']:.2f}, BLEU-4 {metrics['BLEU-4']:.2f}, perplexity {metrics['perplexity']:.2f}")
-    print(f"  {metrics['total_seconds']:.0f} s in all, {metrics['train_seconds']:.0f} s of it training, "
-          f"peak memory {metrics['peak_rss_gib']:.1f} GiB")
+    print(
+        f"  CIDEr {metrics['CIDEr']:.2f}, BLEU-4 {metrics['BLEU-4']:.2f}, perplexity {metrics['perplexity']:.2f}"
+    )
+    print(
+        f"  {metrics['total_seconds']:.0f} s in all, {metrics['train_seconds']:.0f} s of it training, "
+        f"peak memory {metrics['peak_rss_gib']:.1f} GiB"
+    )
     print(f"Open {output_dir / 'report.html'} and {output_dir / 'contact_sheet.png'}.")
 
     if photo_checkpoint.exists() and (photographs := first_minutes.real_photographs()):

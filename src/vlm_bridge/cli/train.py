@@ -10,9 +10,15 @@ import typer
 
 
 def train(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. bridge.depth=4."),
-    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML); recipes that ship are in config/."),
-    resume: Path = typer.Option(None, "--resume", help="Continue this checkpoint (or a folder's latest one)."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. bridge.depth=4."
+    ),
+    config: Path = typer.Option(
+        None, "--config", "-c", help="Recipe (YAML); recipes that ship are in config/."
+    ),
+    resume: Path = typer.Option(
+        None, "--resume", help="Continue this checkpoint (or a folder's latest one)."
+    ),
 ) -> None:
     """Train the bridge of a recipe. `--resume` alone continues with the checkpoint's own recipe."""
     from vlm_bridge.cli.quiet import quiet_transformers

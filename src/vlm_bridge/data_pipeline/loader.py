@@ -125,7 +125,9 @@ class PackedBatch:
 class EpochPlan:
     """Which captions meet in which batch: every caption once per epoch, in an order fixed by (seed, epoch)."""
 
-    def __init__(self, captions_per_image: Sequence[int], *, row_captions: int, batch_captions: int, seed: int):
+    def __init__(
+        self, captions_per_image: Sequence[int], *, row_captions: int, batch_captions: int, seed: int
+    ):
         self.captions_per_image = list(captions_per_image)
         self.row_captions = row_captions
         self.rows_per_batch = max(1, batch_captions // row_captions)

@@ -83,8 +83,23 @@ def budget_of(recipe: Recipe) -> Budget:
     beams = 16 * recipe.decode.num_beams
     key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    cache = beams * (soft_tokens + recipe.decode.max_new_tokens) * layers * 2 * key_value_heads * head_width * element
-    step_logits = 2 * 4 * beams * recipe.decode.max_new_tokens * model.language_model.vocab_size // max(recipe.decode.num_beams, 1)
+    cache = (
+        beams
+        * (soft_tokens + recipe.decode.max_new_tokens)
+        * layers
+        * 2
+        * key_value_heads
+        * head_width
+        * element
+    )
+    step_logits = (
+        2
+        * 4
+        * beams
+        * recipe.decode.max_new_tokens
+        * model.language_model.vocab_size
+        // max(recipe.decode.num_beams, 1)
+    )
     memory = {
         "training_gib": (RUNTIME_BYTES + frozen + 16 * trained + activations + logits) / GIB,
         "captioning_gib": (RUNTIME_BYTES + frozen + 4 * trained + cache + step_logits) / GIB,

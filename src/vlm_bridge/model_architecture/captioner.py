@@ -56,6 +56,9 @@ class CaptionLoss:
 class FeatureScale(nn.Module):
     """Standardises every feature channel by statistics measured once on training images; identity until then."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
@@ -172,7 +175,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         Language models park idle attention on the first position (Xiao et al. 2024, "attention sinks"): a frozen
         one must find the token there that it was trained with, not an image.
         """
-        start = torch.full((len(soft_bph), 1), self.language_model.start_id, device=soft_bph.device)
+        start_id = self.language_model.start_id
+        assert start_id is not None, "a captioner on the meta device cannot run"
+        start = torch.full((len(soft_bph), 1), start_id, device=soft_bph.device)
         return self.language_model.embed(start)
 
     def forward(
@@ -218,7 +223,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             only_where_used |= {"length_penalty": decode.length_penalty}
         if decode.do_sample:
             only_where_used |= {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
-        output = self.generate(
+        output = self.generate(  # type: ignore[reportAttributeAccessIssue]
             input_ids=prompt_bt,
             image_state=state,
             attention_mask=torch.ones_like(prompt_bt),

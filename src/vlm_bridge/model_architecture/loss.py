@@ -22,7 +22,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Callable, wants_gradient: bool):
+    def forward(
+        ctx: Any, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Callable, wants_gradient: bool
+    ):
         losses = torch.empty(len(labels_v), dtype=torch.float32, device=hidden_vh.device)
         gradient = torch.empty_like(hidden_vh) if wants_gradient else None
         for start in range(0, len(labels_v), CHUNK_POSITIONS):

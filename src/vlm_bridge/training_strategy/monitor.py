@@ -33,7 +33,14 @@ class Monitor:
         self._window_steps += 1
 
     def training(
-        self, *, step: int, total_steps: int, epoch: int, loss: float, learning_rate: float, gradient_norm: float
+        self,
+        *,
+        step: int,
+        total_steps: int,
+        epoch: int,
+        loss: float,
+        learning_rate: float,
+        gradient_norm: float,
     ) -> None:
         now = time.perf_counter()
         seconds = max(now - self._window_start, 1e-9)
@@ -44,9 +51,20 @@ class Monitor:
             f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | "
             f"grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | {rate:.1f} samples/s | ETA {eta}"
         )
-        for name, value in (("loss", loss), ("learning_rate", learning_rate), ("gradient_norm", gradient_norm)):
+        for name, value in (
+            ("loss", loss),
+            ("learning_rate", learning_rate),
+            ("gradient_norm", gradient_norm),
+        ):
             self.writer.add_scalar(f"train/{name}", value, step)
-        self._record("train", step, loss=loss, learning_rate=learning_rate, gradient_norm=gradient_norm, samples_per_second=rate)
+        self._record(
+            "train",
+            step,
+            loss=loss,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            samples_per_second=rate,
+        )
         self.restart_clock()
 
     def validation(self, step: int, epoch: int, result: Validation) -> None:
