@@ -285,13 +285,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         }
 
 
-def build_bridge(config: BridgeConfig, vision_dim: int, text_dim: int, *, meta: bool = False) -> nn.Module:
+def build_bridge(
+    config: BridgeConfig, vision_dim: int, text_dim: int, num_image_tokens: int, *, meta: bool = False
+) -> nn.Module:
     """The recipe's bridge between two widths, on the CPU or on the meta device."""
     options_class, bridge_class = BRIDGES[config.kind]
     options = config.options if config.options is not None else options_class()
     try:
         with torch.device("meta" if meta else "cpu"):
-            return bridge_class(options, vision_dim, text_dim)
+            return bridge_class(options, vision_dim, text_dim, num_image_tokens)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
 
@@ -306,7 +308,13 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     language_model = build_language_model(recipe.language_model, meta=meta)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        bridge = build_bridge(recipe.bridge, vision_encoder.embed_dim, language_model.embed_dim, meta=meta)
+        bridge = build_bridge(
+            recipe.bridge,
+            vision_encoder.embed_dim,
+            language_model.embed_dim,
+            vision_encoder.num_tokens,
+            meta=meta,
+        )
     if not meta and hasattr(bridge, "set_output_scale"):
         bridge.set_output_scale(language_model.embedding_std())  # type: ignore[operator]
     return CaptionerModel(

@@ -131,13 +131,14 @@ class Trainer:
 
     def run(self, resume: str | Path | None = None) -> TrainingResult:
         started = time.perf_counter()
-        recipe, progress = self.recipe, self.progress
+        recipe = self.recipe
         if resume is not None:
             self._resume(resume)
         else:
             torch.manual_seed(recipe.seed)  # of dropout
             if self.model.feature_scale is not None:
                 self.model.feature_scale.measure(self._sample_features())
+        progress = self.progress
         trainable = sum(p.numel() for p in self.parameters)
         total = sum(p.numel() for p in self.model.parameters())
         self.say(

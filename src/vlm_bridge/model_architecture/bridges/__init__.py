@@ -15,8 +15,8 @@ __all__ = ["BRIDGES", "Bridge", "CrossAttentionBridge", "PrefixBridge"]
 class Bridge(Protocol):
     """What the captioner asks of a bridge between features [B, N, D] and text embeddings [B, T, H].
 
-    A bridge is built from ``(options, vision_dim=D, text_dim=H)``, also on the meta device. Everything that
-    depends on the image alone happens in ``encode_image``, once per image; captions and beams share the result.
+    A bridge is built from ``(options, vision_dim=D, text_dim=H, num_image_tokens=N)``, also on the meta device.
+    Everything that depends on the image alone happens in ``encode_image``, once per image; captions and beams share the result.
     """
 
     def output_num_tokens(self, num_image_tokens: int) -> int:

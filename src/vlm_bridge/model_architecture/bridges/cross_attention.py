@@ -31,7 +31,7 @@ class CrossAttentionBridge(nn.Module):
     starts from the bare language model's loss. With D=1024 and H=2304 it has 66,092,544 parameters.
     """
 
-    def __init__(self, options: CrossAttentionOptions, vision_dim: int, text_dim: int):
+    def __init__(self, options: CrossAttentionOptions, vision_dim: int, text_dim: int, num_image_tokens: int):
         super().__init__()
         if text_dim % options.num_heads:
             raise ValueError(

@@ -21,6 +21,8 @@ class PrefixOptions:
         width: its hidden size; None means the language model's.
         num_heads: attention heads, of queries over [queries; image tokens].
         feed_forward_multiplier: hidden size of its feed-forward layers, as a multiple of the width.
+        position_embeddings: tell the image tokens where they are; encoders whose features do not say so by
+            themselves (convolutional ones) need it for words such as "above" or "left".
         dropout: on both residual branches and on the image tokens, while training.
     """
 
@@ -29,6 +31,7 @@ class PrefixOptions:
     width: int | None = None
     num_heads: int = 8
     feed_forward_multiplier: int = 4
+    position_embeddings: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class PrefixBridge(nn.Module):
     embeddings (`set_output_scale`): the frozen layers then see inputs of a familiar size from the first step.
     """
 
-    def __init__(self, options: PrefixOptions, vision_dim: int, text_dim: int):
+    def __init__(self, options: PrefixOptions, vision_dim: int, text_dim: int, num_image_tokens: int):
         super().__init__()
         width = options.width or text_dim
         if width % options.num_heads:
@@ -57,13 +60,19 @@ class PrefixBridge(nn.Module):
         self.queries = nn.Parameter(torch.empty(options.num_queries, width))
         self.vision_projection = nn.Linear(vision_dim, width)
         self.vision_norm = nn.LayerNorm(width)
+        self.positions = (
+            nn.Parameter(torch.empty(num_image_tokens, width)) if options.position_embeddings else None
+        )
         self.layers = nn.ModuleList(ResamplerLayer(options, width) for _ in range(options.depth))
         self.output_projection = nn.Linear(width, text_dim)
         self.output_norm = nn.LayerNorm(text_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        # Both of the size of the layer-normalised image tokens, or nearly: attention tells them apart at once.
         nn.init.normal_(self.queries, std=1.0)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.5)
 
     def set_output_scale(self, embedding_std: float) -> None:
         """Start the soft tokens at the standard deviation of the language model's token embeddings."""
@@ -75,6 +84,8 @@ class PrefixBridge(nn.Module):
     def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Soft tokens [B, P, H] from features [B, N, D]."""
         image_bnw = self.vision_norm(self.vision_projection(features_bnd))
+        if self.positions is not None:
+            image_bnw = image_bnw + self.positions
         image_bnw = F.dropout(image_bnw, self.dropout, self.training)
         x_bpw = self.queries.expand(len(features_bnd), -1, -1)
         for layer in self.layers:
