@@ -17,7 +17,14 @@ from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge
 from vlm_bridge.model_architecture.language_model import LanguageModel
 
 BRIDGES: dict[str, dict[str, Any]] = {
-    "prefix": {"kind": "prefix", "num_queries": 3, "depth": 1, "width": 16, "num_heads": 4},
+    "prefix": {
+        "kind": "prefix",
+        "num_queries": 3,
+        "depth": 1,
+        "width": 16,
+        "num_heads": 4,
+        "position_embeddings": True,
+    },
     "cross_attention": {"kind": "cross_attention", "num_heads": 4},
 }
 LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
@@ -98,6 +105,6 @@ def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionerModel:
     language_model = LanguageModel(causal_lm, tokenizer).requires_grad_(False)
     recipe = recipe_from_dict({"bridge": BRIDGES[bridge]})
     with seeded(4):
-        trained = build_bridge(recipe.bridge, ToyEncoder.embed_dim, config.hidden_size)
+        trained = build_bridge(recipe.bridge, ToyEncoder.embed_dim, config.hidden_size, ToyEncoder.num_tokens)
     randomise(trained, std=0.5)
     return CaptionerModel(ToyEncoder(), language_model, trained, standardize=False).eval()

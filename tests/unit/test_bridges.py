@@ -13,9 +13,11 @@ from vlm_bridge.model_architecture.bridges import BRIDGES
 from vlm_bridge.model_architecture.captioner import build_bridge
 
 
-def bridge_of(kind: str, vision_dim: int = 12, text_dim: int = 32, *, meta: bool = False, **options):
+def bridge_of(
+    kind: str, vision_dim: int = 12, text_dim: int = 32, num_tokens: int = 6, *, meta: bool = False, **options
+):
     recipe = recipe_from_dict({"bridge": {"kind": kind, **options}})
-    return build_bridge(recipe.bridge, vision_dim, text_dim, meta=meta)
+    return build_bridge(recipe.bridge, vision_dim, text_dim, num_tokens, meta=meta)
 
 
 def test_cross_attention_has_the_published_number_of_parameters() -> None:
@@ -90,6 +92,18 @@ def test_prefix_reads_the_image_at_every_depth(depth: int) -> None:
     assert not torch.allclose(one, other)
 
 
+@torch.no_grad()
+def test_only_position_embeddings_tell_the_prefix_where_things_are() -> None:
+    features = torch.randn(1, 6, 12)
+    mirrored = features.flip(1)
+    blind_to_order = bridge_of("prefix", position_embeddings=False)
+    torch.testing.assert_close(
+        blind_to_order.encode_image(features), blind_to_order.encode_image(mirrored), atol=1e-5, rtol=1e-5
+    )
+    knows = bridge_of("prefix", position_embeddings=True)
+    assert not torch.allclose(knows.encode_image(features), knows.encode_image(mirrored), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -116,4 +130,4 @@ def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
     options_class, bridge_class = BRIDGES[kind]
     assert recipe.bridge.options == options_class()
     without = replace(recipe.bridge, options=None)
-    assert isinstance(build_bridge(without, 12, 576, meta=True), bridge_class)
+    assert isinstance(build_bridge(without, 12, 576, 6, meta=True), bridge_class)

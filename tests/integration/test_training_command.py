@@ -1,0 +1,299 @@
+"""Training from the recipe to the checkpoints: what it writes, how it continues, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captioners import tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.errors import CheckpointError, ConfigurationError, DataError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.trainer import Trainer, TrainingResult, train
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path,
+    drawn_caption_folder: Path,
+    tiny_vit_dir: Path,
+    tiny_llama_dir: Path,
+) -> MakeRecipe:
+    """Recipes that train in a second or two: ``make_recipe("name", "KEY=VALUE", bridge="prefix")``."""
+
+    def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
+        recipe = tiny_recipe(
+            tiny_vit_dir,
+            tiny_llama_dir,
+            bridge,
+            data_dir=str(drawn_caption_folder),
+            checkpoint_dir=str(tmp_path / name / "checkpoints"),
+            log_dir=str(tmp_path / name / "logs"),
+            feature_cache=str(tmp_path / "features"),
+            learning_rate=1e-2,
+            num_epochs=2,
+            batch_size=8,
+            captions_per_image=2,
+            use_early_stopping=False,
+            log_every_n_steps=1,
+            decode={"num_beams": 1, "max_new_tokens": 5},
+        )
+        return override_recipe(recipe, overrides)
+
+    return make
+
+
+class Run:
+    """A training inside this process, with its console lines and checkpoints."""
+
+    def __init__(self, recipe: Recipe, resume: Path | None = None):
+        self.lines: list[str] = []
+        self.folder = Path(recipe.checkpoint_dir)
+        self.result: TrainingResult = train(recipe, resume=resume, say=self.lines.append)
+
+    @property
+    def latest(self) -> Path:
+        return self.folder / checkpoints.LATEST
+
+    def said(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        history = self.folder.parent / "logs" / "history.jsonl"
+        events = map(json.loads, history.read_text(encoding="utf-8").splitlines())
+        return [event for event in events if event["event"] == kind]
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """The two checkpoints are bit-equal in weights, optimiser state and position."""
+    contents = [checkpoints.load_checkpoint(path) for path in (one, other)]
+    weights = [content["weights"] for content in contents]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    first, second = (content["training"] for content in contents)
+    assert first["progress"] == second["progress"]
+    assert torch.equal(first["random_state"], second["random_state"])
+    for key, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][key][name])
+
+
+@pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
+def test_training_learns_and_writes_what_it_promises(make_recipe: MakeRecipe, bridge: str) -> None:
+    run = Run(make_recipe("run", "num_epochs=4", bridge=bridge))
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS}
+    assert list((run.folder.parent / "logs").glob("events.out.tfevents.*"))
+
+    steps, validations = run.events("train"), run.events("validation")
+    # 24 images of two captions each, in batches of four rows.
+    assert [event["step"] for event in steps] == list(range(1, 25))
+    assert {"loss", "learning_rate", "gradient_norm", "samples_per_second"} <= steps[0].keys()
+    assert [event["step"] for event in validations] == [6, 12, 18, 24]
+    assert {"loss", "perplexity", "visual_gain"} <= validations[0].keys()
+    assert validations[-1]["loss"] < validations[0]["loss"] < 6
+    assert len(run.events("samples")) == 4
+    assert run.result.steps == 24
+    assert run.result.best_loss == min(event["loss"] for event in validations)
+    for mention in ("loss", "ms/step", "samples/s", "ETA", "perplexity", "visual gain", "sample 1:"):
+        assert run.said(mention)
+
+    latest = checkpoints.load_checkpoint(run.latest)
+    best = checkpoints.load_checkpoint(run.folder / checkpoints.BEST_WEIGHTS)
+    assert "training" not in best
+    assert latest["weights"].keys() == best["weights"].keys()
+    assert run.latest.stat().st_size < 1_000_000
+
+
+def test_tensorboard_gets_curves_pictures_and_captions(make_recipe: MakeRecipe) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Run(recipe := make_recipe("run", "num_epochs=1"))
+    events = EventAccumulator(recipe.log_dir).Reload()
+    tags = events.Tags()
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "validation/loss",
+        "validation/perplexity",
+        "validation/visual_gain",
+    } <= set(tags["scalars"])
+    assert len([tag for tag in tags["images"] if tag.startswith("samples/")]) == 4
+    assert len(tags["tensors"]) == 4
+
+
+def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
+    # A schedule over fewer epochs would fall faster: constant rates let the runs be compared.
+    settings = ("scheduler_type=constant", "bridge.dropout=0.2", "num_workers=2")
+    whole = Run(make_recipe("whole", *settings))
+    first = Run(make_recipe("parts", *settings, "num_epochs=1"))
+    assert checkpoints.load_checkpoint(first.latest)["training"]["progress"]["epoch"] == 1
+    second = Run(make_recipe("parts", *settings, "num_workers=0"), resume=first.folder)
+    assert second.said("resumed")
+    assert_same_training(whole.latest, second.latest)
+    assert [event["step"] for event in second.events("train")] == list(range(1, 13))
+
+
+def test_the_seed_decides_everything(make_recipe: MakeRecipe) -> None:
+    settings = ("num_epochs=1", "bridge.dropout=0.3")
+    torch.manual_seed(123)
+    one = Run(make_recipe("one", *settings))
+    torch.manual_seed(456)
+    same = Run(make_recipe("same", *settings))
+    other = Run(make_recipe("other", *settings, "seed=1"))
+    assert_same_training(one.latest, same.latest)
+    assert one.events("train")[0]["loss"] != other.events("train")[0]["loss"]
+
+
+@pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
+def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe, bridge: str) -> None:
+    settings = ("num_epochs=1", "captions_per_image=1", "gradient_clip_val=.inf", "max_steps=2")
+    at_once = Run(make_recipe("at-once", *settings, "batch_size=8", bridge=bridge))
+    in_parts = Run(
+        make_recipe("in-parts", *settings, "batch_size=2", "gradient_accumulation_steps=4", bridge=bridge)
+    )
+    for event, other in zip(at_once.events("train"), in_parts.events("train"), strict=True):
+        assert event["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert event["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+    first, second = (checkpoints.load_checkpoint(run.latest)["training"] for run in (at_once, in_parts))
+    # The optimiser's first moment is the gradient; AdamW's own step would blow up differences near zero.
+    for key, state in first["optimizer"]["state"].items():
+        torch.testing.assert_close(
+            state["exp_avg"], second["optimizer"]["state"][key]["exp_avg"], atol=1e-5, rtol=1e-3
+        )
+
+
+def test_pictures_can_be_encoded_in_every_step(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    cached = Run(make_recipe("cached", "num_epochs=1"))
+    on_the_fly = Run(make_recipe("on-the-fly", "num_epochs=1", "feature_cache=off", "num_workers=2"))
+    assert on_the_fly.said("sample 1:")
+    for event, other in zip(cached.events("train"), on_the_fly.events("train"), strict=True):
+        assert event["loss"] == pytest.approx(other["loss"], abs=2e-2)
+
+
+def test_mixed_precision_and_short_runs(make_recipe: MakeRecipe) -> None:
+    run = Run(make_recipe("run", "use_amp=true", "max_steps=3", "warmup_steps=2", "num_validation_samples=0"))
+    assert run.result.steps == 3
+    assert [event["learning_rate"] for event in run.events("train")][:2] == pytest.approx([0.005, 0.01])
+    assert run.latest.is_file()
+    assert len(run.events("validation")) == 1
+    weights = checkpoints.load_checkpoint(run.latest)["weights"]
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+def test_training_stops_early_when_nothing_improves(make_recipe: MakeRecipe) -> None:
+    settings = ("learning_rate=0", "min_lr=0", "num_epochs=9")
+    run = Run(make_recipe("run", *settings, "use_early_stopping=true", "early_stopping_patience=2"))
+    assert run.result.steps == 3 * 6
+    assert run.said("early stopping")
+    assert checkpoints.load_checkpoint(run.latest)["training"]["progress"]["epoch"] == 3
+
+
+def test_a_captioner_that_ignores_its_images_is_told_on(make_recipe: MakeRecipe) -> None:
+    run = Run(make_recipe("blind", "learning_rate=0", "min_lr=0", "num_epochs=1", bridge="cross_attention"))
+    assert run.events("validation")[0]["visual_gain"] == pytest.approx(0, abs=1e-6)
+    assert run.said("WARNING: the captioner is ignoring the image")
+
+
+def test_resuming_is_refused_where_it_could_not_continue(
+    make_recipe: MakeRecipe, drawn_caption_folder: Path, tmp_path: Path
+) -> None:
+    run = Run(make_recipe("run", "num_epochs=1"))
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        Run(make_recipe("run"), resume=run.folder / checkpoints.BEST_WEIGHTS)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        Run(make_recipe("run", bridge="cross_attention"), resume=run.latest)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        Run(make_recipe("run"), resume=tmp_path / "nothing.pth")
+
+    changed = shutil.copytree(drawn_caption_folder, tmp_path / "changed", ignore=shutil.ignore_patterns(".*"))
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["fingerprint"] = "sha256:changed"
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        Run(make_recipe("run", f"data_dir={changed}"), resume=run.latest)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    for override, error in (
+        (f"data_dir={tmp_path / 'nowhere'}", DataError),
+        ("amp_dtype=float16", ConfigurationError),
+        ("device=abacus", ConfigurationError),
+        ("bridge.num_heads=3", ConfigurationError),
+    ):
+        with pytest.raises(error):
+            Trainer(make_recipe("run", "use_amp=true", override), print)
+    assert not (tmp_path / "run").exists()
+
+
+def start_training(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlm_bridge", "train", *map(str, arguments)],
+        env=os.environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
+def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
+    make_recipe: MakeRecipe, tmp_path: Path, run_cli
+) -> None:
+    # 48 steps an epoch: the signal strikes somewhere inside the second one.
+    settings = ("batch_size=1", "captions_per_image=1", "num_epochs=3", "bridge.dropout=0.1", "num_workers=2")
+    whole = Run(make_recipe("whole", *settings))
+    assert whole.result.steps == 144
+
+    config = tmp_path / "recipe.yaml"
+    config.write_text(make_recipe("interrupted", *settings).to_yaml(), encoding="utf-8")
+    process = start_training("--config", config)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 60/144" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, stderr = process.communicate(timeout=60)
+    latest = tmp_path / "interrupted" / "checkpoints" / checkpoints.LATEST
+    assert process.returncode == 130
+    assert stderr.splitlines() == [f"interrupted; saved {latest}; continue with --resume {latest}"]
+    progress = checkpoints.load_checkpoint(latest)["training"]["progress"]
+    assert 60 <= progress["step"] < 144
+    assert progress["step_in_epoch"] > 0
+
+    # `--resume` alone continues with the checkpoint's own recipe.
+    resumed = run_cli("train", "--resume", latest)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr == ""
+    assert "done: 144 steps" in resumed.stdout
+    assert_same_training(whole.latest, latest)
+
+
+def test_mistakes_on_the_command_line_are_one_line(make_recipe: MakeRecipe, tmp_path: Path, run_cli) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(make_recipe("run").to_yaml(), encoding="utf-8")
+    unknown = run_cli("train", "--config", config, "learning_rat=1e-3")
+    assert unknown.returncode == 2
+    assert unknown.stderr == (f"error: {config}: unknown key learning_rat; did you mean 'learning_rate'?\n")
+    missing = run_cli("train", "--config", config, "data_dir=nowhere")
+    assert missing.returncode == 1
+    assert len(missing.stderr.splitlines()) == 1
+    assert missing.stderr.startswith("error: no caption folder at nowhere")
+    assert not (tmp_path / "run").exists()
