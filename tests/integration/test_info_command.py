@@ -1,0 +1,61 @@
+"""`vlm-bridge info`: what a recipe is made of, without reading any weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from captioners import tiny_recipe
+from vlm_bridge.cli.main import app
+
+
+def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    recipe = tiny_recipe(tiny_dinov2_dir, tiny_gemma2_dir, "cross_attention")
+    config.write_text(recipe.to_yaml(), encoding="utf-8")
+    # Weights are not needed: only the folders' configuration is read.
+    result = CliRunner().invoke(app, ["info", "--config", str(config), "--json", "bridge.num_heads=8"])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert {"components", "trainable_share", "features_shape", "memory"} <= shown.keys()
+    assert [c["role"] for c in shown["components"]] == ["vision_encoder", "bridge", "language_model"]
+    for component in shown["components"]:
+        assert component.keys() == {"name", "role", "parameters", "trainable"}
+        assert component["trainable"] == (component["parameters"] if component["role"] == "bridge" else 0)
+    total = sum(component["parameters"] for component in shown["components"])
+    assert shown["trainable_share"] == pytest.approx(shown["components"][1]["parameters"] / total)
+    assert shown["features_shape"] == [17, 32]
+    assert all(value > 0 for value in shown["memory"].values())
+
+
+def test_table_for_people(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(tiny_recipe(tiny_vit_dir, tiny_llama_dir).to_yaml(), encoding="utf-8")
+    result = CliRunner().invoke(app, ["info", "--config", str(config)])
+    assert result.exit_code == 0, result.output
+    for mention in ("vision_encoder", "language_model", "bridge", "10 tokens x 32", "trainable share", "GiB"):
+        assert mention in result.stdout
+
+
+def test_the_default_recipe_needs_no_weights(tmp_path: Path, run_cli) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs pip install 'vlm-bridge[lite]'")
+    # An empty cache, and no SmolLM2 to convert into it.
+    result = run_cli("info", "--json", env={"VLM_BRIDGE_CACHE": str(tmp_path / "cache")})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    shown = json.loads(result.stdout)
+    by_role = {component["role"]: component for component in shown["components"]}
+    assert by_role["language_model"]["name"] == "smollm2-135m-instruct"
+    assert by_role["language_model"]["parameters"] == 134_515_008
+    assert shown["features_shape"] == [49, 1280]
+    assert 0 < shown["trainable_share"] < 0.3
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_mistake_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ["info", "bridge.kind=telepathy"])
+    assert result.exit_code == 1  # of the exception; the program's own wrapper makes it 2
+    assert getattr(result.exception, "exit_code", None) == 2
