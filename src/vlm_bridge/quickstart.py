@@ -20,7 +20,7 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import train
 
 Say = Callable[[str], None]
-NUM_TRAIN, NUM_VAL, NUM_TEST = 2000, 100, 200
+NUM_TRAIN, NUM_VAL, NUM_TEST = 2500, 60, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,10 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> Quicksta
     data_dir = Path(recipe.data_dir)
     say(f"1/4 drawing {NUM_TRAIN + NUM_VAL + NUM_TEST} scenes into {data_dir}")
     transform(
-        Scenes(NUM_TRAIN, NUM_VAL, NUM_TEST, seed=recipe.seed), data_dir, workers=workers, seed=recipe.seed
+        Scenes(NUM_TRAIN, NUM_VAL, NUM_TEST, seed=recipe.seed, wordings=1),
+        data_dir,
+        workers=workers,
+        seed=recipe.seed,
     )
 
     say("2/4 training the bridge (the encoder and the language model stay frozen)")

@@ -44,6 +44,7 @@ _CAPTIONS_FILE = typer.Option(None, help="Caption file (local).  [default: found
 _NUM_TRAIN = typer.Option(10_000, min=0, help="Pictures to draw (scenes).")
 _NUM_VAL = typer.Option(500, min=0, help="Pictures to draw (scenes).")
 _NUM_TEST = typer.Option(1_000, min=0, help="Pictures of unseen colour-shape pairs to draw (scenes).")
+_WORDINGS = typer.Option(2, min=1, max=2, help="Captions a picture (scenes).")
 _SEED = typer.Option(0, help="Seed of the splits (local) or of the drawing (scenes).")
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 
@@ -57,6 +58,7 @@ def explore_dataset(
     num_train: int = _NUM_TRAIN,
     num_val: int = _NUM_VAL,
     num_test: int = _NUM_TEST,
+    wordings: int = _WORDINGS,
     seed: int = _SEED,
     samples: int = typer.Option(8, min=0, help="Images to show."),
     grid: Path = typer.Option(None, help="Also write the shown images with their captions to this PNG."),
@@ -77,7 +79,7 @@ def explore_dataset(
     if data_dir is not None:
         items, set_aside = folder_items(CaptionFolder.open(data_dir)), []
     else:
-        options = SourceOptions(input_dir, captions_file, num_train, num_val, num_test, seed)
+        options = SourceOptions(input_dir, captions_file, num_train, num_val, num_test, seed, wordings)
         opened = make_source(source.value, options)
         items, set_aside = opened.items(), opened.rejected
     with show_progress("pictures measured") as report:
@@ -106,6 +108,7 @@ def transform(
     num_train: int = _NUM_TRAIN,
     num_val: int = _NUM_VAL,
     num_test: int = _NUM_TEST,
+    wordings: int = _WORDINGS,
     seed: int = _SEED,
     val_fraction: float = typer.Option(0.1, help="Share for validation, where the source has no splits."),
     test_fraction: float = typer.Option(0.1, help="Share for testing, where the source has no splits."),
@@ -127,7 +130,7 @@ def transform(
     from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
     from vlm_bridge.data_pipeline.transform import transform as run
 
-    options = SourceOptions(input_dir, captions_file, num_train, num_val, num_test, seed)
+    options = SourceOptions(input_dir, captions_file, num_train, num_val, num_test, seed, wordings)
     try:
         with show_progress("pictures") as report:
             manifest = run(

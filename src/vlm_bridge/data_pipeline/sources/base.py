@@ -46,6 +46,7 @@ class SourceOptions:
     num_val: int = 500
     num_test: int = 1_000
     seed: int = 0
+    wordings: int = 2
 
     def require_input_dir(self, source: str) -> Path:
         """Return the input folder; UsageError where none was named, DataError where it does not exist."""

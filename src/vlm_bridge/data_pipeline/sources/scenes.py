@@ -89,7 +89,7 @@ _DIAMETERS = {
 }
 _RELATION_DIAMETER = (58, 84)
 _SCENE_KINDS = ("single", "counted", "relation")
-_SCENE_WEIGHTS = (0.3, 0.3, 0.4)
+_SCENE_WEIGHTS = (0.35, 0.35, 0.3)
 _SUPERSAMPLING = 4
 
 
@@ -270,15 +270,19 @@ class Scenes:
     num_val: int
     num_test: int
     seed: int = 0
+    wordings: int = 2
+    """Captions per picture: 1 is the canonical one alone."""
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if min(self.num_train, self.num_val, self.num_test) < 0:
             raise UsageError("--num-train, --num-val and --num-test must not be negative")
+        if self.wordings not in (1, 2):
+            raise UsageError(f"--wordings must be 1 or 2, not {self.wordings}")
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> Scenes:
-        return cls(options.num_train, options.num_val, options.num_test, options.seed)
+        return cls(options.num_train, options.num_val, options.num_test, options.seed, options.wordings)
 
     def items(self) -> list[SourceItem]:
         """Return all scenes, train first; nothing is drawn yet."""
@@ -288,7 +292,7 @@ class Scenes:
     def _item(self, split: SplitName, index: int) -> SourceItem:
         return SourceItem(
             image_id=f"{split}-{index:06d}",
-            captions=describe(make_scene(self.seed, split, index).facts),
+            captions=describe(make_scene(self.seed, split, index).facts)[: self.wordings],
             split=split,
             draw=functools.partial(_draw_scene, self.seed, split, index),
         )
@@ -321,17 +325,17 @@ def _equal_objects_scene(rng: random.Random, kind: Kind, count: int) -> tuple[Sc
 
 def _relation_scene(rng: random.Random, pairs: list[Kind]) -> tuple[SceneFacts, list[SceneObject]]:
     first, second = rng.sample(pairs, 2)
-    relation = rng.choice(list(RELATIONS))
+    # The upper or the left object comes first, so that the canonical caption follows from the picture alone.
+    relation = rng.choice(("above", "to the left of"))
     # Along the axis of the relation the objects keep well apart; across it they nearly align, so that no
     # other relation could be meant.
     near, far = rng.uniform(46, 66), rng.uniform(158, 178)
     across = rng.uniform(60, 164)
     offset = rng.uniform(-12, 12)
-    along = (near, far) if relation in ("above", "to the left of") else (far, near)
-    vertical = relation in ("above", "below")
+    vertical = relation == "above"
     objects = []
     for kind, position, sideways in zip(
-        (first, second), along, (across - offset, across + offset), strict=True
+        (first, second), (near, far), (across - offset, across + offset), strict=True
     ):
         centre = (sideways, position) if vertical else (position, sideways)
         objects.append(_make_object(rng, kind, centre, rng.uniform(*_RELATION_DIAMETER)))
