@@ -24,6 +24,7 @@ def quickstart(
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.cli.train import exit_when_interrupted
     from vlm_bridge.configuration import load_recipe, shipped_recipe
+    from vlm_bridge.training_strategy.checkpoint import has_checkpoint
 
     quiet_transformers()
     places = {"data_dir": "data", "checkpoint_dir": "checkpoints", "log_dir": "logs"}
@@ -53,7 +54,7 @@ def quickstart(
     )
     print(f"Open {output_dir / 'report.html'} and {output_dir / 'contact_sheet.png'}.")
 
-    if photo_checkpoint.exists() and (photographs := first_minutes.real_photographs()):
+    if has_checkpoint(photo_checkpoint) and (photographs := first_minutes.real_photographs()):
         captioner = Captioner.from_pretrained(photo_checkpoint)
         print(f"\nReal photographs, with the bridge in {photo_checkpoint}:")
         captions = captioner.caption([picture for _, picture in photographs])

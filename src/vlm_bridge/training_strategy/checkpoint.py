@@ -99,6 +99,15 @@ def checkpoint_path(path: str | Path) -> Path:
     return path
 
 
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether ``path`` is a checkpoint file or a folder that holds one."""
+    try:
+        checkpoint_path(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def recipe_of(content: dict[str, Any], where: str | Path) -> Recipe:
     """The recipe a checkpoint was trained with."""
     try:

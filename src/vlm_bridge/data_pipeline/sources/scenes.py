@@ -82,10 +82,10 @@ _BACKGROUNDS: tuple[RGB, ...] = (
 
 # Diameters in pixels. Small and large stay far apart whatever the count: the size word is never a guess.
 _DIAMETERS = {
-    (1, "small"): (48, 58),
+    (1, "small"): (46, 54),
     (1, "large"): (110, 145),
-    (2, "small"): (48, 56),
-    (2, "large"): (82, 94),
+    (2, "small"): (46, 54),
+    (2, "large"): (84, 94),
 }
 _RELATION_DIAMETER = (58, 84)
 _SCENE_KINDS = ("single", "counted", "relation")
