@@ -144,3 +144,22 @@ def run_cli(tmp_path: Path) -> RunCLI:
         )
 
     return run
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `run_cli`, but inside this process: exit code and output are the program's, without its seconds of imports."""
+    from vlm_bridge.cli.main import run_bridge
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["vlm-bridge", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_bridge()
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(command, exit_.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
+
+    return run

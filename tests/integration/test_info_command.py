@@ -55,7 +55,8 @@ def test_the_default_recipe_needs_no_weights(tmp_path: Path, run_cli) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_mistake_is_a_usage_error() -> None:
-    result = CliRunner().invoke(app, ["info", "bridge.kind=telepathy"])
-    assert result.exit_code == 1  # of the exception; the program's own wrapper makes it 2
-    assert getattr(result.exception, "exit_code", None) == 2
+def test_a_mistake_is_a_usage_error(run_here) -> None:
+    result = run_here("info", "bridge.kind=telepathy")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "bridge.kind='telepathy' is unknown" in result.stderr

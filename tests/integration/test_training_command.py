@@ -286,14 +286,23 @@ def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
     assert_same_training(whole.latest, latest)
 
 
-def test_mistakes_on_the_command_line_are_one_line(make_recipe: MakeRecipe, tmp_path: Path, run_cli) -> None:
+def test_mistakes_on_the_command_line_are_one_line(
+    make_recipe: MakeRecipe, tmp_path: Path, run_cli, run_here
+) -> None:
     config = tmp_path / "recipe.yaml"
     config.write_text(make_recipe("run").to_yaml(), encoding="utf-8")
     unknown = run_cli("train", "--config", config, "learning_rat=1e-3")
     assert unknown.returncode == 2
-    assert unknown.stderr == (f"error: {config}: unknown key learning_rat; did you mean 'learning_rate'?\n")
-    missing = run_cli("train", "--config", config, "data_dir=nowhere")
-    assert missing.returncode == 1
-    assert len(missing.stderr.splitlines()) == 1
-    assert missing.stderr.startswith("error: no caption folder at nowhere")
+    assert unknown.stderr == f"error: {config}: unknown key learning_rat; did you mean 'learning_rate'?\n"
+    for arguments, exit_code, mention in (
+        (["data_dir=nowhere"], 1, "no caption folder at nowhere"),
+        (["batch_size=many"], 2, "batch_size='many' must be of type int"),
+        (["--resume", "nothing.pth"], 1, "no checkpoint at nothing.pth"),
+        (["learning_rate"], 2, "is not KEY=VALUE"),
+    ):
+        result = run_here("train", "--config", config, *arguments)
+        assert result.returncode == exit_code
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("error: ")
+        assert mention in result.stderr
     assert not (tmp_path / "run").exists()

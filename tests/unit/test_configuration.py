@@ -76,6 +76,8 @@ def test_unknown_keys_are_named_with_their_nearest_neighbour(override: str, ment
         ("amp_dtype=float64", ["amp_dtype='float64'", "bfloat16, float16"]),
         ("scheduler_type=[cosine]", ["scheduler_type=['cosine']", "cosine, linear, constant"]),
         ("bridge=prefix", ["bridge must be a mapping"]),
+        ("vision_encoder.layers=3", ["vision_encoder.layers=3", "list"]),
+        ("vision_encoder.layers=[1, last]", ["vision_encoder.layers[1]='last'", "int"]),
         ("decode=3", ["decode must be a mapping"]),
         ("language_model=gpt2", ["language_model must be a mapping"]),
     ],
@@ -183,8 +185,10 @@ def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
             "data_dir='1e5'",
             "max_steps=7",
             "gradient_clip_val=.inf",
+            "vision_encoder.layers=[4, -1]",
         ],
     )
+    assert recipe.vision_encoder.layers == (4, -1)
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
     assert recipe_from_dict(recipe.to_dict()) == recipe
     assert override_recipe(recipe, []) == recipe

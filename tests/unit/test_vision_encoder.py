@@ -87,6 +87,20 @@ def test_the_image_size_can_be_chosen(family: str, folder: Path) -> None:
     assert encoder.num_tokens > FAMILIES[family][2]
 
 
+@torch.no_grad()
+def test_layers_can_be_chosen(folder: Path) -> None:
+    encoder = load(folder, layers=(0, -1))
+    pixels = encoder.preprocess(odd_pictures())
+    features = encoder(pixels)
+    assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, encoder.num_tokens, 64)
+    first, last = load(folder, layers=(0,)), load(folder, layers=(-1,))
+    torch.testing.assert_close(features, torch.cat((first(pixels), last(pixels)), dim=-1))
+    assert encoder_fingerprint(first) != encoder_fingerprint(last)
+    # Two layers and the embedding: there is no fourth.
+    with pytest.raises(ModelError, match=r"vision_encoder\.layers=\[3\]: the encoder has 0 to 2"):
+        load(folder, layers=(3,))
+
+
 def test_encoders_are_frozen(folder: Path) -> None:
     encoder = load(folder)
     assert not encoder.training
@@ -173,6 +187,20 @@ class TestEfficientNetLite0:
         assert encoder.grid == (side, side)
         assert features.isfinite().all()
         assert not encoder.training
+
+    @torch.no_grad()
+    def test_layers_are_averaged_onto_the_last_grid(self) -> None:
+        encoder = load(self.name, image_size=64, layers=(0, 16))
+        pixels = encoder.preprocess(odd_pictures())
+        features = encoder(pixels)
+        assert features.shape == (5, 4, encoder.embed_dim)
+        head = load(self.name, image_size=64)
+        expected = head.network.extract_features(pixels).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(head(pixels), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(features[..., -1280:], expected, atol=1e-4, rtol=1e-4)
+        assert encoder_fingerprint(encoder) != encoder_fingerprint(head)
+        with pytest.raises(ModelError, match="efficientnet-lite0 has 0 to 16"):
+            load(self.name, layers=(17,))
 
     def test_pixels_are_normalised_as_the_weights_expect(self) -> None:
         encoder = load(self.name, image_size=32)
