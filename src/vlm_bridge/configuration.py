@@ -37,6 +37,10 @@ class VisionEncoderConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "image_size", prefix="vision_encoder.")
+        if self.layers is not None and not self.layers:
+            raise ConfigurationError(
+                "vision_encoder.layers must name at least one layer; leave it out for the last"
+            )
 
 
 @dataclass(frozen=True)

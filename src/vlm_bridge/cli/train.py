@@ -23,14 +23,16 @@ def train(
     """Train the bridge of a recipe. `--resume` alone continues with the checkpoint's own recipe."""
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe, override_recipe
+
+    # A mistyped recipe is told before the seconds that the trainer's imports take.
+    recipe = load_recipe(config, overrides or ()) if config is not None or resume is None else None
+
     from vlm_bridge.training_strategy.trainer import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training
 
     quiet_transformers()
-    if config is None and resume is not None:
+    if recipe is None:
         recipe = override_recipe(resumed_recipe(resume), overrides or ())
-    else:
-        recipe = load_recipe(config, overrides or ())
     with exit_when_interrupted():
         result = run_training(
             recipe, resume=resume or recipe.resume_from_checkpoint, say=lambda line: print(line, flush=True)

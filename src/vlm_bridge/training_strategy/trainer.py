@@ -302,9 +302,15 @@ class Trainer:
                 "random_state": torch.get_rng_state(),
                 "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
                 "dataset_fingerprint": self.folder.fingerprint,
+                "data_order": self._data_order(),
             }
         checkpoints.save_checkpoint(path, self.recipe, self.model.trained_state_dict(), training)
         return path
+
+    def _data_order(self) -> dict[str, int]:
+        """All that decides which captions meet in which step."""
+        names = ("batch_size", "captions_per_image", "gradient_accumulation_steps", "seed")
+        return {name: getattr(self.recipe, name) for name in names}
 
     def _resume(self, path: str | Path) -> None:
         content = checkpoints.load_checkpoint(resume_path(path))
@@ -317,6 +323,11 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was trained on other data than {self.folder.root} (the fingerprints differ); point data_dir "
                 "to the dataset it was trained on, or start a new training"
+            )
+        if training["progress"]["step_in_epoch"] and training["data_order"] != self._data_order():
+            raise CheckpointError(
+                f"{path} stops inside an epoch whose batches are those of {training['data_order']}, not of "
+                f"{self._data_order()}: continue with the same values"
             )
         checkpoints.load_weights(self.model, content["weights"], path)
         self.optimizer.load_state_dict(training["optimizer"])
