@@ -7,48 +7,22 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 import typer.main
 
+from readme import PROGRAMS, README, code_blocks, documented_commands
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "vlm_bridge"
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((REPOSITORY / "config").glob("*.yaml"))
-PROGRAMS = {"vlm-bridge": [], "vlm-data": ["data"], "vlm-training": ["train"]}
 DOCUMENTS = [
     REPOSITORY / "README.md",
     REPOSITORY / "CONTRIBUTING.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-
-
-def code_blocks(markdown: str, language: str) -> list[str]:
-    """Return the fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
-
-
-def documented_commands(markdown: str) -> Iterator[list[str]]:
-    """Yield our commands in the ```bash blocks as words: the program first, wrappers and pipes removed."""
-    for block in code_blocks(markdown, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-            lexer.whitespace_split = True
-            command: list[str] = []
-            for word in [*lexer, ";"]:
-                if not set(word) <= set("();<>|&"):
-                    command.append(word)
-                    continue
-                if command[:2] == ["uv", "run"]:
-                    command = command[2:]
-                if command and Path(command[0]).name in PROGRAMS:
-                    yield [Path(command[0]).name, *command[1:]]
-                command = []
-
-
 COMMANDS = list(documented_commands(README))
 
 
