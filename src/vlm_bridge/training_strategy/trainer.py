@@ -132,6 +132,10 @@ class Trainer:
     def run(self, resume: str | Path | None = None) -> TrainingResult:
         started = time.perf_counter()
         recipe = self.recipe
+        if resume is None and (self.checkpoint_dir / checkpoints.LATEST).is_file():
+            self.say(
+                f"{self.checkpoint_dir} holds an earlier run; its checkpoints will be replaced (--resume continues it)"
+            )
         if resume is not None:
             self._resume(resume)
         else:
