@@ -59,8 +59,10 @@ def evaluate(
         output_dir.mkdir(parents=True, exist_ok=True)
 
     from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
 
+    quiet_transformers()
     captioner = Captioner.from_pretrained(checkpoint, device=device)
     asked = {
         "num_beams": num_beams,
