@@ -20,7 +20,7 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import train
 
 Say = Callable[[str], None]
-NUM_TRAIN, NUM_VAL, NUM_TEST = 2000, 60, 200
+NUM_TRAIN, NUM_VAL, NUM_TEST = 2500, 60, 200
 
 
 @dataclasses.dataclass(frozen=True)
