@@ -26,6 +26,14 @@ BRIDGES: dict[str, dict[str, Any]] = {
         "position_embeddings": True,
     },
     "cross_attention": {"kind": "cross_attention", "num_heads": 4},
+    "deep_prefix": {
+        "kind": "deep_prefix",
+        "num_queries": 3,
+        "depth": 1,
+        "width": 16,
+        "num_heads": 4,
+        "position_embeddings": True,
+    },
 }
 LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
 
@@ -105,6 +113,8 @@ def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionerModel:
     language_model = LanguageModel(causal_lm, tokenizer).requires_grad_(False)
     recipe = recipe_from_dict({"bridge": BRIDGES[bridge]})
     with seeded(4):
-        trained = build_bridge(recipe.bridge, ToyEncoder.embed_dim, config.hidden_size, ToyEncoder.num_tokens)
+        trained = build_bridge(
+            recipe.bridge, ToyEncoder.embed_dim, language_model.shape, ToyEncoder.num_tokens
+        )
     randomise(trained, std=0.5)
     return CaptionerModel(ToyEncoder(), language_model, trained, standardize=False).eval()

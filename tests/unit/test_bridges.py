@@ -11,13 +11,15 @@ from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES
 from vlm_bridge.model_architecture.captioner import build_bridge
+from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 def bridge_of(
     kind: str, vision_dim: int = 12, text_dim: int = 32, num_tokens: int = 6, *, meta: bool = False, **options
 ):
     recipe = recipe_from_dict({"bridge": {"kind": kind, **options}})
-    return build_bridge(recipe.bridge, vision_dim, text_dim, num_tokens, meta=meta)
+    text = TextShape(text_dim, num_layers=6, num_key_value_heads=2, head_dim=8)
+    return build_bridge(recipe.bridge, vision_dim, text, num_tokens, meta=meta)
 
 
 def test_cross_attention_has_the_published_number_of_parameters() -> None:
@@ -69,8 +71,7 @@ def test_dropout_acts_in_training_only(kind: str, dropout: float) -> None:
 
     def outputs() -> torch.Tensor:
         state = bridge.encode_image(features)
-        soft = bridge.soft_tokens(state)
-        return torch.cat([x for x in (soft, bridge.edit_text(text, state)) if x is not None], dim=1)
+        return torch.cat([x.flatten() for x in (state, bridge.edit_text(text, state))])
 
     assert torch.equal(bridge.eval() and outputs(), outputs())
     bridge.train()
@@ -130,4 +131,5 @@ def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
     options_class, bridge_class = BRIDGES[kind]
     assert recipe.bridge.options == options_class()
     without = replace(recipe.bridge, options=None)
-    assert isinstance(build_bridge(without, 12, 576, 6, meta=True), bridge_class)
+    text = TextShape(576, num_layers=30, num_key_value_heads=3, head_dim=64)
+    assert isinstance(build_bridge(without, 12, text, 6, meta=True), bridge_class)

@@ -219,7 +219,7 @@ def test_features_are_standardised_by_what_was_measured(tiny_vit_dir: Path, tiny
 def test_the_seed_decides_the_bridge(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
     def weights(seed: int) -> torch.Tensor:
         model = build_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, seed=seed))
-        return model.bridge.vision_projection.weight
+        return model.bridge.resampler.vision_projection.weight
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))

@@ -81,15 +81,14 @@ def budget_of(recipe: Recipe) -> Budget:
     frozen = 4 * components[0].parameters + weight_bytes * components[2].parameters
     trained = components[1].parameters
     beams = 16 * recipe.decode.num_beams
-    key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    shape = model.language_model.shape
     cache = (
         beams
         * (soft_tokens + recipe.decode.max_new_tokens)
         * layers
         * 2
-        * key_value_heads
-        * head_width
+        * shape.num_key_value_heads
+        * shape.head_dim
         * element
     )
     step_logits = (
@@ -104,8 +103,10 @@ def budget_of(recipe: Recipe) -> Budget:
         "training_gib": (RUNTIME_BYTES + frozen + 16 * trained + activations + logits) / GIB,
         "captioning_gib": (RUNTIME_BYTES + frozen + 4 * trained + cache + step_logits) / GIB,
     }
-    shape = [encoder.num_tokens, encoder.embed_dim]
-    return Budget(components, shape, soft_tokens, {key: round(value, 2) for key, value in memory.items()})
+    features_shape = [encoder.num_tokens, encoder.embed_dim]
+    return Budget(
+        components, features_shape, soft_tokens, {key: round(value, 2) for key, value in memory.items()}
+    )
 
 
 def _count(module: nn.Module) -> tuple[int, int]:

@@ -18,13 +18,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge
+from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge, DeepPrefixBridge
 from vlm_bridge.model_architecture.language_model import (
     LanguageModel,
     build_language_model,
     packed_positions,
 )
 from vlm_bridge.model_architecture.loss import frozen_head_cross_entropy
+from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 
 
@@ -94,6 +95,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         self.vision_encoder = vision_encoder
         self.language_model = language_model
         self.bridge = bridge
+        if isinstance(bridge, DeepPrefixBridge):
+            language_model.accept_prefix()
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None  # type: ignore[arg-type]
         self.generation_config = GenerationConfig(
             bos_token_id=language_model.start_id,
@@ -165,7 +168,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             mask = self.language_model.packed_mask(segments, num_soft)
             positions = packed_positions(segments, num_soft)
         states = self.language_model.hidden_states(
-            inputs.to(body_dtype), mask, positions, past_key_values=past_key_values, use_cache=use_cache
+            inputs.to(body_dtype),
+            mask,
+            positions,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            prefix=bridge.key_value_prefix(image_state),
         )
         return states[:, num_soft:]
 
@@ -286,14 +294,14 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
 
 def build_bridge(
-    config: BridgeConfig, vision_dim: int, text_dim: int, num_image_tokens: int, *, meta: bool = False
+    config: BridgeConfig, vision_dim: int, text: TextShape, num_image_tokens: int, *, meta: bool = False
 ) -> nn.Module:
     """The recipe's bridge between two widths, on the CPU or on the meta device."""
     options_class, bridge_class = BRIDGES[config.kind]
     options = config.options if config.options is not None else options_class()
     try:
         with torch.device("meta" if meta else "cpu"):
-            return bridge_class(options, vision_dim, text_dim, num_image_tokens)
+            return bridge_class(options, vision_dim, text, num_image_tokens)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
 
@@ -311,7 +319,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
         bridge = build_bridge(
             recipe.bridge,
             vision_encoder.embed_dim,
-            language_model.embed_dim,
+            language_model.shape,
             vision_encoder.num_tokens,
             meta=meta,
         )

@@ -13,6 +13,8 @@ from torch import nn
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
+from vlm_bridge.model_architecture.prefix_attention import ATTENTION, KeyValuePrefix
+from vlm_bridge.model_architecture.text_shape import TextShape
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -42,6 +44,10 @@ class LanguageModel(nn.Module):
         return self.causal_lm.config.get_text_config(decoder=True)
 
     @property
+    def shape(self) -> TextShape:
+        return TextShape.of(self.text_config, self.embed_dim)
+
+    @property
     def vocab_size(self) -> int:
         return self.causal_lm.get_input_embeddings().weight.shape[0]
 
@@ -56,18 +62,38 @@ class LanguageModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
+        prefix: KeyValuePrefix | None = None,
     ) -> torch.Tensor:
         """The body's last states [B, T, H] before the head. A given cache is extended in place.
 
-        ``attention_mask`` is None (plain causal) or what `packed_mask` makes.
+        Args:
+            attention_mask: None (plain causal) or what `packed_mask` makes.
+            prefix: what the layers attend to beside the text; only after `accept_prefix`.
         """
-        return self.causal_lm.base_model(
+        of_image = {} if prefix is None else {"image_prefix": prefix}
+        states = self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            **of_image,
         ).last_hidden_state
+        if prefix is not None and len(prefix.layers_that_read) < self.shape.num_layers:
+            raise ModelError(
+                f"{type(self.causal_lm).__name__} does not hand a key-value prefix to its attention layers: choose "
+                "bridge.kind=prefix or cross_attention"
+            )
+        return states
+
+    def accept_prefix(self) -> None:
+        """Switch to the attention that reads a `KeyValuePrefix`, of the same kind as now (`eager` or `sdpa`)."""
+        base = self.causal_lm.config._attn_implementation
+        if base not in ("eager", "sdpa"):
+            raise ModelError(
+                f"bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not {base}"
+            )
+        self.causal_lm.set_attn_implementation(ATTENTION.format(base))
 
     def packed_mask(
         self, segments_bt: torch.Tensor, num_soft_tokens: int

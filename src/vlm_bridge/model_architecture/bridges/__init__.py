@@ -7,15 +7,17 @@ from typing import Protocol
 import torch
 
 from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttentionBridge, CrossAttentionOptions
+from vlm_bridge.model_architecture.bridges.deep_prefix import DeepPrefixBridge, DeepPrefixOptions
 from vlm_bridge.model_architecture.bridges.prefix import PrefixBridge, PrefixOptions
+from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
 
-__all__ = ["BRIDGES", "Bridge", "CrossAttentionBridge", "PrefixBridge"]
+__all__ = ["BRIDGES", "Bridge", "CrossAttentionBridge", "DeepPrefixBridge", "PrefixBridge"]
 
 
 class Bridge(Protocol):
     """What the captioner asks of a bridge between features [B, N, D] and text embeddings [B, T, H].
 
-    A bridge is built from ``(options, vision_dim=D, text_dim=H, num_image_tokens=N)``, also on the meta device.
+    A bridge is built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on the meta device.
     What depends on the image alone happens in ``encode_image``, once per image: captions and beams share it.
     """
 
@@ -31,6 +33,10 @@ class Bridge(Protocol):
         """Soft tokens [B, P, H] that stand before the text, or None."""
         ...
 
+    def key_value_prefix(self, image_state: torch.Tensor) -> KeyValuePrefix | None:
+        """Keys and values that the language model's layers attend to beside the text's own, or None."""
+        ...
+
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         """Text embeddings [B, T, H], edited position by position (never across positions: causality)."""
         ...
@@ -38,5 +44,6 @@ class Bridge(Protocol):
 
 BRIDGES = {
     "cross_attention": (CrossAttentionOptions, CrossAttentionBridge),
+    "deep_prefix": (DeepPrefixOptions, DeepPrefixBridge),
     "prefix": (PrefixOptions, PrefixBridge),
 }

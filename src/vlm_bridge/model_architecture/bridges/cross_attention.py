@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.limits import check_at_least, check_dropout
+from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class CrossAttentionBridge(nn.Module):
     starts from the bare language model's loss. With D=1024 and H=2304 it has 66,092,544 parameters.
     """
 
-    def __init__(self, options: CrossAttentionOptions, vision_dim: int, text_dim: int, num_image_tokens: int):
+    def __init__(
+        self, options: CrossAttentionOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+    ):
         super().__init__()
+        text_dim = text.width
         if text_dim % options.num_heads:
             raise ValueError(
                 f"bridge.num_heads={options.num_heads} does not divide the text width {text_dim}"
@@ -68,6 +72,9 @@ class CrossAttentionBridge(nn.Module):
         return torch.stack((self.key(projected_bnh), self.value(projected_bnh)), dim=1)
 
     def soft_tokens(self, image_state: torch.Tensor) -> None:
+        return None
+
+    def key_value_prefix(self, image_state: torch.Tensor) -> None:
         return None
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:

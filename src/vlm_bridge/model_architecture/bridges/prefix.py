@@ -1,4 +1,4 @@
-"""The prefix bridge: learned queries read the image through a small transformer and become soft tokens."""
+"""The prefix bridge: a resampler's queries become soft tokens before the text."""
 
 from __future__ import annotations
 
@@ -6,73 +6,30 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from vlm_bridge.limits import check_at_least, check_dropout
+from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
+from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 @dataclass(frozen=True)
-class PrefixOptions:
-    """Options of `prefix`.
-
-    Attributes:
-        num_queries: soft tokens put before the text.
-        depth: layers of the small transformer.
-        width: its hidden size; None means the language model's.
-        num_heads: attention heads, of queries over [queries; image tokens].
-        feed_forward_multiplier: hidden size of its feed-forward layers, as a multiple of the width.
-        position_embeddings: tell the image tokens where they are; encoders whose features do not say so by
-            themselves (convolutional ones) need it for words such as "above" or "left".
-        dropout: on both residual branches and on the image tokens, while training.
-    """
-
-    num_queries: int = 16
-    depth: int = 2
-    width: int | None = None
-    num_heads: int = 8
-    feed_forward_multiplier: int = 4
-    position_embeddings: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_at_least(
-            1, self, "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", prefix="bridge."
-        )
-        check_dropout(self.dropout, "bridge.dropout")
+class PrefixOptions(ResamplerOptions):
+    """Options of `prefix`: those of its resampler; ``num_queries`` soft tokens stand before the text."""
 
 
 class PrefixBridge(nn.Module):
-    """A resampler (Jaegle et al. 2021; Alayrac et al. 2022): queries attend to [queries; image tokens].
+    """Soft tokens made from the image (as in ClipCap, Mokady et al. 2021, with a resampler for the mapping).
 
-    The soft tokens leave through a layer norm whose gain starts at the size of the language model's own
-    embeddings (`set_output_scale`): the frozen layers then see inputs of a familiar size from the first step.
+    They leave through a layer norm whose gain starts at the size of the language model's own embeddings
+    (`set_output_scale`): the frozen layers then see inputs of a familiar size from the first step.
     """
 
-    def __init__(self, options: PrefixOptions, vision_dim: int, text_dim: int, num_image_tokens: int):
+    def __init__(self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
-        width = options.width or text_dim
-        if width % options.num_heads:
-            raise ValueError(
-                f"bridge.num_heads={options.num_heads} does not divide the bridge's width {width}"
-            )
+        width = options.width or text.width
         self.num_queries = options.num_queries
-        self.dropout = options.dropout
-        self.queries = nn.Parameter(torch.empty(options.num_queries, width))
-        self.vision_projection = nn.Linear(vision_dim, width)
-        self.vision_norm = nn.LayerNorm(width)
-        self.positions = (
-            nn.Parameter(torch.empty(num_image_tokens, width)) if options.position_embeddings else None
-        )
-        self.layers = nn.ModuleList(ResamplerLayer(options, width) for _ in range(options.depth))
-        self.output_projection = nn.Linear(width, text_dim)
-        self.output_norm = nn.LayerNorm(text_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        # Both of the size of the layer-normalised image tokens, or nearly: attention tells them apart at once.
-        nn.init.normal_(self.queries, std=1.0)
-        if self.positions is not None:
-            nn.init.normal_(self.positions, std=0.5)
+        self.resampler = Resampler(options, vision_dim, width, num_image_tokens)
+        self.output_projection = nn.Linear(width, text.width)
+        self.output_norm = nn.LayerNorm(text.width)
 
     def set_output_scale(self, embedding_std: float) -> None:
         """Start the soft tokens at the standard deviation of the language model's token embeddings."""
@@ -83,49 +40,13 @@ class PrefixBridge(nn.Module):
 
     def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Soft tokens [B, P, H] from features [B, N, D]."""
-        image_bnw = self.vision_norm(self.vision_projection(features_bnd))
-        if self.positions is not None:
-            image_bnw = image_bnw + self.positions
-        image_bnw = F.dropout(image_bnw, self.dropout, self.training)
-        x_bpw = self.queries.expand(len(features_bnd), -1, -1)
-        for layer in self.layers:
-            x_bpw = layer(x_bpw, image_bnw)
-        return self.output_norm(self.output_projection(x_bpw))
+        return self.output_norm(self.output_projection(self.resampler(features_bnd)))
 
     def soft_tokens(self, image_state: torch.Tensor) -> torch.Tensor:
         return image_state
 
+    def key_value_prefix(self, image_state: torch.Tensor) -> None:
+        return None
+
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         return text_bth
-
-
-class ResamplerLayer(nn.Module):
-    """Pre-norm attention of queries [B, P, W] over [queries; image tokens], then a GELU feed-forward layer."""
-
-    def __init__(self, options: PrefixOptions, width: int):
-        super().__init__()
-        self.num_heads = options.num_heads
-        self.dropout = options.dropout
-        self.attention_norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.attention_output = nn.Linear(width, width)
-        self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward_in = nn.Linear(width, options.feed_forward_multiplier * width)
-        self.feed_forward_out = nn.Linear(options.feed_forward_multiplier * width, width)
-
-    def forward(self, x_bpw: torch.Tensor, image_bnw: torch.Tensor) -> torch.Tensor:
-        normed_bpw = self.attention_norm(x_bpw)
-        keys, values = self.key_value(torch.cat((normed_bpw, image_bnw), dim=1)).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(
-            self._heads(self.query(normed_bpw)), self._heads(keys), self._heads(values)
-        )
-        x_bpw = x_bpw + self._drop(self.attention_output(attended.transpose(1, 2).flatten(2)))
-        hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(x_bpw)))
-        return x_bpw + self._drop(self.feed_forward_out(hidden))
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training)

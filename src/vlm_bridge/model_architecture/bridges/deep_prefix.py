@@ -1,0 +1,77 @@
+"""The deep-prefix bridge: an image as keys and values for the language model's attention, from a chosen layer on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlm_bridge.limits import check_at_least
+from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
+from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
+from vlm_bridge.model_architecture.text_shape import TextShape
+
+
+@dataclass(frozen=True)
+class DeepPrefixOptions(ResamplerOptions):
+    """Options of `deep_prefix`: those of its resampler, and where it enters.
+
+    Attributes:
+        enter_at_layer: the first layer of the language model (from 0) that sees the image; None means one third
+            of the way up. Below it nothing depends on the image and nothing is back-propagated.
+    """
+
+    enter_at_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(0, self, "enter_at_layer", prefix="bridge.")
+
+
+class DeepPrefixBridge(nn.Module):
+    """Prefix tuning (Li & Liang 2021) in which the image makes the prefix: keys and values for each layer.
+
+    No soft token runs through the language model: a query of the resampler becomes one key and one value per
+    layer and head, which the text attends to beside its own. Values start at zero, so that the text reads as if
+    no image were there, and entering above the first layers leaves the position on which language models park
+    idle attention untouched (as LLaMA-Adapter, Zhang et al. 2023, which adapts the upper layers only).
+    """
+
+    def __init__(self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
+        super().__init__()
+        first = text.num_layers // 3 if options.enter_at_layer is None else options.enter_at_layer
+        if first >= text.num_layers:
+            raise ValueError(
+                f"bridge.enter_at_layer={first} is beyond the language model's last layer, {text.num_layers - 1}"
+            )
+        width = options.width or text.width
+        self.first_layer = first
+        self.shape = (text.num_layers - first, 2, text.num_key_value_heads, text.head_dim)
+        self.resampler = Resampler(options, vision_dim, width, num_image_tokens)
+        self.output_norm = nn.LayerNorm(width)
+        self.keys_values = nn.Linear(width, self.shape[0] * 2 * self.shape[2] * self.shape[3])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.keys_values.weight, std=0.02)
+        nn.init.zeros_(self.keys_values.bias)
+        with torch.no_grad():
+            self.keys_values.weight.unflatten(0, self.shape)[:, 1] = 0
+
+    def output_num_tokens(self, num_image_tokens: int) -> int:
+        return 0
+
+    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """Keys and values [B, layers, 2, heads, P, head_dim] from features [B, N, D]."""
+        flat_bpo = self.keys_values(self.output_norm(self.resampler(features_bnd)))
+        return flat_bpo.unflatten(-1, self.shape).permute(0, 2, 3, 4, 1, 5).contiguous()
+
+    def soft_tokens(self, image_state: torch.Tensor) -> None:
+        return None
+
+    def key_value_prefix(self, image_state: torch.Tensor) -> KeyValuePrefix:
+        return KeyValuePrefix(image_state, self.first_layer)
+
+    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
+        return text_bth
