@@ -9,8 +9,14 @@ import torch
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
-# Positions per chunk: 256 x 49,152 float32 logits are 48 MiB; 256 x 256,000 are 250 MiB.
+# Positions per chunk at most: 256 x 49,152 float32 logits are 48 MiB; 256 x 256,000 are 250 MiB.
 CHUNK_POSITIONS = 256
+MIN_CHUNK_POSITIONS = 16
+
+
+def positions_per_chunk(num_positions: int) -> int:
+    """A quarter of the positions: few enough to matter in small batches, many enough for quick matrix products."""
+    return min(CHUNK_POSITIONS, max(MIN_CHUNK_POSITIONS, -(-num_positions // 4)))
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -27,8 +33,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     ):
         losses = torch.empty(len(labels_v), dtype=torch.float32, device=hidden_vh.device)
         gradient = torch.empty_like(hidden_vh) if wants_gradient else None
-        for start in range(0, len(labels_v), CHUNK_POSITIONS):
-            chunk = slice(start, start + CHUNK_POSITIONS)
+        size = positions_per_chunk(len(labels_v))
+        for start in range(0, len(labels_v), size):
+            chunk = slice(start, start + size)
             with torch.set_grad_enabled(wants_gradient):
                 hidden = hidden_vh[chunk].detach().requires_grad_(wants_gradient)
                 chunk_losses = F.cross_entropy(head(hidden).float(), labels_v[chunk], reduction="none")
