@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,20 @@ import yaml
 
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.limits import check_above_zero, check_at_least
+
+DEFAULT_RECIPE = "training-default"
+"""The recipe of a training that names none: the published DINOv2 + Gemma-2 system."""
+MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
+PUBLISHED_NAMES = {
+    "vision_model_name": "vision_encoder.name",
+    "language_model_name": "language_model.name",
+    "bridge_num_heads": "bridge.num_heads",
+    "bridge_dropout": "bridge.dropout",
+    "max_length": "max_caption_tokens",
+}
+"""Names of the published system's flat layout that are other names here; its training keys are the same."""
+PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
+"""Its names that are accepted and change nothing: batches are read by threads, in memory of this process."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,8 @@ class Recipe:
     # Precision and devices
     use_amp: bool = True
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    quantize_language_model: Literal["none", "int8", "nf4"] = "none"
     device: str = "auto"
 
     # Validation, early stopping, checkpoints, logs
@@ -181,28 +197,65 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], object] = lambda line: None,
+) -> Recipe:
     """Read a recipe and apply ``dotted.key=value`` overrides (values are YAML).
+
+    A file without any model section is in the flat layout of the published system: its keys change the recipe
+    `training-default`.
+
+    Args:
+        say: told in one line when a file is read that way.
 
     Raises:
         ConfigurationError: the file is missing or not YAML, a key is unknown, a type is wrong or a value impossible.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        path = Path(path)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(data, dict):
-            raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
+    data = _read_yaml(Path(path)) if path is not None else {}
+    if data and not MODEL_SECTIONS & data.keys():
+        data = _from_published_layout(data, str(path), say)
     for override in overrides:
         _apply_override(data, override)
     return recipe_from_dict(data, where=str(path) if path else "the command line")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
+    return data
+
+
+def _from_published_layout(
+    flat: Mapping[str, Any], where: str, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """The default recipe with the values of a flat file put over it."""
+    data = _read_yaml(shipped_recipe(DEFAULT_RECIPE))
+    system = [data["vision_encoder"]["name"], data["bridge"]["kind"], data["language_model"]["name"]]
+    idle = sorted(PUBLISHED_BUT_IDLE & flat.keys())
+    without_meaning = f"; without meaning here: {', '.join(idle)}" if idle else ""
+    say(
+        f"{where} names no models: those of {DEFAULT_RECIPE} are used ({' + '.join(system)}){without_meaning}"
+    )
+    for key, value in flat.items():
+        if key in PUBLISHED_NAMES:
+            section, _, name = PUBLISHED_NAMES[key].rpartition(".")
+            (data[section] if section else data)[name] = value
+        elif key not in PUBLISHED_BUT_IDLE:
+            data[key] = value
+    if data.get("device", "auto") is None:  # as published: null lets the program choose
+        data["device"] = "auto"
+    return data
 
 
 def shipped_recipe(name: str) -> Path:

@@ -9,7 +9,7 @@ import typer
 
 def info(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Recipe overrides."),
-    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML)."),
+    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML); training-default without it."),
     json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
 ) -> None:
     """Show what a recipe is made of: parameters, trainable share, feature shape, memory. Reads no weights."""
@@ -19,11 +19,11 @@ def info(
     from rich.table import Table
 
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.configuration import load_recipe
+    from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
     from vlm_bridge.model_architecture.budget import budget_of
 
     quiet_transformers()
-    budget = budget_of(load_recipe(config, overrides or ()))
+    budget = budget_of(load_recipe(config or shipped_recipe(DEFAULT_RECIPE), overrides or ()))
     if json_output:
         typer.echo(json.dumps(budget.to_dict(), indent=2))
         return
@@ -35,9 +35,16 @@ def info(
     tokens, width = budget.features_shape
     console.print(f"trainable share   {budget.trainable_share:.2%}")
     console.print(
-        f"features          {tokens} tokens x {width}, {budget.soft_tokens} soft tokens before the text"
+        f"features          [B, {tokens}, {width}]: {tokens} tokens x {width}, {budget.soft_tokens} soft tokens "
+        "before the text",
+        markup=False,
     )
-    console.print(f"memory, training  about {budget.memory['training_gib']:.1f} GiB")
+    for training in budget.training:
+        published = f" (published: {training.published_gb:g} GB)" if training.published_gb else ""
+        console.print(
+            f"memory, training  about {training.gib:.1f} GiB at batch_size={training.batch_size}{published}, "
+            f"captions of {budget.caption_tokens} tokens"
+        )
     console.print(
         f"memory, captions  about {budget.memory['captioning_gib']:.1f} GiB (16 pictures at a time)"
     )

@@ -20,12 +20,15 @@ def train(
         None, "--resume", help="Continue this checkpoint (or a folder's latest one)."
     ),
 ) -> None:
-    """Train the bridge of a recipe. `--resume` alone continues with the checkpoint's own recipe."""
+    """Train the bridge of a recipe: `--config`'s, with `--resume` alone the checkpoint's own, else training-default."""
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.configuration import load_recipe, override_recipe
+    from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, override_recipe, shipped_recipe
 
     # A mistyped recipe is told before the seconds that the trainer's imports take.
-    recipe = load_recipe(config, overrides or ()) if config is not None or resume is None else None
+    if config is None and resume is None:
+        config = shipped_recipe(DEFAULT_RECIPE)
+        typer.echo(f"recipe: {config} (another one with --config)")
+    recipe = load_recipe(config, overrides or (), say=typer.echo) if config is not None else None
 
     from vlm_bridge.training_strategy.trainer import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training

@@ -8,14 +8,21 @@ from typing import Any
 from torch import nn
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.model_architecture.captioner import build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
 from vlm_bridge.model_architecture.loss import CHUNK_POSITIONS
 
 GIB = 2**30
-CAPTION_TOKENS = 24
-"""Tokens assumed per caption, with EOS; long enough for most datasets of single sentences."""
 RUNTIME_BYTES = int(0.5 * GIB)
 """Python, torch and their libraries."""
+CAPTIONING_BATCH = 16
+"""Pictures captioned at a time."""
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.53}
+"""Per weight of the body's linear layers; nf4 with its doubly quantised scales (Dettmers et al. 2023, QLoRA)."""
+PUBLISHED_TRAINING_GB = {
+    ("facebook/dinov2-large", "cross_attention", "google/gemma-2-2b"): {8: 21.0, 16: 31.0}
+}
+"""GPU memory by batch size that the authors of a published system give for its training."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +34,44 @@ class Component:
 
 
 @dataclass(frozen=True)
+class TrainingMemory:
+    """Estimated peak memory of training at one batch size, and what the system's authors published for it."""
+
+    batch_size: int
+    gib: float
+    published_gb: float | None
+
+
+@dataclass(frozen=True)
 class Budget:
-    """Components, and estimated peak memory in GiB of training and of captioning one batch of 16."""
+    """Components, and estimated peak memory in GiB of training and of captioning one batch of 16.
+
+    Attributes:
+        caption_tokens: tokens per caption, with EOS, that the estimates assume.
+        training: training at the recipe's batch size and at twice that.
+    """
 
     components: list[Component]
     features_shape: list[int]
     soft_tokens: int
+    caption_tokens: int
     memory: dict[str, float]
+    training: list[TrainingMemory]
 
     @property
     def trainable_share(self) -> float:
         return sum(c.trainable for c in self.components) / sum(c.parameters for c in self.components)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "components": [asdict(component) for component in self.components],
-            "trainable_share": self.trainable_share,
-            "features_shape": self.features_shape,
-            "soft_tokens": self.soft_tokens,
-            "memory": self.memory,
-        }
+        return {**asdict(self), "trainable_share": self.trainable_share}
 
 
 def budget_of(recipe: Recipe) -> Budget:
     """Count the parameters of a recipe's parts and estimate memory.
 
     The estimate of training adds: frozen weights; weights, gradients and two Adam moments of the bridge in
-    float32 (16 bytes each); the activations that back-propagation through the frozen language model keeps
-    (per layer and token about 10 values of the hidden and 4 of the intermediate width, and one row of attention
-    scores per head); and one chunk of float32 logits with its gradient.
+    float32 (16 bytes each); what back-propagation through the frozen language model keeps (`activation_bytes`);
+    and one chunk of logits with its gradient. Captions are taken to be half as long as the recipe allows.
     """
     model = build_captioner(recipe, meta=True)
     encoder: Any = model.vision_encoder
@@ -66,47 +82,106 @@ def budget_of(recipe: Recipe) -> Budget:
         (recipe.language_model.name, "language_model", model.language_model),
     ]
     components = [Component(name, role, *_count(part)) for name, role, part in parts]
-    soft_tokens = bridge.output_num_tokens(encoder.num_tokens)
+    fixed = RUNTIME_BYTES + 4 * components[0].parameters + _language_model_bytes(recipe, model)
+    published = PUBLISHED_TRAINING_GB.get(tuple(component.name for component in components), {})  # type: ignore[arg-type]
+    training = [
+        TrainingMemory(
+            batch_size,
+            round((fixed + 16 * components[1].parameters + _step_bytes(recipe, model, batch_size)) / GIB, 2),
+            published.get(batch_size),
+        )
+        for batch_size in (recipe.batch_size, 2 * recipe.batch_size)
+    ]
+    captioning = fixed + 4 * components[1].parameters + _captioning_bytes(recipe, model)
+    return Budget(
+        components,
+        features_shape=[encoder.num_tokens, encoder.embed_dim],
+        soft_tokens=bridge.output_num_tokens(encoder.num_tokens),
+        caption_tokens=_caption_tokens(recipe),
+        memory={"training_gib": training[0].gib, "captioning_gib": round(captioning / GIB, 2)},
+        training=training,
+    )
 
-    text = model.language_model.text_config
-    width, layers = text.hidden_size, text.num_hidden_layers
-    intermediate = getattr(text, "intermediate_size", None) or 4 * width
-    rows = max(1, recipe.batch_size // recipe.captions_per_image)
-    row_tokens = soft_tokens + recipe.captions_per_image * CAPTION_TOKENS
-    element = 2 if recipe.use_amp or recipe.language_model.dtype in ("bfloat16", "float16") else 4
-    per_token = 10 * width + 4 * intermediate + text.num_attention_heads * row_tokens
-    activations = rows * row_tokens * layers * per_token * element
-    logits = 3 * 4 * CHUNK_POSITIONS * model.language_model.vocab_size
-    weight_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.language_model.dtype, 2)
-    frozen = 4 * components[0].parameters + weight_bytes * components[2].parameters
-    trained = components[1].parameters
-    beams = 16 * recipe.decode.num_beams
-    shape = model.language_model.shape
+
+def activation_bytes(
+    text_config: Any, row_tokens: int, element: int, *, checkpointing: bool = False
+) -> float:
+    """Bytes that back-propagation keeps per token of a frozen decoder; its matrix products keep no input.
+
+    Counted from what autograd saves (a test counts again): per layer the float32 input of every norm, three
+    values of the intermediate width, three of the attention's width, and the softmax over ``row_tokens`` scores
+    per head, once in float32 and once in the working type; a softcap keeps the scores once more. With
+    checkpointing, a layer's input, and all of this for one layer.
+
+    Args:
+        element: bytes of the working type.
+    """
+    width, layers = text_config.hidden_size, text_config.num_hidden_layers
+    heads = text_config.num_attention_heads
+    intermediate = getattr(text_config, "intermediate_size", None) or 4 * width
+    soft_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    norms = 4 if soft_capped else 2  # Gemma 2 also has norms behind attention and feed-forward
+    attention_width = heads * (getattr(text_config, "head_dim", None) or width // heads)
+    per_score = 4 + element + (element if soft_capped else 0)
+    per_layer = (
+        4 * norms * width + 3 * element * (intermediate + attention_width) + per_score * heads * row_tokens
+    )
+    return layers * element * width + per_layer if checkpointing else layers * per_layer
+
+
+def _element(recipe: Recipe) -> int:
+    """Bytes of the type that the language model computes in."""
+    return 2 if recipe.use_amp or recipe.language_model.dtype in ("bfloat16", "float16") else 4
+
+
+def _caption_tokens(recipe: Recipe) -> int:
+    return max(1, recipe.max_caption_tokens // 2)
+
+
+def _language_model_bytes(recipe: Recipe, model: CaptionerModel) -> float:
+    """Its frozen weights; embeddings and head are not quantised."""
+    total, _ = _count(model.language_model)
+    plain = WEIGHT_BYTES[recipe.language_model.dtype]
+    layers: Any = model.language_model.causal_lm.base_model
+    linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    return (total - linear) * plain + linear * QUANTIZED_BYTES.get(recipe.quantize_language_model, plain)
+
+
+def _step_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> float:
+    """What one batch of ``batch_size`` captions needs on top of weights and optimiser."""
+    bridge: Any = model.bridge
+    encoder: Any = model.vision_encoder
+    rows = max(1, batch_size // recipe.captions_per_image)
+    soft_tokens = bridge.output_num_tokens(encoder.num_tokens)
+    row_tokens = soft_tokens + recipe.captions_per_image * _caption_tokens(recipe)
+    per_token = activation_bytes(
+        model.language_model.text_config,
+        row_tokens,
+        _element(recipe),
+        checkpointing=recipe.gradient_checkpointing,
+    )
+    # Logits, their softcap, a float32 copy, its log-softmax and gradient, and the gradient in the working type.
+    logits = 16 * CHUNK_POSITIONS * model.language_model.vocab_size
+    return rows * row_tokens * per_token + logits
+
+
+def _captioning_bytes(recipe: Recipe, model: CaptionerModel) -> float:
+    """The KV cache of one batch of pictures, and the logits that score their captions."""
+    bridge: Any = model.bridge
+    encoder: Any = model.vision_encoder
+    shape, decode = model.language_model.shape, recipe.decode
+    positions = bridge.output_num_tokens(encoder.num_tokens) + decode.max_new_tokens
+    rows = CAPTIONING_BATCH * decode.num_beams
     cache = (
-        beams
-        * (soft_tokens + recipe.decode.max_new_tokens)
-        * layers
+        rows
+        * positions
+        * shape.num_layers
         * 2
         * shape.num_key_value_heads
         * shape.head_dim
-        * element
+        * _element(recipe)
     )
-    step_logits = (
-        2
-        * 4
-        * beams
-        * recipe.decode.max_new_tokens
-        * model.language_model.vocab_size
-        // max(recipe.decode.num_beams, 1)
-    )
-    memory = {
-        "training_gib": (RUNTIME_BYTES + frozen + 16 * trained + activations + logits) / GIB,
-        "captioning_gib": (RUNTIME_BYTES + frozen + 4 * trained + cache + step_logits) / GIB,
-    }
-    features_shape = [encoder.num_tokens, encoder.embed_dim]
-    return Budget(
-        components, features_shape, soft_tokens, {key: round(value, 2) for key, value in memory.items()}
-    )
+    return cache + 2 * 4 * CAPTIONING_BATCH * decode.max_new_tokens * model.language_model.vocab_size
 
 
 def _count(module: nn.Module) -> tuple[int, int]:

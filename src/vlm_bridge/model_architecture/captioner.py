@@ -313,7 +313,9 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
         meta: build everything on the meta device, without reading weights (for `info`).
     """
     vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
-    language_model = build_language_model(recipe.language_model, meta=meta)
+    language_model = build_language_model(
+        recipe.language_model, quantize=recipe.quantize_language_model, meta=meta
+    )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         bridge = build_bridge(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite0_weights
 
 
@@ -167,7 +168,10 @@ class HuggingFaceVisionEncoder(nn.Module):
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
         try:
-            model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
+            known = known_architecture(config.name) if meta else None
+            model_config = (
+                known.config if known else AutoConfig.from_pretrained(config.name, revision=config.revision)
+            )
             # A CLIP or SigLIP checkpoint holds a text tower too; only its vision tower is wanted.
             model_config = getattr(model_config, "vision_config", model_config)
             if meta:
@@ -187,7 +191,12 @@ class HuggingFaceVisionEncoder(nn.Module):
                 f"cannot load the vision encoder {config.name!r}: {_first_line(error)} (give a folder made by "
                 "save_pretrained, or a hub name with network access)"
             ) from error
-        size = config.image_size or _processor_size(processor) or getattr(model_config, "image_size", 224)
+        size = (
+            config.image_size
+            or _processor_size(processor)
+            or (known and known.image_size)
+            or getattr(model_config, "image_size", 224)
+        )
         return cls(model, processor, size if isinstance(size, int) else size[0], config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:

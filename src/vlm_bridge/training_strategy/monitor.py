@@ -5,12 +5,60 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vlm_bridge.evaluation.metrics import regex_tokenize
 from vlm_bridge.training_strategy.validation import Validation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A caption generated while training, and what people wrote. ``token_ids`` are without prompt and EOS."""
+
+    picture: Image.Image
+    token_ids: Sequence[int]
+    caption: str
+    references: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """What a few captions say about all: too long, all the same, or near what people write.
+
+    Attributes:
+        mean_length: tokens per caption.
+        token_diversity: distinct tokens over all tokens, of all captions together; 0 when there are none.
+        bleu4: BLEU-4 of each caption against its references, as a fraction. By pycocoevalcap on tokens of a
+            simple rule (`regex_tokenize`), so that no Java runs in training: not comparable with papers.
+    """
+
+    mean_length: float
+    token_diversity: float
+    bleu4: list[float]
+
+    @property
+    def mean_bleu4(self) -> float:
+        return float(np.mean(self.bleu4))
+
+
+def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
+    """Length, diversity and BLEU-4 of generated captions; at least one."""
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    token_ids = list(chain.from_iterable(sample.token_ids for sample in samples))
+    references = {i: regex_tokenize(sample.references) for i, sample in enumerate(samples)}
+    captions = {i: regex_tokenize([sample.caption]) for i, sample in enumerate(samples)}
+    _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
+    return SampleStatistics(
+        mean_length=len(token_ids) / len(samples),
+        token_diversity=len(set(token_ids)) / max(len(token_ids), 1),
+        bleu4=[float(score) for score in by_caption[3]],
+    )
 
 
 class Monitor:
@@ -83,13 +131,28 @@ class Monitor:
             self.writer.add_scalar(f"validation/{name}", value, step)
         self._record("validation", step, epoch=epoch, **scalars)
 
-    def samples(self, step: int, pictures: Sequence[tuple[Image.Image, str, str]]) -> None:
-        """Show (picture, generated caption, reference) triples."""
-        for number, (picture, caption, reference) in enumerate(pictures):
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Show captions beside their pictures and references, and what `sample_statistics` says of them."""
+        statistics = sample_statistics(samples)
+        for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
+            caption, reference = sample.caption, sample.references[0]
             self.say(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
-            self.writer.add_image(f"samples/{number}", np.asarray(picture), step, dataformats="HWC")
-            self.writer.add_text(f"samples/{number}", f"**{caption}**\n\nreference: {reference}", step)
-        self._record("samples", step, captions=[[caption, reference] for _, caption, reference in pictures])
+            self.writer.add_image(f"samples/{number}", np.asarray(sample.picture), step, dataformats="HWC")
+            text = f"**{caption}**\n\nreference: {reference}\n\nBLEU-4: {bleu4:.4f}"
+            self.writer.add_text(f"samples/{number}", text, step)
+        scalars = {
+            "mean_length": statistics.mean_length,
+            "token_diversity": statistics.token_diversity,
+            "sample_bleu4": statistics.mean_bleu4,
+        }
+        self.say(
+            f"  samples: mean length {statistics.mean_length:.1f} tokens | token diversity "
+            f"{statistics.token_diversity:.2f} | BLEU-4 {statistics.mean_bleu4:.3f}"
+        )
+        for name, value in scalars.items():
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        captions = [[sample.caption, sample.references[0]] for sample in samples]
+        self._record("samples", step, captions=captions, **scalars)
 
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""

@@ -38,7 +38,7 @@ from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.monitor import Monitor
+from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.schedule import learning_rate_at
 from vlm_bridge.training_strategy.validation import Features, Validation, batch_loss, validate
 
@@ -103,6 +103,8 @@ class Trainer:
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
+        if recipe.gradient_checkpointing:
+            language_model.checkpoint_activations()
         format = caption_format(language_model, recipe)
         self.format = format
         self.train_data = TokenizedImages(train_images, format)
@@ -123,7 +125,7 @@ class Trainer:
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = adamw(self.parameters, recipe)
-        self.scaler = torch.amp.GradScaler(enabled=recipe.use_amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
+        self.scaler = gradient_scaler(recipe, self.device)
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
         self.progress = Progress()
         self.last_validation: Validation | None = None
@@ -256,7 +258,7 @@ class Trainer:
         self.monitor.samples(
             self.progress.step,
             [
-                (open_image(image.path), decode(ids).strip(), image.captions[0])
+                Sample(open_image(image.path), ids, decode(ids).strip(), image.captions)
                 for image, ids in zip(self.val_images, captions, strict=False)
             ],
         )
@@ -410,6 +412,14 @@ def adamw(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torch.opt
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def gradient_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+    """Loss scaling for float16, below whose smallest number gradients fall (Micikevicius et al. 2018).
+
+    It does nothing for bfloat16, which has the exponents of float32.
+    """
+    return torch.amp.GradScaler(device.type, enabled=recipe.use_amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
 
 
 def resume_path(path: str | Path) -> Path:
