@@ -53,19 +53,31 @@ class Captioner:
         self.format = caption_format(model.language_model, recipe)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "auto") -> Captioner:
-        """Load a checkpoint file, or the best checkpoint of a run folder.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        *,
+        recipe: Recipe | None = None,
+        revision: str | None = None,
+    ) -> Captioner:
+        """Load a checkpoint file, a run folder's best checkpoint, an exported folder, or a model on the hub.
+
+        Args:
+            path: a path; or, where there is none, the name of an exported captioner on the Hugging Face hub.
+            recipe: needed for checkpoints of the original project; else the checkpoint's own.
+            revision: branch, tag or commit of a model on the hub.
 
         Raises:
             CheckpointError: missing, damaged, or of another architecture.
             ModelError: a frozen part it names cannot be loaded.
         """
-        where = checkpoints.checkpoint_path(path)
+        where = checkpoints.find_checkpoint(path, revision)
         content = checkpoints.load_checkpoint(where)
-        recipe = checkpoints.recipe_of(content, where)
+        recipe = checkpoints.recipe_of(content, where, recipe)
         target = runtime.resolve_device(device)
         model = build_captioner(recipe)
-        checkpoints.load_weights(model, content["weights"], where)
+        checkpoints.restore(model, content, where)
         return cls(model.to(target), recipe)
 
     def caption(

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2, known_architecture
 from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
 from vlm_bridge.model_architecture.prefix_attention import ATTENTION, KeyValuePrefix
@@ -201,6 +202,8 @@ def build_language_model(
             **quantization,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if problem := hub_problem(error, config.name):
+            raise ModelError(f"cannot load the language model {config.name!r}: {problem}") from error
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load the language model {config.name!r}: {message} (give a folder made by save_pretrained, "

@@ -1,14 +1,17 @@
 """Checkpoints: only what was trained, with the recipe and the names of the frozen parts beside it.
 
 Files are read with ``weights_only=True``: a checkpoint can never run code. They are written to a temporary
-name, flushed and renamed, so that an interruption leaves the previous one in place.
+name, flushed and renamed, so that an interruption leaves the previous one in place. Checkpoints of the original
+project and exported Hugging Face folders (`model_architecture.interchange`) are read like our own.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +20,74 @@ import torch
 from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture.hub import hub_problem
 
 FORMAT = "vlm-bridge checkpoint"
+ORIGINAL_FORMAT = "original project"
 FORMAT_VERSION = 1
 LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
 
 
 def save_checkpoint(
-    path: Path, recipe: Recipe, weights: dict[str, torch.Tensor], training: dict[str, Any] | None = None
+    path: Path,
+    recipe: Recipe,
+    weights: Mapping[str, torch.Tensor],
+    training: dict[str, Any] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
 ) -> None:
-    """Write a checkpoint atomically; ``training`` (optimiser, position, ...) is left out of weights-only files."""
+    """Write a checkpoint atomically.
+
+    Args:
+        training: optimiser, position and so on; left out of weights-only files.
+        sizes: `captioner_sizes`, so that a captioner of other sizes can be refused by name.
+
+    Raises:
+        CheckpointError: it cannot be written; an earlier file of this name is left as it was.
+    """
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
         "recipe": recipe.to_dict(),
+        "sizes": dict(sizes or {}),
         "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
     }
     if training is not None:
         content["training"] = training
+    write_file(path, content)
+
+
+def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Write a weights-only checkpoint that the original project loads: bridge weights and flat configuration.
+
+    The recipe goes along under a key of our own, which the original ignores and `load_checkpoint` finds.
+
+    Args:
+        where: what the weights were read from, for messages.
+
+    Raises:
+        CheckpointError: the layout has no place for such weights, or the file cannot be written.
+    """
+    published = recipe.to_dict()
+    write_file(
+        path,
+        {
+            "model_state_dict": interchange.to_original(weights, where),
+            "config": {key: value for key, value in published.items() if not isinstance(value, dict)},
+            "recipe": published,
+        },
+    )
+
+
+def write_file(path: Path, content: Mapping[str, Any]) -> None:
+    """``torch.save`` that leaves either the whole new file or the old one. Raises CheckpointError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -53,28 +100,34 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
+def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights at half their size; feature statistics stay float32, since every feature is scaled by them."""
+    return {
+        name: tensor.to(torch.bfloat16) if name.startswith("bridge.") else tensor
+        for name, tensor in weights.items()
+    }
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint written by `save_checkpoint`.
+    """Read a checkpoint: our own, one of the original project, or an exported Hugging Face folder.
 
     Args:
         path: the file, or a folder that holds one (the best weights are taken).
 
+    Returns:
+        ``format``, ``weights`` (our names), ``sizes``; ``recipe`` unless the original project wrote it;
+        ``training`` if a run can be continued from it.
+
     Raises:
-        CheckpointError: missing, damaged, or not one of ours.
+        CheckpointError: missing, damaged, or none of these.
     """
     path = checkpoint_path(path)
-    try:
-        # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights.
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
-        ) from error
-    except Exception as error:  # damaged bytes meet the readers with almost any exception
-        raise CheckpointError(f"{path} is damaged or is not a checkpoint: it cannot be read") from error
+    content = _read_exported(path) if path.name == interchange.WEIGHTS_NAME else _read_pth(path)
+    if interchange.is_original(content):
+        weights = interchange.from_original(content["model_state_dict"], path)
+        recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
+        sizes = interchange.original_sizes(weights)
+        return {"format": ORIGINAL_FORMAT, "weights": weights, "sizes": sizes, **recipe}
     parts = {"format", "format_version", "recipe", "weights"}
     if not isinstance(content, dict) or not parts <= content.keys() or content["format"] != FORMAT:
         raise CheckpointError(f"{path} is not a vlm-bridge checkpoint")
@@ -83,12 +136,44 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _read_pth(path: Path) -> Any:
+    try:
+        # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights.
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
+        ) from error
+    except Exception as error:  # damaged bytes meet the readers with almost any exception
+        raise CheckpointError(f"{path} is damaged or is not a checkpoint: it cannot be read") from error
+
+
+def _read_exported(path: Path) -> dict[str, Any]:
+    config, weights = interchange.read_folder(path.parent)
+    return {**config, "weights": weights}
+
+
+def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a Hugging Face folder: all of a checkpoint but its weights, with this recipe."""
+    return {
+        "model_type": "vlm-bridge-captioner",
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
+        "recipe": dict(recipe),
+        "sizes": dict(content.get("sizes", {})),
+    }
+
+
 def checkpoint_path(path: str | Path) -> Path:
-    """The checkpoint file meant by a file or a folder (a run folder or its `checkpoints`)."""
+    """The checkpoint file meant by a file or a folder (a run folder, its `checkpoints`, or an exported one)."""
     path = Path(path)
     if path.is_dir():
         for folder in (path, path / "checkpoints"):
-            for name in (BEST_WEIGHTS, BEST, LATEST):
+            for name in (BEST_WEIGHTS, BEST, LATEST, interchange.WEIGHTS_NAME):
                 if (folder / name).is_file():
                     return folder / name
         raise CheckpointError(f"no checkpoint in {path} ({BEST_WEIGHTS}, {BEST} or {LATEST})")
@@ -97,6 +182,39 @@ def checkpoint_path(path: str | Path) -> Path:
             f"no checkpoint at {path}; train one with vlm-training, or run vlm-bridge quickstart"
         )
     return path
+
+
+def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
+    """`checkpoint_path`, or what the Hugging Face hub holds under a name (`owner/model`) that is no path here.
+
+    Args:
+        revision: branch, tag or commit of the hub's model.
+
+    Raises:
+        CheckpointError: nothing is there, or the hub does not give it (the reason and what to do are named).
+    """
+    path = Path(name)
+    if path.exists() or not _may_be_on_hub(path):
+        if revision is not None:
+            raise CheckpointError(f"revision={revision!r} is for models on the hub; {path} is a path here")
+        return checkpoint_path(path)
+    from huggingface_hub import snapshot_download
+
+    wanted = [interchange.CONFIG_NAME, interchange.WEIGHTS_NAME]
+    try:
+        folder = snapshot_download(path.as_posix(), revision=revision, allow_patterns=wanted)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        if (problem := hub_problem(error, path.as_posix())) is None:
+            raise
+        raise CheckpointError(f"no checkpoint at {path}, and none from the hub: {problem}") from error
+    return checkpoint_path(folder)
+
+
+def _may_be_on_hub(path: Path) -> bool:
+    """`owner/model`, unless the first part is a folder here: then a path is meant (`runs/lite-flickr8k`)."""
+    plain = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in path.parts)
+    is_file = path.suffix in (".pth", ".pt", ".safetensors")
+    return len(path.parts) == 2 and plain and not is_file and not Path(path.parts[0]).is_dir()
 
 
 def has_checkpoint(path: str | Path) -> bool:
@@ -108,33 +226,107 @@ def has_checkpoint(path: str | Path) -> bool:
     return True
 
 
-def recipe_of(content: dict[str, Any], where: str | Path) -> Recipe:
-    """The recipe a checkpoint was trained with."""
+def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None = None) -> Recipe:
+    """The recipe a checkpoint was trained with.
+
+    Args:
+        given: taken in its stead, if its architecture is the checkpoint's (the original project's files name none).
+
+    Raises:
+        CheckpointError: no recipe, one that cannot be understood, or a given one of another architecture.
+    """
+    if given is not None:
+        check_architecture(content, given, where)
+        return given
+    if "recipe" not in content:
+        raise CheckpointError(
+            f"{where} comes from the original project and names no recipe: convert it once with `vlm-bridge export "
+            f"{where} --config config/training-default.yaml --output-dir DIR` (training takes the recipe by --config)"
+        )
     try:
         return recipe_from_dict(content["recipe"], where=str(where))
-    except (KeyError, ConfigurationError) as error:
+    except ConfigurationError as error:
         raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
 
 
-def load_weights(model: Any, weights: dict[str, torch.Tensor], where: str | Path) -> None:
+def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
+    """Refuse, key by key, a checkpoint whose encoder, language model or bridge is not that of a recipe.
+
+    Raises:
+        CheckpointError: each key that differs is named, with what the checkpoint has and what is wanted.
+    """
+    has = (
+        architecture(recipe_of(content, where))
+        if "recipe" in content
+        else interchange.original_architecture(content["weights"])
+    )
+    wants = architecture(wanted)
+    if has["bridge.kind"] != wants["bridge.kind"]:  # the options of two kinds cannot be compared
+        has = {key: value for key, value in has.items() if key == "bridge.kind" or key[:7] != "bridge."}
+    _refuse_other({k: v for k, v in has.items() if k in wants and not _same(k, v, wants[k])}, wants, where)
+
+
+def architecture(recipe: Recipe) -> dict[str, Any]:
+    """The dotted keys of a recipe that decide what a bridge's weights mean."""
+    plain = recipe.to_dict()
+    keys = {
+        "vision_encoder": ("name", "revision", "image_size", "layers"),
+        "language_model": ("name", "revision"),
+        "bridge": [key for key in plain["bridge"] if key != "dropout"],
+    }
+    return {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
+
+
+def _same(key: str, has: Any, wanted: Any) -> bool:
+    if key.endswith(".name"):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
+        return Path(has).name == Path(wanted).name
+    if key.endswith(".revision"):
+        return None in (has, wanted) or has == wanted
+    return has == wanted
+
+
+def captioner_sizes(model: Any) -> dict[str, int]:
+    """Widths D and H of the frozen parts that a captioner's bridge connects."""
+    return {
+        "vision_encoder.embed_dim": model.vision_encoder.embed_dim,
+        "language_model.embed_dim": model.language_model.embed_dim,
+    }
+
+
+def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
+    """Put a checkpoint's weights into a captioner.
+
+    Raises:
+        CheckpointError: it belongs to a captioner of other widths or another bridge; what differs is named.
+    """
+    wanted = captioner_sizes(model)
+    has = content.get("sizes", {})
+    _refuse_other({key: has[key] for key in wanted if key in has and has[key] != wanted[key]}, wanted, where)
+    load_weights(model, content["weights"], where)
+
+
+def _refuse_other(has: Mapping[str, Any], wanted: Mapping[str, Any], where: str | Path) -> None:
+    if has:
+        differences = interchange.shortened(
+            [f"it has {k}={v}, wanted is {wanted[k]}" for k, v in has.items()]
+        )
+        raise CheckpointError(
+            f"{where} belongs to another architecture: {differences}; use the recipe it was trained with"
+        )
+
+
+def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
     """Put trained weights into a captioner; every key and shape must fit.
 
     Raises:
         CheckpointError: it belongs to another architecture; the first keys that do not fit are named.
     """
     wanted = model.trained_state_dict()
-    missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
-    other_shape = [
+    problems = sorted(
         f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
         for name in wanted.keys() & weights.keys()
         if weights[name].shape != wanted[name].shape
-    ]
-    problems = (
-        sorted(other_shape)
-        + [f"{k} is missing" for k in sorted(missing)]
-        + [f"{k} is unknown" for k in sorted(unknown)]
-    )
+    ) + interchange.wrong_names(weights, wanted)
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{where} belongs to another architecture: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"{where} belongs to another architecture: {interchange.shortened(problems)}")
     model.load_state_dict(weights, strict=False)

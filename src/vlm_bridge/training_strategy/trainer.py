@@ -227,7 +227,8 @@ class Trainer:
         progress.step_in_epoch = 0
         is_last = progress.step >= self.total_steps
         stop = improved = False
-        if progress.epoch % recipe.val_every_n_epochs == 0 or is_last:
+        validated = progress.epoch % recipe.val_every_n_epochs == 0 or is_last
+        if validated:
             result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
             self.last_validation = result
             self.monitor.validation(progress.step, progress.epoch - 1, result)
@@ -239,7 +240,7 @@ class Trainer:
                 self._save(checkpoints.BEST_WEIGHTS)
         if progress.epoch % recipe.generate_samples_every_n_epochs == 0 or is_last:
             self._show_samples()
-        if progress.epoch % recipe.save_every_n_epochs == 0 or is_last or stop:
+        if validated or progress.epoch % recipe.save_every_n_epochs == 0:
             self._save(checkpoints.LATEST)
         self.monitor.restart_clock()
         return stop
@@ -298,11 +299,15 @@ class Trainer:
 
     def _save(self, name: str) -> Path:
         path = self.checkpoint_dir / name
+        weights = self.model.trained_state_dict()
         training = None
-        if name != checkpoints.BEST_WEIGHTS:
+        if name == checkpoints.BEST_WEIGHTS:
+            weights = checkpoints.in_bfloat16(weights)
+        else:
             training = {
                 "progress": vars(self.progress).copy(),
                 "optimizer": self.optimizer.state_dict(),
+                "scheduler": self._schedule(),
                 "scaler": self.scaler.state_dict(),
                 "early_stopping": self.early_stopping.state_dict(),
                 "random_state": torch.get_rng_state(),
@@ -310,8 +315,14 @@ class Trainer:
                 "dataset_fingerprint": self.folder.fingerprint,
                 "data_order": self._data_order(),
             }
-        checkpoints.save_checkpoint(path, self.recipe, self.model.trained_state_dict(), training)
+        sizes = checkpoints.captioner_sizes(self.model)
+        checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
         return path
+
+    def _schedule(self) -> dict[str, Any]:
+        """All that decides the learning rate besides the step."""
+        names = ("use_scheduler", "scheduler_type", "learning_rate", "min_lr", "warmup_steps")
+        return {"total_steps": self.total_steps, **{name: getattr(self.recipe, name) for name in names}}
 
     def _data_order(self) -> dict[str, int]:
         """All that decides which captions meet in which step."""
@@ -320,7 +331,16 @@ class Trainer:
 
     def _resume(self, path: str | Path) -> None:
         content = checkpoints.load_checkpoint(resume_path(path))
+        checkpoints.check_architecture(content, self.recipe, path)
         training = content.get("training")
+        if training is None and content["format"] == checkpoints.ORIGINAL_FORMAT:
+            checkpoints.restore(self.model, content, path)
+            torch.manual_seed(self.recipe.seed)  # of dropout
+            self.say(
+                f"took the bridge of {path}, written by the original project; training starts at step 0, for its "
+                "losses counted pads and its data were in another order"
+            )
+            return
         if training is None:
             raise CheckpointError(
                 f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}"
@@ -335,7 +355,7 @@ class Trainer:
                 f"{path} stops inside an epoch whose batches are those of {training['data_order']}, not of "
                 f"{self._data_order()}: continue with the same values"
             )
-        checkpoints.load_weights(self.model, content["weights"], path)
+        checkpoints.restore(self.model, content, path)
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.early_stopping.load_state_dict(training["early_stopping"])
@@ -344,6 +364,11 @@ class Trainer:
             torch.cuda.set_rng_state_all(training["cuda_random_state"])
         self.progress = Progress(**training["progress"])
         self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
+        before, now = training.get("scheduler", {}), self._schedule()
+        if changed := [
+            f"{key}={now[key]}, not {value}" for key, value in before.items() if now[key] != value
+        ]:
+            self.say(f"the learning rate follows another schedule from here on: {', '.join(changed)}")
 
 
 def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionFormat:

@@ -1,0 +1,138 @@
+"""Layouts in which trained weights travel: the original project's checkpoints, and Hugging Face folders.
+
+The original project, "Vision-Language Bridge for Image Captioning", saves a dict whose `model_state_dict` holds
+the single-block bridge as `bridge_module.*`. Its block is our `cross_attention` bridge part by part (norms before
+attention and feed-forward, biases everywhere), so that translating is renaming and every bit survives both ways.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vlm_bridge.errors import CheckpointError
+
+_ORIGINAL_PREFIX = "bridge_module."
+_ORIGINAL_MODULES = {
+    "vision_projection": "vision_projection",
+    "attention_norm": "ln1",
+    "query": "cross_attention.w_q",
+    "key": "cross_attention.w_k",
+    "value": "cross_attention.w_v",
+    "attention_output": "cross_attention.w_o",
+    "feed_forward_norm": "ln2",
+    "feed_forward_in": "ffn.0",
+    "feed_forward_out": "ffn.3",
+}
+ORIGINAL_NAMES = {
+    f"bridge.{ours}.{kind}": f"{_ORIGINAL_PREFIX}{theirs}.{kind}"
+    for ours, theirs in _ORIGINAL_MODULES.items()
+    for kind in ("weight", "bias")
+}
+"""Our names of the cross-attention bridge's 18 tensors -> the original project's."""
+
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+
+
+def is_original(content: Any) -> bool:
+    """Whether an opened checkpoint is laid out as the original project's."""
+    state = content.get("model_state_dict") if isinstance(content, Mapping) else None
+    return isinstance(state, Mapping) and any(str(name).startswith(_ORIGINAL_PREFIX) for name in state)
+
+
+def from_original(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[str, torch.Tensor]:
+    """Rename the tensors of a `model_state_dict` to ours; no value changes.
+
+    Raises:
+        CheckpointError: tensors are missing or unknown (a bridge of several blocks, for example).
+    """
+    if wrong := wrong_names(state, ORIGINAL_NAMES.values()):
+        raise CheckpointError(f"{where} is not the original single-block bridge: {shortened(wrong)}")
+    return {ours: state[theirs] for ours, theirs in ORIGINAL_NAMES.items()}
+
+
+def to_original(weights: Mapping[str, torch.Tensor], where: str | Path) -> dict[str, torch.Tensor]:
+    """Rename our tensors to those of a `model_state_dict`; no value changes.
+
+    Raises:
+        CheckpointError: the original layout has no place for what was trained (another bridge, feature statistics).
+    """
+    if wrong := wrong_names(weights, ORIGINAL_NAMES):
+        raise CheckpointError(
+            f"{where} cannot be written in the original layout, which holds bridge.kind=cross_attention with "
+            f"bridge.standardize_features=false: {shortened(wrong)}"
+        )
+    return {theirs: weights[ours] for ours, theirs in ORIGINAL_NAMES.items()}
+
+
+def original_architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Recipe keys that the shapes of a translated original checkpoint decide (the number of heads is not in them)."""
+    text_dim = weights["bridge.vision_projection.weight"].shape[0]
+    return {
+        "bridge.kind": "cross_attention",
+        "bridge.standardize_features": False,
+        "bridge.feed_forward_multiplier": weights["bridge.feed_forward_in.weight"].shape[0] // text_dim,
+    }
+
+
+def original_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Widths of the frozen parts that a translated original checkpoint was trained between."""
+    text_dim, vision_dim = weights["bridge.vision_projection.weight"].shape
+    return {"vision_encoder.embed_dim": vision_dim, "language_model.embed_dim": text_dim}
+
+
+def wrong_names(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """What two sets of tensor names disagree in, a phrase each."""
+    found, wanted = set(found), set(wanted)
+    missing = [f"{name} is missing" for name in sorted(wanted - found)]
+    return missing + [f"{name} is unknown" for name in sorted(found - wanted)]
+
+
+def shortened(items: list[str], count: int = 3) -> str:
+    """The first items on one line, and how many more there are."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return "; ".join(items[:count]) + more
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Write ``config.json`` and ``model.safetensors``, the weights last and whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(folder / WEIGHTS_NAME)
+    except SafetensorError as error:  # its way of saying that the disk is full
+        raise OSError(f"cannot write {folder / WEIGHTS_NAME}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read the configuration and weights that `write_folder` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS_NAME)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged or is not an exported captioner: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG_NAME} must hold an object")
+    return config, weights
