@@ -1,0 +1,229 @@
+#!/usr/bin/env bash
+# Trains on a rented GPU machine (vast.ai, or any Linux with an NVIDIA driver). Run it there, as often as needed:
+# what is done is not done again, a training that runs is left alone, and one that stopped is continued.
+# docs/rented-gpus.md goes through it step by step.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+Usage: scripts/setup_vastai_remote.sh [OPTION]...
+
+Checks the GPU, installs vlm-bridge into .venv, stores the Hugging Face token, starts TensorBoard on
+127.0.0.1, then prepares GroundCap and trains inside tmux, where a dropped SSH connection stops nothing.
+
+  --config FILE    recipe, as seen from the checkout   [config/training-default.yaml]
+  --data-dir DIR   caption folder; GroundCap is prepared into it unless it is finished   [data/groundcap]
+  --allow-cpu      go on without a GPU (a trial: training would take weeks)
+  --install-only   stop after the installation
+  --foreground     train in this terminal instead of tmux (for SkyPilot and other schedulers)
+  -h, --help       show this
+
+Environment: HF_TOKEN (otherwise asked for, without echo, where there is a terminal), PYTHON (3.11 or newer), and
+whatever pip and huggingface_hub read, such as PIP_EXTRA_INDEX_URL and HF_HOME.
+Exit codes: 0 done or training runs, 1 failed, 2 bad usage.
+EOF
+}
+
+say() { printf '%s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+misuse() { printf 'error: %s (see --help)\n' "$*" >&2; exit 2; }
+
+readonly session=vlm-bridge
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+readonly root
+readonly script=$root/scripts/${BASH_SOURCE[0]##*/}
+readonly venv=$root/.venv
+readonly checkpoint_dir=$root/checkpoints
+readonly log_dir=$root/logs
+readonly log=$log_dir/training.log
+# What scripts/control_vastai_local.sh reads to find the run, whatever the checkout is called.
+readonly record=$HOME/.vlm-bridge-remote
+
+config=config/training-default.yaml
+data_dir=data/groundcap
+allow_cpu=no
+mode=tmux
+
+parse_arguments() {
+    while (($#)); do
+        case $1 in
+            --config | --data-dir) (($# > 1)) || misuse "$1 needs a value" ;;&
+            --config) config=$2 && shift ;;
+            --data-dir) data_dir=$2 && shift ;;
+            --allow-cpu) allow_cpu=yes ;;
+            --install-only) mode=install ;;
+            --foreground) mode=foreground ;;
+            -h | --help) usage && exit 0 ;;
+            *) misuse "unknown argument: $1" ;;
+        esac
+        shift
+    done
+    [[ -f $config ]] || misuse "no recipe at $root/$config; recipes that ship are in config/"
+}
+
+check_gpu() {
+    local gpus
+    if gpus=$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null) &&
+        [[ -n $gpus ]]; then
+        while IFS= read -r gpu; do say "GPU: $gpu (name, memory, driver)"; done <<<"$gpus"
+    elif [[ $allow_cpu == yes ]]; then
+        say "GPU: none; going on without, as --allow-cpu says"
+    else
+        fail "no NVIDIA GPU: nvidia-smi finds none; rent a machine that has one, or try things out with --allow-cpu"
+    fi
+}
+
+# Images for rented machines lack one or the other of these; most of them are Debian's children and run as root.
+require_tool() {
+    local tool=$1 package=$2 sudo=
+    command -v "$tool" >/dev/null && return
+    ((EUID == 0)) || sudo=sudo
+    if command -v apt-get >/dev/null; then
+        say "installing $package"
+        # shellcheck disable=SC2086  # empty for root
+        { $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package"; } >/dev/null || true
+    fi
+    command -v "$tool" >/dev/null || fail "$tool is missing and cannot be installed; install the package $package"
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            say "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer with its venv module; install one and name it: PYTHON=python3.12 $script"
+}
+
+install_package() {
+    local stamp=$venv/.installed-gpu python cuda
+    [[ $stamp -nt pyproject.toml ]] && return
+    if [[ ! -x $venv/bin/python ]]; then
+        python=$(find_python)
+        "$python" -m venv "$venv"
+    fi
+    say "installing vlm-bridge into $venv (torch with CUDA is a download of some gigabytes)"
+    # No constraints.txt here: it pins the torch of the CPU tests, and a GPU wants the build for its driver.
+    "$venv/bin/python" -m pip install --quiet --editable '.[data,gpu]'
+    if [[ $allow_cpu == no ]]; then
+        cuda=$("$venv/bin/python" -c \
+            'import sys, torch; print(torch.version.cuda); sys.exit(not torch.cuda.is_available())' 2>/dev/null) ||
+            fail "torch (CUDA ${cuda:-none}) cannot use this GPU: most likely the driver is older than that CUDA; rent a" \
+                "machine with a newer driver, or delete $venv and run this again with PIP_EXTRA_INDEX_URL set to" \
+                "PyTorch's index for an older CUDA (pytorch.org/get-started names them)"
+    fi
+    touch "$stamp"
+}
+
+# The token goes into huggingface_hub's own file (0600) and out of the environment: no process that is started below,
+# tmux's server included, carries it where `ps e` could show it. printf is a builtin, so it shows nothing either.
+store_token() {
+    { set +x; } 2>/dev/null # should somebody trace this script
+    local token=${HF_TOKEN:-}
+    local file=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/token}
+    unset HF_TOKEN
+    if [[ -z $token && ! -s $file && -t 0 ]]; then
+        read -rsp 'HF_TOKEN (not shown; a read token from huggingface.co/settings/tokens; Enter for none): ' token
+        say ''
+    fi
+    if [[ -n $token ]]; then
+        (
+            umask 077
+            mkdir -p "$(dirname "$file")"
+            printf '%s' "${token//[[:space:]]/}" >"$file.new"
+            mv -f "$file.new" "$file"
+        )
+        say "Hugging Face token: stored in $file"
+    elif [[ -s $file ]]; then
+        say "Hugging Face token: found in $file"
+    else
+        say "Hugging Face token: none; models behind terms of use (Gemma) will be refused"
+    fi
+}
+
+is_listening() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# Whoever holds a lock file's descriptor is alive: TensorBoard and the training inherit theirs, so a lock ends with
+# its process however that ends, and there are no process ids to go stale.
+start_tensorboard() {
+    local port
+    exec 7>>"$log_dir/.tensorboard.lock"
+    if ! flock --nonblock 7; then
+        exec 7>&-
+        say "TensorBoard: runs already"
+        return
+    fi
+    # Some images come with a TensorBoard of their own on 6006.
+    for ((port = 6006; port < 6106; port++)); do is_listening "$port" || break; done
+    setsid nohup "$venv/bin/tensorboard" --logdir "$log_dir" --host 127.0.0.1 --port "$port" \
+        </dev/null >>"$log_dir/tensorboard.log" 2>&1 &
+    exec 7>&-
+    printf '%s=%s\n' checkpoint_dir "$checkpoint_dir" log_dir "$log_dir" tensorboard_port "$port" >"$record.new"
+    mv -f "$record.new" "$record"
+    say "TensorBoard: http://127.0.0.1:$port on this machine; scripts/control_vastai_local.sh monitor brings it to yours"
+}
+
+train_here() {
+    local arguments=(--config "$config")
+    exec 9>>"$log_dir/.training.lock"
+    flock --nonblock 9 || fail "a training runs already in $root; watch it with: tail -f '$log'"
+    # The manifest is written last; without it, the same command goes on where an earlier one stopped.
+    if [[ ! -f $data_dir/manifest.json ]]; then
+        "$venv/bin/vlm-data" transform --source groundcap --output-dir "$data_dir"
+    fi
+    [[ -f $checkpoint_dir/latest_checkpoint.pth ]] && arguments+=(--resume "$checkpoint_dir/latest_checkpoint.pth")
+    arguments+=("data_dir=$data_dir" "checkpoint_dir=$checkpoint_dir" "log_dir=$log_dir")
+    # In this process's place, so that signals reach what has a state to save.
+    exec "$venv/bin/vlm-training" "${arguments[@]}"
+}
+
+# A tmux server of our own (-L): it has this environment, and nobody's configuration.
+in_tmux() { tmux -f /dev/null -L "$session" "$@"; }
+tmux_runs() { in_tmux has-session -t "=$session" 2>/dev/null; }
+
+show_how_to_follow() {
+    say "  watch:  tail -f '$log'"
+    say "  attach: tmux -L $session attach    (leave with Ctrl-b d; Ctrl-c saves a checkpoint and stops)"
+}
+
+train_in_tmux() {
+    local again=(--foreground --config "$config" --data-dir "$data_dir") last
+    [[ $allow_cpu == yes ]] && again+=(--allow-cpu)
+    # shellcheck disable=SC2016  # for the inner shell; tee outlives Ctrl-c, or saving would meet a closed pipe
+    local job='{ bash "$@"; echo "ended with exit code $?"; } 2>&1 | tee --append --ignore-interrupts "$0"'
+    if tmux_runs; then
+        say "training: runs already"
+        show_how_to_follow
+        return
+    fi
+    in_tmux new-session -d -s "$session" bash -c "$job" "$log" "$script" "${again[@]}"
+    # What fails at once (a lock held by a training outside tmux, a wrong recipe) is told here and now.
+    for _ in {1..5}; do
+        tmux_runs || break
+        sleep 1
+    done
+    if tmux_runs; then
+        say "training: started in tmux; this connection may close"
+        show_how_to_follow
+        return
+    fi
+    last=$(tail -n 2 "$log")
+    [[ $last == *'exit code 0' ]] || fail "training ${last##*$'\n'}: ${last%%$'\n'*} (all of it: $log)"
+    say "training: finished; checkpoints are in $checkpoint_dir"
+}
+
+cd "$root"
+parse_arguments "$@"
+check_gpu
+require_tool flock util-linux
+require_tool rsync rsync # control_vastai_local.sh talks to it
+if [[ $mode == tmux ]]; then require_tool tmux tmux; fi
+install_package
+if [[ $mode == install ]]; then exit; fi
+store_token
+mkdir -p "$log_dir"
+start_tensorboard
+if [[ $mode == foreground ]]; then train_here; fi
+train_in_tmux
