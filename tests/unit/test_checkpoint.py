@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.trainer import resumed_recipe
+from vlm_bridge.training_strategy.trainer import resumed_recipe, train
 
 
 @pytest.fixture(params=BRIDGES)
@@ -44,6 +45,18 @@ def test_weights_and_recipe_come_back(saved: Path, recipe: Recipe, model: Captio
     checkpoints.load_weights(fresh, content["weights"], saved)
     for name, tensor in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+def test_half_the_bytes_hold_the_bridge_but_whole_the_feature_statistics(
+    saved: Path, recipe: Recipe, model: CaptionerModel
+) -> None:
+    trained = model.trained_state_dict()
+    checkpoints.save_checkpoint(saved, recipe, checkpoints.in_bfloat16(trained))
+    captioner = Captioner.from_pretrained(saved, "cpu")
+    for name, tensor in captioner.model.trained_state_dict().items():
+        assert tensor.dtype == torch.float32
+        in_bridge = name.startswith("bridge.")
+        assert torch.equal(tensor, trained[name].bfloat16().float() if in_bridge else trained[name]), name
 
 
 def test_frozen_weights_stay_out(saved: Path, model: CaptionerModel) -> None:
@@ -164,6 +177,46 @@ def test_other_sizes_and_missing_statistics_are_refused(saved: Path, recipe: Rec
         checkpoints.load_weights(build_captioner(recipe), wider, saved)
 
 
+def test_an_encoder_of_another_width_is_refused_by_name(
+    saved: Path, recipe: Recipe, model: CaptionerModel
+) -> None:
+    sizes = checkpoints.captioner_sizes(model) | {"vision_encoder.embed_dim": 1024}
+    checkpoints.save_checkpoint(saved, recipe, model.trained_state_dict(), sizes=sizes)
+    with pytest.raises(CheckpointError, match=r"it has vision_encoder\.embed_dim=1024, wanted is 32"):
+        Captioner.from_pretrained(saved, "cpu")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "vision_encoder.name=facebook/dinov2-base",
+        "vision_encoder.image_size=96",
+        "vision_encoder.layers=[-1]",
+        "language_model.name=google/gemma-2-9b",
+        "bridge.num_heads=2",
+        "bridge.standardize_features=false",
+    ],
+)
+def test_a_recipe_of_other_parts_is_refused_by_key(saved: Path, recipe: Recipe, override: str) -> None:
+    key, _, value = override.partition("=")
+    content = checkpoints.load_checkpoint(saved)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.check_architecture(content, override_recipe(recipe, [override]), saved)
+    assert f"it has {key}=" in str(caught.value)
+    assert f"wanted is {'False' if value == 'false' else value}" in str(caught.value)
+    assert str(caught.value).count("it has") == 1
+
+
+def test_moved_models_and_settings_of_training_are_no_other_architecture(saved: Path, recipe: Recipe) -> None:
+    moved = [
+        f"vision_encoder.name=elsewhere/{Path(recipe.vision_encoder.name).name}",
+        "language_model.revision=abc",
+        "bridge.dropout=0.5",
+        "learning_rate=1",
+    ]
+    checkpoints.check_architecture(checkpoints.load_checkpoint(saved), override_recipe(recipe, moved), saved)
+
+
 def test_a_failed_save_leaves_the_previous_checkpoint(
     saved: Path, recipe: Recipe, model: CaptionerModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,3 +264,73 @@ def test_a_checkpoint_that_says_the_wrong_architecture_is_one_clear_error(
     torch.save(content, saved)
     with pytest.raises(CheckpointError, match="its recipe cannot be understood"):
         Captioner.from_pretrained(saved)
+
+
+def test_resuming_after_any_epoch_is_never_having_stopped(
+    tmp_path: Path,
+    drawn_caption_folder: Path,
+    tiny_dinov2_dir: Path,
+    tiny_gemma2_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The published system in small: dropout, a falling learning rate, clipping, early stopping and its counter."""
+
+    def recipe(name: str) -> Recipe:
+        plain = tiny_recipe(
+            tiny_dinov2_dir,
+            tiny_gemma2_dir,
+            "cross_attention",
+            data_dir=str(drawn_caption_folder),
+            checkpoint_dir=str(tmp_path / name),
+            log_dir=str(tmp_path / name / "logs"),
+            feature_cache=str(tmp_path / "features"),
+            learning_rate=1e-2,
+            min_lr=1e-3,
+            num_epochs=3,
+            batch_size=8,
+            early_stopping_patience=9,
+            early_stopping_min_delta=9.0,
+            num_validation_samples=0,
+        )
+        return override_recipe(plain, ["bridge.dropout=0.1", "bridge.standardize_features=false"])
+
+    after_epochs: list[Path] = []
+    save = checkpoints.save_checkpoint
+
+    def save_and_keep(path: Path, *arguments, **options) -> None:
+        save(path, *arguments, **options)
+        if path.name == checkpoints.LATEST:
+            kept = tmp_path / f"after-{len(after_epochs) + 1}-epochs.pth"
+            after_epochs.append(shutil.copy(path, kept))
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_keep)
+    train(recipe("whole"), say=lambda line: None)
+    monkeypatch.undo()
+    *earlier, whole = map(checkpoints.load_checkpoint, after_epochs)
+    assert [content["training"]["progress"]["epoch"] for content in (*earlier, whole)] == [1, 2, 3]
+    assert whole["training"]["early_stopping"]["bad_validations"] == 2
+    for number, path in enumerate(after_epochs[:-1], start=1):
+        lines: list[str] = []
+        train(recipe(f"resumed-{number}"), resume=path, say=lines.append)
+        assert not any("another schedule" in line for line in lines)
+        resumed = checkpoints.load_checkpoint(tmp_path / f"resumed-{number}" / checkpoints.LATEST)
+        assert_same(resumed["weights"], whole["weights"])
+        assert_same(resumed["training"], whole["training"])
+
+
+def assert_same(one: object, other: object) -> None:
+    """Bit-equality of nested containers of tensors and plain values."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import typer
 
 from vlm_bridge import __version__
-from vlm_bridge.cli import caption, data, doctor, evaluate, info, quickstart, train
+from vlm_bridge.cli import caption, data, doctor, evaluate, export, info, quickstart, train
 from vlm_bridge.errors import VLMBridgeError
 
 # torch reads this when it loads: large CPU tensors in huge pages halve the time of encoding pictures, most of
@@ -27,6 +27,7 @@ app.command("caption")(caption.caption)
 app.command("evaluate")(evaluate.evaluate)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
+app.command("export")(export.export)
 app.command("train")(train.train)
 app.add_typer(data.app, name="data")
 

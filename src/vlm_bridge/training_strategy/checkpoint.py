@@ -140,7 +140,7 @@ def _read_pth(path: Path) -> Any:
     try:
         # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights.
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
+            if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -211,10 +211,12 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
 
 
 def _may_be_on_hub(path: Path) -> bool:
-    """`owner/model`, unless the first part is a folder here: then a path is meant (`runs/lite-flickr8k`)."""
+    """`owner/model`, unless the first part is a folder here or usually is one: then a path is meant."""
     plain = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in path.parts)
     is_file = path.suffix in (".pth", ".pt", ".safetensors")
-    return len(path.parts) == 2 and plain and not is_file and not Path(path.parts[0]).is_dir()
+    if len(path.parts) != 2 or not plain or is_file:
+        return False
+    return path.parts[0] not in ("runs", "checkpoints") and not Path(path.parts[0]).is_dir()
 
 
 def has_checkpoint(path: str | Path) -> bool:

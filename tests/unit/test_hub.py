@@ -1,0 +1,125 @@
+"""What the hub refuses is one line: why, and what to do; never a token, never a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.errors import CheckpointError, ModelError
+from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.model_architecture.language_model import build_language_model
+from vlm_bridge.training_strategy.checkpoint import find_checkpoint
+
+GEMMA = "google/gemma-2-2b"
+
+
+def refusal(kind: type[errors.HfHubHTTPError], status: int) -> Exception:
+    """An error as the hub's client raises it, with a token in the request as there would be."""
+    response: Any = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind("Authorization: Bearer hf_secret", response=response)
+
+
+def wrapped(error: Exception) -> Exception:
+    """The error inside one of transformers' own."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise OSError("something\nlong") from cause
+    except OSError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            refusal(errors.GatedRepoError, 401),
+            ["accept its terms on https://huggingface.co/google/gemma-2-2b"],
+        ),
+        (refusal(errors.GatedRepoError, 403), ["set HF_TOKEN", "export HF_TOKEN=", "settings/tokens"]),
+        (refusal(errors.HfHubHTTPError, 401), ["refused access (401)", "export HF_TOKEN="]),
+        (refusal(errors.HfHubHTTPError, 403), ["refused access (403)", "export HF_TOKEN="]),
+        (refusal(errors.RepositoryNotFoundError, 401), ["no public model", "HF_TOKEN"]),
+        (refusal(errors.RevisionNotFoundError, 404), ["no such revision"]),
+        (errors.OfflineModeIsEnabled("offline"), ["cannot be reached", "unset HF_HUB_OFFLINE"]),
+        (errors.LocalEntryNotFoundError("not cached"), ["cannot be reached", "save_pretrained"]),
+        (ConnectionResetError("reset"), ["cannot be reached"]),
+    ],
+)
+def test_every_refusal_says_why_and_what_to_do(error: Exception, said: list[str]) -> None:
+    for raised in (error, wrapped(error)):
+        line = hub_problem(raised, GEMMA)
+        assert line is not None
+        assert all(words in line for words in said), line
+        assert "\n" not in line
+        assert "hf_secret" not in line
+
+
+def test_errors_of_other_origin_and_of_folders_are_left_alone(tmp_path: Path) -> None:
+    assert hub_problem(wrapped(ValueError("odd configuration")), GEMMA) is None
+    assert hub_problem(refusal(errors.HfHubHTTPError, 500), GEMMA) is None
+    assert hub_problem(errors.LocalEntryNotFoundError("not cached"), str(tmp_path)) is None
+
+
+def test_gemma_without_access_names_the_page_and_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: Any, **__: Any) -> None:
+        raise refusal(errors.GatedRepoError, 401)
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", gated)
+    with pytest.raises(ModelError) as caught:
+        build_language_model(LanguageModelConfig(name=GEMMA))
+    line = str(caught.value)
+    assert line.startswith(f"cannot load the language model '{GEMMA}': access is gated")
+    assert f"https://huggingface.co/{GEMMA}" in line
+    assert "export HF_TOKEN=" in line
+    assert "\n" not in line
+
+
+def test_gemma_offline_has_a_line_of_its_own() -> None:
+    with pytest.raises(ModelError, match=r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"):
+        build_language_model(LanguageModelConfig(name=GEMMA))
+
+
+class TestCheckpointsOnTheHub:
+    def test_a_name_that_is_no_path_is_looked_up(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+        (tmp_path / "model.safetensors").touch()
+
+        def download(name: str, **options: Any) -> str:
+            asked.append((name, options["revision"]))
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert find_checkpoint("me/captioner", "v1") == tmp_path / "model.safetensors"
+        assert asked == [("me/captioner", "v1")]
+
+    @pytest.mark.parametrize(
+        "name", ["nowhere", "runs/mine", "mine/run", "a/b/c", "../x", "me/latest_checkpoint.pth"]
+    )
+    def test_paths_are_not(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+        )
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mine").mkdir()
+        with pytest.raises(CheckpointError, match="no checkpoint at"):
+            find_checkpoint(name)
+
+    def test_what_is_not_there_is_one_line(self) -> None:
+        with pytest.raises(
+            CheckpointError, match=r"no checkpoint at me/captioner, and none from the hub: .*reached"
+        ):
+            find_checkpoint("me/captioner")
+
+    def test_a_revision_of_a_path_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="revision='v1' is for models on the hub"):
+            find_checkpoint(tmp_path, "v1")

@@ -1,0 +1,213 @@
+"""Checkpoints of the original project: the same names, the same numbers, the same function, both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from captioners import BRIDGES, randomise, tiny_captioner, tiny_recipe
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
+from vlm_bridge.errors import CheckpointError
+from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture.captioner import build_bridge
+from vlm_bridge.model_architecture.text_shape import TextShape
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+
+HEADS = 4
+
+
+class OriginalBlock(nn.Module):
+    """The published block as its checkpoints describe it, with attention written out."""
+
+    def __init__(self, vision_dim: int, text_dim: int):
+        super().__init__()
+        self.vision_projection = nn.Linear(vision_dim, text_dim)
+        self.ln1, self.ln2 = nn.LayerNorm(text_dim), nn.LayerNorm(text_dim)
+        self.cross_attention = nn.ModuleDict({f"w_{n}": nn.Linear(text_dim, text_dim) for n in "qkvo"})
+        self.ffn = nn.Sequential(
+            nn.Linear(text_dim, 4 * text_dim),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            nn.Linear(4 * text_dim, text_dim),
+            nn.Dropout(0.1),
+        )
+
+    def forward(self, features_bnd: torch.Tensor, text_bth: torch.Tensor) -> torch.Tensor:
+        seen = self.vision_projection(features_bnd)
+        project = self.cross_attention
+        queries, keys, values = (
+            project[name](x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for name, x in (("w_q", self.ln1(text_bth)), ("w_k", seen), ("w_v", seen))
+        )
+        scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+        attended = (F.softmax(scores, dim=-1) @ values).transpose(1, 2).flatten(2)
+        text_bth = text_bth + project["w_o"](attended)
+        return text_bth + self.ffn(self.ln2(text_bth))
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What the original project saves after an epoch."""
+        return {
+            "epoch": 3,
+            "model_state_dict": {f"bridge_module.{name}": t for name, t in self.state_dict().items()},
+            "optimizer_state_dict": torch.optim.AdamW(self.parameters()).state_dict(),
+            "best_val_loss": 2.5,
+            "config": {"learning_rate": 1e-5, "num_epochs": 12, "device": None},
+            "scheduler_state_dict": {"T_max": 10, "last_epoch": 3},
+            "early_stopping_counter": 1,
+        }
+
+
+def original_block(vision_dim: int = 32, text_dim: int = 32) -> OriginalBlock:
+    block = OriginalBlock(vision_dim, text_dim).eval()
+    randomise(block)
+    return block
+
+
+@pytest.fixture
+def recipe(tiny_dinov2_dir: Path, tiny_gemma2_dir: Path) -> Recipe:
+    recipe = tiny_recipe(tiny_dinov2_dir, tiny_gemma2_dir, "cross_attention")
+    return override_recipe(recipe, [f"bridge.num_heads={HEADS}", "bridge.standardize_features=false"])
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    path = tmp_path / "original" / "latest_checkpoint.pth"
+    path.parent.mkdir()
+    torch.save(original_block().checkpoint(), path)
+    return path
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
+
+
+def test_the_published_bridge_has_the_published_names_and_size() -> None:
+    config = recipe_from_dict({"bridge": {"kind": "cross_attention"}}).bridge
+    bridge = build_bridge(config, 1024, TextShape(2304, 26, 4, 256), 257, meta=True)
+    weights = {f"bridge.{name}": tensor for name, tensor in bridge.state_dict().items()}
+    state = interchange.to_original(weights, "it")
+    with torch.device("meta"):
+        published = OriginalBlock(1024, 2304).checkpoint()["model_state_dict"]
+    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in published.items()}
+    assert sum(tensor.numel() for tensor in state.values()) == 66_092_544
+    half = checkpoints.in_bfloat16(weights)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in half.values()) == 132_185_088
+
+
+def test_the_same_weights_are_the_same_function(recipe: Recipe) -> None:
+    block = original_block(vision_dim=24)
+    state = block.checkpoint()["model_state_dict"]
+    bridge: Any = build_bridge(recipe.bridge, 24, TextShape(32, 2, 2, 8), 5)
+    ours = interchange.from_original(state, "it")
+    bridge.load_state_dict({name.removeprefix("bridge."): tensor for name, tensor in ours.items()})
+    features, text = torch.randn(2, 5, 24), torch.randn(2, 7, 32)
+    edited = bridge.edit_text(text, bridge.encode_image(features))
+    torch.testing.assert_close(edited, block(features, text))
+    assert not torch.allclose(edited, text, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: t.to(dtype) for name, t in original_block().checkpoint()["model_state_dict"].items()}
+    weights = interchange.from_original(state, "it")
+    assert equal(interchange.to_original(weights, "it"), state)
+
+    ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    checkpoints.save_checkpoint(ours, recipe, weights)
+    checkpoints.save_original(theirs, recipe, checkpoints.load_checkpoint(ours)["weights"], ours)
+    published = torch.load(theirs, weights_only=True)
+    assert equal(published["model_state_dict"], state)
+    assert published["config"]["learning_rate"] == recipe.learning_rate
+    assert equal(checkpoints.load_checkpoint(theirs)["weights"], weights)
+    # What we wrote knows its recipe, whatever the layout.
+    assert checkpoints.recipe_of(checkpoints.load_checkpoint(theirs), theirs) == recipe
+
+
+def test_an_original_checkpoint_captions_with_a_recipe(original: Path, recipe: Recipe) -> None:
+    captioner = Captioner.from_pretrained(original, "cpu", recipe=recipe)
+    state = torch.load(original, weights_only=True)["model_state_dict"]
+    assert equal(interchange.to_original(captioner.model.trained_state_dict(), "it"), state)
+
+
+def test_without_a_recipe_the_line_says_where_to_get_one(original: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"names no recipe: convert it once with `vlm-bridge export \S+"
+    ):
+        Captioner.from_pretrained(original, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("bridge.standardize_features=true", "bridge.standardize_features=False, wanted is True"),
+        ("bridge.feed_forward_multiplier=2", "bridge.feed_forward_multiplier=4, wanted is 2"),
+    ],
+)
+def test_a_recipe_of_another_bridge_is_refused_by_name(
+    original: Path, recipe: Recipe, override: str, named: str
+) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        Captioner.from_pretrained(original, "cpu", recipe=override_recipe(recipe, [override]))
+
+
+def test_another_kind_is_refused_by_name(original: Path, recipe: Recipe) -> None:
+    prefix = tiny_recipe(Path(recipe.vision_encoder.name), Path(recipe.language_model.name), "prefix")
+    with pytest.raises(CheckpointError, match=r"bridge\.kind=cross_attention, wanted is prefix"):
+        Captioner.from_pretrained(original, "cpu", recipe=prefix)
+
+
+def test_other_widths_are_refused_by_name(tmp_path: Path, recipe: Recipe) -> None:
+    torch.save(original_block(vision_dim=48, text_dim=64).checkpoint(), path := tmp_path / "wide.pth")
+    with pytest.raises(CheckpointError) as caught:
+        Captioner.from_pretrained(path, "cpu", recipe=recipe)
+    assert "it has vision_encoder.embed_dim=48, wanted is 32" in str(caught.value)
+    assert "it has language_model.embed_dim=64, wanted is 32" in str(caught.value)
+
+
+def test_other_blocks_are_refused_by_name(tmp_path: Path) -> None:
+    content = original_block().checkpoint()
+    state = content["model_state_dict"]
+    del state["bridge_module.ln2.bias"]
+    state["bridge_module.blocks.0.ln.weight"] = torch.ones(2)
+    torch.save(content, path := tmp_path / "later.pth")
+    problem = r"ln2\.bias is missing; bridge_module\.blocks\.0\.ln\.weight is unknown"
+    with pytest.raises(CheckpointError, match=problem):
+        checkpoints.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_what_the_original_layout_cannot_hold_is_not_written(
+    bridge: str, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge)  # with feature statistics
+    weights = tiny_captioner(recipe).trained_state_dict()
+    with pytest.raises(CheckpointError, match=r"cannot be written in the original layout.*is unknown"):
+        checkpoints.save_original(tmp_path / "c.pth", recipe, weights, "it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_exported_folders_are_read_whole_or_refused(tmp_path: Path, recipe: Recipe) -> None:
+    weights = checkpoints.in_bfloat16(tiny_captioner(recipe).trained_state_dict())
+    config = checkpoints.exported_config(recipe.to_dict(), {"sizes": {"language_model.embed_dim": 32}})
+    interchange.write_folder(tmp_path, config, weights)
+    content = checkpoints.load_checkpoint(tmp_path)
+    assert equal(content["weights"], weights)
+    assert checkpoints.recipe_of(content, tmp_path) == recipe
+    assert {path.name for path in tmp_path.iterdir()} == {interchange.CONFIG_NAME, interchange.WEIGHTS_NAME}
+
+    whole = (tmp_path / interchange.WEIGHTS_NAME).read_bytes()
+    for damaged in (b"", whole[:-9], b"\xff" * 40 + whole[40:]):
+        (tmp_path / interchange.WEIGHTS_NAME).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoints.load_checkpoint(tmp_path)
+    (tmp_path / interchange.CONFIG_NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        checkpoints.load_checkpoint(tmp_path)
