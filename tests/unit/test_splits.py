@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import Counter
 
 import pytest
 
-from vlm_bridge.data_pipeline.splits import assign_split, check_fractions, normalise_split
-from vlm_bridge.errors import UsageError
+from vlm_bridge.data_pipeline.splits import (
+    SplitRule,
+    assign_split,
+    check_fractions,
+    nearest_subset,
+    normalise_split,
+)
+from vlm_bridge.errors import DataError, UsageError
 
 
 def split_of(image_id: str, seed: int = 0) -> str:
@@ -49,3 +57,86 @@ def test_usual_names_of_splits() -> None:
         "test",
         None,
     ]
+
+
+# --- exact shares ---
+
+GROUNDCAP = SplitRule(None, val_fraction=0.05, test_fraction=0.15)
+
+
+def ids_of_films(sizes: dict[str, int]) -> tuple[list[str], list[str | None]]:
+    films: list[str | None] = [film for film, size in sizes.items() for _ in range(size)]
+    return [f"{film}_{index}" for index, film in enumerate(films)], films
+
+
+def test_the_published_numbers() -> None:
+    assert GROUNDCAP.sizes(52_350) == {"train": 41_880, "val": 2_618, "test": 7_852}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 19, 20, 500, 9_999])
+@pytest.mark.parametrize("fractions", [(0.05, 0.15), (0.1, 0.1), (1 / 3, 1 / 3), (0, 0.5), (0, 0)])
+def test_sizes_add_up_and_are_as_near_as_whole_images_allow(
+    number: int, fractions: tuple[float, float]
+) -> None:
+    sizes = SplitRule("image", *fractions).sizes(number)
+    assert sum(sizes.values()) == number
+    assert abs(sizes["val"] - fractions[0] * number) < 1 and abs(sizes["test"] - fractions[1] * number) < 1
+
+
+def test_by_image_gives_exact_shares_in_any_order() -> None:
+    ids = [str(index) for index in range(1000)]
+    rule = SplitRule("image", 0.05, 0.15)
+    splits = dict(zip(ids, rule.assign(ids, [None] * 1000, seed=3), strict=True))
+    assert Counter(splits.values()) == {"train": 800, "val": 50, "test": 150}
+    backwards = rule.assign(ids[::-1], [None] * 1000, seed=3)
+    assert dict(zip(ids[::-1], backwards, strict=True)) == splits
+    assert rule.assign(ids, [None] * 1000, seed=4) != list(splits.values())
+
+
+def test_a_film_never_spans_two_splits_and_counts_come_near() -> None:
+    sizes = {f"tt{film:07d}": 300 + 37 * film % 700 for film in range(77)}
+    ids, films = ids_of_films(sizes)
+    wanted = GROUNDCAP.sizes(len(ids))
+    chosen = set()
+    for seed in range(3):
+        splits = GROUNDCAP.assign(ids, films, seed=seed)
+        assert len(set(zip(films, splits, strict=True))) == len(sizes)
+        assert Counter(splits) == wanted, "77 films allow the exact numbers"
+        chosen.add(frozenset(film for film, split in zip(films, splits, strict=True) if split == "test"))
+    assert len(chosen) == 3, "the seed decides which films"
+
+
+def test_few_films_still_fill_every_split() -> None:
+    for sizes in ([100, 100, 100], [1, 1, 100], [1000, *[1] * 20], [5, 5, 5, 5]):
+        ids, films = ids_of_films({f"tt{index}": size for index, size in enumerate(sizes)})
+        assert set(GROUNDCAP.assign(ids, films, seed=0)) == {"train", "val", "test"}
+
+
+def test_too_few_films_or_ids_without_one_are_refused() -> None:
+    ids, films = ids_of_films({"tt1": 50, "tt2": 50})
+    with pytest.raises(DataError, match=r"2 film\(s\) cannot fill 3 splits.*--split-by image"):
+        GROUNDCAP.assign(ids, films, seed=0)
+    with pytest.raises(DataError, match="'x' names no film"):
+        SplitRule("film").assign([*ids, "x"], [*films, None], seed=0)
+
+
+def test_films_decide_only_where_every_id_names_one() -> None:
+    assert GROUNDCAP.resolve(["tt1", "tt2"]).by == "film"
+    assert GROUNDCAP.resolve(["tt1", None]).by == "image"
+    assert GROUNDCAP.resolve([]).by == "image"
+    assert SplitRule("hash").resolve(["tt1"]).by == "hash"
+
+
+def test_the_nearest_subset_equals_trying_all() -> None:
+    rng = random.Random(0)
+    for _ in range(150):
+        sizes = [rng.randint(1, 30) for _ in range(rng.randint(3, 8))]
+        target, leave = rng.randint(1, 60), rng.randint(1, 2)
+        chosen = nearest_subset(sizes, target, leave=leave)
+        sums = [
+            sum(some)
+            for count in range(1, len(sizes) - leave + 1)
+            for some in itertools.combinations(sizes, count)
+        ]
+        assert 1 <= len(chosen) <= len(sizes) - leave and len(set(chosen)) == len(chosen)
+        assert abs(sum(sizes[k] for k in chosen) - target) == min(abs(total - target) for total in sums)
