@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from vlm_bridge.cli.data import CaptionStyleName, SourceName
+from vlm_bridge.cli.data import CaptionStyleName, SourceName, SplitByName
 from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
 from vlm_bridge.data_pipeline.sources import SOURCES, SourceOptions, make_source
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
+from vlm_bridge.data_pipeline.splits import SplitBy
 from vlm_bridge.errors import DataError, UsageError
 
 
@@ -186,6 +188,7 @@ def test_an_image_in_two_lists_is_refused(flickr: Path) -> None:
 def test_sources_by_name(tmp_path: Path) -> None:
     assert set(SOURCES) == {name.value for name in SourceName}
     assert set(CAPTION_STYLES) == {name.value for name in CaptionStyleName}
+    assert set(get_args(SplitBy)) == {name.value for name in SplitByName}
     assert (
         make_source("scenes", SourceOptions(num_train=1, num_val=2, num_test=3)).items()[-1].split == "test"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
-    from vlm_bridge.data_pipeline.sources import SourceItem
+    from vlm_bridge.data_pipeline.sources import Source, SourceItem
+    from vlm_bridge.data_pipeline.splits import SplitBy
 
 app = typer.Typer(
     name="vlm-data",
@@ -23,10 +24,11 @@ app = typer.Typer(
 )
 
 
-# Both are written out, since importing the originals would slow down --help; a test compares them.
+# These are written out, since importing the originals would slow down --help; a test compares them.
 class SourceName(StrEnum):
     """Names in ``data_pipeline.sources.SOURCES``."""
 
+    groundcap = "groundcap"
     flickr8k = "flickr8k"
     local = "local"
     scenes = "scenes"
@@ -39,7 +41,28 @@ class CaptionStyleName(StrEnum):
     raw = "raw"
 
 
-_INPUT_DIR = typer.Option(None, help="Folder of the dataset (flickr8k, local).")
+class SplitByName(StrEnum):
+    """Names in ``data_pipeline.splits.SplitBy``."""
+
+    hash = "hash"
+    image = "image"
+    film = "film"
+
+
+class SplitKind(StrEnum):
+    """Who decides the splits of a dataset that has some of its own, but not all three."""
+
+    fractions = "fractions"
+    official = "official"
+
+
+_SOURCE_HELP = "A dataset in its own layout."
+_INPUT_DIR = typer.Option(
+    None,
+    "--input-dir",
+    "--source-path",
+    help="Folder of the dataset (groundcap: its parquet files).  [default: the hub for groundcap]",
+)
 _CAPTIONS_FILE = typer.Option(None, help="Caption file (local).  [default: found in the input folder]")
 _NUM_TRAIN = typer.Option(10_000, min=0, help="Pictures to draw (scenes).")
 _NUM_VAL = typer.Option(500, min=0, help="Pictures to draw (scenes).")
@@ -51,7 +74,7 @@ _JSON = typer.Option(False, "--json", help="Print JSON.")
 
 @app.command("explore-dataset")
 def explore_dataset(
-    source: SourceName = typer.Option(None, help="A dataset in its own layout."),
+    source: SourceName = typer.Option(None, help=f"{_SOURCE_HELP}  [default: groundcap]"),
     data_dir: Path = typer.Option(None, help="A caption folder, instead of a source."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
@@ -61,48 +84,71 @@ def explore_dataset(
     wordings: int = _WORDINGS,
     seed: int = _SEED,
     samples: int = typer.Option(8, min=0, help="Images to show."),
-    grid: Path = typer.Option(None, help="Also write the shown images with their captions to this PNG."),
+    grid: Path = typer.Option(
+        None, help="PNG of the shown images with their captions.  [default: runs/explore/NAME.png]"
+    ),
+    no_grid: bool = typer.Option(False, "--no-grid", help="Write no PNG."),
+    tokenizer: str = typer.Option(
+        None, help="Hub name or folder: also counts captions in its language model's tokens."
+    ),
+    keep_tags: bool = typer.Option(False, "--keep-tags", help="Show captions with their grounding tags."),
     json_output: bool = _JSON,
 ) -> None:
-    """Show sizes, caption lengths, vocabulary and a few samples of a source or a caption folder."""
+    """Show sizes, fields, caption lengths, vocabulary, tags and a few samples of a source or a caption folder."""
     import json
     from dataclasses import asdict
 
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-    from vlm_bridge.data_pipeline.explore import describe_items, folder_items, sample_items
-    from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+    from vlm_bridge.data_pipeline.explore import describe_items, folder_items, plain_caption, sample_items
+    from vlm_bridge.data_pipeline.sources import Described, SourceOptions, make_source
     from vlm_bridge.errors import UsageError
 
-    if (source is None) == (data_dir is None):
+    if source is not None and data_dir is not None:
         raise UsageError("give either --source or --data-dir")
+    if no_grid and grid is not None:
+        raise UsageError("give either --grid or --no-grid")
+    count_tokens, no_tokens = _token_counter(tokenizer)
+    facts: dict[str, Any] = {}
     if data_dir is not None:
+        name = data_dir.resolve().name
         items, set_aside = folder_items(CaptionFolder.open(data_dir)), []
     else:
-        options = SourceOptions(input_dir, captions_file, num_train, num_val, num_test, seed, wordings)
-        opened = make_source(source.value, options)
+        name = (source or SourceName.groundcap).value
+        # With their tags, which are counted.
+        options = SourceOptions(
+            input_dir, captions_file, num_train, num_val, num_test, seed, wordings, keep_tags=True
+        )
+        opened = make_source(name, options)
         items, set_aside = opened.items(), opened.rejected
+        facts = opened.facts() if isinstance(opened, Described) else {}
     with show_progress("pictures measured") as report:
-        statistics = describe_items(items, report)
+        statistics = describe_items(items, report, count_tokens=count_tokens)
     shown = sample_items(items, samples, seed)
+    text_of = str if keep_tags else plain_caption
+    statistics["dataset"] = facts
     statistics["set_aside"] = [asdict(item) for item in set_aside]
     statistics["samples"] = [
-        {"id": item.image_id, "split": item.split, "captions": item.captions} for item in shown
+        {"id": item.image_id, "split": item.split, "captions": [text_of(text) for text in item.captions]}
+        for item in shown
     ]
-    if grid is not None:
-        _write_grid(shown, grid)
+    picture_grid = None if no_grid or not shown else grid or Path("runs/explore") / f"{name}.png"
+    if picture_grid is not None:
+        captions = [sample["captions"][0] if sample["captions"] else "" for sample in statistics["samples"]]
+        _write_grid(shown, captions, picture_grid)
     if json_output:
         print(json.dumps(statistics, indent=2, ensure_ascii=False))
     else:
-        _print_statistics(statistics)
-        if grid is not None:
-            print(f"\npictures: {grid}")
+        _print_facts(facts)
+        _print_statistics(statistics, no_tokens=no_tokens)
+        if picture_grid is not None:
+            print(f"\npictures: {picture_grid}")
 
 
 @app.command("transform")
 def transform(
-    source: SourceName = typer.Option(..., help="A dataset in its own layout."),
-    output_dir: Path = typer.Option(..., help="The caption folder to make."),
+    source: SourceName = typer.Option(SourceName.groundcap, help=_SOURCE_HELP),
+    output_dir: Path = typer.Option(None, help="The caption folder to make."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
     num_train: int = _NUM_TRAIN,
@@ -110,17 +156,35 @@ def transform(
     num_test: int = _NUM_TEST,
     wordings: int = _WORDINGS,
     seed: int = _SEED,
-    val_fraction: float = typer.Option(0.1, help="Share for validation, where the source has no splits."),
-    test_fraction: float = typer.Option(0.1, help="Share for testing, where the source has no splits."),
+    split: SplitKind = typer.Option(
+        SplitKind.fractions, help="official keeps the dataset's own test part (groundcap)."
+    ),
+    split_by: SplitByName = typer.Option(
+        None,
+        help="What is dealt out where the source has no splits: each id by its hash, images in exact shares, or "
+        "whole films.  [default: groundcap film (image where ids name none), local hash]",
+    ),
+    val_fraction: float = typer.Option(
+        None,
+        help="Share for validation, where the source has no splits.  [default: groundcap 0.05, local 0.1]",
+    ),
+    test_fraction: float = typer.Option(
+        None, help="Share for testing, where the source has no splits.  [default: groundcap 0.15, local 0.1]"
+    ),
     image_size: int = typer.Option(640, help="Longest side of a stored picture, in pixels."),
     caption_style: CaptionStyleName = typer.Option(
         None, help="sentence tidies captions into sentences.  [default: the source's]"
     ),
+    keep_tags: bool = typer.Option(False, "--keep-tags", help="Keep grounding tags in captions (groundcap)."),
     limit: int = typer.Option(None, help="At most N images a split, for a quick trial."),
     near_duplicate_distance: int = typer.Option(
         4, help="Report pictures whose perceptual hashes differ in at most N of 64 bits."
     ),
     workers: int = typer.Option(None, help="Processes.  [default: one a core, at most 8]"),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what the splits would be."),
+    num_rows: int = typer.Option(
+        None, min=1, help="With --dry-run: of a dataset of N images; reads no data."
+    ),
     json_output: bool = _JSON,
 ) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
@@ -129,22 +193,41 @@ def transform(
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
     from vlm_bridge.data_pipeline.transform import transform as run
+    from vlm_bridge.errors import UsageError
 
-    options = SourceOptions(input_dir, captions_file, num_train, num_val, num_test, seed, wordings)
+    if output_dir is None and not dry_run:
+        raise UsageError("give --output-dir, the caption folder to make (or --dry-run)")
+    if num_rows is not None and not dry_run:
+        raise UsageError("--num-rows goes with --dry-run; for fewer images there is --limit")
+    opened = make_source(
+        source.value,
+        SourceOptions(
+            input_dir, captions_file, num_train, num_val, num_test, seed, wordings,
+            official_split=split is SplitKind.official, keep_tags=keep_tags,
+        ),
+    )  # fmt: skip
+    planning: dict[str, Any] = {
+        "seed": seed,
+        "split_by": split_by.value if split_by else None,
+        "val_fraction": val_fraction,
+        "test_fraction": test_fraction,
+        "caption_style": caption_style.value if caption_style else None,
+        "limit": limit,
+    }
+    if dry_run:
+        outlook = _outlook(opened, planning, num_rows)
+        print(json.dumps(outlook, indent=2)) if json_output else _print_outlook(outlook)
+        return
     try:
         with show_progress("pictures") as report:
             manifest = run(
-                make_source(source.value, options),
+                opened,
                 output_dir,
                 workers=workers if workers is not None else _default_workers(),
-                seed=seed,
-                val_fraction=val_fraction,
-                test_fraction=test_fraction,
                 image_size=image_size,
-                caption_style=caption_style.value if caption_style else None,
-                limit=limit,
                 near_duplicate_distance=near_duplicate_distance,
                 progress=report,
+                **planning,
             )
     except KeyboardInterrupt:
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
@@ -267,46 +350,160 @@ def _count_tokens(images: Sequence[CaptionedImage], recipe: Recipe, rows: Sequen
     }
 
 
-def _write_grid(items: Sequence[SourceItem], path: Path) -> None:
-    """Write the pictures of ``items`` with their first captions as one PNG."""
+def _outlook(source: Source, planning: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
+    """What a transformation would make: images of each split and steps per epoch of the published recipe."""
+    from vlm_bridge.configuration import Recipe
+    from vlm_bridge.data_pipeline.loader import EpochPlan
+    from vlm_bridge.data_pipeline.splits import SPLITS
+    from vlm_bridge.data_pipeline.transform import preview, split_rule
+    from vlm_bridge.errors import UsageError
+
+    if num_rows is None:
+        captions, rule = preview(source, **planning)
+    else:
+        if source.split_rule is not None or getattr(source, "official_split", False):
+            raise UsageError("--num-rows knows no official split: leave it out, and the dataset is read")
+        by: SplitBy = planning["split_by"] or source.default_split_rule.by or "image"
+        rule = split_rule(source, by, planning["val_fraction"], planning["test_fraction"])
+        most = planning["limit"] or num_rows
+        captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
+    recipe = Recipe()
+    plan = EpochPlan(
+        captions["train"],
+        row_captions=recipe.captions_per_image,
+        batch_captions=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    return {
+        "source": source.name,
+        "images": {split: len(captions[split]) for split in SPLITS},
+        "captions": {split: sum(captions[split]) for split in SPLITS},
+        "split_rule": source.split_rule or rule.describe(),
+        "exact": num_rows is None or rule.by == "image",
+        "batch_size": recipe.batch_size,
+        "steps_per_epoch": plan.batches_per_epoch,
+    }
+
+
+def _print_outlook(outlook: dict[str, Any]) -> None:
+    about = "" if outlook["exact"] else "about "
+    images = " / ".join(f"{count:,}" for count in outlook["images"].values())
+    print(
+        f"{outlook['source']}, train / val / test: {about}{images} of {sum(outlook['images'].values()):,} images"
+    )
+    print(f"{about}{outlook['steps_per_epoch']:,} steps per epoch at batch size {outlook['batch_size']}")
+    print(f"split rule: {outlook['split_rule']}")
+    print("nothing was written (--dry-run)")
+
+
+def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] | None, str]:
+    """Return what counts the tokens of captions with the tokenizer called ``name``; or None, and why not."""
+    if name is None:
+        return None, "name a tokenizer with --tokenizer"
+    from vlm_bridge.cli.quiet import quiet_transformers
+
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return None, f"cannot load the tokenizer {name!r}: {lines[0]}"
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], ""
+
+
+def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path) -> None:
+    """Write the pictures of ``items`` with one caption each as one PNG."""
     import tempfile
 
+    from vlm_bridge.data_pipeline.sources import iter_pictures
     from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
 
-    with tempfile.TemporaryDirectory() as drawn:
+    with tempfile.TemporaryDirectory() as unpacked:
         tiles = []
-        for index, item in enumerate(items):
-            picture = item.path
-            if item.draw is not None:
-                picture = Path(drawn) / f"{index}.png"
-                item.draw().save(picture)
-            assert picture is not None
-            tiles.append(SheetItem(picture, item.captions[0] if item.captions else ""))
+        for index, (picture, caption) in enumerate(zip(iter_pictures(items), captions, strict=True)):
+            file = Path(unpacked) / f"{index}.png"
+            if callable(picture):
+                picture().save(file)
+            elif not isinstance(picture, Path):
+                file.write_bytes(picture or b"")
+            tiles.append(SheetItem(picture if isinstance(picture, Path) else file, caption))
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(tiles, path)
 
 
-def _print_statistics(statistics: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any]) -> None:
+    if not facts:
+        return
+    rows = ", ".join(f"{part} {count:,}" for part, count in facts["rows"].items())
+    print(f"{facts['files']} files, {facts['bytes'] / 1e6:,.1f} MB; rows: {rows}; ", end="")
+    print(f"{facts['human_annotated_rows']:,} annotated by people")
+    for name, kind in facts["fields"].items():
+        print(f"  {name:18}{kind}")
+
+
+def _print_statistics(statistics: dict[str, Any], *, no_tokens: str = "") -> None:
     per_split = ", ".join(f"{count} {split}" for split, count in statistics["images_per_split"].items())
-    print(f"{statistics['images']} images ({per_split}), {statistics['captions']} captions")
+    print(f"{statistics['images']} images ({per_split}), {statistics['captions']} captions", end="")
+    print(f", {statistics['films']} films" if statistics["films"] else "")
     print(f"{'':20}{'min':>8}{'median':>8}{'p95':>8}{'max':>8}")
-    for key in ("captions_per_image", "words_per_caption", "picture_width", "picture_height"):
+    for key in (
+        "images_per_film", "captions_per_image", "words_per_caption", "tokens_per_caption",
+        "picture_width", "picture_height",
+    ):  # fmt: skip
         if numbers := statistics[key]:
             cells = "".join(f"{numbers[column]:8g}" for column in ("min", "median", "p95", "max"))
             print(f"{key.replace('_', ' '):20}{cells}")
+    if no_tokens:
+        print(f"tokens per caption: not counted; {no_tokens}")
     vocabulary = statistics["vocabulary"]
     common = ", ".join(word for word, _ in vocabulary["most_common"])
     print(
         f"vocabulary: {vocabulary['words']} words, {vocabulary['seen_once']} seen once; most common: {common}"
     )
+    _print_tags(statistics["tags"])
     _print_reasons("pictures cannot be read", statistics["unreadable"])
     _print_reasons("set aside by the source", statistics.get("set_aside", []))
-    if statistics.get("samples"):
-        print("\nsamples")
-    for sample in statistics.get("samples", []):
-        print(f"  {sample['id']}" + (f" ({sample['split']})" if sample["split"] else ""))
+    _print_samples(statistics.get("samples", []))
+
+
+def _print_tags(tags: dict[str, Any] | None) -> None:
+    if tags is None:
+        return
+    print(
+        f"tags: in {tags['captions_with_tags']} captions, none in {tags['captions_without_tags']}, "
+        f"{tags['captions_with_unbalanced_tags']} with more opened than closed or the reverse; "
+        f"{tags['ids_per_caption']:.1f} detections named in a caption"
+    )
+    print(
+        f"  {'tag':16}{'tags':>8}{'a caption':>11}{'classes':>9}  tags with 0, 1, 2 ... ids; most common classes"
+    )
+    for kind, numbers in tags["kinds"].items():
+        ids = ", ".join(f"{count} x {number}" for number, count in numbers["ids_per_tag"].items())
+        common = ", ".join(f"{label} {count}" for label, count in numbers["most_common"])
+        name = f"{kind} {numbers['meaning']}"
+        print(
+            f"  {name:16}{numbers['tags']:8}{numbers['per_caption']:11.1f}{numbers['classes']:9}  {ids}; {common}"
+        )
+
+
+def _print_samples(samples: Sequence[dict[str, Any]]) -> None:
+    import textwrap
+
+    if not samples:
+        return
+    width = max(12, *(len(sample["id"]) for sample in samples))
+    print(f"\n{'sample':{width}}  {'split':6}{'words':>6}  caption")
+    for sample in samples:
+        name, split = sample["id"], sample["split"] or ""
         for caption in sample["captions"]:
-            print(f"    {caption}")
+            first, *rest = textwrap.wrap(caption, 88) or [""]
+            print(f"{name:{width}}  {split:6}{len(caption.split()):6}  {first}")
+            for line in rest:
+                print(f"{'':{width}}  {'':12}  {line}")
+            name = split = ""
 
 
 def _print_manifest(manifest: dict[str, Any], output_dir: Path) -> None:

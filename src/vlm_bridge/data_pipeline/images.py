@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,11 +46,10 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(path).image
 
 
-def decode_image(path: str | Path) -> DecodedImage:
-    """As :func:`open_image`, and also says whether the file could be used as it is."""
-    path = Path(path)
+def decode_image(picture: str | Path | bytes) -> DecodedImage:
+    """As :func:`open_image`, of a file or a file's bytes; also says whether the file could be used as it is."""
     try:
-        with _open_header(path) as opened:
+        with _open_header(picture) as opened:
             opened.load()
             upright = opened.getexif().get(_EXIF_ORIENTATION, 1) == 1
             is_plain_jpeg = opened.format == "JPEG" and opened.mode == "RGB" and upright
@@ -59,26 +59,27 @@ def decode_image(path: str | Path) -> DecodedImage:
     except Exception as error:
         # Pillow's decoders meet damaged bytes with almost any exception (OSError, SyntaxError, ValueError,
         # struct.error, ...); one damaged file must never end a run over thousands.
-        raise ImageError(path, _one_line(error)) from error
+        raise ImageError(_name(picture), _one_line(error)) from error
     return DecodedImage(image, is_plain_jpeg)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(picture: str | Path | bytes) -> tuple[int, int]:
     """Return (width, height) as displayed, from the header alone: the pixels may still be damaged.
+
+    ``picture`` is a file or a file's bytes.
 
     Raises:
         ImageError: as :func:`open_image`, as far as the header tells.
     """
-    path = Path(path)
     try:
-        with _open_header(path) as opened:
+        with _open_header(picture) as opened:
             width, height = opened.size
             # Orientations 5 to 8 turn the picture by a quarter.
             sideways = opened.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(path, _one_line(error)) from error
+        raise ImageError(_name(picture), _one_line(error)) from error
     return (height, width) if sideways else (width, height)
 
 
@@ -120,26 +121,36 @@ def _pictures(candidates: Iterable[Path]) -> list[Path]:
     )
 
 
-def _open_header(path: Path) -> Image.Image:
-    """Open ``path`` without decoding pixels; the caller closes it."""
-    if path.is_dir():
-        raise ImageError(path, "it is a folder")
-    if not path.exists():
-        raise ImageError(path, "no such file")
-    if path.stat().st_size == 0:
-        raise ImageError(path, "the file is empty")
+def _open_header(picture: str | Path | bytes) -> Image.Image:
+    """Open a picture without decoding pixels; the caller closes it."""
+    name = _name(picture)
+    if isinstance(picture, bytes):
+        size, file = len(picture), io.BytesIO(picture)
+    else:
+        file = Path(picture)
+        if file.is_dir():
+            raise ImageError(name, "it is a folder")
+        if not file.exists():
+            raise ImageError(name, "no such file")
+        size = file.stat().st_size
+    if size == 0:
+        raise ImageError(name, "the file is empty")
     try:
-        opened = Image.open(path)
+        opened = Image.open(file)
     except UnidentifiedImageError:
-        raise ImageError(path, "not a picture, or a damaged one") from None
+        raise ImageError(name, "not a picture, or a damaged one") from None
     except Image.DecompressionBombError:
         # Pillow's own, higher limit strikes while it reads the header.
-        raise ImageError(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
+        raise ImageError(name, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     width, height = opened.size
     if width * height > MAX_PIXELS:
         opened.close()
-        raise ImageError(path, f"{width} x {height} is more than {MAX_PIXELS / 1e6:.0f} million pixels")
+        raise ImageError(name, f"{width} x {height} is more than {MAX_PIXELS / 1e6:.0f} million pixels")
     return opened
+
+
+def _name(picture: str | Path | bytes) -> str:
+    return f"in memory ({len(picture)} bytes)" if isinstance(picture, bytes) else str(picture)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,9 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,13 +41,13 @@ from vlm_bridge.data_pipeline.caption_folder import (
 )
 from vlm_bridge.data_pipeline.captions import CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import decode_image
-from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources.base import Picture, Rejected, Source, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import (
     DUPLICATE_PRIORITY,
     SPLITS,
+    SplitBy,
     SplitName,
-    assign_split,
-    check_fractions,
+    SplitRule,
 )
 from vlm_bridge.errors import DataError, ImageError, UsageError
 
@@ -66,6 +64,7 @@ JPEG_QUALITY = 95
 MAX_LISTED_NEAR_DUPLICATES = 100
 
 _TASKS_A_CHUNK = 16
+_CHUNK_BYTES = 8 << 20  # of pictures that travel with their tasks
 _CHUNKS_A_WORKER = 4
 
 
@@ -75,8 +74,9 @@ def transform(
     *,
     workers: int = 1,
     seed: int = 0,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.1,
+    split_by: SplitBy | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
     image_size: int = DEFAULT_IMAGE_SIZE,
     caption_style: CaptionStyle | None = None,
     limit: int | None = None,
@@ -88,7 +88,7 @@ def transform(
     Args:
         workers: processes; with several, a script needs the usual ``if __name__ == "__main__":`` guard.
         seed: of the splits, for images whose source decides none.
-        val_fraction, test_fraction: shares of those images, in [0, 1).
+        split_by, val_fraction, test_fraction: of those images, see :class:`SplitRule`; None takes the source's usual.
         image_size: longest side in pixels; an upright RGB JPEG that is no larger is copied unchanged.
         caption_style: see :func:`clean_caption`; None takes the source's usual one.
         limit: at most this many images a split, the first ones.
@@ -99,22 +99,21 @@ def transform(
         DataError: the source is malformed or holds nothing usable, or the folder holds something else.
         KeyboardInterrupt: interrupted; the same call continues.
     """
-    check_fractions(val_fraction, test_fraction)
+    rule = split_rule(source, split_by, val_fraction, test_fraction)
     _check_at_least_one(workers=workers, image_size=image_size, limit=limit)
     if not 0 <= near_duplicate_distance <= 64:
         raise UsageError(f"--near-duplicate-distance must be from 0 to 64, not {near_duplicate_distance}")
     style = caption_style or source.default_caption_style
+    planned, rejected, rule = _plan(source, style, rule, seed, limit)
     settings = {
-        "val_fraction": val_fraction,
-        "test_fraction": test_fraction,
+        "split_by": rule.by,
+        "val_fraction": rule.val_fraction,
+        "test_fraction": rule.test_fraction,
         "image_size": image_size,
         "caption_style": style,
         "limit": limit,
         "near_duplicate_distance": near_duplicate_distance,
     }
-    split_of = partial(assign_split, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
-    planned, rejected = _plan(source.items(), style, split_of, limit)
-    rejected = source.rejected + rejected
     identity = {"source": source.name, "seed": seed, **settings, "content": _content_digest(planned)}
 
     writer = CaptionFolderWriter(Path(output_dir))
@@ -143,9 +142,7 @@ def transform(
         "description": source.description,
         "licence_note": source.licence_note,
         "counts": {split: {"images": len(digests[split]), "captions": len(lines[split])} for split in SPLITS},
-        "split_rule": source.split_rule
-        or f"hash of (seed, image id), {val_fraction:g} val and {test_fraction:g} test, "
-        "unless the source names a split",
+        "split_rule": source.split_rule or rule.describe(),
         "seed": seed,
         "settings": settings,
         "content": identity["content"],
@@ -168,6 +165,36 @@ def transform(
     return manifest
 
 
+def preview(
+    source: Source,
+    *,
+    seed: int = 0,
+    split_by: SplitBy | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
+    caption_style: CaptionStyle | None = None,
+    limit: int | None = None,
+) -> tuple[dict[SplitName, list[int]], SplitRule]:
+    """Return what :func:`transform` would make, without opening a picture: captions of each image, and the rule.
+
+    Broken and duplicate pictures are still among them. Raises as :func:`transform`.
+    """
+    rule = split_rule(source, split_by, val_fraction, test_fraction)
+    _check_at_least_one(limit=limit)
+    planned, _, rule = _plan(source, caption_style or source.default_caption_style, rule, seed, limit)
+    return {split: [len(p.captions) for p in planned if p.split == split] for split in SPLITS}, rule
+
+
+def split_rule(
+    source: Source, by: SplitBy | None, val_fraction: float | None, test_fraction: float | None
+) -> SplitRule:
+    """Return the source's usual rule with whatever is given in its place; UsageError as :class:`SplitRule`."""
+    given = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    return replace(
+        source.default_split_rule, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
 # --- planning ---
 
 
@@ -183,17 +210,20 @@ class _Planned:
 
 
 def _plan(
-    items: Iterable[SourceItem],
-    style: CaptionStyle,
-    split_of: Callable[[str], SplitName],
-    limit: int | None,
-) -> tuple[list[_Planned], list[Rejected]]:
+    source: Source, style: CaptionStyle, rule: SplitRule, seed: int, limit: int | None
+) -> tuple[list[_Planned], list[Rejected], SplitRule]:
+    """Read, clean and split: what to make, what was set aside so far, and the rule that was used."""
+    items = source.items()
+    undecided = [item for item in items if item.split is None]
+    ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
+    rule = rule.resolve(films)
+    split_of = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
     planned: list[_Planned] = []
-    rejected: list[Rejected] = []
+    rejected = list(source.rejected)
     counts: Counter[str] = Counter()
     taken_names: set[str] = set()
     for item in items:
-        split = item.split or split_of(item.image_id)
+        split = item.split or split_of[item.image_id]
         if limit is not None and counts[split] >= limit:
             continue
         cleaned = [clean_caption(caption, style) for caption in item.captions]
@@ -207,7 +237,7 @@ def _plan(
     repeated = [image_id for image_id, n in Counter(p.image_id for p in planned).items() if n > 1]
     if repeated:
         raise DataError(f"the source names image {repeated[0]} more than once")
-    return planned, rejected
+    return planned, rejected, rule
 
 
 def _file_name(image_id: str, taken: set[str]) -> str:
@@ -264,7 +294,8 @@ def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, A
 
 
 def _refuse_other(root: Path, stage: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [key for key in now if earlier.get(key) != now[key]]
+    # What an older version did not write down yet shows in the content.
+    changed = [key for key in now if key in earlier and earlier[key] != now[key]]
     # Another seed or limit changes the content as well: name the cause, not its consequence.
     changed = [key for key in changed if key != "content"] or changed
     if changed:
@@ -314,8 +345,7 @@ class _Task:
     """One picture to make; all that a process needs to know."""
 
     image_id: str
-    path: Path | None
-    draw: Callable[[], Image.Image] | None
+    picture: Picture | None
     target: Path
     temporary: Path
     image_size: int
@@ -346,17 +376,27 @@ def _prepare_pictures(
     journal = _Journal(writer.working_dir / "journal.jsonl")
     remembered = journal.read()
     outcomes: dict[str, _Outcome] = {}
-    tasks: list[_Task] = []
+    remaining: list[_Planned] = []
     for p in planned:
         target = writer.images_dir(p.split) / p.file_name
         earlier = remembered.get(p.image_id)
         if earlier is not None and target.is_file() and target.stat().st_size == earlier.bytes:
             outcomes[p.image_id] = earlier
         else:
-            temporary = writer.working_dir / f"{p.split}-{p.file_name}"
-            tasks.append(
-                _Task(p.image_id, p.item.path, p.item.draw, target, temporary, image_size, hash_looks)
-            )
+            remaining.append(p)
+    tasks = (
+        _Task(
+            p.image_id,
+            picture,
+            target=writer.images_dir(p.split) / p.file_name,
+            temporary=writer.working_dir / f"{p.split}-{p.file_name}",
+            image_size=image_size,
+            hash_looks=hash_looks,
+        )
+        for p, picture in zip(remaining, iter_pictures(p.item for p in remaining), strict=True)
+    )
+    # Starting a process costs as much as many small pictures.
+    workers = workers if len(remaining) >= 2 * _TASKS_A_CHUNK else 1
     report = progress or (lambda done, total: None)
     report(len(outcomes), len(planned))
     with journal.writing() as remember, contextlib.closing(_run(tasks, workers)) as finished:
@@ -369,23 +409,20 @@ def _prepare_pictures(
     return outcomes
 
 
-def _run(tasks: list[_Task], workers: int) -> Generator[_Outcome]:
+def _run(tasks: Iterator[_Task], workers: int) -> Generator[_Outcome]:
     """Yield outcomes as they come, from this process or several."""
-    # Starting a process costs as much as many small pictures.
-    if workers == 1 or len(tasks) < 2 * _TASKS_A_CHUNK:
+    if workers == 1:
         yield from map(_make_picture, tasks)
         return
-    remaining = iter(tasks)
+    remaining = _chunks(tasks)
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent
     )
     try:
         pending: set[Future[list[_Outcome]]] = set()
         while True:
-            # Bounded, so that a million tasks do not pile up in the queue.
-            while len(pending) < workers * _CHUNKS_A_WORKER and (
-                chunk := list(islice(remaining, _TASKS_A_CHUNK))
-            ):
+            # Bounded, so that a million tasks or gigabytes of pictures do not pile up in the queue.
+            while len(pending) < workers * _CHUNKS_A_WORKER and (chunk := next(remaining, None)):
                 # Submitting starts the processes: they inherit the hold, so Ctrl-C reaches this one alone.
                 with _holding_interrupts():
                     pending.add(pool.submit(_make_pictures, chunk))
@@ -400,6 +437,20 @@ def _run(tasks: list[_Task], workers: int) -> Generator[_Outcome]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _chunks(tasks: Iterable[_Task]) -> Iterator[list[_Task]]:
+    """Group tasks into chunks that are worth sending to a process and do not weigh much."""
+    chunk: list[_Task] = []
+    weight = 0
+    for task in tasks:
+        chunk.append(task)
+        weight += len(task.picture) if isinstance(task.picture, bytes) else 0
+        if len(chunk) == _TASKS_A_CHUNK or weight >= _CHUNK_BYTES:
+            yield chunk
+            chunk, weight = [], 0
+    if chunk:
+        yield chunk
 
 
 @contextlib.contextmanager
@@ -439,12 +490,15 @@ def _make_picture(task: _Task) -> _Outcome:
 
 def _load(task: _Task) -> tuple[Image.Image, bytes | None]:
     """Return the picture, and its file's bytes where these can be used unchanged."""
-    if task.draw is not None:
-        return task.draw(), None
-    assert task.path is not None
-    decoded = decode_image(task.path)
-    keep = decoded.is_plain_jpeg and max(decoded.image.size) <= task.image_size
-    return decoded.image, task.path.read_bytes() if keep else None
+    picture = task.picture
+    if picture is None:
+        raise ImageError(task.image_id, "the source holds no picture for it")
+    if callable(picture):
+        return picture(), None
+    decoded = decode_image(picture)
+    if not (decoded.is_plain_jpeg and max(decoded.image.size) <= task.image_size):
+        return decoded.image, None
+    return decoded.image, picture if isinstance(picture, bytes) else picture.read_bytes()
 
 
 def _encode(image: Image.Image, image_size: int) -> bytes:

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.sources.base import (
+    Described,
+    Rejected,
+    Source,
+    SourceItem,
+    SourceOptions,
+    iter_pictures,
+)
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
+from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.errors import UsageError
 
 SOURCES: dict[str, type[Source]] = {
+    GroundCap.name: GroundCap,
     Flickr8k.name: Flickr8k,
     LocalFolder.name: LocalFolder,
     Scenes.name: Scenes,
 }
 
-__all__ = ["SOURCES", "Rejected", "Source", "SourceItem", "SourceOptions", "make_source"]
+__all__ = [
+    "SOURCES",
+    "Described",
+    "Rejected",
+    "Source",
+    "SourceItem",
+    "SourceOptions",
+    "iter_pictures",
+    "make_source",
+]
 
 
 def make_source(name: str, options: SourceOptions) -> Source:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from PIL import Image
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_pictures
+from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
+
+Picture = Path | bytes | Callable[[], Image.Image]
+"""A file, the bytes of a file, or what draws the picture."""
 
 
 @dataclass(frozen=True)
 class SourceItem:
     """One image: its captions as found, its split if the dataset decides it, and its picture.
 
-    The picture is a file (``path``) or something that draws it (``draw``, picklable: any process can).
+    The picture is a file (``path``), something that draws it (``draw``, picklable: any process can), or a row of a
+    parquet file (``stored``; items come in the order of their files then, so that these are read once).
+    ``film`` names the film that it is a frame of, if its id tells.
     """
 
     image_id: str
@@ -26,6 +32,8 @@ class SourceItem:
     split: SplitName | None
     path: Path | None = None
     draw: Callable[[], Image.Image] | None = None
+    stored: ParquetPicture | None = None
+    film: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class SourceOptions:
     num_test: int = 1_000
     seed: int = 0
     wordings: int = 2
+    official_split: bool = False
+    keep_tags: bool = False
 
     def require_input_dir(self, source: str) -> Path:
         """Return the input folder; UsageError where none was named, DataError where it does not exist."""
@@ -64,8 +74,14 @@ class Source(Protocol):
     description: ClassVar[str]
     licence_note: ClassVar[str]
     split_rule: ClassVar[str | None]
-    """How the dataset decides its splits; None where ids are hashed for every image that names none."""
+    """How the dataset decides its splits; None where it leaves some or all images to a rule."""
     default_caption_style: ClassVar[CaptionStyle]
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        """Splits images that the dataset leaves undecided, unless the command line says otherwise."""
+        ...
+
     finds_near_duplicates: ClassVar[bool]
     """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures."""
     rejected: list[Rejected]
@@ -77,6 +93,24 @@ class Source(Protocol):
     def items(self) -> list[SourceItem]:
         """Read the dataset; DataError with file and line where it is malformed."""
         ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A source whose files say something of themselves: sizes, fields and their types."""
+
+    def facts(self) -> dict[str, Any]: ...
+
+
+def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
+    """Yield the picture of each item when it is asked for, None where a parquet row holds none.
+
+    What lies in large files is read in their order and dropped again: memory does not grow with the dataset.
+    """
+    items = list(items)
+    stored = read_pictures(item.stored for item in items if item.stored is not None)
+    for item in items:
+        yield next(stored) if item.stored is not None else item.path or item.draw
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:

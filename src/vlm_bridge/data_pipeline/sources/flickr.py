@@ -10,7 +10,7 @@ from typing import ClassVar
 from vlm_bridge.data_pipeline.caption_folder import inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
-from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError
 
 CAPTIONS_FILE = "Flickr8k.token.txt"
@@ -34,6 +34,7 @@ class Flickr8k:
     )
     split_rule: ClassVar[str | None] = "official lists (train, dev as val, test)"
     default_caption_style: ClassVar[CaptionStyle] = "sentence"
+    default_split_rule: ClassVar[SplitRule] = SplitRule()
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path

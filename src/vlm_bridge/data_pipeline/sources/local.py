@@ -15,7 +15,7 @@ from vlm_bridge.data_pipeline.caption_folder import inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
-from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
+from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
 CAPTION_FILES = (
@@ -53,6 +53,7 @@ class LocalFolder:
     licence_note: ClassVar[str] = "Your own pictures and captions: under whatever licence you hold them"
     split_rule: ClassVar[str | None] = None
     default_caption_style: ClassVar[CaptionStyle] = "raw"
+    default_split_rule: ClassVar[SplitRule] = SplitRule()
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
-from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import UsageError
 
 Point = tuple[float, float]
@@ -264,6 +264,7 @@ class Scenes:
     licence_note: ClassVar[str] = "Drawn by this program: free of rights"
     split_rule: ClassVar[str | None] = "test shows held-out colour-shape pairs only, train and val never do"
     default_caption_style: ClassVar[CaptionStyle] = "raw"
+    default_split_rule: ClassVar[SplitRule] = SplitRule()
     finds_near_duplicates: ClassVar[bool] = False
 
     num_train: int

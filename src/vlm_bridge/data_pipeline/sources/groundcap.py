@@ -1,0 +1,163 @@
+"""GroundCap: film frames with grounded captions (Oliveira, Teodoro and de Matos, 2025, arXiv:2502.13898).
+
+Read from the Hugging Face hub or from a local folder of its parquet files, with the columns that the dataset
+publishes: ``id``, ``image`` (``{bytes, path}``), ``detections``, ``caption`` and ``human_annotated``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
+from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SplitName, SplitRule, normalise_split
+from vlm_bridge.data_pipeline.tags import strip_tags
+from vlm_bridge.errors import DataError
+
+HUB_NAME = "daniel3303/GroundCap"
+ID, IMAGE, CAPTION, HUMAN = "id", "image", "caption", "human_annotated"
+
+# IMDb's number of a title, as MovieNet names its films; not the end of another word.
+_FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
+
+
+@dataclass
+class GroundCap:
+    """52,350 film frames; rows that share an id are one image with several captions."""
+
+    name: ClassVar[str] = "groundcap"
+    description: ClassVar[str] = "GroundCap: film frames, each with a grounded paragraph"
+    licence_note: ClassVar[str] = (
+        "CC-BY-4.0: credit Oliveira, Teodoro and de Matos, GroundCap (2025); the frames are from MovieNet's films"
+    )
+    split_rule: ClassVar[str | None] = None
+    default_caption_style: ClassVar[CaptionStyle] = "raw"
+    finds_near_duplicates: ClassVar[bool] = True
+
+    folder: Path | None = None
+    """Of parquet files, searched to its depth; None is the hub."""
+    official_split: bool = False
+    """Keep the dataset's own test part; validation images come from the rest."""
+    keep_tags: bool = False
+    rejected: list[Rejected] = field(default_factory=list, init=False)
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> GroundCap:
+        if options.input_dir is not None and not options.input_dir.exists():
+            raise DataError(f"no such folder: {options.input_dir} (--source-path)")
+        return cls(options.input_dir, options.official_split, options.keep_tags)
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        """80/5/15 in whole films where ids name them; with the official test part, no other image is for testing."""
+        return SplitRule(None, val_fraction=0.05, test_fraction=0.0 if self.official_split else 0.15)
+
+    def items(self) -> list[SourceItem]:
+        """Return the images in the order of the files, the test part's first."""
+        self.rejected = []
+        items: dict[str, SourceItem] = {}
+        for path, part in self._files():
+            split = part if self.official_split and part == "test" else None
+            for number, (row_group, row, values) in enumerate(read_rows(path, [ID, CAPTION])):
+                image_id = values[ID]
+                if not image_id:
+                    self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
+                    continue
+                caption = values[CAPTION] or ""
+                caption = caption if self.keep_tags else strip_tags(caption)
+                earlier = items.get(image_id)
+                if earlier is None:
+                    film = _FILM.search(image_id)
+                    items[image_id] = SourceItem(
+                        image_id,
+                        [caption],
+                        split,
+                        stored=ParquetPicture(path, row_group, row, IMAGE),
+                        film=film[0] if film else None,
+                    )
+                elif earlier.split == split:
+                    earlier.captions.append(caption)
+                else:
+                    self.rejected.append(Rejected(image_id, f"{part}: the same id as an image of test"))
+        if not items:
+            raise DataError(f"{self._where} holds no rows")
+        return list(items.values())
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the files say of themselves: rows and bytes of each part, fields and their types."""
+        files = self._files()
+        rows: Counter[str] = Counter()
+        for path, part in files:
+            rows[part or "unnamed"] += count_rows(path)
+        schema = schema_of(files[0][0])
+        human = 0
+        if HUMAN in schema.names:
+            human = sum(bool(values[HUMAN]) for path, _ in files for _, _, values in read_rows(path, [HUMAN]))
+        return {
+            "files": len(files),
+            "bytes": sum(path.stat().st_size for path, _ in files),
+            "rows": dict(rows),
+            "human_annotated_rows": human,
+            "fields": {name: str(schema.field(name).type) for name in schema.names},
+        }
+
+    @property
+    def _where(self) -> str:
+        return str(self.folder or f"the hub's {HUB_NAME}")
+
+    def _files(self) -> list[tuple[Path, SplitName | None]]:
+        """Find the parquet files, those of the test part first, and check that they are GroundCap's."""
+        root = self.folder or _download()
+        paths = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+        if not paths:
+            raise DataError(
+                f"no parquet file in {root}: --source-path is a folder of {HUB_NAME}'s parquet files "
+                "(your own pictures: --source local)"
+            )
+        for path in paths:
+            _check_columns(path)
+        found = [(path, _part_of(path)) for path in paths]
+        if self.official_split and not any(part == "test" for _, part in found):
+            raise DataError(f"--split official: {self._where} has no test part (test-*.parquet)")
+        return sorted(found, key=lambda item: DUPLICATE_PRIORITY.index(item[1] or "train"))
+
+
+def _part_of(path: Path) -> SplitName | None:
+    """Return the part that a file belongs to: ``train-00000-of-00004.parquet``, or ``train/0000.parquet``."""
+    return normalise_split(path.stem.split("-")[0]) or normalise_split(path.parent.name)
+
+
+def _check_columns(path: Path) -> None:
+    import pyarrow.types as types
+
+    schema = schema_of(path)
+    wanted = {
+        ID: lambda kind: types.is_string(kind) or types.is_large_string(kind),
+        CAPTION: lambda kind: types.is_string(kind) or types.is_large_string(kind),
+        IMAGE: lambda kind: types.is_struct(kind) and kind.get_field_index("bytes") >= 0,
+    }
+    for name, fits in wanted.items():
+        if name not in schema.names:
+            raise DataError(f"{path} is not GroundCap: no column {name} (it has {', '.join(schema.names)})")
+        if not fits(schema.field(name).type):
+            raise DataError(f"{path} is not GroundCap: its column {name} is {schema.field(name).type}")
+
+
+def _download() -> Path:
+    """Return the hub's copy in the user's cache (1.9 GB the first time; an interrupted download goes on)."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet"))
+    except Exception as error:
+        # Whatever fails on the way to the hub, in whichever library: the way out is the same.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"cannot get {HUB_NAME} from the Hugging Face hub ({lines[0]}): check the network, "
+            "or name a folder of its parquet files with --source-path"
+        ) from error
