@@ -115,7 +115,11 @@ def write_tiny_recipe(shipped: Path, tiny: Path, vision_encoder: Path, language_
     recipe = yaml.safe_load(shipped.read_text(encoding="utf-8"))
     recipe["vision_encoder"] = {"name": str(vision_encoder)}
     recipe["language_model"]["name"] = str(language_model)
-    recipe["bridge"] |= {"width": 16, "num_heads": 4}
+    recipe["bridge"] |= {"num_heads": 4}
+    if recipe["bridge"]["kind"] != "cross_attention":
+        recipe["bridge"]["width"] = 16
+    if "enter_at_layer" in recipe["bridge"]:
+        recipe["bridge"]["enter_at_layer"] = 1  # the tiny models have two layers
     recipe["decode"]["max_new_tokens"] = 5
     recipe |= {"max_steps": 2, "warmup_steps": 1, "batch_size": 10, "num_workers": 0}
     tiny.write_text(yaml.safe_dump(recipe), encoding="utf-8")
