@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Captioner:
         content = checkpoints.load_checkpoint(where)
         recipe = checkpoints.recipe_of(content, where, recipe)
         target = runtime.resolve_device(device)
+        if target.type != "cuda":  # quantised weights need a GPU; without one, use those that they stand for
+            recipe = replace(recipe, quantize_language_model="none")
         model = build_captioner(recipe)
         checkpoints.restore(model, content, where)
         return cls(model.to(target), recipe)
