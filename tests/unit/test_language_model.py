@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GemmaTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from captioners import LANGUAGE_MODELS
-from vlm_bridge.configuration import LanguageModelConfig
+from captioners import BRIDGES, LANGUAGE_MODELS, random_features, tiny_captioner, tiny_recipe
+from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig
+from vlm_bridge.data_pipeline.loader import CaptionFormat
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.captioner import CaptionerModel
 from vlm_bridge.model_architecture.language_model import (
     LanguageModel,
     build_language_model,
@@ -88,6 +91,155 @@ def test_weights_are_stored_as_asked(tiny_llama_dir: Path, dtype: str) -> None:
 
 def test_soft_capped_attention_is_never_left_to_a_kernel_without_it(tiny_gemma2_dir: Path) -> None:
     assert load(tiny_gemma2_dir).causal_lm.config._attn_implementation == "eager"
+
+
+class TestGemma2:
+    """What sets Gemma 2 apart from a Llama; `test_the_parts_make_the_whole` compares with transformers' own."""
+
+    @torch.no_grad()
+    def test_embeddings_are_scaled_by_the_root_of_their_width(self, tiny_gemma2_dir: Path) -> None:
+        model = load(tiny_gemma2_dir)
+        ids = torch.tensor([[5, 6]])
+        weight = model.causal_lm.get_input_embeddings().weight
+        torch.testing.assert_close(model.embed(ids), weight[ids] * model.embed_dim**0.5)
+
+    @torch.no_grad()
+    def test_attention_scores_are_soft_capped(self, tiny_gemma2_dir: Path) -> None:
+        model = load(tiny_gemma2_dir)
+        embedded = model.embed(torch.randint(3, 300, (1, 12)))
+        capped = model.hidden_states(embedded)
+        for layer in model.causal_lm.base_model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        assert not torch.allclose(model.hidden_states(embedded), capped, atol=1e-3)
+
+    def test_attention_without_a_softcap_is_refused(self, tiny_gemma2_dir: Path) -> None:
+        with pytest.raises(ModelError, match=r"attention=sdpa .* softcap .* use auto or eager"):
+            load(tiny_gemma2_dir, attention="sdpa")
+
+    @torch.no_grad()
+    def test_packed_captions_longer_than_the_window_are_those_of_gemma_itself(
+        self, tiny_gemma2_dir: Path
+    ) -> None:
+        model = load(tiny_gemma2_dir)  # its window is 8
+        captions = [torch.randint(3, 300, (1, length)) for length in (13, 11)]
+        segments = torch.tensor([[1] * 13 + [2] * 11])
+        embedded = model.embed(torch.cat(captions, dim=1))
+        packed = model.head(
+            model.hidden_states(embedded, model.packed_mask(segments, 0), packed_positions(segments, 0))
+        )
+        alone = torch.cat([model.causal_lm(ids).logits for ids in captions], dim=1)
+        torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+
+    def test_its_tokenizer_adds_a_start_token_and_captions_have_one_all_the_same(
+        self, tiny_gemma2_dir: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(
+            tiny_gemma2_dir, tmp_path / "gemma", ignore=shutil.ignore_patterns("*token*")
+        )
+        pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        pieces += ["\u2581", *"adgo.", "do", "dog", "\u2581dog"]
+        vocabulary = {piece: number for number, piece in enumerate(pieces)}
+        merges = [("d", "o"), ("do", "g"), ("\u2581", "dog")]
+        GemmaTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)  # type: ignore[arg-type]
+        model = load(folder)
+        assert type(model.tokenizer).__name__ == "GemmaTokenizer"
+        assert (model.start_id, model.eos_id) == (2, 1)
+        assert 2 not in model.encode("a dog.")
+        assert model.tokenizer.decode(model.encode("a dog.")) == "a dog."
+
+        caption = CaptionFormat(model.encode, start_id=2, eos_id=1).tokenize("a dog.")
+        assert caption.input_ids[0] == 2
+        assert caption.input_ids.count(2) == 1
+        assert caption.labels == (*caption.input_ids[1:], 1)
+
+
+def loss_and_gradients(model: CaptionerModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of two packed rows."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (2, 9))
+    segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
+    labels = ids.masked_fill(segments == 0, -100)
+    model.bridge.zero_grad()
+    loss = model.caption_loss(ids, labels, segments, model.image_state(random_features(model, 2))).total
+    loss.backward()
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.bridge.named_parameters() if p.grad is not None
+    }
+
+
+class TestGradientCheckpointing:
+    @pytest.mark.parametrize("bridge", BRIDGES)
+    def test_loss_and_gradients_are_the_same(self, tiny_vit_dir: Path, folder: Path, bridge: str) -> None:
+        model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
+        attended = []
+        for module in model.language_model.modules():
+            if type(module).__name__.endswith("Attention"):
+                module.register_forward_hook(lambda *_: attended.append(1))
+        plain_loss, plain = loss_and_gradients(model)
+        times = len(attended)
+        model.language_model.checkpoint_activations()
+        loss, gradients = loss_and_gradients(model)
+        assert len(attended) == 3 * times  # once before, and twice now: forward, and again for backward
+        assert torch.equal(loss, plain_loss)
+        assert gradients.keys() == plain.keys()
+        assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+
+    @torch.no_grad()
+    def test_captions_are_the_same(self, tiny_vit_dir: Path, tiny_gemma2_dir: Path) -> None:
+        model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_gemma2_dir, "cross_attention"))
+        features, decode = random_features(model, 2), DecodeSettings(num_beams=2, max_new_tokens=12)
+        plain = model.generate_captions(features, [1], decode)
+        model.language_model.checkpoint_activations()
+        assert model.generate_captions(features, [1], decode) == plain
+
+    def test_a_model_without_known_layers_is_refused(self, tiny_llama_dir: Path) -> None:
+        model = load(tiny_llama_dir)
+        model.causal_lm.model.layers = torch.nn.ModuleList()
+        with pytest.raises(ModelError, match="gradient_checkpointing=false"):
+            model.checkpoint_activations()
+
+
+class TestQuantization:
+    @pytest.mark.parametrize("choice", ["int8", "nf4"])
+    def test_without_a_gpu_it_is_refused(
+        self, tiny_llama_dir: Path, choice: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        config = LanguageModelConfig(name=str(tiny_llama_dir))
+        with pytest.raises(
+            ModelError, match=f"quantize_language_model={choice} needs an NVIDIA GPU"
+        ) as caught:
+            build_language_model(config, quantize=choice)
+        assert "\n" not in str(caught.value)
+        # `info` counts a quantised recipe anywhere.
+        assert build_language_model(config, quantize=choice, meta=True).vocab_size > 256
+
+    def test_without_its_package_the_command_that_installs_it_is_told(
+        self, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
+        )
+        with pytest.raises(ModelError, match=r"pip install 'vlm-bridge\[gpu\]'"):
+            build_language_model(LanguageModelConfig(name=str(tiny_llama_dir)), quantize="nf4")
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    @pytest.mark.parametrize("choice", ["int8", "nf4"])
+    def test_on_a_gpu_gradients_pass_through_quantised_layers(
+        self, tiny_vit_dir: Path, tiny_gemma2_dir: Path, choice: str
+    ) -> None:
+        pytest.importorskip("bitsandbytes")
+        recipe = tiny_recipe(
+            tiny_vit_dir, tiny_gemma2_dir, "cross_attention", "bfloat16", quantize_language_model=choice
+        )
+        model = tiny_captioner(recipe).to("cuda")
+        ids = torch.randint(3, 300, (2, 9), device="cuda")
+        state = model.image_state(random_features(model, 2))
+        with torch.autocast("cuda", torch.bfloat16):
+            model.caption_loss(ids, ids, torch.ones_like(ids), state).total.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.bridge.parameters())
 
 
 def test_architecture_without_weights(folder: Path) -> None:

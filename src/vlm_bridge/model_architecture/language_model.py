@@ -229,9 +229,14 @@ def _resolve(config: LanguageModelConfig, *, meta: bool) -> Any:
 
 
 def _attention(choice: str, model_config: Any) -> str:
+    soft_capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if soft_capped and choice == "sdpa":
+        raise ModelError(
+            "language_model.attention=sdpa would leave out the softcap of this model's attention scores: use auto or "
+            "eager"
+        )
     if choice != "auto":
         return choice
-    soft_capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
 
 
