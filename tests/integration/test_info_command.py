@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from captioners import tiny_recipe
 from vlm_bridge.cli.main import app
+from vlm_bridge.configuration import load_recipe
 
 
 def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir: Path) -> None:
@@ -40,10 +41,12 @@ def test_table_for_people(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Pa
         assert mention in result.stdout
 
 
-def test_the_default_recipe_needs_no_weights(tmp_path: Path, run_cli) -> None:
+def test_the_lite_models_need_no_weights(tmp_path: Path, run_cli) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs pip install 'vlm-bridge[lite]'")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(load_recipe(None).to_yaml(), encoding="utf-8")
     # An empty cache, and no SmolLM2 to convert into it.
-    result = run_cli("info", "--json", env={"VLM_BRIDGE_CACHE": str(tmp_path / "cache")})
+    result = run_cli("info", "--config", config, "--json", env={"VLM_BRIDGE_CACHE": str(tmp_path / "cache")})
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     shown = json.loads(result.stdout)

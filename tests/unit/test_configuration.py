@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vlm_bridge.configuration import (
+    DEFAULT_RECIPE,
     DecodeSettings,
     Recipe,
     load_recipe,
@@ -16,8 +19,10 @@ from vlm_bridge.configuration import (
     recipe_from_dict,
     shipped_recipe,
 )
+from vlm_bridge.data_pipeline.loader import EpochPlan
 from vlm_bridge.errors import ConfigurationError, UsageError
 from vlm_bridge.runtime import resolve_device
+from vlm_bridge.training_strategy.schedule import learning_rate_at
 
 
 def written(folder: Path, text: str) -> Path:
@@ -74,6 +79,7 @@ def test_unknown_keys_are_named_with_their_nearest_neighbour(override: str, ment
         ("max_steps=ten", ["max_steps='ten'", "int"]),
         ("bridge.depth=deep", ["bridge.depth='deep'", "int"]),
         ("amp_dtype=float64", ["amp_dtype='float64'", "bfloat16, float16"]),
+        ("quantize_language_model=int4", ["quantize_language_model='int4'", "none, int8, nf4"]),
         ("scheduler_type=[cosine]", ["scheduler_type=['cosine']", "cosine, linear, constant"]),
         ("bridge=prefix", ["bridge must be a mapping"]),
         ("vision_encoder.layers=3", ["vision_encoder.layers=3", "list"]),
@@ -222,6 +228,121 @@ def test_shipped_recipes_are_found_by_name() -> None:
     assert isinstance(load_recipe(path), Recipe)
     with pytest.raises(ConfigurationError, match="no recipe named 'nothing'"):
         shipped_recipe("nothing")
+
+
+class TestTrainingDefault:
+    """The published recipe of the DINOv2 + Gemma-2 system."""
+
+    recipe = load_recipe(shipped_recipe(DEFAULT_RECIPE))
+
+    def test_its_values_are_the_published_ones(self) -> None:
+        recipe = self.recipe
+        assert recipe.vision_encoder.name == "facebook/dinov2-large"
+        assert recipe.language_model.name == "google/gemma-2-2b"
+        assert (recipe.bridge.kind, recipe.bridge.options.dropout) == ("cross_attention", 0.1)
+        assert (recipe.use_amp, recipe.amp_dtype, recipe.gradient_clip_val) == (True, "bfloat16", 0.3)
+        assert (recipe.use_early_stopping, recipe.early_stopping_patience) == (True, 3)
+        assert (recipe.early_stopping_min_delta, recipe.weight_decay) == (0.01, 0.01)
+        assert (recipe.val_every_n_epochs, recipe.save_every_n_epochs) == (1, 1)
+        assert recipe.data_dir == "data/groundcap"
+
+    def test_its_schedule_is_twelve_epochs_of_5235_steps(self) -> None:
+        recipe = self.recipe
+        plan = EpochPlan(
+            [1] * 41_880,
+            row_captions=recipe.captions_per_image,
+            batch_captions=recipe.batch_size,
+            seed=recipe.seed,
+        )
+        total = plan.batches_per_epoch * recipe.num_epochs
+        assert (plan.batches_per_epoch, total) == (5_235, 62_820)
+        rates = [
+            learning_rate_at(
+                step,
+                total_steps=total,
+                warmup_steps=recipe.warmup_steps,
+                learning_rate=recipe.learning_rate,
+                min_lr=recipe.min_lr,
+                kind=recipe.scheduler_type,
+            )
+            for step in (0, total // 2, total)
+        ]
+        assert rates == pytest.approx([1e-5, 5.5e-6, 1e-6])
+
+    def test_every_key_is_there_with_a_comment(self) -> None:
+        text = shipped_recipe(DEFAULT_RECIPE).read_text(encoding="utf-8")
+        left_out = {"max_steps", "max_validation_images"}  # limits that a whole training does without
+        assert yaml.safe_load(text).keys() == {f.name for f in dataclasses.fields(Recipe)} - left_out
+        commented = {line.split(":")[0].strip() for line in text.splitlines() if " # " in line}
+        keys = {line.split(":")[0].strip() for line in text.splitlines() if re.match(r" *\w+: +\S", line)}
+        assert keys == commented
+
+
+ORIGINAL_PROJECT = """\
+amp_dtype: bfloat16
+batch_size: 16
+checkpoint_dir: checkpoints/experiment
+data_dir: data/groundcap
+device: null
+early_stopping_min_delta: 0.01
+early_stopping_patience: 4
+generate_samples_every_n_epochs: 5
+gradient_clip_val: 0.3
+learning_rate: 2.0e-05
+log_dir: logs/experiment
+log_every_n_steps: 10
+min_lr: 1.0e-06
+num_epochs: 12
+num_validation_samples: 3
+num_workers: 4
+resume_from_checkpoint: null
+save_every_n_epochs: 1
+scheduler_type: cosine
+use_amp: true
+use_early_stopping: true
+use_scheduler: true
+val_every_n_epochs: 1
+weight_decay: 0.01
+"""
+"""Every key of the original project's configuration file, in its layout."""
+
+
+class TestOriginalLayout:
+    def test_a_file_of_the_original_project_loads_unchanged(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        recipe = load_recipe(written(tmp_path, ORIGINAL_PROJECT), say=said.append)
+        default = load_recipe(shipped_recipe(DEFAULT_RECIPE))
+        for key, value in yaml.safe_load(ORIGINAL_PROJECT).items():
+            assert getattr(recipe, key) == ("auto" if key == "device" else value)
+        for section in ("vision_encoder", "language_model", "bridge", "max_caption_tokens"):
+            assert getattr(recipe, section) == getattr(default, section)
+        assert len(said) == 1
+        assert "facebook/dinov2-large + cross_attention + google/gemma-2-2b" in said[0]
+
+    def test_its_names_of_the_models_are_understood(self, tmp_path: Path) -> None:
+        flat = (
+            "vision_model_name: some/encoder\nlanguage_model_name: some/model\nbridge_num_heads: 4\n"
+            "bridge_dropout: 0.2\nmax_length: 64\npin_memory: true\n"
+        )
+        said: list[str] = []
+        recipe = load_recipe(written(tmp_path, flat), ["bridge.dropout=0.3"], say=said.append)
+        assert (recipe.vision_encoder.name, recipe.language_model.name) == ("some/encoder", "some/model")
+        assert (recipe.bridge.options.num_heads, recipe.bridge.options.dropout) == (4, 0.3)
+        assert recipe.max_caption_tokens == 64
+        assert said[0].endswith("without meaning here: pin_memory")
+
+    def test_a_mistake_in_it_is_still_told(self, tmp_path: Path) -> None:
+        message = message_of(recipe=written(tmp_path, ORIGINAL_PROJECT + "learning_rat: 1\n"))
+        assert "unknown key learning_rat; did you mean 'learning_rate'?" in message
+
+    def test_a_recipe_that_names_a_model_is_not_taken_for_it(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        recipe = load_recipe(written(tmp_path, "vision_encoder: {name: x}\nbatch_size: 4\n"), say=said.append)
+        assert not said
+        assert recipe.language_model == load_recipe(None).language_model
+        assert "unknown key max_length" in message_of(
+            recipe=written(tmp_path, "bridge: {kind: prefix}\nmax_length: 3\n")
+        )
 
 
 def test_decode_settings_are_stored_whole() -> None:
