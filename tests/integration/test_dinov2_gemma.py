@@ -1,0 +1,166 @@
+"""The DINOv2 + Gemma-2 system: its commands on tiny models of the same classes, its numbers at full size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_bridge.cli.main import run_training
+from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
+from vlm_bridge.training_strategy.monitor import Sample, sample_statistics
+from vlm_bridge.training_strategy.trainer import gradient_scaler
+
+FLAT = """\
+batch_size: 8
+checkpoint_dir: checkpoints
+data_dir: data/groundcap
+device: null
+learning_rate: 1.0e-03
+log_dir: logs
+log_every_n_steps: 1
+num_epochs: 3
+num_workers: 0
+use_amp: true
+amp_dtype: bfloat16
+"""
+"""A file in the original project's layout: no model is named."""
+
+
+@pytest.fixture
+def vlm_training(
+    tmp_path: Path,
+    drawn_caption_folder: Path,
+    tiny_dinov2_dir: Path,
+    tiny_gemma2_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """Run ``vlm-training ARGUMENTS`` in a fresh folder on tiny models and a drawn dataset; return what it said."""
+    monkeypatch.chdir(tmp_path)
+    models = (f"vision_encoder.name={tiny_dinov2_dir}", f"language_model.name={tiny_gemma2_dir}")
+    sizes = ("vision_encoder.image_size=56", "decode.max_new_tokens=6", "num_workers=0", "device=cpu")
+    places = (f"data_dir={drawn_caption_folder}", "feature_cache=features", "log_every_n_steps=1")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["vlm-training", *arguments, *models, *sizes, *places])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_training()
+        captured = capsys.readouterr()
+        assert not exit_.value.code, captured.err
+        return captured.out
+
+    return run
+
+
+def events(kind: str) -> list[dict]:
+    history = Path("logs/history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, history) if event["event"] == kind]
+
+
+def test_the_published_commands(vlm_training: Callable[..., str], tmp_path: Path) -> None:
+    latest = "checkpoints/latest_checkpoint.pth"
+    # 48 captions of 24 pictures, in batches of 8.
+    alone = vlm_training("num_epochs=1")
+    assert f"{DEFAULT_RECIPE}.yaml" in alone
+    assert "done: 6 steps" in alone
+
+    resumed = vlm_training("--resume", latest, "num_epochs=2")
+    assert f"resumed {latest} at step 6 of 12" in resumed
+    assert "done: 12 steps" in resumed
+
+    (tmp_path / "original.yaml").write_text(FLAT, encoding="utf-8")
+    both = vlm_training("--config", "original.yaml", "--resume", latest)
+    assert "original.yaml names no models" in both
+    assert f"resumed {latest} at step 12 of 18" in both
+    assert [event["step"] for event in events("train")] == list(range(1, 19))
+
+    config = vlm_training("--config", "original.yaml", "num_epochs=1", "gradient_checkpointing=true")
+    assert "resumed" not in config
+    assert "done: 6 steps" in config
+    first, *_, last = events("train")[-6:]
+    assert first["learning_rate"] == pytest.approx(1e-3)
+    assert last["learning_rate"] < 2e-4
+
+
+def test_what_tensorboard_gets(vlm_training: Callable[..., str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = vlm_training("num_epochs=1", "num_validation_samples=2", "gradient_clip_val=1e-6")
+    recorded = EventAccumulator("logs").Reload()
+    assert set(recorded.Tags()["scalars"]) == {
+        "train/loss", "train/learning_rate", "train/gradient_norm",
+        "validation/loss", "validation/perplexity", "validation/visual_gain",
+        "validation/mean_length", "validation/token_diversity", "validation/sample_bleu4",
+    }  # fmt: skip
+    text = recorded.Tensors("samples/0/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "reference: " in text
+    assert "BLEU-4: " in text
+    assert "mean length" in said
+    # The norm is that of before clipping.
+    assert min(event["gradient_norm"] for event in events("train")) > 1e-6
+
+
+def sample(caption: str, token_ids: list[int], *references: str) -> Sample:
+    return Sample(Image.new("RGB", (4, 4)), token_ids, caption, references)
+
+
+def test_sample_statistics() -> None:
+    exact = sample("A dog runs on the grass.", [5, 6, 7, 8], "Nothing alike", "a dog runs on the grass")
+    other = sample("Cats", [5, 5], "a bird in a tree at night")
+    statistics = sample_statistics([exact, other])
+    assert statistics.mean_length == 3
+    assert statistics.token_diversity == pytest.approx(4 / 6)
+    assert statistics.bleu4 == pytest.approx([1, 0], abs=1e-3)
+    assert statistics.mean_bleu4 == pytest.approx(0.5, abs=1e-3)
+    silent = sample_statistics([sample("", [], "a dog")])
+    assert (silent.mean_length, silent.token_diversity) == (0, 0)
+    assert silent.mean_bleu4 == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        (["amp_dtype=bfloat16"], False),
+        (["amp_dtype=float16"], True),
+        (["amp_dtype=float16", "use_amp=false"], False),
+    ],
+)
+def test_gradients_are_scaled_in_float16_alone(settings: list[str], scales: bool) -> None:
+    recipe = load_recipe(shipped_recipe(DEFAULT_RECIPE), settings)
+    scaler = gradient_scaler(recipe, torch.device("cpu"))
+    assert scaler.is_enabled() is scales
+    loss = torch.tensor(3.0, requires_grad=True)
+    assert (scaler.scale(loss) > loss).item() is scales
+
+
+def test_info_of_the_published_system(run_cli, repository: Path, tmp_path: Path) -> None:
+    # Nothing cached, and no hub: names and sizes are known without.
+    environment = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    shown = run_cli("info", "--config", repository / "config/training-default.yaml", env=environment)
+    assert shown.returncode == 0, shown.stderr
+    for mention in (
+        "304,368,640", "2,614,341,888", "66,092,544", "2.21%", "[B, 257, 1024]",
+        "batch_size=8 (published: 21 GB)", "batch_size=16 (published: 31 GB)",
+    ):  # fmt: skip
+        assert mention in shown.stdout
+
+
+def test_the_memory_benchmark_checks_itself_on_tiny_models(repository: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.full_size_memory", "--tiny", "--steps", "1"],
+        cwd=repository, env=os.environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "[16, 4096] float32" in result.stdout
+    assert "instead of         [1, 64, 4096]" in result.stdout
+    assert "18 of 18 of the bridge, 0 frozen" in result.stdout
+    assert "all checks hold" in result.stdout
