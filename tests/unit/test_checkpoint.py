@@ -107,6 +107,18 @@ def test_a_flipped_bit_in_the_weights_is_refused(saved: Path) -> None:
         checkpoints.load_checkpoint(saved)
 
 
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(saved: Path) -> None:
+    """torch skips folders, and would give uninitialised memory as weights."""
+    content = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        directory = archive.start_dir
+    external_attributes = content.rindex(b"PK\x01\x02", directory) + 38
+    content[external_attributes] |= 0x10
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.load_checkpoint(saved)
+
+
 def test_flipped_bytes_anywhere_never_give_a_traceback(saved: Path) -> None:
     whole = saved.read_bytes()
     reference = checkpoints.load_checkpoint(saved)["weights"]

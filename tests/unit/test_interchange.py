@@ -189,7 +189,9 @@ def test_what_the_original_layout_cannot_hold_is_not_written(
 ) -> None:
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge)  # with feature statistics
     weights = tiny_captioner(recipe).trained_state_dict()
-    with pytest.raises(CheckpointError, match=r"cannot be written in the original layout.*is unknown"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written in the original layout.* is (missing|unknown)"
+    ):
         checkpoints.save_original(tmp_path / "c.pth", recipe, weights, "it")
     assert not list(tmp_path.iterdir())
 

@@ -26,6 +26,7 @@ from vlm_bridge.model_architecture.hub import hub_problem
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
 FORMAT_VERSION = 1
+_DOS_DIRECTORY = 0x10
 LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
 
 
@@ -138,10 +139,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read_pth(path: Path) -> Any:
     try:
-        # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights.
+        # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor
+        # marked as a folder it does not read at all, and gives whatever lay in memory.
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
+            if any(entry.external_attr & _DOS_DIRECTORY for entry in archive.infolist()):
+                raise zipfile.BadZipFile("a tensor is marked as a folder")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
