@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class GroundCap:
         """Return the images in the order of the files, the test part's first."""
         self.rejected = []
         items: dict[str, SourceItem] = {}
-        for path, part in self._files():
+        for path, part in self._files:
             split = part if self.official_split and part == "test" else None
             for number, (row_group, row, values) in enumerate(read_rows(path, [ID, CAPTION])):
                 image_id = values[ID]
@@ -90,7 +91,7 @@ class GroundCap:
 
     def facts(self) -> dict[str, Any]:
         """Return what the files say of themselves: rows and bytes of each part, fields and their types."""
-        files = self._files()
+        files = self._files
         rows: Counter[str] = Counter()
         for path, part in files:
             rows[part or "unnamed"] += count_rows(path)
@@ -110,6 +111,7 @@ class GroundCap:
     def _where(self) -> str:
         return str(self.folder or f"the hub's {HUB_NAME}")
 
+    @cached_property
     def _files(self) -> list[tuple[Path, SplitName | None]]:
         """Find the parquet files, those of the test part first, and check that they are GroundCap's."""
         root = self.folder or _download()
@@ -133,9 +135,10 @@ def _part_of(path: Path) -> SplitName | None:
 
 
 def _check_columns(path: Path) -> None:
+    schema = schema_of(path)
+
     import pyarrow.types as types
 
-    schema = schema_of(path)
     wanted = {
         ID: lambda kind: types.is_string(kind) or types.is_large_string(kind),
         CAPTION: lambda kind: types.is_string(kind) or types.is_large_string(kind),
