@@ -268,7 +268,9 @@ def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Pat
     )
     wants = architecture(wanted)
     if has["bridge.kind"] != wants["bridge.kind"]:  # the options of two kinds cannot be compared
-        has = {key: value for key, value in has.items() if key == "bridge.kind" or key[:7] != "bridge."}
+        has = {
+            key: value for key, value in has.items() if key == "bridge.kind" or not key.startswith("bridge.")
+        }
     _refuse_other({k: v for k, v in has.items() if k in wants and not _same(k, v, wants[k])}, wants, where)
 
 
