@@ -94,12 +94,12 @@ prepare_ssh() {
 
 # One line for what ssh and rsync said in many.
 explain() {
-    local said
+    local said keys=${key:+the key $key}
     said=$(cat "$scratch/stderr")
     case $said in
         *'UNPROTECTED PRIVATE KEY'*) say "ssh takes no key that others may read: chmod 600 '$key'" ;;
         *': Permission denied ('[a-z]*) # of ssh; rsync puts a number there
-            say "$host refuses ${key:+the key $key}${key:-your keys}: add the public key to the machine, and the private" \
+            say "$host refuses ${keys:-your keys}: add the public key to the machine, and the private" \
                 "one to ssh-agent if it has a passphrase"
             ;;
         *'HOST IDENTIFICATION HAS CHANGED'* | *'Host key verification failed'*)

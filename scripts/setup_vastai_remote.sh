@@ -4,6 +4,12 @@
 # docs/rented-gpus.md goes through it step by step.
 set -euo pipefail
 
+# Out of the environment at once: nothing that is started below carries the token where `ps e` could show it. And
+# should somebody trace this script, the trace ends here.
+{ set +x; } 2>/dev/null
+declare +x token=${HF_TOKEN:-}
+unset HF_TOKEN
+
 usage() {
     cat <<'EOF'
 Usage: scripts/setup_vastai_remote.sh [OPTION]...
@@ -15,6 +21,7 @@ Checks the GPU, installs vlm-bridge into .venv, stores the Hugging Face token, s
   --data-dir DIR   caption folder; GroundCap is prepared into it unless it is finished   [data/groundcap]
   --allow-cpu      go on without a GPU (a trial: training would take weeks)
   --install-only   stop after the installation
+  --watch SECONDS  how long to wait for early trouble before leaving training alone in tmux   [10]
   --foreground     train in this terminal instead of tmux (for SkyPilot and other schedulers)
   -h, --help       show this
 
@@ -41,15 +48,17 @@ readonly record=$HOME/.vlm-bridge-remote
 
 config=config/training-default.yaml
 data_dir=data/groundcap
+watch=10
 allow_cpu=no
 mode=tmux
 
 parse_arguments() {
     while (($#)); do
         case $1 in
-            --config | --data-dir) (($# > 1)) || misuse "$1 needs a value" ;;&
+            --config | --data-dir | --watch) (($# > 1)) || misuse "$1 needs a value" ;;&
             --config) config=$2 && shift ;;
             --data-dir) data_dir=$2 && shift ;;
+            --watch) watch=$2 && shift ;;
             --allow-cpu) allow_cpu=yes ;;
             --install-only) mode=install ;;
             --foreground) mode=foreground ;;
@@ -58,6 +67,7 @@ parse_arguments() {
         esac
         shift
     done
+    [[ $watch =~ ^[0-9]+$ ]] || misuse "--watch takes whole seconds, not $watch"
     [[ -f $config ]] || misuse "no recipe at $root/$config; recipes that ship are in config/"
 }
 
@@ -81,7 +91,8 @@ require_tool() {
     if command -v apt-get >/dev/null; then
         say "installing $package"
         # shellcheck disable=SC2086  # empty for root
-        { $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package"; } >/dev/null || true
+        { $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$package"; } \
+            >/dev/null || true
     fi
     command -v "$tool" >/dev/null || fail "$tool is missing and cannot be installed; install the package $package"
 }
@@ -117,13 +128,9 @@ install_package() {
     touch "$stamp"
 }
 
-# The token goes into huggingface_hub's own file (0600) and out of the environment: no process that is started below,
-# tmux's server included, carries it where `ps e` could show it. printf is a builtin, so it shows nothing either.
+# Into huggingface_hub's own file, for its owner alone. printf is a builtin, so no process list shows its arguments.
 store_token() {
-    { set +x; } 2>/dev/null # should somebody trace this script
-    local token=${HF_TOKEN:-}
     local file=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/token}
-    unset HF_TOKEN
     if [[ -z $token && ! -s $file && -t 0 ]]; then
         read -rsp 'HF_TOKEN (not shown; a read token from huggingface.co/settings/tokens; Enter for none): ' token
         say ''
@@ -189,10 +196,12 @@ show_how_to_follow() {
 }
 
 train_in_tmux() {
-    local again=(--foreground --config "$config" --data-dir "$data_dir") last
+    local again=(--foreground --config "$config" --data-dir "$data_dir") last waited
     [[ $allow_cpu == yes ]] && again+=(--allow-cpu)
-    # shellcheck disable=SC2016  # for the inner shell; tee outlives Ctrl-c, or saving would meet a closed pipe
-    local job='{ bash "$@"; echo "ended with exit code $?"; } 2>&1 | tee --append --ignore-interrupts "$0"'
+    # No input, or the token would be asked for where nobody looks. tee outlives Ctrl-c: saving may still have
+    # something to say.
+    # shellcheck disable=SC2016  # for the inner shell
+    local job='{ bash "$@" </dev/null; echo "ended with exit code $?"; } 2>&1 | tee --append --ignore-interrupts "$0"'
     if tmux_runs; then
         say "training: runs already"
         show_how_to_follow
@@ -200,7 +209,7 @@ train_in_tmux() {
     fi
     in_tmux new-session -d -s "$session" bash -c "$job" "$log" "$script" "${again[@]}"
     # What fails at once (a lock held by a training outside tmux, a wrong recipe) is told here and now.
-    for _ in {1..5}; do
+    for ((waited = 0; waited < watch; waited++)); do
         tmux_runs || break
         sleep 1
     done
@@ -223,7 +232,7 @@ if [[ $mode == tmux ]]; then require_tool tmux tmux; fi
 install_package
 if [[ $mode == install ]]; then exit; fi
 store_token
-mkdir -p "$log_dir"
+mkdir -p "$log_dir" "$checkpoint_dir"
 start_tensorboard
 if [[ $mode == foreground ]]; then train_here; fi
 train_in_tmux

@@ -54,7 +54,7 @@ def require(*tools: str) -> None:
         )
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain: {what}"
@@ -159,16 +159,16 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     require("sshd", "ssh", "ssh-keygen", "rsync", "bash")
     folder = tmp_path / "machine"
     home = folder / "home"
-    home.mkdir(parents=True)
-    key, host_key = tmp_path / "my keys" / "id %d", folder / "host_key"
+    home.mkdir(parents=True, exist_ok=True)
+    key, host_key = tmp_path / "my keys" / "it's a key", folder / "host_key"
     key.parent.mkdir()
     for path in (key, host_key):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
     shutil.copy(f"{key}.pub", folder / "authorized_keys")
-    # sshd knows this user's real home only; the forced command makes it the folder of this test.
+    # sshd would start in this user's real home, and bash would read its .bashrc first.
     login = write_program(
         folder / "login",
-        f'cd {shlex.quote(str(home))} && export HOME=$PWD && exec bash -c "$SSH_ORIGINAL_COMMAND"\n',
+        f'cd {shlex.quote(str(home))} && exec bash -c "$SSH_ORIGINAL_COMMAND"\n',
     )
     port = free_port()
     settings = {
@@ -177,6 +177,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         "HostKey": host_key,
         "AuthorizedKeysFile": folder / "authorized_keys",
         "ForceCommand": login,
+        "SetEnv": f"HOME={home}",
         "PidFile": "none",
         "UsePAM": "no",
         "StrictModes": "no",
@@ -208,7 +209,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     finally:
         machine.drop_connections()
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 def write_checkpoint(machine: Machine, name: str, size: int = 50_000, seed: int = 0) -> bytes:
@@ -286,7 +287,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(machine: Machine, tmp_
     part = tmp_path / "models" / ".latest_checkpoint.pth.part"
     wait_until(lambda: part.exists() and part.stat().st_size > 1_500_000, "a quarter has arrived")
     os.killpg(download.pid, signal.SIGINT)
-    _, stderr = download.communicate(timeout=30)
+    _, stderr = download.communicate(timeout=120)
     assert (download.returncode, stderr) == (130, "interrupted\n")
     assert not (tmp_path / "models" / "latest_checkpoint.pth").exists()
 
@@ -307,7 +308,7 @@ def test_a_download_outlives_a_broken_connection(machine: Machine, tmp_path: Pat
     part = tmp_path / "models" / ".best_model.pth.part"
     wait_until(lambda: part.exists() and part.stat().st_size > 500_000, "the download is under way")
     machine.drop_connections()
-    _, stderr = download.communicate(timeout=60)
+    _, stderr = download.communicate(timeout=120)
     assert download.returncode == 0, stderr
     assert stderr.endswith("trying again\n")
     assert (tmp_path / "models" / "best_model.pth").read_bytes() == content
@@ -383,7 +384,7 @@ def test_the_tunnel_comes_back(machine: Machine, tmp_path: Path, dashboard: byte
         (tunnel,) = children_of(monitor.pid)
     finally:
         monitor.terminate()
-        _, stderr = monitor.communicate(timeout=30)
+        _, stderr = monitor.communicate(timeout=120)
     assert monitor.returncode == 143
     assert re.fullmatch(r"tunnel closed: .+; opening it again in 1 s\n", stderr)
     wait_until(lambda: not listens(int(url.rpartition(":")[2])), "the tunnel ends with the script")
@@ -465,12 +466,12 @@ def test_a_quoted_tilde_is_still_home(machine: Machine, tmp_path: Path) -> None:
     shutil.copytree(machine.key.parent, home / "keys")
     user, _, port, *_ = machine.address
     result = subprocess.run(
-        [str(CONTROL), "download-best", user, "-p", port, "-i", "~/keys/id %d", "-d", "~/models"],
+        [str(CONTROL), "download-best", user, "-p", port, "-i", "~/keys/it's a key", "-d", "~/models"],
         cwd=tmp_path,
         env={**machine.environment, "HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert (home / "models" / "best_model.pth").read_bytes() == content
@@ -490,7 +491,7 @@ STUBS = {
     # Runs until it is stopped if a test asks for that, and saves on Ctrl-c like the real one.
     "vlm-training": """
 [ ! -e "$STUB_NOTES/fail" ] || { echo 'error: Gemma is gated' >&2; exit 1; }
-trap 'mkdir -p checkpoints; echo saved; exit 130' INT
+trap 'echo saved; exit 130' INT
 while [ -e "$STUB_NOTES/long" ] && [ ! -e "$STUB_NOTES/stop" ]; do sleep 0.1; date >"$STUB_NOTES/heartbeat"; done
 """,
 }
@@ -521,7 +522,7 @@ class Rented:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     def calls(self, program: str) -> list[str]:
@@ -608,7 +609,6 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     assert install.endswith("--editable .[data,gpu]"), "the GPU build of torch, not the CPU pin"
 
     checkpoint = rented.root / "checkpoints" / "latest_checkpoint.pth"
-    checkpoint.parent.mkdir()
     checkpoint.touch()
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"
@@ -630,7 +630,7 @@ def test_tensorboard_is_for_this_machine_alone(rented: Rented) -> None:
 
 def test_a_second_run_starts_no_second_training(rented: Rented) -> None:
     (rented.notes / "long").touch()
-    first = rented.setup()
+    first = rented.setup("--watch", "1")
     assert first.returncode == 0, first.stderr
     assert "training: started in tmux" in first.stdout
     wait_until(rented.trains, "the training runs")
@@ -645,20 +645,23 @@ def test_a_second_run_starts_no_second_training(rented: Rented) -> None:
     wait_until(lambda: not rented.trains(), "Ctrl-c ends the training")
     wait_until(lambda: rented.log.endswith("saved\nended with exit code 130\n"), "its last words are logged")
     outside = subprocess.Popen(
-        [str(rented.script), "--foreground"], env=rented.environment, stdout=subprocess.DEVNULL
+        [str(rented.script), "--foreground"],
+        env=rented.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     wait_until(rented.trains, "the training outside tmux runs")
-    third = rented.setup()
+    third = rented.setup("--watch", "60")
     assert third.returncode == 1
     assert "a training runs already" in one_error(third)
     assert len(rented.calls("vlm-training")) == 2
     (rented.notes / "stop").touch()
-    assert outside.wait(30) == 0
+    assert outside.wait(120) == 0
 
 
 def test_a_training_that_fails_at_once_is_told(rented: Rented) -> None:
     (rented.notes / "fail").touch()
-    result = rented.setup()
+    result = rented.setup("--watch", "60")
     assert result.returncode == 1
     assert "training ended with exit code 1: error: Gemma is gated" in one_error(result)
 
@@ -670,7 +673,7 @@ def test_training_survives_the_connection_that_started_it(
     names = ("PATH", "STUB_NOTES", "TMUX_TMPDIR", "XDG_CACHE_HOME")
     settings = [f"{name}={rented.environment[name]}" for name in names]
     user, _, port, _, key = machine.address
-    command = shlex.join(["env", *settings, str(rented.script)])
+    command = shlex.join(["env", *settings, str(rented.script), "--watch", "60"])
     options = ["-o", "StrictHostKeyChecking=accept-new", "-p", port, "-i", key]
     ssh = subprocess.Popen(
         [machine.commands / "ssh", *options, user, command],
@@ -680,14 +683,13 @@ def test_training_survives_the_connection_that_started_it(
     )
     wait_until(lambda: rented.trains() or ssh.poll() is not None, "the training runs")
     machine.drop_connections()
-    output, _ = ssh.communicate(timeout=30)
+    output, _ = ssh.communicate(timeout=120)
     assert ssh.returncode == 255, output
     (rented.notes / "heartbeat").unlink()
     wait_until(rented.trains, "the training still runs")
     assert rented.is_held(".tensorboard.lock"), "and so does TensorBoard"
 
     # The other script finds it without being told where the checkout is.
-    (rented.root / "checkpoints").mkdir()
     (rented.root / "checkpoints" / "best_model.pth").write_bytes(b"trained")
     result = machine.control("download-best", *machine.address, "-d", "models", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
@@ -707,7 +709,7 @@ def token_traces(rented: Rented) -> list[Path]:
 
 def test_the_token_is_in_its_file_and_nowhere_else(rented: Rented) -> None:
     (rented.notes / "long").touch()
-    result = rented.setup(HF_TOKEN=TOKEN)
+    result = rented.setup("--watch", "1", HF_TOKEN=TOKEN)
     assert result.returncode == 0, result.stderr
     wait_until(rented.trains, "the training runs")
     assert TOKEN not in result.stdout + result.stderr
@@ -745,7 +747,7 @@ def test_the_token_is_asked_for_without_echo(rented: Rented) -> None:
             shown += os.read(ours, 1024)
         except OSError:  # the other end is closed
             break
-    assert process.wait(30) == 0, shown
+    assert process.wait(120) == 0, shown
     os.close(ours)
     assert TOKEN.encode() not in shown
     assert (rented.home / ".cache" / "huggingface" / "token").read_text() == TOKEN
@@ -754,7 +756,9 @@ def test_the_token_is_asked_for_without_echo(rented: Rented) -> None:
     assert "Hugging Face token: found" in rented.setup("--foreground").stdout, "it is asked for once"
 
 
-@pytest.mark.parametrize("arguments", ["--config", "--config no/such.yaml", "--no-such-option", "extra"])
+@pytest.mark.parametrize(
+    "arguments", ["--config", "--config no/such.yaml", "--watch long", "--no-such-option", "extra"]
+)
 def test_bad_usage_of_setup_exits_with_2(rented: Rented, arguments: str) -> None:
     result = rented.setup(*arguments.split())
     assert (result.returncode, result.stdout) == (2, "")
@@ -796,7 +800,7 @@ def test_the_skypilot_task_runs_the_same_job(rented: Rented) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
         assert result.returncode == 0, result.stderr
         assert TOKEN not in result.stdout + result.stderr
