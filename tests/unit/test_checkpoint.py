@@ -313,7 +313,8 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
         save(path, *arguments, **options)
         if path.name == checkpoints.LATEST:
             kept = tmp_path / f"after-{len(after_epochs) + 1}-epochs.pth"
-            after_epochs.append(shutil.copy(path, kept))
+            shutil.copy(path, kept)
+            after_epochs.append(kept)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_keep)
     train(recipe("whole"), say=lambda line: None)
