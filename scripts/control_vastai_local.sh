@@ -95,7 +95,7 @@ prepare_ssh() {
 # One line for what ssh and rsync said in many.
 explain() {
     local said keys=${key:+the key $key}
-    said=$(cat "$scratch/stderr")
+    said=$(tr -d '\r' <"$scratch/stderr")
     case $said in
         *'UNPROTECTED PRIVATE KEY'*) say "ssh takes no key that others may read: chmod 600 '$key'" ;;
         *': Permission denied ('[a-z]*) # of ssh; rsync puts a number there
@@ -151,7 +151,7 @@ monitor() {
             -o PermitLocalCommand=yes -o LocalCommand="echo 'TensorBoard: http://127.0.0.1:$local_port (Ctrl-c ends)'" \
             -L "127.0.0.1:$local_port:127.0.0.1:$tensorboard_port" "$host" </dev/null 2>"$scratch/stderr" &
         tunnel=$!
-        wait "$tunnel" || true
+        wait "$tunnel" 2>/dev/null || true # bash has a remark to make on killed children
         tunnel=''
         reason=$(explain)
         case $reason in *'refuses'* | 'another machine'*) fail "$reason" ;; esac

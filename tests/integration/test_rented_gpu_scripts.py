@@ -128,7 +128,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
 
     def start_control(self, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
