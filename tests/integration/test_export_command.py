@@ -105,7 +105,10 @@ def test_what_is_left_open_is_said(run: Path, tmp_path: Path, run_here) -> None:
     assert "Not evaluated yet" in card
 
 
-def test_the_original_layout_and_back(run: Path, tmp_path: Path, recipe: Recipe, run_here) -> None:
+def test_the_original_layout_and_back(
+    run: Path, tmp_path: Path, recipe: Recipe, drawn_caption_folder: Path, run_here
+) -> None:
+    picture = CaptionFolder.open(drawn_caption_folder).split("test")[0].path
     result = run_here("export", run, "--format", "original", "--output-dir", tmp_path / "original")
     assert result.returncode == 0, result.stderr
     assert "construct its FullModel with bridge_num_heads=4" in result.stderr
@@ -125,6 +128,9 @@ def test_the_original_layout_and_back(run: Path, tmp_path: Path, recipe: Recipe,
     result = run_here("export", path, "--config", config, "--output-dir", tmp_path / "folder")
     assert result.returncode == 0, result.stderr
     assert_equal(weights_of(tmp_path / "folder"), weights_of(run))
+    assert run_here("caption", picture, "--checkpoint", path).returncode == 1
+    captioned = run_here("caption", picture, "--checkpoint", path, "--config", config)
+    assert captioned.stdout == run_here("caption", picture, "--checkpoint", run).stdout
 
     # Training takes its bridge and starts from it.
     refused = run_here("train", "--resume", path)

@@ -12,11 +12,14 @@ def caption(
     checkpoint: Path = typer.Option(
         Path("runs/lite-flickr8k"), "--checkpoint", help="A checkpoint, or the folder of a training run."
     ),
+    config: Path = typer.Option(
+        None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
+    ),
     num_beams: int = typer.Option(None, min=1, help="Beams; 1 is greedy. Default: the recipe's."),
     max_new_tokens: int = typer.Option(
         None, min=1, help="Longest caption, in tokens. Default: the recipe's."
     ),
-    length_penalty: float = typer.Option(None, help="Above 1 prefers longer captions (beams only)."),
+    length_penalty: float = typer.Option(None, help="Above 0 favours long captions among beams."),
     do_sample: bool = typer.Option(False, "--do-sample", help="Sample instead of searching."),
     temperature: float = typer.Option(None, help="Temperature of sampling."),
     seed: int = typer.Option(None, help="Seed of sampling."),
@@ -30,11 +33,13 @@ def caption(
 
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline.images import iter_image_paths
 
     quiet_transformers()
     pictures = iter_image_paths(paths)
-    captioner = Captioner.from_pretrained(checkpoint, device)
+    recipe = load_recipe(config) if config else None
+    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
     changes = {
         "num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
         "do_sample": do_sample or None, "temperature": temperature, "seed": seed,

@@ -27,6 +27,9 @@ class Split(StrEnum):
 def evaluate(
     checkpoint: Path = typer.Option(..., help="Trained bridge: a checkpoint file or folder."),
     data_dir: Path = typer.Option(..., help="Caption folder, as `vlm-data transform` writes it."),
+    config: Path | None = typer.Option(
+        None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
+    ),
     split: Split = typer.Option(Split.val, help="Which images to caption."),
     limit: int | None = typer.Option(None, min=1, help="Only the first N images."),
     batch_size: int = typer.Option(16, min=1, help="Images captioned together."),
@@ -60,10 +63,12 @@ def evaluate(
 
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.configuration import load_recipe
     from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
 
     quiet_transformers()
-    captioner = Captioner.from_pretrained(checkpoint, device=device)
+    recipe = load_recipe(config) if config else None
+    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
     asked = {
         "num_beams": num_beams,
         "max_new_tokens": max_new_tokens,
