@@ -61,9 +61,9 @@ _INPUT_DIR = typer.Option(
     None,
     "--input-dir",
     "--source-path",
-    help="Folder of the dataset (groundcap: its parquet files).  [default: the hub for groundcap]",
+    help="Folder of the dataset (groundcap: its parquet files). (default: the hub for groundcap)",
 )
-_CAPTIONS_FILE = typer.Option(None, help="Caption file (local).  [default: found in the input folder]")
+_CAPTIONS_FILE = typer.Option(None, help="Caption file (local). (default: found in the input folder)")
 _NUM_TRAIN = typer.Option(10_000, min=0, help="Pictures to draw (scenes).")
 _NUM_VAL = typer.Option(500, min=0, help="Pictures to draw (scenes).")
 _NUM_TEST = typer.Option(1_000, min=0, help="Pictures of unseen colour-shape pairs to draw (scenes).")
@@ -74,7 +74,7 @@ _JSON = typer.Option(False, "--json", help="Print JSON.")
 
 @app.command("explore-dataset")
 def explore_dataset(
-    source: SourceName = typer.Option(None, help=f"{_SOURCE_HELP}  [default: groundcap]"),
+    source: SourceName = typer.Option(None, help=f"{_SOURCE_HELP} (default: groundcap)"),
     data_dir: Path = typer.Option(None, help="A caption folder, instead of a source."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
@@ -85,7 +85,7 @@ def explore_dataset(
     seed: int = _SEED,
     samples: int = typer.Option(8, min=0, help="Images to show."),
     grid: Path = typer.Option(
-        None, help="PNG of the shown images with their captions.  [default: runs/explore/NAME.png]"
+        None, help="PNG of the shown images with their captions. (default: runs/explore/NAME.png)"
     ),
     no_grid: bool = typer.Option(False, "--no-grid", help="Write no PNG."),
     tokenizer: str = typer.Option(
@@ -162,25 +162,25 @@ def transform(
     split_by: SplitByName = typer.Option(
         None,
         help="What is dealt out where the source has no splits: each id by its hash, images in exact shares, or "
-        "whole films.  [default: groundcap film (image where ids name none), local hash]",
+        "whole films. (default: groundcap film (image where ids name none), local hash)",
     ),
     val_fraction: float = typer.Option(
         None,
-        help="Share for validation, where the source has no splits.  [default: groundcap 0.05, local 0.1]",
+        help="Share for validation, where the source has no splits. (default: groundcap 0.05, local 0.1)",
     ),
     test_fraction: float = typer.Option(
-        None, help="Share for testing, where the source has no splits.  [default: groundcap 0.15, local 0.1]"
+        None, help="Share for testing, where the source has no splits. (default: groundcap 0.15, local 0.1)"
     ),
     image_size: int = typer.Option(640, help="Longest side of a stored picture, in pixels."),
     caption_style: CaptionStyleName = typer.Option(
-        None, help="sentence tidies captions into sentences.  [default: the source's]"
+        None, help="sentence tidies captions into sentences. (default: the source's)"
     ),
     keep_tags: bool = typer.Option(False, "--keep-tags", help="Keep grounding tags in captions (groundcap)."),
     limit: int = typer.Option(None, help="At most N images a split, for a quick trial."),
     near_duplicate_distance: int = typer.Option(
         4, help="Report pictures whose perceptual hashes differ in at most N of 64 bits."
     ),
-    workers: int = typer.Option(None, help="Processes.  [default: one a core, at most 8]"),
+    workers: int = typer.Option(None, help="Processes. (default: one a core, at most 8)"),
     dry_run: bool = typer.Option(False, "--dry-run", help="Only say what the splits would be."),
     num_rows: int = typer.Option(
         None, min=1, help="With --dry-run: of a dataset of N images; reads no data."
@@ -240,9 +240,9 @@ def transform(
 
 @app.command("inspect-loader")
 def inspect_loader(
-    data_dir: Path = typer.Option(None, help="A caption folder.  [default: the recipe's]"),
+    data_dir: Path = typer.Option(None, help="A caption folder. (default: the recipe's)"),
     config: Path = typer.Option(None, help="A recipe: also shows the batch as its language model's tokens."),
-    batch_size: int = typer.Option(None, min=1, help="Captions in a batch.  [default: the recipe's]"),
+    batch_size: int = typer.Option(None, min=1, help="Captions in a batch. (default: the recipe's)"),
     check: int = typer.Option(256, min=0, help="Pictures to decode as a check."),
     check_all: bool = typer.Option(False, "--all", help="Decode every picture and compare the fingerprint."),
     json_output: bool = _JSON,

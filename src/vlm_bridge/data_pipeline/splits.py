@@ -22,6 +22,8 @@ DUPLICATE_PRIORITY: tuple[SplitName, ...] = ("test", "val", "train")
 SplitBy = Literal["hash", "image", "film"]
 """How images are dealt out; see :class:`SplitRule`."""
 
+_HELD_OUT: tuple[SplitName, ...] = ("test", "val")
+
 _SYNONYMS: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
@@ -89,7 +91,7 @@ class SplitRule:
             case "image":
                 ranked = sorted(image_ids, key=lambda image_id: (_position(image_id, seed), image_id))
                 sizes = self.sizes(len(ranked))
-                dealt = [split for split in ("test", "val", "train") for _ in range(sizes[split])]
+                dealt: list[SplitName] = [s for s in (*_HELD_OUT, "train") for _ in range(sizes[s])]
                 split_of = dict(zip(ranked, dealt, strict=True))
                 return [split_of[image_id] for image_id in image_ids]
             case _:
@@ -103,7 +105,8 @@ class SplitRule:
         """
         # Of the decimals as they were written: in binary, 1 - 0.05 - 0.15 is a little less than 0.8.
         val, test = Fraction(str(self.val_fraction)), Fraction(str(self.test_fraction))
-        shares = {"train": (1 - val - test) * num_images, "val": val * num_images, "test": test * num_images}
+        share_of: dict[SplitName, Fraction] = {"train": 1 - val - test, "val": val, "test": test}
+        shares = {split: share * num_images for split, share in share_of.items()}
         sizes: dict[SplitName, int] = {split: int(shares[split]) for split in SPLITS}
         by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - shares[split])
         for split in by_remainder[: num_images - sum(sizes.values())]:
@@ -128,7 +131,7 @@ class SplitRule:
                 raise DataError(f"image id {image_id!r} names no film (tt and digits): use --split-by image")
         images_of = Counter(film for film in films if film is not None)
         wanted = self.sizes(len(image_ids))
-        to_fill = [split for split in ("test", "val") if wanted[split]]
+        to_fill: list[SplitName] = [split for split in _HELD_OUT if wanted[split]]
         if len(images_of) <= len(to_fill) and image_ids:
             raise DataError(
                 f"{len(images_of)} film(s) cannot fill {len(to_fill) + 1} splits, and a film never spans two: "

@@ -34,7 +34,6 @@ class Flickr8k:
     )
     split_rule: ClassVar[str | None] = "official lists (train, dev as val, test)"
     default_caption_style: ClassVar[CaptionStyle] = "sentence"
-    default_split_rule: ClassVar[SplitRule] = SplitRule()
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path
@@ -43,6 +42,10 @@ class Flickr8k:
     @classmethod
     def from_options(cls, options: SourceOptions) -> Flickr8k:
         return cls(options.require_input_dir(cls.name))
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        return SplitRule()
 
     def items(self) -> list[SourceItem]:
         """Return the images in the order of the official lists."""

@@ -123,7 +123,7 @@ class GroundCap:
             )
         for path in paths:
             _check_columns(path)
-        found = [(path, _part_of(path)) for path in paths]
+        found: list[tuple[Path, SplitName | None]] = [(path, _part_of(path)) for path in paths]
         if self.official_split and not any(part == "test" for _, part in found):
             raise DataError(f"--split official: {self._where} has no test part (test-*.parquet)")
         return sorted(found, key=lambda item: DUPLICATE_PRIORITY.index(item[1] or "train"))

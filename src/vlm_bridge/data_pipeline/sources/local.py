@@ -53,7 +53,6 @@ class LocalFolder:
     licence_note: ClassVar[str] = "Your own pictures and captions: under whatever licence you hold them"
     split_rule: ClassVar[str | None] = None
     default_caption_style: ClassVar[CaptionStyle] = "raw"
-    default_split_rule: ClassVar[SplitRule] = SplitRule()
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path
@@ -63,6 +62,10 @@ class LocalFolder:
     @classmethod
     def from_options(cls, options: SourceOptions) -> LocalFolder:
         return cls(options.require_input_dir(cls.name), options.captions_file)
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        return SplitRule()
 
     def items(self) -> list[SourceItem]:
         """Return the images in the order of their first caption."""

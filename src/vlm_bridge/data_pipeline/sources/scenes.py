@@ -264,7 +264,6 @@ class Scenes:
     licence_note: ClassVar[str] = "Drawn by this program: free of rights"
     split_rule: ClassVar[str | None] = "test shows held-out colour-shape pairs only, train and val never do"
     default_caption_style: ClassVar[CaptionStyle] = "raw"
-    default_split_rule: ClassVar[SplitRule] = SplitRule()
     finds_near_duplicates: ClassVar[bool] = False
 
     num_train: int
@@ -284,6 +283,10 @@ class Scenes:
     @classmethod
     def from_options(cls, options: SourceOptions) -> Scenes:
         return cls(options.num_train, options.num_val, options.num_test, options.seed, options.wordings)
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        return SplitRule()
 
     def items(self) -> list[SourceItem]:
         """Return all scenes, train first; nothing is drawn yet."""
