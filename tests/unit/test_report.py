@@ -287,7 +287,7 @@ def test_evaluate_command(
     from vlm_bridge.cli.evaluate import evaluate
 
     captioner = FakeCaptioner(Recipe(decode=DecodeSettings(num_beams=5, max_new_tokens=9)))
-    loader = types.SimpleNamespace(from_pretrained=lambda path, device: captioner)
+    loader = types.SimpleNamespace(from_pretrained=lambda path, device, recipe=None: captioner)
     pipeline = types.ModuleType("vlm_bridge.captioning.pipeline")
     monkeypatch.setattr(pipeline, "Captioner", loader, raising=False)
     monkeypatch.setitem(sys.modules, pipeline.__name__, pipeline)
