@@ -6,6 +6,7 @@ below ``tmp_path``. Only the GPU, Python and our own commands are stubs, because
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -80,6 +81,13 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def program_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:  # it ended meanwhile
+        return ""
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -150,8 +158,18 @@ class Machine:
         )
 
     def drop_connections(self) -> None:
-        for pid in children_of(self.server.pid):
-            os.kill(pid, signal.SIGKILL)
+        """Kill the server's side of every connection, and nothing that was started through one."""
+        connections = children_of(self.server.pid)
+        # The process that talks is the first one's child, except where root logs in as root.
+        talking = [
+            pid
+            for connection in connections
+            for pid in children_of(connection)
+            if program_name(pid).startswith("sshd")
+        ]
+        for pid in [*talking, *connections]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -193,11 +211,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         server = subprocess.Popen([str(sshd), "-D", "-e", "-f", str(config)], stderr=log)
     # Nobody's configuration and known hosts but those of this test.
     commands = tmp_path / "commands"
-    known_hosts = shlex.quote(str(folder / "known_hosts"))
-    real_ssh = shutil.which("ssh")
-    write_program(
-        commands / "ssh", f'exec {real_ssh} -F /dev/null -o UserKnownHostsFile={known_hosts} "$@"\n'
+    known_hosts = folder / "known_hosts"
+    program = shlex.join(
+        [str(shutil.which("ssh")), "-F", "/dev/null", "-o", f"UserKnownHostsFile={known_hosts}"]
     )
+    write_program(commands / "ssh", f'exec {program} "$@"\n')
     machine = Machine(port, key, home, commands, server)
     machine.checkpoints.mkdir(parents=True)
     (machine.run / "logs").mkdir()
@@ -205,6 +223,12 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     try:
         wait_until(lambda: server.poll() is not None or listens(port), "sshd listens")
         assert server.poll() is None, (folder / "sshd.log").read_text()
+        user, *_ = machine.address
+        knock = ["-o", "StrictHostKeyChecking=no", "-p", str(port), "-i", str(key), user, "true"]
+        subprocess.run([commands / "ssh", *knock], capture_output=True, timeout=120)
+        if refusal := re.search(r"User .* not allowed because .*", (folder / "sshd.log").read_text()):
+            pytest.skip(f"sshd lets nobody in here: {refusal[0]}")
+        known_hosts.unlink(missing_ok=True)
         yield machine
     finally:
         machine.drop_connections()
@@ -280,12 +304,12 @@ def test_a_file_that_is_here_is_not_fetched_again_until_it_changes(machine: Mach
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(machine: Machine, tmp_path: Path) -> None:
-    content = write_checkpoint(machine, "latest_checkpoint.pth", size=6_000_000)
-    wrap_rsync(machine, 'exec RSYNC --bwlimit=2048 "$@"\n')
+    content = write_checkpoint(machine, "latest_checkpoint.pth", size=3_000_000)
+    wrap_rsync(machine, 'exec RSYNC --bwlimit=200 "$@"\n')
     arguments = ("download-latest", *machine.address, "-d", "models")
     download = machine.start_control(*arguments, cwd=tmp_path)
     part = tmp_path / "models" / ".latest_checkpoint.pth.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 1_500_000, "a quarter has arrived")
+    wait_until(lambda: part.exists() and part.stat().st_size > 600_000, "a fifth has arrived")
     os.killpg(download.pid, signal.SIGINT)
     _, stderr = download.communicate(timeout=120)
     assert (download.returncode, stderr) == (130, "interrupted\n")
@@ -296,17 +320,21 @@ def test_an_interrupted_download_goes_on_where_it_stopped(machine: Machine, tmp_
     assert (result.returncode, result.stderr) == (0, "")
     sent = re.search(r"Literal data: ([\d,]+)", (tmp_path / "statistics").read_text())
     assert sent is not None
-    assert int(sent[1].replace(",", "")) < 4_700_000, "what had arrived was sent again"
+    assert int(sent[1].replace(",", "")) < 2_500_000, "what had arrived was sent again"
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["latest_checkpoint.pth"]
     assert (tmp_path / "models" / "latest_checkpoint.pth").read_bytes() == content
 
 
 def test_a_download_outlives_a_broken_connection(machine: Machine, tmp_path: Path) -> None:
-    content = write_checkpoint(machine, "best_model.pth", size=4_000_000)
-    wrap_rsync(machine, 'exec RSYNC --bwlimit=2048 "$@"\n')
+    content = write_checkpoint(machine, "best_model.pth", size=3_000_000)
+    marker = tmp_path / "slow once"
+    wrap_rsync(
+        machine,
+        f'[ -e "{marker}" ] || set -- --bwlimit=200 "$@"\ntouch "{marker}"\nexec RSYNC "$@"\n',
+    )
     download = machine.start_control("download-best", *machine.address, "-d", "models", cwd=tmp_path)
     part = tmp_path / "models" / ".best_model.pth.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 500_000, "the download is under way")
+    wait_until(lambda: part.exists() and part.stat().st_size > 300_000, "the download is under way")
     machine.drop_connections()
     _, stderr = download.communicate(timeout=120)
     assert download.returncode == 0, stderr
