@@ -10,10 +10,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.configuration import LanguageModelConfig, VisionEncoderConfig
 from vlm_bridge.errors import CheckpointError, ModelError
 from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.model_architecture.language_model import build_language_model
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.checkpoint import find_checkpoint
 
 GEMMA = "google/gemma-2-2b"
@@ -85,6 +86,11 @@ def test_gemma_without_access_names_the_page_and_the_token(monkeypatch: pytest.M
 def test_gemma_offline_has_a_line_of_its_own() -> None:
     with pytest.raises(ModelError, match=r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"):
         build_language_model(LanguageModelConfig(name=GEMMA))
+
+
+def test_a_vision_encoder_offline_has_the_same_line() -> None:
+    with pytest.raises(ModelError, match=r"cannot load the vision encoder 'facebook/dinov2-large': .*reached"):
+        build_vision_encoder(VisionEncoderConfig(name="facebook/dinov2-large"))
 
 
 class TestCheckpointsOnTheHub:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite0_weights
 
@@ -187,6 +188,8 @@ class HuggingFaceVisionEncoder(nn.Module):
                     config.name, revision=config.revision, backend="pil"
                 )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if problem := hub_problem(error, config.name):
+                raise ModelError(f"cannot load the vision encoder {config.name!r}: {problem}") from error
             raise ModelError(
                 f"cannot load the vision encoder {config.name!r}: {_first_line(error)} (give a folder made by "
                 "save_pretrained, or a hub name with network access)"
