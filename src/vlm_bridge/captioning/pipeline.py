@@ -97,18 +97,10 @@ class Captioner:
             batch_size: pictures that are encoded and decoded together; it does not change the captions.
             progress: called with the number of pictures done.
         """
-        decode = decode or self.recipe.decode
-        results: list[CaptionResult] = []
-        for batch in prefetch(in_batches(list(images), batch_size), _open_batch, DECODE_AHEAD):
-            readable = [picture for _, picture in batch if isinstance(picture, Image.Image)]
-            captions = iter(self._caption_batch(readable, decode) if readable else [])
-            for name, picture in batch:
-                if isinstance(picture, ImageError):
-                    results.append(CaptionResult(name, None, None, picture.reason))
-                else:
-                    results.append(CaptionResult(name, *next(captions)))
-            progress(len(results))
-        return results
+        chosen = decode or self.recipe.decode
+        return caption_in_batches(
+            images, lambda pictures: self._caption_batch(pictures, chosen), batch_size, progress
+        )
 
     def validate(
         self,
@@ -145,6 +137,31 @@ class Captioner:
 
     def _autocast(self) -> Any:
         return runtime.autocast(self.model.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
+
+
+def caption_in_batches(
+    images: Sequence[str | Path | Image.Image],
+    caption_batch: Callable[[Sequence[Image.Image]], list[tuple[str, float]]],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[CaptionResult]:
+    """Caption pictures in the order given, opening the next ones meanwhile; a broken one gets an ``error``.
+
+    Args:
+        caption_batch: RGB pictures -> (caption, mean log-probability per token) of each.
+        progress: called with the number of pictures done.
+    """
+    results: list[CaptionResult] = []
+    for batch in prefetch(in_batches(list(images), batch_size), _open_batch, DECODE_AHEAD):
+        readable = [picture for _, picture in batch if isinstance(picture, Image.Image)]
+        captions = iter(caption_batch(readable) if readable else [])
+        for name, picture in batch:
+            if isinstance(picture, ImageError):
+                results.append(CaptionResult(name, None, None, picture.reason))
+            else:
+                results.append(CaptionResult(name, *next(captions)))
+        progress(len(results))
+    return results
 
 
 def _open_batch(images: Sequence[str | Path | Image.Image]) -> list[tuple[str, Image.Image | ImageError]]:

@@ -225,23 +225,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
         if decode.do_sample:
             torch.manual_seed(decode.seed)
-        # transformers warns about settings that the chosen way of decoding does not read.
-        only_where_used: dict[str, Any] = {}
-        if decode.num_beams > 1:
-            only_where_used |= {"length_penalty": decode.length_penalty}
-        if decode.do_sample:
-            only_where_used |= {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
         output = self.generate(  # type: ignore[reportAttributeAccessIssue]
             input_ids=prompt_bt,
             image_state=state,
             attention_mask=torch.ones_like(prompt_bt),
-            num_beams=decode.num_beams,
-            max_new_tokens=decode.max_new_tokens,
-            min_new_tokens=decode.min_new_tokens or None,
-            repetition_penalty=decode.repetition_penalty,
-            no_repeat_ngram_size=decode.no_repeat_ngram_size,
-            do_sample=decode.do_sample,
-            **only_where_used,
+            **generation_options(decode),
         )
         generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
         return self._trim_and_score(prompt_bt, generated_bt, state)
@@ -291,6 +279,24 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             for name, tensor in self.state_dict().items()
             if name.startswith(("bridge.", "feature_scale."))
         }
+
+
+def generation_options(decode: DecodeSettings) -> dict[str, Any]:
+    """What transformers' `generate` takes, without the settings that the chosen way of decoding does not read:
+    it warns about those."""
+    options: dict[str, Any] = {
+        "num_beams": decode.num_beams,
+        "max_new_tokens": decode.max_new_tokens,
+        "min_new_tokens": decode.min_new_tokens or None,
+        "repetition_penalty": decode.repetition_penalty,
+        "no_repeat_ngram_size": decode.no_repeat_ngram_size,
+        "do_sample": decode.do_sample,
+    }
+    if decode.num_beams > 1:
+        options |= {"length_penalty": decode.length_penalty}
+    if decode.do_sample:
+        options |= {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
+    return options
 
 
 def build_bridge(

@@ -56,14 +56,11 @@ def validate(
 ) -> Validation:
     """Loss of all captions with their own image and, for the visual gain, with another image each.
 
-    The wrong image of image i is that of its neighbour in a seeded random circle: no image keeps its own, every
-    image is used once, and the result does not depend on the batch size.
+    The result does not depend on the batch size.
     """
     was_training = model.training
     model.eval()
-    circle = np.random.default_rng(0).permutation(len(data))
-    wrong_image = np.empty(len(data), np.int64)
-    wrong_image[circle] = np.roll(circle, 1)
+    wrong_image = shuffled_images(len(data))
     right_sum = wrong_sum = 0.0
     num_tokens = done = 0
     for rows in in_batches(whole_rows([len(captions) for captions in data.captions]), batch_images):
@@ -80,6 +77,18 @@ def validate(
     loss = right_sum / num_tokens
     gain = wrong_sum / num_tokens - loss if len(data) > 1 else 0.0
     return Validation(loss, gain, num_tokens)
+
+
+def shuffled_images(count: int) -> np.ndarray:
+    """For each of ``count`` images the index of another, for the visual gain.
+
+    The wrong image of image i is that of its neighbour in a seeded random circle: no image keeps its own, and every
+    image is used once.
+    """
+    circle = np.random.default_rng(0).permutation(count)
+    wrong_image = np.empty(count, np.int64)
+    wrong_image[circle] = np.roll(circle, 1)
+    return wrong_image
 
 
 def batch_loss(model: CaptionerModel, batch: PackedBatch, features: np.ndarray) -> CaptionLoss:
