@@ -28,7 +28,7 @@ def export(
     license: str = typer.Option(None, help="Licence for the model card, e.g. mit."),
     dataset: str = typer.Option(None, help="Training data for the model card, e.g. daniel3303/GroundCap."),
     metrics: Path = typer.Option(
-        None, help="Scores for the model card.  [default: a metrics.json beside the checkpoint]"
+        None, help="Scores for the model card. (default: a metrics.json beside the checkpoint)"
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier export."),
     push_to_hub: str = typer.Option(
