@@ -245,7 +245,16 @@ def test_ids_become_portable_file_names(tmp_path: Path) -> None:
     assert all(" " not in image.path.name and len(image.path.name) < 80 for image in images)
 
 
-def test_limit_takes_the_first_images_of_each_split(tmp_path: Path) -> None:
+def test_limit_takes_a_seeded_sample_of_each_split(dataset: Path, tmp_path: Path) -> None:
+    def chosen(name: str, seed: int) -> set[str]:
+        transform(LocalFolder(dataset), tmp_path / name, limit=5, seed=seed, val_fraction=0, test_fraction=0)
+        return {image.original_id for image in CaptionFolder.open(tmp_path / name).split("train")}
+
+    first = chosen("first", seed=0)
+    assert len(first) == 5 and first != {str(index) for index in range(5)}
+    write_captions(dataset, {f"{index}.jpg": f"caption {index}" for index in reversed(range(40))})
+    assert chosen("reversed", seed=0) == first and chosen("other", seed=1) != first
+
     manifest = transform(Scenes(5, 5, 1), tmp_path / "out", limit=2)
     assert {split: count["images"] for split, count in manifest["counts"].items()} == {
         "train": 2,

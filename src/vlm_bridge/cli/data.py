@@ -30,6 +30,9 @@ class SourceName(StrEnum):
 
     groundcap = "groundcap"
     flickr8k = "flickr8k"
+    flickr30k = "flickr30k"
+    coco = "coco"
+    conceptual = "conceptual"
     local = "local"
     scenes = "scenes"
 
@@ -63,7 +66,14 @@ _INPUT_DIR = typer.Option(
     "--source-path",
     help="Folder of the dataset (groundcap: its parquet files). (default: the hub for groundcap)",
 )
-_CAPTIONS_FILE = typer.Option(None, help="Caption file (local). (default: found in the input folder)")
+_CAPTIONS_FILE = typer.Option(
+    None,
+    help="Caption file (local, flickr30k), Karpathy's split file (coco). (default: found in the input folder)",
+)
+_YEAR = typer.Option(
+    None, help="2014 or 2017: COCO's own splits (coco). (default: Karpathy's, then the newest)"
+)
+_RESTVAL = typer.Option(True, help="Train on Karpathy's restval images too (coco).")
 _NUM_TRAIN = typer.Option(10_000, min=0, help="Pictures to draw (scenes).")
 _NUM_VAL = typer.Option(500, min=0, help="Pictures to draw (scenes).")
 _NUM_TEST = typer.Option(1_000, min=0, help="Pictures of unseen colour-shape pairs to draw (scenes).")
@@ -78,6 +88,8 @@ def explore_dataset(
     data_dir: Path = typer.Option(None, help="A caption folder, instead of a source."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
+    year: int = _YEAR,
+    restval: bool = _RESTVAL,
     num_train: int = _NUM_TRAIN,
     num_val: int = _NUM_VAL,
     num_test: int = _NUM_TEST,
@@ -117,8 +129,9 @@ def explore_dataset(
         name = (source or SourceName.groundcap).value
         # With their tags, which are counted.
         options = SourceOptions(
-            input_dir, captions_file, num_train, num_val, num_test, seed, wordings, keep_tags=True
-        )
+            input_dir, captions_file, num_train, num_val, num_test, seed, wordings, keep_tags=True,
+            year=year, restval=restval,
+        )  # fmt: skip
         opened = make_source(name, options)
         items, set_aside = opened.items(), opened.rejected
         facts = opened.facts() if isinstance(opened, Described) else {}
@@ -151,6 +164,8 @@ def transform(
     output_dir: Path = typer.Option(None, help="The caption folder to make."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
+    year: int = _YEAR,
+    restval: bool = _RESTVAL,
     num_train: int = _NUM_TRAIN,
     num_val: int = _NUM_VAL,
     num_test: int = _NUM_TEST,
@@ -162,21 +177,24 @@ def transform(
     split_by: SplitByName = typer.Option(
         None,
         help="What is dealt out where the source has no splits: each id by its hash, images in exact shares, or "
-        "whole films. (default: groundcap film (image where ids name none), local hash)",
+        "whole films. (default: groundcap film (image where ids name none), others hash)",
     ),
     val_fraction: float = typer.Option(
         None,
-        help="Share for validation, where the source has no splits. (default: groundcap 0.05, local 0.1)",
+        help="Share for validation, where the source has no splits. (default: groundcap 0.05, conceptual 0.01, "
+        "others 0.1)",
     ),
     test_fraction: float = typer.Option(
-        None, help="Share for testing, where the source has no splits. (default: groundcap 0.15, local 0.1)"
+        None,
+        help="Share for testing, where the source has no splits. (default: groundcap 0.15, conceptual 0.01, "
+        "others 0.1)",
     ),
     image_size: int = typer.Option(640, help="Longest side of a stored picture, in pixels."),
     caption_style: CaptionStyleName = typer.Option(
         None, help="sentence tidies captions into sentences. (default: the source's)"
     ),
     keep_tags: bool = typer.Option(False, "--keep-tags", help="Keep grounding tags in captions (groundcap)."),
-    limit: int = typer.Option(None, help="At most N images a split, for a quick trial."),
+    limit: int = typer.Option(None, help="A sample of at most N images a split, for a quick trial."),
     near_duplicate_distance: int = typer.Option(
         4, help="Report pictures whose perceptual hashes differ in at most N of 64 bits."
     ),
@@ -203,7 +221,7 @@ def transform(
         source.value,
         SourceOptions(
             input_dir, captions_file, num_train, num_val, num_test, seed, wordings,
-            official_split=split is SplitKind.official, keep_tags=keep_tags,
+            official_split=split is SplitKind.official, keep_tags=keep_tags, year=year, restval=restval,
         ),
     )  # fmt: skip
     planning: dict[str, Any] = {

@@ -36,6 +36,11 @@ class ParquetPicture:
     row: int
     column: str = "image"
 
+    @classmethod
+    def read_in_order(cls, pictures: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
+        """As :func:`read_pictures`."""
+        return read_pictures(pictures)
+
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (row group, row within it, values of ``columns``) for every row of a parquet file, in order.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import io
 import json
 import re
@@ -91,7 +92,7 @@ def transform(
         split_by, val_fraction, test_fraction: of those images, see :class:`SplitRule`; None takes the source's usual.
         image_size: longest side in pixels; an upright RGB JPEG that is no larger is copied unchanged.
         caption_style: see :func:`clean_caption`; None takes the source's usual one.
-        limit: at most this many images a split, the first ones.
+        limit: at most this many images a split: a sample by hash of (seed, id), whatever their order.
         near_duplicate_distance: report pictures whose 64-bit perceptual hashes differ in no more bits.
 
     Raises:
@@ -198,7 +199,7 @@ def split_rule(
 # --- planning ---
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Planned:
     """One image to make: cleaned captions, its split and the name of its file."""
 
@@ -218,26 +219,36 @@ def _plan(
     ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
     rule = rule.resolve(films)
     split_of = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
+    if limit is not None:
+        items = _sample(items, [item.split or split_of[item.image_id] for item in items], limit, seed)
     planned: list[_Planned] = []
     rejected = list(source.rejected)
-    counts: Counter[str] = Counter()
     taken_names: set[str] = set()
     for item in items:
         split = item.split or split_of[item.image_id]
-        if limit is not None and counts[split] >= limit:
-            continue
         cleaned = [clean_caption(caption, style) for caption in item.captions]
         captions = tuple(filter(None, cleaned))
         if empty := len(cleaned) - len(captions):
             rejected.append(Rejected(item.image_id, f"{empty} of {len(cleaned)} captions without words"))
         if not captions:
             continue
-        counts[split] += 1
         planned.append(_Planned(item.image_id, captions, split, _file_name(item.image_id, taken_names), item))
     repeated = [image_id for image_id, n in Counter(p.image_id for p in planned).items() if n > 1]
     if repeated:
         raise DataError(f"the source names image {repeated[0]} more than once")
     return planned, rejected, rule
+
+
+def _sample(items: list[SourceItem], splits: list[SplitName], limit: int, seed: int) -> list[SourceItem]:
+    """Return ``limit`` items of each split in their own order, chosen by a hash of (seed, id)."""
+
+    def rank(index: int) -> bytes:
+        # Apart from the hash that splits: a sample of one split must not depend on the shares.
+        return hashlib.blake2b(f"sample/{seed}/{items[index].image_id}".encode(), digest_size=16).digest()
+
+    of_split = {split: [i for i, its in enumerate(splits) if its == split] for split in SPLITS}
+    chosen = sorted(i for indices in of_split.values() for i in heapq.nsmallest(limit, indices, key=rank))
+    return [items[index] for index in chosen]
 
 
 def _file_name(image_id: str, taken: set[str]) -> str:
@@ -352,7 +363,7 @@ class _Task:
     hash_looks: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Outcome:
     """What became of a picture: hashes of its pixels, its looks (hexadecimal) and its file; or an error."""
 

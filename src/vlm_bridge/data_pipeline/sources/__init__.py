@@ -10,7 +10,10 @@ from vlm_bridge.data_pipeline.sources.base import (
     SourceOptions,
     iter_pictures,
 )
+from vlm_bridge.data_pipeline.sources.coco import Coco
+from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
+from vlm_bridge.data_pipeline.sources.flickr30k import Flickr30k
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
@@ -19,6 +22,9 @@ from vlm_bridge.errors import UsageError
 SOURCES: dict[str, type[Source]] = {
     GroundCap.name: GroundCap,
     Flickr8k.name: Flickr8k,
+    Flickr30k.name: Flickr30k,
+    Coco.name: Coco,
+    Conceptual.name: Conceptual,
     LocalFolder.name: LocalFolder,
     Scenes.name: Scenes,
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from PIL import Image
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_pictures
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
 
@@ -18,12 +18,25 @@ Picture = Path | bytes | Callable[[], Image.Image]
 """A file, the bytes of a file, or what draws the picture."""
 
 
-@dataclass(frozen=True)
+class StoredPicture(Protocol):
+    """Where a picture lies within a large file: a row of a parquet file, a member of a tar."""
+
+    @classmethod
+    def read_in_order(cls, pictures: Iterable[Self]) -> Iterator[bytes | None]:
+        """Yield the bytes of each, None where there are none; each file is opened once and read forward.
+
+        Raises:
+            DataError: a file is missing, damaged or changed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class SourceItem:
     """One image: its captions as found, its split if the dataset decides it, and its picture.
 
-    The picture is a file (``path``), something that draws it (``draw``, picklable: any process can), or a row of a
-    parquet file (``stored``; items come in the order of their files then, so that these are read once).
+    The picture is a file (``path``), something that draws it (``draw``, picklable: any process can), or part of a
+    large file (``stored``; items come in the order of their files then, so that these are read once).
     ``film`` names the film that it is a frame of, if its id tells.
     """
 
@@ -32,7 +45,7 @@ class SourceItem:
     split: SplitName | None
     path: Path | None = None
     draw: Callable[[], Image.Image] | None = None
-    stored: ParquetPicture | None = None
+    stored: StoredPicture | None = None
     film: str | None = None
 
 
@@ -57,6 +70,8 @@ class SourceOptions:
     wordings: int = 2
     official_split: bool = False
     keep_tags: bool = False
+    year: int | None = None
+    restval: bool = True
 
     def require_input_dir(self, source: str) -> Path:
         """Return the input folder; UsageError where none was named, DataError where it does not exist."""
@@ -73,9 +88,12 @@ class Source(Protocol):
     name: ClassVar[str]
     description: ClassVar[str]
     licence_note: ClassVar[str]
-    split_rule: ClassVar[str | None]
-    """How the dataset decides its splits; None where it leaves some or all images to a rule."""
     default_caption_style: ClassVar[CaptionStyle]
+
+    @property
+    def split_rule(self) -> str | None:
+        """How the dataset decides its splits; None where it leaves some or all images to a rule."""
+        ...
 
     @property
     def default_split_rule(self) -> SplitRule:
@@ -83,7 +101,8 @@ class Source(Protocol):
         ...
 
     finds_near_duplicates: ClassVar[bool]
-    """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures."""
+    """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures, and
+    where they are too many to compare every pair."""
     rejected: list[Rejected]
     """What ``items`` set aside (captions of a missing image, an image without caption ...)."""
 
@@ -103,12 +122,13 @@ class Described(Protocol):
 
 
 def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
-    """Yield the picture of each item when it is asked for, None where a parquet row holds none.
+    """Yield the picture of each item when it is asked for, None where a large file holds none for it.
 
     What lies in large files is read in their order and dropped again: memory does not grow with the dataset.
     """
     items = list(items)
-    stored = read_pictures(item.stored for item in items if item.stored is not None)
+    by_kind = groupby((item.stored for item in items if item.stored is not None), key=type)
+    stored = (content for kind, pictures in by_kind for content in kind.read_in_order(pictures))
     for item in items:
         yield next(stored) if item.stored is not None else item.path or item.draw
 
