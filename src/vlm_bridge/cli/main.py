@@ -9,7 +9,7 @@ from collections.abc import Callable
 import typer
 
 from vlm_bridge import __version__
-from vlm_bridge.cli import caption, data, doctor, evaluate, export, info, quickstart, train
+from vlm_bridge.cli import caption, compare, data, doctor, evaluate, export, info, quickstart, train
 from vlm_bridge.errors import VLMBridgeError
 
 # torch reads this when it loads: large CPU tensors in huge pages halve the time of encoding pictures, most of
@@ -25,6 +25,7 @@ app = typer.Typer(name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exc
 app.command("quickstart")(quickstart.quickstart)
 app.command("caption")(caption.caption)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
 from vlm_bridge.errors import DataError
@@ -17,12 +19,52 @@ from vlm_bridge.evaluation.metrics import CaptionScores, score_captions
 from vlm_bridge.evaluation.report import Curve, write_report
 
 if TYPE_CHECKING:
-    from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.configuration import DecodeSettings
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SHOWN = 12
 """Pictures in each section of a contact sheet or report."""
+
+
+class Captioned(Protocol):
+    """One picture's caption and its mean log-probability per token, or why there is none."""
+
+    @property
+    def caption(self) -> str | None: ...
+    @property
+    def score(self) -> float | None: ...
+    @property
+    def error(self) -> str | None: ...
+
+
+class Validated(Protocol):
+    """What the captioner makes of the reference captions."""
+
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def visual_gain(self) -> float: ...
+
+
+class EvaluableCaptioner(Protocol):
+    """All that an evaluation needs of a captioner, our own or another's."""
+
+    def caption(
+        self,
+        images: Sequence[Path],
+        *,
+        decode: DecodeSettings,
+        batch_size: int,
+        progress: Callable[[int], None],
+    ) -> Sequence[Captioned]: ...
+
+    def validate(self, images: Sequence[CaptionedImage], *, batch_size: int) -> Validated:
+        """Perplexity and visual gain; NotMeasurable where this model cannot give them honestly."""
+        ...
+
+
+class NotMeasurable(Exception):
+    """A captioner cannot give perplexity and visual gain; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +86,28 @@ class Evaluation:
     """Scores of a captioner on a set of images, with the settings they depend on.
 
     ``perplexity`` is per token of the reference captions; ``visual_gain`` is in nats per token: the loss with
-    the images shuffled among the captions minus the loss with the right ones.
+    the images shuffled among the captions minus the loss with the right ones. Both are None where the captioner
+    cannot give them; ``scores.skipped`` has the reason.
     """
 
     predictions: tuple[Prediction, ...]
     scores: CaptionScores
-    perplexity: float
-    visual_gain: float
+    perplexity: float | None
+    visual_gain: float | None
     decode: DecodeSettings
     versions: Mapping[str, str]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[Prediction]:
         return [prediction for prediction in self.predictions if prediction.error]
 
     def to_json(self) -> dict[str, Any]:
-        """The scores for machines; a metric that was skipped is null, with the reason under ``skipped``."""
+        """The scores for machines; a metric that was skipped is null, with the reason under ``skipped``.
+
+        ``model`` and ``data`` say what was scored on what, so that scores can be compared later.
+        """
         metrics = {name: self.scores.corpus.get(name) for name in METRICS}
         if "SPICE" in self.scores.corpus:
             metrics["SPICE"] = self.scores.corpus["SPICE"]
@@ -73,6 +121,11 @@ class Evaluation:
             "tokenizer": self.scores.tokenizer,
             "skipped": self.scores.skipped,
             "versions": dict(self.versions),
+            "model": dict(self.model),
+            "data": {
+                **self.data,
+                "references": references_digest([prediction.image for prediction in self.predictions]),
+            },
         }
 
     def best(self, count: int = SHOWN) -> list[SheetItem]:
@@ -93,18 +146,24 @@ class Evaluation:
 
 
 def evaluate_captioner(
-    captioner: Captioner,
+    captioner: EvaluableCaptioner,
     images: Sequence[CaptionedImage],
     *,
     decode: DecodeSettings,
     batch_size: int = 16,
     spice: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Caption every image, score the captions against all references, and measure perplexity and visual gain.
 
-    ``progress`` is called with the number of images captioned so far. An image that fails counts as an empty
-    caption; perplexity and visual gain are measured on the others.
+    An image that fails counts as an empty caption; perplexity and visual gain are measured on the others.
+
+    Args:
+        progress: called with the number of images captioned so far.
+        model: what is evaluated, for the record: ``name`` and whatever tells it from others.
+        data: what it is evaluated on, for the record: ``name``, ``fingerprint`` and ``split``.
 
     Raises:
         DataError: there are no images, or none of them can be captioned.
@@ -119,7 +178,13 @@ def evaluate_captioner(
     readable = [image for image, result in zip(images, results, strict=True) if result.error is None]
     if not readable:
         raise DataError(f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}")
-    validation = captioner.validate(readable, batch_size=batch_size)
+    perplexity = visual_gain = None
+    not_measured: dict[str, str] = {}
+    try:
+        validation = captioner.validate(readable, batch_size=batch_size)
+        perplexity, visual_gain = validation.perplexity, validation.visual_gain
+    except NotMeasurable as reason:
+        not_measured = dict.fromkeys(("perplexity", "visual_gain"), str(reason))
 
     # Paths, not original ids, tell images apart: pictures from several folders may share an id.
     scores = score_captions(
@@ -127,12 +192,13 @@ def evaluate_captioner(
         {str(image.path): result.caption or "" for image, result in zip(images, results, strict=True)},
         spice=spice,
     )
+    scores = dataclasses.replace(scores, skipped={**scores.skipped, **not_measured})
     predictions = tuple(
         Prediction(image, result.caption or "", result.score, result.error, scores.per_image[str(image.path)])
         for image, result in zip(images, results, strict=True)
     )
     return Evaluation(
-        predictions, scores, validation.perplexity, validation.visual_gain, decode, environment()
+        predictions, scores, perplexity, visual_gain, decode, environment(), model or {}, data or {}
     )
 
 
@@ -159,18 +225,15 @@ def write_evaluation(
     sheet = [*evaluation.best(min(SHOWN, len(evaluation.predictions) - half)), *evaluation.worst(half)]
     contact_sheet(sheet, folder / "contact_sheet.png", title=f"{title}: best and worst by CIDEr")
     metrics = evaluation.to_json()
-    summary = {
-        name: metrics[name] for name in ("CIDEr", *METRICS[:6], "SPICE") if metrics.get(name) is not None
+    shown = {name: metrics.get(name) for name in ("CIDEr", *METRICS[:6], "SPICE")} | {
+        "perplexity": evaluation.perplexity,
+        "visual gain": evaluation.visual_gain,
+        "images": len(evaluation.predictions),
     }
     write_report(
         folder / "report.html",
         title=title,
-        summary=summary
-        | {
-            "perplexity": evaluation.perplexity,
-            "visual gain": evaluation.visual_gain,
-            "images": len(evaluation.predictions),
-        },
+        summary={name: value for name, value in shown.items() if value is not None},
         sections={
             "Drawn at random": evaluation.random(),
             "Best by CIDEr": evaluation.best(),
@@ -182,6 +245,12 @@ def write_evaluation(
         environment=evaluation.versions,
         notes=[*evaluation.scores.notes(), *_failure_notes(evaluation)],
     )
+
+
+def references_digest(images: Sequence[CaptionedImage]) -> str:
+    """Hash over the ids of images and all their reference captions, whatever their order."""
+    lines = sorted(json.dumps([image.original_id, *sorted(image.captions)]) for image in images)
+    return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -213,5 +282,5 @@ def _sheet_item(prediction: Prediction) -> SheetItem:
     return SheetItem(prediction.image.path, prediction.caption, reference, prediction.scores["CIDEr"])
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

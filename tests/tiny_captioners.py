@@ -1,0 +1,136 @@
+"""Tiny published captioners: BLIP, GIT and vit-gpt2 with random weights, in folders as their authors saved theirs.
+
+Weights are large, so that captions differ between pictures and code that mixes up rows is visibly wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessorPil,
+    CLIPImageProcessorPil,
+    GitConfig,
+    GitForCausalLM,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+
+from tiny_models import CORPUS, HIDDEN, build_tokenizer, seeded
+
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
+IMAGE = {"image_size": 32, "patch_size": 8}
+MAX_POSITIONS = 64
+
+
+def build_bert_tokenizer() -> BertTokenizer:
+    """WordPiece over the words of ``CORPUS`` and single letters, lower case, with BERT's special tokens."""
+    text = " ".join(CORPUS).lower().replace(".", " .").replace(",", " ,")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["picture", *sorted({*text.split(), *letters}), *(f"##{letter}" for letter in letters)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return BertTokenizer(vocab={token: index for index, token in enumerate([*special, *words])})
+
+
+def save_tiny_blip(folder: Path) -> Path:
+    """BlipForConditionalGeneration: as published, `[DEC]` and `[ENC]` are ids beyond the tokenizer's vocabulary."""
+    tokenizer = build_bert_tokenizer()
+    config = BlipConfig(
+        text_config={
+            **SIZES,
+            "vocab_size": len(tokenizer) + 2,
+            "encoder_hidden_size": HIDDEN,
+            "max_position_embeddings": MAX_POSITIONS,
+            "bos_token_id": len(tokenizer),
+            "sep_token_id": tokenizer.sep_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**SIZES, **IMAGE},
+        projection_dim=16,
+    )
+    with seeded(3):
+        BlipForConditionalGeneration(config).save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_git(folder: Path) -> Path:
+    """GitForCausalLM with CLIP's image processor, as published."""
+    tokenizer = build_bert_tokenizer()
+    config = GitConfig(
+        **SIZES,
+        vision_config={**SIZES, **IMAGE},
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_POSITIONS,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with seeded(3):
+        GitForCausalLM(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_vit_gpt2(folder: Path) -> Path:
+    """VisionEncoderDecoderModel of ViT and GPT-2, with one token that starts, ends and pads, as in vit-gpt2.
+
+    Its authors' generation settings lie beside it, and its image processor is named as old files name it.
+    """
+    tokenizer = build_tokenizer()
+    decoder = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        n_positions=MAX_POSITIONS,
+        initializer_range=0.3,
+        add_cross_attention=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**SIZES, **IMAGE), decoder)
+    config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    with seeded(3):
+        model = VisionEncoderDecoderModel(config)
+    model.generation_config.update(
+        max_length=5,
+        num_beams=4,
+        repetition_penalty=3.0,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "size": 32,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+SAVE = {"blip": save_tiny_blip, "git": save_tiny_git, "vit-gpt2": save_tiny_vit_gpt2}
