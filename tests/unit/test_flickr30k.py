@@ -1,0 +1,168 @@
+"""Flickr30k in the four caption files and the folders that people have it in."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources.flickr30k import Flickr30k
+from vlm_bridge.data_pipeline.transform import transform
+from vlm_bridge.errors import DataError
+
+NAMES = [f"{1000092795 + n}.jpg" for n in range(20)]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Twenty pictures in the folder of the authors' archive; no captions yet."""
+    write_pictures(tmp_path / "flickr30k" / "flickr30k-images")
+    return tmp_path / "flickr30k"
+
+
+def write_pictures(folder: Path, names: list[str] = NAMES) -> None:
+    folder.mkdir(parents=True)
+    for index, name in enumerate(names):
+        Image.new("RGB", (12, 8), (index * 12, 80, 255 - index * 9)).save(folder / name)
+
+
+def write_token_file(path: Path, names: list[str] = NAMES) -> None:
+    lines = [f"{name}#{n}\tPicture {name[:-4]} , wording {n} .\n" for name in names for n in range(5)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def karpathy_image(name: str, split: str) -> dict[str, Any]:
+    sentences = [{"tokens": ["a"], "raw": f"Raw {name[:-4]} .", "imgid": 0, "sentid": n} for n in range(5)]
+    return {"sentids": [0, 1, 2, 3, 4], "imgid": 0, "sentences": sentences, "split": split, "filename": name}
+
+
+def write_karpathy(path: Path, splits: list[str]) -> None:
+    images = [karpathy_image(name, split) for name, split in zip(NAMES, splits, strict=False)]
+    path.write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+
+
+def write_annotations(path: Path, splits: list[str]) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        for index, (name, split) in enumerate(zip(NAMES, splits, strict=False)):
+            captions = [f'Two "young" guys, number {n}.' for n in range(5)]
+            table.writerow([json.dumps(captions), "[0, 1, 2, 3, 4]", split, name, index])
+
+
+def test_the_datasets_own_captions_are_split_by_hash(pictures: Path, tmp_path: Path) -> None:
+    write_token_file(pictures / "results_20130124.token")
+    manifest = transform(Flickr30k(pictures), tmp_path / "out")
+    assert manifest["split_rule"].startswith("hash of (seed, image id)")
+    assert "non-commercial" in manifest["licence_note"] and not manifest["rejected"]
+    assert sum(counts["captions"] for counts in manifest["counts"].values()) == 100
+    images = {image.original_id: image for image in CaptionFolder.open(tmp_path / "out").split("train")}
+    some = next(iter(images))
+    assert images[some].captions[3] == f"Picture {some}, wording 3."
+
+
+def test_karpathys_splits_are_official(pictures: Path, tmp_path: Path) -> None:
+    write_token_file(pictures / "results_20130124.token")
+    write_karpathy(pictures / "dataset_flickr30k.json", ["train"] * 14 + ["val"] * 2 + ["test"] * 3)
+    manifest = transform(Flickr30k(pictures), tmp_path / "out", val_fraction=0.5)
+    assert [counts["images"] for counts in manifest["counts"].values()] == [14, 2, 3]
+    assert manifest["split_rule"] == "Karpathy's splits (dataset_flickr30k.json)"
+    assert manifest["rejected"] == [{"id": NAMES[19][:-4], "reason": "it is not in dataset_flickr30k.json"}]
+
+
+@pytest.mark.parametrize("folder", ["", "karpathy", "annotations", "caption_datasets"])
+def test_karpathys_file_is_found_in_the_usual_places(pictures: Path, folder: str) -> None:
+    (pictures / folder).mkdir(exist_ok=True)
+    write_karpathy(pictures / folder / "dataset_flickr30k.json", ["test"])
+    assert [item.split for item in Flickr30k(pictures).items()] == ["test"]
+
+
+def test_the_table_with_raw_captions_has_the_splits_too(pictures: Path) -> None:
+    write_annotations(pictures / "flickr_annotations_30k.csv", ["train"] * 18 + ["val", "test"])
+    source = Flickr30k(pictures)
+    items = source.items()
+    assert [item.split for item in items[-3:]] == ["train", "val", "test"]
+    assert items[0].captions[4] == 'Two "young" guys, number 4.'
+    assert source.split_rule == "Karpathy's splits (flickr_annotations_30k.csv)"
+
+
+def test_the_barred_table_is_read_with_its_broken_line(tmp_path: Path) -> None:
+    # As on Kaggle: the table lies beside a folder of its own folder's name.
+    root = tmp_path / "archive"
+    write_pictures(root / "flickr30k_images" / "flickr30k_images", [*NAMES[:2], "2199200615.jpg"])
+    lines = ["image_name| comment_number| comment"]
+    lines += [f"{name}| {n}| A man , in {name} | outside ." for name in NAMES[:2] for n in range(5)]
+    lines += [f"2199200615.jpg| {n}| A dog ." for n in range(4)]
+    lines += ["2199200615.jpg| 4   A dog runs across the grass .", "nonsense"]
+    (root / "flickr30k_images" / "results.csv").write_text("\n".join(lines) + "\n")
+    source = Flickr30k(root)
+    items = {item.image_id: item for item in source.items()}
+    assert [len(item.captions) for item in items.values()] == [5, 5, 5]
+    assert items["2199200615"].captions[4] == "A dog runs across the grass ."
+    assert items[NAMES[0][:-4]].captions[0] == f"A man , in {NAMES[0]} | outside ."
+    assert [(entry.id, entry.reason) for entry in source.rejected] == [
+        ("results.csv:17", "no line of name| number| caption")
+    ]
+    assert source.split_rule is None
+
+
+@pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images", "Images", "images", "."])
+def test_folders_of_pictures(tmp_path: Path, folder: str) -> None:
+    if folder == ".":
+        for index, name in enumerate(NAMES):
+            Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / name)
+    else:
+        write_pictures(tmp_path / folder)
+    write_token_file(tmp_path / "results_20130124.token")
+    assert len(Flickr30k(tmp_path).items()) == 20
+
+
+def test_missing_and_extra_pictures_are_set_aside(pictures: Path) -> None:
+    write_token_file(pictures / "results_20130124.token", [*NAMES[:18], "../../../secret.jpg"])
+    (pictures / "flickr30k-images" / NAMES[0]).unlink()
+    source = Flickr30k(pictures)
+    assert len(source.items()) == 17
+    assert {entry.id: entry.reason for entry in source.rejected} == {
+        NAMES[0][:-4]: "its picture is missing",
+        "secret": "its picture is missing",
+        NAMES[18][:-4]: "it is not in results_20130124.token",
+        NAMES[19][:-4]: "it is not in results_20130124.token",
+    }
+
+
+def test_a_caption_file_may_lie_elsewhere(pictures: Path, tmp_path: Path) -> None:
+    write_annotations(tmp_path / "mine.csv", ["val"] * 20)
+    options = SourceOptions(input_dir=pictures, captions_file=tmp_path / "mine.csv")
+    assert {item.split for item in make_source("flickr30k", options).items()} == {"val"}
+    with pytest.raises(DataError, match="no such caption file"):
+        Flickr30k(pictures, tmp_path / "none.token").items()
+
+
+def test_what_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not Flickr30k: it has none of dataset_flickr30k\.json"):
+        Flickr30k(pictures).items()
+    (pictures / "results_20130124.token").write_text("1.jpg A man.\n")
+    with pytest.raises(DataError, match=r"results_20130124\.token:1: expected name"):
+        Flickr30k(pictures).items()
+    write_token_file(pictures / "results_20130124.token", ["other.jpg"])
+    with pytest.raises(DataError, match="none of the 1 pictures"):
+        Flickr30k(pictures).items()
+    (tmp_path / "none").mkdir()
+    write_token_file(tmp_path / "none" / "results_20130124.token")
+    with pytest.raises(DataError, match="no folder of pictures"):
+        Flickr30k(tmp_path / "none").items()
+
+
+@pytest.mark.parametrize(
+    "row", ["no list,[0],train,1.jpg,0", '"[""x""]",[0],devel,1.jpg,0', '"[1]",[0],train,1.jpg,0']
+)
+def test_a_damaged_row_is_named(pictures: Path, row: str) -> None:
+    (pictures / "flickr_annotations_30k.csv").write_text(f"raw,sentids,split,filename,img_id\n{row}\n")
+    with pytest.raises(DataError, match=r"flickr_annotations_30k\.csv:2: damaged"):
+        Flickr30k(pictures).items()
