@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vlm_bridge.cli.download import download
+
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="vlm-data",
-    help="Explore a dataset, turn it into a caption folder, inspect what training reads.",
+    help="Fetch or explore a dataset, turn it into a caption folder, inspect what training reads.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("download")(download)
 
 
 # These are written out, since importing the originals would slow down --help; a test compares them.
