@@ -206,6 +206,11 @@ class BaselineCaptioner:
                 f"{name} is no whole {model_class.__name__}: {len(missing)} weights are missing ({missing[0]}, ...), "
                 "and random ones would caption at random; name a checkpoint of that class"
             )
+        # Without its files transformers builds BERT's tokenizer of special tokens alone, and says nothing.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ModelError(
+                f"the tokenizer of {name} knows no words: its files (tokenizer.json) are missing"
+            )
         return cls(model.to(target), processor, tokenizer, family(model), prompt)
 
     @property
@@ -345,9 +350,11 @@ def _captioning_class(name: str, config: Mapping[str, Any]) -> tuple[Any, type[F
     import transformers
 
     model_type = config.get("model_type")
+    if model_type is None:
+        raise ModelError(f"{name} names no model: its config.json is missing or has no model_type")
     if model_type == OUR_MODEL_TYPE:
         raise ModelError(f"{name} is a captioner of vlm-bridge: score it with --checkpoint {name}")
-    class_name, family = FAMILIES.get(str(model_type), ("", None))
+    class_name, family = FAMILIES.get(model_type, ("", None))
     saved_as = (config.get("architectures") or [class_name or f"model of type {model_type}"])[0]
     if family is None or saved_as != class_name:
         works = ", ".join(class_name for class_name, _ in FAMILIES.values())
@@ -370,5 +377,6 @@ def _first_id(places: Sequence[Any], *names: str) -> int | None:
 def _why(error: Exception, name: str) -> str:
     if problem := hub_problem(error, name):
         return problem
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # transformers goes on with advice about names on the hub, which is misleading for a folder.
+    first = str(error).strip().split("\n")[0].split(". If you ")[0] or type(error).__name__
     return f"{first} (give a folder made by save_pretrained, or a hub name with network access)"

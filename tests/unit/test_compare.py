@@ -1,0 +1,167 @@
+"""Scores side by side: shares of a reference, and no comparison of what was not measured alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from vlm_bridge.cli.main import app
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.errors import DataError, UsageError
+from vlm_bridge.evaluation.compare import compare, read_scores
+from vlm_bridge.evaluation.run import references_digest
+
+DATA = {"name": "flickr8k", "split": "val", "fingerprint": "sha256:f", "references": "sha256:r"}
+BLIP = {
+    "BLEU-4": 0.4,
+    "METEOR": None,
+    "CIDEr": 1.0,
+    "perplexity": 8.0,
+    "visual_gain": 1.5,
+    "num_images": 1000,
+    "num_failures": 0,
+    "decode": {"num_beams": 3, "max_new_tokens": 40},
+    "tokenizer": "ptb",
+    "skipped": {},
+    "model": {"name": "Salesforce/blip"},
+    "data": DATA,
+}
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write BLIP's scores with changes; ``data`` changes single keys."""
+
+    def write(file: str, data: dict[str, Any] | None = None, **changes: Any) -> Path:
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {**BLIP, "data": {**DATA, **(data or {})}, **changes}
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pair(write: Write) -> list[Path]:
+    ours = {"CIDEr": 0.75, "BLEU-4": 0.3, "perplexity": 12.0, "model": {"name": "lite"}}
+    return [write("blip.json"), write("lite/val/metrics.json", **ours).parent]
+
+
+def test_shares_are_of_the_first_or_of_the_reference(pair: list[Path]) -> None:
+    comparison = compare(pair)
+    blip, lite = comparison.runs
+    assert comparison.reference is blip
+    assert comparison.share(lite, "CIDEr") == 0.75
+    assert comparison.share(lite, "BLEU-4") == pytest.approx(0.75)
+    assert comparison.share(blip, "CIDEr") == 1
+    for reference in ("lite", str(pair[1]), str(pair[1] / "metrics.json")):
+        turned = compare(pair, reference=reference)
+        assert turned.share(blip, "CIDEr") == pytest.approx(4 / 3)
+    with pytest.raises(UsageError, match="none of: Salesforce/blip, lite"):
+        compare(pair, reference="git")
+
+
+def test_no_share_where_it_would_mean_nothing(pair: list[Path], write: Write) -> None:
+    comparison = compare([write("zero.json", CIDEr=0.0), *pair])
+    for run in comparison.runs:
+        assert comparison.share(run, "CIDEr") is None
+        assert comparison.share(run, "perplexity") is None and comparison.share(run, "visual_gain") is None
+    assert "METEOR" not in comparison.metrics and comparison.metrics[-2:] == ["perplexity", "visual_gain"]
+    assert any("only between models of one tokenizer" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_images": 500, "data": {"references": "sha256:other"}}, "lite has num_images 500, Sales.* has 1000"),
+        ({"data": {"references": "sha256:other", "split": "test"}}, "lite has the split test"),
+        ({"data": {"references": "sha256:other", "name": "coco"}}, "lite was scored on coco val"),
+        ({"tokenizer": "regex"}, "lite has scores by the tokenizer regex, Salesforce/blip has ptb"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(changes: dict, reason: str, write: Write) -> None:
+    paths = [write("blip.json"), write("lite.json", **{"model": {"name": "lite"}, **changes})]
+    with pytest.raises(DataError, match=reason) as refusal:
+        compare(paths)
+    assert "\n" not in str(refusal.value) and "--force" in str(refusal.value)
+    forced = compare(paths, force=True)
+    assert any(re.search(reason, note) for note in forced.notes)
+
+
+def test_other_settings_are_said(write: Write) -> None:
+    lite = {"model": {"name": "lite"}, "decode": {"num_beams": 5, "max_new_tokens": 40}, "num_failures": 2}
+    notes = compare([write("a.json"), write("b.json", data={"fingerprint": "sha256:g"}, **lite)]).notes
+    assert "lite and Salesforce/blip were decoded differently: num_beams 5 and 3" in notes
+    assert any("caption folders of lite and Salesforce/blip are not the same" in note for note in notes)
+    assert any("2 picture(s) of lite" in note for note in notes)
+
+
+def test_the_same_references_are_the_same_data_whatever_their_split_is_called(write: Write) -> None:
+    compare([write("a.json"), write("b.json", data={"split": "test"}, model={"name": "b"})])
+
+
+def test_scores_without_a_record_of_their_data(write: Write) -> None:
+    old: dict[str, Any] = {"data": dict.fromkeys(DATA), "model": None}
+    with pytest.raises(DataError, match="num_images 3"):
+        compare([write("a.json"), write("old.json", **{**old, "num_images": 3})])
+    comparison = compare([write("a.json"), write("runs/lite/metrics.json", **old)])
+    assert comparison.runs[1].name == "lite"
+    assert any("does not say which data" in note for note in comparison.notes)
+
+
+def test_equal_names_are_told_apart(write: Write) -> None:
+    names = [run.name for run in compare([write("a.json"), write("b.json")]).runs]
+    assert len(set(names)) == 2 and all(name.startswith("Salesforce/blip (") for name in names)
+
+
+def test_what_holds_no_scores(write: Write, tmp_path: Path) -> None:
+    path = write("runs/lite/val/metrics.json")
+    with pytest.raises(DataError, match=f"there are some in {path.parent}"):
+        read_scores(path.parent.parent)
+    with pytest.raises(DataError, match="no scores at"):
+        read_scores(tmp_path / "nowhere.json")
+    for name, text in (("broken.json", "{"), ("list.json", "[]"), ("other.json", '{"loss": 1}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=name):
+            read_scores(tmp_path / name)
+    with pytest.raises(UsageError, match="two evaluations or more"):
+        compare([path])
+
+
+def test_the_digest_is_of_ids_and_references_alone() -> None:
+    a = CaptionedImage(Path("x/a.jpg"), ("one", "two"), "a")
+    b = CaptionedImage(Path("x/b.jpg"), ("three",), "b")
+    moved = CaptionedImage(Path("y/a.jpg"), ("two", "one"), "a")
+    assert references_digest([a, b]) == references_digest([b, moved])
+    assert references_digest([a, b]) != references_digest([a])
+    assert references_digest([a]) != references_digest([CaptionedImage(a.path, ("one", "three"), "a")])
+
+
+class TestCommand:
+    def run(self, *arguments: object) -> Result:
+        return CliRunner().invoke(app, ["compare", *map(str, arguments)], catch_exceptions=False)
+
+    def test_table(self, pair: list[Path]) -> None:
+        result = self.run(*pair)
+        assert result.exit_code == 0
+        rows = [line.split("\t") for line in result.stdout.splitlines()]
+        assert rows[0] == ["metric", "Salesforce/blip", "lite", "% of Salesforce/blip"]
+        assert ["CIDEr", "1.0000", "0.7500", "75.0"] in rows
+        assert ["perplexity", "8.0000", "12.0000", "-"] in rows
+        assert "note: perplexity" in result.stderr
+
+    def test_json(self, pair: list[Path]) -> None:
+        content = json.loads(self.run(*pair, "--json", "--reference", "lite").stdout)
+        assert content["reference"] == "lite"
+        blip, lite = content["runs"]
+        assert blip["scores"]["CIDEr"] == 1.0 and blip["share_of_reference"]["perplexity"] is None
+        assert lite["share_of_reference"]["CIDEr"] == 1.0
+        assert content["notes"]
