@@ -125,7 +125,7 @@ def _members(file: BinaryIO, file_size: int) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it holds nothing but `file`
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep every header of the file
+            tar.members = []  # type: ignore[attr-defined] - it would keep every header of the file
             if member.offset_data + member.size > file_size:
                 raise _CutOff(f"in the middle of {member.name}, at byte {file_size:,}", _key_of(member)[0])
             if not member.isdir():

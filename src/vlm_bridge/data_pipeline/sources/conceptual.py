@@ -108,8 +108,8 @@ class Conceptual:
 
 def _part_of(shard: Path) -> SplitName | None:
     """Return the part that a shard's name or folders tell: ``cc3m-train-0000.tar``, ``validation/00000.tar``."""
-    words = [word for part in (*shard.parent.parts, shard.stem) for word in re.split(r"[-_.]", part)]
-    return next(filter(None, map(normalise_split, words)), None)
+    words = (word for part in (*shard.parent.parts, shard.stem) for word in re.split(r"[-_.]", part))
+    return next((split for word in words if (split := normalise_split(word)) is not None), None)
 
 
 def _needs_shards(tsv: Path, folder: Path) -> UsageError:

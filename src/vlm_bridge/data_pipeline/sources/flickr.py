@@ -32,11 +32,11 @@ class Flickr8k:
     licence_note: ClassVar[str] = (
         "Flickr photographs of many owners: research use only, not to be redistributed"
     )
-    split_rule: ClassVar[str | None] = "official lists (train, dev as val, test)"
     default_caption_style: ClassVar[CaptionStyle] = "sentence"
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path
+    split_rule: str | None = field(default="official lists (train, dev as val, test)", init=False)
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod

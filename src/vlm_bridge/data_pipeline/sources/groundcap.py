@@ -36,7 +36,6 @@ class GroundCap:
     licence_note: ClassVar[str] = (
         "CC-BY-4.0: credit Oliveira, Teodoro and de Matos, GroundCap (2025); the frames are from MovieNet's films"
     )
-    split_rule: ClassVar[str | None] = None
     default_caption_style: ClassVar[CaptionStyle] = "raw"
     finds_near_duplicates: ClassVar[bool] = True
 
@@ -45,6 +44,7 @@ class GroundCap:
     official_split: bool = False
     """Keep the dataset's own test part; validation images come from the rest."""
     keep_tags: bool = False
+    split_rule: str | None = field(default=None, init=False)
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod

@@ -51,12 +51,12 @@ class LocalFolder:
     name: ClassVar[str] = "local"
     description: ClassVar[str] = "A folder of pictures with a caption file (CSV, TSV, JSONL, metadata)"
     licence_note: ClassVar[str] = "Your own pictures and captions: under whatever licence you hold them"
-    split_rule: ClassVar[str | None] = None
     default_caption_style: ClassVar[CaptionStyle] = "raw"
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path
     captions_file: Path | None = None
+    split_rule: str | None = field(default=None, init=False)
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod

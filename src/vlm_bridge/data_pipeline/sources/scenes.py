@@ -262,7 +262,6 @@ class Scenes:
         "Drawn scenes of coloured shapes; the test split shows unseen colour-shape pairs"
     )
     licence_note: ClassVar[str] = "Drawn by this program: free of rights"
-    split_rule: ClassVar[str | None] = "test shows held-out colour-shape pairs only, train and val never do"
     default_caption_style: ClassVar[CaptionStyle] = "raw"
     finds_near_duplicates: ClassVar[bool] = False
 
@@ -272,6 +271,9 @@ class Scenes:
     seed: int = 0
     wordings: int = 2
     """Captions per picture: 1 is the canonical one alone."""
+    split_rule: str | None = field(
+        default="test shows held-out colour-shape pairs only, train and val never do", init=False
+    )
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
