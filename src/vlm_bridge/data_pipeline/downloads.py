@@ -233,7 +233,7 @@ def remote_size(file: RemoteFile) -> int | None:
     if file.size is not None:
         return file.size
     try:
-        with _open(file.url, {}, method="HEAD") as answer:
+        with _open(file.url, {}, "HEAD", timeout=10) as answer:
             return _length(answer.headers.get("Content-Length"))
     except (OSError, http.client.HTTPException):
         return None
@@ -374,10 +374,10 @@ def _transfer(file: RemoteFile, partial: Path, progress: Progress) -> int | None
     return total
 
 
-def _open(url: str, headers: dict[str, str], method: str = "GET") -> Any:
+def _open(url: str, headers: dict[str, str], method: str = "GET", timeout: float = TIMEOUT_S) -> Any:
     identity = {"User-Agent": f"vlm-bridge/{__version__}", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, headers=identity | headers, method=method)
-    return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    return urllib.request.urlopen(request, timeout=timeout)
 
 
 def _extent(answer: Any) -> tuple[int, int | None]:
