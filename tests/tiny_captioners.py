@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     BertTokenizer,
@@ -24,14 +25,14 @@ from transformers import (
 
 from tiny_models import CORPUS, HIDDEN, build_tokenizer, seeded
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "initializer_range": 0.3,
 }
-IMAGE = {"image_size": 32, "patch_size": 8}
+IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
 MAX_POSITIONS = 64
 
 
@@ -46,7 +47,7 @@ def build_bert_tokenizer() -> BertTokenizer:
 
 def save_tiny_blip(folder: Path) -> Path:
     """BlipForConditionalGeneration: as published, `[DEC]` and `[ENC]` are ids beyond the tokenizer's vocabulary."""
-    tokenizer = build_bert_tokenizer()
+    tokenizer: Any = build_bert_tokenizer()
     config = BlipConfig(
         text_config={
             **SIZES,
@@ -69,7 +70,7 @@ def save_tiny_blip(folder: Path) -> Path:
 
 def save_tiny_git(folder: Path) -> Path:
     """GitForCausalLM with CLIP's image processor, as published."""
-    tokenizer = build_bert_tokenizer()
+    tokenizer: Any = build_bert_tokenizer()
     config = GitConfig(
         **SIZES,
         vision_config={**SIZES, **IMAGE},
@@ -93,7 +94,7 @@ def save_tiny_vit_gpt2(folder: Path) -> Path:
 
     Its authors' generation settings lie beside it, and its image processor is named as old files name it.
     """
-    tokenizer = build_tokenizer()
+    tokenizer: Any = build_tokenizer()
     decoder = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=HIDDEN,

@@ -68,8 +68,7 @@ def evaluate(
 ) -> None:
     """Score a captioner with BLEU, METEOR, ROUGE-L, CIDEr, perplexity and visual gain.
 
-    The captioner is ours (--checkpoint) or a published one (--model), on the same data with the same decoding
-    and metrics. For a --model the decoding settings that are not given are those of a recipe that names none.
+    Our own (--checkpoint) or a published one (--model), on the same data with the same decoding and metrics.
     """
     from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
     from vlm_bridge.errors import UsageError
