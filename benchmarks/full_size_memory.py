@@ -27,8 +27,9 @@ from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, shippe
 from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder
-from vlm_bridge.training_strategy.trainer import adamw
+from vlm_bridge.training_strategy.optimizer import adamw
 
 MIB = 2**20
 
@@ -161,7 +162,7 @@ def timed_steps(
     model: CaptionerModel, recipe: Recipe, batch_size: int, caption_tokens: int, steps: int
 ) -> None:
     """Print samples per second of whole training steps, without a watch, after one to warm up."""
-    optimizer = adamw([p for p in model.parameters() if p.requires_grad], recipe)
+    optimizer, _ = adamw(trained_parameters(model, recipe.trainable), recipe)
     start = 0.0
     for step in range(steps + 1):
         if step == 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tiny_models import seeded
 from vlm_bridge.configuration import Recipe, recipe_from_dict
@@ -34,8 +34,16 @@ BRIDGES: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "position_embeddings": True,
     },
+    "projection": {"kind": "projection", "projection": "mlp", "position_embeddings": True},
 }
 LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
+CROSS_ATTENDING = ("blip", "bert", "cross_gpt2")
+SYSTEMS = [
+    (bridge, language_model)
+    for bridge in BRIDGES
+    for language_model in (CROSS_ATTENDING if bridge == "projection" else LANGUAGE_MODELS)
+]
+"""Every bridge with every kind of language model that it can speak to."""
 
 
 def tiny_recipe(
@@ -95,21 +103,25 @@ def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionerModel:
 
     Large weights make some captions much likelier than others and end them at different lengths.
     """
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.8,
-        bos_token_id=TOY_START,
-        eos_token_id=TOY_EOS,
-        pad_token_id=TOY_EOS,
-    )
-    with seeded(5):
-        causal_lm = LlamaForCausalLM(config)
-    tokenizer = SimpleNamespace(bos_token_id=TOY_START, eos_token_id=TOY_EOS)
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.8,
+        "bos_token_id": TOY_START,
+        "eos_token_id": TOY_EOS,
+        "pad_token_id": TOY_EOS,
+    }
+    with seeded(66 if bridge == "projection" else 5):  # whose captions end at different lengths
+        if bridge == "projection":
+            config = BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+            causal_lm: Any = BertLMHeadModel(config).eval()
+        else:
+            causal_lm = LlamaForCausalLM(LlamaConfig(**sizes))
+    tokenizer = SimpleNamespace(bos_token_id=TOY_START, eos_token_id=TOY_EOS, cls_token_id=None)
     language_model = LanguageModel(causal_lm, tokenizer).requires_grad_(False)
     recipe = recipe_from_dict({"bridge": BRIDGES[bridge]})
     with seeded(4):

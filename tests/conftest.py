@@ -77,6 +77,46 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_blip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BlipForConditionalGeneration and its tokenizer: hidden 32, cross-attention to states of width 24."""
+    from tiny_models import save_tiny_blip
+
+    return save_tiny_blip(tmp_path_factory.mktemp("tiny-blip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BertLMHeadModel that cross-attends, and its tokenizer: hidden 32."""
+    from tiny_models import save_tiny_bert
+
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cross_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT2LMHeadModel with cross-attention, and its tokenizer: hidden 32."""
+    from tiny_models import save_tiny_cross_gpt2
+
+    return save_tiny_cross_gpt2(tmp_path_factory.mktemp("tiny-cross-gpt2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pvt_v2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PvtV2Model and its image processor: 64 px, a 2x2 grid, width 32."""
+    from tiny_models import save_tiny_pvt_v2
+
+    return save_tiny_pvt_v2(tmp_path_factory.mktemp("tiny-pvt-v2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pvt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PvtModel and its image processor: 64 px, a 2x2 grid and a class token, width 32."""
+    from tiny_models import save_tiny_pvt
+
+    return save_tiny_pvt(tmp_path_factory.mktemp("tiny-pvt"))
+
+
+@pytest.fixture(scope="session")
 def tiny_dinov2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dinov2Model and its image processor: 56 px, class token and 4x4 patches, width 32."""
     from tiny_models import save_tiny_dinov2

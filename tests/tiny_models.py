@@ -15,7 +15,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     BitImageProcessorPil,
+    BlipConfig,
+    BlipForConditionalGeneration,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -30,6 +34,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    PvtConfig,
+    PvtImageProcessorPil,
+    PvtModel,
+    PvtV2Config,
+    PvtV2Model,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -37,6 +46,8 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
 )
+
+from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
 
 HIDDEN = 32
 VOCABULARY = 320
@@ -155,6 +166,84 @@ def save_tiny_gpt2(folder: Path) -> Path:
     with seeded():
         GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_bert(folder: Path, *, cross_attention: bool = True) -> Path:
+    """A BERT that reads from left to right and cross-attends; post-norm, learned positions, a head with a transform."""
+    tokenizer = word_piece_tokenizer(CORPUS, VOCABULARY)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        is_decoder=cross_attention,
+        add_cross_attention=cross_attention,
+    )
+    with seeded():
+        BertLMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_cross_gpt2(folder: Path) -> Path:
+    """GPT-2 with cross-attention, as a decoder of transformers' VisionEncoderDecoder has it."""
+    tokenizer = build_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2,
+        add_cross_attention=True, **SPECIAL_IDS,
+    )  # fmt: skip
+    with seeded():
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_blip(folder: Path) -> Path:
+    """A whole BLIP captioner, of which the text decoder is wanted: BERT's tokenizer, [DEC] and [ENC] behind its words.
+
+    The encoder it was made for is 24 wide, and so are the states that its cross-attention reads.
+    """
+    tokenizer = word_piece_tokenizer(CORPUS, VOCABULARY)
+    text = {
+        "vocab_size": VOCABULARY + 2, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2, "projection_dim": 16,
+        "bos_token_id": VOCABULARY, "sep_token_id": tokenizer.sep_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    with seeded():
+        BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(
+            folder
+        )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_pvt_v2(folder: Path) -> Path:
+    """PVTv2 at 64 px: a pyramid that ends in a 2x2 grid of width 32."""
+    config = PvtV2Config(
+        image_size=64, hidden_sizes=[8, 16, 24, HIDDEN], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
+    )
+    with seeded():
+        PvtV2Model(config).save_pretrained(folder)
+    PvtImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_pvt(folder: Path) -> Path:
+    """PVT (the first) at 64 px: the same pyramid, with a class token in its last stage."""
+    config = PvtConfig(
+        image_size=64, hidden_sizes=[8, 16, 24, HIDDEN], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
+    )
+    with seeded():
+        PvtModel(config).save_pretrained(folder)
+    PvtImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
 
 

@@ -59,9 +59,12 @@ class VisionEncoderConfig:
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """The frozen language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
+    """The language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
+
+    A BLIP captioning model gives its text decoder. It is frozen, but for what a recipe's `trainable` names.
 
     Attributes:
+        add_cross_attention: give a GPT-2 or BERT that has none layers of cross-attention, which must be trained.
         dtype: how the frozen weights are stored; `auto` keeps the checkpoint's own type.
         attention: transformers' attention implementation. `auto` takes `eager` where scores are soft-capped (Gemma 2)
             and on CPUs, where it measured 1.3x faster than `sdpa` on short masked rows in bfloat16; else `sdpa`.
@@ -73,6 +76,7 @@ class LanguageModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     prompt: str = ""
+    add_cross_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,42 @@ class DecodeSettings:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """A stage before the caption loss: fit the projection so that its image tokens match a teacher's features.
+
+    Attributes:
+        teacher: a vision encoder as wide as the projection's output; for BLIP's decoder, BLIP's own.
+        steps: optimiser steps of ``batch_size`` images.
+    """
+
+    teacher: str
+    revision: str | None = None
+    image_size: int | None = None
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "steps", "batch_size", "image_size", prefix="distillation.")
+        check_above_zero(self, "learning_rate", prefix="distillation.")
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One experiment. Defaults are those of the published training recipe where it has a value."""
+    """One experiment. Defaults are those of the published training recipe where it has a value.
+
+    Attributes:
+        trainable: patterns of parameter names and the learning rate of each (null: `learning_rate`); the schedule
+            scales them all. What no pattern matches stays frozen.
+        monitor: what decides the best checkpoint and early stopping: the validation loss, or a score of captions that
+            are decoded for the first ``num_decoded_images`` of validation.
+    """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     decode: DecodeSettings = field(default_factory=DecodeSettings)
+    distillation: DistillationConfig | None = None
 
     # Data
     data_dir: str = "data/flickr8k"
@@ -132,6 +165,7 @@ class Recipe:
     feature_cache: str = "auto"
 
     # Optimisation
+    trainable: dict[str, float | None] = field(default_factory=lambda: {"bridge.*": None})
     learning_rate: float = 1e-5
     min_lr: float = 1e-6
     num_epochs: int = 12
@@ -153,6 +187,11 @@ class Recipe:
     device: str = "auto"
 
     # Validation, early stopping, checkpoints, logs
+    monitor: Literal["loss", "bleu4", "cider"] = "loss"
+    decode_every_n_steps: int | None = None
+    num_decoded_images: int = 200
+    save_every_n_steps: int | None = None
+    keep_step_checkpoints: int = 3
     use_early_stopping: bool = True
     early_stopping_patience: int = 3
     early_stopping_min_delta: float = 0.01
@@ -171,13 +210,22 @@ class Recipe:
             1, self, "captions_per_image", "max_caption_tokens", "num_epochs", "max_steps", "batch_size",
             "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
             "save_every_n_epochs", "log_every_n_steps", "generate_samples_every_n_epochs",
-            "max_validation_images",
+            "max_validation_images", "decode_every_n_steps", "num_decoded_images", "save_every_n_steps",
+            "keep_step_checkpoints",
         )  # fmt: skip
         check_at_least(
             0, self, "num_workers", "learning_rate", "min_lr", "weight_decay", "warmup_steps", "seed",
             "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val")
+        if not self.trainable:
+            raise ConfigurationError("trainable names nothing: `bridge.*: null` trains the bridge")
+        if self.learning_rate == 0 and any(self.trainable.values()):
+            raise ConfigurationError(
+                "trainable has learning rates, which follow the schedule of learning_rate: it must be above 0"
+            )
+        if bad := [pattern for pattern, rate in self.trainable.items() if rate is not None and not rate >= 0]:
+            raise ConfigurationError(f"trainable: the learning rate of {bad[0]!r} must be at least 0")
         if self.batch_size % self.captions_per_image:
             raise ConfigurationError(
                 f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
@@ -354,6 +402,10 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _coerce(value, inner, where, key)
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): _coerce(v, arguments[1], where, f"{key}[{k!r}]") for k, v in value.items()}
+        raise ConfigurationError(f"{where}: {key}={value!r} must be a mapping")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(value))

@@ -16,7 +16,7 @@ from PIL import Image
 from vlm_bridge.cli.main import run_training
 from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
 from vlm_bridge.training_strategy.monitor import Sample, sample_statistics
-from vlm_bridge.training_strategy.trainer import gradient_scaler
+from vlm_bridge.training_strategy.optimizer import gradient_scaler
 
 FLAT = """\
 batch_size: 8

@@ -24,7 +24,7 @@ def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir
     assert {"components", "trainable_share", "features_shape", "memory"} <= shown.keys()
     assert [c["role"] for c in shown["components"]] == ["vision_encoder", "bridge", "language_model"]
     for component in shown["components"]:
-        assert component.keys() == {"name", "role", "parameters", "trainable"}
+        assert component.keys() == {"name", "role", "pretrained", "parameters", "trainable"}
         assert component["trainable"] == (component["parameters"] if component["role"] == "bridge" else 0)
     total = sum(component["parameters"] for component in shown["components"])
     assert shown["trainable_share"] == pytest.approx(shown["components"][1]["parameters"] / total)

@@ -18,7 +18,7 @@ def bridge_of(
     kind: str, vision_dim: int = 12, text_dim: int = 32, num_tokens: int = 6, *, meta: bool = False, **options
 ):
     recipe = recipe_from_dict({"bridge": {"kind": kind, **options}})
-    text = TextShape(text_dim, num_layers=6, num_key_value_heads=2, head_dim=8)
+    text = TextShape(text_dim, num_layers=6, num_key_value_heads=2, head_dim=8, cross_attention_width=24)
     return build_bridge(recipe.bridge, vision_dim, text, num_tokens, meta=meta)
 
 
@@ -41,7 +41,7 @@ def test_cross_attention_starts_as_the_identity() -> None:
 def test_soft_tokens_are_as_many_as_promised(kind: str, num_image_tokens: int) -> None:
     bridge = bridge_of(kind)
     state = bridge.encode_image(torch.randn(3, num_image_tokens, 12))
-    soft = bridge.soft_tokens(state)
+    soft = bridge.image_inputs(state).soft_tokens
     length = 0 if soft is None else soft.shape[1]
     assert length == bridge.output_num_tokens(num_image_tokens)
     assert len(state) == 3
@@ -131,5 +131,5 @@ def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
     options_class, bridge_class = BRIDGES[kind]
     assert recipe.bridge.options == options_class()
     without = replace(recipe.bridge, options=None)
-    text = TextShape(576, num_layers=30, num_key_value_heads=3, head_dim=64)
+    text = TextShape(576, num_layers=30, num_key_value_heads=3, head_dim=64, cross_attention_width=24)
     assert isinstance(build_bridge(without, 12, text, 6, meta=True), bridge_class)

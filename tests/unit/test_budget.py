@@ -11,7 +11,7 @@ from captioners import BRIDGES, tiny_recipe
 from vlm_bridge.configuration import LanguageModelConfig, load_recipe, override_recipe, shipped_recipe
 from vlm_bridge.model_architecture.budget import activation_bytes, budget_of
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.language_model import build_language_model
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
 
 
 @pytest.mark.parametrize("language_model", ["llama", "gemma2", "gpt2"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from captioners import (
-    BRIDGES,
     LANGUAGE_MODELS,
+    SYSTEMS,
     caption_loss,
     random_features,
     tiny_captioner,
@@ -29,19 +29,10 @@ CAPTIONS = (
 )
 
 
-@pytest.fixture(params=LANGUAGE_MODELS)
-def language_model_dir(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}_dir")
-
-
-@pytest.fixture(params=BRIDGES)
-def bridge(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def recipe(tiny_vit_dir: Path, language_model_dir: Path, bridge: str) -> Recipe:
-    return tiny_recipe(tiny_vit_dir, language_model_dir, bridge)
+@pytest.fixture(params=SYSTEMS, ids="-".join)
+def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
+    bridge, language_model = request.param
+    return tiny_recipe(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
 
 
 @pytest.fixture
@@ -161,7 +152,7 @@ def test_only_the_bridge_learns(model: CaptionerModel, data: TokenizedImages) ->
 
 def test_soft_tokens_are_as_many_as_the_bridge_says(model: CaptionerModel) -> None:
     features = random_features(model, 2)
-    soft = model.bridge.soft_tokens(model.image_state(features))
+    soft = model.bridge.image_inputs(model.image_state(features)).soft_tokens
     promised = model.bridge.output_num_tokens(features.shape[1])
     assert promised == (0 if soft is None else soft.shape[1])
 
@@ -174,10 +165,12 @@ def test_builds_on_the_meta_device(recipe: Recipe, model: CaptionerModel) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
 def test_untrained_cross_attention_is_the_bare_language_model(
-    tiny_vit_dir: Path, language_model_dir: Path
+    tiny_vit_dir: Path, language_model: str, request: pytest.FixtureRequest
 ) -> None:
-    model = build_captioner(tiny_recipe(tiny_vit_dir, language_model_dir, "cross_attention"))
+    folder = request.getfixturevalue(f"tiny_{language_model}_dir")
+    model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention"))
     ids = torch.randint(3, 300, (2, 12))
     logits = model(ids, model.image_state(random_features(model, 2))).logits
     torch.testing.assert_close(logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
@@ -185,10 +178,19 @@ def test_untrained_cross_attention_is_the_bare_language_model(
 
 @pytest.mark.parametrize("use_amp", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("bridge", "language_model"), [system for system in SYSTEMS if system[1] in ("llama", "bert")]
+)
 def test_trains_and_captions_in_every_precision(
-    tiny_vit_dir: Path, tiny_llama_dir: Path, bridge: str, dtype: str, use_amp: bool
+    tiny_vit_dir: Path,
+    bridge: str,
+    language_model: str,
+    dtype: str,
+    use_amp: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge, dtype)
+    folder = request.getfixturevalue(f"tiny_{language_model}_dir")
+    recipe = tiny_recipe(tiny_vit_dir, folder, bridge, dtype)
     model = tiny_captioner(recipe)
     images = [CaptionedImage(Path("0.jpg"), CAPTIONS, "0")]
     data = TokenizedImages(images, caption_format(model.language_model, recipe))
@@ -196,7 +198,7 @@ def test_trains_and_captions_in_every_precision(
         loss = caption_loss(model, data.pack([Row(0, (0, 1, 2))]), random_features(model, 1))
     loss.total.backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.bridge.parameters())
-    exact = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge))
+    exact = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
     reference = caption_loss(exact, data.pack([Row(0, (0, 1, 2))]), random_features(exact, 1))
     assert loss.total.item() == pytest.approx(reference.total.item(), rel=0.02)
     with torch.autocast("cpu", torch.bfloat16, enabled=use_amp):

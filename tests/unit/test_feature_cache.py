@@ -16,7 +16,8 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import FeatureCache, OnTheFlyPixels, cache_key, open_or_build
 from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
 from vlm_bridge.errors import DataError, ImageError
-from vlm_bridge.training_strategy.trainer import caption_format, split_features
+from vlm_bridge.training_strategy.features import split_features
+from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import batch_loss
 
 SHAPE = (2, 3)

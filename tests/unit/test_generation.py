@@ -12,7 +12,7 @@ import torch
 
 from captioners import (
     BRIDGES,
-    LANGUAGE_MODELS,
+    SYSTEMS,
     TOY_EOS,
     TOY_START,
     random_features,
@@ -49,7 +49,7 @@ def test_a_batch_is_captioned_as_its_images_alone(bridge: str, decode: DecodeSet
         assert score == pytest.approx(scores[index], abs=1e-5)
 
 
-@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+@pytest.mark.parametrize(("bridge", "language_model"), SYSTEMS)
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_cache_changes_nothing(
     tiny_vit_dir: Path, language_model: str, bridge: str, num_beams: int, request: pytest.FixtureRequest
@@ -74,7 +74,7 @@ def test_the_cache_changes_nothing(
     assert torch.equal(cached, uncached)
 
 
-@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+@pytest.mark.parametrize(("bridge", "language_model"), SYSTEMS)
 @torch.inference_mode()
 def test_greedy_takes_the_likeliest_token_of_the_training_path(
     tiny_vit_dir: Path, language_model: str, bridge: str, request: pytest.FixtureRequest

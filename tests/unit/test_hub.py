@@ -12,8 +12,8 @@ from huggingface_hub import errors
 
 from vlm_bridge.configuration import LanguageModelConfig, VisionEncoderConfig
 from vlm_bridge.errors import CheckpointError, ModelError
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.hub import hub_problem
-from vlm_bridge.model_architecture.language_model import build_language_model
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.checkpoint import find_checkpoint
 
@@ -89,7 +89,9 @@ def test_gemma_offline_has_a_line_of_its_own() -> None:
 
 
 def test_a_vision_encoder_offline_has_the_same_line() -> None:
-    with pytest.raises(ModelError, match=r"cannot load the vision encoder 'facebook/dinov2-large': .*reached"):
+    with pytest.raises(
+        ModelError, match=r"cannot load the vision encoder 'facebook/dinov2-large': .*reached"
+    ):
         build_vision_encoder(VisionEncoderConfig(name="facebook/dinov2-large"))
 
 

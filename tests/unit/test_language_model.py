@@ -16,9 +16,9 @@ from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig
 from vlm_bridge.data_pipeline.loader import CaptionFormat
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import (
     LanguageModel,
-    build_language_model,
     causal_block_mask,
     packed_positions,
 )
@@ -168,7 +168,7 @@ def loss_and_gradients(model: CaptionerModel) -> tuple[torch.Tensor, dict[str, t
 
 
 class TestGradientCheckpointing:
-    @pytest.mark.parametrize("bridge", BRIDGES)
+    @pytest.mark.parametrize("bridge", sorted(BRIDGES.keys() - {"projection"}))
     def test_loss_and_gradients_are_the_same(self, tiny_vit_dir: Path, folder: Path, bridge: str) -> None:
         model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
         attended = []

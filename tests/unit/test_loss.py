@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.model_architecture.loss import CHUNK_POSITIONS, IGNORE_INDEX, frozen_head_cross_entropy
+from vlm_bridge.model_architecture.loss import CHUNK_POSITIONS, IGNORE_INDEX, caption_cross_entropy
 
 VOCABULARY, WIDTH = 50, 8
 
@@ -37,7 +37,7 @@ def hidden_and_labels(rows: int, length: int) -> tuple[torch.Tensor, torch.Tenso
 def test_equals_plain_cross_entropy(length: int, softcap: float | None) -> None:
     head = Head(softcap)
     hidden, labels = hidden_and_labels(4, length)
-    total, token_losses = frozen_head_cross_entropy(hidden, labels, head)
+    total, token_losses = caption_cross_entropy(hidden, labels, head)
     # A factor that is not 1, as dividing by a token count gives.
     (total / 7).backward()
 
@@ -54,7 +54,7 @@ def test_equals_plain_cross_entropy(length: int, softcap: float | None) -> None:
 def test_logits_of_the_whole_batch_never_exist() -> None:
     head = Head()
     hidden, labels = hidden_and_labels(5, CHUNK_POSITIONS)
-    frozen_head_cross_entropy(hidden, labels, head)[0].backward()
+    caption_cross_entropy(hidden, labels, head)[0].backward()
     assert len(head.calls) > 1
     assert max(head.calls) <= CHUNK_POSITIONS
     # Every supervised position once, and no position that is not supervised.
@@ -63,7 +63,7 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
 
 def test_unsupervised_positions_get_no_gradient() -> None:
     hidden, labels = hidden_and_labels(2, 9)
-    frozen_head_cross_entropy(hidden, labels, Head())[0].backward()
+    caption_cross_entropy(hidden, labels, Head())[0].backward()
     assert hidden.grad is not None
     assert (hidden.grad.abs().sum(-1) == 0).equal(labels == IGNORE_INDEX)
 
@@ -71,9 +71,9 @@ def test_unsupervised_positions_get_no_gradient() -> None:
 def test_works_without_gradients_and_without_supervision() -> None:
     hidden, labels = hidden_and_labels(2, 6)
     with torch.no_grad():
-        total, _ = frozen_head_cross_entropy(hidden, labels, Head())
+        total, _ = caption_cross_entropy(hidden, labels, Head())
     assert not total.requires_grad
-    nothing, losses = frozen_head_cross_entropy(hidden, torch.full_like(labels, IGNORE_INDEX), Head())
+    nothing, losses = caption_cross_entropy(hidden, torch.full_like(labels, IGNORE_INDEX), Head())
     nothing.backward()
     assert nothing.item() == 0
     assert len(losses) == 0

@@ -10,7 +10,8 @@ import torch
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture import packaged_weights
-from vlm_bridge.model_architecture.language_model import SMOLLM2, build_language_model
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
+from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 from vlm_bridge.model_architecture.packaged_weights import (
     cache_dir,
     find_smollm2_gguf,

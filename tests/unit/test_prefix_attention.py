@@ -11,7 +11,8 @@ from captioners import LANGUAGE_MODELS, random_features, tiny_captioner, tiny_re
 from vlm_bridge.configuration import LanguageModelConfig, recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import build_bridge
-from vlm_bridge.model_architecture.language_model import LanguageModel, build_language_model
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
+from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
 

@@ -131,8 +131,7 @@ class Captioner:
         features = self.model.encode_images(pictures)
         with self._autocast():
             captions, scores = self.model.generate_captions(features, self.format.prompt_ids, decode)
-        tokenizer = self.model.language_model.tokenizer
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in captions]
+        texts = [self.model.language_model.decode(ids) for ids in captions]
         return list(zip(texts, scores, strict=True))
 
     def _autocast(self) -> Any:

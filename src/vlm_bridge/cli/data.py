@@ -354,7 +354,7 @@ def _first_batch(images: Sequence[CaptionedImage], recipe: Recipe, *, with_token
 def _count_tokens(images: Sequence[CaptionedImage], recipe: Recipe, rows: Sequence[Any]) -> dict[str, Any]:
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
-    from vlm_bridge.model_architecture.language_model import build_language_model
+    from vlm_bridge.model_architecture.decoder_loading import build_language_model
     from vlm_bridge.training_strategy.trainer import caption_format
 
     quiet_transformers()

@@ -27,9 +27,16 @@ def info(
     if json_output:
         typer.echo(json.dumps(budget.to_dict(), indent=2))
         return
-    table = Table("component", "role", "parameters", "trainable")
-    for component in budget.components:
-        table.add_row(component.name, component.role, f"{component.parameters:,}", f"{component.trainable:,}")
+    table = Table("component", "role", "pretrained", "trainable", "parameters")
+    for part in budget.components:
+        trained = "no" if not part.trainable else "all" if part.trainable == part.parameters else None
+        table.add_row(
+            part.name,
+            part.role,
+            "yes" if part.pretrained else "no",
+            trained or f"{part.trainable:,}",
+            f"{part.parameters:,}",
+        )
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     tokens, width = budget.features_shape

@@ -9,7 +9,18 @@ from collections.abc import Callable
 import typer
 
 from vlm_bridge import __version__
-from vlm_bridge.cli import caption, compare, data, doctor, evaluate, export, info, quickstart, train
+from vlm_bridge.cli import (
+    caption,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    info,
+    new_decoder,
+    quickstart,
+    train,
+)
 from vlm_bridge.errors import VLMBridgeError
 
 # torch reads this when it loads: large CPU tensors in huge pages halve the time of encoding pictures, most of
@@ -29,6 +40,7 @@ app.command("compare")(compare.compare)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
+app.command("new-decoder")(new_decoder.new_decoder)
 app.command("train")(train.train)
 app.add_typer(data.app, name="data")
 

@@ -40,9 +40,11 @@ def train(
         result = run_training(
             recipe, resume=resume or recipe.resume_from_checkpoint, say=lambda line: print(line, flush=True)
         )
+    decoded = result.decoded
     typer.echo(
-        f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}; "
-        f"checkpoints in {result.checkpoint_dir}"
+        f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}"
+        + (f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}" if decoded else "")
+        + f"; checkpoints in {result.checkpoint_dir}"
     )
     typer.echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
 

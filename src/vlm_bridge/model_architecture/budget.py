@@ -31,6 +31,8 @@ class Component:
     role: str
     parameters: int
     trainable: int
+    pretrained: bool
+    """False for what starts from random weights: the bridge."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Budget:
 def budget_of(recipe: Recipe) -> Budget:
     """Count the parameters of a recipe's parts and estimate memory.
 
-    The estimate of training adds: frozen weights; weights, gradients and two Adam moments of the bridge in
-    float32 (16 bytes each); what back-propagation through the frozen language model keeps (`activation_bytes`);
+    The estimate of training adds: all weights; gradients and two Adam moments of what is trained, in float32 (12
+    bytes each); what back-propagation through the frozen language model keeps (`activation_bytes`);
     and one chunk of logits with its gradient. Captions are taken to be half as long as the recipe allows.
     """
     model = build_captioner(recipe, meta=True)
@@ -81,13 +83,16 @@ def budget_of(recipe: Recipe) -> Budget:
         (recipe.bridge.kind, "bridge", bridge),
         (recipe.language_model.name, "language_model", model.language_model),
     ]
-    components = [Component(name, role, *_count(part)) for name, role, part in parts]
+    components = [
+        Component(name, role, *_count(part), pretrained=role != "bridge") for name, role, part in parts
+    ]
     fixed = RUNTIME_BYTES + 4 * components[0].parameters + _language_model_bytes(recipe, model)
     published = PUBLISHED_TRAINING_GB.get(tuple(component.name for component in components), {})  # type: ignore[arg-type]
+    optimised = 12 * sum(part.trainable for part in components) + 4 * components[1].parameters
     training = [
         TrainingMemory(
             batch_size,
-            round((fixed + 16 * components[1].parameters + _step_bytes(recipe, model, batch_size)) / GIB, 2),
+            round((fixed + optimised + _step_bytes(recipe, model, batch_size)) / GIB, 2),
             published.get(batch_size),
         )
         for batch_size in (recipe.batch_size, 2 * recipe.batch_size)
@@ -160,9 +165,18 @@ def _step_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> float
         _element(recipe),
         checkpointing=recipe.gradient_checkpointing,
     )
+    if any(parameter.requires_grad for parameter in model.language_model.parameters()):
+        per_token += _trained_inputs(model.language_model.text_config, _element(recipe))
     # Logits, their softcap, a float32 copy, its log-softmax and gradient, and the gradient in the working type.
     logits = 16 * CHUNK_POSITIONS * model.language_model.vocab_size
     return rows * row_tokens * per_token + logits
+
+
+def _trained_inputs(text_config: Any, element: int) -> float:
+    """Bytes per token that the weight gradients of a trained decoder keep: the input of each matrix product."""
+    width = text_config.hidden_size
+    intermediate = getattr(text_config, "intermediate_size", None) or 4 * width
+    return text_config.num_hidden_layers * element * (5 * width + intermediate)
 
 
 def _captioning_bytes(recipe: Recipe, model: CaptionerModel) -> float:

@@ -19,13 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge, DeepPrefixBridge
-from vlm_bridge.model_architecture.language_model import (
-    LanguageModel,
-    build_language_model,
-    packed_positions,
-)
-from vlm_bridge.model_architecture.loss import frozen_head_cross_entropy
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
+from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
+from vlm_bridge.model_architecture.loss import caption_cross_entropy
 from vlm_bridge.model_architecture.text_shape import TextShape
+from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 
 
@@ -77,7 +75,7 @@ class FeatureScale(nn.Module):
 
 
 class CaptionerModel(PreTrainedModel, GenerationMixin):
-    """Composes the three parts. Only `bridge` has parameters that require gradients."""
+    """Composes the three parts. What is trained has parameters that require gradients; usually the bridge alone."""
 
     config_class = CaptionerConfig
     main_input_name = "input_ids"
@@ -105,10 +103,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         )
 
     def train(self, mode: bool = True) -> CaptionerModel:
-        """Switch the bridge between training and evaluation; the frozen parts stay in evaluation (no dropout)."""
+        """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout)."""
         super().train(False)
         self.training = mode
         self.bridge.train(mode)
+        self.language_model.train(mode and self.language_model.is_trained)
         return self
 
     # Image side: once per image.
@@ -155,7 +154,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         # The bridge works in its own precision, whatever the frozen weights are stored in.
         embedded_bth = self.language_model.embed(input_ids).to(next(self.bridge.parameters()).dtype)
         text_bth = bridge.edit_text(embedded_bth, image_state)
-        soft_bph = bridge.soft_tokens(image_state)
+        of_image = bridge.image_inputs(image_state)
+        soft_bph = of_image.soft_tokens
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             soft_bph = None
         if soft_bph is not None:
@@ -173,7 +173,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            prefix=bridge.key_value_prefix(image_state),
+            prefix=of_image.key_value_prefix,
+            encoder_hidden_states=_as_dtype(of_image.encoder_hidden_states, body_dtype),
         )
         return states[:, num_soft:]
 
@@ -208,7 +209,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     ) -> CaptionLoss:
         """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict."""
         states = self.text_states(input_ids, image_state, segments)
-        return CaptionLoss(*frozen_head_cross_entropy(states, labels, self.language_model.head))
+        language_model = self.language_model
+        head_is_trained = any(p.requires_grad for p in language_model.head_module.parameters())
+        return CaptionLoss(
+            *caption_cross_entropy(states, labels, language_model.head, head_is_trained=head_is_trained)
+        )
 
     # Captioning.
 
@@ -229,6 +234,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             input_ids=prompt_bt,
             image_state=state,
             attention_mask=torch.ones_like(prompt_bt),
+            past_key_values=self.language_model.new_cache(),
             **generation_options(decode),
         )
         generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
@@ -273,11 +279,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     # What was trained.
 
     def trained_state_dict(self) -> dict[str, torch.Tensor]:
-        """The bridge's weights and the feature statistics: all that a checkpoint holds."""
+        """The bridge's weights, the feature statistics and what else is trained: all that a checkpoint holds."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
-            if name.startswith(("bridge.", "feature_scale."))
+            if name in trained or name.startswith(("bridge.", "feature_scale."))
         }
 
 
@@ -319,10 +326,11 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
         meta: build everything on the meta device, without reading weights (for `info`).
     """
     vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
-    language_model = build_language_model(
-        recipe.language_model, quantize=recipe.quantize_language_model, meta=meta
-    )
     with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # of what no checkpoint holds: a bridge, a new cross-attention
+        language_model = build_language_model(
+            recipe.language_model, quantize=recipe.quantize_language_model, meta=meta
+        )
         torch.manual_seed(recipe.seed)
         bridge = build_bridge(
             recipe.bridge,
@@ -333,6 +341,12 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
         )
     if not meta and hasattr(bridge, "set_output_scale"):
         bridge.set_output_scale(language_model.embedding_std())  # type: ignore[operator]
-    return CaptionerModel(
+    model = CaptionerModel(
         vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
-    ).eval()
+    )
+    choose_trainable(model, recipe.trainable)
+    return model.eval()
+
+
+def _as_dtype(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

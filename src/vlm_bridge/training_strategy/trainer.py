@@ -33,12 +33,16 @@ from vlm_bridge.data_pipeline.loader import (
     prefetch,
 )
 from vlm_bridge.errors import CheckpointError, ConfigurationError
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
+from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
+from vlm_bridge.training_strategy.distillation import distill_projection
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
+from vlm_bridge.training_strategy.features import split_features
 from vlm_bridge.training_strategy.monitor import Monitor, Sample
+from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
 from vlm_bridge.training_strategy.schedule import learning_rate_at
 from vlm_bridge.training_strategy.validation import Features, Validation, batch_loss, validate
 
@@ -63,6 +67,8 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     best_loss: float = float("inf")
+    best_score: float = float("-inf")
+    """Of the captions that validation decodes, where the recipe's `monitor` is bleu4 or cider."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class TrainingResult:
     seconds: float
     best_loss: float
     validation: Validation | None
+    decoded: DecodedValidation | None
 
 
 def train(recipe: Recipe, *, resume: str | Path | None = None, say: Say = print) -> TrainingResult:
@@ -124,11 +131,15 @@ class Trainer:
             self.total_steps = min(self.total_steps, recipe.max_steps)
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.parameters, recipe)
+        self.optimizer, self.relative_learning_rates = adamw(
+            trained_parameters(self.model, recipe.trainable), recipe
+        )
         self.scaler = gradient_scaler(recipe, self.device)
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
         self.progress = Progress()
+        self.decodes = recipe.monitor != "loss" or recipe.decode_every_n_steps is not None
         self.last_validation: Validation | None = None
+        self.last_decoded: DecodedValidation | None = None
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
 
     def run(self, resume: str | Path | None = None) -> TrainingResult:
@@ -144,6 +155,9 @@ class Trainer:
             torch.manual_seed(recipe.seed)  # of dropout
             if self.model.feature_scale is not None:
                 self.model.feature_scale.measure(self._sample_features())
+            if recipe.distillation is not None:
+                paths = [image.path for image in self.train_data.images]
+                distill_projection(self.model, recipe, self.train_features, paths, self._autocast, self.say)
         progress = self.progress
         trainable = sum(p.numel() for p in self.parameters)
         total = sum(p.numel() for p in self.model.parameters())
@@ -160,6 +174,7 @@ class Trainer:
                         self._optimizer_step(group)
                         if interrupted:
                             raise Interrupted(interrupted[0], self._save(checkpoints.LATEST))
+                        self._between_epochs()
                         if progress.step >= self.total_steps:
                             break
                     if self._finish_epoch():
@@ -167,6 +182,8 @@ class Trainer:
                             f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
                         )
                         break
+                if self.decodes:
+                    self.last_decoded = self._decode_validation(len(self.val_images))
         finally:
             self.monitor.close()
         return TrainingResult(
@@ -175,6 +192,7 @@ class Trainer:
             time.perf_counter() - started,
             progress.best_loss,
             self.last_validation,
+            self.last_decoded,
         )
 
     def _groups_of_epoch(self) -> Iterator[list[tuple[PackedBatch, np.ndarray]]]:
@@ -191,8 +209,9 @@ class Trainer:
     def _optimizer_step(self, group: Sequence[tuple[PackedBatch, np.ndarray]]) -> None:
         recipe, progress = self.recipe, self.progress
         learning_rate = self._learning_rate()
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = learning_rate
+        rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
+        for parameter_group, relative in rates:
+            parameter_group["lr"] = learning_rate * relative
 
         num_supervised = sum(batch.num_supervised for batch, _ in group)
         step_loss = torch.zeros((), device=self.device)
@@ -220,6 +239,32 @@ class Trainer:
                 gradient_norm=gradient_norm.item(),
             )
 
+    def _between_epochs(self) -> None:
+        """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
+        recipe, step = self.recipe, self.progress.step
+        if recipe.decode_every_n_steps and step % recipe.decode_every_n_steps == 0:
+            decoded = self._decode_validation(recipe.num_decoded_images)
+            if recipe.monitor != "loss" and decoded.score(recipe.monitor) > self.progress.best_score:
+                self.progress.best_score = decoded.score(recipe.monitor)
+                self._save_best()
+        if recipe.save_every_n_steps and step % recipe.save_every_n_steps == 0:
+            self._save(checkpoints.STEP.format(step))
+            checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
+
+    def _decode_validation(self, num_images: int) -> DecodedValidation:
+        """Caption the first validation images as the recipe's `decode` says, and score the captions."""
+        decoded = decode_and_score(
+            self.model,
+            self.format.prompt_ids,
+            self.val_images[:num_images],
+            self.val_features,
+            self.recipe.decode,
+            self._autocast,
+        )
+        self.monitor.decoded(self.progress.step, decoded)
+        self.monitor.restart_clock()
+        return decoded
+
     def _finish_epoch(self) -> bool:
         """Validate, sample and save as the recipe asks; True when training should stop early."""
         recipe, progress = self.recipe, self.progress
@@ -232,12 +277,17 @@ class Trainer:
             result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
             self.last_validation = result
             self.monitor.validation(progress.step, progress.epoch - 1, result)
-            improved = result.loss < progress.best_loss
+            improved = recipe.monitor == "loss" and result.loss < progress.best_loss
             progress.best_loss = min(progress.best_loss, result.loss)
-            stop = recipe.use_early_stopping and self.early_stopping.should_stop(result.loss)
+            watched = result.loss
+            if recipe.monitor != "loss":
+                score = self._decode_validation(recipe.num_decoded_images).score(recipe.monitor)
+                improved = score > progress.best_score
+                progress.best_score = max(progress.best_score, score)
+                watched = -score
+            stop = recipe.use_early_stopping and self.early_stopping.should_stop(watched)
             if improved:
-                self._save(checkpoints.BEST)
-                self._save(checkpoints.BEST_WEIGHTS)
+                self._save_best()
         if progress.epoch % recipe.generate_samples_every_n_epochs == 0 or is_last:
             self._show_samples()
         if validated or progress.epoch % recipe.save_every_n_epochs == 0:
@@ -255,11 +305,11 @@ class Trainer:
         with self._autocast():
             captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
         self.model.train()
-        decode = self.model.language_model.tokenizer.decode
+        decode = self.model.language_model.decode
         self.monitor.samples(
             self.progress.step,
             [
-                Sample(open_image(image.path), ids, decode(ids).strip(), image.captions)
+                Sample(open_image(image.path), ids, decode(ids), image.captions)
                 for image, ids in zip(self.val_images, captions, strict=False)
             ],
         )
@@ -296,6 +346,10 @@ class Trainer:
         return torch.cat(parts)
 
     # Checkpoints
+
+    def _save_best(self) -> None:
+        self._save(checkpoints.BEST)
+        self._save(checkpoints.BEST_WEIGHTS)
 
     def _save(self, name: str) -> Path:
         path = self.checkpoint_dir / name
@@ -381,70 +435,6 @@ def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionForm
         prompt=recipe.language_model.prompt,
         max_caption_tokens=recipe.max_caption_tokens,
     )
-
-
-def split_features(
-    model: CaptionerModel,
-    recipe: Recipe,
-    folder: CaptionFolder,
-    split: str,
-    images: Sequence[CaptionedImage],
-    say: Say,
-) -> Features:
-    """The cached features of a split's images, built if need be; without a cache, their pixels as they are needed."""
-    encoder: Any = model.vision_encoder
-    paths = [image.path for image in images]
-
-    def pixels_on_the_fly() -> Features:
-        return feature_cache.OnTheFlyPixels(paths, lambda pictures: encoder.preprocess(pictures).numpy())
-
-    if recipe.feature_cache == "off":
-        return pixels_on_the_fly()
-    root = Path(recipe.feature_cache) if recipe.feature_cache != "auto" else folder.root / ".features"
-    shape = encoder.num_tokens, encoder.embed_dim
-    size_gib = len(paths) * shape[0] * shape[1] * 2 / 2**30
-    started = last_said = time.perf_counter()
-
-    def progress(done: int) -> None:
-        nonlocal last_said
-        if done == len(paths) or time.perf_counter() - last_said > 10:
-            last_said = time.perf_counter()
-            say(f"encoding {split} pictures: {done}/{len(paths)} ({done / (last_said - started):.0f}/s)")
-
-    cache = feature_cache.open_or_build(
-        root,
-        feature_cache.cache_key(encoder_fingerprint(encoder), folder.fingerprint, split, str(len(paths))),
-        paths,
-        shape,
-        lambda pictures: model.encode_images(pictures).float().cpu().numpy(),
-        num_workers=recipe.num_workers,
-        progress=progress,
-    )
-    if cache is None:
-        say(
-            f"no room for {size_gib:.1f} GiB of cached features below {root}: pictures are encoded in every step"
-        )
-        return pixels_on_the_fly()
-    return cache
-
-
-def adamw(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases and norms."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
-
-
-def gradient_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
-    """Loss scaling for float16, below whose smallest number gradients fall (Micikevicius et al. 2018).
-
-    It does nothing for bfloat16, which has the exponents of float32.
-    """
-    return torch.amp.GradScaler(device.type, enabled=recipe.use_amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
 
 
 def resume_path(path: str | Path) -> Path:

@@ -6,12 +6,21 @@ from typing import Protocol
 
 import torch
 
+from vlm_bridge.model_architecture.bridges.base import ImageInputs
 from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttentionBridge, CrossAttentionOptions
 from vlm_bridge.model_architecture.bridges.deep_prefix import DeepPrefixBridge, DeepPrefixOptions
 from vlm_bridge.model_architecture.bridges.prefix import PrefixBridge, PrefixOptions
-from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
+from vlm_bridge.model_architecture.bridges.projection import ProjectionBridge, ProjectionOptions
 
-__all__ = ["BRIDGES", "Bridge", "CrossAttentionBridge", "DeepPrefixBridge", "PrefixBridge"]
+__all__ = [
+    "BRIDGES",
+    "Bridge",
+    "CrossAttentionBridge",
+    "DeepPrefixBridge",
+    "ImageInputs",
+    "PrefixBridge",
+    "ProjectionBridge",
+]
 
 
 class Bridge(Protocol):
@@ -29,12 +38,8 @@ class Bridge(Protocol):
         """Image state [B, ...] from features [B, N, D]."""
         ...
 
-    def soft_tokens(self, image_state: torch.Tensor) -> torch.Tensor | None:
-        """Soft tokens [B, P, H] that stand before the text, or None."""
-        ...
-
-    def key_value_prefix(self, image_state: torch.Tensor) -> KeyValuePrefix | None:
-        """Keys and values that the language model's layers attend to beside the text's own, or None."""
+    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
+        """What of the image the language model reads beside the text."""
         ...
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
@@ -46,4 +51,5 @@ BRIDGES = {
     "cross_attention": (CrossAttentionOptions, CrossAttentionBridge),
     "deep_prefix": (DeepPrefixOptions, DeepPrefixBridge),
     "prefix": (PrefixOptions, PrefixBridge),
+    "projection": (ProjectionOptions, ProjectionBridge),
 }

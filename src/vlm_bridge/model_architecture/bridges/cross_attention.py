@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.limits import check_at_least, check_dropout
+from vlm_bridge.model_architecture.bridges.base import ImageInputs
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 
@@ -71,11 +72,8 @@ class CrossAttentionBridge(nn.Module):
         projected_bnh = self.vision_projection(features_bnd)
         return torch.stack((self.key(projected_bnh), self.value(projected_bnh)), dim=1)
 
-    def soft_tokens(self, image_state: torch.Tensor) -> None:
-        return None
-
-    def key_value_prefix(self, image_state: torch.Tensor) -> None:
-        return None
+    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
+        return ImageInputs()
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         keys_bnh, values_bnh = image_state.unbind(1)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vlm_bridge.limits import check_at_least
+from vlm_bridge.model_architecture.bridges.base import ImageInputs
 from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
 from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
@@ -67,11 +68,8 @@ class DeepPrefixBridge(nn.Module):
         flat_bpo = self.keys_values(self.output_norm(self.resampler(features_bnd)))
         return flat_bpo.unflatten(-1, self.shape).permute(0, 2, 3, 4, 1, 5).contiguous()
 
-    def soft_tokens(self, image_state: torch.Tensor) -> None:
-        return None
-
-    def key_value_prefix(self, image_state: torch.Tensor) -> KeyValuePrefix:
-        return KeyValuePrefix(image_state, self.first_layer)
+    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
+        return ImageInputs(key_value_prefix=KeyValuePrefix(image_state, self.first_layer))
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         return text_bth

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vlm_bridge.model_architecture.bridges.base import ImageInputs
 from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
 from vlm_bridge.model_architecture.text_shape import TextShape
 
@@ -42,11 +43,8 @@ class PrefixBridge(nn.Module):
         """Soft tokens [B, P, H] from features [B, N, D]."""
         return self.output_norm(self.output_projection(self.resampler(features_bnd)))
 
-    def soft_tokens(self, image_state: torch.Tensor) -> torch.Tensor:
-        return image_state
-
-    def key_value_prefix(self, image_state: torch.Tensor) -> None:
-        return None
+    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
+        return ImageInputs(soft_tokens=image_state)
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         return text_bth

@@ -1,0 +1,101 @@
+"""The projection bridge: image tokens in the width that a cross-attending decoder looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vlm_bridge.limits import check_dropout
+from vlm_bridge.model_architecture.bridges.base import ImageInputs
+from vlm_bridge.model_architecture.text_shape import TextShape
+
+
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """Options of `projection`; `linear` is the published PVTv2-B0 case, `conv3x3` has the published 3.5 M parameters.
+
+    Attributes:
+        projection: `linear`, `mlp` (two layers with GELU), or `conv3x3` over the grid of image tokens.
+        position_embeddings: add a learned vector to each image token, for encoders that do not say where one is.
+    """
+
+    projection: Literal["linear", "mlp", "conv3x3"] = "linear"
+    position_embeddings: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout, "bridge.dropout")
+
+
+class ProjectionBridge(nn.Module):
+    """Features [B, N, D] become the encoder states [B, N, W] of a decoder with cross-attention.
+
+    Everything else happens in the decoder (BLIP's text decoder, Li et al. 2022), whose cross-attention layers must be
+    pretrained or trained along. From 512 to 768, `conv3x3` has 3,539,712 parameters.
+    """
+
+    def __init__(self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
+        super().__init__()
+        width = text.cross_attention_width
+        if width is None:
+            raise ValueError(
+                "bridge.kind=projection needs a decoder that cross-attends (BLIP's, or language_model."
+                "add_cross_attention=true with GPT-2 or BERT's family); for other language models choose deep_prefix, "
+                "prefix or cross_attention"
+            )
+        self.dropout = options.dropout
+        self.projection = _PROJECTIONS[options.projection](vision_dim, width, num_image_tokens)
+        self.positions = (
+            nn.Parameter(torch.empty(num_image_tokens, width)) if options.position_embeddings else None
+        )
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)  # as BERT's and ViT's
+
+    def output_num_tokens(self, num_image_tokens: int) -> int:
+        return 0
+
+    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """Encoder states [B, N, W] from features [B, N, D]."""
+        states_bnw = self.projection(features_bnd)
+        if self.positions is not None:
+            states_bnw = states_bnw + self.positions
+        return F.dropout(states_bnw, self.dropout, self.training)
+
+    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
+        return ImageInputs(encoder_hidden_states=image_state)
+
+    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
+        return text_bth
+
+
+class GridConvolution(nn.Conv2d):
+    """A 3x3 convolution over tokens [B, N, D] that lie row by row on a square grid."""
+
+    def __init__(self, vision_dim: int, width: int, num_image_tokens: int):
+        self.side = isqrt(num_image_tokens)
+        if self.side**2 != num_image_tokens:
+            raise ValueError(
+                f"bridge.projection=conv3x3 needs a square grid of image tokens, not {num_image_tokens} (a class token "
+                "has no place on a grid): choose linear or mlp"
+            )
+        super().__init__(vision_dim, width, kernel_size=3, padding=1)
+
+    def forward(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        grid_bdhw = features_bnd.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return super().forward(grid_bdhw).flatten(2).transpose(1, 2)
+
+
+def _linear(vision_dim: int, width: int, num_image_tokens: int) -> nn.Module:
+    return nn.Linear(vision_dim, width)
+
+
+def _mlp(vision_dim: int, width: int, num_image_tokens: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, width))
+
+
+_PROJECTIONS = {"linear": _linear, "mlp": _mlp, "conv3x3": GridConvolution}

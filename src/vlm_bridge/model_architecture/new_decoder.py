@@ -1,0 +1,92 @@
+"""A small decoder that cross-attends, made new: BERT's architecture with random weights and its own word pieces.
+
+For learning to caption from nothing but captioned pictures, where no pretrained decoder is at hand or wanted. All of
+it has to be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vlm_bridge.limits import check_at_least
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+LONGEST_CAPTION = 128
+
+
+class DecoderSize(NamedTuple):
+    """Sizes of a BERT-style decoder; its feed-forward layers are four times as wide (Devlin et al. 2019)."""
+
+    layers: int = 6
+    width: int = 256
+    heads: int = 4
+    vocabulary: int = 6000
+    dropout: float = 0.1
+
+
+def write_new_decoder(
+    captions: Iterable[str], folder: Path, size: DecoderSize, *, seed: int = 0
+) -> tuple[int, int]:
+    """Write a new decoder and its tokenizer to a folder that `language_model.name` can name.
+
+    Args:
+        captions: what the word pieces are made from.
+
+    Returns:
+        The number of word pieces (at most ``size.vocabulary``) and of parameters.
+
+    Raises:
+        ConfigurationError: a size that cannot be.
+    """
+    from transformers import BertConfig, BertLMHeadModel
+
+    check_at_least(1, size, "layers", "heads")
+    check_at_least(size.heads, size, "width")
+    tokenizer = word_piece_tokenizer(captions, size.vocabulary)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        hidden_dropout_prob=size.dropout,
+        attention_probs_dropout_prob=size.dropout,
+        max_position_embeddings=LONGEST_CAPTION,
+        pad_token_id=tokenizer.pad_token_id,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        decoder = BertLMHeadModel(config)
+    decoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer), decoder.num_parameters()
+
+
+def word_piece_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
+    """BERT's lower-case word pieces, learnt from captions."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))  # type: ignore[call-arg]
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=LONGEST_CAPTION, **SPECIAL_TOKENS
+    )

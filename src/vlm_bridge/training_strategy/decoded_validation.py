@@ -1,0 +1,61 @@
+"""Validation by real decoding: BLEU-4 and CIDEr of captions, while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vlm_bridge.configuration import DecodeSettings
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.loader import in_batches
+from vlm_bridge.evaluation.metrics import score_without_java
+from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.training_strategy.validation import Features
+
+DECODE_BATCH = 16
+"""Images decoded together."""
+
+
+@dataclass(frozen=True)
+class DecodedValidation:
+    """Scores as fractions, on tokens of a simple rule: they follow a run and are not comparable with papers.
+
+    CIDEr weighs words by the images it is given, so it compares within one run and one number of images only.
+    """
+
+    bleu4: float
+    cider: float
+    num_images: int
+
+    def score(self, monitor: Literal["bleu4", "cider"]) -> float:
+        return self.bleu4 if monitor == "bleu4" else self.cider
+
+
+def decode_and_score(
+    model: CaptionerModel,
+    prompt_ids: Sequence[int],
+    images: Sequence[CaptionedImage],
+    features: Features,
+    decode: DecodeSettings,
+    autocast: Callable[[], Any],
+) -> DecodedValidation:
+    """Caption the first images of a split and score them against all their references.
+
+    Args:
+        features: of the split, by image index; ``images`` are its first.
+    """
+    was_training = model.training
+    model.eval()
+    captions: list[str] = []
+    for indices in in_batches(range(len(images)), DECODE_BATCH):
+        features_bnd = model.features(torch.from_numpy(np.ascontiguousarray(features[np.array(indices)])))
+        with autocast():
+            ids, _ = model.generate_captions(features_bnd, prompt_ids, decode)
+        captions += map(model.language_model.decode, ids)
+    model.train(was_training)
+    scores = score_without_java([image.captions for image in images], captions)
+    return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(images))
