@@ -44,6 +44,8 @@ SYSTEMS = [
     for language_model in (CROSS_ATTENDING if bridge == "projection" else LANGUAGE_MODELS)
 ]
 """Every bridge with every kind of language model that it can speak to."""
+SPEAKS_TO = {bridge: "bert" if bridge == "projection" else "llama" for bridge in BRIDGES}
+"""For each bridge one of them, where the kind does not matter."""
 
 
 def tiny_recipe(

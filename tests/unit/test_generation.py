@@ -12,6 +12,7 @@ import torch
 
 from captioners import (
     BRIDGES,
+    SPEAKS_TO,
     SYSTEMS,
     TOY_EOS,
     TOY_START,
@@ -169,9 +170,13 @@ class TestCaptioner:
     """The pipeline from paths to captions."""
 
     @pytest.fixture
-    def captioner(self, tiny_vit_dir: Path, tiny_llama_dir: Path, bridge: str) -> Captioner:
+    def language_model_dir(self, bridge: str, request: pytest.FixtureRequest) -> Path:
+        return request.getfixturevalue(f"tiny_{SPEAKS_TO[bridge]}_dir")
+
+    @pytest.fixture
+    def captioner(self, tiny_vit_dir: Path, language_model_dir: Path, bridge: str) -> Captioner:
         recipe = tiny_recipe(
-            tiny_vit_dir, tiny_llama_dir, bridge, decode={"num_beams": 3, "max_new_tokens": 8}
+            tiny_vit_dir, language_model_dir, bridge, decode={"num_beams": 3, "max_new_tokens": 8}
         )
         return Captioner(tiny_captioner(recipe), recipe)
 
@@ -222,10 +227,10 @@ class TestCaptioner:
         assert captioner.caption([]) == []
 
     def test_the_prompt_stands_before_the_caption_and_not_in_it(
-        self, tiny_vit_dir: Path, tiny_llama_dir: Path, bridge: str, pictures: list[Path]
+        self, tiny_vit_dir: Path, language_model_dir: Path, bridge: str, pictures: list[Path]
     ) -> None:
         recipe = tiny_recipe(
-            tiny_vit_dir, tiny_llama_dir, bridge, decode={"num_beams": 1, "max_new_tokens": 6}
+            tiny_vit_dir, language_model_dir, bridge, decode={"num_beams": 1, "max_new_tokens": 6}
         )
         prompted = replace(recipe, language_model=replace(recipe.language_model, prompt="The black dog"))
         bare, asked = (Captioner(tiny_captioner(r), r).caption(pictures[:1])[0] for r in (recipe, prompted))

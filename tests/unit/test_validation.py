@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioners import BRIDGES, random_features, tiny_captioner, tiny_recipe
+from captioners import BRIDGES, SPEAKS_TO, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
@@ -28,8 +28,9 @@ CAPTIONS = (
 
 
 @pytest.fixture(params=BRIDGES)
-def captioner(request: pytest.FixtureRequest, tiny_vit_dir: Path, tiny_llama_dir: Path) -> Captioner:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, request.param)
+def captioner(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Captioner:
+    language_model = request.getfixturevalue(f"tiny_{SPEAKS_TO[request.param]}_dir")
+    recipe = tiny_recipe(tiny_vit_dir, language_model, request.param)
     return Captioner(tiny_captioner(recipe), recipe)
 
 
