@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioners import BRIDGES, tiny_recipe
+from captioners import SYSTEMS, tiny_recipe
 from vlm_bridge.configuration import LanguageModelConfig, load_recipe, override_recipe, shipped_recipe
 from vlm_bridge.model_architecture.budget import activation_bytes, budget_of
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 
 
-@pytest.mark.parametrize("language_model", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize(("bridge", "language_model"), SYSTEMS)
 def test_counts_are_those_of_the_real_captioner(
     tiny_vit_dir: Path, bridge: str, language_model: str, request: pytest.FixtureRequest
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioners import BRIDGES, tiny_captioner, tiny_recipe
+from captioners import BRIDGES, SPEAKS_TO, tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
@@ -22,8 +22,9 @@ from vlm_bridge.training_strategy.trainer import resumed_recipe, train
 
 
 @pytest.fixture(params=BRIDGES)
-def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path, tiny_llama_dir: Path) -> Recipe:
-    return tiny_recipe(tiny_vit_dir, tiny_llama_dir, request.param)
+def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
+    language_model = request.getfixturevalue(f"tiny_{SPEAKS_TO[request.param]}_dir")
+    return tiny_recipe(tiny_vit_dir, language_model, request.param)
 
 
 @pytest.fixture
@@ -205,7 +206,6 @@ def test_an_encoder_of_another_width_is_refused_by_name(
         "vision_encoder.image_size=96",
         "vision_encoder.layers=[-1]",
         "language_model.name=google/gemma-2-9b",
-        "bridge.num_heads=2",
         "bridge.standardize_features=false",
     ],
 )
@@ -217,6 +217,13 @@ def test_a_recipe_of_other_parts_is_refused_by_key(saved: Path, recipe: Recipe, 
     assert f"it has {key}=" in str(caught.value)
     assert f"wanted is {'False' if value == 'false' else value}" in str(caught.value)
     assert str(caught.value).count("it has") == 1
+
+
+def test_another_option_of_the_bridge_is_refused_by_key(saved: Path, recipe: Recipe) -> None:
+    key, value = ("projection", "linear") if recipe.bridge.kind == "projection" else ("num_heads", "2")
+    other = override_recipe(recipe, [f"bridge.{key}={value}"])
+    with pytest.raises(CheckpointError, match=rf"it has bridge\.{key}=\w+, wanted is {value};"):
+        checkpoints.check_architecture(checkpoints.load_checkpoint(saved), other, saved)
 
 
 def test_moved_models_and_settings_of_training_are_no_other_architecture(saved: Path, recipe: Recipe) -> None:

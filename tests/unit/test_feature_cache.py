@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioners import BRIDGES, tiny_captioner, tiny_recipe
+from captioners import BRIDGES, SPEAKS_TO, tiny_captioner, tiny_recipe
 from vlm_bridge.data_pipeline import feature_cache
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import FeatureCache, OnTheFlyPixels, cache_key, open_or_build
@@ -169,13 +169,18 @@ def test_a_broken_picture_is_named(tmp_path: Path, paths: list[Path]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("bridge", BRIDGES)
 def test_losses_are_those_without_a_cache(
-    drawn_caption_folder: Path, tiny_dinov2_dir: Path, tiny_llama_dir: Path, bridge: str, tmp_path: Path
+    drawn_caption_folder: Path,
+    tiny_dinov2_dir: Path,
+    bridge: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    language_model = request.getfixturevalue(f"tiny_{SPEAKS_TO[bridge]}_dir")
     folder = CaptionFolder.open(drawn_caption_folder)
     images = folder.split("val")
     losses = []
     for place in (str(tmp_path / "cache"), "off"):
-        recipe = tiny_recipe(tiny_dinov2_dir, tiny_llama_dir, bridge, feature_cache=place)
+        recipe = tiny_recipe(tiny_dinov2_dir, language_model, bridge, feature_cache=place)
         model = tiny_captioner(recipe)
         features = split_features(model, recipe, folder, "val", images, lambda line: None)
         assert isinstance(features, OnTheFlyPixels if place == "off" else FeatureCache)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from captioners import BRIDGES, randomise, tiny_captioner, tiny_recipe
+from captioners import BRIDGES, SPEAKS_TO, randomise, tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError
@@ -185,9 +185,10 @@ def test_other_blocks_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bridge", BRIDGES)
 def test_what_the_original_layout_cannot_hold_is_not_written(
-    bridge: str, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+    bridge: str, tiny_vit_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge)  # with feature statistics
+    language_model = request.getfixturevalue(f"tiny_{SPEAKS_TO[bridge]}_dir")
+    recipe = tiny_recipe(tiny_vit_dir, language_model, bridge)  # with feature statistics
     weights = tiny_captioner(recipe).trained_state_dict()
     with pytest.raises(
         CheckpointError, match=r"cannot be written in the original layout.* is (missing|unknown)"
