@@ -132,7 +132,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or none of these.
     """
     path = checkpoint_path(path)
-    content = _read_exported(path) if path.name == interchange.WEIGHTS_NAME else _read_pth(path)
+    content = _read_exported(path) if path.name == interchange.WEIGHTS_NAME else read_file(path)
     if interchange.is_original(content):
         weights = interchange.from_original(content["model_state_dict"], path)
         recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
@@ -146,7 +146,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read_pth(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """What ``torch.save`` wrote, and never code. Raises CheckpointError where it is damaged or holds anything else."""
     try:
         # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor
         # marked as a folder it does not read at all, and gives whatever lay in memory.

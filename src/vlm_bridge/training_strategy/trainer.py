@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,18 +81,26 @@ class TrainingResult:
     decoded: DecodedValidation | None
 
 
-def train(recipe: Recipe, *, resume: str | Path | None = None, say: Say = print) -> TrainingResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | Path | None = None,
+    initial_weights: Mapping[str, torch.Tensor] | None = None,
+    say: Say = print,
+) -> TrainingResult:
     """Train the bridge of a recipe.
 
     Args:
         resume: a checkpoint to continue (its weights, optimiser, position and randomness).
+        initial_weights: what a new run starts from instead of the recipe's own start, for some or all of what is
+            trained; by a checkpoint's names.
         say: where console lines go.
 
     Raises:
         VLMBridgeError: data, models or the checkpoint cannot be used; nothing has been written then.
         Interrupted: a signal came; the state was saved first.
     """
-    return Trainer(recipe, say).run(resume)
+    return Trainer(recipe, say).run(resume, initial_weights)
 
 
 class Trainer:
@@ -142,7 +150,9 @@ class Trainer:
         self.last_decoded: DecodedValidation | None = None
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
 
-    def run(self, resume: str | Path | None = None) -> TrainingResult:
+    def run(
+        self, resume: str | Path | None = None, initial_weights: Mapping[str, torch.Tensor] | None = None
+    ) -> TrainingResult:
         started = time.perf_counter()
         recipe = self.recipe
         if resume is None and (self.checkpoint_dir / checkpoints.LATEST).is_file():
@@ -153,6 +163,9 @@ class Trainer:
             self._resume(resume)
         else:
             torch.manual_seed(recipe.seed)  # of dropout
+            if initial_weights:
+                weights = {**self.model.trained_state_dict(), **initial_weights}
+                checkpoints.load_weights(self.model, weights, "what training starts from")
             if self.model.feature_scale is not None:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
