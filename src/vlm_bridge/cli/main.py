@@ -60,7 +60,7 @@ def _global_options(
     """Options that stand before every command (`--debug`, anywhere on the line, shows full tracebacks)."""
 
 
-def _run(command: Callable[[], object]) -> None:
+def run_program(command: Callable[[], object]) -> None:
     """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
     debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
@@ -96,16 +96,16 @@ def _run(command: Callable[[], object]) -> None:
 
 def run_bridge() -> None:
     """Entry point of ``vlm-bridge``."""
-    _run(app)
+    run_program(app)
 
 
 def run_data() -> None:
     """Entry point of ``vlm-data``, the same as ``vlm-bridge data``."""
-    _run(data.app)
+    run_program(data.app)
 
 
 def run_training() -> None:
     """Entry point of ``vlm-training``, the same as ``vlm-bridge train``."""
     training = typer.Typer(pretty_exceptions_enable=False)
     training.command("vlm-training")(train.train)
-    _run(training)
+    run_program(training)
