@@ -1,0 +1,245 @@
+"""Fine-tune a combined file on a dataset: captions made ready, parts laid out, training, a combined file again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
+from vlm_bridge.configuration import BridgeConfig, Recipe, VisionEncoderConfig, load_recipe, shipped_recipe
+from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder
+from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+from vlm_bridge.data_pipeline.transform import Progress, transform
+from vlm_bridge.errors import DataError, ModelError, UsageError
+from vlm_bridge.model_architecture.bridges.projection import ProjectionOptions
+from vlm_bridge.model_architecture.combined import (
+    CombinedModel,
+    build_combined,
+    from_combined,
+    projection_kind,
+)
+from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.trainer import TrainingResult, train
+
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]
+"""What is counted -> a context that gives what is called with (done, total)."""
+
+
+class Dataset(NamedTuple):
+    """How a dataset of the published guide is read: its source, its recipe in config/, and how many images at most."""
+
+    source: str
+    recipe: str
+    limit: int | None = None
+
+
+DATASETS = {
+    "flickr30k": Dataset("flickr30k", "blip-pvt-flickr30k"),
+    "coco": Dataset("coco", "blip-pvt-coco"),
+    "coco_sample": Dataset("coco", "blip-pvt-coco-small", 1000),
+    "coco_small": Dataset("coco", "blip-pvt-coco-small", 1000),
+    "conceptual": Dataset("conceptual", "blip-pvt-conceptual"),
+    "local": Dataset("local", "blip-pvt-flickr30k"),
+}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What to fine-tune, on what, and where to write it.
+
+    Attributes:
+        checkpoint: the combined file to start from.
+        dataset: a name in `DATASETS`.
+        dataset_path: the dataset in its own layout, or a caption folder that is used as it is.
+        output: the combined file to write, ending in .pth; the run's folder has its name without the ending.
+        overrides: ``key=value`` changes of the dataset's recipe.
+        config: a recipe in the place of the dataset's own.
+        dataset_size: at most this many images a split.
+        pvt: whose configuration and preprocessing the encoder has; None reads sizes from the tensors and scales
+            pictures as PVT's, by ImageNet's mean and standard deviation.
+        blip: whose configuration and tokenizer the decoder has; None reads sizes from the tensors and takes the
+            tokenizer of the recipe's decoder.
+    """
+
+    checkpoint: Path
+    dataset: str
+    dataset_path: Path
+    output: Path
+    overrides: Sequence[str] = ()
+    config: Path | None = None
+    dataset_size: int | None = None
+    pvt: str | None = None
+    blip: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise UsageError(f"unknown dataset {self.dataset!r}: choose from {', '.join(DATASETS)}")
+        if not self.output.suffix:
+            raise UsageError(f"the output is a file: {self.output}.pth, for example")
+        if self.output.resolve() == self.checkpoint.resolve():
+            raise UsageError(f"the output is the checkpoint itself: choose another file than {self.output}")
+
+    @property
+    def run_dir(self) -> Path:
+        """Checkpoints, logs, and the models that the training starts from."""
+        return self.output.with_suffix("").resolve()
+
+    def recipe(self) -> Recipe:
+        """The dataset's recipe with the overrides; ConfigurationError as `load_recipe`."""
+        return load_recipe(self.config or shipped_recipe(DATASETS[self.dataset].recipe), self.overrides)
+
+
+def finetune_combined(
+    settings: FineTuning,
+    *,
+    say: Callable[[str], object] = print,
+    show_progress: ShowProgress = lambda what: nullcontext(lambda done, total: None),
+) -> TrainingResult:
+    """Fine-tune a combined file and write another. Interrupted, the same call continues.
+
+    Everything else goes beside the output: the dataset as a caption folder, which later outputs there share, and the
+    run's folder, which captions and evaluates like any other (``vlm-bridge caption --checkpoint``). The output
+    holds the best weights by the recipe's `monitor`.
+
+    Args:
+        show_progress: gives what is told of the pictures while the caption folder is made.
+
+    Raises:
+        VLMBridgeError: the file, the data or a model cannot be used, or the run's folder holds another training.
+        Interrupted: a signal came; the state was saved first.
+    """
+    recipe = settings.recipe()
+    state = read_combined(settings.checkpoint)
+    parts = build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=settings.blip)
+    with show_progress("pictures") as progress:
+        folder = _caption_folder(settings, recipe, progress)
+    say(f"captions and pictures: {folder}")
+    start = _lay_out(settings, recipe, parts)
+    checkpoint_dir = settings.run_dir / "checkpoints"
+    recipe = replace(
+        recipe,
+        vision_encoder=VisionEncoderConfig(
+            str(start / "vision_encoder"), image_size=_image_size(recipe, parts)
+        ),
+        language_model=replace(recipe.language_model, name=str(start / "language_model"), revision=None),
+        bridge=_projection(recipe, parts),
+        data_dir=str(folder),
+        checkpoint_dir=str(checkpoint_dir),
+        log_dir=str(settings.run_dir / "logs"),
+    )
+    latest = checkpoint_dir / checkpoints.LATEST
+    bridge = {
+        name: tensor
+        for name, tensor in from_combined(state, settings.checkpoint).items()
+        if name.startswith("bridge.")
+    }
+    del state, parts  # the trainer loads the frozen parts and the decoder from their folders
+    result = train(recipe, resume=latest if latest.is_file() else None, initial_weights=bridge, say=say)
+    write_combined(settings.output, combine_checkpoint(checkpoint_dir))
+    return result
+
+
+def _caption_folder(settings: FineTuning, recipe: Recipe, progress: Progress) -> Path:
+    """The dataset as a caption folder: itself if it is one, else one beside the output, made or continued if need be.
+
+    Raises:
+        DataError: the dataset cannot be read, or that folder holds another one.
+    """
+    path, dataset = settings.dataset_path, DATASETS[settings.dataset]
+    if not path.is_dir():
+        raise DataError(f"no such folder: {path} (--dataset_path)")
+    if (path / MANIFEST_NAME).is_file():
+        if settings.dataset_size is not None:
+            raise UsageError(
+                f"{path} is a caption folder already: --dataset_size is for datasets in their own layout"
+            )
+        return CaptionFolder.open(path).root.resolve()
+    limit = settings.dataset_size or dataset.limit
+    name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
+    folder = settings.output.resolve().parent / name
+    transform(
+        make_source(dataset.source, SourceOptions(input_dir=path)),
+        folder,
+        workers=max(1, recipe.num_workers),
+        limit=limit,
+        progress=progress,
+    )
+    return folder
+
+
+def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path:
+    """The encoder and the decoder of the combined file as folders that `from_pretrained` loads.
+
+    The checkpoints of the run name them: what was never trained is then this file's, not the hub's.
+    """
+    start = settings.run_dir / "start"
+    with settings.checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    identity = {"sha256": digest, "pvt": settings.pvt, "blip": settings.blip}
+    if start.is_dir():
+        if json.loads((start / "combined.json").read_bytes()) != identity:
+            raise UsageError(
+                f"{settings.run_dir} holds a training that started from another combined file or with other models: "
+                "choose another --output, or delete that folder"
+            )
+        return start
+    processor, tokenizer = _processor(settings.pvt), _tokenizer(settings.blip or recipe.language_model.name)
+    unfinished = start.with_name(".start")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for model, its, name in (
+        (parts.pvt, processor, "vision_encoder"), (parts.blip, tokenizer, "language_model"),
+    ):  # fmt: skip
+        model.save_pretrained(unfinished / name)
+        its.save_pretrained(unfinished / name)
+    (unfinished / "combined.json").write_text(json.dumps(identity) + "\n", encoding="utf-8")
+    unfinished.rename(start)
+    return start
+
+
+def _image_size(recipe: Recipe, parts: CombinedModel) -> int | None:
+    """The recipe's, but for the first PVT: its position embeddings are those of one size."""
+    config = parts.pvt.config
+    return config.image_size if config.model_type == "pvt" else recipe.vision_encoder.image_size
+
+
+def _projection(recipe: Recipe, parts: CombinedModel) -> BridgeConfig:
+    """A plain projection of the file's kind, else as the recipe's."""
+    options = recipe.bridge.options
+    options = options if isinstance(options, ProjectionOptions) else ProjectionOptions()
+    kind = projection_kind(parts.proj.state_dict())
+    return BridgeConfig(
+        "projection",
+        standardize_features=False,
+        options=replace(options, projection=kind, position_embeddings=False),
+    )
+
+
+def _processor(name: str | None) -> Any:
+    from transformers import AutoImageProcessor, PvtImageProcessorPil
+
+    if name is None:
+        return PvtImageProcessorPil()
+    return _loaded("image processor", name, lambda: AutoImageProcessor.from_pretrained(name, backend="pil"))
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+
+
+def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"cannot load the {what} of {name!r}: {why} (--blip and --pvt name other models or folders)"
+        ) from error
