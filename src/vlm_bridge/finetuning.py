@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
-from vlm_bridge.configuration import BridgeConfig, Recipe, VisionEncoderConfig, load_recipe, shipped_recipe
+from vlm_bridge.configuration import BridgeConfig, Recipe, load_recipe, shipped_recipe
 from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
@@ -125,9 +125,7 @@ def finetune_combined(
     checkpoint_dir = settings.run_dir / "checkpoints"
     recipe = replace(
         recipe,
-        vision_encoder=VisionEncoderConfig(
-            str(start / "vision_encoder"), image_size=_image_size(recipe, parts)
-        ),
+        vision_encoder=replace(recipe.vision_encoder, name=str(start / "vision_encoder"), revision=None),
         language_model=replace(recipe.language_model, name=str(start / "language_model"), revision=None),
         bridge=_projection(recipe, parts),
         data_dir=str(folder),
@@ -201,12 +199,6 @@ def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path
     (unfinished / "combined.json").write_text(json.dumps(identity) + "\n", encoding="utf-8")
     unfinished.rename(start)
     return start
-
-
-def _image_size(recipe: Recipe, parts: CombinedModel) -> int | None:
-    """The recipe's, but for the first PVT: its position embeddings are those of one size."""
-    config = parts.pvt.config
-    return config.image_size if config.model_type == "pvt" else recipe.vision_encoder.image_size
 
 
 def _projection(recipe: Recipe, parts: CombinedModel) -> BridgeConfig:
