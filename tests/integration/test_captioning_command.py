@@ -181,6 +181,54 @@ def test_rotated_pictures_are_seen_upright(trained: Trained, tmp_path: Path) -> 
     assert one["score"] == pytest.approx(other["score"], abs=1e-6)
 
 
+def test_explain_writes_a_png_for_each_picture(
+    trained: Trained, pictures: list[Path], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / pictures[0].name
+    Image.open(pictures[1]).save(elsewhere)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    sheets = tmp_path / "new" / "sheets"
+    given = [pictures[0], broken, elsewhere, pictures[2]]
+    plain = caption(trained, *given)
+    explained = caption(trained, *given, "--explain", sheets)
+    assert (explained.exit_code, explained.stdout, explained.stderr) == (1, plain.stdout, plain.stderr)
+
+    names = [f"{pictures[0].stem}.png", f"{pictures[0].stem}-2.png", f"{pictures[2].stem}.png"]
+    assert sorted(path.name for path in sheets.iterdir()) == sorted(names)
+    for name in names:
+        with Image.open(sheets / name) as sheet:
+            assert sheet.format == "PNG"
+            assert min(sheet.size) > 200
+    assert (sheets / names[0]).read_bytes() != (sheets / names[1]).read_bytes()
+
+    listed = rows(caption(trained, *given, "--explain", sheets, "--json"))
+    assert [row.get("explanation") for row in listed] == [
+        str(sheets / names[0]), None, str(sheets / names[1]), str(sheets / names[2]),
+    ]  # fmt: skip
+
+
+def test_explain_shows_what_was_sampled(trained: Trained, pictures: list[Path], tmp_path: Path) -> None:
+    options = ("--explain", tmp_path, "--do-sample", "--temperature", "2.0", "--seed", "3")
+    assert (
+        caption(trained, *pictures[:3], *options).stdout
+        == caption(trained, *pictures[:3], *options[2:]).stdout
+    )
+    sampled = (tmp_path / f"{pictures[1].stem}.png").read_bytes()
+    assert caption(trained, *pictures[:3], "--explain", tmp_path).exit_code == 0
+    assert (tmp_path / f"{pictures[1].stem}.png").read_bytes() != sampled
+
+
+def test_a_folder_that_cannot_be_made_costs_no_captions(
+    trained: Trained, pictures: list[Path], tmp_path: Path, run_here
+) -> None:
+    (tmp_path / "file").touch()
+    result = run_here("caption", pictures[0], "--checkpoint", trained.folder, "--explain", tmp_path / "file")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [f"error: File exists ({tmp_path / 'file'})"]
+
+
 def test_mistakes_are_one_line(trained: Trained, pictures: list[Path], tmp_path: Path, run_here) -> None:
     missing = run_here("caption", pictures[0], "--checkpoint", "nowhere")
     assert missing.returncode == 1

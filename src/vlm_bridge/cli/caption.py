@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 
 
 def caption(
@@ -25,6 +29,9 @@ def caption(
     seed: int = typer.Option(None, help="Seed of sampling."),
     batch_size: int = typer.Option(16, min=1, help="Pictures captioned together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    explain: Path = typer.Option(
+        None, help="Write a PNG for each picture to this folder: where in it each word looked."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print a JSON list of {image, caption, score}."),
 ) -> None:
     """Caption pictures, one line each, in the order given. A broken file is one line on stderr (exit code 1)."""
@@ -38,6 +45,8 @@ def caption(
 
     quiet_transformers()
     pictures = iter_image_paths(paths)
+    if explain is not None:
+        explain.mkdir(parents=True, exist_ok=True)  # before the minutes that captioning may take
     recipe = load_recipe(config) if config else None
     captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
     changes = {
@@ -50,6 +59,7 @@ def caption(
     decode = dataclasses.replace(captioner.recipe.decode, **given)
 
     results = captioner.caption(pictures, decode=decode, batch_size=batch_size)
+    explanations = _write_explanations(captioner, results, explain) if explain is not None else {}
     for result in results:
         if result.error is not None:
             typer.echo(f"{result.image}: {result.error}", err=True)
@@ -59,9 +69,33 @@ def caption(
         rows = [
             {"image": r.image, "error": r.error}
             if r.error is not None
-            else {"image": r.image, "caption": r.caption, "score": r.score}
-            for r in results
+            else {"image": r.image, "caption": r.caption, "score": r.score, **explanations.get(i, {})}
+            for i, r in enumerate(results)
         ]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     if any(result.error is not None for result in results):
         raise typer.Exit(1)
+
+
+def _write_explanations(
+    captioner: Captioner, results: list[CaptionResult], folder: Path
+) -> dict[int, dict[str, str]]:
+    """Write a PNG for each captioned picture, named as the picture is; {index of the result: what JSON says of it}."""
+    from vlm_bridge.captioning.attention_panels import attention_panels
+    from vlm_bridge.captioning.explain import explain
+    from vlm_bridge.data_pipeline.images import open_image
+
+    written: dict[int, dict[str, str]] = {}
+    taken: set[str] = set()
+    for index, result in enumerate(results):
+        if result.caption is None:
+            continue
+        stem, number = Path(result.image).stem, 1
+        while (name := stem if number == 1 else f"{stem}-{number}") in taken:  # from another folder
+            number += 1
+        taken.add(name)
+        picture = open_image(result.image)
+        path = folder / f"{name}.png"
+        attention_panels(explain(captioner, picture, caption=result.caption), picture).save(path)
+        written[index] = {"explanation": str(path)}
+    return written

@@ -128,11 +128,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     def image_state(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """What the bridge makes of an image; captions and beams of the image share it."""
-        bridge: Any = self.bridge
+        bridge: Bridge = self.bridge  # type: ignore[assignment]
+        return bridge.encode_image(self.bridge_features(features_bnd))
+
+    def bridge_features(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """Features [B, N, D] as the bridge reads them: on its device, standardised, in its precision."""
         features_bnd = features_bnd.to(self.device)
         if self.feature_scale is not None:
             features_bnd = self.feature_scale(features_bnd)
-        return bridge.encode_image(features_bnd.to(next(bridge.parameters()).dtype))
+        return features_bnd.to(next(self.bridge.parameters()).dtype)
 
     # Text side: the one path of training and generation.
 

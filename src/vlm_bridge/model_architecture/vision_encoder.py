@@ -24,6 +24,9 @@ from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite0_weights
 
+Area = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of a picture."""
+
 
 class VisionEncoder(Protocol):
     """Pictures in, a sequence of feature vectors out."""
@@ -35,6 +38,10 @@ class VisionEncoder(Protocol):
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """RGB pictures -> [B, 3, h, w] float32."""
+        ...
+
+    def seen_area(self, size: tuple[int, int]) -> Area:
+        """What of a picture of (width, height) pixels the encoder sees: all of it, or a crop from its middle."""
         ...
 
     def __call__(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
@@ -114,6 +121,9 @@ class EfficientNetLiteEncoder(nn.Module):
         ]
         pixels_bhwc = torch.from_numpy(np.stack(arrays)) / 255
         return ((pixels_bhwc - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def seen_area(self, size: tuple[int, int]) -> Area:
+        return 0, 0, *size
 
     def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
         network = self.network
@@ -207,6 +217,13 @@ class HuggingFaceVisionEncoder(nn.Module):
         if "crop_size" in options:
             options["size"] = {"shortest_edge": self._shortest_edge()}
         return self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
+
+    def seen_area(self, size: tuple[int, int]) -> Area:
+        width, height = size
+        if not getattr(self.processor, "do_center_crop", False):
+            return 0, 0, width, height
+        side = min(size) * self.image_size / self._shortest_edge()
+        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
     def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
         return self._features_of(self.model, pixels_bchw.to(self.model.dtype))

@@ -46,6 +46,19 @@ class Bridge(Protocol):
         """Text embeddings [B, T, H], edited position by position (never across positions: causality)."""
         ...
 
+    def image_attention(
+        self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
+    ) -> torch.Tensor:
+        """How the look of each text position at the image spreads over the N image tokens: [B, T, N], not normalised.
+
+        Args:
+            features_bnd: as for ``encode_image``.
+            text_bth: as for ``edit_text``.
+            attention_btp: how much the language model attends to each of the P soft tokens, prefix keys or
+                encoder states that ``image_inputs`` hands it; None where it hands nothing.
+        """
+        ...
+
 
 BRIDGES = {
     "cross_attention": (CrossAttentionOptions, CrossAttentionBridge),

@@ -21,3 +21,9 @@ class ImageInputs(NamedTuple):
     soft_tokens: torch.Tensor | None = None
     key_value_prefix: KeyValuePrefix | None = None
     encoder_hidden_states: torch.Tensor | None = None
+
+
+def mean_attention_weights(query_bhqd: torch.Tensor, key_bhkd: torch.Tensor) -> torch.Tensor:
+    """The weights [B, Q, K] by which `scaled_dot_product_attention` mixes values, averaged over heads."""
+    scores_bhqk = query_bhqd @ key_bhkd.transpose(2, 3) * query_bhqd.shape[-1] ** -0.5
+    return scores_bhqk.softmax(-1).mean(1)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.limits import check_at_least, check_dropout
-from vlm_bridge.model_architecture.bridges.base import ImageInputs
+from vlm_bridge.model_architecture.bridges.base import ImageInputs, mean_attention_weights
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 
@@ -86,6 +86,15 @@ class CrossAttentionBridge(nn.Module):
         text_bth = text_bth + self._drop(self.attention_output(attended_bth.transpose(1, 2).flatten(2)))
         hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(text_bth)))
         return text_bth + self._drop(self.feed_forward_out(hidden))
+
+    def image_attention(
+        self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Its own attention weights [B, T, N], averaged over heads."""
+        keys_bnh = self.encode_image(features_bnd)[:, 0]
+        return mean_attention_weights(
+            self._heads(self.query(self.attention_norm(text_bth))), self._heads(keys_bnh)
+        )
 
     def _heads(self, x_bth: torch.Tensor) -> torch.Tensor:
         return x_bth.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -73,3 +73,10 @@ class DeepPrefixBridge(nn.Module):
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         return text_bth
+
+    def image_attention(
+        self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention rollout in two steps, [B, T, N]: text to prefix keys, their queries to image tokens."""
+        assert attention_btp is not None, "the language model reads prefix keys"
+        return attention_btp @ self.resampler.image_attention(features_bnd)

@@ -72,6 +72,13 @@ class ProjectionBridge(nn.Module):
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
         return text_bth
 
+    def image_attention(
+        self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The decoder's cross-attention [B, T, N]: encoder state n is image token n."""
+        assert attention_btp is not None, "the decoder reads encoder states"
+        return attention_btp
+
 
 class GridConvolution(nn.Conv2d):
     """A 3x3 convolution over tokens [B, N, D] that lie row by row on a square grid."""

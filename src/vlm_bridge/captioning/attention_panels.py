@@ -1,0 +1,124 @@
+"""The attention of a caption's words on one PNG: a panel for each word, the picture under a heat map."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from vlm_bridge.captioning.explain import Explanation, WordAttention
+
+PANEL = 208
+"""Pixels of a panel's longer side."""
+GAP, MAX_COLUMNS = 18, 6
+TITLE_SIZE, WORD_SIZE, NOTE_SIZE = 24, 20, 14
+BACKGROUND, INK, GREY = "#ffffff", "#212529", "#6c757d"
+
+# Five of viridis' colours (van der Walt & Smith 2015), even in lightness and told apart with any colour vision.
+HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+FAINTEST, STRONGEST = 0.45, 0.75
+"""How much the heat map covers the picture, from its coldest to its hottest place."""
+EVEN_SCALE = 3.0
+"""A panel's brightest colour stands for its highest attention, but for no less than this many times an even spread: a
+word that looks everywhere must not seem to look somewhere."""
+NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Image:
+    """The caption as a title, the picture, and a panel for each word with the word and its highest attention below.
+
+    Args:
+        picture: the picture that was explained, in the size that `explain` was given.
+    """
+    shown = ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL), Image.Resampling.LANCZOS)
+    panels = [(shown, "", "")]
+    for word in explanation.words:
+        peak = float(word.map.max() * word.map.size)
+        panels.append(
+            (_overlay(shown, word, _scaled(explanation.area, picture, shown)), word.word, f"{peak:.1f}x")
+        )
+
+    columns = min(len(panels), MAX_COLUMNS)
+    width = max(columns, 3) * (PANEL + GAP) + GAP
+    title_font = _font(TITLE_SIZE, explanation.caption)
+    title = _wrap(explanation.caption or "(no caption)", title_font, width - 2 * GAP)
+    top = GAP + len(title) * round(1.3 * TITLE_SIZE) + GAP // 2
+    row_height = shown.height + round(1.4 * WORD_SIZE + 1.4 * NOTE_SIZE) + GAP
+    rows = -(-len(panels) // columns)
+
+    sheet = Image.new("RGB", (width, top + rows * row_height + NOTE_SIZE + GAP), BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(title):
+        pen.text((GAP, GAP + number * round(1.3 * TITLE_SIZE)), line, fill=INK, font=title_font)
+    for index, (panel, word, note) in enumerate(panels):
+        row, column = divmod(index, columns)
+        left, upper = GAP + column * (PANEL + GAP), top + row * row_height
+        sheet.paste(panel, (left + (PANEL - shown.width) // 2, upper))
+        middle, below = left + PANEL // 2, upper + shown.height + 6
+        pen.text((middle, below), word, fill=INK, font=_fitting(word), anchor="ma")
+        below += round(1.3 * WORD_SIZE)
+        pen.text((middle, below), note, fill=GREY, font=_font(NOTE_SIZE, note), anchor="ma")
+    pen.text((GAP, top + rows * row_height), NOTE, fill=GREY, font=_font(NOTE_SIZE, NOTE))
+    return sheet
+
+
+def _overlay(shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]) -> Image.Image:
+    """The picture in grey under the word's heat map; what the encoder does not see stays grey."""
+    left, top, right, bottom = area
+    ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
+    values = Image.fromarray((word.map / ceiling).astype(np.float32))
+    heat_hw = np.asarray(values.resize((right - left, bottom - top), Image.Resampling.BICUBIC)).clip(0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
+    cover_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
+
+    grey = shown.convert("L").convert("RGB")
+    below_hwc = np.asarray(grey.crop(area), dtype=np.float64)
+    covered = (1 - cover_hw1) * below_hwc + cover_hw1 * colours_hwc
+    grey.paste(Image.fromarray(covered.round().astype(np.uint8)), (left, top))
+    return grey
+
+
+def _scaled(
+    area: tuple[float, float, float, float], picture: Image.Image, shown: Image.Image
+) -> tuple[int, int, int, int]:
+    """An area of the picture in whole pixels of the picture as shown, at least one each way."""
+    across, down = shown.width / picture.width, shown.height / picture.height
+    left, top, right, bottom = area[0] * across, area[1] * down, area[2] * across, area[3] * down
+    left, top = round(max(left, 0)), round(max(top, 0))
+    return (
+        left,
+        top,
+        max(left + 1, round(min(right, shown.width))),
+        max(top + 1, round(min(bottom, shown.height))),
+    )
+
+
+def _fitting(word: str) -> Font:
+    """A font in which the word is no wider than its panel, as far as letters can be read."""
+    size = WORD_SIZE
+    while size > NOTE_SIZE // 2 and _font(size, word).getlength(word) > PANEL:
+        size -= 1
+    return _font(size, word)
+
+
+def _font(size: int, text: str) -> Font:
+    """Pillow's own font looks the same everywhere but has only ASCII: other text gets a system font."""
+    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _wrap(text: str, font: Font, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
