@@ -61,8 +61,8 @@ def to_combined(captioner: Any, where: str | Path) -> dict[str, torch.Tensor]:
             embeddings); its tensors are named with their shapes.
     """
     vision: Any = getattr(captioner.vision_encoder, "model", None)
-    types = getattr(getattr(vision, "config", None), "model_type", None), captioner.language_model.is_blip
-    if types[0] not in PVT_TYPES or not types[1]:
+    vision_type = getattr(getattr(vision, "config", None), "model_type", None)
+    if vision_type not in PVT_TYPES or not captioner.language_model.is_blip:
         raise CheckpointError(
             f"{where} cannot be written as a combined file, which holds a PVT of transformers and BLIP's text decoder: "
             f"it has {type(vision or captioner.vision_encoder).__name__} and "
@@ -131,7 +131,8 @@ def build_combined(
         BlipTextLMHeadModel(text_config),
         new_projection(kind, pvt_config.hidden_sizes[-1], text_config.encoder_hidden_size),
     )
-    parts = list(zip(OUR_PREFIXES, model, (encoder, decoder, projection), strict=True))
+    states = (encoder, _with_tied(decoder, model.blip), projection)
+    parts = list(zip(OUR_PREFIXES, model, states, strict=True))
     if problems := [problem for prefix, part, its in parts for problem in _misfits(prefix, part, its)]:
         raise CheckpointError(f"{where} does not fit: {shortened(problems)}")
     for _, part, its in parts:
@@ -198,24 +199,19 @@ def _check_parts(state: Mapping[str, torch.Tensor], where: str | Path) -> None:
 def _misfits(prefix: str, module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
     """What keeps a state dict from being this module's, a phrase each.
 
-    A tied tensor may be there under one of its names. Buffers that transformers computes itself were part of state
-    dicts in its older versions, and are let pass.
+    Buffers that transformers computes itself were part of state dicts in its older versions, and are let pass.
     """
     wanted = module.state_dict()
     computed = {name for name, _ in module.named_buffers()} - wanted.keys()
-    shared: dict[int, set[str]] = defaultdict(set)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        shared[id(parameter)].add(name)
-    tied = {name for names in shared.values() if names & state.keys() for name in names}
     return (
         [
             f"{prefix}{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in wanted.keys() & state.keys()
+            for name in sorted(wanted.keys() & state.keys())
             if state[name].shape != wanted[name].shape
         ]
         + [
             f"{prefix}{name} {tuple(wanted[name].shape)} is missing"
-            for name in sorted(wanted.keys() - state.keys() - tied)
+            for name in sorted(wanted.keys() - state.keys())
         ]
         + [
             f"{prefix}{name} {tuple(state[name].shape)} is unknown"
@@ -225,10 +221,23 @@ def _misfits(prefix: str, module: nn.Module, state: Mapping[str, torch.Tensor]) 
 
 
 def _is_tied(decoder: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the decoder's head has the weights of its word embeddings, as BLIP's."""
-    embeddings = decoder.get("bert.embeddings.word_embeddings.weight")
-    head = decoder.get("cls.predictions.decoder.weight")
-    return embeddings is None or head is None or torch.equal(embeddings, head)
+    """Whether the decoder's head has the weights of its word embeddings, as BLIP's; one that is left out has."""
+    from transformers import BlipTextLMHeadModel
+
+    pairs = BlipTextLMHeadModel._tied_weights_keys.items()
+    return all(torch.equal(decoder[a], decoder[b]) for a, b in pairs if a in decoder and b in decoder)
+
+
+def _with_tied(state: Mapping[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict with every name of the tensors that the module ties, where it has one of them."""
+    names: dict[torch.nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    completed = dict(state)
+    for aliases in names.values():
+        if (present := next((name for name in aliases if name in state), None)) is not None:
+            completed |= {name: state[present] for name in aliases if name not in state}
+    return completed
 
 
 # Configurations
