@@ -220,12 +220,12 @@ class Recipe:
         check_above_zero(self, "gradient_clip_val")
         if not self.trainable:
             raise ConfigurationError("trainable names nothing: `bridge.*: null` trains the bridge")
+        if bad := [pattern for pattern, rate in self.trainable.items() if rate is not None and not rate >= 0]:
+            raise ConfigurationError(f"trainable: the learning rate of {bad[0]!r} must be at least 0")
         if self.learning_rate == 0 and any(self.trainable.values()):
             raise ConfigurationError(
                 "trainable has learning rates, which follow the schedule of learning_rate: it must be above 0"
             )
-        if bad := [pattern for pattern, rate in self.trainable.items() if rate is not None and not rate >= 0]:
-            raise ConfigurationError(f"trainable: the learning rate of {bad[0]!r} must be at least 0")
         if self.batch_size % self.captions_per_image:
             raise ConfigurationError(
                 f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
@@ -359,7 +359,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigurationError(f"the value in {override!r} is not valid YAML") from None
-    *parents, last = key.split(".")
+    section, _, rest = key.partition(".")
+    # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
+    *parents, last = (section, rest) if section == "trainable" and rest else key.split(".")
     node = data
     for parent in parents:
         child = node.setdefault(parent, {})

@@ -273,8 +273,12 @@ class TestTrainingDefault:
         text = shipped_recipe(DEFAULT_RECIPE).read_text(encoding="utf-8")
         left_out = {"max_steps", "max_validation_images"}  # limits that a whole training does without
         assert yaml.safe_load(text).keys() == {f.name for f in dataclasses.fields(Recipe)} - left_out
-        commented = {line.split(":")[0].strip() for line in text.splitlines() if " # " in line}
-        keys = {line.split(":")[0].strip() for line in text.splitlines() if re.match(r" *\w+: +\S", line)}
+        commented = {
+            line.split(":")[0].strip() for line in text.splitlines() if re.search(r": +[^ #].* # ", line)
+        }
+        keys = {
+            line.split(":")[0].strip() for line in text.splitlines() if re.match(r" *[\w.*]+: +[^ #]", line)
+        }
         assert keys == commented
 
 

@@ -1,4 +1,4 @@
-"""The captioner: frozen vision encoder -> bridge -> frozen language model, in one forward path.
+"""The captioner: frozen vision encoder -> bridge -> language model, in one forward path.
 
 Training and captioning run the same `forward`; `generate` (greedy, beams, sampling, KV cache, streaming) is
 transformers' own. Tensor names carry their shape: b rows, n image tokens, p soft tokens, t text, h text width.
@@ -103,11 +103,18 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         )
 
     def train(self, mode: bool = True) -> CaptionerModel:
-        """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout)."""
+        """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout).
+
+        Of a language model trained in part, those modules switch that are trained whole.
+        """
         super().train(False)
         self.training = mode
         self.bridge.train(mode)
-        self.language_model.train(mode and self.language_model.is_trained)
+        if mode and self.language_model.is_trained:
+            for module in self.language_model.modules():
+                parameters = list(module.parameters())
+                if parameters and all(parameter.requires_grad for parameter in parameters):
+                    module.train()
         return self
 
     # Image side: once per image.
@@ -229,18 +236,32 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
         Returns:
             Token ids of each caption (without prompt and EOS) and its mean log-probability per token, in nats.
+
+        Raises:
+            ConfigurationError: captions may become longer than the language model can count.
         """
+        bridge: Bridge = self.bridge  # type: ignore[assignment]
+        before = len(prompt_ids) + bridge.output_num_tokens(features_bnd.shape[1])
+        limit = self.language_model.max_positions
+        if limit is not None and before + decode.max_new_tokens > limit:
+            raise ConfigurationError(
+                f"decode.max_new_tokens={decode.max_new_tokens} behind {before} positions of prompt and image is more "
+                f"than the language model has, {limit}: ask for fewer"
+            )
         state = self.image_state(features_bnd)
         prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
-        if decode.do_sample:
-            torch.manual_seed(decode.seed)
-        output = self.generate(  # type: ignore[reportAttributeAccessIssue]
-            input_ids=prompt_bt,
-            image_state=state,
-            attention_mask=torch.ones_like(prompt_bt),
-            past_key_values=self.language_model.new_cache(),
-            **generation_options(decode),
-        )
+        # Sampling has a random state of its own: the dropout of a training that it interrupts goes on undisturbed.
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=decode.do_sample):
+            if decode.do_sample:
+                torch.manual_seed(decode.seed)
+            output = self.generate(  # type: ignore[reportAttributeAccessIssue]
+                input_ids=prompt_bt,
+                image_state=state,
+                attention_mask=torch.ones_like(prompt_bt),
+                past_key_values=self.language_model.new_cache(),
+                **generation_options(decode),
+            )
         generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
         return self._trim_and_score(prompt_bt, generated_bt, state)
 
@@ -331,7 +352,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     """
     vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)  # of what no checkpoint holds: a bridge, a new cross-attention
+        torch.manual_seed(recipe.seed)  # of cross-attention that no checkpoint held
         language_model = build_language_model(
             recipe.language_model, quantize=recipe.quantize_language_model, meta=meta
         )

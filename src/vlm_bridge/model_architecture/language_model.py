@@ -68,6 +68,11 @@ class LanguageModel(nn.Module):
         return head if head is not None else self.causal_lm.get_output_embeddings()
 
     @property
+    def max_positions(self) -> int | None:
+        """How many positions it knows, prompt and soft tokens included; None where its configuration does not say."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
     def vocab_size(self) -> int:
         return self.causal_lm.get_input_embeddings().weight.shape[0]
 

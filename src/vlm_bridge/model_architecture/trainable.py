@@ -12,15 +12,17 @@ from vlm_bridge.errors import ConfigurationError
 
 
 class TrainedParameter(NamedTuple):
-    """A parameter, its name, and the learning rate of its pattern (None: the recipe's)."""
+    """A parameter, its (first) name, and the pattern that decides its learning rate."""
 
     name: str
     parameter: torch.nn.Parameter
-    learning_rate: float | None
+    pattern: str
 
 
 def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list[TrainedParameter]:
     """The parameters whose name a pattern matches, in the model's order; the first pattern that matches decides.
+
+    A parameter with several names (a head tied to the embeddings) is matched by any of them.
 
     Args:
         patterns: shell patterns (``bridge.*``, ``language_model.*crossattention*``) and their learning rates.
@@ -28,18 +30,21 @@ def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list
     Raises:
         ConfigurationError: a pattern matches nothing, or reaches into the vision encoder.
     """
-    found, used = [], set()
-    for name, parameter in model.named_parameters():
-        pattern = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
-        if pattern is None:
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    found = []
+    for parameter, aliases in names.items():
+        matching = (p for p in patterns if any(fnmatchcase(alias, p) for alias in aliases))
+        if (pattern := next(matching, None)) is None:
             continue
-        if name.startswith("vision_encoder."):
+        if aliases[0].startswith("vision_encoder."):
             raise ConfigurationError(
                 f"trainable: {pattern!r} reaches into the vision encoder, which stays frozen: its features are "
                 "computed once"
             )
-        used.add(pattern)
-        found.append(TrainedParameter(name, parameter, patterns[pattern]))
+        found.append(TrainedParameter(aliases[0], parameter, pattern))
+    used = {trained.pattern for trained in found}
     if unused := [pattern for pattern in patterns if pattern not in used]:
         known = sorted({".".join(name.split(".")[:4]) for name, _ in model.named_parameters()})
         raise ConfigurationError(
@@ -53,8 +58,8 @@ def choose_trainable(model: Any, patterns: Mapping[str, float | None]) -> None:
     """Let gradients reach what the patterns name and nothing else.
 
     Raises:
-        ConfigurationError: as `trained_parameters`; or weights are stored in too few bits to be trained, or layers that
-            no checkpoint held would stay random.
+        ConfigurationError: as `trained_parameters`; or weights are stored in too few bits to be trained, or something
+            that starts at random (the bridge, layers that no checkpoint held) would stay so.
     """
     trained = trained_parameters(model, patterns)
     model.requires_grad_(False)
@@ -65,15 +70,15 @@ def choose_trainable(model: Any, patterns: Mapping[str, float | None]) -> None:
                 "updates are lost: use language_model.dtype=float32 (use_amp still computes in 16 bits)"
             )
         parameter.requires_grad_(True)
-    _check_fresh_are_trained(model, {name for name, _, _ in trained})
+    _check_nothing_stays_random(model)
 
 
-def _check_fresh_are_trained(model: Any, trained: set[str]) -> None:
-    fresh = {f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters}
-    shared = {id(parameter) for name, parameter in model.named_parameters() if name in trained}
+def _check_nothing_stays_random(model: Any) -> None:
+    fresh = [f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters]
+    fresh += [f"bridge.{name}" for name, _ in model.bridge.named_parameters()]
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    if untrained := sorted(name for name in fresh if name in by_name and id(by_name[name]) not in shared):
+    if untrained := sorted(name for name in fresh if name in by_name and not by_name[name].requires_grad):
         raise ConfigurationError(
-            f"{len(untrained)} parameters of the language model are in no checkpoint and would stay random (first: "
-            f"{untrained[0]}): name them under trainable, for example language_model.*crossattention*"
+            f"trainable: {len(untrained)} parameters start at random and would stay so (first: {untrained[0]}): name "
+            "them too, for example bridge.* or language_model.*crossattention*"
         )

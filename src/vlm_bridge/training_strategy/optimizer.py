@@ -11,14 +11,22 @@ from vlm_bridge.model_architecture.trainable import TrainedParameter
 
 
 def adamw(trained: Sequence[TrainedParameter], recipe: Recipe) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW without weight decay on biases and norms, and the learning rate of each group relative to the recipe's."""
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for _, parameter, learning_rate in trained:
-        relative = 1.0 if learning_rate is None else learning_rate / recipe.learning_rate
-        decay = recipe.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((relative, decay), []).append(parameter)
-    options = [{"params": members, "weight_decay": decay} for (_, decay), members in groups.items()]
-    return torch.optim.AdamW(options, lr=recipe.learning_rate), [relative for relative, _ in groups]
+    """AdamW without weight decay on biases and norms, and the learning rate of each group relative to the recipe's.
+
+    A pattern of ``trainable`` makes one group with weight decay and one without, whatever its rate: a resumed run may
+    have other rates. Parameters carry their names into the optimiser's state, where they can be compared.
+    """
+    groups: dict[tuple[str, bool], list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter, pattern in trained:
+        groups.setdefault((pattern, parameter.ndim >= 2), []).append((name, parameter))
+    options = [
+        {"params": members, "weight_decay": recipe.weight_decay if decays else 0.0}
+        for (_, decays), members in groups.items()
+    ]
+    rates = [recipe.trainable[pattern] for pattern, _ in groups]
+    # A rate of 0 beside learning_rate=0 is no division.
+    relative = [1.0 if rate is None else rate and rate / recipe.learning_rate for rate in rates]
+    return torch.optim.AdamW(options, lr=recipe.learning_rate), relative
 
 
 def gradient_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]

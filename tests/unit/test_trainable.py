@@ -1,0 +1,267 @@
+"""What is trained: chosen by patterns, at its own rates, with dropout where it is trained, and all of it saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captioners import BRIDGES, caption_loss, random_features, tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.trainable import trained_parameters
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.trainer import caption_format
+
+CROSS_ATTENTION = "language_model.*crossattention*"
+HEAD = "language_model.causal_lm.cls.*"
+EMBEDDINGS = "language_model.causal_lm.bert.embeddings.word_embeddings.weight"
+
+
+@pytest.fixture
+def recipe(tiny_vit_dir: Path, tiny_bert_dir: Path) -> Recipe:
+    return tiny_recipe(tiny_vit_dir, tiny_bert_dir, "projection")
+
+
+def trained(recipe: Recipe, trainable: dict[str, float | None], *overrides: str) -> CaptionerModel:
+    changed = recipe_from_dict({**recipe.to_dict(), "trainable": trainable})
+    return build_captioner(override_recipe(changed, overrides))
+
+
+def learning(model: CaptionerModel) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def everything_in(model: CaptionerModel, part: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if part in name}
+
+
+def test_patterns_choose_what_learns(recipe: Recipe) -> None:
+    bridge_alone = build_captioner(recipe)
+    bridge = everything_in(bridge_alone, "bridge.")
+    assert learning(bridge_alone) == bridge
+    in_part = trained(recipe, {"bridge.*": None, CROSS_ATTENTION: None})
+    assert learning(in_part) == bridge | everything_in(in_part, "crossattention")
+    whole = trained(recipe, {"bridge.*": None, "language_model.*": None})
+    assert learning(whole) == bridge | everything_in(whole, "language_model.")
+
+
+def test_the_first_pattern_that_matches_decides(recipe: Recipe) -> None:
+    patterns = {"bridge.*": None, CROSS_ATTENTION: 1e-3, "language_model.*": 1e-4}
+    found = trained_parameters(trained(recipe, patterns), patterns)
+    assert {pattern for _, _, pattern in found} == patterns.keys()
+    for name, _, pattern in found:
+        expected = (
+            "bridge.*" if "bridge" in name else CROSS_ATTENTION if "crossatt" in name else "language_model.*"
+        )
+        assert pattern == expected
+    with pytest.raises(ConfigurationError, match=r"no parameter is left for the pattern .*crossattention"):
+        trained(recipe, {"bridge.*": None, "language_model.*": 1e-4, CROSS_ATTENTION: 1e-3})
+
+
+def test_a_tied_weight_is_known_by_all_its_names(recipe: Recipe) -> None:
+    by_head, by_embeddings = (
+        trained(recipe, {"bridge.*": None, pattern: None}) for pattern in (HEAD, EMBEDDINGS)
+    )
+    head: Any = by_head.language_model.head_module
+    assert all(parameter.requires_grad for parameter in head.parameters())
+    assert EMBEDDINGS in learning(by_head) & learning(by_embeddings)
+    assert learning(by_embeddings) - everything_in(by_head, "bridge.") == {EMBEDDINGS}
+
+
+def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
+    patterns = {"bridge.*": None, CROSS_ATTENTION: 5e-4, "language_model.*": 0.0}
+    changed = recipe_from_dict({**recipe.to_dict(), "trainable": patterns, "learning_rate": 1e-3})
+    model = build_captioner(changed)
+    optimizer, relative = adamw(trained_parameters(model, patterns), changed)
+    of_name = {
+        name: (rate, group["weight_decay"])
+        for group, rate in zip(optimizer.param_groups, relative, strict=True)
+        for name in group["param_names"]
+    }
+    assert of_name.keys() == learning(model)
+    sizes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    for name, (rate, decay) in of_name.items():
+        expected = 1.0 if "bridge" in name else 0.5 if "crossattention" in name else 0.0
+        assert rate == pytest.approx(expected), name
+        assert decay == (changed.weight_decay if sizes[name] >= 2 else 0.0), name
+
+
+def test_rates_of_nothing_are_nothing(recipe: Recipe) -> None:
+    patterns: dict[str, float | None] = {"bridge.*": 0.0}
+    still = recipe_from_dict({**recipe.to_dict(), "learning_rate": 0.0, "min_lr": 0.0, "trainable": patterns})
+    _, relative = adamw(trained_parameters(build_captioner(still), patterns), still)
+    assert set(relative) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "overrides", "message"),
+    [
+        (
+            {"bridge.*": None, "language_model.*lora*": None},
+            (),
+            r"no parameter is left for the pattern '.*lora",
+        ),
+        (
+            {"bridge.*": None, "vision_encoder.*": None},
+            (),
+            "'vision_encoder.*' reaches into the vision encoder",
+        ),
+        ({"*": None}, (), r"'\*' reaches into the vision encoder"),
+        (
+            {"bridge.*": None, "language_model.*": None},
+            ("language_model.dtype=bfloat16",),
+            "is stored as bfloat16, in which small updates are lost: use language_model.dtype=float32",
+        ),
+        ({"language_model.*": None}, (), r"start at random and would stay so \(first: bridge\."),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    recipe: Recipe, trainable: dict, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message) as refusal:
+        trained(recipe, trainable, *overrides)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        ({}, "names nothing"),
+        ({"bridge.*": -1e-3}, "at least 0"),
+        ({"bridge.*": float("nan")}, "at least 0"),
+        ({"bridge.*": "fast"}, "float"),
+        (["bridge.*"], "must be a mapping"),
+    ],
+)
+def test_impossible_rates_are_refused(recipe: Recipe, trainable: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        recipe_from_dict({**recipe.to_dict(), "trainable": trainable})
+    with pytest.raises(ConfigurationError, match="must be above 0"):
+        recipe_from_dict({**recipe.to_dict(), "learning_rate": 0.0, "trainable": {"bridge.*": 1e-3}})
+
+
+def test_patterns_may_be_given_on_the_command_line(recipe: Recipe) -> None:
+    changed = override_recipe(recipe, ("trainable.language_model.*=2e-5", "trainable.bridge.*=1e-3"))
+    assert changed.trainable == {"bridge.*": 1e-3, "language_model.*": 2e-5}
+    whole = override_recipe(recipe, ("trainable={bridge.*: null}",))
+    assert whole.trainable == {"bridge.*": None}
+    assert recipe_from_dict(changed.to_dict()) == changed
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_new_cross_attention_must_be_trained(
+    family: str, tiny_vit_dir: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    from tiny_models import save_tiny_bert
+
+    folder = tiny_gpt2_dir if family == "gpt2" else save_tiny_bert(tmp_path / "bert", cross_attention=False)
+    added = {"name": str(folder), "dtype": "float32", "add_cross_attention": True}
+    recipe = recipe_from_dict(
+        {
+            "vision_encoder": {"name": str(tiny_vit_dir)},
+            "language_model": added,
+            "bridge": BRIDGES["projection"],
+        }
+    )
+    with pytest.raises(ConfigurationError, match=r"would stay so \(first: language_model\..*cross"):
+        build_captioner(recipe)
+    patterns: dict[str, float | None] = {"bridge.*": None, "language_model.*cross*": None}
+    model = trained(recipe, patterns)
+    # What no checkpoint held is in ours.
+    fresh = {f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters}
+    assert fresh
+    assert fresh <= model.trained_state_dict().keys()
+    again = trained(recipe, patterns)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), f"{name} does not follow the seed"
+
+
+def active_dropout(model: CaptionerModel) -> set[str]:
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Dropout) and module.training
+    }
+
+
+def test_dropout_acts_where_it_is_trained_and_nowhere_else(recipe: Recipe) -> None:
+    for patterns, where in (
+        ({}, None),
+        ({CROSS_ATTENTION: None}, "crossattention"),
+        ({"language_model.*": None}, ""),
+    ):
+        model = trained(recipe, {"bridge.*": None, **patterns})
+        model.train()
+        dropouts = {
+            name for name, m in model.language_model.named_modules() if isinstance(m, torch.nn.Dropout)
+        }
+        expected = {f"language_model.{name}" for name in dropouts if where is not None and where in name}
+        assert active_dropout(model) == expected
+        assert model.bridge.training
+        assert not any(module.training for module in model.vision_encoder.modules())
+        model.eval()
+        assert not any(module.training for module in model.modules())
+
+
+def test_dropout_of_a_frozen_decoder_changes_no_loss(recipe: Recipe) -> None:
+    images = [CaptionedImage(Path("0.jpg"), ("two dogs run on the grass.",), "0")]
+    for patterns, changes in (({}, False), ({"language_model.*": None}, True)):
+        model = trained(recipe, {"bridge.*": None, **patterns}).train()
+        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack([Row(0, (0,))])
+        features = random_features(model, 1)
+        one, other = (caption_loss(model, batch, features).total.item() for _ in range(2))
+        assert (one != other) == changes
+
+
+def test_activation_checkpointing_draws_the_same_dropout(recipe: Recipe) -> None:
+    images = [CaptionedImage(Path("0.jpg"), ("two dogs run on the grass.", "a fence."), "0")]
+    gradients = []
+    for checkpointing in (False, True):
+        model = trained(recipe, {"bridge.*": None, "language_model.*": None}).train()
+        if checkpointing:
+            model.language_model.checkpoint_activations()
+        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack([Row(0, (0, 1))])
+        torch.manual_seed(7)
+        caption_loss(model, batch, random_features(model, 1)).total.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [CROSS_ATTENTION, "language_model.*", HEAD])
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
+    recipe: Recipe, pattern: str, tmp_path: Path
+) -> None:
+    model = trained(recipe, {"bridge.*": None, pattern: None})
+    state = model.trained_state_dict()
+    assert state.keys() == learning(model) | {"feature_scale.mean", "feature_scale.std"}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:
+                parameter.add_(torch.randn_like(parameter))
+    path = tmp_path / "checkpoint.pth"
+    checkpoints.save_checkpoint(path, recipe, model.trained_state_dict())
+    fresh = trained(recipe, {"bridge.*": None, pattern: None})
+    checkpoints.restore(fresh, checkpoints.load_checkpoint(path), path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+    head: Any = fresh.language_model.causal_lm.get_output_embeddings()
+    assert head.weight is fresh.language_model.causal_lm.get_input_embeddings().weight
+
+
+def test_sampling_leaves_the_randomness_of_training_alone(recipe: Recipe) -> None:
+    from vlm_bridge.configuration import DecodeSettings
+
+    model = build_captioner(recipe)
+    before = torch.get_rng_state()
+    sample = DecodeSettings(num_beams=1, max_new_tokens=3, do_sample=True)
+    model.generate_captions(random_features(model, 1), [2], sample)
+    assert torch.equal(torch.get_rng_state(), before)
