@@ -221,3 +221,119 @@ class TestEfficientNetLite0:
     def test_sizes_that_do_not_fit_are_refused(self) -> None:
         with pytest.raises(ModelError, match="image_size=100 must be a multiple of 32"):
             load(self.name, image_size=100)
+
+
+class TestPyramids:
+    """PVT and PVTv2: the last stage's grid, at any size their strides allow."""
+
+    @pytest.fixture(params=["pvt", "pvt_v2"])
+    def pyramid(self, request: pytest.FixtureRequest) -> Path:
+        return request.getfixturevalue(f"tiny_{request.param}_dir")
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("size", [64, 96, 160])
+    def test_every_size_has_its_grid_and_no_class_token(self, pyramid: Path, size: int) -> None:
+        encoder = load(pyramid, image_size=size)
+        side = size // 32
+        assert (encoder.grid, encoder.num_tokens, encoder.embed_dim) == ((side, side), side**2, 32)
+        pixels = encoder.preprocess(odd_pictures())
+        assert pixels.shape == (5, 3, size, size)
+        features = encoder(pixels)
+        assert features.shape == (5, side**2, 32)
+        assert features.isfinite().all()
+        meta: Any = build_vision_encoder(VisionEncoderConfig(str(pyramid), image_size=size), meta=True)
+        assert (meta.grid, meta.num_tokens, meta.embed_dim) == (encoder.grid, side**2, 32)
+
+    @torch.no_grad()
+    def test_features_are_those_of_transformers(self, tiny_pvt_dir: Path, tiny_pvt_v2_dir: Path) -> None:
+        from transformers import PvtModel, PvtV2Model
+
+        for folder, model_class in ((tiny_pvt_dir, PvtModel), (tiny_pvt_v2_dir, PvtV2Model)):
+            encoder = load(folder)
+            pixels = encoder.preprocess(odd_pictures())
+            expected = model_class.from_pretrained(folder).eval()(pixels).last_hidden_state
+            tokens = expected[:, 1:] if model_class is PvtModel else expected.flatten(2).transpose(1, 2)
+            assert torch.equal(encoder(pixels), tokens)
+
+    @torch.no_grad()
+    def test_positions_of_a_pvt_are_stretched_over_the_new_grid(self, tiny_pvt_dir: Path) -> None:
+        own, larger = load(tiny_pvt_dir).model.encoder, load(tiny_pvt_dir, image_size=128).model.encoder
+        for before, after in zip(own.patch_embeddings, larger.patch_embeddings, strict=True):
+            classes = int(before.cls_token is not None)
+            sides = [int((e.position_embeddings.shape[1] - classes) ** 0.5) for e in (before, after)]
+            assert sides[1] == 2 * sides[0]
+            assert torch.equal(
+                after.position_embeddings[:, :classes], before.position_embeddings[:, :classes]
+            )
+            grids = [
+                e.position_embeddings[0, classes:].unflatten(0, (side, side))
+                for e, side in zip((before, after), sides, strict=True)
+            ]
+            # Corners lie nearest to the old corners, and no value leaves the range of the old ones.
+            torch.testing.assert_close(grids[1][0, 0], grids[0][0, 0])
+            torch.testing.assert_close(grids[1][-1, -1], grids[0][-1, -1])
+            assert grids[1].amax() <= grids[0].amax() + 1e-6
+
+    def test_the_sizes_of_the_published_ones(self) -> None:
+        for name, parameters, width in (
+            ("OpenGVLab/pvt_v2_b1", 13_496_000, 512),
+            ("OpenGVLab/pvt_v2_b0", None, 256),
+            ("Zetatech/pvt-tiny-224", None, 512),
+        ):
+            encoder: Any = build_vision_encoder(VisionEncoderConfig(name, image_size=384), meta=True)
+            assert (encoder.num_tokens, encoder.grid, encoder.embed_dim) == (144, (12, 12), width)
+            if parameters:
+                assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
+
+    def test_a_published_classifier_gives_its_pyramid(self, tiny_pvt_v2_dir: Path, tmp_path: Path) -> None:
+        from transformers import PvtV2ForImageClassification, PvtV2Model
+
+        classifier = PvtV2ForImageClassification.from_pretrained(tiny_pvt_v2_dir)
+        classifier.save_pretrained(tmp_path)
+        shutil.copy(tiny_pvt_v2_dir / "preprocessor_config.json", tmp_path)
+        weights = PvtV2Model.from_pretrained(tiny_pvt_v2_dir).state_dict()
+        for name, tensor in load(tmp_path).model.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
+
+
+class TestBlip:
+    @torch.no_grad()
+    def test_a_whole_blip_gives_its_vision_tower(self, tiny_blip_dir: Path) -> None:
+        from transformers import BlipForConditionalGeneration
+
+        encoder = load(tiny_blip_dir)
+        assert (encoder.num_tokens, encoder.grid, encoder.embed_dim) == (17, (4, 4), 24)
+        pixels = encoder.preprocess(odd_pictures())
+        tower = BlipForConditionalGeneration.from_pretrained(tiny_blip_dir).eval().vision_model
+        assert torch.equal(encoder(pixels), tower(pixels).last_hidden_state)
+        assert load(tiny_blip_dir, image_size=64).num_tokens == 65
+
+    def test_the_tower_may_come_alone(self, tiny_blip_dir: Path, tmp_path: Path) -> None:
+        from transformers import BlipForConditionalGeneration
+
+        whole = BlipForConditionalGeneration.from_pretrained(tiny_blip_dir)
+        whole.vision_model.save_pretrained(tmp_path)
+        shutil.copy(tiny_blip_dir / "preprocessor_config.json", tmp_path)
+        alone, within = load(tmp_path).model.state_dict(), load(tiny_blip_dir).model.state_dict()
+        assert alone.keys() == within.keys()
+        assert all(torch.equal(tensor, within[name]) for name, tensor in alone.items())
+
+    def test_the_published_one(self) -> None:
+        name = "Salesforce/blip-image-captioning-base"
+        encoder: Any = build_vision_encoder(VisionEncoderConfig(name), meta=True)
+        assert (encoder.num_tokens, encoder.embed_dim) == (24 * 24 + 1, 768)
+
+
+@pytest.mark.parametrize("name", ["blip", "pvt_v2", "vit"])
+def test_missing_weights_are_no_silent_noise(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(request.getfixturevalue(f"tiny_{name}_dir"), tmp_path / name)
+    weights = load_file(folder / "model.safetensors")
+    lost = next(key for key in weights if "layer" in key and key.endswith("weight") and "text_" not in key)
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="1 of its weights are missing"):
+        load(folder)

@@ -6,9 +6,11 @@ normalisation that its features depend on.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Sequence
+from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -145,7 +147,8 @@ class EfficientNetLiteEncoder(nn.Module):
 class HuggingFaceVisionEncoder(nn.Module):
     """Any transformers vision backbone: the last hidden state of DINOv2, ViT, CLIP, SigLIP, PVT, ConvNeXt and others.
 
-    PVT's class token is left out: its last stage is a grid, 12 x 12 at 384 px, as PVTv2's is.
+    PVT's class token is left out: its last stage is a grid, 12 x 12 at 384 px, as PVTv2's is. Its position embeddings
+    are interpolated to the image size once, when it is loaded (`_stretched_pvt`).
     ``layers`` are indices into transformers' ``hidden_states`` (0 is the embedding, -1 the last layer before the
     final norm); several are concatenated, and must have one number of tokens.
     """
@@ -181,16 +184,16 @@ class HuggingFaceVisionEncoder(nn.Module):
 
         try:
             known = known_architecture(config.name) if meta else None
-            model_config = (
+            whole_config = (
                 known.config if known else AutoConfig.from_pretrained(config.name, revision=config.revision)
             )
-            # A CLIP or SigLIP checkpoint holds a text tower too; only its vision tower is wanted.
-            model_config = getattr(model_config, "vision_config", model_config)
+            # A CLIP, SigLIP or BLIP checkpoint holds a text tower too; only its vision tower is wanted.
+            model_config = getattr(whole_config, "vision_config", whole_config)
             if meta:
                 model = _on_meta(model_config)
                 processor = None
             else:
-                model = _load_tower(config, model_config)
+                model = _load_tower(config, whole_config, model_config)
                 processor = AutoImageProcessor.from_pretrained(
                     config.name, revision=config.revision, backend="pil"
                 )
@@ -207,7 +210,10 @@ class HuggingFaceVisionEncoder(nn.Module):
             or (known and known.image_size)
             or getattr(model_config, "image_size", 224)
         )
-        return cls(model, processor, size if isinstance(size, int) else size[0], config.layers)
+        size = size if isinstance(size, int) else size[0]
+        if model_config.model_type == "pvt" and size != model_config.image_size:
+            model = _stretched_pvt(model, size)
+        return cls(model, processor, size, config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = {"height": self.image_size, "width": self.image_size}
@@ -230,14 +236,13 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     def _features_of(self, model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
         if self.layers is None:
-            features_bnd = _as_tokens(model(pixels_bchw, **self.options).last_hidden_state)
-            return features_bnd[:, 1:] if model.config.model_type == "pvt" else features_bnd
+            return _as_tokens(model(pixels_bchw, **self.options).last_hidden_state, model.config)
         states = model(pixels_bchw, output_hidden_states=True, **self.options).hidden_states
         if not all(-len(states) <= layer < len(states) for layer in self.layers):
             raise ModelError(
                 f"vision_encoder.layers={list(self.layers)}: the encoder has 0 to {len(states) - 1}"
             )
-        tokens = [_as_tokens(states[layer]) for layer in self.layers]
+        tokens = [_as_tokens(states[layer], model.config) for layer in self.layers]
         if len({features.shape[1] for features in tokens}) > 1:
             raise ModelError(f"vision_encoder.layers={list(self.layers)} have different numbers of tokens")
         return torch.cat(tokens, dim=-1)
@@ -260,9 +265,41 @@ def encoder_fingerprint(encoder: Any) -> str:
     return digest.hexdigest()
 
 
-def _as_tokens(features: torch.Tensor) -> torch.Tensor:
-    """Features [B, N, D]; the [B, D, h, w] maps of convolutional backbones are flattened."""
-    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+def _as_tokens(features: torch.Tensor, model_config: Any) -> torch.Tensor:
+    """Features [B, N, D]; the [B, D, h, w] maps of convolutional backbones are flattened.
+
+    Of PVT's stages the last alone has a class token, before its square grid; it is dropped.
+    """
+    if features.ndim == 4:
+        return features.flatten(2).transpose(1, 2)
+    has_class_token = model_config.model_type == "pvt" and isqrt(features.shape[1]) ** 2 != features.shape[1]
+    return features[:, 1:] if has_class_token else features
+
+
+def _stretched_pvt(model: Any, image_size: int) -> nn.Module:
+    """A PvtModel for pictures of another size, its position embeddings interpolated as the published code does.
+
+    transformers' own interpolation takes the embeddings for a grid of the new size already, and fails.
+    """
+    config = copy.deepcopy(model.config)
+    config.image_size = image_size
+    with torch.device(model.device), torch.random.fork_rng([]):
+        stretched = type(model)(config)
+    weights = model.state_dict()
+    for name, wanted in stretched.state_dict().items():
+        if name.endswith("position_embeddings"):
+            weights[name] = _stretched_positions(weights[name], wanted.shape[1])
+    stretched.load_state_dict(weights)
+    return stretched.to(model.dtype)
+
+
+def _stretched_positions(positions_1nd: torch.Tensor, wanted: int) -> torch.Tensor:
+    """Position embeddings [1, N, D] of a square grid for another, bilinearly; a class token's goes along."""
+    classes = positions_1nd.shape[1] - isqrt(positions_1nd.shape[1]) ** 2
+    side, new_side = isqrt(positions_1nd.shape[1]), isqrt(wanted)
+    grid_1dhw = positions_1nd[:, classes:].transpose(1, 2).unflatten(2, (side, side))
+    grid_1dhw = F.interpolate(grid_1dhw, size=(new_side, new_side), mode="bilinear")
+    return torch.cat((positions_1nd[:, :classes], grid_1dhw.flatten(2).transpose(1, 2)), dim=1)
 
 
 def _on_meta(model_config: Any) -> nn.Module:
@@ -274,15 +311,30 @@ def _on_meta(model_config: Any) -> nn.Module:
         return AutoModel.from_config(model_config)
 
 
-def _load_tower(config: VisionEncoderConfig, model_config: Any) -> nn.Module:
+def _load_tower(config: VisionEncoderConfig, whole_config: Any, tower_config: Any) -> nn.Module:
+    """The vision tower with its weights; none of them may be missing but those of poolers, which features skip.
+
+    Raises:
+        ModelError: weights that features depend on are missing, and would be random.
+    """
     from transformers import BlipForConditionalGeneration
 
-    if model_config.model_type == "blip_vision_model":
-        return BlipForConditionalGeneration.from_pretrained(
-            config.name, revision=config.revision
-        ).vision_model
-    model_class: Any = type(_on_meta(model_config))
-    return model_class.from_pretrained(config.name, revision=config.revision, config=model_config)
+    options: dict[str, Any] = {"revision": config.revision, "output_loading_info": True}
+    if whole_config.model_type == "blip":  # its tower alone does not find its weights in the whole
+        blip_class: Any = BlipForConditionalGeneration
+        whole, report = blip_class.from_pretrained(config.name, **options)
+        tower = whole.vision_model
+        missing = [name for name in report["missing_keys"] if name.startswith("vision_model.")]
+    else:
+        model_class: Any = type(_on_meta(tower_config))
+        tower, report = model_class.from_pretrained(config.name, config=tower_config, **options)
+        missing = [name for name in report["missing_keys"] if "pooler" not in name]
+    if missing:
+        raise ModelError(
+            f"cannot load the vision encoder {config.name!r}: {len(missing)} of its weights are missing (first: "
+            f"{min(missing)}); is it a checkpoint of a {type(tower).__name__}?"
+        )
+    return tower
 
 
 def _processor_size(processor: Any) -> int | None:
