@@ -1,4 +1,4 @@
-"""Tiny published captioners: BLIP, GIT and vit-gpt2 with random weights, in folders as their authors saved theirs.
+"""Tiny published captioners beside BLIP: GIT and vit-gpt2 with random weights, saved as their authors saved theirs.
 
 Weights are large, so that captions differ between pictures and code that mixes up rows is visibly wrong.
 """
@@ -11,9 +11,6 @@ from typing import Any
 
 from transformers import (
     BertTokenizer,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     GitConfig,
     GitForCausalLM,
@@ -23,7 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
-from tiny_models import CORPUS, HIDDEN, build_tokenizer, seeded
+from tiny_models import CORPUS, HIDDEN, build_tokenizer, save_tiny_blip, seeded
 
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -43,29 +40,6 @@ def build_bert_tokenizer() -> BertTokenizer:
     words = ["picture", *sorted({*text.split(), *letters}), *(f"##{letter}" for letter in letters)]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return BertTokenizer(vocab={token: index for index, token in enumerate([*special, *words])})
-
-
-def save_tiny_blip(folder: Path) -> Path:
-    """BlipForConditionalGeneration: as published, `[DEC]` and `[ENC]` are ids beyond the tokenizer's vocabulary."""
-    tokenizer: Any = build_bert_tokenizer()
-    config = BlipConfig(
-        text_config={
-            **SIZES,
-            "vocab_size": len(tokenizer) + 2,
-            "encoder_hidden_size": HIDDEN,
-            "max_position_embeddings": MAX_POSITIONS,
-            "bos_token_id": len(tokenizer),
-            "sep_token_id": tokenizer.sep_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={**SIZES, **IMAGE},
-        projection_dim=16,
-    )
-    with seeded(3):
-        BlipForConditionalGeneration(config).save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def save_tiny_git(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from transformers import (
     BitImageProcessorPil,
     BlipConfig,
     BlipForConditionalGeneration,
+    BlipImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -203,24 +204,26 @@ def save_tiny_cross_gpt2(folder: Path) -> Path:
 
 
 def save_tiny_blip(folder: Path) -> Path:
-    """A whole BLIP captioner, of which the text decoder is wanted: BERT's tokenizer, [DEC] and [ENC] behind its words.
+    """A whole BLIP captioner as published: BERT's tokenizer, and `[DEC]` and `[ENC]` as ids beyond its words.
 
-    The encoder it was made for is 24 wide, and so are the states that its cross-attention reads.
+    Its vision tower is 24 wide, and so are the states that its text decoder's cross-attention reads. Weights are
+    large, so that captions differ between pictures and code that mixes up rows is visibly wrong.
     """
     tokenizer = word_piece_tokenizer(CORPUS, VOCABULARY)
     text = {
         "vocab_size": VOCABULARY + 2, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.2, "projection_dim": 16,
-        "bos_token_id": VOCABULARY, "sep_token_id": tokenizer.sep_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.3,
+        "bos_token_id": VOCABULARY, "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     vision = {
-        "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "image_size": 32, "patch_size": 16,
+        "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 32, "patch_size": 8, "initializer_range": 0.3,
     }  # fmt: skip
-    with seeded():
-        BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(
-            folder
-        )
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    with seeded(3):
+        BlipForConditionalGeneration(config).save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

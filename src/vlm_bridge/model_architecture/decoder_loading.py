@@ -16,6 +16,9 @@ from vlm_bridge.model_architecture.known_architectures import SMOLLM2, known_arc
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
 
+CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
+"""Families that count positions from 0 and whose head and body part as `LanguageModel` needs it (RoBERTa's do not)."""
+
 
 def build_language_model(
     config: LanguageModelConfig, *, quantize: str = "none", meta: bool = False
@@ -85,11 +88,11 @@ def _resolve(config: LanguageModelConfig, *, meta: bool) -> Any:
 def _decoder_config(config: Any, add_cross_attention: bool) -> Any:
     """The decoder's own configuration: BLIP's text part; BERT's told to read from left to right."""
     config = config.text_config if config.model_type == "blip" else config
-    if add_cross_attention:
-        if not hasattr(config, "add_cross_attention"):
+    if add_cross_attention or getattr(config, "add_cross_attention", False):
+        if config.model_type not in CROSS_ATTENDING:
             raise ModelError(
-                f"language_model.add_cross_attention: transformers has none for {config.model_type}; it has for gpt2 "
-                "and BERT's family"
+                f"cross-attention of {config.model_type} decoders is not supported: choose BLIP's text decoder or one "
+                f"of {', '.join(CROSS_ATTENDING)}"
             )
         config.add_cross_attention = True
     if hasattr(config, "is_decoder"):
@@ -113,7 +116,11 @@ def _load_decoder(
     from transformers import AutoModelForCausalLM, BlipForConditionalGeneration, BlipTextLMHeadModel
 
     if config.model_type == "blip":
-        return BlipForConditionalGeneration.from_pretrained(source, **options).text_decoder, frozenset()
+        blip_class: Any = BlipForConditionalGeneration
+        blip, report = blip_class.from_pretrained(source, config=config, output_loading_info=True, **options)
+        part = "text_decoder."
+        fresh = {name.removeprefix(part) for name in report["missing_keys"] if name.startswith(part)}
+        return blip.text_decoder, frozenset(fresh)
     model_class: Any = BlipTextLMHeadModel if config.model_type == BLIP_TEXT else AutoModelForCausalLM
     decoder, report = model_class.from_pretrained(
         source, config=decoder_config, output_loading_info=True, **options
