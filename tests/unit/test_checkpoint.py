@@ -56,8 +56,8 @@ def test_half_the_bytes_hold_the_bridge_but_whole_the_feature_statistics(
     captioner = Captioner.from_pretrained(saved, "cpu")
     for name, tensor in captioner.model.trained_state_dict().items():
         assert tensor.dtype == torch.float32
-        in_bridge = name.startswith("bridge.")
-        assert torch.equal(tensor, trained[name].bfloat16().float() if in_bridge else trained[name]), name
+        is_statistic = name.startswith("feature_scale.")
+        assert torch.equal(tensor, trained[name] if is_statistic else trained[name].bfloat16().float()), name
 
 
 def test_frozen_weights_stay_out(saved: Path, model: CaptionerModel) -> None:

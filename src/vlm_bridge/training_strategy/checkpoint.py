@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 _DOS_DIRECTORY = 0x10
 STEP = "step_{:08d}.pth"
 """Name of a checkpoint that is kept for its step."""
+STEP_PATTERN = "step_*.pth"
 LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
 
 
@@ -63,10 +64,18 @@ def save_checkpoint(
 
 
 def keep_newest_steps(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` checkpoints of single steps; the latest and the best are never touched."""
-    steps = sorted(folder.glob(f"{STEP.partition('{')[0]}*.pth"))
-    for old in steps[: max(0, len(steps) - count)]:
+    """Delete all but the newest ``count`` checkpoints of single steps; the latest and the best are never touched.
+
+    The newest are those written last: a run that starts again at an earlier step must not delete its own for what
+    another left behind.
+    """
+    for old in step_checkpoints(folder)[:-count]:
         old.unlink(missing_ok=True)
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of single steps in a folder, in the order they were written."""
+    return sorted(folder.glob(STEP_PATTERN), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
@@ -113,7 +122,7 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
 def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights at half their size; feature statistics stay float32, since every feature is scaled by them."""
     return {
-        name: tensor.to(torch.bfloat16) if name.startswith("bridge.") else tensor
+        name: tensor if name.startswith("feature_scale.") else tensor.to(torch.bfloat16)
         for name, tensor in weights.items()
     }
 

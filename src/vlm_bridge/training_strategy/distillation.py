@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import Recipe, VisionEncoderConfig
+from vlm_bridge.configuration import DistillationConfig, Recipe, VisionEncoderConfig
 from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.loader import prefetch
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import ProjectionBridge
 from vlm_bridge.model_architecture.captioner import CaptionerModel
@@ -21,18 +22,38 @@ from vlm_bridge.training_strategy.validation import Features
 LOG_TIMES = 10
 
 
+def check_distillation(model: CaptionerModel, recipe: Recipe) -> None:
+    """Refuse a distillation that cannot be, from the teacher's configuration alone: before features are computed.
+
+    Raises:
+        ConfigurationError: there is no projection to fit, or the teacher's width is not that of its output.
+        ModelError: the teacher cannot be found.
+    """
+    settings = recipe.distillation
+    assert settings is not None
+    if not isinstance(model.bridge, ProjectionBridge):
+        raise ConfigurationError("distillation fits a projection: it needs bridge.kind=projection")
+    teacher: Any = build_vision_encoder(_teacher(settings), meta=True)
+    width = model.language_model.shape.cross_attention_width
+    if teacher.embed_dim != width:
+        raise ConfigurationError(
+            f"distillation.teacher has features of width {teacher.embed_dim}, the projection's output is {width}: take "
+            "the vision encoder that the decoder was trained with"
+        )
+
+
 def distill_projection(
     model: CaptionerModel,
     recipe: Recipe,
     features: Features,
     paths: Sequence[Path],
-    autocast: Callable[[], Any],
     say: Callable[[str], None],
 ) -> list[float]:
     """Fit the projection of a captioner to a teacher's features of the same pictures (mean squared error per number).
 
     The teacher's patch grid is averaged onto the student's (as Romero et al. 2015, FitNets, match a hint layer); class
-    tokens have no place on it and are left out. Pictures come in an order fixed by the recipe's seed.
+    tokens have no place on it and are left out. Pictures come in an order fixed by the recipe's seed. The projection
+    is small: it is fitted in float32, whatever the recipe's precision.
 
     Args:
         features: of the training images, or their pixels, by image index.
@@ -42,36 +63,28 @@ def distill_projection(
         The loss of every step.
 
     Raises:
-        ConfigurationError: there is no projection to fit, or the teacher's width is not that of its output.
+        VLMBridgeError: as `check_distillation`, or the teacher's weights cannot be read.
     """
+    check_distillation(model, recipe)
     settings = recipe.distillation
     assert settings is not None
-    width = model.language_model.shape.cross_attention_width
-    if not isinstance(model.bridge, ProjectionBridge):
-        raise ConfigurationError("distillation fits a projection: it needs bridge.kind=projection")
-    teacher: Any = build_vision_encoder(
-        VisionEncoderConfig(settings.teacher, settings.revision, settings.image_size)
-    ).to(model.device)
-    if teacher.embed_dim != width:
-        raise ConfigurationError(
-            f"distillation.teacher has features of width {teacher.embed_dim}, the projection's output is {width}: take "
-            "the vision encoder that the decoder was trained with"
-        )
-    say(f"distillation: {settings.steps} steps towards {settings.teacher}")
+    teacher: Any = build_vision_encoder(_teacher(settings)).to(model.device)
     encoder: Any = model.vision_encoder
-    order = np.random.default_rng(recipe.seed)
+    say(f"distillation: {settings.steps} steps towards {settings.teacher}")
+    order, count = np.random.default_rng(recipe.seed), min(settings.batch_size, len(paths))
+    batches = [order.choice(len(paths), size=count, replace=False) for _ in range(settings.steps)]
+
+    def load(indices: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        return features[indices], teacher.preprocess([open_image(paths[index]) for index in indices])
+
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=settings.learning_rate)
     model.train()
     losses = []
-    for step in range(1, settings.steps + 1):
-        chosen = order.choice(len(paths), size=min(settings.batch_size, len(paths)), replace=False)
+    for step, (of_student, pixels) in enumerate(prefetch(batches, load, recipe.num_workers), start=1):
         with torch.no_grad():
-            pixels = teacher.preprocess([open_image(paths[index]) for index in chosen])
             target = on_grid(teacher(pixels.to(model.device)), teacher.grid, encoder.grid)
-        student_features = model.features(torch.from_numpy(np.ascontiguousarray(features[chosen])))
-        with autocast():
-            student = model.image_state(student_features)
-        loss = F.mse_loss(student[:, -target.shape[1] :].float(), target.float())
+        student = model.image_state(model.features(torch.from_numpy(np.ascontiguousarray(of_student))))
+        loss = F.mse_loss(student[:, -target.shape[1] :], target.float())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -79,6 +92,10 @@ def distill_projection(
         if step % max(1, settings.steps // LOG_TIMES) == 0:
             say(f"distillation step {step}/{settings.steps} | mean squared error {losses[-1]:.4f}")
     return losses
+
+
+def _teacher(settings: DistillationConfig) -> VisionEncoderConfig:
+    return VisionEncoderConfig(settings.teacher, settings.revision, settings.image_size)
 
 
 def on_grid(features_bnd: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:

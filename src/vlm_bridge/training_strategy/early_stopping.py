@@ -1,4 +1,4 @@
-"""Stop when the validation loss no longer improves."""
+"""Stop when validation no longer improves."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 @dataclass
 class EarlyStopping:
-    """Counts validations without an improvement of at least ``min_delta`` nats; part of every checkpoint."""
+    """Counts validations without an improvement of more than ``min_delta``; part of every checkpoint.
+
+    What is watched falls: the loss in nats per token, or a score's negative.
+    """
 
     patience: int
     min_delta: float
     best: float = float("inf")
     bad_validations: int = 0
 
-    def should_stop(self, loss: float) -> bool:
-        """Record one validation loss; True when patience is used up."""
-        if loss < self.best - self.min_delta:
-            self.best = loss
+    def should_stop(self, watched: float) -> bool:
+        """Record what one validation gave; True when patience is used up."""
+        if watched < self.best - self.min_delta:
+            self.best = watched
             self.bad_validations = 0
         else:
             self.bad_validations += 1

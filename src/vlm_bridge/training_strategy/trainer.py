@@ -1,8 +1,9 @@
 """The training loop: prepare, then evaluate, sample, save, step and log, straight down.
 
-Only the bridge is trained. The loss of an optimiser step is the sum over its supervised tokens divided by their
-number, whatever the accumulation; where the data order, the learning rate and the randomness stand is a
-function of the step, so that a resumed run continues the interrupted one.
+What a recipe names under `trainable` is trained, usually the bridge alone. The loss of an optimiser step is the
+sum over its supervised tokens divided by their number, whatever the accumulation; where the data order, the
+learning rate and the randomness stand is a function of the step, so that a resumed run continues the interrupted
+one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
-from vlm_bridge.training_strategy.distillation import distill_projection
+from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.features import split_features
 from vlm_bridge.training_strategy.monitor import Monitor, Sample
@@ -88,7 +89,7 @@ def train(
     initial_weights: Mapping[str, torch.Tensor] | None = None,
     say: Say = print,
 ) -> TrainingResult:
-    """Train the bridge of a recipe.
+    """Train what a recipe names under `trainable`.
 
     Args:
         resume: a checkpoint to continue (its weights, optimiser, position and randomness).
@@ -118,6 +119,8 @@ class Trainer:
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
+        if recipe.distillation is not None:
+            check_distillation(self.model, recipe)
         if recipe.gradient_checkpointing:
             language_model.checkpoint_activations()
         format = caption_format(language_model, recipe)
@@ -148,6 +151,7 @@ class Trainer:
         self.decodes = recipe.monitor != "loss" or recipe.decode_every_n_steps is not None
         self.last_validation: Validation | None = None
         self.last_decoded: DecodedValidation | None = None
+        self.decoded_at_step = 0
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
 
     def run(
@@ -170,7 +174,7 @@ class Trainer:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
                 paths = [image.path for image in self.train_data.images]
-                distill_projection(self.model, recipe, self.train_features, paths, self._autocast, self.say)
+                distill_projection(self.model, recipe, self.train_features, paths, self.say)
         progress = self.progress
         trainable = sum(p.numel() for p in self.parameters)
         total = sum(p.numel() for p in self.model.parameters())
@@ -182,21 +186,24 @@ class Trainer:
         self.model.train()
         try:
             with interrupt_flag() as interrupted:
-                while progress.step < self.total_steps:
+                # A run that is resumed from its last step has its last epoch to finish.
+                while progress.step < self.total_steps or progress.step_in_epoch:
                     for group in self._groups_of_epoch():
-                        self._optimizer_step(group)
-                        if interrupted:
-                            raise Interrupted(interrupted[0], self._save(checkpoints.LATEST))
-                        self._between_epochs()
                         if progress.step >= self.total_steps:
                             break
+                        self._optimizer_step(group)
+                        # Before an interruption, or the resumed run would miss what this step asks for.
+                        self._after_step()
+                        if interrupted:
+                            raise Interrupted(interrupted[0], self._save(checkpoints.LATEST))
                     if self._finish_epoch():
                         self.say(
                             f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
                         )
                         break
-                if self.decodes:
-                    self.last_decoded = self._decode_validation(len(self.val_images))
+            # Everything is saved: an interruption of the last look ends the program at once.
+            if self.decodes:
+                self._decode_validation(len(self.val_images))
         finally:
             self.monitor.close()
         return TrainingResult(
@@ -252,7 +259,7 @@ class Trainer:
                 gradient_norm=gradient_norm.item(),
             )
 
-    def _between_epochs(self) -> None:
+    def _after_step(self) -> None:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
         recipe, step = self.recipe, self.progress.step
         if recipe.decode_every_n_steps and step % recipe.decode_every_n_steps == 0:
@@ -265,18 +272,25 @@ class Trainer:
             checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
 
     def _decode_validation(self, num_images: int) -> DecodedValidation:
-        """Caption the first validation images as the recipe's `decode` says, and score the captions."""
-        decoded = decode_and_score(
-            self.model,
-            self.format.prompt_ids,
-            self.val_images[:num_images],
-            self.val_features,
-            self.recipe.decode,
-            self._autocast,
-        )
-        self.monitor.decoded(self.progress.step, decoded)
-        self.monitor.restart_clock()
-        return decoded
+        """Caption the first validation images as the recipe's `decode` says, and score the captions; once a step."""
+        images, step = self.val_images[:num_images], self.progress.step
+        if (
+            self.last_decoded is None
+            or self.decoded_at_step != step
+            or self.last_decoded.num_images != len(images)
+        ):
+            self.last_decoded = decode_and_score(
+                self.model,
+                self.format.prompt_ids,
+                images,
+                self.val_features,
+                self.recipe.decode,
+                self._autocast,
+            )
+            self.decoded_at_step = step
+            self.monitor.decoded(step, self.last_decoded)
+            self.monitor.restart_clock()
+        return self.last_decoded
 
     def _finish_epoch(self) -> bool:
         """Validate, sample and save as the recipe asks; True when training should stop early."""
@@ -387,8 +401,8 @@ class Trainer:
         return path
 
     def _schedule(self) -> dict[str, Any]:
-        """All that decides the learning rate besides the step."""
-        names = ("use_scheduler", "scheduler_type", "learning_rate", "min_lr", "warmup_steps")
+        """All that decides the learning rates besides the step."""
+        names = ("use_scheduler", "scheduler_type", "learning_rate", "min_lr", "warmup_steps", "trainable")
         return {"total_steps": self.total_steps, **{name: getattr(self.recipe, name) for name in names}}
 
     def _data_order(self) -> dict[str, int]:
@@ -422,6 +436,11 @@ class Trainer:
                 f"{path} stops inside an epoch whose batches are those of {training['data_order']}, not of "
                 f"{self._data_order()}: continue with the same values"
             )
+        if _names_by_group(training["optimizer"]) not in (None, _names_by_group(self.optimizer.state_dict())):
+            raise CheckpointError(
+                f"{path} has its optimiser's state for other groups of parameters: keep the patterns under trainable "
+                "in their order (their learning rates may change)"
+            )
         checkpoints.restore(self.model, content, path)
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
@@ -438,23 +457,36 @@ class Trainer:
             self.say(f"the learning rate follows another schedule from here on: {', '.join(changed)}")
 
 
+def _names_by_group(optimizer_state: dict[str, Any]) -> list[list[str]] | None:
+    """The parameters of each group, whose state is kept by number; None where an earlier version wrote no names."""
+    groups = optimizer_state["param_groups"]
+    return [group["param_names"] for group in groups] if "param_names" in groups[0] else None
+
+
 def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionFormat:
-    """How this language model's captions become tokens."""
+    """How this language model's captions become tokens; they are cut where its positions end, too."""
     assert language_model.start_id is not None and language_model.eos_id is not None
-    return CaptionFormat(
+    format = CaptionFormat(
         language_model.encode,
         start_id=language_model.start_id,
         eos_id=language_model.eos_id,
         prompt=recipe.language_model.prompt,
         max_caption_tokens=recipe.max_caption_tokens,
     )
+    if (positions := language_model.max_positions) is None:
+        return format
+    # The last target is predicted and never read.
+    room = positions - len(format.prompt_ids) + 1
+    return replace(format, max_caption_tokens=min(format.max_caption_tokens, room))
 
 
 def resume_path(path: str | Path) -> Path:
-    """A folder means its latest checkpoint."""
+    """A folder means its latest checkpoint; after a crash in an epoch, that may be the one of a step."""
     path = Path(path)
-    latest = path / checkpoints.LATEST
-    return latest if path.is_dir() and latest.is_file() else path
+    latest, steps = path / checkpoints.LATEST, checkpoints.step_checkpoints(path)
+    if not latest.is_file():
+        return steps[-1] if steps else path
+    return max((latest, *steps[-1:]), key=lambda file: file.stat().st_mtime_ns)
 
 
 def resumed_recipe(path: str | Path) -> Recipe:
