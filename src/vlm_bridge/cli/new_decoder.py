@@ -28,8 +28,6 @@ def new_decoder(
         raise UsageError(
             f"{output_dir} holds a model; choose another --output-dir, or replace it with --overwrite"
         )
-    if width % heads:
-        raise UsageError(f"--heads {heads} does not divide --width {width}")
     images = CaptionFolder.open(data_dir).split("train")
 
     from vlm_bridge.cli.quiet import quiet_transformers
@@ -43,5 +41,6 @@ def new_decoder(
         f"{output_dir}: {layers} layers of width {width}, {pieces:,} word pieces, {parameters:,} parameters"
     )
     print(
-        f"next: train it whole with language_model.name={output_dir} and `language_model.*` under trainable"
+        f"next: train it whole: vlm-training --config RECIPE language_model.name={output_dir} "
+        "'trainable.bridge.*=null' 'trainable.language_model.*=null'"
     )

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlm_bridge.limits import check_at_least
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.limits import check_at_least, check_dropout
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -21,7 +22,8 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-LONGEST_CAPTION = 128
+MAX_POSITIONS = 128
+"""Of prompt and caption together: several times what people write of a picture."""
 
 
 class DecoderSize(NamedTuple):
@@ -50,8 +52,10 @@ def write_new_decoder(
     """
     from transformers import BertConfig, BertLMHeadModel
 
-    check_at_least(1, size, "layers", "heads")
-    check_at_least(size.heads, size, "width")
+    check_at_least(1, size, "layers", "heads", "width")
+    check_dropout(size.dropout, "dropout")
+    if size.width % size.heads:
+        raise ConfigurationError(f"heads={size.heads} does not divide width={size.width}")
     tokenizer = word_piece_tokenizer(captions, size.vocabulary)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -61,7 +65,7 @@ def write_new_decoder(
         intermediate_size=4 * size.width,
         hidden_dropout_prob=size.dropout,
         attention_probs_dropout_prob=size.dropout,
-        max_position_embeddings=LONGEST_CAPTION,
+        max_position_embeddings=MAX_POSITIONS,
         pad_token_id=tokenizer.pad_token_id,
         is_decoder=True,
         add_cross_attention=True,
@@ -84,9 +88,13 @@ def word_piece_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
     tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        # Characters come twice, at the start of words and within; rare ones must not crowd out the words.
+        limit_alphabet=vocabulary // 4,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=LONGEST_CAPTION, **SPECIAL_TOKENS
+        tokenizer_object=tokenizer, model_max_length=MAX_POSITIONS, **SPECIAL_TOKENS
     )

@@ -1,0 +1,140 @@
+"""`vlm-bridge new-decoder`: a folder that loads as a language model, and word pieces that give text back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.decoder_loading import build_language_model
+from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.model_architecture.new_decoder import (
+    MAX_POSITIONS,
+    DecoderSize,
+    word_piece_tokenizer,
+    write_new_decoder,
+)
+
+TINY = ("--layers", 2, "--width", 16, "--heads", 2, "--vocabulary", 120)
+
+
+def load(folder: Path) -> LanguageModel:
+    return build_language_model(LanguageModelConfig(name=str(folder)))
+
+
+def test_the_command_writes_a_decoder_of_the_captions(
+    drawn_caption_folder: Path, tmp_path: Path, run_here
+) -> None:
+    folder = tmp_path / "decoder"
+    result = run_here("new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", folder, *TINY)
+    assert result.returncode == 0, result.stderr
+    model = load(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert (
+        f"{folder}: 2 layers of width 16, {len(model.tokenizer)} word pieces, {parameters:,} parameters"
+        in (result.stdout)
+    )
+    assert f"language_model.name={folder}" in result.stdout
+    assert (model.shape.width, model.shape.num_layers, model.shape.cross_attention_width) == (16, 2, 16)
+    assert model.max_positions == MAX_POSITIONS
+    assert model.vocab_size == len(model.tokenizer) <= 120
+    assert not model.fresh_parameters
+    for image in CaptionFolder.open(drawn_caption_folder).split("train"):
+        for caption in image.captions:
+            ids = model.encode(caption)
+            assert model.tokenizer.unk_token_id not in ids
+            assert model.decode(ids) == caption.lower()
+    assert len(model.encode("red")) == 1, "words of the captions are whole pieces"
+
+
+def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
+    size = DecoderSize(layers=1, width=8, heads=2, vocabulary=100)
+
+    def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
+        write_new_decoder(["a red square", "a blue circle"], tmp_path / name, size, seed=seed)
+        return load(tmp_path / name).state_dict()
+
+    before = torch.get_rng_state()
+    one, same, other = weights("one", 0), weights("same", 0), weights("other", 1)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_published_sizes_of_a_decoder_from_nothing() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    assert DecoderSize() == (6, 256, 4, 6000, 0.1)
+    with torch.device("meta"):
+        layers = BertLMHeadModel(
+            BertConfig(
+                vocab_size=6000, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024,
+                max_position_embeddings=MAX_POSITIONS, is_decoder=True, add_cross_attention=True,
+            )
+        )  # fmt: skip
+    assert 7e6 < layers.num_parameters() < 9e6
+
+
+def test_dropout_is_that_of_the_option(tmp_path: Path) -> None:
+    write_new_decoder(["a dog"], tmp_path, DecoderSize(1, 8, 2, 100, dropout=0.3))
+    rates = {m.p for m in load(tmp_path).modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.3}
+
+
+def test_rare_characters_do_not_crowd_out_the_words() -> None:
+    strange = [chr(code) for code in range(0x3B1, 0x3B1 + 200)]
+    captions = ["two dogs run on the grass"] * 50 + strange
+    tokenizer = word_piece_tokenizer(captions, 120)
+    assert len(tokenizer) <= 120
+    ids = tokenizer("two dogs run on the grass", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 6
+
+
+@pytest.mark.parametrize("text", ["A Man's dog, isn't it?", "Ünïcode café.", "two   spaces"])
+def test_text_comes_back_in_lower_case_without_accents(text: str, tmp_path: Path) -> None:
+    write_new_decoder([text, "abcdefghijklmnopqrstuvwxyz"], tmp_path, DecoderSize(1, 8, 2, 200))
+    model = load(tmp_path)
+    plain = {"A Man's dog, isn't it?": "a man's dog, isn't it?", "Ünïcode café.": "unicode cafe."}
+    assert model.decode(model.encode(text)) == plain.get(text, "two spaces")
+
+
+def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_here) -> None:
+    folder = tmp_path / "decoder"
+    arguments = ("new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", folder, *TINY)
+    assert run_here(*arguments).returncode == 0
+    first = (folder / "model.safetensors").read_bytes()
+    kept = run_here(*arguments, "--seed", 1)
+    assert kept.returncode == 2
+    assert "holds a model; choose another --output-dir, or replace it with --overwrite" in kept.stderr
+    assert (folder / "model.safetensors").read_bytes() == first
+    assert run_here(*arguments, "--seed", 1, "--overwrite").returncode == 0
+    assert (folder / "model.safetensors").read_bytes() != first
+
+    other = ("new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", tmp_path / "other")
+    uneven = run_here(*other, "--heads", 5, "--width", 16)
+    assert uneven.returncode == 2
+    assert uneven.stderr == "error: heads=5 does not divide width=16\n"
+    nowhere = run_here("new-decoder", "--data-dir", tmp_path / "nowhere", "--output-dir", tmp_path / "other")
+    assert nowhere.returncode == 1
+    assert "no caption folder" in nowhere.stderr
+    assert run_here(*other, "--layers", 0).returncode == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (DecoderSize(layers=0), "layers must be at least 1"),
+        (DecoderSize(heads=0), "heads must be at least 1"),
+        (DecoderSize(width=10, heads=4), "heads=4 does not divide width=10"),
+        (DecoderSize(dropout=1.0), "dropout must be at least 0 and below 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(size: DecoderSize, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        write_new_decoder(["a dog"], tmp_path / "new", size)
+    assert not (tmp_path / "new").exists()
