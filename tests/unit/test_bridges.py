@@ -118,6 +118,7 @@ def test_only_position_embeddings_tell_the_prefix_where_things_are() -> None:
         ("cross_attention", {"feed_forward_multiplier": 0}, "bridge.feed_forward_multiplier"),
         ("prefix", {"dropout": 1.0}, "bridge.dropout"),
         ("cross_attention", {"dropout": -0.1}, "bridge.dropout"),
+        ("projection", {"dropout": 1.0}, "bridge.dropout"),
     ],
 )
 def test_impossible_options_are_named(kind: str, options: dict, message: str) -> None:
@@ -133,3 +134,61 @@ def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
     without = replace(recipe.bridge, options=None)
     text = TextShape(576, num_layers=30, num_key_value_heads=3, head_dim=64, cross_attention_width=24)
     assert isinstance(build_bridge(without, 12, text, 6, meta=True), bridge_class)
+
+
+def projection_of(vision_dim: int, width: int, num_tokens: int, projection: str, *, meta: bool = True):
+    recipe = recipe_from_dict({"bridge": {"kind": "projection", "projection": projection}})
+    text = TextShape(768, 12, 12, 64, cross_attention_width=width)
+    return build_bridge(recipe.bridge, vision_dim, text, num_tokens, meta=meta)
+
+
+@pytest.mark.parametrize(
+    ("projection", "vision_dim", "parameters"),
+    [
+        ("conv3x3", 512, 3_539_712),  # PVTv2-B1: the published 3.5 M
+        ("linear", 256, 256 * 768 + 768),  # PVTv2-B0
+        ("mlp", 512, 512 * 768 + 768 + 768 * 768 + 768),
+    ],
+)
+def test_projections_have_the_published_sizes(projection: str, vision_dim: int, parameters: int) -> None:
+    bridge = projection_of(vision_dim, 768, 144, projection)
+    assert sum(parameter.numel() for parameter in bridge.parameters()) == parameters
+    if projection == "linear":
+        assert bridge.projection.weight.shape == (768, 256)
+        assert bridge.projection.bias.shape == (768,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projection", ["linear", "mlp", "conv3x3"])
+def test_a_projection_gives_one_encoder_state_a_token(projection: str) -> None:
+    bridge = projection_of(12, 24, 9, projection, meta=False)
+    features = torch.randn(2, 9, 12)
+    state = bridge.encode_image(features)
+    inputs = bridge.image_inputs(state)
+    assert inputs.encoder_hidden_states.shape == (2, 9, 24)
+    assert inputs.soft_tokens is inputs.key_value_prefix is None
+    # Which states feel a change of the first token: itself, or its neighbours on the 3x3 grid.
+    changed = features.clone()
+    changed[:, 0] += 1
+    felt = (bridge.encode_image(changed) - state).abs().amax((0, 2)) > 1e-6
+    expected = {0, 1, 3, 4} if projection == "conv3x3" else {0}
+    assert set(felt.nonzero().flatten().tolist()) == expected
+
+
+@torch.no_grad()
+def test_the_convolution_is_that_of_the_feature_map() -> None:
+    bridge = projection_of(4, 6, 16, "conv3x3", meta=False)
+    grid = torch.randn(2, 4, 4, 4)
+    convolution = torch.nn.Conv2d(4, 6, 3, padding=1)
+    convolution.load_state_dict(bridge.projection.state_dict())
+    expected = convolution(grid)
+    found = bridge.encode_image(grid.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(found.transpose(1, 2).unflatten(2, (4, 4)), expected)
+
+
+def test_the_convolution_refuses_what_is_no_grid() -> None:
+    for num_tokens in (17, 145, 2):
+        with pytest.raises(
+            ConfigurationError, match=f"not {num_tokens} .a class token has no place on a grid."
+        ):
+            projection_of(12, 24, num_tokens, "conv3x3")
