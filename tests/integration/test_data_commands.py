@@ -101,7 +101,7 @@ def test_ctrl_c_then_the_same_command_continues(tmp_path: Path) -> None:
         "--source",
         "scenes",
         "--num-train",
-        "600",
+        "1200",
     ]
     command += ["--num-val", "20", "--num-test", "20", "--workers", "2", "--output-dir", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -117,7 +117,7 @@ def test_ctrl_c_then_the_same_command_continues(tmp_path: Path) -> None:
 
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     folder = CaptionFolder.open(out)
-    assert folder.manifest["counts"]["train"]["images"] == 600
+    assert folder.manifest["counts"]["train"]["images"] == 1200
     assert folder.compute_fingerprint() == folder.fingerprint
     assert not (out / UNFINISHED_NAME).exists()
 
