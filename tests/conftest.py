@@ -6,6 +6,7 @@ Folders of tiny models and pictures are built once per run and shared: tests rea
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports torch, transformers or their friends; commands started by tests inherit it.
 os.environ.update(
@@ -26,6 +27,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """Let programs that tests start be interrupted: a shell's background jobs ignore Ctrl-C, and pass that on."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
