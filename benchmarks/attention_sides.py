@@ -59,7 +59,7 @@ def recipe(folder: Path) -> Recipe:
             "use_amp": False,  # so small a model is quicker in float32
             "learning_rate": 1e-3,
             "min_lr": 2e-5,
-            "num_epochs": 40,
+            "num_epochs": 10,
             "batch_size": 64,
             "gradient_clip_val": 1.0,
             "weight_decay": 0.05,
@@ -67,7 +67,7 @@ def recipe(folder: Path) -> Recipe:
             "use_early_stopping": False,
             "val_every_n_epochs": 10,
             "save_every_n_epochs": 10,
-            "generate_samples_every_n_epochs": 40,
+            "generate_samples_every_n_epochs": 10,
             "log_every_n_steps": 100,
             "checkpoint_dir": str(folder / "checkpoints"),
             "log_dir": str(folder / "logs"),
