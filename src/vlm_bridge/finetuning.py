@@ -99,7 +99,7 @@ class FineTuning:
 def finetune_combined(
     settings: FineTuning,
     *,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], None] = print,
     show_progress: ShowProgress = lambda what: nullcontext(lambda done, total: None),
 ) -> TrainingResult:
     """Fine-tune a combined file and write another. Interrupted, the same call continues.
