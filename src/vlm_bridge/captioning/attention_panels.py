@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from vlm_bridge.captioning.explain import Explanation, WordAttention
+from vlm_bridge.fonts import Font, font_for
 
 PANEL = 208
 """Pixels of a panel's longer side."""
@@ -23,8 +22,6 @@ EVEN_SCALE = 3.0
 """A panel's brightest colour stands for its highest attention, but for no less than this many times an even spread: a
 word that looks everywhere must not seem to look somewhere."""
 NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Image:
@@ -43,7 +40,7 @@ def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Im
 
     columns = min(len(panels), MAX_COLUMNS)
     width = max(columns, 3) * (PANEL + GAP) + GAP
-    title_font = _font(TITLE_SIZE, explanation.caption)
+    title_font = font_for(explanation.caption, TITLE_SIZE)
     title = _wrap(explanation.caption or "(no caption)", title_font, width - 2 * GAP)
     top = GAP + len(title) * round(1.3 * TITLE_SIZE) + GAP // 2
     row_height = shown.height + round(1.4 * WORD_SIZE + 1.4 * NOTE_SIZE) + GAP
@@ -60,8 +57,8 @@ def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Im
         middle, below = left + PANEL // 2, upper + shown.height + 6
         pen.text((middle, below), word, fill=INK, font=_fitting(word), anchor="ma")
         below += round(1.3 * WORD_SIZE)
-        pen.text((middle, below), note, fill=GREY, font=_font(NOTE_SIZE, note), anchor="ma")
-    pen.text((GAP, top + rows * row_height), NOTE, fill=GREY, font=_font(NOTE_SIZE, NOTE))
+        pen.text((middle, below), note, fill=GREY, font=font_for(note, NOTE_SIZE), anchor="ma")
+    pen.text((GAP, top + rows * row_height), NOTE, fill=GREY, font=font_for(NOTE, NOTE_SIZE))
     return sheet
 
 
@@ -100,17 +97,9 @@ def _scaled(
 def _fitting(word: str) -> Font:
     """A font in which the word is no wider than its panel, as far as letters can be read."""
     size = WORD_SIZE
-    while size > NOTE_SIZE // 2 and _font(size, word).getlength(word) > PANEL:
+    while size > NOTE_SIZE // 2 and font_for(word, size).getlength(word) > PANEL:
         size -= 1
-    return _font(size, word)
-
-
-def _font(size: int, text: str) -> Font:
-    """Pillow's own font looks the same everywhere but has only ASCII: other text gets a system font."""
-    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+    return font_for(word, size)
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ImageError
+from vlm_bridge.fonts import Font, font_for
 
 TILE_WIDTH, TILE_HEIGHT = 288, 216
 GAP = 24
@@ -20,8 +20,6 @@ MAX_LINES = 7
 
 BACKGROUND, MAT, BROKEN = "#ffffff", "#f1f3f5", "#ced4da"
 INK, GREY, ACCENT = "#212529", "#868e96", "#1864ab"
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def _text_block(texts: Sequence[tuple[str, int, str]], width: int) -> Image.Imag
     lines: list[tuple[int, str, Font, str]] = []
     top = 0
     for text, size, colour in texts:
-        font = _font(size, text)
+        font = font_for(text, size)
         for line in _wrap(text, font, width):
             lines.append((top, line, font, colour))
             top += round(1.3 * size)
@@ -104,14 +102,6 @@ def _text_block(texts: Sequence[tuple[str, int, str]], width: int) -> Image.Imag
     for line_top, line, font, colour in lines:
         draw.text((0, line_top), line, fill=colour, font=font)
     return block
-
-
-def _font(size: int, text: str) -> Font:
-    """Pillow's own font looks the same everywhere but has only ASCII: other text gets a system font."""
-    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:

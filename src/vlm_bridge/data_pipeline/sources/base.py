@@ -143,3 +143,17 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 raise DataError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
             if line.strip():
                 yield f"{path}:{number}", line.rstrip("\r\n")
+
+
+def read_token_lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield ("file:line", file name, caption) for the ``name.jpg#number<TAB>caption`` lines of Flickr8k and Flickr30k.
+
+    Raises:
+        DataError: a line is not of that form, or not UTF-8.
+    """
+    for where, line in read_lines(path):
+        key, tab, caption = line.partition("\t")
+        file_name, hash_sign, _ = key.partition("#")
+        if not (tab and hash_sign):
+            raise DataError(f"{where}: expected name.jpg#number<TAB>caption")
+        yield where, file_name, caption

@@ -9,7 +9,13 @@ from typing import ClassVar
 
 from vlm_bridge.data_pipeline.caption_folder import inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
+from vlm_bridge.data_pipeline.sources.base import (
+    Rejected,
+    SourceItem,
+    SourceOptions,
+    read_lines,
+    read_token_lines,
+)
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError
 
@@ -80,11 +86,7 @@ class Flickr8k:
         if not path.is_file():
             raise DataError(f"{self.input_dir} is not Flickr8k: it has no {CAPTIONS_FILE}")
         captions: dict[str, list[str]] = {}
-        for where, line in read_lines(path):
-            key, tab, caption = line.partition("\t")
-            file_name, hash_sign, _ = key.partition("#")
-            if not (tab and hash_sign):
-                raise DataError(f"{where}: expected name.jpg#number<TAB>caption")
+        for where, file_name, caption in read_token_lines(path):
             captions.setdefault(_checked(self.input_dir, file_name, where), []).append(caption)
         return captions
 

@@ -19,7 +19,13 @@ from typing import ClassVar
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
+from vlm_bridge.data_pipeline.sources.base import (
+    Rejected,
+    SourceItem,
+    SourceOptions,
+    read_lines,
+    read_token_lines,
+)
 from vlm_bridge.data_pipeline.sources.karpathy import find_karpathy_file, read_karpathy_file
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
@@ -149,11 +155,7 @@ class Flickr30k:
 
 def _read_token_file(path: Path) -> dict[str, _Captioned]:
     captioned: dict[str, _Captioned] = {}
-    for where, line in read_lines(path):
-        key, tab, caption = line.partition("\t")
-        file_name, hash_sign, _ = key.partition("#")
-        if not (tab and hash_sign):
-            raise DataError(f"{where}: expected name.jpg#number<TAB>caption")
+    for _, file_name, caption in read_token_lines(path):
         captioned.setdefault(file_name, _Captioned([])).captions.append(caption)
     return captioned
 
