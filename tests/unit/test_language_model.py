@@ -323,3 +323,8 @@ class TestPackedRows:
     def test_every_caption_has_the_positions_it_has_alone(self) -> None:
         assert packed_positions(self.segments, 2)[0, :-1].tolist() == [0, 1, 2, 3, 2, 3, 4]
         assert packed_positions(self.segments, 0)[0, :-1].tolist() == [0, 1, 0, 1, 2]
+
+    def test_pads_take_up_no_positions(self) -> None:
+        """A short row beside a long one has more pads than a model with a table of positions may have."""
+        segments = torch.tensor([[1, 1, *[0] * 98]])
+        assert packed_positions(segments, 2).max() == 3

@@ -244,11 +244,15 @@ def causal_block_mask(
 
 
 def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.Tensor:
-    """Position ids [B, P+T]: soft tokens count 0..P-1, and every caption goes on from P as if it were alone."""
+    """Position ids [B, P+T]: soft tokens count 0..P-1, and every caption goes on from P as if it were alone.
+
+    Pads are all at P: counted on, many of them would run past the positions of a model that has a table of them.
+    """
     batch, length = segments_bt.shape
     index = torch.arange(length, device=segments_bt.device).expand(batch, length)
     starts_here = torch.ones_like(segments_bt, dtype=torch.bool)
     starts_here[:, 1:] = segments_bt[:, 1:] != segments_bt[:, :-1]
     start = torch.where(starts_here, index, 0).cummax(dim=1).values
+    in_caption = torch.where(segments_bt == 0, 0, index - start)
     soft = torch.arange(num_soft_tokens, device=segments_bt.device).expand(batch, num_soft_tokens)
-    return torch.cat((soft, num_soft_tokens + index - start), dim=1)
+    return torch.cat((soft, num_soft_tokens + in_caption), dim=1)
