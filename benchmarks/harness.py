@@ -18,6 +18,8 @@ leaves behind would be another's floor.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -71,7 +73,7 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The seconds of each repeat of a variant, in the order of repeats."""
+    """The seconds of each repeat of a variant, in the order of repeats; none where only memory was measured."""
 
     variant: str
     seconds: tuple[float, ...]
@@ -85,8 +87,18 @@ class Measurement:
         return float(np.median(self.seconds))
 
     @property
-    def spread(self) -> float:
+    def samples_per_second(self) -> float | None:
+        return self.samples / self.median_seconds if self.seconds else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.median_seconds if self.seconds and self.tokens else None
+
+    @property
+    def spread(self) -> float | None:
         """Interquartile range of the seconds over their median."""
+        if not self.seconds:
+            return None
         low, high = np.percentile(self.seconds, [25, 75])
         return float((high - low) / self.median_seconds)
 
@@ -214,6 +226,7 @@ def watch_peak(run: Callable[[], object], device: torch.device, *, times: int = 
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
+        _return_freed_memory()
         before = _status("VmRSS")
         _forget_resident_peak()
     for _ in range(times):
@@ -240,12 +253,16 @@ def print_peak(peak: Peak) -> None:
     print(json.dumps(peak._asdict()))
 
 
+def _return_freed_memory() -> None:
+    """Let the C library give back what building the models left free, or a step could use it unseen (glibc)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _forget_resident_peak() -> None:
     """Let the kernel count the resident peak anew, so that loading the models is not part of it (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def _status(key: str) -> int:
@@ -307,7 +324,7 @@ class Report:
 
     def _share(self, m: Measurement) -> float | None:
         """Operations a second as a share of what matrix products reach."""
-        if m.flops is None or not self.matmul_peak:
+        if m.flops is None or not self.matmul_peak or not m.seconds:
             return None
         return m.flops / m.median_seconds / self.matmul_peak
 
@@ -316,8 +333,8 @@ class Report:
         return [
             {
                 "variant": m.variant,
-                "samples_per_second": m.samples / m.median_seconds,
-                "tokens_per_second": m.tokens / m.median_seconds,
+                "samples_per_second": m.samples_per_second,
+                "tokens_per_second": m.tokens_per_second,
                 "peak_bytes": m.peak.absolute if m.peak else None,
                 "spread": m.spread,
             }
@@ -326,15 +343,15 @@ class Report:
 
     def table(self) -> str:
         """The rows as a Markdown table; columns that no row fills are left out."""
-        columns: dict[str, list[str]] = {
+        columns = {
             "variant": [m.variant for m in self.measurements],
-            "samples/s": [f"{m.samples / m.median_seconds:.2f}" for m in self.measurements],
-            "tokens/s": [f"{m.tokens / m.median_seconds:.0f}" if m.tokens else "" for m in self.measurements],
-            "spread": [f"{m.spread:.1%}" for m in self.measurements],
-            "of matmul peak": ["" if (s := self._share(m)) is None else f"{s:.1%}" for m in self.measurements],
-            "peak GiB": [f"{m.peak.absolute / GIB:.2f}" if m.peak else "" for m in self.measurements],
-            "over models GiB": [f"{m.peak.over_models / GIB:.2f}" if m.peak else "" for m in self.measurements],
-        }  # fmt: skip
+            "samples/s": [_cell(m.samples_per_second, ".2f") for m in self.measurements],
+            "tokens/s": [_cell(m.tokens_per_second, ".0f") for m in self.measurements],
+            "spread": [_cell(m.spread, ".1%") for m in self.measurements],
+            "of matmul peak": [_cell(self._share(m), ".1%") for m in self.measurements],
+            "peak GiB": [_cell(m.peak and m.peak.absolute / GIB, ".2f") for m in self.measurements],
+            "over models GiB": [_cell(m.peak and m.peak.over_models / GIB, ".2f") for m in self.measurements],
+        }
         return markdown({name: cells for name, cells in columns.items() if any(cells)})
 
     def finish(self, json_file: Path | None) -> None:
@@ -350,6 +367,10 @@ class Report:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             content = {"rows": self.rows, "ratios": self.ratios, "environment": facts}
             json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _cell(value: float | None, format: str) -> str:
+    return "" if value is None else f"{value:{format}}"
 
 
 def markdown(columns: dict[str, list[str]]) -> str:

@@ -1,0 +1,315 @@
+"""Training steps: ours, ours with one thing changed at a time, and three ways in which users write them without us.
+
+    python -m benchmarks.train_step --data-dir data/flickr8k                  `lite` on real photographs and captions
+    python -m benchmarks.train_step --system gemma-like --memory              301 M parameters, vocabulary of 256,000
+    python -m benchmarks.train_step --system dinov2-gemma --device cuda       full size, random weights
+    python -m benchmarks.train_step --tiny                                    does it run at all?
+
+All variants train on the same captions with the same frozen models, optimiser, autocast dtype and threads; a sample is
+a caption trained. Before anything is timed, the loss of ours and of the published recipe's step on these captions must
+agree within 1 %. `benchmarks/baselines.py` says what the baselines do and how (b) and (c) differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import harness
+from benchmarks.baselines import (
+    CaptionDataset,
+    clipcap_step,
+    collate,
+    encoder_decoder_step,
+    published_loss,
+    published_step,
+)
+from benchmarks.harness import Report, Variant
+from benchmarks.systems import SYSTEMS, System, SystemName, build_system, with_bridge_options
+from vlm_bridge import runtime
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
+from vlm_bridge.model_architecture.captioner import CaptionerModel, CaptionLoss
+from vlm_bridge.model_architecture.trainable import trained_parameters
+from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.plan import epoch_plan
+from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
+
+OURS, PUBLISHED, ENCODER_DECODER, CLIPCAP = "ours", "published", "encoder-decoder", "clipcap"
+LOSSES_AGREE_WITHIN = 1e-2
+Step = Callable[[], object]
+
+
+# Ours.
+
+
+def our_step(
+    system: System,
+    *,
+    features: Features | None = None,
+    loss_of: Callable[[CaptionerModel, LoadedBatch], CaptionLoss] = batch_loss,
+) -> Step:
+    """Train on all captions of a system once, as the trainer does: its batches, its loss, its optimiser."""
+    recipe, model, data = system.recipe, system.model, system.data
+    images = system.features if features is None else features
+    batches = epoch_plan(recipe, data.captions_per_image, data.caption_lengths).batches(0)
+    trained = trained_parameters(model, recipe.trainable)
+    parameters = [parameter for _, parameter, _ in trained]
+    optimizer, _ = adamw(trained, recipe)
+    dtype = recipe.amp_dtype if recipe.use_amp else None
+
+    def load(index: int) -> LoadedBatch:
+        return load_batch(data.pack(batches[index]), images, model.device)
+
+    def run() -> None:
+        for batch in prefetch(range(len(batches)), load, recipe.num_workers):
+            with runtime.autocast(model.device, dtype):
+                loss = loss_of(model, batch).total / batch.packed.num_supervised
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip_val)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def full_logits_loss(model: CaptionerModel, batch: LoadedBatch) -> CaptionLoss:
+    """The loss of a packed batch from float32 logits of every position, pads included."""
+    input_ids, labels, segments, _, features = batch.tensors.wait()
+    states = model.text_states(input_ids, model.image_state(model.features(features)), segments)
+    logits = model.language_model.head(states).float()
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return CaptionLoss(losses.sum(), losses.detach()[labels.flatten() != IGNORE_INDEX])
+
+
+def changed(system: System, *overrides: str) -> System:
+    return dataclasses.replace(system, recipe=override_recipe(system.recipe, overrides))
+
+
+def like_lengths(system: System) -> Step:
+    """Batches of rows of like length, as many positions in each as the batches of ours have on average."""
+    positions = system.data.caption_lengths.mean() * system.recipe.batch_size
+    return our_step(changed(system, f"tokens_per_batch={round(float(positions))}"))
+
+
+def with_sdpa(system: System) -> Step:
+    """The same step with torch's fused attention in the language model."""
+    step, causal_lm = our_step(system), system.model.language_model.causal_lm
+    ours = causal_lm.config._attn_implementation
+    sdpa = "vlm_bridge_sdpa" if ours.startswith("vlm_bridge_") else "sdpa"
+
+    def run() -> None:
+        causal_lm.set_attn_implementation(sdpa)
+        step()
+        causal_lm.set_attn_implementation(ours)
+
+    return run
+
+
+VARIANTS: dict[str, Callable[[System], Step]] = {
+    OURS: our_step,
+    "no-feature-cache": lambda system: our_step(system, features=system.pixels),
+    "no-packing": lambda system: our_step(changed(system, "captions_per_image=1")),
+    "full-logits": lambda system: our_step(system, loss_of=full_logits_loss),
+    "like-lengths": like_lengths,
+    "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
+    "sdpa": with_sdpa,
+    "enter-at-layer-0": lambda system: our_step(with_bridge_options(system, enter_at_layer=0)),
+    PUBLISHED: published_step,
+    ENCODER_DECODER: encoder_decoder_step,
+    CLIPCAP: clipcap_step,
+}
+"""In the order of the table: ours, ours with one thing changed, and the baselines (a), (b) and (c)."""
+
+
+def applicable(name: SystemName, recipe: Recipe) -> list[str]:
+    """The variants that differ from ours for a system."""
+    without = set()
+    if recipe.captions_per_image == 1:
+        without.add("no-packing")
+    if getattr(recipe.bridge.options, "enter_at_layer", 0) == 0:
+        without.add("enter-at-layer-0")
+    if name != "lite":
+        without.add("sdpa")  # it cannot soft-cap scores: Gemma 2 would be another model
+    return [variant for variant in VARIANTS if variant not in without]
+
+
+# What is measured.
+
+
+def losses(system: System) -> tuple[float, float]:
+    """Mean loss per token of all captions, by our step and by the published one, without dropout."""
+    recipe, model, data = system.recipe, system.model.eval(), system.data
+    dtype = recipe.amp_dtype if recipe.use_amp else None
+    ours = torch.zeros((), device=model.device)
+    with torch.no_grad():
+        rows = whole_rows(data.captions_per_image)
+        per_batch = max(1, recipe.batch_size // recipe.captions_per_image)
+        for some in in_batches(rows, per_batch):
+            with runtime.autocast(model.device, dtype):
+                ours += batch_loss(model, load_batch(data.pack(some), system.features, model.device)).total
+        plain = torch.zeros((), device=model.device)
+        num_tokens = 0
+        captions = CaptionDataset(system)
+        for some in in_batches(range(len(captions)), recipe.batch_size):
+            batch = {k: v.to(model.device) for k, v in collate([captions[index] for index in some]).items()}
+            supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+            with runtime.autocast(model.device, dtype):
+                plain += published_loss(system, batch) * supervised
+            num_tokens += supervised
+    model.train()
+    return ours.item() / num_tokens, plain.item() / num_tokens
+
+
+def num_tokens(system: System) -> int:
+    """Tokens of all captions; a call of a variant trains on each once."""
+    return int(system.data.caption_lengths.sum())
+
+
+def step_flops(system: System) -> float:
+    """Of a call of a variant; only what a frozen language model needs (`frozen_training_flops`)."""
+    language_model: Any = system.model.language_model
+    matrices = sum(p.numel() for p in language_model.parameters() if p.ndim > 1)
+    if language_model.head_module.weight is not language_model.causal_lm.get_input_embeddings().weight:
+        matrices -= language_model.causal_lm.get_input_embeddings().weight.numel()
+    below = getattr(system.model.bridge, "first_layer", 0)
+    layers = language_model.causal_lm.base_model.layers[:below]
+    without_gradient = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
+    return harness.frozen_training_flops(matrices, num_tokens(system), without_gradient=without_gradient)
+
+
+def build(options: argparse.Namespace, device: torch.device) -> System:
+    batch_size = options.batch_size
+    changes = [f"seed={options.seed}", *options.changes]
+    if batch_size is not None:
+        changes.append(f"batch_size={batch_size}")
+    captions = options.captions or (
+        20 if options.tiny else {"lite": 80, "gemma-like": 32}.get(options.system, 64)
+    )
+    return build_system(
+        options.system,
+        device,
+        num_captions=max(captions, batch_size or 0),
+        seed=options.seed,
+        tiny=options.tiny,
+        data_dir=options.data_dir,
+        changes=changes,
+    )
+
+
+def peak_of(options: argparse.Namespace, device: torch.device) -> harness.Peak:
+    """Peak of one variant, when only its own models are left in this process."""
+    system = build(options, device)
+    step = VARIANTS[options.peak_of](system)
+    del system  # a variant keeps what it uses
+    gc.collect()
+    return harness.watch_peak(step, device)
+
+
+def write_profile(step: Step, device: torch.device, path: Path) -> None:
+    """The operators of one call, those that take most time of the device first (torch.profiler)."""
+    step()
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(profiler.key_averages().table(sort_by=order, row_limit=40), encoding="utf-8")
+
+
+def child_arguments(options: argparse.Namespace, variant: str) -> list[str]:
+    """The command line of a process that measures the peak of one variant."""
+    arguments = ["--system", options.system, "--device", options.device, "--seed", str(options.seed)]
+    arguments += ["--peak-of", variant, *options.changes]
+    for name in ("data_dir", "batch_size", "captions"):
+        if (value := getattr(options, name)) is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return [*arguments, "--tiny"] if options.tiny else arguments
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = harness.argument_parser(__doc__)
+    parser.add_argument("--system", choices=SYSTEMS, default="lite")
+    parser.add_argument("--data-dir", type=Path, help="caption folder of lite (its recipe's)")
+    parser.add_argument("--batch-size", type=int, help="captions in a batch (the recipe's)")
+    parser.add_argument("--captions", type=int, help="captions trained in one measured call")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="only these (all that apply)")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure peaks too, each in a process of its own"
+    )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write where the time of ours goes")
+    parser.add_argument("--peak-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    device = harness.prepare(options)
+    if options.peak_of:
+        harness.print_peak(peak_of(options, device))
+        return 0
+
+    system = build(options, device)
+    names = options.variants or applicable(options.system, system.recipe)
+    print(
+        f"{options.system}: {system.data.num_captions} captions of {len(system.data)} images, "
+        f"{num_tokens(system)} tokens, batches of {system.recipe.batch_size} captions"
+    )
+    ours_loss, plain_loss = losses(system)
+    print(f"loss per token: {ours_loss:.4f} ours, {plain_loss:.4f} published")
+    if abs(ours_loss - plain_loss) > LOSSES_AGREE_WITHIN * abs(plain_loss):
+        print("FAILED: the losses differ, the variants do not do the same work")
+        return 1
+
+    work = {"samples": system.data.num_captions, "tokens": num_tokens(system)}
+    variants = [
+        Variant(
+            name,
+            VARIANTS[name](system),
+            **work,
+            flops=None if name == ENCODER_DECODER else step_flops(system),
+        )
+        for name in names
+    ]
+    dtype = getattr(torch, system.recipe.amp_dtype)
+    report = Report(
+        harness.measure(variants, options.repeats, device),
+        device,
+        options.seed,
+        harness.matmul_flops_per_second(device, dtype, tiny=options.tiny),
+    )
+    if options.profile is not None:
+        write_profile(our_step(system), device, options.profile)
+    if options.memory:
+        del system, variants
+        gc.collect()
+        for name in names:
+            report.add_peak(
+                name, harness.peak_in_child("benchmarks.train_step", child_arguments(options, name))
+            )
+    if OURS in names:
+        report.add_peak_share(OURS)
+        for name in names:
+            if name != OURS:
+                report.add_ratio(OURS, name)
+                report.add_memory_ratio(OURS, name)
+    report.finish(options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
