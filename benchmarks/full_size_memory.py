@@ -20,15 +20,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, Gemma2Config
 
+from benchmarks.systems import as_if_trained, random_captioner, random_configs
 from vlm_bridge import runtime
 from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, shipped_recipe
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge
-from vlm_bridge.model_architecture.known_architectures import known_architecture
-from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.model_architecture.captioner import CaptionerModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
-from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder
 from vlm_bridge.training_strategy.optimizer import adamw
 
 MIB = 2**20
@@ -58,33 +55,6 @@ class TensorWatch(TorchDispatchMode):
                     rows = tensor.numel() // self.vocab_size
                     self.largest_logits = max(self.largest_logits, (rows, seen[1]))
         return result
-
-
-def random_captioner(recipe: Recipe, *, tiny: bool) -> CaptionerModel:
-    """The recipe's captioner with random weights; its bridge as if trained, for a new one passes no gradient on."""
-    vision: Any = known_architecture(recipe.vision_encoder.name)
-    text: Any = known_architecture(recipe.language_model.name)
-    vision_config, text_config = vision.config, text.config
-    if tiny:
-        vision_config = Dinov2Config(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=14
-        )
-        text_config = Gemma2Config(
-            vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
-        )  # fmt: skip
-    encoder = HuggingFaceVisionEncoder(AutoModel.from_config(vision_config), None, vision.image_size)
-    causal_lm = AutoModelForCausalLM.from_config(
-        text_config, dtype=torch.bfloat16, attn_implementation="eager"
-    )
-    language_model = LanguageModel(causal_lm, None)
-    bridge = build_bridge(recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens)
-    with torch.no_grad():
-        for parameter in bridge.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    for frozen in (encoder, language_model):
-        frozen.requires_grad_(False)
-    return CaptionerModel(encoder, language_model, bridge, standardize=False).train()
 
 
 def training_loss(model: CaptionerModel, batch_size: int, caption_tokens: int) -> torch.Tensor:
@@ -191,7 +161,9 @@ def main() -> int:
 
     torch.manual_seed(0)
     recipe = load_recipe(shipped_recipe(DEFAULT_RECIPE))
-    model = random_captioner(recipe, tiny=options.tiny)
+    model = random_captioner(recipe, *random_configs("dinov2-gemma", tiny=options.tiny))
+    as_if_trained(model.bridge, seed=0)
+    model.train()
     if options.gradient_checkpointing:
         model.language_model.checkpoint_activations()
     model.to(runtime.resolve_device(options.device))

@@ -211,29 +211,27 @@ def _lite(
     return model, (TokenizedImages(chosen, format), pixels, max_tokens)
 
 
-def with_bridge_options(system: System, **options: Any) -> System:
-    """The same frozen models and images with a bridge of other options."""
+def own_captioner(system: System, **bridge_options: Any) -> System:
+    """The same frozen weights and images in a captioner of its own, its bridge another where options are given."""
     recipe, model = system.recipe, system.model
-    bridge_config = dataclasses.replace(
-        recipe.bridge, options=dataclasses.replace(recipe.bridge.options, **options)
-    )
-    bridge = build_bridge(
-        bridge_config,
-        model.vision_encoder.embed_dim,
-        model.language_model.shape,
-        model.vision_encoder.num_tokens,  # type: ignore[arg-type]
-    )
-    as_if_trained(bridge, recipe.seed)
-    # The attention that reads a prefix is put over a plain one, whatever is there now.
+    vision_encoder: Any = model.vision_encoder
     causal_lm = model.language_model.causal_lm
-    plain = causal_lm.config._attn_implementation.removeprefix("vlm_bridge_")
-    causal_lm.set_attn_implementation(plain)
-    other = CaptionerModel(
-        model.vision_encoder, model.language_model, bridge, standardize=bridge_config.standardize_features
+    # The attention that reads a prefix is put over a plain one, whatever is there now.
+    causal_lm.set_attn_implementation(causal_lm.config._attn_implementation.removeprefix("vlm_bridge_"))
+    language_model = LanguageModel(causal_lm, model.language_model.tokenizer)
+    bridge: Any = model.bridge
+    if bridge_options:
+        options = dataclasses.replace(recipe.bridge.options, **bridge_options)
+        recipe = dataclasses.replace(recipe, bridge=dataclasses.replace(recipe.bridge, options=options))
+        bridge = build_bridge(
+            recipe.bridge, vision_encoder.embed_dim, language_model.shape, vision_encoder.num_tokens
+        )
+        as_if_trained(bridge, recipe.seed)
+    own = CaptionerModel(
+        vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
     )
-    if other.feature_scale is not None and model.feature_scale is not None:
-        other.feature_scale.load_state_dict(model.feature_scale.state_dict())
-    choose_trainable(other, recipe.trainable)
-    other.to(model.device)  # type: ignore[arg-type]
-    recipe = dataclasses.replace(recipe, bridge=bridge_config)
-    return dataclasses.replace(system, recipe=recipe, model=other.train())
+    if own.feature_scale is not None and model.feature_scale is not None:
+        own.feature_scale.load_state_dict(model.feature_scale.state_dict())
+    choose_trainable(own, recipe.trainable)
+    own.to(model.device)  # type: ignore[arg-type]
+    return dataclasses.replace(system, recipe=recipe, model=own.train())

@@ -33,17 +33,18 @@ from benchmarks.baselines import (
     published_step,
 )
 from benchmarks.harness import Report, Variant
-from benchmarks.systems import SYSTEMS, System, SystemName, build_system, with_bridge_options
+from benchmarks.systems import SYSTEMS, System, SystemName, build_system, own_captioner
 from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
-from vlm_bridge.model_architecture.captioner import CaptionerModel, CaptionLoss
+from vlm_bridge.model_architecture.captioner import CaptionerModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.plan import epoch_plan
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
 OURS, PUBLISHED, ENCODER_DECODER, CLIPCAP = "ours", "published", "encoder-decoder", "clipcap"
+COMPILED = "compile"
 LOSSES_AGREE_WITHIN = 1e-2
 Step = Callable[[], object]
 
@@ -51,11 +52,25 @@ Step = Callable[[], object]
 # Ours.
 
 
+def summed_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
+    return batch_loss(model, batch).total
+
+
+def full_logits_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
+    """The same from float32 logits of every position, pads included."""
+    input_ids, labels, segments, _, features = batch.tensors.wait()
+    states = model.text_states(input_ids, model.image_state(model.features(features)), segments)
+    logits = model.language_model.head(states).float()
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
 def our_step(
     system: System,
     *,
     features: Features | None = None,
-    loss_of: Callable[[CaptionerModel, LoadedBatch], CaptionLoss] = batch_loss,
+    loss_of: Callable[[CaptionerModel, LoadedBatch], torch.Tensor] = summed_loss,
 ) -> Step:
     """Train on all captions of a system once, as the trainer does: its batches, its loss, its optimiser."""
     recipe, model, data = system.recipe, system.model, system.data
@@ -72,24 +87,13 @@ def our_step(
     def run() -> None:
         for batch in prefetch(range(len(batches)), load, recipe.num_workers):
             with runtime.autocast(model.device, dtype):
-                loss = loss_of(model, batch).total / batch.packed.num_supervised
+                loss = loss_of(model, batch) / batch.packed.num_supervised
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip_val)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return run
-
-
-def full_logits_loss(model: CaptionerModel, batch: LoadedBatch) -> CaptionLoss:
-    """The loss of a packed batch from float32 logits of every position, pads included."""
-    input_ids, labels, segments, _, features = batch.tensors.wait()
-    states = model.text_states(input_ids, model.image_state(model.features(features)), segments)
-    logits = model.language_model.head(states).float()
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return CaptionLoss(losses.sum(), losses.detach()[labels.flatten() != IGNORE_INDEX])
 
 
 def changed(system: System, *overrides: str) -> System:
@@ -116,6 +120,13 @@ def with_sdpa(system: System) -> Step:
     return run
 
 
+def compiled(system: System) -> Step:
+    """Ours with ``compile: true``; the unmeasured call compiles."""
+    own = own_captioner(system)
+    own.model.language_model.compile_body()
+    return our_step(own)
+
+
 VARIANTS: dict[str, Callable[[System], Step]] = {
     OURS: our_step,
     "no-feature-cache": lambda system: our_step(system, features=system.pixels),
@@ -124,7 +135,8 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "like-lengths": like_lengths,
     "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
     "sdpa": with_sdpa,
-    "enter-at-layer-0": lambda system: our_step(with_bridge_options(system, enter_at_layer=0)),
+    "enter-at-layer-0": lambda system: our_step(own_captioner(system, enter_at_layer=0)),
+    COMPILED: compiled,
     PUBLISHED: published_step,
     ENCODER_DECODER: encoder_decoder_step,
     CLIPCAP: clipcap_step,
@@ -133,8 +145,8 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
 
 
 def applicable(name: SystemName, recipe: Recipe) -> list[str]:
-    """The variants that differ from ours for a system."""
-    without = set()
+    """The variants that differ from ours for a system; not the compiled one, which takes minutes to begin."""
+    without = {COMPILED}
     if recipe.captions_per_image == 1:
         without.add("no-packing")
     if getattr(recipe.bridge.options, "enter_at_layer", 0) == 0:
@@ -157,7 +169,7 @@ def losses(system: System) -> tuple[float, float]:
         per_batch = max(1, recipe.batch_size // recipe.captions_per_image)
         for some in in_batches(rows, per_batch):
             with runtime.autocast(model.device, dtype):
-                ours += batch_loss(model, load_batch(data.pack(some), system.features, model.device)).total
+                ours += summed_loss(model, load_batch(data.pack(some), system.features, model.device))
         plain = torch.zeros((), device=model.device)
         num_tokens = 0
         captions = CaptionDataset(system)
