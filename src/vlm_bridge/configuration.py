@@ -33,7 +33,7 @@ PUBLISHED_NAMES = {
 }
 """Names of the published system's flat layout that are other names here; its training keys are the same."""
 PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
-"""Its names that are accepted and change nothing: batches are read by threads, in memory of this process."""
+"""Its names that are accepted and change nothing: what goes to a GPU is always pinned, elsewhere nothing is."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,19 @@ class Recipe:
     Attributes:
         trainable: patterns of parameter names and the learning rate of each (null: `learning_rate`); the schedule
             scales them all. What no pattern matches stays frozen.
+        tokens_per_batch: fill batches with rows of like length up to this many positions, pads included, instead of
+            counting captions: `batch_size` is not read then.
+        compile: compile the language model for training, once; it has to earn the minutes that compiling takes.
         monitor: what decides the best checkpoint and early stopping: the validation loss, or a score of captions that
             are decoded for the first ``num_decoded_images`` of validation.
+        feature_cache: where the encoder's features are kept. `auto`: in ``data_dir``/.features, where measuring says
+            that reading them is quicker than encoding; a folder: there, unasked; `off`: nowhere, pictures are encoded
+            in every step.
+        feature_cache_dtype: how they are stored; `int8` with a scale per token is half the size of the other two.
+        feature_cache_pooling: 2 averages the encoder's grid over 2 x 2 tokens, for the bridge and for captioning
+            alike: a quarter of the features. It belongs to the architecture, with a cache or without.
+        feature_cache_views: random crops, mirrored or not, that each training image is seen through, one an epoch in
+            turn, fixed by ``seed``; 0 shows the whole image. Validation always does.
     """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -163,6 +174,9 @@ class Recipe:
     max_caption_tokens: int = 128
     num_workers: int = 2
     feature_cache: str = "auto"
+    feature_cache_dtype: Literal["float16", "bfloat16", "int8"] = "float16"
+    feature_cache_pooling: Literal[1, 2] = 1
+    feature_cache_views: int = 0
 
     # Optimisation
     trainable: dict[str, float | None] = field(default_factory=lambda: {"bridge.*": None})
@@ -171,6 +185,7 @@ class Recipe:
     num_epochs: int = 12
     max_steps: int | None = None
     batch_size: int = 8
+    tokens_per_batch: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_clip_val: float = 0.3
     weight_decay: float = 0.01
@@ -183,6 +198,7 @@ class Recipe:
     use_amp: bool = True
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     gradient_checkpointing: bool = False
+    compile: bool = False
     quantize_language_model: Literal["none", "int8", "nf4"] = "none"
     device: str = "auto"
 
@@ -208,14 +224,14 @@ class Recipe:
     def __post_init__(self) -> None:
         check_at_least(
             1, self, "captions_per_image", "max_caption_tokens", "num_epochs", "max_steps", "batch_size",
-            "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
+            "tokens_per_batch", "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
             "save_every_n_epochs", "log_every_n_steps", "generate_samples_every_n_epochs",
             "max_validation_images", "decode_every_n_steps", "num_decoded_images", "save_every_n_steps",
             "keep_step_checkpoints",
         )  # fmt: skip
         check_at_least(
-            0, self, "num_workers", "learning_rate", "min_lr", "weight_decay", "warmup_steps", "seed",
-            "early_stopping_min_delta", "num_validation_samples",
+            0, self, "num_workers", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
+            "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val")
         if not self.trainable:
@@ -226,7 +242,11 @@ class Recipe:
             raise ConfigurationError(
                 "trainable has learning rates, which follow the schedule of learning_rate: it must be above 0"
             )
-        if self.batch_size % self.captions_per_image:
+        if self.distillation is not None and self.feature_cache_views:
+            raise ConfigurationError(
+                "distillation compares two encoders on the same picture: it needs feature_cache_views=0"
+            )
+        if self.tokens_per_batch is None and self.batch_size % self.captions_per_image:
             raise ConfigurationError(
                 f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
                 f"{self.captions_per_image}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
+from vlm_bridge import runtime
 from vlm_bridge.evaluation.metrics import install_java_command
 
 DISTRIBUTION = "vlm-bridge"
@@ -136,20 +136,13 @@ def _devices() -> Iterator[Check]:
         yield Check(
             "cuda", "warn", f"an NVIDIA driver is here but torch {torch.__version__} cannot use it", fix
         )
-    detail = f"{_cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {_cpu_bf16()}"
-    yield Check("cpu", "ok", detail)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_bf16() -> str:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return "bf16 support unknown"
-    return "bf16 in hardware" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "bf16 emulated (slow)"
+    bf16 = {
+        True: "bf16 in hardware",
+        False: "bf16 emulated (slow: use_amp=false)",
+        None: "bf16 support unknown",
+    }[runtime.cpu_has_bfloat16()]
+    cores = f"{runtime.usable_cores()} cores to compute on"
+    yield Check("cpu", "ok", f"{cores}, {torch.backends.cpu.get_cpu_capability()}, {bf16}")
 
 
 def _memory() -> Iterator[Check]:

@@ -101,14 +101,25 @@ def test_training_learns_and_writes_what_it_promises(make_recipe: MakeRecipe, br
     steps, validations = run.events("train"), run.events("validation")
     # 24 images of two captions each, in batches of four rows.
     assert [event["step"] for event in steps] == list(range(1, 25))
-    assert {"loss", "learning_rate", "gradient_norm", "samples_per_second"} <= steps[0].keys()
+    measured = {"samples_per_second", "tokens_per_second", "padding_share"}
+    assert {"loss", "learning_rate", "gradient_norm", *measured} <= steps[0].keys()
     assert [event["step"] for event in validations] == [6, 12, 18, 24]
     assert {"loss", "perplexity", "visual_gain"} <= validations[0].keys()
     assert validations[-1]["loss"] < validations[0]["loss"] < 6
     assert len(run.events("samples")) == 4
     assert run.result.steps == 24
     assert run.result.best_loss == min(event["loss"] for event in validations)
-    for mention in ("loss", "ms/step", "samples/s", "ETA", "perplexity", "visual gain", "sample 1:"):
+    for mention in (
+        "loss",
+        "ms/step",
+        "samples/s",
+        "tokens/s",
+        "pads",
+        "ETA",
+        "perplexity",
+        "visual gain",
+        "sample 1:",
+    ):
         assert run.said(mention)
 
     latest = checkpoints.load_checkpoint(run.latest)
@@ -146,6 +157,65 @@ def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
     assert second.said("resumed")
     assert_same_training(whole.latest, second.latest)
     assert [event["step"] for event in second.events("train")] == list(range(1, 13))
+
+
+def test_a_run_under_a_budget_continues_inside_an_epoch(make_recipe: MakeRecipe) -> None:
+    settings = ("tokens_per_batch=80", "batch_size=5", "bridge.dropout=0.2", "save_every_n_steps=1")
+    whole = Run(make_recipe("whole", *settings, "keep_step_checkpoints=99", "num_workers=2"))
+    inside = whole.result.steps // 4
+    step = whole.folder / checkpoints.STEP.format(inside)
+    assert checkpoints.load_checkpoint(step)["training"]["progress"]["step_in_epoch"] > 0
+    resumed = Run(make_recipe("resumed", *settings), resume=step)
+    assert resumed.said(f"at step {inside} of {whole.result.steps}")
+    assert_same_training(whole.latest, resumed.latest)
+    # Batches have no fewer tokens than captions counted in batches of such a size would leave.
+    assert max(event["padding_share"] for event in whole.events("train")) < 0.5
+    with pytest.raises(CheckpointError, match="tokens_per_batch"):
+        Run(make_recipe("resumed", *settings, "tokens_per_batch=81"), resume=step)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("bridge", ["prefix", "deep_prefix"])
+def test_compiling_changes_no_loss_and_no_name(
+    make_recipe: MakeRecipe, bridge: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compile_with(function, backend=count, **how)
+    )
+    settings = ("num_epochs=1", "tokens_per_batch=60", f"gradient_checkpointing={checkpointing}")
+    plain = Run(make_recipe("plain", *settings, bridge=bridge))
+    assert num_graphs == 0
+    compiled = Run(make_recipe("compiled", *settings, "compile=true", bridge=bridge))
+    assert 0 < num_graphs < plain.result.steps  # not one for each length
+    for event, other in zip(plain.events("train"), compiled.events("train"), strict=True):
+        assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    names, others = (checkpoints.load_checkpoint(run.latest)["weights"].keys() for run in (plain, compiled))
+    assert names == others
+
+
+def test_without_a_compiler_training_says_so_and_goes_on(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_bridge.runtime.shutil.which", lambda name: None)
+    run = Run(make_recipe("run", "compile=true", "max_steps=1"))
+    assert run.said("compile=true has no effect here: there is no C++ compiler")
+    assert run.result.steps == 1
+
+
+def test_computing_layers_again_changes_nothing(make_recipe: MakeRecipe) -> None:
+    kept, again = (
+        Run(make_recipe(name, "num_epochs=1", f"gradient_checkpointing={name}", bridge="deep_prefix"))
+        for name in ("false", "true")
+    )
+    assert [e["loss"] for e in kept.events("train")] == [e["loss"] for e in again.events("train")]
 
 
 def test_the_seed_decides_everything(make_recipe: MakeRecipe) -> None:

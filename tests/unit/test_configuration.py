@@ -254,8 +254,8 @@ class TestTrainingDefault:
             batch_captions=recipe.batch_size,
             seed=recipe.seed,
         )
-        total = plan.batches_per_epoch * recipe.num_epochs
-        assert (plan.batches_per_epoch, total) == (5_235, 62_820)
+        total = plan.num_batches(0) * recipe.num_epochs
+        assert (plan.num_batches(0), total) == (5_235, 62_820)
         rates = [
             learning_rate_at(
                 step,

@@ -15,6 +15,7 @@ from vlm_bridge.cli.download import download
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+    from vlm_bridge.data_pipeline.loader import TokenizedImages
     from vlm_bridge.data_pipeline.sources import Source, SourceItem
     from vlm_bridge.data_pipeline.splits import SplitBy
 
@@ -327,17 +328,16 @@ def _default_workers() -> int:
 
 def _first_batch(images: Sequence[CaptionedImage], recipe: Recipe, *, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch of the first epoch: its rows, and its token counts if they are asked for."""
-    from vlm_bridge.data_pipeline.loader import EpochPlan
+    from vlm_bridge.training_strategy.plan import epoch_plan
 
-    plan = EpochPlan(
-        [len(image.captions) for image in images],
-        row_captions=recipe.captions_per_image,
-        batch_captions=recipe.batch_size,
-        seed=recipe.seed,
-    )
+    language_model = _language_model(recipe) if with_tokens else None
+    lengths = None
+    if recipe.tokens_per_batch is not None:  # which only a recipe says
+        lengths = _tokenized(images, recipe, language_model).caption_lengths
+    plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths)
     rows = plan.batches(0)[0]
     batch: dict[str, Any] = {
-        "batches_per_epoch": plan.batches_per_epoch,
+        "batches_per_epoch": plan.num_batches(0),
         "rows": [
             {
                 "id": images[row.image].original_id,
@@ -346,21 +346,33 @@ def _first_batch(images: Sequence[CaptionedImage], recipe: Recipe, *, with_token
             for row in rows
         ],
     }
-    if with_tokens:
-        batch["tokens"] = _count_tokens(images, recipe, rows)
+    if language_model is not None:
+        batch["tokens"] = _count_tokens(images, recipe, rows, language_model)
     return batch
 
 
-def _count_tokens(images: Sequence[CaptionedImage], recipe: Recipe, rows: Sequence[Any]) -> dict[str, Any]:
+def _language_model(recipe: Recipe) -> Any:
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
     from vlm_bridge.model_architecture.decoder_loading import build_language_model
-    from vlm_bridge.training_strategy.trainer import caption_format
 
     quiet_transformers()
-    language_model = build_language_model(recipe.language_model)
-    # Only the images of this batch: tokenising all captions of a large dataset would take minutes.
-    tokenized = TokenizedImages([images[row.image] for row in rows], caption_format(language_model, recipe))
+    return build_language_model(recipe.language_model)
+
+
+def _tokenized(images: Sequence[CaptionedImage], recipe: Recipe, language_model: Any) -> TokenizedImages:
+    from vlm_bridge.data_pipeline.loader import TokenizedImages
+    from vlm_bridge.training_strategy.trainer import caption_format
+
+    return TokenizedImages(images, caption_format(language_model, recipe))
+
+
+def _count_tokens(
+    images: Sequence[CaptionedImage], recipe: Recipe, rows: Sequence[Any], language_model: Any
+) -> dict[str, Any]:
+    from vlm_bridge.data_pipeline.loader import Row
+
+    # Only the images of this batch: tokenising all captions of a large dataset would take a while.
+    tokenized = _tokenized([images[row.image] for row in rows], recipe, language_model)
     packed = tokenized.pack([Row(index, row.captions) for index, row in enumerate(rows)])
     decode = language_model.tokenizer.decode
     return {
@@ -402,7 +414,7 @@ def _outlook(source: Source, planning: dict[str, Any], num_rows: int | None) -> 
         "split_rule": source.split_rule or rule.describe(),
         "exact": num_rows is None or rule.by == "image",
         "batch_size": recipe.batch_size,
-        "steps_per_epoch": plan.batches_per_epoch,
+        "steps_per_epoch": plan.num_batches(0),
     }
 
 

@@ -158,7 +158,7 @@ class BaselineCaptioner:
                 f"{'starts' if family.start_id is None else 'ends'} a caption (decoder_start_token_id, eos_token_id)"
             )
         format = CaptionFormat(
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"],
             start_id=family.start_id,
             eos_id=family.eos_id,
             prompt=(family.prompt if prompt is None else prompt).strip(),
@@ -269,7 +269,7 @@ class BaselineCaptioner:
             rows = [
                 Row(place, (caption,))
                 for place, image in enumerate(batch)
-                for caption in range(len(data.captions[image]))
+                for caption in range(data.captions_per_image[image])
             ]
             for some in in_batches(rows, batch_size):
                 packed = data.pack([Row(batch[row.image], row.captions) for row in some])
@@ -332,7 +332,7 @@ class BaselineCaptioner:
 
     def _check_causality(self, data: TokenizedImages, pixels: OnTheFlyPixels) -> None:
         """A decoder built without a causal mask reads the answer: measure that it does not, on one caption."""
-        ids = torch.tensor([data.captions[0][0].input_ids], device=self.model.device)
+        ids = torch.tensor([data.caption(0, 0).input_ids], device=self.model.device)
         if ids.shape[1] < 2:
             return
         other = ids.clone()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.evaluation.metrics import regex_tokenize
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
@@ -72,14 +73,15 @@ class Monitor:
         self.writer = SummaryWriter(str(log_dir))
         self.history = (log_dir / "history.jsonl").open("a", encoding="utf-8")
         self.say = say
-        self._window_start = time.perf_counter()
-        self._window_captions = 0
-        self._window_steps = 0
+        self.restart_clock()
 
-    def step(self, num_captions: int) -> None:
-        """Count one optimiser step for the throughput of the next `training` line."""
-        self._window_captions += num_captions
+    def step(self, batches: Sequence[PackedBatch]) -> None:
+        """Count one optimiser step of these batches for the throughput of the next `training` line."""
         self._window_steps += 1
+        for batch in batches:
+            self._window_captions += batch.num_captions
+            self._window_tokens += batch.num_tokens
+            self._window_positions += batch.num_positions
 
     def training(
         self,
@@ -94,11 +96,13 @@ class Monitor:
         now = time.perf_counter()
         seconds = max(now - self._window_start, 1e-9)
         ms_per_step = 1000 * seconds / max(self._window_steps, 1)
-        rate = self._window_captions / seconds
+        captions_rate, tokens_rate = self._window_captions / seconds, self._window_tokens / seconds
+        padding_share = 1 - self._window_tokens / max(self._window_positions, 1)
         eta = _duration((total_steps - step) * ms_per_step / 1000)
         self.say(
             f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | "
-            f"grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | {rate:.1f} samples/s | ETA {eta}"
+            f"grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | {captions_rate:.1f} samples/s | "
+            f"{tokens_rate:.0f} tokens/s | {padding_share:.0%} pads | ETA {eta}"
         )
         for name, value in (
             ("loss", loss),
@@ -112,7 +116,9 @@ class Monitor:
             loss=loss,
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,
-            samples_per_second=rate,
+            samples_per_second=captions_rate,
+            tokens_per_second=tokens_rate,
+            padding_share=padding_share,
         )
         self.restart_clock()
 
@@ -166,7 +172,7 @@ class Monitor:
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
         self._window_start = time.perf_counter()
-        self._window_captions = self._window_steps = 0
+        self._window_steps = self._window_captions = self._window_tokens = self._window_positions = 0
 
     def close(self) -> None:
         self.writer.close()

@@ -26,9 +26,6 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolde
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
-    EpochPlan,
-    PackedBatch,
-    Row,
     TokenizedImages,
     in_batches,
     prefetch,
@@ -41,11 +38,18 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.features import split_features
+from vlm_bridge.training_strategy.features import SplitFeatures, split_features
 from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
+from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
 from vlm_bridge.training_strategy.schedule import learning_rate_at
-from vlm_bridge.training_strategy.validation import Features, Validation, batch_loss, validate
+from vlm_bridge.training_strategy.validation import (
+    LoadedBatch,
+    Validation,
+    batch_loss,
+    load_batch,
+    validate,
+)
 
 STANDARDIZE_ON_IMAGES = 512
 Say = Callable[[str], None]
@@ -113,6 +117,11 @@ class Trainer:
             raise ConfigurationError(
                 "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
             )
+        self.where = str(self.device)
+        if self.device.type == "cpu":
+            self.where += f" ({runtime.set_threads()} threads)"
+            if recipe.use_amp and runtime.cpu_has_bfloat16() is False:
+                say("this processor emulates bfloat16: use_amp=false is quicker here")
         self.folder = CaptionFolder.open(recipe.data_dir)
         train_images = self.folder.split("train")
         self.val_images = self.folder.split("val")[: recipe.max_validation_images]
@@ -123,23 +132,21 @@ class Trainer:
             check_distillation(self.model, recipe)
         if recipe.gradient_checkpointing:
             language_model.checkpoint_activations()
+        if recipe.compile:
+            if lacking := runtime.missing_compiler(self.device):
+                say(f"compile=true has no effect here: {lacking}")
+            else:
+                language_model.compile_body()
         format = caption_format(language_model, recipe)
         self.format = format
+        self.train_paths = [image.path for image in train_images]  # their captions are kept as tokens alone
         self.train_data = TokenizedImages(train_images, format)
         self.val_data = TokenizedImages(self.val_images, format)
         self.train_features = self._features("train", train_images)
         self.val_features = self._features("val", self.val_images)
 
-        self.plan = EpochPlan(
-            [len(captions) for captions in self.train_data.captions],
-            row_captions=recipe.captions_per_image,
-            batch_captions=recipe.batch_size,
-            seed=recipe.seed,
-        )
-        self.steps_per_epoch = -(-self.plan.batches_per_epoch // recipe.gradient_accumulation_steps)
-        self.total_steps = recipe.num_epochs * self.steps_per_epoch
-        if recipe.max_steps is not None:
-            self.total_steps = min(self.total_steps, recipe.max_steps)
+        self.plan = epoch_plan(recipe, self.train_data.captions_per_image, self.train_data.caption_lengths)
+        self.total_steps = count_steps(recipe, self.plan)
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.relative_learning_rates = adamw(
@@ -173,14 +180,13 @@ class Trainer:
             if self.model.feature_scale is not None:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
-                paths = [image.path for image in self.train_data.images]
-                distill_projection(self.model, recipe, self.train_features, paths, self.say)
+                distill_projection(self.model, recipe, self.train_features, self.train_paths, self.say)
         progress = self.progress
         trainable = sum(p.numel() for p in self.parameters)
         total = sum(p.numel() for p in self.model.parameters())
         self.say(
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.1%}) on {len(self.train_data):,} "
-            f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.device}"
+            f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.where}"
         )
         self.monitor = Monitor(Path(recipe.log_dir), self.say)
         self.model.train()
@@ -215,29 +221,31 @@ class Trainer:
             self.last_decoded,
         )
 
-    def _groups_of_epoch(self) -> Iterator[list[tuple[PackedBatch, np.ndarray]]]:
-        """The rest of the current epoch: per optimiser step, its micro-batches with features or pixels."""
+    def _groups_of_epoch(self) -> Iterator[list[LoadedBatch]]:
+        """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device."""
         batches = self.plan.batches(self.progress.epoch)
-        groups = in_batches(batches, self.recipe.gradient_accumulation_steps)[self.progress.step_in_epoch :]
+        groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
+        features = self.train_features.in_epoch(self.progress.epoch)
 
-        def load(group: list[list[Row]]) -> list[tuple[PackedBatch, np.ndarray]]:
-            packed = [self.train_data.pack(rows) for rows in group]
-            return [(batch, self.train_features[batch.image_indices]) for batch in packed]
+        def load(group: list[int]) -> list[LoadedBatch]:
+            packed = [self.train_data.pack(batches[index]) for index in group]
+            return [load_batch(batch, features, self.device) for batch in packed]
 
-        return prefetch(groups, load, self.recipe.num_workers)
+        return prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers)
 
-    def _optimizer_step(self, group: Sequence[tuple[PackedBatch, np.ndarray]]) -> None:
+    def _optimizer_step(self, group: Sequence[LoadedBatch]) -> None:
+        """One update. Nothing in it waits for the device, but for the line of a log step."""
         recipe, progress = self.recipe, self.progress
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
             parameter_group["lr"] = learning_rate * relative
 
-        num_supervised = sum(batch.num_supervised for batch, _ in group)
+        num_supervised = sum(batch.packed.num_supervised for batch in group)
         step_loss = torch.zeros((), device=self.device)
-        for batch, features in group:
+        for batch in group:
             with self._autocast():
-                loss = batch_loss(self.model, batch, features).total / num_supervised
+                loss = batch_loss(self.model, batch).total / num_supervised
             self.scaler.scale(loss).backward()
             step_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -248,7 +256,7 @@ class Trainer:
 
         progress.step += 1
         progress.step_in_epoch += 1
-        self.monitor.step(sum(batch.num_captions for batch, _ in group))
+        self.monitor.step([batch.packed for batch in group])
         if progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps:
             self.monitor.training(
                 step=progress.step,
@@ -328,7 +336,7 @@ class Trainer:
             return
         self.model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
-        features = self.model.features(torch.from_numpy(self.val_features[np.arange(count)]))
+        features = self.model.features(torch.as_tensor(self.val_features[np.arange(count)]))
         with self._autocast():
             captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
         self.model.train()
@@ -357,17 +365,15 @@ class Trainer:
 
     # Features
 
-    def _features(self, split: str, images: Sequence[CaptionedImage]) -> Features:
-        return split_features(self.model, self.recipe, self.folder, split, images, self.say)
+    def _features(self, split: str, images: Sequence[CaptionedImage]) -> SplitFeatures:
+        return split_features(self.model.vision_encoder, self.recipe, split, images, self.say)
 
     def _sample_features(self) -> torch.Tensor:
         """Features of some training images [S, N, D], for the channel statistics."""
         count = min(STANDARDIZE_ON_IMAGES, len(self.train_data))
         chosen = np.sort(np.random.default_rng(self.recipe.seed).permutation(len(self.train_data))[:count])
         parts = [
-            self.model.features(torch.from_numpy(np.ascontiguousarray(self.train_features[part])))
-            .float()
-            .cpu()
+            self.model.features(torch.as_tensor(self.train_features[part])).float().cpu()
             for part in np.array_split(chosen, -(-count // feature_cache.ENCODE_BATCH))
         ]
         return torch.cat(parts)
@@ -407,7 +413,13 @@ class Trainer:
 
     def _data_order(self) -> dict[str, int]:
         """All that decides which captions meet in which step."""
-        names = ("batch_size", "captions_per_image", "gradient_accumulation_steps", "seed")
+        # Under a budget, where long captions are cut decides as well.
+        by = (
+            ("batch_size",)
+            if self.recipe.tokens_per_batch is None
+            else ("tokens_per_batch", "max_caption_tokens")
+        )
+        names = (*by, "captions_per_image", "gradient_accumulation_steps", "seed")
         return {name: getattr(self.recipe, name) for name in names}
 
     def _resume(self, path: str | Path) -> None:
@@ -467,7 +479,7 @@ def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionForm
     """How this language model's captions become tokens; they are cut where its positions end, too."""
     assert language_model.start_id is not None and language_model.eos_id is not None
     format = CaptionFormat(
-        language_model.encode,
+        language_model.encode_all,
         start_id=language_model.start_id,
         eos_id=language_model.eos_id,
         prompt=recipe.language_model.prompt,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from vlm_bridge import runtime
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionerModel, CaptionLoss
 
@@ -20,7 +21,7 @@ BLIND_BELOW = 0.05
 class Features(Protocol):
     """By image index: features [len(indices), N, D] from a cache, or pixels [len(indices), 3, h, w] to be encoded."""
 
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray: ...
+    def __getitem__(self, indices: np.ndarray) -> torch.Tensor | np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,28 @@ def validate(
 ) -> Validation:
     """Loss of all captions with their own image and, for the visual gain, with another image each.
 
-    The result does not depend on the batch size.
+    The result depends neither on the batch size nor on the order, which is by length: batches have few pads, and the
+    first takes the most memory.
     """
     was_training = model.training
     model.eval()
     wrong_image = shuffled_images(len(data))
-    right_sum = wrong_sum = 0.0
+    right: list[torch.Tensor] = []
+    wrong: list[torch.Tensor] = []
     num_tokens = done = 0
-    for rows in in_batches(whole_rows([len(captions) for captions in data.captions]), batch_images):
-        batch = data.pack(rows)
-        with autocast():
-            right = batch_loss(model, batch, features[batch.image_indices])
-            wrong = batch_loss(model, batch, features[wrong_image[batch.image_indices]])
-        right_sum += right.token_losses.double().sum().item()
-        wrong_sum += wrong.token_losses.double().sum().item()
-        num_tokens += right.num_tokens
-        done += len(rows)
+    rows, longest_first = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
+    for some in in_batches([rows[image] for image in longest_first], batch_images):
+        batch = data.pack(some)
+        for image_of, sums in ((np.arange(len(data)), right), (wrong_image, wrong)):
+            loaded = load_batch(batch, features, model.device, images=image_of[batch.image_indices])
+            with autocast():
+                sums.append(batch_loss(model, loaded).token_losses.sum())
+        num_tokens += batch.num_supervised
+        done += len(some)
         progress(done)
     model.train(was_training)
-    loss = right_sum / num_tokens
-    gain = wrong_sum / num_tokens - loss if len(data) > 1 else 0.0
-    return Validation(loss, gain, num_tokens)
+    loss, wrong_loss = (torch.stack(sums).cpu().double().sum().item() / num_tokens for sums in (right, wrong))
+    return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
 
 
 def shuffled_images(count: int) -> np.ndarray:
@@ -91,12 +93,33 @@ def shuffled_images(count: int) -> np.ndarray:
     return wrong_image
 
 
-def batch_loss(model: CaptionerModel, batch: PackedBatch, features: np.ndarray) -> CaptionLoss:
-    """From a packed batch and its features [B, N, D] (or pixels) to a loss; training and validation share it."""
-    device = model.device
-    ids, labels, segments = (
-        torch.from_numpy(array).to(device, non_blocking=True)
-        for array in (batch.input_ids, batch.labels, batch.segments)
-    )
-    image_state = model.image_state(model.features(torch.from_numpy(np.ascontiguousarray(features))))
-    return model.caption_loss(ids, labels, segments, image_state)
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A packed batch with what a step reads of it, on the device or on its way there.
+
+    Attributes:
+        tensors: input ids, labels, segments [B, T], supervised positions [V], and features or pixels of B images.
+    """
+
+    packed: PackedBatch
+    tensors: runtime.DeviceCopy
+
+
+def load_batch(
+    batch: PackedBatch, features: Features, device: torch.device, *, images: np.ndarray | None = None
+) -> LoadedBatch:
+    """Read a batch's features and start its copy to the device; may run in a thread, ahead of its step.
+
+    Args:
+        images: [B], whose features each row reads instead of its own.
+    """
+    chosen = torch.as_tensor(features[batch.image_indices if images is None else images]).contiguous()
+    arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
+    return LoadedBatch(batch, runtime.DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
+
+
+def batch_loss(model: CaptionerModel, batch: LoadedBatch) -> CaptionLoss:
+    """The loss of a packed batch; training and validation share it."""
+    input_ids, labels, segments, supervised, features = batch.tensors.wait()
+    image_state = model.image_state(model.features(features))
+    return model.caption_loss(input_ids, labels, segments, image_state, supervised)
