@@ -337,3 +337,41 @@ def test_missing_weights_are_no_silent_noise(
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="1 of its weights are missing"):
         load(folder)
+
+
+# Pooling.
+
+
+@pytest.fixture
+def pooled(folder: Path) -> Any:
+    return build_vision_encoder(VisionEncoderConfig(name=str(folder)), pooling=2)
+
+
+@torch.no_grad()
+def test_pooled_tokens_are_means_of_neighbours(family: str, folder: Path, pooled: Any) -> None:
+    _, _, tokens, (rows, columns) = FAMILIES[family]
+    pixels = pooled.preprocess(odd_pictures())
+    plain_bnd, pooled_bnd = load(folder)(pixels), pooled(pixels)
+    assert pooled.grid == (-(-rows // 2), -(-columns // 2))
+    assert pooled_bnd.shape[1:] == (pooled.num_tokens, pooled.embed_dim)
+    before = tokens - rows * columns
+    assert torch.equal(pooled_bnd[:, :before], plain_bnd[:, :before])
+    torch.testing.assert_close(
+        pooled_bnd[:, before], plain_bnd[:, before:].unflatten(1, (rows, columns))[:, :2, :2].mean((1, 2))
+    )
+    if rows % 2 == 0:  # every token has a part in one mean
+        torch.testing.assert_close(pooled_bnd[:, before:].mean(1), plain_bnd[:, before:].mean(1))
+
+
+@torch.no_grad()
+def test_pooling_keeps_what_is_the_same_everywhere(pooled: Any) -> None:
+    constant = torch.randn(1, 1, pooled.embed_dim).expand(2, pooled.encoder.num_tokens, -1)
+    pooled.encoder.forward = lambda pixels: constant
+    torch.testing.assert_close(pooled(torch.empty(2)), constant[:, : pooled.num_tokens])
+
+
+def test_pooling_is_part_of_the_fingerprint_and_of_the_architecture(folder: Path, pooled: Any) -> None:
+    assert encoder_fingerprint(pooled) != encoder_fingerprint(load(folder))
+    on_meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(folder)), pooling=2, meta=True)
+    assert (on_meta.num_tokens, on_meta.grid) == (pooled.num_tokens, pooled.grid)
+    assert pooled.seen_area((200, 100)) == load(folder).seen_area((200, 100))

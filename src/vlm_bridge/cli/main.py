@@ -16,6 +16,7 @@ from vlm_bridge.cli import (
     doctor,
     evaluate,
     export,
+    features,
     info,
     new_decoder,
     quickstart,
@@ -40,6 +41,7 @@ app.command("compare")(compare.compare)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
+app.command("features")(features.features)
 app.command("new-decoder")(new_decoder.new_decoder)
 app.command("train")(train.train)
 app.add_typer(data.app, name="data")

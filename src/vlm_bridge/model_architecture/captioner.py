@@ -350,7 +350,9 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     Args:
         meta: build everything on the meta device, without reading weights (for `info`).
     """
-    vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
+    vision_encoder: Any = build_vision_encoder(
+        recipe.vision_encoder, pooling=recipe.feature_cache_pooling, meta=meta
+    )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # of cross-attention that no checkpoint held
         language_model = build_language_model(

@@ -51,18 +51,21 @@ class VisionEncoder(Protocol):
         ...
 
 
-def build_vision_encoder(config: VisionEncoderConfig, *, meta: bool = False) -> nn.Module:
+def build_vision_encoder(config: VisionEncoderConfig, *, pooling: int = 1, meta: bool = False) -> nn.Module:
     """The encoder of a recipe, frozen and in evaluation mode.
 
     Args:
         config: its name; `efficientnet-lite0`, or what `from_pretrained` accepts.
+        pooling: average its grid of features over ``pooling`` x ``pooling`` neighbours (`PooledEncoder`).
         meta: build the architecture only, on the meta device (no weights are read).
 
     Raises:
         ModelError: weights or configuration cannot be found or read.
     """
     family = EfficientNetLiteEncoder if config.name == "efficientnet-lite0" else HuggingFaceVisionEncoder
-    encoder = family.load(config, meta=meta)
+    encoder: nn.Module = family.load(config, meta=meta)
+    if pooling > 1:
+        encoder = PooledEncoder(encoder, pooling)
     return encoder.requires_grad_(False).eval()
 
 
@@ -254,13 +257,48 @@ class HuggingFaceVisionEncoder(nn.Module):
         return round(self.image_size * edge / crop["height"])
 
 
+class PooledEncoder(nn.Module):
+    """An encoder with fewer tokens: every ``factor`` x ``factor`` neighbours of its grid become their mean.
+
+    Class and register tokens, which stand before the grid, stay. Where a side of the grid is not a multiple of the
+    factor, neighbours overlap, so that all tokens look at areas of one size.
+    """
+
+    def __init__(self, encoder: nn.Module, factor: int):
+        super().__init__()
+        self.encoder: Any = encoder
+        self.factor = factor
+        rows, columns = self.encoder.grid
+        self.grid = (-(-rows // factor), -(-columns // factor))
+        self.embed_dim: int = self.encoder.embed_dim
+        self._before_grid: int = self.encoder.num_tokens - rows * columns
+        self.num_tokens = self._before_grid + self.grid[0] * self.grid[1]
+
+    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return self.encoder.preprocess(images)
+
+    def seen_area(self, size: tuple[int, int]) -> Area:
+        return self.encoder.seen_area(size)
+
+    def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
+        features_bnd = self.encoder(pixels_bchw)
+        before_bnd, grid_bnd = features_bnd.split(
+            [self._before_grid, features_bnd.shape[1] - self._before_grid], dim=1
+        )
+        map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, self.encoder.grid)
+        pooled_bnd = F.adaptive_avg_pool2d(map_bdhw, self.grid).flatten(2).transpose(1, 2)
+        return torch.cat((before_bnd, pooled_bnd), dim=1)
+
+
 def encoder_fingerprint(encoder: Any) -> str:
     """Hash over an encoder's weights and preprocessing: encoders with the same one give the same features."""
+    if isinstance(encoder, PooledEncoder):
+        return f"{encoder_fingerprint(encoder.encoder)} pooled {encoder.factor}"
     digest = hashlib.blake2b(digest_size=12)
     processor = getattr(encoder, "processor", None)
     digest.update(f"{type(encoder).__name__} {encoder.image_size} {encoder.layers} {processor}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 

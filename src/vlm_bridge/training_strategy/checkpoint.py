@@ -302,7 +302,11 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
         "bridge": [key for key in plain["bridge"] if key != "dropout"],
     }
     named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
-    return {**named, "trainable": sorted(plain["trainable"])}
+    return {
+        **named,
+        "feature_cache_pooling": recipe.feature_cache_pooling,
+        "trainable": sorted(plain["trainable"]),
+    }
 
 
 def _same(key: str, has: Any, wanted: Any) -> bool:

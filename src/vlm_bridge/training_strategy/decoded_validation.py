@@ -52,7 +52,7 @@ def decode_and_score(
     model.eval()
     captions: list[str] = []
     for indices in in_batches(range(len(images)), DECODE_BATCH):
-        features_bnd = model.features(torch.from_numpy(np.ascontiguousarray(features[np.array(indices)])))
+        features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
         with autocast():
             ids, _ = model.generate_captions(features_bnd, prompt_ids, decode)
         captions += map(model.language_model.decode, ids)

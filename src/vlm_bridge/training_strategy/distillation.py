@@ -74,8 +74,10 @@ def distill_projection(
     order, count = np.random.default_rng(recipe.seed), min(settings.batch_size, len(paths))
     batches = [order.choice(len(paths), size=count, replace=False) for _ in range(settings.steps)]
 
-    def load(indices: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        return features[indices], teacher.preprocess([open_image(paths[index]) for index in indices])
+    def load(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.as_tensor(features[indices]), teacher.preprocess(
+            [open_image(paths[index]) for index in indices]
+        )
 
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=settings.learning_rate)
     model.train()
@@ -83,7 +85,7 @@ def distill_projection(
     for step, (of_student, pixels) in enumerate(prefetch(batches, load, recipe.num_workers), start=1):
         with torch.no_grad():
             target = on_grid(teacher(pixels.to(model.device)), teacher.grid, encoder.grid)
-        student = model.image_state(model.features(torch.from_numpy(np.ascontiguousarray(of_student))))
+        student = model.image_state(model.features(of_student))
         loss = F.mse_loss(student[:, -target.shape[1] :], target.float())
         loss.backward()
         optimizer.step()

@@ -2,59 +2,287 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline import feature_cache
+from vlm_bridge.data_pipeline.augmentation import Views
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.model_architecture.captioner import CaptionerModel
-from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
+from vlm_bridge.data_pipeline.feature_cache import (
+    LAYOUT,
+    CacheFiles,
+    CacheUnavailable,
+    FeatureCache,
+    OnTheFlyPixels,
+    cache_key,
+    measure_disk,
+    measure_reading,
+    open_or_build,
+    pictures_digest,
+)
+from vlm_bridge.data_pipeline.feature_format import FeatureFormat
+from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
 from vlm_bridge.training_strategy.validation import Features
+
+ENCODE_BATCH = {"cuda": 256}
+"""Images encoded together, by kind of device: what fills a GPU. `ENCODE_BATCH_ELSEWHERE` for the others."""
+ENCODE_BATCH_ELSEWHERE = 32
+"""On CPUs larger batches gain nothing, and their activations leave the processor's caches (`benchmarks.features`)."""
+MEASURE_SECONDS = 2.0
+"""How long encoding is watched, behind its first batch, before its speed is told and judged."""
+SAY_EVERY_SECONDS = 10.0
+MEASURED_IMAGES = 16
+
+Say = Callable[[str], None]
+
+
+class SplitFeatures:
+    """Features or pixels of a split by image index; where images have several views, those of one epoch."""
+
+    def __init__(self, items: Features, num_images: int, views: Views | None = None):
+        self.items = items
+        self.num_images = num_images
+        self.views = views
+
+    def __getitem__(self, indices: np.ndarray) -> Any:
+        """What the first epoch shows."""
+        return self.in_epoch(0)[indices]
+
+    def in_epoch(self, epoch: int) -> Features:
+        """The features that an epoch shows, by image index."""
+        if self.views is None:
+            return self.items
+        chosen = self.views.of_epoch(self.num_images, epoch)
+        return _Chosen(self.items, np.arange(self.num_images) * self.views.count + chosen)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Of some items, one for each image."""
+
+    items: Features
+    item_of_image: np.ndarray
+
+    def __getitem__(self, indices: np.ndarray) -> Any:
+        return self.items[self.item_of_image[indices]]
 
 
 def split_features(
-    model: CaptionerModel,
-    recipe: Recipe,
-    folder: CaptionFolder,
-    split: str,
-    images: Sequence[CaptionedImage],
-    say: Callable[[str], None],
-) -> Features:
-    """The cached features of a split's images, built if need be; without a cache, their pixels as they are needed."""
-    encoder: Any = model.vision_encoder
-    paths = [image.path for image in images]
+    encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage], say: Say
+) -> SplitFeatures:
+    """The features of a split's images as ``feature_cache`` says; without a cache, their pixels as they are needed."""
+    pixels = _pixels(encoder, recipe, split, images)
+    items: Features = pixels
+    if recipe.feature_cache != "off":
+        try:
+            items = cached_features(
+                encoder, recipe, split, pixels, say, only_if_quicker=recipe.feature_cache == "auto"
+            )
+        except CacheUnavailable as reason:
+            say(f"{reason}: {split} pictures are encoded in every step")
+    return SplitFeatures(items, len(images), pixels.views)
 
-    def pixels_on_the_fly() -> Features:
-        return feature_cache.OnTheFlyPixels(paths, lambda pictures: encoder.preprocess(pictures).numpy())
 
+@dataclass(frozen=True)
+class BuiltCache:
+    """The cache of a split, for people. ``was_there``: nothing had to be encoded."""
+
+    split: str
+    folder: Path
+    num_images: int
+    num_bytes: int
+    images_per_second: float | None
+    """Of encoding, when the cache was made."""
+    was_there: bool
+    seconds: float
+
+
+def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[BuiltCache]:
+    """Make the caches that training with a recipe will read, of its training and validation images.
+
+    Args:
+        check_all: compare the checksum of every image that is there already.
+
+    Raises:
+        VLMBridgeError: the recipe wants no cache, data or encoder cannot be read, or there is no room.
+    """
     if recipe.feature_cache == "off":
-        return pixels_on_the_fly()
-    root = Path(recipe.feature_cache) if recipe.feature_cache != "auto" else folder.root / ".features"
-    shape = encoder.num_tokens, encoder.embed_dim
-    size_gib = len(paths) * shape[0] * shape[1] * 2 / 2**30
-    started = last_said = time.perf_counter()
-
-    def progress(done: int) -> None:
-        nonlocal last_said
-        if done == len(paths) or time.perf_counter() - last_said > 10:
-            last_said = time.perf_counter()
-            say(f"encoding {split} pictures: {done}/{len(paths)} ({done / (last_said - started):.0f}/s)")
-
-    cache = feature_cache.open_or_build(
-        root,
-        feature_cache.cache_key(encoder_fingerprint(encoder), folder.fingerprint, split, str(len(paths))),
-        paths,
-        shape,
-        lambda pictures: model.encode_images(pictures).float().cpu().numpy(),
-        num_workers=recipe.num_workers,
-        progress=progress,
-    )
-    if cache is None:
-        say(
-            f"no room for {size_gib:.1f} GiB of cached features below {root}: pictures are encoded in every step"
+        raise ConfigurationError("the recipe says feature_cache=off: give feature_cache=auto or a folder")
+    folder = CaptionFolder.open(recipe.data_dir)
+    encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
+    encoder = encoder.to(runtime.resolve_device(recipe.device))
+    splits: list[tuple[SplitName, int | None]] = [("train", None), ("val", recipe.max_validation_images)]
+    built = []
+    for split, limit in splits:
+        started = time.perf_counter()
+        pixels = _pixels(encoder, recipe, split, folder.split(split)[:limit])
+        was_there = not _files(encoder, recipe, pixels).missing()
+        cache = cached_features(encoder, recipe, split, pixels, say, check_all=check_all)
+        built.append(
+            BuiltCache(
+                split,
+                cache.files.folder,
+                len(cache),
+                cache.files.num_bytes,
+                cache.index.get("images_per_second"),
+                was_there,
+                time.perf_counter() - started,
+            )
         )
-        return pixels_on_the_fly()
+        cache.close()
+    return built
+
+
+def cache_root(recipe: Recipe) -> Path:
+    """The folder that the caches of a recipe lie in."""
+    return (
+        Path(recipe.data_dir) / ".features" if recipe.feature_cache == "auto" else Path(recipe.feature_cache)
+    )
+
+
+def cached_features(
+    encoder: Any,
+    recipe: Recipe,
+    split: str,
+    pixels: OnTheFlyPixels,
+    say: Say,
+    *,
+    only_if_quicker: bool = False,
+    check_all: bool = False,
+) -> FeatureCache:
+    """Open the cache of some pictures, or make it.
+
+    Args:
+        only_if_quicker: refuse a cache that cannot be read as quickly as pictures are encoded, after measuring both.
+        check_all: compare the checksum of every image.
+
+    Raises:
+        CacheUnavailable: no room, no permission, or slower.
+        DataError: a picture cannot be read, or its features do not fit into the format.
+    """
+    files = _files(encoder, recipe, pixels)
+    device = next(encoder.parameters()).device
+    machine = f"{platform.node()} {device.type}"
+
+    @torch.no_grad()
+    def encode(batch_bchw: torch.Tensor) -> torch.Tensor:
+        return encoder(batch_bchw.to(device))
+
+    is_new = bool(files.missing())
+    reading = measure_disk(files) if is_new and only_if_quicker else None
+    if is_new:
+        say(
+            f"{split}: features of {_count(pixels)} take {files.num_bytes / 2**30:.2f} GiB "
+            f"({files.format.dtype}) below {files.folder.parent}"
+        )
+    cache = open_or_build(
+        files,
+        pixels,
+        encode,
+        facts={"encoder": recipe.vision_encoder.name, "split": split, "machine": machine},
+        batch_images=ENCODE_BATCH.get(device.type, ENCODE_BATCH_ELSEWHERE),
+        num_workers=recipe.num_workers,
+        check_all=check_all,
+        progress=_Watch(split, files, reading, say),
+        say=say,
+    )
+    if is_new or not only_if_quicker:
+        return cache
+    reading = measure_reading(cache.__getitem__, len(cache))
+    # What was measured here when the cache was made is good enough, unless it is a close thing.
+    encoding = cache.index.get("images_per_second") if cache.index.get("machine") == machine else None
+    if encoding is None or reading < encoding:
+        encoding = _measure_encoding(pixels, encode)
+    if reading < encoding:
+        cache.close()
+        raise _slower(files, reading, encoding)
+    say(
+        f"{split}: features of {_count(pixels)} are in {files.folder}; reading gives {reading:,.0f} pictures/s, "
+        f"encoding {encoding:,.0f}"
+    )
     return cache
+
+
+class _Watch:
+    """Told of progress, it says how long encoding will take, and ends it where reading would be slower."""
+
+    def __init__(self, split: str, files: CacheFiles, reading: float | None, say: Say):
+        self.split, self.files, self.reading, self.say = split, files, reading, say
+        self._started: float | None = None
+        self._encoded_before = 0
+        self._said: float | None = None
+
+    def __call__(self, done: int, encoded: int) -> None:
+        now, total = time.perf_counter(), self.files.num_images
+        if self._started is None:  # the first batch warms up
+            self._started, self._encoded_before = now, encoded
+            return
+        seconds = now - self._started
+        rate = (encoded - self._encoded_before) / max(seconds, 1e-9)
+        if self._said is None:
+            if seconds < MEASURE_SECONDS and done < total:
+                return
+            if self.reading is not None and self.reading < rate:
+                raise _slower(self.files, self.reading, rate)
+        elif now - self._said < SAY_EVERY_SECONDS and done < total:
+            return
+        self._said = now
+        left = f", about {_duration((total - done) / rate)} left" if done < total else ""
+        self.say(f"{self.split}: encoded {done:,} of {total:,} pictures, {rate:.1f} a second{left}")
+
+
+def _slower(files: CacheFiles, reading: float, encoding: float) -> CacheUnavailable:
+    return CacheUnavailable(
+        f"reading features from {files.folder.parent} gives {reading:,.1f} pictures/s, encoding them gives "
+        f"{encoding:,.1f}"
+    )
+
+
+def _measure_encoding(pixels: OnTheFlyPixels, encode: Callable[[Any], torch.Tensor]) -> float:
+    """Pictures a second that are opened and encoded, behind a first that warms up."""
+    indices = np.arange(min(MEASURED_IMAGES, len(pixels)))
+    encode(pixels[indices[:1]]).cpu()
+    started = time.perf_counter()
+    encode(pixels[indices]).cpu()
+    return len(indices) / (time.perf_counter() - started)
+
+
+def _pixels(encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage]) -> OnTheFlyPixels:
+    is_augmented = split == "train" and recipe.feature_cache_views
+    views = Views(recipe.feature_cache_views, recipe.seed) if is_augmented else None
+    return OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)
+
+
+def _files(encoder: Any, recipe: Recipe, pixels: OnTheFlyPixels) -> CacheFiles:
+    """Where the features of pictures lie; the name of the folder follows from all that they depend on."""
+    root = cache_root(recipe)
+    format = FeatureFormat(encoder.num_tokens, encoder.embed_dim, recipe.feature_cache_dtype)
+    key = cache_key(
+        LAYOUT,
+        encoder_fingerprint(encoder),
+        pictures_digest(pixels.paths, root),
+        format.dtype,
+        repr(pixels.views),
+    )
+    return CacheFiles(root / key, format, len(pixels))
+
+
+def _count(pixels: OnTheFlyPixels) -> str:
+    views = f" in {pixels.views.count} views" if pixels.views else ""
+    return f"{len(pixels.paths):,} pictures{views}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
