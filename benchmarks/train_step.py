@@ -136,6 +136,9 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
     "sdpa": with_sdpa,
     "enter-at-layer-0": lambda system: our_step(own_captioner(system, enter_at_layer=0)),
+    "enter-at-one-third": lambda system: our_step(
+        own_captioner(system, enter_at_layer=system.model.language_model.shape.num_layers // 3)
+    ),
     COMPILED: compiled,
     PUBLISHED: published_step,
     ENCODER_DECODER: encoder_decoder_step,
@@ -149,8 +152,8 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     without = {COMPILED}
     if recipe.captions_per_image == 1:
         without.add("no-packing")
-    if getattr(recipe.bridge.options, "enter_at_layer", 0) == 0:
-        without.add("enter-at-layer-0")
+    entered = getattr(recipe.bridge.options, "enter_at_layer", 0)
+    without.add("enter-at-one-third" if entered else "enter-at-layer-0")
     if name != "lite":
         without.add("sdpa")  # it cannot soft-cap scores: Gemma 2 would be another model
     return [variant for variant in VARIANTS if variant not in without]
