@@ -47,8 +47,9 @@ def make_recipe(
 def distil(recipe: Recipe) -> tuple[Trainer, list[float], list[str]]:
     said: list[str] = []
     trainer = Trainer(recipe, said.append)
-    paths = [image.path for image in trainer.train_data.images]
-    losses = distill_projection(trainer.model, recipe, trainer.train_features, paths, said.append)
+    losses = distill_projection(
+        trainer.model, recipe, trainer.train_features, trainer.train_paths, said.append
+    )
     return trainer, losses, said
 
 
