@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.model_architecture.loss import CHUNK_POSITIONS, IGNORE_INDEX, caption_cross_entropy
+from vlm_bridge.model_architecture import loss as loss_module
+from vlm_bridge.model_architecture.loss import (
+    CHUNK_POSITIONS,
+    IGNORE_INDEX,
+    MIN_CHUNK_POSITIONS,
+    LinearHead,
+    caption_cross_entropy,
+)
 
 VOCABULARY, WIDTH = 50, 8
 
@@ -77,6 +84,120 @@ def test_works_without_gradients_and_without_supervision() -> None:
     nothing.backward()
     assert nothing.item() == 0
     assert len(losses) == 0
+
+
+def linear_head(softcap: float | None = None, bias: bool = False, dtype=torch.float32) -> LinearHead:
+    weight = 3 * torch.randn(VOCABULARY, WIDTH)
+    return LinearHead(weight.to(dtype), torch.randn(VOCABULARY).to(dtype) if bias else None, softcap)
+
+
+def plain_loss(
+    hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of token losses and gradient of the states as users write them: all logits in float32."""
+    reference = hidden.detach().clone().requires_grad_()
+    logits = head(reference).float()
+    total = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    (gradient,) = torch.autograd.grad(total, reference)
+    return total.detach(), gradient
+
+
+@pytest.fixture(params=["one chunk", "several chunks", "blocks of a row"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Memory for a chunk and a block: all positions, or few of them."""
+    if request.param != "one chunk":
+        monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 1)
+        block_rows = 7 if request.param == "several chunks" else 0
+        monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", block_rows * VOCABULARY * 4)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_formula_of_a_linear_head_is_its_gradient(chunks: str, softcap: float | None, bias: bool) -> None:
+    head = linear_head(softcap, bias)
+    hidden, labels = hidden_and_labels(4, 17)
+    total, token_losses = caption_cross_entropy(hidden, labels, head)
+    (total / 7).backward()
+    plain, gradient = plain_loss(hidden, labels, head)
+    torch.testing.assert_close(total.detach(), plain, atol=0, rtol=1e-5)
+    torch.testing.assert_close(token_losses.sum(), plain, atol=0, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad, gradient / 7, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["stored in 16 bits", "autocast"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_linear_head_in_16_bits(chunks: str, softcap: float | None, way: str) -> None:
+    head = linear_head(softcap)
+    hidden, labels = hidden_and_labels(4, 17)
+    plain, gradient = plain_loss(hidden, labels, head)
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            total, losses = caption_cross_entropy(hidden, labels, head)
+    else:
+        hidden = hidden.detach().bfloat16().requires_grad_()
+        head = LinearHead(head.weight.bfloat16(), softcap=softcap)
+        total, losses = caption_cross_entropy(hidden, labels, head)
+    total.backward()
+    assert total.dtype == losses.dtype == torch.float32
+    assert hidden.grad.dtype == hidden.dtype
+    assert total.item() == pytest.approx(plain.item(), rel=1e-2)
+    assert (hidden.grad.float() - gradient).norm() < 1e-2 * gradient.norm()
+
+
+def test_a_linear_head_is_exact_where_a_token_is_certain() -> None:
+    """The gradient of a certain token is a small difference: it must not drown in the rounding of 16 bits."""
+    head = LinearHead(torch.eye(VOCABULARY, WIDTH).bfloat16())
+    hidden = (torch.eye(WIDTH)[:3] * 12).bfloat16()[None].requires_grad_()
+    labels = torch.arange(3)[None]
+    total, _ = caption_cross_entropy(hidden, labels, head)
+    total.backward()
+    exact = LinearHead(head.weight.double())
+    plain, gradient = plain_loss(hidden.detach().double(), labels, exact)
+    assert total.item() == pytest.approx(plain.item(), rel=1e-2)
+    assert (hidden.grad.double() - gradient).norm() < 1e-2 * gradient.norm()
+
+
+def test_a_linear_head_holds_no_more_logits_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 1)
+    sizes: list[int] = []
+    multiply = torch.mm
+
+    def remember(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        if right.shape[1] == VOCABULARY:
+            sizes.append(len(left))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", remember)
+    hidden, labels = hidden_and_labels(5, 30)
+    caption_cross_entropy(hidden, labels, linear_head())[0].backward()
+    assert max(sizes) == MIN_CHUNK_POSITIONS
+    assert sum(sizes) == (labels != IGNORE_INDEX).sum()  # every supervised position once, and no other
+
+
+def test_known_positions_of_a_linear_head_give_the_same_loss() -> None:
+    hidden, labels = hidden_and_labels(2, 9)
+    supervised = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    found, known = (
+        caption_cross_entropy(hidden, labels, linear_head(), supervised_v=positions)[1].shape
+        for positions in (None, supervised)
+    )
+    assert found == known == supervised.shape
+
+
+def test_a_linear_head_works_without_gradients_and_without_supervision() -> None:
+    head = linear_head(softcap=1.5)
+    hidden, labels = hidden_and_labels(2, 6)
+    with torch.no_grad():
+        total, losses = caption_cross_entropy(hidden, labels, head)
+    assert not total.requires_grad
+    torch.testing.assert_close(losses, caption_cross_entropy(hidden, labels, head)[1])
+    nothing, none = caption_cross_entropy(hidden, torch.full_like(labels, IGNORE_INDEX), head)
+    nothing.backward()
+    assert nothing.item() == 0
+    assert len(none) == 0
 
 
 class TrainedHead(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,90 @@ IGNORE_INDEX = -100
 # Positions per chunk at most: 256 x 49,152 float32 logits are 48 MiB; 256 x 256,000 are 250 MiB.
 CHUNK_POSITIONS = 256
 MIN_CHUNK_POSITIONS = 16
+# Of a linear head: its weights are read twice a chunk, so that a chunk is as large as memory allows, while the softmax
+# of a block at a time stays within the processor's caches (`python -m benchmarks.head_loss` tries other sizes).
+CHUNK_BYTES = {"cpu": 128 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
+BLOCK_BYTES = {"cpu": 4 * 2**20}
+BLOCK_BYTES_ELSEWHERE = 32 * 2**20
 
 
-def positions_per_chunk(num_positions: int) -> int:
-    """A quarter of the positions: few enough to matter in small batches, many enough for quick matrix products."""
-    return min(CHUNK_POSITIONS, max(MIN_CHUNK_POSITIONS, -(-num_positions // 4)))
+@dataclass(frozen=True)
+class LinearHead:
+    """A frozen head that is one matrix product: ``states @ weight.T + bias``, soft-capped where ``softcap`` is given.
+
+    Attributes:
+        weight: [vocabulary, H].
+        bias: [vocabulary].
+        softcap: c of ``c * tanh(logits / c)`` (Gemma 2).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of states [..., H]."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+Head = LinearHead | Callable[[torch.Tensor], torch.Tensor]
+Kernel = Callable[[torch.Tensor, torch.Tensor, LinearHead], tuple[torch.Tensor, torch.Tensor | None]]
+"""From states [V, H], labels [V] and a linear head to the sum of token losses, differentiable in the states, and the
+detached losses [V] where the kernel knows them."""
+
+
+def caption_cross_entropy(
+    hidden_bth: torch.Tensor,
+    labels_bt: torch.Tensor,
+    head: Head,
+    *,
+    head_is_trained: bool = False,
+    supervised_v: torch.Tensor | None = None,
+    kernel: Kernel | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cross-entropy of supervised positions only.
+
+    Args:
+        hidden_bth: [B, T, H], the state at position t predicts ``labels_bt[:, t]`` (labels come shifted).
+        labels_bt: [B, T] token ids; ``IGNORE_INDEX`` where nothing is supervised.
+        head: maps [V, H] to logits [V, vocabulary]. The gradient of a `LinearHead` is written down instead of traced.
+        head_is_trained: whether its parameters need gradients; frozen ones get none, and cost none.
+        supervised_v: [V], the supervised ones of the B x T positions. To find them, the program has to wait for
+            the device; who made the labels knows them already.
+        kernel: what runs instead of `frozen_head_cross_entropy` where a gradient through a linear head is wanted.
+
+    Returns:
+        The sum of token losses in nats (differentiable in ``hidden_bth``) and the detached losses [V] of the V
+        supervised positions in row-major order (None from a kernel that gives their sum alone). Divide by the global
+        count of supervised tokens, not by V, when gradients are accumulated or several processes work together.
+    """
+    if supervised_v is None:
+        supervised_v = (labels_bt != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    hidden_vh = hidden_bth.flatten(0, 1).index_select(0, supervised_v)
+    labels_v = labels_bt.flatten().index_select(0, supervised_v)
+    if head_is_trained and torch.is_grad_enabled():
+        return _trained_head_cross_entropy(hidden_vh, labels_v, head)
+    wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
+    if kernel is not None and wants_gradient and isinstance(head, LinearHead) and len(labels_v):
+        return kernel(hidden_vh, labels_v, head)
+    return frozen_head_cross_entropy(hidden_vh, labels_v, head)
+
+
+def frozen_head_cross_entropy(
+    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of token losses, differentiable in states [V, H], and the detached losses [V]; in chunks, with any head."""
+    wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
+    total, losses = _FrozenHeadCrossEntropy.apply(hidden_vh, labels_v, head, wants_gradient)
+    return total, losses
+
+
+def logits_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What a head computes in: autocast's type where that is on, else that of the states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -29,20 +109,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Callable, wants_gradient: bool
-    ):
-        losses = torch.empty(len(labels_v), dtype=torch.float32, device=hidden_vh.device)
-        gradient = torch.empty_like(hidden_vh) if wants_gradient else None
-        size = positions_per_chunk(len(labels_v))
-        for start in range(0, len(labels_v), size):
-            chunk = slice(start, start + size)
-            with torch.set_grad_enabled(wants_gradient):
-                hidden = hidden_vh[chunk].detach().requires_grad_(wants_gradient)
-                chunk_losses = F.cross_entropy(head(hidden).float(), labels_v[chunk], reduction="none")
-                if gradient is not None:
-                    (gradient[chunk],) = torch.autograd.grad(chunk_losses.sum(), hidden)
-            losses[chunk] = chunk_losses.detach()
+    def forward(ctx: Any, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, wants_gradient: bool):
+        way = _by_formula if isinstance(head, LinearHead) else _by_autograd
+        losses, gradient = way(hidden_vh.detach(), labels_v, head, wants_gradient)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -51,6 +120,91 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: torch.Tensor, _losses_gradient: torch.Tensor):  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * loss_gradient.to(gradient.dtype), None, None, None
+
+
+def _by_formula(
+    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: LinearHead, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses [V] and gradient [V, H]: (softmax - one-hot) @ weight, written over the logits it is made of.
+
+    The buffers are made once: fresh memory for each chunk costs more than what is computed in it.
+    """
+    dtype = logits_dtype(hidden_vh)
+    exact = torch.promote_types(dtype, torch.float32)
+    states, weight = hidden_vh.to(dtype), head.weight.to(dtype)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    count, vocabulary = len(labels_v), len(weight)
+    chunk_rows = linear_head_chunk(count, vocabulary, states)
+    block_rows = min(chunk_rows, max(1, _bytes(BLOCK_BYTES, states) // (vocabulary * exact.itemsize)))
+    logits = states.new_empty(chunk_rows, vocabulary)
+    work = states.new_empty(block_rows, vocabulary, dtype=exact)
+    losses = states.new_empty(count, dtype=exact)
+    gradient = torch.empty_like(states) if wants_gradient else None
+    for start in range(0, count, max(chunk_rows, 1)):
+        chunk = slice(start, start + chunk_rows)
+        chunk_logits = logits[: len(labels_v[chunk])]
+        if bias is None:
+            torch.mm(states[chunk], weight.T, out=chunk_logits)
+        else:
+            torch.addmm(bias, states[chunk], weight.T, out=chunk_logits)
+        blocks = (tensor.split(block_rows) for tensor in (chunk_logits, labels_v[chunk], losses[chunk]))
+        for block, labels, block_losses in zip(*blocks, strict=True):
+            block_losses.copy_(_replace_by_gradient(block, labels, head.softcap, work[: len(block)]))
+        if gradient is not None:
+            torch.mm(chunk_logits, weight, out=gradient[chunk])
+    return losses, None if gradient is None else gradient.to(hidden_vh.dtype)
+
+
+def _replace_by_gradient(
+    logits_rv: torch.Tensor, labels_r: torch.Tensor, softcap: float | None, work_rv: torch.Tensor
+) -> torch.Tensor:
+    """Write over logits the gradient of their losses; the losses [R]. ``work_rv`` is memory to compute in."""
+    values, slope = logits_rv.to(work_rv.dtype), None
+    if softcap is not None:
+        ratio = torch.tanh(values / softcap)
+        values = softcap * ratio
+        slope = ratio.square_().neg_().add_(1)
+    torch.log_softmax(values, dim=-1, out=work_rv)
+    label_r1 = labels_r[:, None]
+    losses = work_rv.gather(1, label_r1)[:, 0].neg_()
+    # Subtracted before anything is rounded: where a token is certain, the difference is all there is.
+    gradient = work_rv.exp_().scatter_add_(1, label_r1, work_rv.new_full((len(labels_r), 1), -1.0))
+    logits_rv.copy_(gradient if slope is None else gradient.mul_(slope))
+    return losses
+
+
+def linear_head_chunk(count: int, vocabulary: int, states: torch.Tensor) -> int:
+    """Positions of a chunk: all of them, unless their logits are more than memory is to hold."""
+    most = _bytes(CHUNK_BYTES, states) // (vocabulary * states.dtype.itemsize)
+    return min(count, max(MIN_CHUNK_POSITIONS, most))
+
+
+def _bytes(by_device: dict[str, int], tensor: torch.Tensor) -> int:
+    elsewhere = CHUNK_BYTES_ELSEWHERE if by_device is CHUNK_BYTES else BLOCK_BYTES_ELSEWHERE
+    return by_device.get(tensor.device.type, elsewhere)
+
+
+def _by_autograd(
+    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same for a head of any kind."""
+    losses = torch.empty(len(labels_v), dtype=torch.float32, device=hidden_vh.device)
+    gradient = torch.empty_like(hidden_vh) if wants_gradient else None
+    size = positions_per_chunk(len(labels_v))
+    for start in range(0, len(labels_v), size):
+        chunk = slice(start, start + size)
+        with torch.set_grad_enabled(wants_gradient):
+            hidden = hidden_vh[chunk].detach().requires_grad_(wants_gradient)
+            chunk_losses = F.cross_entropy(head(hidden).float(), labels_v[chunk], reduction="none")
+            if gradient is not None:
+                (gradient[chunk],) = torch.autograd.grad(chunk_losses.sum(), hidden)
+        losses[chunk] = chunk_losses.detach()
+    return losses, gradient
+
+
+def positions_per_chunk(num_positions: int) -> int:
+    """A quarter of the positions: few enough to matter in small batches, many enough for quick matrix products."""
+    return min(CHUNK_POSITIONS, max(MIN_CHUNK_POSITIONS, -(-num_positions // 4)))
 
 
 def _trained_head_cross_entropy(
@@ -69,32 +223,3 @@ def _trained_head_cross_entropy(
         ]
     )
     return losses.sum(), losses.detach()
-
-
-def caption_cross_entropy(
-    hidden_bth: torch.Tensor,
-    labels_bt: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    head_is_trained: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of supervised positions only.
-
-    Args:
-        hidden_bth: [B, T, H], the state at position t predicts ``labels_bt[:, t]`` (labels come shifted).
-        labels_bt: [B, T] token ids; ``IGNORE_INDEX`` where nothing is supervised.
-        head: maps [V, H] to logits [V, vocabulary].
-        head_is_trained: whether its parameters need gradients; frozen ones get none, and cost none.
-
-    Returns:
-        The sum of token losses in nats (differentiable in ``hidden_bth``) and the detached losses [V] of the V
-        supervised positions in row-major order. Divide by the global count of supervised tokens, not by V, when
-        gradients are accumulated or several processes work together.
-    """
-    supervised = labels_bt != IGNORE_INDEX
-    hidden_vh = hidden_bth[supervised]
-    if head_is_trained and torch.is_grad_enabled():
-        return _trained_head_cross_entropy(hidden_vh, labels_bt[supervised], head)
-    wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
-    total, losses = _FrozenHeadCrossEntropy.apply(hidden_vh, labels_bt[supervised], head, wants_gradient)
-    return total, losses
