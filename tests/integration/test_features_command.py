@@ -1,0 +1,138 @@
+"""`vlm-bridge features` builds what training reads, says what it did, and removes what nobody used for long."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from captioners import tiny_captioner, tiny_recipe
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.configuration import Recipe
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.feature_cache import CacheUnavailable, caches_below
+from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.errors import CheckpointError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import features
+from vlm_bridge.training_strategy.trainer import Trainer
+
+
+@pytest.fixture
+def data(drawn_caption_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(
+        drawn_caption_folder, tmp_path / "data", ignore=shutil.ignore_patterns(".features")
+    )
+
+
+@pytest.fixture
+def recipe_file(data: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, data_dir=str(data))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    return path
+
+
+def test_a_second_run_says_that_it_is_there(run_here, recipe_file: Path, data: Path) -> None:
+    first = run_here("features", "--config", recipe_file)
+    assert first.returncode == 0, first.stderr
+    train, val = first.stdout.splitlines()
+    assert train.startswith("train: 24 images")
+    assert val.startswith("val: 8 images")
+    assert str(data / ".features") in train
+    assert "made in" in train
+    assert "images/s" in train
+    assert "features of 24 pictures take" in first.stderr
+    second = run_here("features", "--config", recipe_file, "--verify", "--json")
+    caches = json.loads(second.stdout)
+    assert [cache["was_there"] for cache in caches] == [True, True]
+    assert [cache["num_images"] for cache in caches] == [24, 8]
+
+
+def test_damage_is_found_and_mended(run_here, recipe_file: Path, data: Path) -> None:
+    run_here("features", "--config", recipe_file)
+    for shard in (data / ".features").glob("*/shard-*"):
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 1
+        shard.write_bytes(content)
+    mended = run_here("features", "--config", recipe_file, "--verify")
+    assert mended.stderr.count("is damaged (the checksum of its image 0 is wrong)") == 2
+    assert "damaged" not in run_here("features", "--config", recipe_file, "--verify").stderr
+
+
+def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Path) -> None:
+    run_here("features", "--config", recipe_file)
+    root = data / ".features"
+    kept = run_here("features", "--config", recipe_file, "--evict-to", "1GiB", "--json")
+    assert json.loads(kept.stdout)["removed"] == []
+    small = min(cache.num_bytes for cache in caches_below(root))
+    evicted = run_here("features", "--evict-to", f"{small}B", "--cache-dir", root)
+    assert evicted.stdout.count("removed") == len(caches_below(root)) == 1
+    assert run_here("features", "--evict-to", "0", "--cache-dir", root).returncode == 0
+    assert caches_below(root) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--evict-to", "5 apples"], "5GiB"),
+        (["--cache-dir", "x"], "--evict-to"),
+        (["feature_cache=off"], "feature_cache=auto"),
+        (["feature_cache_pooling=3"], "must be one of 1, 2"),
+        (["feature_cache_views=-1"], "at least 0"),
+    ],
+)
+def test_mistakes_are_told(run_here, recipe_file: Path, arguments: list[str], reason: str) -> None:
+    failed = run_here("features", "--config", recipe_file, *arguments)
+    assert failed.returncode == 2
+    assert reason in failed.stderr
+
+
+def test_no_room_is_one_line(run_here, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise CacheUnavailable("no room for 3 GiB")
+
+    monkeypatch.setattr(features, "open_or_build", fail)
+    failed = run_here("features", "--config", recipe_file)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "error: no room for 3 GiB"
+
+
+@pytest.fixture
+def pooled_recipe(data: Path, tiny_dinov2_dir: Path, tiny_llama_dir: Path, tmp_path: Path) -> Recipe:
+    settings: dict[str, Any] = {"feature_cache_pooling": 2, "feature_cache_dtype": "int8"}
+    places = {"checkpoint_dir": str(tmp_path / "run"), "log_dir": str(tmp_path / "logs")}
+    options: dict[str, Any] = {"max_steps": 2, "decode": {"num_beams": 1, "max_new_tokens": 5}}
+    return tiny_recipe(tiny_dinov2_dir, tiny_llama_dir, data_dir=str(data), **settings, **places, **options)
+
+
+def test_a_checkpoint_brings_its_pooling(pooled_recipe: Recipe, data: Path) -> None:
+    trainer = Trainer(pooled_recipe, lambda line: None)
+    trainer.run()
+    images = CaptionFolder.open(data).split("val")
+    captioner = Captioner.from_pretrained(pooled_recipe.checkpoint_dir)
+    encoder: Any = captioner.model.vision_encoder
+    assert (encoder.num_tokens, encoder.grid) == (1 + 4, (2, 2))
+    pictures = encoder.preprocess([open_image(image.path) for image in images])
+    encoded_bnd = captioner.model.features(pictures)
+    cached_bnd = trainer.val_features[np.arange(len(images))]
+    assert cached_bnd.shape == encoded_bnd.shape == (8, 5, encoder.embed_dim)
+    assert ((cached_bnd - encoded_bnd).abs() <= encoded_bnd.abs().amax(-1, keepdim=True) / 250).all()
+    assert captioner.caption([images[0].path])[0].caption is not None
+
+
+def test_a_bridge_of_other_pooling_is_another_architecture(pooled_recipe: Recipe, tmp_path: Path) -> None:
+    model = tiny_captioner(pooled_recipe)
+    path = tmp_path / checkpoints.LATEST
+    checkpoints.save_checkpoint(
+        path, pooled_recipe, model.trained_state_dict(), None, sizes=checkpoints.captioner_sizes(model)
+    )
+    with pytest.raises(CheckpointError, match="feature_cache_pooling=2, wanted is 1"):
+        checkpoints.check_architecture(
+            checkpoints.load_checkpoint(path), replace(pooled_recipe, feature_cache_pooling=1), path
+        )
