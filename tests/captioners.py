@@ -36,11 +36,15 @@ BRIDGES: dict[str, dict[str, Any]] = {
     },
     "projection": {"kind": "projection", "projection": "mlp", "position_embeddings": True},
 }
+ENTERING_ABOVE = {
+    f"{kind}_above": {**BRIDGES[kind], "enter_at_layer": 1} for kind in ("cross_attention", "deep_prefix")
+}
+"""Bridges that enter the second of two layers."""
 LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
 CROSS_ATTENDING = ("blip", "bert", "cross_gpt2")
 SYSTEMS = [
     (bridge, language_model)
-    for bridge in BRIDGES
+    for bridge in (*BRIDGES, *ENTERING_ABOVE)
     for language_model in (CROSS_ATTENDING if bridge == "projection" else LANGUAGE_MODELS)
 ]
 """Every bridge with every kind of language model that it can speak to."""
@@ -56,7 +60,7 @@ def tiny_recipe(
         {
             "vision_encoder": {"name": str(vision_encoder)},
             "language_model": {"name": str(language_model), "dtype": dtype},
-            "bridge": BRIDGES[bridge],
+            "bridge": {**BRIDGES, **ENTERING_ABOVE}[bridge],
             "use_amp": False,
             "num_workers": 0,
             **changes,

@@ -197,6 +197,25 @@ def test_what_the_original_layout_cannot_hold_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bridge_that_enters_above_layer_0_has_no_original_layout(
+    tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
+    published, above = (
+        override_recipe(recipe, ["bridge.standardize_features=false", f"bridge.enter_at_layer={layer}"])
+        for layer in (0, 1)
+    )
+    weights = tiny_captioner(published).trained_state_dict()
+    with pytest.raises(CheckpointError, match=r"original layout.* bridge\.enter_at_layer=1"):
+        checkpoints.save_original(tmp_path / "above.pth", above, weights, "it")
+    checkpoints.save_original(tmp_path / "published.pth", published, weights, "it")
+    content = checkpoints.load_checkpoint(tmp_path / "published.pth")
+    content.pop("recipe")  # which the original does not write
+    checkpoints.check_architecture(content, published, "it")
+    with pytest.raises(CheckpointError, match=r"bridge\.enter_at_layer"):
+        checkpoints.check_architecture(content, above, "it")
+
+
 def test_exported_folders_are_read_whole_or_refused(tmp_path: Path, recipe: Recipe) -> None:
     weights = checkpoints.in_bfloat16(tiny_captioner(recipe).trained_state_dict())
     config = checkpoints.exported_config(recipe.to_dict(), {"sizes": {"language_model.embed_dim": 32}})

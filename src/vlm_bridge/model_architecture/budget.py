@@ -9,7 +9,7 @@ from torch import nn
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
-from vlm_bridge.model_architecture.loss import CHUNK_POSITIONS
+from vlm_bridge.model_architecture.loss import BLOCK_BYTES_ELSEWHERE, CHUNK_BYTES_ELSEWHERE, CHUNK_POSITIONS
 
 GIB = 2**30
 RUNTIME_BYTES = int(0.5 * GIB)
@@ -167,8 +167,12 @@ def _step_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> float
     )
     if any(parameter.requires_grad for parameter in model.language_model.parameters()):
         per_token += _trained_inputs(model.language_model.text_config, _element(recipe))
-    # Logits, their softcap, a float32 copy, its log-softmax and gradient, and the gradient in the working type.
-    logits = 16 * CHUNK_POSITIONS * model.language_model.vocab_size
+    vocabulary = model.language_model.vocab_size
+    if model.language_model.linear_head is not None:  # a chunk of logits, and what is computed of a block of it
+        chunk = min(CHUNK_BYTES_ELSEWHERE, rows * row_tokens * vocabulary * _element(recipe))
+        logits = chunk + 4 * BLOCK_BYTES_ELSEWHERE
+    else:  # logits, a float32 copy, its log-softmax and gradient, and the gradient in the working type
+        logits = 16 * CHUNK_POSITIONS * vocabulary
     return rows * row_tokens * per_token + logits
 
 

@@ -37,7 +37,7 @@ def image_attention(
         model.text_states(input_ids_bt, state)
     attention_btp = _attention_to(bridge.image_inputs(state), outputs[-1], input_ids_bt.shape[1])
     features_bnd = model.bridge_features(features_bnd)
-    text_bth = model.language_model.embed(input_ids_bt).to(features_bnd.dtype)
+    text_bth = model.text_at_bridge(input_ids_bt).to(features_bnd.dtype)
     if attention_btp is not None:
         attention_btp = attention_btp.to(features_bnd.dtype)
     return bridge.image_attention(features_bnd, text_bth, attention_btp).float()

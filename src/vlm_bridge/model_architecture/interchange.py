@@ -76,6 +76,7 @@ def original_architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]
     text_dim = weights["bridge.vision_projection.weight"].shape[0]
     return {
         "bridge.kind": "cross_attention",
+        "bridge.enter_at_layer": 0,
         "bridge.standardize_features": False,
         "bridge.feed_forward_multiplier": weights["bridge.feed_forward_in.weight"].shape[0] // text_dim,
     }

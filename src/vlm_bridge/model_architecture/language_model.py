@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,11 +15,37 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.loss import LinearHead
 from vlm_bridge.model_architecture.prefix_attention import ATTENTION, KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 BLIP_TEXT = "blip_text_model"
 """transformers' name of BLIP's text decoder."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What happens to the states [B, T, H] that are about to enter a layer, from 0.
+
+    Attributes:
+        edit: changes them.
+        states: they themselves, computed before: the layers below do not run.
+    """
+
+    layer: int
+    edit: Callable[[torch.Tensor], torch.Tensor]
+    states: torch.Tensor | None = None
+
+    def __call__(self, states_bth: torch.Tensor) -> torch.Tensor:
+        states_bth = states_bth if self.states is None else self.states
+        return self.edit(states_bth).to(states_bth.dtype)
+
+
+class _Skipped(nn.Module):
+    """In the place of a layer that does not run."""
+
+    def forward(self, states_bth: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return states_bth
 
 
 class LanguageModel(nn.Module):
@@ -40,6 +69,10 @@ class LanguageModel(nn.Module):
         self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.is_blip = causal_lm.config.model_type == BLIP_TEXT
         self.eos_id, self.start_id = self._ends(tokenizer) if tokenizer else (None, None)
+        self._entry: LayerEntry | None = None
+        self._open_layers: set[int] = set()
+        self._bodies: dict[tuple[range, bool], Any] = {}
+        self._compiles = False
 
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
         if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
@@ -89,6 +122,7 @@ class LanguageModel(nn.Module):
         use_cache: bool = False,
         prefix: KeyValuePrefix | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        entry: LayerEntry | None = None,
     ) -> torch.Tensor:
         """The body's last states [B, T, H] before the head. A given cache is extended in place.
 
@@ -96,7 +130,10 @@ class LanguageModel(nn.Module):
             attention_mask: None (plain causal) or what `packed_mask` makes.
             prefix: what the layers attend to beside the text; only after `accept_prefix`.
             encoder_hidden_states: [B, N, W] that a cross-attending decoder reads; W is ``shape.cross_attention_width``.
+            entry: what happens to the states that enter a layer; only after `open_layer`. Where it has states, those of
+                ``inputs_embeds`` are not read.
         """
+        skipped = range(entry.layer if entry is not None and entry.states is not None else 0)
         of_image: dict[str, Any] = {}
         if prefix is not None:
             of_image["image_prefix"] = prefix
@@ -108,20 +145,97 @@ class LanguageModel(nn.Module):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         if self.is_blip:
             of_image["is_decoder"] = True
-        states = self.causal_lm.base_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **of_image,
-        ).last_hidden_state
-        if prefix is not None and len(prefix.layers_that_read) < self.shape.num_layers:
+        is_packed = attention_mask is not None and past_key_values is None
+        self._entry = entry
+        try:
+            states = self._body(skipped, compiled=self._compiles and is_packed)(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **of_image,
+            ).last_hidden_state
+        finally:
+            self._entry = None
+        if prefix is not None and len(prefix.layers_that_read) + len(skipped) < self.shape.num_layers:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} does not hand a key-value prefix to its attention layers: choose "
                 "bridge.kind=prefix or cross_attention"
             )
         return states
+
+    def open_layer(self, layer: int) -> None:
+        """Let `hidden_states` be given a `LayerEntry` at a layer.
+
+        Raises:
+            ModelError: the model does not say which of its modules are layers.
+        """
+        if layer in self._open_layers:
+            return
+        _, layers = self._named_layers()
+        # A hook, and not a new `forward`: what `checkpoint_activations` computes again does not include it.
+        layers[layer].register_forward_pre_hook(partial(self._enter, layer))
+        self._open_layers.add(layer)
+
+    def _enter(self, layer: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The positional arguments of a layer, of which the states are the first, as the entry at hand has them."""
+        if self._entry is None or self._entry.layer != layer:
+            return None
+        return self._entry(args[0]), *args[1:]
+
+    @torch.no_grad()
+    def states_entering(
+        self,
+        layer: int,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The states [B, T, H] that enter a layer that was opened (`open_layer`); those above it do not run."""
+        found: list[torch.Tensor] = []
+
+        def look(states_bth: torch.Tensor) -> torch.Tensor:
+            found.append(states_bth)
+            return states_bth
+
+        self._entry = LayerEntry(layer, look)
+        try:
+            self._body(range(layer + 1, self.shape.num_layers))(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **({"is_decoder": True} if self.is_blip else {}),
+            )
+        finally:
+            self._entry = None
+        return found[0]
+
+    def _named_layers(self) -> tuple[str, nn.ModuleList]:
+        """The layers, and their name within the body."""
+        for name, module in self.causal_lm.base_model.named_modules():  # outer modules first
+            if isinstance(module, nn.ModuleList) and len(module) == self.shape.num_layers:
+                return name, module
+        raise ModelError(
+            f"{type(self.causal_lm).__name__} does not say which of its modules are layers: an image can enter it at "
+            "layer 0 alone (bridge.enter_at_layer=0)"
+        )
+
+    def _body(self, skipped: range, *, compiled: bool = False) -> Any:
+        """What runs the body without some of its layers: copies of the modules on the way to them that share all else.
+
+        Layers keep their numbers, by which models choose masks, windows and the places of their caches.
+        """
+        if (skipped, compiled) not in self._bodies:
+            body = self.causal_lm.base_model
+            if skipped:
+                name, layers = self._named_layers()
+                kept = nn.ModuleList(_Skipped() if i in skipped else layer for i, layer in enumerate(layers))
+                body = _with_module(body, name.split("."), kept)
+            # Of the method: a compiled module would be a second owner of every weight.
+            self._bodies[skipped, compiled] = torch.compile(body.forward, dynamic=True) if compiled else body
+        return self._bodies[skipped, compiled]
 
     def new_cache(self) -> Any:
         """An empty KV cache; a cross-attending decoder's also keeps the image's keys and values, computed once."""
@@ -138,6 +252,13 @@ class LanguageModel(nn.Module):
                 f"bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not {base}"
             )
         self.causal_lm.set_attn_implementation(ATTENTION.format(base))
+
+    def compile_body(self) -> None:
+        """Compile the body for packed rows: those of training and validation; generation runs as before.
+
+        Lengths are symbols of the compiled code, so that no batch compiles it anew. Weights keep their names.
+        """
+        self._compiles = True
 
     def checkpoint_activations(self) -> None:
         """Keep only the input of every layer for back-propagation, and compute the layer again when it is needed.
@@ -189,6 +310,14 @@ class LanguageModel(nn.Module):
             for kind in kinds
         }
 
+    @property
+    def linear_head(self) -> LinearHead | None:
+        """The head as a matrix, where it is no more than that, stored plainly and frozen."""
+        module = self.head_module
+        if type(module) is not nn.Linear or any(p.requires_grad for p in module.parameters()):
+            return None
+        return LinearHead(module.weight, module.bias, self.final_logit_softcap)
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of states [..., H], soft-capped where the model caps them (Gemma 2)."""
         logits = self.head_module(hidden)
@@ -198,7 +327,11 @@ class LanguageModel(nn.Module):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without any special token: many at once are many times faster than one by one."""
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; word pieces are joined as English is written."""
@@ -210,6 +343,15 @@ class LanguageModel(nn.Module):
     def embedding_std(self) -> float:
         """Standard deviation of the token embeddings: the size of input the frozen layers are used to."""
         return self.causal_lm.get_input_embeddings().weight.float().std().item()
+
+
+def _with_module(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """A shallow copy of a module in which ``replacement`` stands at the end of a path of names; it shares all else."""
+    name, *rest = path
+    copied = copy.copy(module)
+    of_name = _with_module(module._modules[name], rest, replacement) if rest else replacement  # type: ignore[arg-type]
+    copied._modules = {**module._modules, name: of_name}
+    return copied
 
 
 def causal_block_mask(

@@ -90,6 +90,11 @@ def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor
         CheckpointError: the layout has no place for such weights, or the file cannot be written.
     """
     published = recipe.to_dict()
+    if layer := published["bridge"].get("enter_at_layer"):
+        raise CheckpointError(
+            f"{where} cannot be written in the original layout, whose bridge changes the embeddings: this one has "
+            f"bridge.enter_at_layer={layer}"
+        )
     write_file(
         path,
         {

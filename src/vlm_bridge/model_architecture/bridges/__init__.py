@@ -28,7 +28,12 @@ class Bridge(Protocol):
 
     A bridge is built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on the meta device.
     What depends on the image alone happens in ``encode_image``, once per image: captions and beams share it.
+
+    Attributes:
+        first_layer: the layer of the language model, from 0, below which nothing depends on the image.
     """
+
+    first_layer: int
 
     def output_num_tokens(self, num_image_tokens: int) -> int:
         """How many soft tokens stand before the text, given N image tokens (0 for a bridge that edits the text)."""
@@ -43,7 +48,10 @@ class Bridge(Protocol):
         ...
 
     def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [B, T, H], edited position by position (never across positions: causality)."""
+        """Text as it enters ``first_layer`` [B, T, H] (before layer 0: embeddings), edited position by position.
+
+        Never across positions: causality.
+        """
         ...
 
     def image_attention(

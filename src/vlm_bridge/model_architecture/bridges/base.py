@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
+from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 class ImageInputs(NamedTuple):
@@ -21,6 +22,15 @@ class ImageInputs(NamedTuple):
     soft_tokens: torch.Tensor | None = None
     key_value_prefix: KeyValuePrefix | None = None
     encoder_hidden_states: torch.Tensor | None = None
+
+
+def entered_layer(layer: int, text: TextShape) -> int:
+    """The layer at which a bridge enters a language model. Raises ValueError where it has no such layer."""
+    if layer >= text.num_layers:
+        raise ValueError(
+            f"bridge.enter_at_layer={layer} is beyond the language model's last layer, {text.num_layers - 1}"
+        )
+    return layer
 
 
 def mean_attention_weights(query_bhqd: torch.Tensor, key_bhkd: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The published single-block cross-attention bridge: each text embedding looks at the image before the LM reads it."""
+"""The published single-block cross-attention bridge: each text position looks once at the image."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.limits import check_at_least, check_dropout
-from vlm_bridge.model_architecture.bridges.base import ImageInputs, mean_attention_weights
+from vlm_bridge.model_architecture.bridges.base import ImageInputs, entered_layer, mean_attention_weights
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 @dataclass(frozen=True)
 class CrossAttentionOptions:
-    """Options of `cross_attention`; the defaults are those of the published DINOv2 + Gemma-2 system."""
+    """Options of `cross_attention`; the defaults are those of the published DINOv2 + Gemma-2 system.
+
+    Attributes:
+        enter_at_layer: the layer of the language model (from 0) before which the text looks at the image: 0, as
+            published, changes its embeddings. Below it nothing depends on the image and nothing is back-propagated.
+    """
 
     num_heads: int = 8
     feed_forward_multiplier: int = 4
     dropout: float = 0.0
+    enter_at_layer: int = 0
 
     def __post_init__(self) -> None:
+        check_at_least(0, self, "enter_at_layer", prefix="bridge.")
         check_at_least(1, self, "num_heads", "feed_forward_multiplier", prefix="bridge.")
         check_dropout(self.dropout, "bridge.dropout")
 
 
 class CrossAttentionBridge(nn.Module):
-    """``x + attention(norm(x), image)``, then ``x + feed_forward(norm(x))``, on text embeddings x.
+    """``x + attention(norm(x), image)``, then ``x + feed_forward(norm(x))``, on text embeddings or states x.
 
     Both residual branches end in zero-initialised layers: an untrained bridge is the identity, and training
     starts from the bare language model's loss. With D=1024 and H=2304 it has 66,092,544 parameters.
@@ -42,6 +49,7 @@ class CrossAttentionBridge(nn.Module):
             raise ValueError(
                 f"bridge.num_heads={options.num_heads} does not divide the text width {text_dim}"
             )
+        self.first_layer = entered_layer(options.enter_at_layer, text)
         self.num_heads = options.num_heads
         self.dropout = options.dropout
         self.vision_projection = nn.Linear(vision_dim, text_dim)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlm_bridge.limits import check_at_least
-from vlm_bridge.model_architecture.bridges.base import ImageInputs
+from vlm_bridge.model_architecture.bridges.base import ImageInputs, entered_layer
 from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
 from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
@@ -41,11 +41,8 @@ class DeepPrefixBridge(nn.Module):
 
     def __init__(self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
-        first = text.num_layers // 3 if options.enter_at_layer is None else options.enter_at_layer
-        if first >= text.num_layers:
-            raise ValueError(
-                f"bridge.enter_at_layer={first} is beyond the language model's last layer, {text.num_layers - 1}"
-            )
+        third = text.num_layers // 3
+        first = entered_layer(third if options.enter_at_layer is None else options.enter_at_layer, text)
         width = options.width or text.width
         self.first_layer = first
         self.shape = (text.num_layers - first, 2, text.num_key_value_heads, text.head_dim)

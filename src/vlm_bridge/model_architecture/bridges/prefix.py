@@ -24,6 +24,8 @@ class PrefixBridge(nn.Module):
     (`set_output_scale`): the frozen layers then see inputs of a familiar size from the first step.
     """
 
+    first_layer = 0
+
     def __init__(self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
         width = options.width or text.width

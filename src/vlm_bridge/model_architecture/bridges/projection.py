@@ -39,6 +39,8 @@ class ProjectionBridge(nn.Module):
     pretrained or trained along. From 512 to 768, `conv3x3` has 3,539,712 parameters.
     """
 
+    first_layer = 0
+
     def __init__(self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
         width = text.cross_attention_width

@@ -1,0 +1,159 @@
+"""An image that enters the language model above its first layers: what lies below is text alone, and runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioners import (
+    BRIDGES,
+    ENTERING_ABOVE,
+    LANGUAGE_MODELS,
+    random_features,
+    tiny_captioner,
+    tiny_recipe,
+)
+from vlm_bridge.configuration import recipe_from_dict
+from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge, build_captioner
+from vlm_bridge.model_architecture.text_shape import TextShape
+
+SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 4 + [3] * 2 + [0] * 2])
+
+
+@pytest.fixture(params=[(b, lm) for b in ENTERING_ABOVE for lm in LANGUAGE_MODELS], ids="-".join)
+def model(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> CaptionerModel:
+    bridge, language_model = request.param
+    return tiny_captioner(
+        tiny_recipe(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
+    )
+
+
+def packed_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 300, SEGMENTS.shape)
+    labels = torch.randint(3, 300, SEGMENTS.shape)
+    labels[SEGMENTS == 0] = -100
+    return ids, labels
+
+
+def loss_and_gradients(model: CaptionerModel, loss: Callable[[torch.Tensor], torch.Tensor]):
+    """Loss by image state, and the gradient of every parameter of the bridge."""
+    model.zero_grad(set_to_none=True)
+    total = loss(model.image_state(random_features(model, 2)))
+    total.backward()
+    return total.detach(), [p.grad for p in model.bridge.parameters()]
+
+
+def test_layers_below_run_without_a_graph(model: CaptionerModel) -> None:
+    needs_gradient = []
+    _, layers = model.language_model._named_layers()
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, _i, output: needs_gradient.append(output.requires_grad))
+    model.text_states(torch.randint(3, 300, (1, 5)), model.image_state(random_features(model, 1)))
+    assert needs_gradient == [False, True]
+
+
+@torch.no_grad()
+def test_text_meets_the_image_as_the_states_that_enter_its_layer(model: CaptionerModel) -> None:
+    ids, _ = packed_rows()
+    _, layers = model.language_model._named_layers()
+    found = []
+    layers[0].register_forward_hook(lambda _m, _i, output: found.append(output))
+    model.text_states(ids, model.image_state(random_features(model, 2)), SEGMENTS)
+    torch.testing.assert_close(model.text_at_bridge(ids, SEGMENTS), found[0])
+
+
+@torch.no_grad()
+def test_text_states_of_a_caption_depend_on_nothing_else(model: CaptionerModel) -> None:
+    ids, _ = packed_rows()
+    packed = model.text_at_bridge(ids, SEGMENTS)
+    for row, segment in ((0, 1), (0, 2), (1, 2), (1, 3)):
+        caption = SEGMENTS[row] == segment
+        alone = model.text_at_bridge(ids[row : row + 1, caption])
+        torch.testing.assert_close(packed[row, caption], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: CaptionerModel) -> None:
+    ids, labels = packed_rows()
+    states = model.text_at_bridge(ids, SEGMENTS)
+    runs: list[int] = []
+    _, layers = model.language_model._named_layers()
+    layers[0].register_forward_hook(lambda _m, _i, _o: runs.append(0))
+    model.train()
+
+    def loss(state: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        return model.caption_loss(ids, labels, SEGMENTS, state, text_at_bridge=text).total
+
+    whole, gradients = loss_and_gradients(model, loss)
+    assert len(runs) == 1
+    started, same = loss_and_gradients(model, lambda state: loss(state, states))
+    assert len(runs) == 1, "the layers below ran again"
+    torch.testing.assert_close(started, whole, atol=0, rtol=1e-5)
+    for one, other in zip(same, gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("from_states", [False, True])
+def test_checkpointed_activations_change_no_gradient(model: CaptionerModel, from_states: bool) -> None:
+    ids, labels = packed_rows()
+    states = model.text_at_bridge(ids, SEGMENTS) if from_states else None
+
+    def loss(state: torch.Tensor) -> torch.Tensor:
+        return model.caption_loss(ids, labels, SEGMENTS, state, text_at_bridge=states).total
+
+    whole, gradients = loss_and_gradients(model, loss)
+    model.language_model.checkpoint_activations()
+    again, same = loss_and_gradients(model, loss)
+    torch.testing.assert_close(again, whole)
+    for one, other in zip(same, gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+def test_untrained_it_is_the_bare_language_model(
+    tiny_vit_dir: Path, language_model: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{language_model}_dir")
+    model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention_above"))
+    ids = torch.randint(3, 300, (2, 12))
+    logits = model(ids, model.image_state(random_features(model, 2))).logits
+    torch.testing.assert_close(logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
+    assert recipe.bridge.options.enter_at_layer == 0
+    model, above = (
+        tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge))
+        for bridge in ("cross_attention", "cross_attention_above")
+    )
+    # The same parameters under the same names, wherever it enters: checkpoints are laid out alike.
+    assert model.trained_state_dict().keys() == above.trained_state_dict().keys()
+    ids, state = torch.randint(3, 300, (1, 6)), model.image_state(random_features(model, 1))
+    edited = model.bridge.edit_text(model.language_model.embed(ids), state)
+    torch.testing.assert_close(
+        model.text_states(ids, state), model.language_model.hidden_states(edited), atol=0, rtol=0
+    )
+    assert not torch.allclose(above.text_states(ids, state), model.text_states(ids, state), atol=1e-3)
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    recipe = recipe_from_dict({"bridge": {**BRIDGES["cross_attention"], "enter_at_layer": 6}})
+    with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer=6 is beyond .* 5"):
+        build_bridge(recipe.bridge, 12, TextShape(32, 6, 2, 8), 6, meta=True)
+    with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer"):
+        recipe_from_dict({"bridge": {"kind": "cross_attention", "enter_at_layer": -1}})
+
+
+def test_a_language_model_without_layers_in_sight_is_refused(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention"))
+    model.language_model.text_config.num_hidden_layers = 5  # it has two
+    with pytest.raises(ModelError, match=r"bridge\.enter_at_layer=0"):
+        model.language_model.open_layer(1)
