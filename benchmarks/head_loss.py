@@ -19,8 +19,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Measurement, Report, Variant, argument_parser, matmul_flops_per_second, prepare
-from benchmarks.harness import measure as measure_variants
+from benchmarks.harness import Measurement, Report, Variant, argument_parser, measure, prepare
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture import loss
 from vlm_bridge.model_architecture.loss import Kernel, LinearHead, frozen_head_cross_entropy
@@ -29,6 +28,7 @@ from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 SHAPES = ("49152x576", "256000x640", "256000x1152", "256000x2304")
 TINY_SHAPES = ("512x32",)
 DTYPES = ("bfloat16", "float32")
+OURS = "ours"
 MIB = 2**20
 
 
@@ -70,7 +70,7 @@ def sizes(chunk_mib: int | None = None, block_mib: int | None = None) -> Iterato
 def kernels_that_work(head: LinearHead, hidden: torch.Tensor) -> dict[str, Kernel]:
     """Every way to compute the loss of a head, by name; what does not work here is said and left out."""
     found: dict[str, Kernel] = {
-        "ours": frozen_head_cross_entropy,
+        OURS: frozen_head_cross_entropy,
         "plain": plain,
         "autograd": by_autograd,
         "products alone": products_alone,
@@ -91,7 +91,6 @@ def variants_of(shape: str, dtype: str, options: argparse.Namespace, device: tor
     head = LinearHead(weight, softcap=options.softcap)
     hidden = torch.randn(options.positions, width, device=device).to(weight.dtype)
     labels = torch.randint(vocabulary, (options.positions,), device=device)
-    flops = 4.0 * weight.numel() * options.positions
 
     def step(kernel: Kernel, **other_sizes: int) -> None:
         states = hidden.detach().requires_grad_()
@@ -100,13 +99,13 @@ def variants_of(shape: str, dtype: str, options: argparse.Namespace, device: tor
             (total / len(labels)).backward()
 
     def variant(name: str, run: Callable[[], None]) -> Variant:
-        return Variant(f"{shape} {dtype} {name}", run, options.positions, options.positions, flops)
+        return Variant(f"{shape} {dtype} {name}", run, options.positions, options.positions)
 
     found = [variant(name, partial(step, kernel)) for name, kernel in kernels_that_work(head, hidden).items()]
     for name, values in (("chunk", options.chunk_mib), ("block", options.block_mib)):
         found += [
             variant(
-                f"ours, {name}s of {mib} MiB",
+                f"{OURS}, {name}s of {mib} MiB",
                 partial(step, frozen_head_cross_entropy, **{f"{name}_mib": mib}),
             )
             for mib in values
@@ -125,19 +124,16 @@ def main() -> int:
     options = parser.parse_args()
     device = prepare(options)
     shapes = options.shapes or (TINY_SHAPES if options.tiny else SHAPES)
+    measurements: list[Measurement] = []
     for dtype in options.dtypes:
-        measurements: list[Measurement] = []
         for shape in shapes:  # one head in memory at a time
-            measurements += measure_variants(
-                variants_of(shape, dtype, options, device), options.repeats, device
-            )
-        peak = matmul_flops_per_second(device, getattr(torch, dtype), tiny=options.tiny)
-        report = Report(measurements, device, options.seed, matmul_peak=peak)
-        for m in measurements:
-            shape, _, name = m.variant.split(" ", 2)
-            if name != "ours":
-                report.add_ratio(f"{shape} {dtype} ours", m.variant)
-        report.finish(options.json and options.json.with_stem(f"{options.json.stem}-{dtype}"))
+            measurements += measure(variants_of(shape, dtype, options, device), options.repeats, device)
+    report = Report(measurements, device, options.seed)
+    for m in measurements:
+        shape, dtype, name = m.variant.split(" ", 2)
+        if name != OURS:
+            report.add_ratio(f"{shape} {dtype} {OURS}", m.variant)
+    report.finish(options.json)
     return 0
 
 
