@@ -307,12 +307,13 @@ class Report:
         of_repeats = np.array(b.seconds) / np.array(a.seconds) * (a.samples / b.samples)
         return self._add(name or f"{fast} / {slow}: samples/s", float(np.median(of_repeats)))
 
-    def add_memory_ratio(self, small: str, large: str) -> None:
+    def add_memory_ratio(self, small: str, large: str, name: str | None = None) -> None:
         """Peak memory of ``small`` over that of ``large``, absolute and over the models; nothing where not measured."""
         a, b = self[small].peak, self[large].peak
         if a and b:
-            self._add(f"{small} / {large}: peak memory", a.absolute / b.absolute)
-            self._add(f"{small} / {large}: peak memory over models", a.over_models / max(b.over_models, 1))
+            name = name or f"{small} / {large}"
+            self._add(f"{name}: peak memory", a.absolute / b.absolute)
+            self._add(f"{name}: peak memory over models", a.over_models / max(b.over_models, 1))
 
     def add_peak_share(self, variant: str) -> None:
         if (share := self._share(self[variant])) is not None:
