@@ -126,6 +126,32 @@ def test_a_checkpoint_brings_its_pooling(pooled_recipe: Recipe, data: Path) -> N
     assert captioner.caption([images[0].path])[0].caption is not None
 
 
+def test_training_sees_the_same_views_with_a_cache_and_without(
+    data: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for place in ("auto", "off"):
+        recipe = tiny_recipe(
+            tiny_vit_dir,
+            tiny_llama_dir,
+            data_dir=str(data),
+            feature_cache=place,
+            feature_cache_views=2,
+            checkpoint_dir=str(tmp_path / place / "run"),
+            log_dir=str(tmp_path / place / "logs"),
+            num_epochs=3,
+            batch_size=16,
+            log_every_n_steps=1,
+            learning_rate=1e-2,
+            num_validation_samples=0,
+        )
+        Trainer(recipe, lambda line: None).run()
+        events = map(json.loads, (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines())
+        losses.append([event["loss"] for event in events if event["event"] == "train"])
+    assert len(losses[0]) == 9
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_a_bridge_of_other_pooling_is_another_architecture(pooled_recipe: Recipe, tmp_path: Path) -> None:
     model = tiny_captioner(pooled_recipe)
     path = tmp_path / checkpoints.LATEST

@@ -29,7 +29,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -379,20 +379,28 @@ def _write_shard(
 ) -> None:
     """Encode the images of a shard into a file; at the end it gets its name."""
     checksums: list[int] = []
-    images = files.images_of(shard)
-    batches = in_batches(images, batch_images)
-    for batch in prefetch(batches, lambda indices: pixels[np.array(indices)], num_workers):
-        try:
-            records = files.format.pack(encode(batch))
-        except OverflowError as error:
-            first = images[len(checksums)]
-            raise DataError(
-                f"the features of pictures {first} to {first + len(batch) - 1} {error}: "
-                "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
-            ) from None
+
+    def write(records: np.ndarray) -> None:
         file.write(records.tobytes())
-        checksums += map(zlib.crc32, records)
-        progress(len(checksums))
+        checksums.extend(map(zlib.crc32, records))
+
+    batches = in_batches(files.images_of(shard), batch_images)
+    loaded = prefetch(batches, lambda indices: pixels[np.array(indices)], num_workers)
+    with ThreadPoolExecutor(max_workers=1) as writer:  # writes a batch while the next one is encoded
+        written: list[Future[None]] = []
+        for indices, batch in zip(batches, loaded, strict=True):
+            try:
+                records = files.format.pack(encode(batch))
+            except OverflowError as error:
+                raise DataError(
+                    f"the features of pictures {indices[0]} to {indices[-1]} {error}: "
+                    "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
+                ) from None
+            if written:
+                written.pop().result()
+            written.append(writer.submit(write, records))
+            progress(indices[-1] + 1 - batches[0][0])
+        written.pop().result()
     file.write(np.array(checksums, "<u4").tobytes())
     file.flush()
     os.fsync(file.fileno())

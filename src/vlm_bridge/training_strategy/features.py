@@ -34,8 +34,9 @@ from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
 from vlm_bridge.training_strategy.validation import Features
 
-ENCODE_BATCH = {"cuda": 256}
-"""Images encoded together, by kind of device: what fills a GPU. `ENCODE_BATCH_ELSEWHERE` for the others."""
+ENCODE_BATCH = {"cuda": 64}
+"""Images encoded together, by kind of device: a GPU is full (64 x 257 tokens of DINOv2), and the memory that it takes
+is little beside that of training. `ENCODE_BATCH_ELSEWHERE` for the others."""
 ENCODE_BATCH_ELSEWHERE = 32
 """On CPUs larger batches gain nothing, and their activations leave the processor's caches (`benchmarks.features`)."""
 MEASURE_SECONDS = 2.0
