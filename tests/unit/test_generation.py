@@ -6,12 +6,15 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from captioners import (
     BRIDGES,
+    CROSS_ATTENDING,
     SPEAKS_TO,
     SYSTEMS,
     TOY_EOS,
@@ -21,11 +24,13 @@ from captioners import (
     tiny_recipe,
     toy_captioner,
 )
-from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.captioning.pipeline import DECODE_AHEAD, Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.captioner import CaptionerModel, generation_options
 
+PROMPT = 1
 GREEDY = DecodeSettings(num_beams=1, max_new_tokens=10)
 BEAMS = DecodeSettings(num_beams=3, max_new_tokens=10)
 NUM_IMAGES = 8
@@ -143,6 +148,109 @@ def test_score_is_the_mean_log_probability_with_the_end(bridge: str) -> None:
         assert score == pytest.approx(table[tokens] / len(tokens), abs=1e-5)
 
 
+@torch.inference_mode()
+def scores_read_again(
+    model: CaptionerModel, features: torch.Tensor, captions: list[list[int]], limit: int
+) -> list[float]:
+    """The mean log-probability per token of captions that the whole model reads once more, from their first token."""
+    scores = []
+    for one, ids in zip(features.split(1), captions, strict=True):
+        tokens = [*ids, model.language_model.eos_id] if len(ids) < limit else ids
+        row = torch.tensor([[PROMPT, *tokens]])
+        log_probs = model(row[:, :-1], model.image_state(one)).logits.log_softmax(-1)
+        scores.append(log_probs.gather(-1, row[:, 1:, None]).mean().item())
+    return scores
+
+
+@torch.inference_mode()
+def plainly_generated(
+    model: CaptionerModel, features: torch.Tensor, decode: DecodeSettings
+) -> list[list[int]]:
+    """Captions by transformers' `generate` alone: every beam with its own copy of everything, no cache of ours."""
+    prompt = torch.full((len(features), 1), PROMPT)
+    rows = model.generate(
+        input_ids=prompt,
+        image_state=model.image_state(features),
+        attention_mask=torch.ones_like(prompt),
+        **generation_options(decode),
+    )
+    ends = [[*row, model.language_model.eos_id] for row in rows[:, 1:].tolist()]
+    return [row[: row.index(model.language_model.eos_id)] for row in ends]
+
+
+DECODES = {
+    "greedy": GREEDY,
+    "beams": BEAMS,
+    "constrained": replace(
+        BEAMS, min_new_tokens=4, no_repeat_ngram_size=2, repetition_penalty=1.3, length_penalty=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("decode", DECODES.values(), ids=DECODES)
+@pytest.mark.parametrize(("bridge", "language_model"), SYSTEMS)
+def test_sharing_an_image_among_beams_changes_nothing(
+    tiny_vit_dir: Path,
+    language_model: str,
+    bridge: str,
+    decode: DecodeSettings,
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{language_model}_dir")
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
+    features = random_features(model, 4)
+    # Longer than tiny Gemma 2's window.
+    decode = replace(decode, max_new_tokens=14)
+    expected = plainly_generated(model, features, decode)
+    found, scores = model.generate_captions(features, [PROMPT], decode)
+    assert found == expected
+    assert scores == pytest.approx(scores_read_again(model, features, expected, 14), abs=1e-5)
+
+    if language_model in CROSS_ATTENDING:
+        with pytest.raises(ModelError, match="cross-attends, and its cache cannot be of fixed size"):
+            model.use_static_caches(compile_step=False)
+        return
+    model.use_static_caches(compile_step=False)
+    for some in (features, features[:3], features):  # the smaller batch is filled up
+        fixed, fixed_scores = model.generate_captions(some, [PROMPT], decode)
+        assert fixed == expected[: len(some)]
+        assert fixed_scores == pytest.approx(scores[: len(some)], abs=1e-5)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_beams_read_the_prefix_of_their_image(
+    tiny_vit_dir: Path, tiny_llama_dir: Path, attention: str, num_images: int
+) -> None:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix")
+    recipe = replace(recipe, language_model=replace(recipe.language_model, attention=attention))
+    model = tiny_captioner(recipe)
+    state = model.image_state(random_features(model, num_images))
+    ids = torch.randint(3, 300, (3 * num_images, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.text_states(ids, state), model.text_states(ids, state.repeat_interleave(3, 0))
+        )
+
+
+@pytest.mark.parametrize("bridge", [bridge for bridge in BRIDGES if SPEAKS_TO[bridge] not in CROSS_ATTENDING])
+def test_a_compiled_step_takes_the_same_captions(bridge: str) -> None:
+    model = toy_captioner(bridge)
+    features = random_features(model, NUM_IMAGES)
+    expected = model.generate_captions(features, [TOY_START], BEAMS)
+    model.use_static_caches(compile_step=True)
+    compiled = CompileCounter()  # traces as always and runs the graphs as they are: no minutes in a compiler
+    model._decode_step = torch.compile(model.text_states, backend=compiled, dynamic=False)
+    num_graphs = []
+    for some in (features, features, features[:3]):
+        captions, scores = model.generate_captions(some, [TOY_START], BEAMS)
+        assert captions == expected[0][: len(some)]
+        assert scores == pytest.approx(expected[1][: len(some)], abs=1e-5)
+        num_graphs.append(compiled.frame_count)
+    assert 1 <= num_graphs[0] < BEAMS.max_new_tokens - 1, "every length is compiled anew"
+    assert num_graphs[0] == num_graphs[-1], "every batch is compiled anew"
+
+
 def test_sampling_repeats_with_its_seed(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = random_features(model, NUM_IMAGES)
@@ -215,6 +323,21 @@ class TestCaptioner:
         assert [r.error is not None for r in mixed] == [True, False, False, True, False, True]
         assert all(r.caption is None and r.score is None for r in mixed if r.error)
         assert done == [2, 4, 6]
+
+    def test_pictures_are_read_ahead_but_not_all_at_once(
+        self, captioner: Captioner, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder: Any = captioner.model.vision_encoder
+        preprocess, prepared = encoder.preprocess, []
+        monkeypatch.setattr(
+            encoder, "preprocess", lambda batch: prepared.append(len(batch)) or preprocess(batch)
+        )
+        ahead: list[int] = []
+        captioner.caption(
+            pictures * 3, batch_size=2, progress=lambda done: ahead.append(sum(prepared) - done)
+        )
+        assert sum(prepared) == 3 * len(pictures)
+        assert max(ahead) <= 2 * (DECODE_AHEAD + 1)
 
     def test_pictures_in_memory_are_captioned_as_files_are(
         self, captioner: Captioner, pictures: list[Path]

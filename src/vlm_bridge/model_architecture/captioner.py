@@ -8,20 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
-from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge, DeepPrefixBridge
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
-from vlm_bridge.model_architecture.loss import caption_cross_entropy
+from vlm_bridge.model_architecture.language_model import LanguageModel, LayerEntry, packed_positions
+from vlm_bridge.model_architecture.loss import IGNORE_INDEX, Kernel, caption_cross_entropy
 from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
@@ -40,12 +47,36 @@ class CaptionerConfig(PreTrainedConfig):
         return self._text_config if self._text_config is not None else self
 
 
+class SharedState(NamedTuple):
+    """An image state that `generate` hands on as it is, instead of repeating it for every beam."""
+
+    of_images: torch.Tensor
+
+
+class FixedSizeCache(NamedTuple):
+    """A static KV cache of text: for so many images with so many beams, up to a length."""
+
+    num_images: int
+    num_beams: int
+    length: int
+    cache: StaticCache
+
+    def holds(self, num_images: int, num_beams: int, length: int) -> bool:
+        return num_images <= self.num_images and (num_beams, length) == (self.num_beams, self.length)
+
+
 @dataclass
 class CaptionLoss:
-    """Loss of a batch. ``total`` is differentiable; ``token_losses`` [V] holds every supervised token's, in nats."""
+    """Loss of a batch: the sum over its supervised tokens, in nats; differentiable."""
 
     total: torch.Tensor
-    token_losses: torch.Tensor
+    losses_v: torch.Tensor | None
+
+    @property
+    def token_losses(self) -> torch.Tensor:
+        """[V], every supervised token's; not where a kernel was asked for gradients and gives the sum alone."""
+        assert self.losses_v is not None
+        return self.losses_v
 
     @property
     def num_tokens(self) -> int:
@@ -95,12 +126,18 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         self.bridge = bridge
         if isinstance(bridge, DeepPrefixBridge):
             language_model.accept_prefix()
+        if bridge.first_layer:
+            language_model.open_layer(bridge.first_layer)  # type: ignore[arg-type]
+        self.loss_kernel: Kernel | None = None
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None  # type: ignore[arg-type]
         self.generation_config = GenerationConfig(
             bos_token_id=language_model.start_id,
             eos_token_id=language_model.eos_id,
             pad_token_id=language_model.eos_id,
         )
+        self._static_caches = False
+        self._kept_cache: FixedSizeCache | None = None
+        self._decode_step: Any = None
 
     def train(self, mode: bool = True) -> CaptionerModel:
         """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout).
@@ -154,30 +191,43 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         segments: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
+        continues: bool = False,
+        text_at_bridge: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The language model's last states [B, T, H] of ``input_ids`` [B, T].
 
         Args:
+            image_state: of B images, or of fewer that divide B: then as many rows beside each other read each.
             segments: [B, T] caption numbers of packed rows (0 = pad); None for rows of one caption without pads.
-            past_key_values: a cache; soft tokens enter only while it is empty.
+            past_key_values: a cache, extended in place.
+            continues: the cache holds what stands before ``input_ids``: soft tokens do not enter again.
+            text_at_bridge: what the method of this name gives, computed before: the layers below do not run.
         """
         bridge: Bridge = self.bridge  # type: ignore[assignment]
-        # The bridge works in its own precision, whatever the frozen weights are stored in.
-        embedded_bth = self.language_model.embed(input_ids).to(next(self.bridge.parameters()).dtype)
-        text_bth = bridge.edit_text(embedded_bth, image_state)
+
+        def edit(text_bth: torch.Tensor) -> torch.Tensor:
+            # The bridge works in its own precision, whatever the frozen weights are stored in. Text is edited one
+            # position at a time: positions of rows that share an image may stand in one row.
+            per_image = text_bth.to(next(self.bridge.parameters()).dtype)
+            per_image = per_image.reshape(len(image_state), -1, text_bth.shape[-1])
+            return bridge.edit_text(per_image, image_state).reshape(text_bth.shape)
+
+        body_dtype = next(self.language_model.parameters()).dtype
+        text_bth = self.language_model.embed(input_ids) if text_at_bridge is None else text_at_bridge
+        entry = None
+        if bridge.first_layer:
+            entry = LayerEntry(bridge.first_layer, edit, _as_dtype(text_at_bridge, body_dtype))
+        else:
+            text_bth = edit(text_bth)
         of_image = bridge.image_inputs(image_state)
-        soft_bph = of_image.soft_tokens
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            soft_bph = None
+        beams = len(input_ids) // len(image_state)
+        soft_bph = None if continues else _for_beams(of_image.soft_tokens, beams)
+        encoder_states = _for_beams(of_image.encoder_hidden_states, beams, only_shape=continues)
         if soft_bph is not None:
             soft_bph = torch.cat((self._first_token(soft_bph), soft_bph.to(text_bth.dtype)), dim=1)
         num_soft = 0 if soft_bph is None else soft_bph.shape[1]
-        body_dtype = next(self.language_model.parameters()).dtype
         inputs = text_bth if soft_bph is None else torch.cat((soft_bph, text_bth), dim=1)
-        mask = positions = None
-        if segments is not None:
-            mask = self.language_model.packed_mask(segments, num_soft)
-            positions = packed_positions(segments, num_soft)
+        mask, positions = self._mask_and_positions(segments, num_soft)
         states = self.language_model.hidden_states(
             inputs.to(body_dtype),
             mask,
@@ -185,9 +235,30 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             prefix=of_image.key_value_prefix,
-            encoder_hidden_states=_as_dtype(of_image.encoder_hidden_states, body_dtype),
+            encoder_hidden_states=_as_dtype(encoder_states, body_dtype),
+            entry=entry,
         )
         return states[:, num_soft:]
+
+    def text_at_bridge(self, input_ids: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+        """Text [B, T, H] as it meets the image: embeddings, or the states that enter the bridge's first layer.
+
+        A caption's depend on nothing but the caption, whichever row and batch it stands in.
+        """
+        embedded_bth = self.language_model.embed(input_ids)
+        layer: int = self.bridge.first_layer  # type: ignore[assignment]
+        if layer == 0:
+            return embedded_bth
+        return self.language_model.states_entering(
+            layer, embedded_bth, *self._mask_and_positions(segments, num_soft_tokens=0)
+        )
+
+    def _mask_and_positions(self, segments: torch.Tensor | None, num_soft_tokens: int) -> tuple[Any, Any]:
+        """Attention mask and position ids of packed rows; none for rows of one caption without pads."""
+        if segments is None:
+            return None, None
+        mask = self.language_model.packed_mask(segments, num_soft_tokens)
+        return mask, packed_positions(segments, num_soft_tokens)
 
     def _first_token(self, soft_bph: torch.Tensor) -> torch.Tensor:
         """The start token's embedding [B, 1, H], which goes before the soft tokens.
@@ -208,23 +279,61 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        continues: bool = False,
+        beams_to_start: int = 1,
+        output_hidden_states: bool = False,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocabulary] (of the last ``logits_to_keep`` positions, 0 = all)."""
-        states = self.text_states(input_ids, image_state, segments, past_key_values, use_cache)
-        logits = self.language_model.head(states[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        """Logits [B, T, vocabulary] (of the last ``logits_to_keep`` positions, 0 = all).
+
+        Args:
+            continues: see `text_states`.
+            beams_to_start: repeat every row of the cache and of the result: the beams of an image begin alike, and
+                one of them is read for all.
+            output_hidden_states: return the states that the logits were made of as well.
+        """
+        if continues and self._decode_step is not None:
+            # A compiled step writes its next result over this one.
+            states = self._decode_step(input_ids, image_state, None, past_key_values, True, True).clone()
+        else:
+            states = self.text_states(input_ids, image_state, segments, past_key_values, use_cache, continues)
+        states = states[:, -logits_to_keep:]
+        logits = self.language_model.head(states)
+        if beams_to_start > 1:
+            past_key_values.batch_repeat_interleave(beams_to_start)
+            states, logits = (tensor.repeat_interleave(beams_to_start, dim=0) for tensor in (states, logits))
+        return CausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=(states,) if output_hidden_states else None,  # type: ignore[arg-type]
+        )
 
     def caption_loss(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, segments: torch.Tensor, image_state: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        segments: torch.Tensor,
+        image_state: torch.Tensor,
+        supervised: torch.Tensor | None = None,
+        text_at_bridge: torch.Tensor | None = None,
     ) -> CaptionLoss:
-        """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict."""
-        states = self.text_states(input_ids, image_state, segments)
+        """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict.
+
+        Args:
+            supervised: see `caption_cross_entropy`.
+            text_at_bridge: see `text_states`.
+        """
+        states = self.text_states(input_ids, image_state, segments, text_at_bridge=text_at_bridge)
         language_model = self.language_model
-        head_is_trained = any(p.requires_grad for p in language_model.head_module.parameters())
-        return CaptionLoss(
-            *caption_cross_entropy(states, labels, language_model.head, head_is_trained=head_is_trained)
+        total, losses = caption_cross_entropy(
+            states,
+            labels,
+            language_model.linear_head or language_model.head,
+            head_is_trained=any(p.requires_grad for p in language_model.head_module.parameters()),
+            supervised_v=supervised,
+            kernel=self.loss_kernel,
         )
+        return CaptionLoss(total, losses)
 
     # Captioning.
 
@@ -248,6 +357,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 f"decode.max_new_tokens={decode.max_new_tokens} behind {before} positions of prompt and image is more "
                 f"than the language model has, {limit}: ask for fewer"
             )
+        num_images = len(features_bnd)
+        past_key_values: Any = self.language_model.new_cache()
+        if self._static_caches:
+            kept = self._fixed_size_cache(num_images, decode.num_beams, before + decode.max_new_tokens)
+            past_key_values, features_bnd = kept.cache, _filled_up(features_bnd, kept.num_images)
         state = self.image_state(features_bnd)
         prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
         # Sampling has a random state of its own: the dropout of a training that it interrupts goes on undisturbed.
@@ -255,31 +369,69 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         with torch.random.fork_rng(devices, enabled=decode.do_sample):
             if decode.do_sample:
                 torch.manual_seed(decode.seed)
-            output = self.generate(  # type: ignore[reportAttributeAccessIssue]
+            output: Any = self.generate(  # type: ignore[reportAttributeAccessIssue]
                 input_ids=prompt_bt,
-                image_state=state,
+                image_state=SharedState(state),
                 attention_mask=torch.ones_like(prompt_bt),
-                past_key_values=self.language_model.new_cache(),
+                past_key_values=past_key_values,
+                return_dict_in_generate=True,
+                output_hidden_states=True,
+                disable_compile=True,  # of the whole forward; ours compiles the step of beams too
                 **generation_options(decode),
             )
-        generated_bt = output[:, prompt_bt.shape[1] :]  # type: ignore[index]
-        return self._trim_and_score(prompt_bt, generated_bt, state)
+        ids, scores = self._trim_and_score(output, prompt_bt.shape[1])
+        return ids[:num_images], scores[:num_images]
 
-    def _trim_and_score(
-        self, prompt_bt: torch.Tensor, generated_bt: torch.Tensor, image_state: torch.Tensor
-    ) -> tuple[list[list[int]], list[float]]:
-        eos = self.language_model.eos_id
-        captions, scores = [], []
-        rows = torch.cat((prompt_bt, generated_bt), dim=1)
-        states = self.text_states(rows[:, :-1], image_state)[:, prompt_bt.shape[1] - 1 :]
-        log_probs = self.language_model.head(states).float().log_softmax(-1)
-        token_scores = log_probs.gather(-1, generated_bt[..., None])[..., 0].tolist()
-        for ids, row_scores in zip(generated_bt.tolist(), token_scores, strict=True):
-            end = ids.index(eos) if eos in ids else len(ids)
-            kept = row_scores[: end + 1]
-            captions.append(ids[:end])
-            scores.append(sum(kept) / max(len(kept), 1))
-        return captions, scores
+    def _trim_and_score(self, output: Any, prompt_length: int) -> tuple[list[list[int]], list[float]]:
+        """Captions and their scores from what `generate` returns.
+
+        The states that chose each token are still there: the head reads those of the captions that were found, and
+        nothing runs through the language model again.
+        """
+        ids_bt = output.sequences[:, prompt_length:]
+        is_eos = ids_bt == self.language_model.eos_id
+        is_kept = is_eos.cumsum(1) - is_eos.long() == 0  # up to the first EOS and with it
+        states_srh = torch.stack([states[:, -1] for (states,) in output.hidden_states])
+        steps = torch.arange(ids_bt.shape[1], device=ids_bt.device)
+        rows_bt = getattr(output, "beam_indices", None)  # which beam a token was chosen for
+        if rows_bt is None:
+            rows_bt = torch.arange(len(ids_bt), device=ids_bt.device)[:, None]
+        states_bth = states_srh[steps, rows_bt.long().clamp_min(0)]
+        labels_bt = ids_bt.masked_fill(~is_kept, IGNORE_INDEX)
+        _, losses = caption_cross_entropy(states_bth, labels_bt, self.language_model.head)
+        assert losses is not None, "without gradients there is no kernel"
+        lengths = is_kept.sum(1).tolist()
+        scores = [-row.mean().item() for row in losses.cpu().split(lengths)]
+        ends = (is_kept & ~is_eos).sum(1).tolist()
+        return [row[:end] for row, end in zip(ids_bt.tolist(), ends, strict=True)], scores
+
+    def use_static_caches(self, *, compile_step: bool) -> None:
+        """Generate with KV caches of fixed size, kept from batch to batch, and with a decode step compiled for them.
+
+        For GPUs, where most of a plain step is the launching of kernels. Captions are the same. The first batch waits
+        for the compiler; a smaller one is filled up, for another shape would be compiled anew.
+
+        Raises:
+            ModelError: the language model is a decoder that cross-attends.
+        """
+        if self.language_model.shape.cross_attention_width is not None:
+            raise ModelError(
+                f"{type(self.language_model.causal_lm).__name__} cross-attends, and its cache cannot be of fixed size: "
+                "caption without --compile"
+            )
+        self._static_caches = True
+        if compile_step:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._decode_step = torch.compile(self.text_states, mode=mode, dynamic=False)
+
+    def _fixed_size_cache(self, num_images: int, num_beams: int, length: int) -> FixedSizeCache:
+        """An empty static cache for at least so many images: the last one again where it is large enough."""
+        kept = self._kept_cache
+        if kept is None or not kept.holds(num_images, num_beams, length):
+            cache = StaticCache(config=self.language_model.text_config, max_cache_len=length)
+            kept = self._kept_cache = FixedSizeCache(num_images, num_beams, length, cache)
+        kept.cache.reset()
+        return kept
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -287,19 +439,50 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
-        image_state: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        image_state: torch.Tensor | SharedState | None = None,
         use_cache: bool = True,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
         **_: Any,
     ) -> dict[str, Any]:
         # Prompts of a batch have one length and finished rows are ignored by generate: the mask says nothing.
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        of_images = image_state.of_images if isinstance(image_state, SharedState) else image_state
+        assert of_images is not None, "generate needs the image_state of its rows"
+        use_cache = use_cache and past_key_values is not None
+        continues = use_cache and not is_first_iteration
+        beams_to_start = 1
+        if continues:
             input_ids = input_ids[:, -1:]
+        elif use_cache and not self._static_caches:  # those cannot be repeated
+            beams_to_start = len(input_ids) // len(of_images)
+            input_ids = input_ids[::beams_to_start]
         return {
             "input_ids": input_ids,
-            "image_state": image_state,
+            "image_state": of_images,
             "past_key_values": past_key_values,
-            "use_cache": use_cache and past_key_values is not None,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "continues": continues,
+            "beams_to_start": beams_to_start,
+            "output_hidden_states": output_hidden_states,
         }
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+        """Let beams go on from the beams that they were chosen from; `generate` calls it after every step.
+
+        The image's own keys and values stay where they are, since beams change places within an image alone; static
+        tensors are written in place, since compiled steps know them by their address.
+        """
+        if isinstance(past_key_values, StaticCache):
+            for layer in past_key_values.layers:
+                layer.keys.copy_(layer.keys.index_select(0, beam_idx))
+                layer.values.copy_(layer.values.index_select(0, beam_idx))
+        elif isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        else:
+            past_key_values.reorder_cache(beam_idx)
+        return past_key_values
 
     # What was trained.
 
@@ -375,5 +558,26 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     return model.eval()
 
 
+def _for_beams(
+    states_bnd: torch.Tensor | None, beams: int, *, only_shape: bool = False
+) -> torch.Tensor | None:
+    """States of images once for each of their beams.
+
+    Args:
+        only_shape: the values are not read (a cache has what was made of them), and are not copied.
+    """
+    if states_bnd is None or beams == 1:
+        return states_bnd
+    if only_shape:
+        return states_bnd[:1].expand(len(states_bnd) * beams, -1, -1)
+    return states_bnd.repeat_interleave(beams, dim=0)
+
+
 def _as_dtype(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(dtype)
+
+
+def _filled_up(features_bnd: torch.Tensor, num_images: int) -> torch.Tensor:
+    """Features [num_images, N, D]: the given ones, then the last of them again."""
+    missing = num_images - len(features_bnd)
+    return torch.cat((features_bnd, features_bnd[-1:].expand(missing, -1, -1))) if missing else features_bnd

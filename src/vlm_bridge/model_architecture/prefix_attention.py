@@ -20,9 +20,10 @@ ATTENTION = "vlm_bridge_{}"
 
 @dataclass
 class KeyValuePrefix:
-    """Keys and values [B, layers, 2, heads, P, head_dim] for the layers from ``first_layer`` on.
+    """Keys and values [B, layers, 2, heads, P, head_dim] of B images for the layers from ``first_layer`` on.
 
-    Keys carry no rotary embedding: an image stands nowhere in the text.
+    Keys carry no rotary embedding: an image stands nowhere in the text. Text may have more rows than there are images,
+    as many for each: the beams of an image stand next to each other and share what it gave.
     """
 
     states: torch.Tensor
@@ -38,21 +39,12 @@ class KeyValuePrefix:
         return keys, values
 
 
-def _with_prefix(
-    layer: int,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    prefix: KeyValuePrefix | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys and values [B, heads, P + S, head_dim] and the mask that lets every token see the prefix."""
-    states = prefix.of_layer(layer) if prefix is not None else None
-    if states is None:
-        return key, value, mask
-    keys, values = (state.to(key.dtype) for state in states)
-    if mask is not None:
-        mask = F.pad(mask, (keys.shape[2], 0), value=0.0)
-    return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2), mask
+def _of_module(
+    module: Any, prefix: KeyValuePrefix | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The prefix's keys and values [B, heads, P, head_dim] for an attention module, in the text's precision."""
+    states = prefix.of_layer(module.layer_idx) if prefix is not None else None
+    return None if states is None else (states[0].to(dtype), states[1].to(dtype))
 
 
 def eager_prefix_attention(
@@ -67,20 +59,47 @@ def eager_prefix_attention(
     image_prefix: KeyValuePrefix | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [B, T, heads, head_dim] by plain matrix products; query heads that share a key are one product."""
-    key, value, mask = _with_prefix(module.layer_idx, key, value, attention_mask, image_prefix)
+    """Attention [B, T, heads, head_dim] by plain matrix products; query heads that share a key are one product.
+
+    So are the beams of an image with its prefix. Scores of prefix and text meet in one softmax; their keys and values,
+    of which a decode step has far more than scores, are never put together.
+    """
     batch, heads, length, head_dim = query.shape
+    of_image = _of_module(module, image_prefix, key.dtype)
     grouped = query.reshape(batch, key.shape[1], -1, head_dim)
-    scores = grouped @ key.transpose(2, 3) * (head_dim**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(batch, heads, length, -1)
-    if mask is not None:
-        scores = scores + mask[..., : scores.shape[-1]]
+    scale = head_dim**-0.5 if scaling is None else scaling
+    scores = _scores(grouped, key, scale, softcap).view(batch, heads, length, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : scores.shape[-1]]
+    if of_image is not None:
+        on_image = _scores(_per_image(grouped, len(of_image[0])), of_image[0], scale, softcap)
+        scores = torch.cat((_per_row(on_image, batch).reshape(batch, heads, length, -1), scores), dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, dropout, module.training)
-    attended = weights.view(batch, key.shape[1], -1, weights.shape[-1]) @ value
-    return attended.view(batch, heads, length, -1).transpose(1, 2).contiguous(), weights
+    grouped_weights = weights.view(batch, key.shape[1], -1, weights.shape[-1])
+    attended = grouped_weights[..., -key.shape[2] :] @ value
+    if of_image is not None:
+        on_image = grouped_weights[..., : -key.shape[2]]
+        attended = attended + _per_row(_per_image(on_image, len(of_image[1])) @ of_image[1], batch)
+    return attended.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), weights
+
+
+def _scores(
+    query_bhgd: torch.Tensor, key_bhkd: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Attention scores [B, heads, G, K] before any mask."""
+    scores = query_bhgd @ key_bhkd.transpose(2, 3) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _per_image(x_rhgd: torch.Tensor, num_images: int) -> torch.Tensor:
+    """[rows, heads, G, D] as [images, heads, rows/images x G, D]; a view where an image has one row."""
+    return x_rhgd.unflatten(0, (num_images, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _per_row(x_bhgd: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The inverse of `_per_image`."""
+    return x_bhgd.unflatten(2, (num_rows // len(x_bhgd), -1)).transpose(1, 2).flatten(0, 1)
 
 
 def sdpa_prefix_attention(
@@ -95,11 +114,23 @@ def sdpa_prefix_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The same by `scaled_dot_product_attention`."""
-    key, value, mask = _with_prefix(module.layer_idx, key, value, attention_mask, image_prefix)
+    if (of_image := _of_module(module, image_prefix, key.dtype)) is not None:
+        key, value = (
+            torch.cat((_for_rows(states, len(text)), text), dim=2)
+            for states, text in zip(of_image, (key, value), strict=True)
+        )
+        if attention_mask is not None:  # every token sees the prefix
+            attention_mask = F.pad(attention_mask, (of_image[0].shape[2], 0), value=0.0)
     attended = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout if module.training else 0.0, scale=scaling, enable_gqa=True
+        query, key, value, attention_mask, dropout if module.training else 0.0, scale=scaling, enable_gqa=True
     )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _for_rows(states_bhpd: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Each image's states once per row that reads it; themselves where an image has one row."""
+    beams = num_rows // len(states_bhpd)
+    return states_bhpd if beams == 1 else states_bhpd.repeat_interleave(beams, dim=0)
 
 
 # The additive mask, always made: without one, `sdpa` would take the prefix for text that only late tokens may see.
