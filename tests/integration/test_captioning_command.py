@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -106,6 +107,16 @@ def test_options_reach_the_generation(trained: Trained, pictures: list[Path]) ->
     sampled = captions("--do-sample", "--temperature", "2.0", "--seed", "3")
     assert sampled == captions("--do-sample", "--temperature", "2.0", "--seed", "3")
     assert sampled != captions("--do-sample", "--temperature", "2.0", "--seed", "4")
+
+
+def test_a_compiled_step_changes_no_caption(
+    trained: Trained, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = caption(trained, *pictures[:3], "--batch-size", 2)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    assert caption(trained, *pictures[:3], "--batch-size", 2, "--compile").stdout == plain.stdout
+    assert len(compiled) == 1
 
 
 def hostile_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:

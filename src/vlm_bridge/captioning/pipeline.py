@@ -27,6 +27,8 @@ __all__ = ["CaptionResult", "Captioner", "DecodeSettings"]
 
 VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2
+"""Batches of pictures that are opened and preprocessed while another is captioned. The encoder runs with the language
+model: on the same device, both would only wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Captioner:
         *,
         recipe: Recipe | None = None,
         revision: str | None = None,
+        compile: bool = False,
     ) -> Captioner:
         """Load a checkpoint file, a run folder's best checkpoint, an exported folder, or a model on the hub.
 
@@ -67,6 +70,8 @@ class Captioner:
             path: a path; or, where there is none, the name of an exported captioner on the Hugging Face hub.
             recipe: needed for checkpoints of the original project; else the checkpoint's own.
             revision: branch, tag or commit of a model on the hub.
+            compile: compile the step that makes a token (`CaptionerModel.use_static_caches`): for GPUs and many
+                pictures.
 
         Raises:
             CheckpointError: missing, damaged, or of another architecture.
@@ -80,7 +85,10 @@ class Captioner:
             recipe = replace(recipe, quantize_language_model="none")
         model = build_captioner(recipe)
         checkpoints.restore(model, content, where)
-        return cls(model.to(target), recipe)
+        model.to(target)
+        if compile:
+            model.use_static_caches(compile_step=True)
+        return cls(model, recipe)
 
     def caption(
         self,
@@ -98,8 +106,13 @@ class Captioner:
             progress: called with the number of pictures done.
         """
         chosen = decode or self.recipe.decode
+        encoder: Any = self.model.vision_encoder
         return caption_in_batches(
-            images, lambda pictures: self._caption_batch(pictures, chosen), batch_size, progress
+            images,
+            lambda pixels: self._caption_batch(pixels, chosen),
+            batch_size,
+            progress,
+            prepare=encoder.preprocess,
         )
 
     def validate(
@@ -125,10 +138,8 @@ class Captioner:
             self.model, data, features, batch_images=batch_size, autocast=self._autocast, progress=progress
         )
 
-    def _caption_batch(
-        self, pictures: Sequence[Image.Image], decode: DecodeSettings
-    ) -> list[tuple[str, float]]:
-        features = self.model.encode_images(pictures)
+    def _caption_batch(self, pixels: torch.Tensor, decode: DecodeSettings) -> list[tuple[str, float]]:
+        features = self.model.features(pixels)
         with self._autocast():
             captions, scores = self.model.generate_captions(features, self.format.prompt_ids, decode)
         texts = [self.model.language_model.decode(ids) for ids in captions]
@@ -140,31 +151,38 @@ class Captioner:
 
 def caption_in_batches(
     images: Sequence[str | Path | Image.Image],
-    caption_batch: Callable[[Sequence[Image.Image]], list[tuple[str, float]]],
+    caption_batch: Callable[[Any], list[tuple[str, float]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
+    *,
+    prepare: Callable[[list[Image.Image]], Any] = lambda pictures: pictures,
 ) -> list[CaptionResult]:
-    """Caption pictures in the order given, opening the next ones meanwhile; a broken one gets an ``error``.
+    """Caption pictures in the order given; a broken one gets an ``error``.
+
+    Threads open and prepare the next ``DECODE_AHEAD`` batches meanwhile; no more are held, however many there are.
 
     Args:
-        caption_batch: RGB pictures -> (caption, mean log-probability per token) of each.
+        caption_batch: RGB pictures as ``prepare`` leaves them -> (caption, mean log-probability per token) of each.
         progress: called with the number of pictures done.
+        prepare: what can be done with the RGB pictures of a batch beside the captioning of another.
     """
+
+    def read(batch: list[str | Path | Image.Image]) -> tuple[list[tuple[str, ImageError | None]], Any]:
+        opened = [_open(image) for image in batch]
+        readable = [picture for _, picture in opened if isinstance(picture, Image.Image)]
+        outcomes = [(name, picture if isinstance(picture, ImageError) else None) for name, picture in opened]
+        return outcomes, prepare(readable) if readable else None
+
     results: list[CaptionResult] = []
-    for batch in prefetch(in_batches(list(images), batch_size), _open_batch, DECODE_AHEAD):
-        readable = [picture for _, picture in batch if isinstance(picture, Image.Image)]
-        captions = iter(caption_batch(readable) if readable else [])
-        for name, picture in batch:
-            if isinstance(picture, ImageError):
-                results.append(CaptionResult(name, None, None, picture.reason))
+    for outcomes, prepared in prefetch(in_batches(list(images), batch_size), read, DECODE_AHEAD):
+        captions = iter(caption_batch(prepared) if prepared is not None else [])
+        for name, error in outcomes:
+            if error is not None:
+                results.append(CaptionResult(name, None, None, error.reason))
             else:
                 results.append(CaptionResult(name, *next(captions)))
         progress(len(results))
     return results
-
-
-def _open_batch(images: Sequence[str | Path | Image.Image]) -> list[tuple[str, Image.Image | ImageError]]:
-    return [_open(image) for image in images]
 
 
 def _open(image: str | Path | Image.Image) -> tuple[str, Image.Image | ImageError]:

@@ -29,6 +29,9 @@ def caption(
     seed: int = typer.Option(None, help="Seed of sampling."),
     batch_size: int = typer.Option(16, min=1, help="Pictures captioned together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    compile: bool = typer.Option(
+        False, "--compile", help="Compile the step that makes a token: for GPUs and many pictures."
+    ),
     explain: Path = typer.Option(
         None, help="Write a PNG for each picture to this folder: where in it each word looked."
     ),
@@ -48,7 +51,7 @@ def caption(
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)  # before the minutes that captioning may take
     recipe = load_recipe(config) if config else None
-    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
+    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     changes = {
         "num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
         "do_sample": do_sample or None, "temperature": temperature, "seed": seed,
