@@ -153,11 +153,14 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--caption-tokens", type=int, default=64)
+    parser.add_argument(
+        "--caption-tokens", type=int, help="of each caption (64; tiny: 512, as logits are small)"
+    )
     parser.add_argument("--steps", type=int, default=0, help="training steps to time as well")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small random models of the same classes")
     options = parser.parse_args()
+    caption_tokens = options.caption_tokens or (512 if options.tiny else 64)
 
     torch.manual_seed(0)
     recipe = load_recipe(shipped_recipe(DEFAULT_RECIPE))
@@ -171,12 +174,10 @@ def main() -> int:
     print(
         f"torch {torch.__version__}, {model.device}, {torch.get_num_threads()} threads, {parameters:,} parameters"
     )
-    print(
-        f"one batch of {options.batch_size} pictures, captions of {options.caption_tokens} tokens, bfloat16"
-    )
-    problems = watched_step(model, options.batch_size, options.caption_tokens)
+    print(f"one batch of {options.batch_size} pictures, captions of {caption_tokens} tokens, bfloat16")
+    problems = watched_step(model, options.batch_size, caption_tokens)
     if options.steps:
-        timed_steps(model, recipe, options.batch_size, options.caption_tokens, options.steps)
+        timed_steps(model, recipe, options.batch_size, caption_tokens, options.steps)
     if model.device.type == "cuda":
         print(f"peak GPU memory      {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print(f"peak resident memory {runtime.peak_rss_gib():.1f} GiB")

@@ -80,11 +80,12 @@ def build_system(
         num_images = -(-num_captions // recipe.captions_per_image)
         tokens = (4, 12) if tiny else (40, 120)
         data = drawn_captions(model, num_images, recipe.captions_per_image, tokens, seed)
-        size = model.vision_encoder.image_size  # type: ignore[union-attr]
-        pixels, max_tokens = np.random.default_rng(seed).normal(size=(num_images, 3, size, size)), tokens[1]
-        pixels = pixels.astype(np.float32)
+        encoder: Any = model.vision_encoder
+        shape = num_images, 3, encoder.image_size, encoder.image_size
+        pixels: Any = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        max_tokens = tokens[1]
     model.to(device)  # type: ignore[arg-type]
-    features = encoded(model, pixels, len(data))
+    features: Any = encoded(model, pixels, len(data))
     if model.feature_scale is not None:
         model.feature_scale.measure(torch.from_numpy(features).to(device))
     as_if_trained(model.bridge, seed)
@@ -106,7 +107,7 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
     """Configurations of vision encoder and language model, and the side of its pictures in pixels."""
     if tiny:
         vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=14)
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16,
         }  # fmt: skip

@@ -160,7 +160,7 @@ def test_the_memory_benchmark_checks_itself_on_tiny_models(repository: Path) -> 
         cwd=repository, env=os.environ, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "[16, 4096] float32" in result.stdout
-    assert "instead of         [1, 64, 4096]" in result.stdout
+    assert "[256, 4096] float32" in result.stdout
+    assert "instead of         [1, 512, 4096]" in result.stdout
     assert "18 of 18 of the bridge, 0 frozen" in result.stdout
     assert "all checks hold" in result.stdout
