@@ -159,17 +159,18 @@ def _replace_by_gradient(
     logits_rv: torch.Tensor, labels_r: torch.Tensor, softcap: float | None, work_rv: torch.Tensor
 ) -> torch.Tensor:
     """Write over logits the gradient of their losses; the losses [R]. ``work_rv`` is memory to compute in."""
-    values, slope = logits_rv.to(work_rv.dtype), None
+    values, ratio = logits_rv.to(work_rv.dtype), None
     if softcap is not None:
-        ratio = torch.tanh(values / softcap)
+        ratio = values.div_(softcap).tanh_()  # perhaps over the logits, which are not read again
         values = softcap * ratio
-        slope = ratio.square_().neg_().add_(1)
     torch.log_softmax(values, dim=-1, out=work_rv)
     label_r1 = labels_r[:, None]
     losses = work_rv.gather(1, label_r1)[:, 0].neg_()
     # Subtracted before anything is rounded: where a token is certain, the difference is all there is.
     gradient = work_rv.exp_().scatter_add_(1, label_r1, work_rv.new_full((len(labels_r), 1), -1.0))
-    logits_rv.copy_(gradient if slope is None else gradient.mul_(slope))
+    if ratio is not None:  # times 1 - ratio ** 2, the slope of the softcap
+        gradient.addcmul_(torch.mul(gradient, ratio, out=values), ratio, value=-1)
+    logits_rv.copy_(gradient)
     return losses
 
 
