@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from captioners import (
     BRIDGES,
@@ -39,10 +41,12 @@ def packed_rows() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def loss_and_gradients(model: CaptionerModel, loss: Callable[[torch.Tensor], torch.Tensor]):
+def loss_and_gradients(
+    model: CaptionerModel, loss: Callable[[torch.Tensor], torch.Tensor], seed: int = 0
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Loss by image state, and the gradient of every parameter of the bridge."""
     model.zero_grad(set_to_none=True)
-    total = loss(model.image_state(random_features(model, 2)))
+    total = loss(model.image_state(random_features(model, 2) + seed))
     total.backward()
     return total.detach(), [p.grad for p in model.bridge.parameters()]
 
@@ -110,6 +114,35 @@ def test_checkpointed_activations_change_no_gradient(model: CaptionerModel, from
     torch.testing.assert_close(again, whole)
     for one, other in zip(same, gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("from_states", [False, True])
+def test_a_compiled_body_reads_every_image_anew(
+    model: CaptionerModel, from_states: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()  # it compiles a function so many times, for all models together
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+
+    def all_gradients() -> list[torch.Tensor]:
+        found = []
+        for length in (12, 9, 7):
+            segments = SEGMENTS[:, :length]
+            ids = torch.arange(3, 3 + 2 * length).reshape(2, length)
+            states = model.text_at_bridge(ids, segments) if from_states else None
+
+            def loss(state: torch.Tensor) -> torch.Tensor:
+                return model.caption_loss(ids, ids, segments, state, text_at_bridge=states).total  # noqa: B023
+
+            total, gradients = loss_and_gradients(model, loss, seed=length)
+            found += [total, *gradients]
+        return found
+
+    expected = all_gradients()
+    model.language_model.compile_body()
+    for one, other in zip(all_gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert counter.frame_count == 1, "another length or image compiled the body anew"
 
 
 @torch.no_grad()
