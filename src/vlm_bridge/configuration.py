@@ -160,6 +160,10 @@ class Recipe:
             alike: a quarter of the features. It belongs to the architecture, with a cache or without.
         feature_cache_views: random crops, mirrored or not, that each training image is seen through, one an epoch in
             turn, fixed by ``seed``; 0 shows the whole image. Validation always does.
+        text_state_cache: compute the layers below ``bridge.enter_at_layer`` once per training caption and keep what
+            leaves them beside the features: two bytes per token and unit of the language model's width.
+        loss_kernel: what computes the loss behind a frozen head: `own`, `torch` (2.13 and later), `liger` (CUDA), or
+            `auto`, the quickest that works here.
     """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -177,6 +181,7 @@ class Recipe:
     feature_cache_dtype: Literal["float16", "bfloat16", "int8"] = "float16"
     feature_cache_pooling: Literal[1, 2] = 1
     feature_cache_views: int = 0
+    text_state_cache: bool = False
 
     # Optimisation
     trainable: dict[str, float | None] = field(default_factory=lambda: {"bridge.*": None})
@@ -199,6 +204,7 @@ class Recipe:
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     gradient_checkpointing: bool = False
     compile: bool = False
+    loss_kernel: Literal["auto", "own", "torch", "liger"] = "auto"
     quantize_language_model: Literal["none", "int8", "nf4"] = "none"
     device: str = "auto"
 

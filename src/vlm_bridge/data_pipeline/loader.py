@@ -8,6 +8,7 @@ epoch continues exactly. Captions are kept as arrays of tokens, four bytes each,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class TokenizedImages:
         self._first_target = _starts(num_targets)
         self.caption_lengths = num_targets + len(format.prompt_ids) - 1
         self.image_lengths = _sums(self.caption_lengths, self._first_caption)
+        self._first_place = _starts(self.caption_lengths)
 
     def __len__(self) -> int:
         return len(self.captions_per_image)
@@ -122,18 +124,28 @@ class TokenizedImages:
         """Lay the captions of each row one behind the other and pad the rows to one length."""
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
         shape = len(rows), max(sum(len(c.input_ids) for c in captions) for captions in chosen)
-        input_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        input_ids, segments, places = (np.zeros(shape, np.int64) for _ in range(3))
         labels = np.full(shape, IGNORE_INDEX, np.int64)
-        for b, captions in enumerate(chosen):
+        for b, (row, captions) in enumerate(zip(rows, chosen, strict=True)):
             start = 0
             for number, caption in enumerate(captions, start=1):
                 end = start + len(caption.input_ids)
+                first = self._first_place[self._first_caption[row.image] + row.captions[number - 1]]
+                places[b, start:end] = np.arange(first, first + end - start)
                 input_ids[b, start:end] = caption.input_ids
                 labels[b, start:end] = caption.labels
                 segments[b, start:end] = number
                 start = end
         images = np.array([row.image for row in rows])
-        return PackedBatch(images, input_ids, labels, segments, num_captions=sum(map(len, chosen)))
+        return PackedBatch(images, input_ids, labels, segments, places, num_captions=sum(map(len, chosen)))
+
+    def digest(self) -> str:
+        """Hash over the tokens of all captions, in order."""
+        digest = hashlib.blake2b(digest_size=12)
+        for array in (self._targets, self.caption_lengths, np.array(self.format.prompt_ids)):
+            digest.update(f"{array.dtype} {len(array)}".encode())
+            digest.update(array)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -141,12 +153,14 @@ class PackedBatch:
     """B rows of T tokens. ``segments`` holds 0 for pads, otherwise the caption's number within its row.
 
     ``labels[:, t]`` is what position t must predict; ``image_indices`` [B] says whose features a row reads.
+    ``places`` counts the positions of all captions of the split, image after image; 0 for pads.
     """
 
     image_indices: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
     segments: np.ndarray
+    places: np.ndarray
     num_captions: int
 
     @cached_property

@@ -33,6 +33,8 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.model_architecture.loss import logits_dtype
+from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
@@ -43,6 +45,7 @@ from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
 from vlm_bridge.training_strategy.schedule import learning_rate_at
+from vlm_bridge.training_strategy.text_states import split_text_states
 from vlm_bridge.training_strategy.validation import (
     LoadedBatch,
     Validation,
@@ -144,6 +147,14 @@ class Trainer:
         self.val_data = TokenizedImages(self.val_images, format)
         self.train_features = self._features("train", train_images)
         self.val_features = self._features("val", self.val_images)
+        self.model.loss_kernel = choose_kernel(
+            recipe.loss_kernel, language_model.linear_head, self.device, self._head_dtype()
+        )
+        self.text_states = None
+        if recipe.text_state_cache:
+            self.text_states = split_text_states(
+                self.model, recipe, "train", self.train_data, self._autocast, say
+            )
 
         self.plan = epoch_plan(recipe, self.train_data.captions_per_image, self.train_data.caption_lengths)
         self.total_steps = count_steps(recipe, self.plan)
@@ -229,7 +240,9 @@ class Trainer:
 
         def load(group: list[int]) -> list[LoadedBatch]:
             packed = [self.train_data.pack(batches[index]) for index in group]
-            return [load_batch(batch, features, self.device) for batch in packed]
+            return [
+                load_batch(batch, features, self.device, text_states=self.text_states) for batch in packed
+            ]
 
         return prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers)
 
@@ -362,6 +375,11 @@ class Trainer:
 
     def _autocast(self) -> Any:
         return runtime.autocast(self.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
+
+    def _head_dtype(self) -> torch.dtype:
+        """What the head of the language model computes in."""
+        with self._autocast():
+            return logits_dtype(next(self.model.language_model.parameters()).new_empty(0))
 
     # Features
 

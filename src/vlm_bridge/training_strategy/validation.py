@@ -98,7 +98,8 @@ class LoadedBatch:
     """A packed batch with what a step reads of it, on the device or on its way there.
 
     Attributes:
-        tensors: input ids, labels, segments [B, T], supervised positions [V], and features or pixels of B images.
+        tensors: input ids, labels, segments [B, T], supervised positions [V], features or pixels of B images, and
+            text states [B, T, H] where they are cached.
     """
 
     packed: PackedBatch
@@ -106,20 +107,29 @@ class LoadedBatch:
 
 
 def load_batch(
-    batch: PackedBatch, features: Features, device: torch.device, *, images: np.ndarray | None = None
+    batch: PackedBatch,
+    features: Features,
+    device: torch.device,
+    *,
+    images: np.ndarray | None = None,
+    text_states: Features | None = None,
 ) -> LoadedBatch:
     """Read a batch's features and start its copy to the device; may run in a thread, ahead of its step.
 
     Args:
         images: [B], whose features each row reads instead of its own.
+        text_states: of the split's caption positions, by place, if they are cached.
     """
     chosen = torch.as_tensor(features[batch.image_indices if images is None else images]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
-    return LoadedBatch(batch, runtime.DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
+    tensors = [*map(torch.from_numpy, arrays), chosen]
+    if text_states is not None:
+        tensors.append(torch.as_tensor(text_states[batch.places]))
+    return LoadedBatch(batch, runtime.DeviceCopy(tensors, device))
 
 
 def batch_loss(model: CaptionerModel, batch: LoadedBatch) -> CaptionLoss:
     """The loss of a packed batch; training and validation share it."""
-    input_ids, labels, segments, supervised, features = batch.tensors.wait()
+    input_ids, labels, segments, supervised, features, *text = batch.tensors.wait()
     image_state = model.image_state(model.features(features))
-    return model.caption_loss(input_ids, labels, segments, image_state, supervised)
+    return model.caption_loss(input_ids, labels, segments, image_state, supervised, *text)

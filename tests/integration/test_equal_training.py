@@ -1,0 +1,195 @@
+"""Training is quick by leaving work out, never by changing a result: each step is the plain one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.quickstart import read_curves
+from vlm_bridge.training_strategy.trainer import caption_format, train
+
+CAPTIONS = (
+    "A small red square on a white background.",
+    "Two dogs.",
+    "A boy and a girl are playing in a pool of water near a fence.",
+)
+STEPS = 3
+
+
+@pytest.fixture(params=SYSTEMS, ids="-".join)
+def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
+    bridge, language_model = request.param
+    return tiny_recipe(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
+
+
+def plain_loss(model: CaptionerModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
+    """As users write it: a row a caption, padded to the longest, all logits in float32, `nn.CrossEntropyLoss`."""
+    captions = [(image, data.caption(image, number)) for image in range(len(data)) for number in range(3)]
+    length = max(len(caption.labels) for _, caption in captions)
+    ids = torch.zeros(len(captions), length, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (_, caption) in enumerate(captions):
+        ids[row, : len(caption.input_ids)] = torch.tensor(caption.input_ids)
+        labels[row, : len(caption.labels)] = torch.tensor(caption.labels)
+    state = model.image_state(features[torch.tensor([image for image, _ in captions])])
+    logits = model(ids, state).logits.float()
+    return nn.CrossEntropyLoss(ignore_index=-100)(logits.flatten(0, 1), labels.flatten())
+
+
+def our_loss(model: CaptionerModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
+    """As the trainer does: a row an image, supervised positions alone, in chunks."""
+    batch = data.pack(whole_rows(data.captions_per_image))
+    ids, labels, segments, supervised = map(
+        torch.from_numpy, (batch.input_ids, batch.labels, batch.segments, batch.supervised)
+    )
+    loss = model.caption_loss(ids, labels, segments, model.image_state(features), supervised)
+    return loss.total / batch.num_supervised
+
+
+def captioned(model: CaptionerModel, recipe: Recipe) -> tuple[TokenizedImages, torch.Tensor]:
+    """Two images with three captions each, and their features."""
+    images = [CaptionedImage(Path(f"{n}.jpg"), CAPTIONS, str(n)) for n in range(2)]
+    data = TokenizedImages(images, caption_format(model.language_model, recipe))
+    return data, random_features(model, len(data))
+
+
+def loss_and_gradient(
+    loss_of: Any, model: CaptionerModel, data: TokenizedImages, features: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """The loss, and the gradients of all trained parameters as one vector (left on the parameters as well)."""
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(model, data, features)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.bridge.parameters()])
+
+
+def distance(gradient: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((gradient - reference).norm() / reference.norm()).item()
+
+
+def test_every_step_is_the_plain_one(recipe: Recipe) -> None:
+    model = tiny_captioner(recipe)
+    data, features = captioned(model, recipe)
+    optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=1e-3)
+    for _ in range(STEPS):
+        plain, plain_gradient = loss_and_gradient(plain_loss, model, data, features)
+        ours, gradient = loss_and_gradient(our_loss, model, data, features)
+        assert ours == pytest.approx(plain, rel=1e-5)
+        assert distance(gradient, plain_gradient) < 1e-5
+        optimizer.step()
+
+
+def test_every_step_in_16_bits_is_the_plain_one(recipe: Recipe) -> None:
+    model = tiny_captioner(override_recipe(recipe, ["language_model.dtype=bfloat16"]))
+    exact = tiny_captioner(recipe)
+    data, features = captioned(model, recipe)
+    optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=1e-3)
+    for _ in range(STEPS):
+        exact.bridge.load_state_dict(model.bridge.state_dict())
+        _, exact_gradient = loss_and_gradient(plain_loss, exact, data, features)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, plain_gradient = loss_and_gradient(plain_loss, model, data, features)
+            ours, gradient = loss_and_gradient(our_loss, model, data, features)
+        assert ours == pytest.approx(plain, rel=1e-2)
+        # Where 16 bits leave more than 1e-2 of the plain step itself, nothing can be nearer to it than they allow.
+        assert distance(gradient, plain_gradient) < max(1e-2, distance(plain_gradient, exact_gradient))
+        optimizer.step()
+
+
+@pytest.fixture
+def language_model_dir(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A tiny Llama whose random weights are large enough for an image to matter."""
+    folder = tmp_path / "llama"
+    shutil.copytree(tiny_llama_dir, folder)
+    causal_lm = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in causal_lm.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    causal_lm.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def long_recipe(tiny_vit_dir: Path, language_model_dir: Path, drawn_caption_folder: Path) -> Recipe:
+    never = 100
+    return tiny_recipe(
+        tiny_vit_dir,
+        language_model_dir,
+        "deep_prefix_above",
+        data_dir=str(drawn_caption_folder),
+        captions_per_image=2,
+        batch_size=8,
+        max_steps=200,
+        num_epochs=never,
+        learning_rate=3e-3,
+        feature_cache="off",
+        log_every_n_steps=1,
+        val_every_n_epochs=never,
+        save_every_n_epochs=never,
+        generate_samples_every_n_epochs=never,
+    )
+
+
+def losses(recipe: Recipe, folder: Path, *overrides: str) -> tuple[list[float], list[str]]:
+    """The loss of every step of a training, and what it said."""
+    lines: list[str] = []
+    where = [f"checkpoint_dir={folder / 'checkpoints'}", f"log_dir={folder / 'logs'}"]
+    train(override_recipe(recipe, [*where, *overrides]), say=lines.append)
+    curves = read_curves(folder / "logs")
+    return [loss for _, loss in curves["train/loss"]], lines
+
+
+def test_200_steps_from_cached_features_are_those_without(long_recipe: Recipe, tmp_path: Path) -> None:
+    plain, _ = losses(long_recipe, tmp_path / "plain")
+    cached, _ = losses(long_recipe, tmp_path / "cached", f"feature_cache={tmp_path / 'cache'}")
+    assert len(plain) == 200
+    assert plain[-1] < plain[0] - 0.5, "nothing was learnt that a cache could spoil"
+    assert cached == pytest.approx(plain, rel=1e-2)  # features are cached in 16 bits
+
+
+def test_200_steps_from_cached_text_states_are_those_without(long_recipe: Recipe, tmp_path: Path) -> None:
+    cache, text = f"feature_cache={tmp_path / 'cache'}", "text_state_cache=true"
+    plain, _ = losses(long_recipe, tmp_path / "plain", cache)
+    cached, lines = losses(long_recipe, tmp_path / "cached", cache, text)
+    assert len(plain) == 200
+    assert cached == pytest.approx(plain, rel=1e-5)
+    assert any("text states" in line for line in lines)
+
+    _, lines = losses(long_recipe, tmp_path / "again", cache, text, "max_steps=2")
+    assert not any("text states" in line for line in lines), "what is there was computed again"
+    _, lines = losses(
+        long_recipe, tmp_path / "other", cache, text, "max_steps=2", "language_model.prompt=A picture"
+    )
+    assert any("text states" in line for line in lines), "other tokens have other states"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["bridge.enter_at_layer=0"], r"bridge\.enter_at_layer"),
+        (["trainable={bridge.*: null, 'language_model.*': null}"], "frozen language model"),
+    ],
+)
+def test_text_states_that_would_change_are_refused(
+    long_recipe: Recipe, tmp_path: Path, overrides: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^text_state_cache=true .*{reason}[^\n]*$"):
+        losses(long_recipe, tmp_path, "text_state_cache=true", *overrides)
+
+
+def test_a_kernel_that_does_not_work_here_is_refused(long_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="loss_kernel=liger needs a CUDA GPU"):
+        losses(long_recipe, tmp_path, "loss_kernel=liger")
