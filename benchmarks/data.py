@@ -3,8 +3,8 @@
     python -m benchmarks.data --data-dir data/flickr8k [--json FILE]
 
 1. Whole epochs of 1,000 to 35,000 captions, each from a feature cache of random numbers through a captioner so small
-   that the data side shows; planning and packing alone; and the peak of the process's own memory. Pages of the
-   cache's files are left out of it: the system takes them back when it needs them.
+   that the data side shows; planning and packing alone; and the most memory that the process itself held after any
+   step. Pages of the cache's files are left out of it: the system takes them back when it needs them.
 2. The same captions in batches filled by positions (`tokens_per_batch`), in batches of a number of captions, and in
    batches of one row a caption, padded to the longest.
 
