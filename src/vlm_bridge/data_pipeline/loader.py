@@ -130,7 +130,7 @@ class TokenizedImages:
             start = 0
             for number, caption in enumerate(captions, start=1):
                 end = start + len(caption.input_ids)
-                first = self._first_place[self._first_caption[row.image] + row.captions[number - 1]]
+                first = int(self._first_place[self._first_caption[row.image] + row.captions[number - 1]])
                 places[b, start:end] = np.arange(first, first + end - start)
                 input_ids[b, start:end] = caption.input_ids
                 labels[b, start:end] = caption.labels
@@ -144,7 +144,7 @@ class TokenizedImages:
         digest = hashlib.blake2b(digest_size=12)
         for array in (self._targets, self.caption_lengths, np.array(self.format.prompt_ids)):
             digest.update(f"{array.dtype} {len(array)}".encode())
-            digest.update(array)
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
 
@@ -253,7 +253,7 @@ class EpochPlan:
         runs = zip(np.append(0, ends[:-1]).tolist(), ends.tolist(), strict=True)
         # Images with equally many captions are shuffled together: Flickr's and COCO's nearly all have five.
         shuffled = [
-            random.permuted(np.tile(np.arange(counts[start]), (end - start, 1)), axis=1).ravel()
+            random.permuted(np.tile(np.arange(int(counts[start])), (end - start, 1)), axis=1).ravel()
             for start, end in runs
         ]
         return np.concatenate(shuffled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.nn import functional as F
@@ -46,6 +46,29 @@ Head = LinearHead | Callable[[torch.Tensor], torch.Tensor]
 Kernel = Callable[[torch.Tensor, torch.Tensor, LinearHead], tuple[torch.Tensor, torch.Tensor | None]]
 """From states [V, H], labels [V] and a linear head to the sum of token losses, differentiable in the states, and the
 detached losses [V] where the kernel knows them."""
+
+
+@overload
+def caption_cross_entropy(
+    hidden_bth: torch.Tensor,
+    labels_bt: torch.Tensor,
+    head: Head,
+    *,
+    head_is_trained: bool = ...,
+    supervised_v: torch.Tensor | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def caption_cross_entropy(
+    hidden_bth: torch.Tensor,
+    labels_bt: torch.Tensor,
+    head: Head,
+    *,
+    head_is_trained: bool = ...,
+    supervised_v: torch.Tensor | None = ...,
+    kernel: Kernel | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 def caption_cross_entropy(
@@ -110,8 +133,11 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, wants_gradient: bool):
-        way = _by_formula if isinstance(head, LinearHead) else _by_autograd
-        losses, gradient = way(hidden_vh.detach(), labels_v, head, wants_gradient)
+        hidden = hidden_vh.detach()
+        if isinstance(head, LinearHead):
+            losses, gradient = _by_formula(hidden, labels_v, head, wants_gradient)
+        else:
+            losses, gradient = _by_autograd(hidden, labels_v, head, wants_gradient)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses

@@ -36,14 +36,14 @@ Say = Callable[[str], None]
 
 
 class TextStates:
-    """States of all caption positions of a split, by their places: ``states[places]`` is [*places, H]."""
+    """States of all caption positions of a split, by place: ``states[places]`` is [*shape of places, H]."""
 
     def __init__(self, path: Path, dtype: torch.dtype):
         self.array = np.load(path, mmap_mode="r")
         self.dtype = dtype
 
-    def __getitem__(self, places: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.array[places]).view(self.dtype)
+    def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.array[indices]).view(self.dtype)
 
 
 def split_text_states(
