@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.loss import Kernel, logits_dtype
+from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.plan import epoch_plan
+from vlm_bridge.training_strategy.text_states import TextStates, split_text_states
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
 OURS, PUBLISHED, ENCODER_DECODER, CLIPCAP = "ours", "published", "encoder-decoder", "clipcap"
@@ -58,7 +62,7 @@ def summed_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
 
 def full_logits_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
     """The same from float32 logits of every position, pads included."""
-    input_ids, labels, segments, _, features = batch.tensors.wait()
+    input_ids, labels, segments, _, features, *_ = batch.tensors.wait()
     states = model.text_states(input_ids, model.image_state(model.features(features)), segments)
     logits = model.language_model.head(states).float()
     return nn.functional.cross_entropy(
@@ -79,14 +83,15 @@ def our_step(
     trained = trained_parameters(model, recipe.trainable)
     parameters = [parameter for _, parameter, _ in trained]
     optimizer, _ = adamw(trained, recipe)
-    dtype = recipe.amp_dtype if recipe.use_amp else None
+    model.loss_kernel = loss_kernel(system)
+    text_states = cached_text_states(system) if recipe.text_state_cache else None
 
     def load(index: int) -> LoadedBatch:
-        return load_batch(data.pack(batches[index]), images, model.device)
+        return load_batch(data.pack(batches[index]), images, model.device, text_states=text_states)
 
     def run() -> None:
         for batch in prefetch(range(len(batches)), load, recipe.num_workers):
-            with runtime.autocast(model.device, dtype):
+            with autocast(system):
                 loss = loss_of(model, batch) / batch.packed.num_supervised
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip_val)
@@ -94,6 +99,26 @@ def our_step(
             optimizer.zero_grad(set_to_none=True)
 
     return run
+
+
+def autocast(system: System) -> Any:
+    return runtime.autocast(system.model.device, system.recipe.amp_dtype if system.recipe.use_amp else None)
+
+
+def loss_kernel(system: System) -> Kernel | None:
+    language_model = system.model.language_model
+    with autocast(system):
+        dtype = logits_dtype(next(language_model.parameters()).new_empty(0))
+    return choose_kernel(system.recipe.loss_kernel, language_model.linear_head, system.model.device, dtype)
+
+
+def cached_text_states(system: System) -> TextStates:
+    """Of a system's captions; their file is deleted at once, and stays mapped."""
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = changed(system, f"feature_cache={folder}")
+        return split_text_states(
+            system.model, elsewhere.recipe, "train", system.data, lambda: autocast(system), lambda _: None
+        )
 
 
 def changed(system: System, *overrides: str) -> System:
@@ -133,6 +158,7 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "no-packing": lambda system: our_step(changed(system, "captions_per_image=1")),
     "full-logits": lambda system: our_step(system, loss_of=full_logits_loss),
     "like-lengths": like_lengths,
+    "text-state-cache": lambda system: our_step(changed(system, "text_state_cache=true")),
     "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
     "sdpa": with_sdpa,
     "enter-at-layer-0": lambda system: our_step(own_captioner(system, enter_at_layer=0)),
@@ -153,7 +179,7 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     if recipe.captions_per_image == 1:
         without.add("no-packing")
     entered = getattr(recipe.bridge.options, "enter_at_layer", 0)
-    without.add("enter-at-one-third" if entered else "enter-at-layer-0")
+    without |= {"enter-at-one-third"} if entered else {"enter-at-layer-0", "text-state-cache"}
     if name != "lite":
         without.add("sdpa")  # it cannot soft-cap scores: Gemma 2 would be another model
     return [variant for variant in VARIANTS if variant not in without]
@@ -165,25 +191,22 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
 def losses(system: System) -> tuple[float, float]:
     """Mean loss per token of all captions, by our step and by the published one, without dropout."""
     recipe, model, data = system.recipe, system.model.eval(), system.data
-    dtype = recipe.amp_dtype if recipe.use_amp else None
-    ours = torch.zeros((), device=model.device)
+    ours, plain = torch.zeros(2, device=model.device)
     with torch.no_grad():
         rows = whole_rows(data.captions_per_image)
-        per_batch = max(1, recipe.batch_size // recipe.captions_per_image)
-        for some in in_batches(rows, per_batch):
-            with runtime.autocast(model.device, dtype):
+        for some in in_batches(rows, max(1, recipe.batch_size // recipe.captions_per_image)):
+            with autocast(system):
                 ours += summed_loss(model, load_batch(data.pack(some), system.features, model.device))
-        plain = torch.zeros((), device=model.device)
-        num_tokens = 0
+        supervised = 0
         captions = CaptionDataset(system)
         for some in in_batches(range(len(captions)), recipe.batch_size):
-            batch = {k: v.to(model.device) for k, v in collate([captions[index] for index in some]).items()}
-            supervised = int((batch["labels"] != IGNORE_INDEX).sum())
-            with runtime.autocast(model.device, dtype):
-                plain += published_loss(system, batch) * supervised
-            num_tokens += supervised
+            batch = collate([captions[index] for index in some])
+            of_batch = int((batch["labels"] != IGNORE_INDEX).sum())
+            with autocast(system):
+                plain += of_batch * published_loss(system, {k: v.to(model.device) for k, v in batch.items()})
+            supervised += of_batch
     model.train()
-    return ours.item() / num_tokens, plain.item() / num_tokens
+    return ours.item() / supervised, plain.item() / supervised
 
 
 def num_tokens(system: System) -> int:
