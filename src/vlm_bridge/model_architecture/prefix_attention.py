@@ -61,8 +61,8 @@ def eager_prefix_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention [B, T, heads, head_dim] by plain matrix products; query heads that share a key are one product.
 
-    So are the beams of an image with its prefix. Scores of prefix and text meet in one softmax; their keys and values,
-    of which a decode step has far more than scores, are never put together.
+    So are the beams of an image with the keys of its prefix: scores of prefix and text are put together, of which a
+    decode step has far fewer than keys.
     """
     batch, heads, length, head_dim = query.shape
     of_image = _of_module(module, image_prefix, key.dtype)
@@ -77,10 +77,10 @@ def eager_prefix_attention(
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, dropout, module.training)
     grouped_weights = weights.view(batch, key.shape[1], -1, weights.shape[-1])
-    attended = grouped_weights[..., -key.shape[2] :] @ value
     if of_image is not None:
-        on_image = grouped_weights[..., : -key.shape[2]]
-        attended = attended + _per_row(_per_image(on_image, len(of_image[1])) @ of_image[1], batch)
+        # One product over all values: two would be rounded one by one, and bfloat16 captions change with that.
+        value = torch.cat((_for_rows(of_image[1], batch), value), dim=2)
+    attended = grouped_weights @ value
     return attended.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), weights
 
 
