@@ -221,6 +221,7 @@ WAYS: dict[str, Way] = {
     OURS: Way(),
     "batch 1": Way(batch_size=1),
     "batch 8": Way(batch_size=8),
+    "batch 16": Way(batch_size=16),
     "batch 32": Way(batch_size=32),
     "batch 64": Way(batch_size=64),
     "static caches": Way(change=lambda subject: with_static_caches(subject, compile_step=False)),
@@ -342,7 +343,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--baseline-images", type=int, default=24, help="pictures of the slow variants")
     parser.add_argument("--num-beams", type=int, help="beams (lite: its recipe's; dinov2-gemma: 1)")
     parser.add_argument("--max-new-tokens", type=int, help="longest caption (lite: its recipe's)")
-    parser.add_argument("--batch-size", type=int, help="pictures in a batch (16; dinov2-gemma: 64)")
+    parser.add_argument("--batch-size", type=int, help="pictures in a batch (32; dinov2-gemma: 64)")
     parser.add_argument("--compile", action="store_true", help="measure the compiled step as well")
     parser.add_argument("--variants", nargs="+", choices=list(WAYS), help="only these (all that apply)")
     parser.add_argument(
@@ -353,7 +354,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.images is None:
         options.images = 6 if options.tiny else 1000
     if options.batch_size is None:
-        options.batch_size = 4 if options.tiny else 64 if options.system == "dinov2-gemma" else 16
+        options.batch_size = 4 if options.tiny else 64 if options.system == "dinov2-gemma" else 32
     if options.tiny:
         options.baseline_images = min(options.baseline_images, 3)
     return options

@@ -95,7 +95,7 @@ class Captioner:
         images: Sequence[str | Path | Image.Image],
         *,
         decode: DecodeSettings | None = None,
-        batch_size: int = 16,
+        batch_size: int = 32,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[CaptionResult]:
         """Caption pictures, in the order given; a picture that cannot be read has an ``error`` instead.

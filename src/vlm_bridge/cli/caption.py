@@ -27,7 +27,7 @@ def caption(
     do_sample: bool = typer.Option(False, "--do-sample", help="Sample instead of searching."),
     temperature: float = typer.Option(None, help="Temperature of sampling."),
     seed: int = typer.Option(None, help="Seed of sampling."),
-    batch_size: int = typer.Option(16, min=1, help="Pictures captioned together."),
+    batch_size: int = typer.Option(32, min=1, help="Pictures captioned together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
     compile: bool = typer.Option(
         False, "--compile", help="Compile the step that makes a token: for GPUs and many pictures."

@@ -42,7 +42,7 @@ def evaluate(
     ),
     split: Split = typer.Option(Split.val, help="Which images to caption."),
     limit: int | None = typer.Option(None, min=1, help="Only the first N images."),
-    batch_size: int = typer.Option(16, min=1, help="Images captioned together."),
+    batch_size: int = typer.Option(32, min=1, help="Images captioned together."),
     num_beams: int | None = typer.Option(None, min=1, help="Beams; 1 is greedy. (default: the recipe's)"),
     max_new_tokens: int | None = typer.Option(
         None, min=1, help="Longest caption, in tokens. (default: the recipe's)"

@@ -150,7 +150,7 @@ def evaluate_captioner(
     images: Sequence[CaptionedImage],
     *,
     decode: DecodeSettings,
-    batch_size: int = 16,
+    batch_size: int = 32,
     spice: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     model: Mapping[str, Any] | None = None,

@@ -468,14 +468,15 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             "output_hidden_states": output_hidden_states,
         }
 
-    def _reorder_cache(self, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Any) -> Any:
         """Let beams go on from the beams that they were chosen from; `generate` calls it after every step.
 
         The image's own keys and values stay where they are, since beams change places within an image alone; static
         tensors are written in place, since compiled steps know them by their address.
         """
         if isinstance(past_key_values, StaticCache):
-            for layer in past_key_values.layers:
+            layers: list[Any] = past_key_values.layers
+            for layer in layers:
                 layer.keys.copy_(layer.keys.index_select(0, beam_idx))
                 layer.values.copy_(layer.values.index_select(0, beam_idx))
         elif isinstance(past_key_values, EncoderDecoderCache):
