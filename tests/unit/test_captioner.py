@@ -106,7 +106,8 @@ def test_a_row_of_several_captions_is_worth_as_many_rows(
 def test_training_sees_what_generation_sees(model: CaptionerModel, data: TokenizedImages) -> None:
     found = losses_of_each_caption(model, data, data.pack([Row(0, (0, 1, 2))]))
     state = model.image_state(random_features(model, 2)[:1])
-    for losses, caption in zip(found, data.captions[0], strict=True):
+    captions = [data.caption(0, number) for number in range(len(CAPTIONS))]
+    for losses, caption in zip(found, captions, strict=True):
         log_probs = model(torch.tensor([caption.input_ids]), state).logits[0].log_softmax(-1)
         expected = -log_probs[torch.arange(len(caption.labels)), torch.tensor(caption.labels)]
         torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)

@@ -147,7 +147,7 @@ class TestGemma2:
         assert 2 not in model.encode("a dog.")
         assert model.tokenizer.decode(model.encode("a dog.")) == "a dog."
 
-        caption = CaptionFormat(model.encode, start_id=2, eos_id=1).tokenize("a dog.")
+        caption = CaptionFormat(model.encode_all, start_id=2, eos_id=1).tokenize("a dog.")
         assert caption.input_ids[0] == 2
         assert caption.input_ids.count(2) == 1
         assert caption.labels == (*caption.input_ids[1:], 1)
