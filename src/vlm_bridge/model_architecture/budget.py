@@ -168,7 +168,8 @@ def _step_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> float
     if any(parameter.requires_grad for parameter in model.language_model.parameters()):
         per_token += _trained_inputs(model.language_model.text_config, _element(recipe))
     vocabulary = model.language_model.vocab_size
-    if model.language_model.linear_head is not None:  # a chunk of logits, and what is computed of a block of it
+    if model.language_model.linear_head is not None:
+        # A chunk of logits, and what is computed of a block of it.
         chunk = min(CHUNK_BYTES_ELSEWHERE, rows * row_tokens * vocabulary * _element(recipe))
         logits = chunk + 4 * BLOCK_BYTES_ELSEWHERE
     else:  # logits, a float32 copy, its log-softmax and gradient, and the gradient in the working type
