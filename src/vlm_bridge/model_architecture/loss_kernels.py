@@ -27,8 +27,8 @@ def choose_kernel(
     """The implementation that a recipe's ``loss_kernel`` names.
 
     `own` is `frozen_head_cross_entropy`; `torch` is `linear_cross_entropy` of torch 2.13 and later; `liger` is Liger
-    Kernel's (Hsu et al. 2024). `auto` takes `own` on CPUs, the quickest there at every shape of
-    `benchmarks.head_loss`; on CUDA, where Liger Kernel is installed, the quicker of the two on the first batch.
+    Kernel's (Hsu et al. 2024). `auto` takes `own` on CPUs (`benchmarks.head_loss` compares them);
+    on CUDA, where Liger Kernel is installed, the quicker of the two on the first batch.
 
     Args:
         head: None where it is more than a matrix, quantised or trained: `own` alone works there.
