@@ -173,6 +173,7 @@ class FakeResult:
     caption: str | None
     score: float | None
     error: str | None
+    finished: bool | None = True
 
 
 @dataclass

@@ -38,12 +38,14 @@ class CaptionResult:
     Attributes:
         score: mean log-probability per token of the caption, in nats (0 is certain).
         error: set, with ``caption`` None, when the picture cannot be read.
+        finished: whether it came to its end (EOS) rather than to ``max_new_tokens``; None when there is none.
     """
 
     image: str
     caption: str | None
     score: float | None
     error: str | None = None
+    finished: bool | None = None
 
 
 class Captioner:
@@ -138,12 +140,13 @@ class Captioner:
             self.model, data, features, batch_images=batch_size, autocast=self._autocast, progress=progress
         )
 
-    def _caption_batch(self, pixels: torch.Tensor, decode: DecodeSettings) -> list[tuple[str, float]]:
+    def _caption_batch(self, pixels: torch.Tensor, decode: DecodeSettings) -> list[tuple[str, float, bool]]:
         features = self.model.features(pixels)
         with self._autocast():
             captions, scores = self.model.generate_captions(features, self.format.prompt_ids, decode)
         texts = [self.model.language_model.decode(ids) for ids in captions]
-        return list(zip(texts, scores, strict=True))
+        finished = [len(ids) < decode.max_new_tokens for ids in captions]  # EOS is one of them, and cut off
+        return list(zip(texts, scores, finished, strict=True))
 
     def _autocast(self) -> Any:
         return runtime.autocast(self.model.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
@@ -151,7 +154,7 @@ class Captioner:
 
 def caption_in_batches(
     images: Sequence[str | Path | Image.Image],
-    caption_batch: Callable[[Any], list[tuple[str, float]]],
+    caption_batch: Callable[[Any], list[tuple[str, float, bool]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
     *,
@@ -162,7 +165,8 @@ def caption_in_batches(
     Threads open and prepare the next ``DECODE_AHEAD`` batches meanwhile; no more are held, however many there are.
 
     Args:
-        caption_batch: RGB pictures as ``prepare`` leaves them -> (caption, mean log-probability per token) of each.
+        caption_batch: RGB pictures as ``prepare`` leaves them -> (caption, mean log-probability per token, whether
+            it is finished) of each.
         progress: called with the number of pictures done.
         prepare: what can be done with the RGB pictures of a batch beside the captioning of another.
     """
@@ -180,7 +184,8 @@ def caption_in_batches(
             if error is not None:
                 results.append(CaptionResult(name, None, None, error.reason))
             else:
-                results.append(CaptionResult(name, *next(captions)))
+                caption, score, finished = next(captions)
+                results.append(CaptionResult(name, caption, score, finished=finished))
         progress(len(results))
     return results
 

@@ -285,7 +285,7 @@ class BaselineCaptioner:
     @torch.inference_mode()
     def _caption_batch(
         self, pictures: Sequence[Image.Image], decode: DecodeSettings
-    ) -> list[tuple[str, float]]:
+    ) -> list[tuple[str, float, bool]]:
         state = self._encode(self._preprocess(pictures).numpy())
         prompt_bt = torch.tensor([self.format.prompt_ids] * len(pictures), device=self.model.device)
         if decode.do_sample:
@@ -301,7 +301,7 @@ class BaselineCaptioner:
             end = ids.index(self.format.eos_id) if self.format.eos_id in ids else len(ids)
             kept = scores[: end + 1]
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            captions.append((text, sum(kept) / len(kept)))
+            captions.append((text, sum(kept) / len(kept), end < len(ids)))
         return captions
 
     def _preprocess(self, pictures: Sequence[Image.Image]) -> torch.Tensor:

@@ -27,7 +27,7 @@ SHOWN = 12
 
 
 class Captioned(Protocol):
-    """One picture's caption and its mean log-probability per token, or why there is none."""
+    """One picture's caption, its mean log-probability per token and whether it ended, or why there is none."""
 
     @property
     def caption(self) -> str | None: ...
@@ -35,6 +35,8 @@ class Captioned(Protocol):
     def score(self) -> float | None: ...
     @property
     def error(self) -> str | None: ...
+    @property
+    def finished(self) -> bool | None: ...
 
 
 class Validated(Protocol):
@@ -71,7 +73,8 @@ class NotMeasurable(Exception):
 class Prediction:
     """What the captioner said about one image. After ``error`` the caption is empty and counts as such.
 
-    ``log_probability`` is the caption's mean per token, in nats.
+    ``log_probability`` is the caption's mean per token, in nats; ``finished`` is whether it came to its end rather
+    than to the longest that was allowed.
     """
 
     image: CaptionedImage
@@ -79,6 +82,7 @@ class Prediction:
     log_probability: float | None
     error: str | None
     scores: Mapping[str, float]
+    finished: bool | None
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,14 @@ def evaluate_captioner(
     )
     scores = dataclasses.replace(scores, skipped={**scores.skipped, **not_measured})
     predictions = tuple(
-        Prediction(image, result.caption or "", result.score, result.error, scores.per_image[str(image.path)])
+        Prediction(
+            image,
+            result.caption or "",
+            result.score,
+            result.error,
+            scores.per_image[str(image.path)],
+            result.finished,
+        )
         for image, result in zip(images, results, strict=True)
     )
     return Evaluation(
@@ -272,6 +283,7 @@ def _record(prediction: Prediction) -> dict[str, Any]:
         "caption": prediction.caption,
         "log_probability": prediction.log_probability,
         "references": list(prediction.image.captions),
+        "finished": prediction.finished,
         "scores": dict(prediction.scores),
     }
     return record | ({"error": prediction.error} if prediction.error else {})
