@@ -268,3 +268,55 @@ def test_a_trained_head_works_without_gradients_and_without_supervision() -> Non
     nothing.backward()
     assert nothing.item() == 0
     assert len(none) == 0
+
+
+def any_head(kind: str, softcap: float | None) -> tuple[LinearHead | Head | TrainedHead, bool]:
+    if kind == "trained":
+        return TrainedHead(), True
+    return (linear_head(softcap, bias=True) if kind == "linear" else Head(softcap)), False
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("kind", ["linear", "frozen", "trained"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weights_and_smoothing_are_in_the_sum_and_its_gradient(
+    chunks: str, kind: str, softcap: float | None, smoothing: float, weighted: bool
+) -> None:
+    head, is_trained = any_head(kind, softcap)
+    hidden, labels = hidden_and_labels(4, 17)
+    supervised = labels.flatten() != IGNORE_INDEX
+    weights = torch.randn(int(supervised.sum())) if weighted else None  # of either sign
+    total, losses = caption_cross_entropy(
+        hidden, labels, head, head_is_trained=is_trained, weights_v=weights, label_smoothing=smoothing
+    )
+    (total / 7).backward()
+
+    reference = hidden.detach().clone().requires_grad_()
+    logits, targets = head(reference).flatten(0, 1)[supervised], labels.flatten()[supervised]
+    plain = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    expected = plain.sum() if weights is None else (weights * plain).sum()
+    (expected / 7).backward()
+    torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad, reference.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        losses, F.cross_entropy(logits, targets, reduction="none").detach(), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_kernel_is_not_asked_for_what_it_does_not_know() -> None:
+    hidden, labels = hidden_and_labels(2, 6)
+    head = linear_head()
+    asked: list[int] = []
+
+    def kernel(states: torch.Tensor, targets: torch.Tensor, _: LinearHead) -> tuple[torch.Tensor, None]:
+        asked.append(len(targets))
+        return states.sum(), None
+
+    caption_cross_entropy(hidden, labels, head, kernel=kernel, label_smoothing=0.1)
+    caption_cross_entropy(
+        hidden, labels, head, kernel=kernel, weights_v=torch.ones(int((labels != IGNORE_INDEX).sum()))
+    )
+    assert not asked
+    caption_cross_entropy(hidden, labels, head, kernel=kernel)
+    assert asked

@@ -56,6 +56,8 @@ def caption_cross_entropy(
     *,
     head_is_trained: bool = ...,
     supervised_v: torch.Tensor | None = ...,
+    weights_v: torch.Tensor | None = ...,
+    label_smoothing: float = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -67,6 +69,8 @@ def caption_cross_entropy(
     *,
     head_is_trained: bool = ...,
     supervised_v: torch.Tensor | None = ...,
+    weights_v: torch.Tensor | None = ...,
+    label_smoothing: float = ...,
     kernel: Kernel | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
@@ -78,6 +82,8 @@ def caption_cross_entropy(
     *,
     head_is_trained: bool = False,
     supervised_v: torch.Tensor | None = None,
+    weights_v: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
     kernel: Kernel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Cross-entropy of supervised positions only.
@@ -89,31 +95,45 @@ def caption_cross_entropy(
         head_is_trained: whether its parameters need gradients; frozen ones get none, and cost none.
         supervised_v: [V], the supervised ones of the B x T positions. To find them, the program has to wait for
             the device; who made the labels knows them already.
-        kernel: what runs instead of `frozen_head_cross_entropy` where a gradient through a linear head is wanted.
+        weights_v: [V], factors of the token losses in the sum (of any sign: advantages of a policy gradient).
+        label_smoothing: share of each target that is spread over the whole vocabulary (Szegedy et al. 2016).
+        kernel: what runs instead of `frozen_head_cross_entropy` where a gradient through a linear head is wanted;
+            kernels know neither weights nor smoothing.
 
     Returns:
-        The sum of token losses in nats (differentiable in ``hidden_bth``) and the detached losses [V] of the V
-        supervised positions in row-major order (None from a kernel that gives their sum alone). Divide by the global
-        count of supervised tokens, not by V, when gradients are accumulated or several processes work together.
+        The sum of token losses in nats (differentiable in ``hidden_bth``), weighted and smoothed, and the detached
+        losses [V] of the V supervised positions in row-major order, neither weighted nor smoothed (None from a kernel
+        that gives their sum alone). Divide the sum by the global count of supervised tokens, not by V, when gradients
+        are accumulated or several processes work together.
     """
     if supervised_v is None:
         supervised_v = (labels_bt != IGNORE_INDEX).flatten().nonzero()[:, 0]
     hidden_vh = hidden_bth.flatten(0, 1).index_select(0, supervised_v)
     labels_v = labels_bt.flatten().index_select(0, supervised_v)
     if head_is_trained and torch.is_grad_enabled():
-        return _trained_head_cross_entropy(hidden_vh, labels_v, head)
+        return _trained_head_cross_entropy(hidden_vh, labels_v, head, weights_v, label_smoothing)
     wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
-    if kernel is not None and wants_gradient and isinstance(head, LinearHead) and len(labels_v):
+    is_plain = weights_v is None and not label_smoothing
+    if kernel is not None and is_plain and wants_gradient and isinstance(head, LinearHead) and len(labels_v):
         return kernel(hidden_vh, labels_v, head)
-    return frozen_head_cross_entropy(hidden_vh, labels_v, head)
+    return frozen_head_cross_entropy(hidden_vh, labels_v, head, weights_v, label_smoothing)
 
 
 def frozen_head_cross_entropy(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head
+    hidden_vh: torch.Tensor,
+    labels_v: torch.Tensor,
+    head: Head,
+    weights_v: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of token losses, differentiable in states [V, H], and the detached losses [V]; in chunks, with any head."""
+    """Sum of token losses, differentiable in states [V, H], and the detached losses [V]; in chunks, with any head.
+
+    Weights and smoothing are those of `caption_cross_entropy`: they are in the sum alone.
+    """
     wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
-    total, losses = _FrozenHeadCrossEntropy.apply(hidden_vh, labels_v, head, wants_gradient)
+    total, losses = _FrozenHeadCrossEntropy.apply(
+        hidden_vh, labels_v, head, weights_v, label_smoothing, wants_gradient
+    )
     return total, losses
 
 
@@ -132,26 +152,40 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, wants_gradient: bool):
-        hidden = hidden_vh.detach()
-        if isinstance(head, LinearHead):
-            losses, gradient = _by_formula(hidden, labels_v, head, wants_gradient)
-        else:
-            losses, gradient = _by_autograd(hidden, labels_v, head, wants_gradient)
+    def forward(
+        ctx: Any,
+        hidden_vh: torch.Tensor,
+        labels_v: torch.Tensor,
+        head: Head,
+        weights_v: torch.Tensor | None,
+        label_smoothing: float,
+        wants_gradient: bool,
+    ):
+        way = _by_formula if isinstance(head, LinearHead) else _by_autograd
+        losses, smoothed, gradient = way(hidden_vh.detach(), labels_v, head, label_smoothing, wants_gradient)  # type: ignore[arg-type]
+        if weights_v is not None:
+            smoothed = smoothed * weights_v
+            if gradient is not None:  # of states rather than of logits, which are many more
+                gradient *= weights_v.to(gradient.dtype)[:, None]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return smoothed.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: torch.Tensor, _losses_gradient: torch.Tensor):  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None
+        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None, None
 
 
 def _by_formula(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: LinearHead, wants_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses [V] and gradient [V, H]: (softmax - one-hot) @ weight, written over the logits it is made of.
+    hidden_vh: torch.Tensor,
+    labels_v: torch.Tensor,
+    head: LinearHead,
+    label_smoothing: float,
+    wants_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Losses [V], the same smoothed, and the smoothed ones' gradient [V, H]: (softmax - target) @ weight, written over
+    the logits it is made of.
 
     The buffers are made once: fresh memory for each chunk costs more than what is computed in it.
     """
@@ -165,6 +199,7 @@ def _by_formula(
     logits = states.new_empty(chunk_rows, vocabulary)
     work = states.new_empty(block_rows, vocabulary, dtype=exact)
     losses = states.new_empty(count, dtype=exact)
+    smoothed = torch.empty_like(losses) if label_smoothing else losses
     gradient = torch.empty_like(states) if wants_gradient else None
     for start in range(0, count, max(chunk_rows, 1)):
         chunk = slice(start, start + chunk_rows)
@@ -173,18 +208,33 @@ def _by_formula(
             torch.mm(states[chunk], weight.T, out=chunk_logits)
         else:
             torch.addmm(bias, states[chunk], weight.T, out=chunk_logits)
-        blocks = (tensor.split(block_rows) for tensor in (chunk_logits, labels_v[chunk], losses[chunk]))
-        for block, labels, block_losses in zip(*blocks, strict=True):
-            block_losses.copy_(_replace_by_gradient(block, labels, head.softcap, work[: len(block)]))
+        of_chunk = (chunk_logits, labels_v[chunk], losses[chunk], smoothed[chunk])
+        for block, labels, block_losses, block_smoothed in zip(
+            *(tensor.split(block_rows) for tensor in of_chunk), strict=True
+        ):
+            plain, spread = _replace_by_gradient(
+                block, labels, head.softcap, label_smoothing, work[: len(block)]
+            )
+            block_losses.copy_(plain)
+            if spread is not None:
+                torch.lerp(plain, spread, label_smoothing, out=block_smoothed)
         if gradient is not None:
             torch.mm(chunk_logits, weight, out=gradient[chunk])
-    return losses, None if gradient is None else gradient.to(hidden_vh.dtype)
+    return losses, smoothed, None if gradient is None else gradient.to(hidden_vh.dtype)
 
 
 def _replace_by_gradient(
-    logits_rv: torch.Tensor, labels_r: torch.Tensor, softcap: float | None, work_rv: torch.Tensor
-) -> torch.Tensor:
-    """Write over logits the gradient of their losses; the losses [R]. ``work_rv`` is memory to compute in."""
+    logits_rv: torch.Tensor,
+    labels_r: torch.Tensor,
+    softcap: float | None,
+    label_smoothing: float,
+    work_rv: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Write over logits the gradient of their losses. ``work_rv`` is memory to compute in.
+
+    Returns:
+        The losses [R] of the labels and, for smoothing, the mean loss [R] of all tokens.
+    """
     values, ratio = logits_rv.to(work_rv.dtype), None
     if softcap is not None:
         ratio = values.div_(softcap).tanh_()  # perhaps over the logits, which are not read again
@@ -192,12 +242,16 @@ def _replace_by_gradient(
     torch.log_softmax(values, dim=-1, out=work_rv)
     label_r1 = labels_r[:, None]
     losses = work_rv.gather(1, label_r1)[:, 0].neg_()
+    spread = work_rv.mean(-1).neg_() if label_smoothing else None
     # Subtracted before anything is rounded: where a token is certain, the difference is all there is.
-    gradient = work_rv.exp_().scatter_add_(1, label_r1, work_rv.new_full((len(labels_r), 1), -1.0))
+    of_label = work_rv.new_full((len(labels_r), 1), label_smoothing - 1.0)
+    gradient = work_rv.exp_().scatter_add_(1, label_r1, of_label)
+    if label_smoothing:
+        gradient.sub_(label_smoothing / gradient.shape[1])
     if ratio is not None:  # times 1 - ratio ** 2, the slope of the softcap
         gradient.addcmul_(torch.mul(gradient, ratio, out=values), ratio, value=-1)
     logits_rv.copy_(gradient)
-    return losses
+    return losses, spread
 
 
 def linear_head_chunk(count: int, vocabulary: int, states: torch.Tensor) -> int:
@@ -212,21 +266,34 @@ def _bytes(by_device: dict[str, int], tensor: torch.Tensor) -> int:
 
 
 def _by_autograd(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, wants_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, label_smoothing: float, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The same for a head of any kind."""
     losses = torch.empty(len(labels_v), dtype=torch.float32, device=hidden_vh.device)
+    smoothed = torch.empty_like(losses) if label_smoothing else losses
     gradient = torch.empty_like(hidden_vh) if wants_gradient else None
     size = positions_per_chunk(len(labels_v))
     for start in range(0, len(labels_v), size):
         chunk = slice(start, start + size)
         with torch.set_grad_enabled(wants_gradient):
             hidden = hidden_vh[chunk].detach().requires_grad_(wants_gradient)
-            chunk_losses = F.cross_entropy(head(hidden).float(), labels_v[chunk], reduction="none")
+            plain, chunk_losses = _token_losses(head(hidden), labels_v[chunk], label_smoothing)
             if gradient is not None:
                 (gradient[chunk],) = torch.autograd.grad(chunk_losses.sum(), hidden)
-        losses[chunk] = chunk_losses.detach()
-    return losses, gradient
+        losses[chunk], smoothed[chunk] = plain.detach(), chunk_losses.detach()
+    return losses, smoothed, gradient
+
+
+def _token_losses(
+    logits_vw: torch.Tensor, labels_v: torch.Tensor, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [V], and the same smoothed."""
+    if not label_smoothing:
+        losses = F.cross_entropy(logits_vw.float(), labels_v, reduction="none")
+        return losses, losses
+    log_probabilities = logits_vw.float().log_softmax(-1)
+    losses = F.nll_loss(log_probabilities, labels_v, reduction="none")
+    return losses, torch.lerp(losses, -log_probabilities.mean(-1), label_smoothing)
 
 
 def positions_per_chunk(num_positions: int) -> int:
@@ -235,18 +302,22 @@ def positions_per_chunk(num_positions: int) -> int:
 
 
 def _trained_head_cross_entropy(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+    hidden_vh: torch.Tensor,
+    labels_v: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    weights_v: torch.Tensor | None,
+    label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for a head that learns too: each chunk's logits are made again in the backward pass."""
 
-    def chunk_losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden).float(), labels, reduction="none")
+    def chunk_losses(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _token_losses(head(hidden), labels, label_smoothing)
 
     size = positions_per_chunk(len(labels_v))
-    losses = torch.cat(
-        [
-            checkpoint(chunk_losses, hidden, labels, use_reentrant=False)  # type: ignore[misc]
-            for hidden, labels in zip(hidden_vh.split(size), labels_v.split(size), strict=True)
-        ]
-    )
-    return losses.sum(), losses.detach()
+    chunks = [
+        checkpoint(chunk_losses, hidden, labels, use_reentrant=False)  # type: ignore[misc]
+        for hidden, labels in zip(hidden_vh.split(size), labels_v.split(size), strict=True)
+    ]
+    losses, smoothed = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    total = smoothed.sum() if weights_v is None else (smoothed * weights_v).sum()
+    return total, losses.detach()
