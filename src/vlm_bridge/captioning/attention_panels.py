@@ -24,6 +24,17 @@ word that looks everywhere must not seem to look somewhere."""
 NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
 
 
+def word_overlays(explanation: Explanation, picture: Image.Image, side: int = PANEL) -> list[Image.Image]:
+    """A picture under the heat map of each word, in order; the longer side of each has ``side`` pixels.
+
+    Args:
+        picture: the picture that was explained, in the size that `explain` was given.
+    """
+    shown = ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    area = _scaled(explanation.area, picture, shown)
+    return [_overlay(shown, word, area) for word in explanation.words]
+
+
 def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Image:
     """The caption as a title, the picture, and a panel for each word with the word and its highest attention below.
 
@@ -32,11 +43,8 @@ def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Im
     """
     shown = ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL), Image.Resampling.LANCZOS)
     panels = [(shown, "", "")]
-    for word in explanation.words:
-        peak = float(word.map.max() * word.map.size)
-        panels.append(
-            (_overlay(shown, word, _scaled(explanation.area, picture, shown)), word.word, f"{peak:.1f}x")
-        )
+    for word, overlay in zip(explanation.words, word_overlays(explanation, picture), strict=True):
+        panels.append((overlay, word.word, f"{word.peak:.1f}x"))
 
     columns = min(len(panels), MAX_COLUMNS)
     width = max(columns, 3) * (PANEL + GAP) + GAP

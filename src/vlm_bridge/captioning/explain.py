@@ -31,6 +31,11 @@ class WordAttention:
     word: str
     map: np.ndarray
 
+    @property
+    def peak(self) -> float:
+        """The highest attention of the map, as a multiple of an even spread."""
+        return float(self.map.max() * self.map.size)
+
 
 @dataclass(frozen=True, eq=False)
 class Explanation:

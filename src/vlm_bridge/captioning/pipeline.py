@@ -23,7 +23,7 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
 
-__all__ = ["CaptionResult", "Captioner", "DecodeSettings"]
+__all__ = ["Candidate", "CaptionResult", "Captioner", "DecodeSettings"]
 
 VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2
@@ -46,6 +46,14 @@ class CaptionResult:
     score: float | None
     error: str | None = None
     finished: bool | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of several captions of a picture; ``score`` is its mean log-probability per token, in nats."""
+
+    caption: str
+    score: float
 
 
 class Captioner:
@@ -117,6 +125,25 @@ class Captioner:
             prepare=encoder.preprocess,
         )
 
+    def candidates(
+        self, pictures: Sequence[Image.Image], count: int, *, decode: DecodeSettings | None = None
+    ) -> list[list[Candidate]]:
+        """The ``count`` best captions that a beam search finds for each picture, best first; or as many draws.
+
+        The first of a search is what `caption` says. Draws are independent: some may be equal.
+
+        Args:
+            decode: how to generate; None means the recipe's settings.
+
+        Raises:
+            ConfigurationError: a search is asked for more captions than it has beams.
+        """
+        encoder: Any = self.model.vision_encoder
+        pixels = encoder.preprocess([picture.convert("RGB") for picture in pictures])
+        captions = self._caption_batch(pixels, decode or self.recipe.decode, count)
+        found = [Candidate(caption, score) for caption, score, _ in captions]
+        return [found[start : start + count] for start in range(0, len(found), count)]
+
     def validate(
         self,
         images: Sequence[CaptionedImage],
@@ -140,10 +167,14 @@ class Captioner:
             self.model, data, features, batch_images=batch_size, autocast=self._autocast, progress=progress
         )
 
-    def _caption_batch(self, pixels: torch.Tensor, decode: DecodeSettings) -> list[tuple[str, float, bool]]:
+    def _caption_batch(
+        self, pixels: torch.Tensor, decode: DecodeSettings, per_image: int = 1
+    ) -> list[tuple[str, float, bool]]:
         features = self.model.features(pixels)
         with self._autocast():
-            captions, scores = self.model.generate_captions(features, self.format.prompt_ids, decode)
+            captions, scores = self.model.generate_captions(
+                features, self.format.prompt_ids, decode, per_image
+            )
         texts = [self.model.language_model.decode(ids) for ids in captions]
         finished = [len(ids) < decode.max_new_tokens for ids in captions]  # EOS is one of them, and cut off
         return list(zip(texts, scores, finished, strict=True))

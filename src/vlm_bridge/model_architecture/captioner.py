@@ -339,16 +339,27 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     @torch.inference_mode()
     def generate_captions(
-        self, features_bnd: torch.Tensor, prompt_ids: Sequence[int], decode: DecodeSettings
+        self,
+        features_bnd: torch.Tensor,
+        prompt_ids: Sequence[int],
+        decode: DecodeSettings,
+        num_return_sequences: int = 1,
     ) -> tuple[list[list[int]], list[float]]:
-        """Generate one caption per row of features.
+        """Generate captions of each row of features: one, or the best ``num_return_sequences`` beams, or as many draws.
 
         Returns:
-            Token ids of each caption (without prompt and EOS) and its mean log-probability per token, in nats.
+            Token ids of each caption (without prompt and EOS) and its mean log-probability per token, in nats; the
+            captions of an image beside each other, the best beam first.
 
         Raises:
-            ConfigurationError: captions may become longer than the language model can count.
+            ConfigurationError: captions may become longer than the language model can count, or a search is asked
+                for more captions than it has beams.
         """
+        if not decode.do_sample and num_return_sequences > decode.num_beams:
+            raise ConfigurationError(
+                f"num_return_sequences={num_return_sequences} is more than decode.num_beams={decode.num_beams}: "
+                "search with more beams, or sample"
+            )
         bridge: Bridge = self.bridge  # type: ignore[assignment]
         before = len(prompt_ids) + bridge.output_num_tokens(features_bnd.shape[1])
         limit = self.language_model.max_positions
@@ -360,7 +371,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         num_images = len(features_bnd)
         past_key_values: Any = self.language_model.new_cache()
         if self._static_caches:
-            kept = self._fixed_size_cache(num_images, decode.num_beams, before + decode.max_new_tokens)
+            rows = max(decode.num_beams, num_return_sequences)
+            kept = self._fixed_size_cache(num_images, rows, before + decode.max_new_tokens)
             past_key_values, features_bnd = kept.cache, _filled_up(features_bnd, kept.num_images)
         state = self.image_state(features_bnd)
         prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
@@ -376,11 +388,13 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 past_key_values=past_key_values,
                 return_dict_in_generate=True,
                 output_hidden_states=True,
+                num_return_sequences=num_return_sequences,
                 disable_compile=True,  # of the whole forward; ours compiles the step of beams too
                 **generation_options(decode),
             )
         ids, scores = self._trim_and_score(output, prompt_bt.shape[1])
-        return ids[:num_images], scores[:num_images]
+        asked = num_images * num_return_sequences
+        return ids[:asked], scores[:asked]
 
     def _trim_and_score(self, output: Any, prompt_length: int) -> tuple[list[list[int]], list[float]]:
         """Captions and their scores from what `generate` returns.
