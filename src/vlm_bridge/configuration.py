@@ -164,6 +164,17 @@ class Recipe:
             leaves them beside the features: two bytes per token and unit of the language model's width.
         loss_kernel: what computes the loss behind a frozen head: `own`, `torch` (2.13 and later), `liger` (CUDA), or
             `auto`, the quickest that works here.
+        label_smoothing: share of each target that training spreads over the whole vocabulary (0.1 in Szegedy et al.
+            2016 and in most captioners); validation is not smoothed.
+        weight_averaging: decay of an exponential moving average of what is trained, such as 0.999; validation,
+            captions and all checkpoints' weights are the average's. Null: the last weights themselves.
+        objective: `cross_entropy` of the human captions, or `scst`: self-critical sequence training (Rennie et al.
+            2017), in which the model's own samples are made likelier by how much their CIDEr-D, with the training
+            split's document frequencies, exceeds a baseline. It wants `start_from` and a small learning rate.
+        scst_samples: captions drawn for each image of a step; `batch_size` counts them.
+        scst_baseline: `leave_one_out`, the mean reward of an image's other samples (Kool et al. 2019; Luo 2020), or
+            `greedy`, the reward of its greedy caption (Rennie et al. 2017).
+        start_from: a checkpoint whose weights a new run starts from; of the same architecture.
     """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -194,10 +205,18 @@ class Recipe:
     gradient_accumulation_steps: int = 1
     gradient_clip_val: float = 0.3
     weight_decay: float = 0.01
+    label_smoothing: float = 0.0
+    weight_averaging: float | None = None
     use_scheduler: bool = True
     scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     seed: int = 0
+
+    # What is optimised, and from where
+    objective: Literal["cross_entropy", "scst"] = "cross_entropy"
+    scst_samples: int = 5
+    scst_baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
+    start_from: str | None = None
 
     # Precision and devices
     use_amp: bool = True
@@ -233,13 +252,26 @@ class Recipe:
             "tokens_per_batch", "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
             "save_every_n_epochs", "log_every_n_steps", "generate_samples_every_n_epochs",
             "max_validation_images", "decode_every_n_steps", "num_decoded_images", "save_every_n_steps",
-            "keep_step_checkpoints",
+            "keep_step_checkpoints", "scst_samples",
         )  # fmt: skip
         check_at_least(
             0, self, "num_workers", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
             "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigurationError(
+                f"label_smoothing is a share: at least 0 and below 1, not {self.label_smoothing}"
+            )
+        if self.weight_averaging is not None and not 0 < self.weight_averaging < 1:
+            raise ConfigurationError(
+                f"weight_averaging is a decay between 0 and 1, such as 0.999, not {self.weight_averaging}"
+            )
+        if self.loss_kernel in ("torch", "liger") and (self.objective == "scst" or self.label_smoothing):
+            raise ConfigurationError(
+                f"loss_kernel={self.loss_kernel} knows neither weighted nor smoothed losses: use loss_kernel=auto with "
+                "objective=scst or label_smoothing"
+            )
         if not self.trainable:
             raise ConfigurationError("trainable names nothing: `bridge.*: null` trains the bridge")
         if bad := [pattern for pattern, rate in self.trainable.items() if rate is not None and not rate >= 0]:
@@ -252,11 +284,29 @@ class Recipe:
             raise ConfigurationError(
                 "distillation compares two encoders on the same picture: it needs feature_cache_views=0"
             )
-        if self.tokens_per_batch is None and self.batch_size % self.captions_per_image:
+        if self.objective == "scst":
+            self._check_scst()
+        elif self.tokens_per_batch is None and self.batch_size % self.captions_per_image:
             raise ConfigurationError(
                 f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
                 f"{self.captions_per_image}"
             )
+
+    def _check_scst(self) -> None:
+        if self.scst_baseline == "leave_one_out" and self.scst_samples == 1:
+            raise ConfigurationError(
+                "scst_baseline=leave_one_out needs other samples of an image: scst_samples must be at least 2"
+            )
+        if self.batch_size % self.scst_samples:
+            raise ConfigurationError(
+                f"batch_size counts sampled captions with objective=scst: {self.batch_size} is not a multiple of "
+                f"scst_samples={self.scst_samples}"
+            )
+        for key in ("tokens_per_batch", "text_state_cache", "label_smoothing"):
+            if getattr(self, key):
+                raise ConfigurationError(
+                    f"{key} is for captions that are known beforehand: leave it out with objective=scst"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict in the YAML layout (a bridge's options stand beside its kind)."""

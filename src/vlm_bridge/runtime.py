@@ -120,7 +120,10 @@ class DeviceCopy:
             return
         stream = _copy_stream(device)
         with torch.cuda.stream(stream):
-            self.tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+            self.tensors = [
+                tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+                for tensor in tensors
+            ]
             self.done = stream.record_event()
 
     def wait(self) -> list[Any]:

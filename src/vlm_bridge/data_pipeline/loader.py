@@ -123,21 +123,11 @@ class TokenizedImages:
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         """Lay the captions of each row one behind the other and pad the rows to one length."""
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
-        shape = len(rows), max(sum(len(c.input_ids) for c in captions) for captions in chosen)
-        input_ids, segments, places = (np.zeros(shape, np.int64) for _ in range(3))
-        labels = np.full(shape, IGNORE_INDEX, np.int64)
-        for b, (row, captions) in enumerate(zip(rows, chosen, strict=True)):
-            start = 0
-            for number, caption in enumerate(captions, start=1):
-                end = start + len(caption.input_ids)
-                first = int(self._first_place[self._first_caption[row.image] + row.captions[number - 1]])
-                places[b, start:end] = np.arange(first, first + end - start)
-                input_ids[b, start:end] = caption.input_ids
-                labels[b, start:end] = caption.labels
-                segments[b, start:end] = number
-                start = end
-        images = np.array([row.image for row in rows])
-        return PackedBatch(images, input_ids, labels, segments, places, num_captions=sum(map(len, chosen)))
+        first_places = [
+            [int(self._first_place[self._first_caption[row.image] + number]) for number in row.captions]
+            for row in rows
+        ]
+        return pack_rows([row.image for row in rows], chosen, first_places)
 
     def digest(self) -> str:
         """Hash over the tokens of all captions, in order."""
@@ -180,6 +170,35 @@ class PackedBatch:
     def num_positions(self) -> int:
         """B x T: tokens and pads."""
         return self.segments.size
+
+
+def pack_rows(
+    images: Sequence[int],
+    captions_of_rows: Sequence[Sequence[TokenizedCaption]],
+    first_places: Sequence[Sequence[int]] | None = None,
+) -> PackedBatch:
+    """Lay the captions of each row one behind the other and pad the rows to one length.
+
+    Args:
+        images: [B], whose features each row reads.
+        first_places: where each caption begins among all positions of the split; None for captions that no split has.
+    """
+    shape = len(images), max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows)
+    input_ids, segments, places = (np.zeros(shape, np.int64) for _ in range(3))
+    labels = np.full(shape, IGNORE_INDEX, np.int64)
+    for b, captions in enumerate(captions_of_rows):
+        start = 0
+        for number, caption in enumerate(captions):
+            end = start + len(caption.input_ids)
+            if first_places is not None:
+                first = first_places[b][number]
+                places[b, start:end] = np.arange(first, first + end - start)
+            input_ids[b, start:end] = caption.input_ids
+            labels[b, start:end] = caption.labels
+            segments[b, start:end] = number + 1
+            start = end
+    num_captions = sum(map(len, captions_of_rows))
+    return PackedBatch(np.asarray(images), input_ids, labels, segments, places, num_captions)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ SIGMA = 6.0
 """Longest phrase in words, and width of the length penalty, of CIDEr-D (Vedantam et al. 2015)."""
 Phrase = tuple[str, ...]
 
-# A clitic is a token of its own ("do n't", "dog 's"); a word keeps its inner hyphens, dots, commas and apostrophes.
+# A clitic is a token of its own ("do n't", "dog 's"); words keep their inner hyphens, numbers their inner marks.
 _TOKEN = re.compile(
     r"(?P<can>can)(?=not\b)|n't\b|'(?:s|re|ve|ll|d|m)\b"
-    r"|\w+?(?=n't\b)|\w+(?:(?!'(?:s|re|ve|ll|d|m)\b)[-'.,/&]\w+)*"
+    r"|\w+?(?=n't\b)|\w+(?:(?!'(?:s|re|ve|ll|d|m)\b)[-'&]\w+|(?<=\d)[.,:/]\d+)*"
 )
 
 

@@ -316,11 +316,13 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         image_state: torch.Tensor,
         supervised: torch.Tensor | None = None,
         text_at_bridge: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> CaptionLoss:
         """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict.
 
         Args:
-            supervised: see `caption_cross_entropy`.
+            supervised, weights, label_smoothing: see `caption_cross_entropy`.
             text_at_bridge: see `text_states`.
         """
         states = self.text_states(input_ids, image_state, segments, text_at_bridge=text_at_bridge)
@@ -331,6 +333,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             language_model.linear_head or language_model.head,
             head_is_trained=any(p.requires_grad for p in language_model.head_module.parameters()),
             supervised_v=supervised,
+            weights_v=weights,
+            label_smoothing=label_smoothing,
             kernel=self.loss_kernel,
         )
         return CaptionLoss(total, losses)
@@ -395,6 +399,39 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         ids, scores = self._trim_and_score(output, prompt_bt.shape[1])
         asked = num_images * num_return_sequences
         return ids[:asked], scores[:asked]
+
+    @torch.inference_mode()
+    def sample_captions(
+        self,
+        features_bnd: torch.Tensor,
+        prompt_ids: Sequence[int],
+        *,
+        count: int,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[list[int]]:
+        """Draw ``count`` captions of each row of features from the model's own distribution: temperature 1, no cut.
+
+        Returns:
+            Token ids without the prompt, the captions of an image beside each other; with EOS, if one has ended.
+        """
+        draw = DecodeSettings(num_beams=1, max_new_tokens=max_new_tokens, do_sample=True)
+        prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output: Any = self.generate(  # type: ignore[reportAttributeAccessIssue]
+                input_ids=prompt_bt,
+                image_state=SharedState(self.image_state(features_bnd)),
+                attention_mask=torch.ones_like(prompt_bt),
+                past_key_values=self.language_model.new_cache(),
+                num_return_sequences=count,
+                disable_compile=True,
+                **generation_options(draw),
+            )
+        ids_bt = output[:, prompt_bt.shape[1] :]
+        is_eos = ids_bt == self.language_model.eos_id
+        lengths = (is_eos.cumsum(1) - is_eos.long() == 0).sum(1)
+        return [ids[:length] for ids, length in zip(ids_bt.tolist(), lengths.tolist(), strict=True)]
 
     def _trim_and_score(self, output: Any, prompt_length: int) -> tuple[list[list[int]], list[float]]:
         """Captions and their scores from what `generate` returns.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -92,15 +92,18 @@ class Monitor:
         loss: float,
         learning_rate: float,
         gradient_norm: float,
+        of_objective: Mapping[str, float],
     ) -> None:
+        """A log step. ``of_objective``: what else its objective has to tell, by name."""
         now = time.perf_counter()
         seconds = max(now - self._window_start, 1e-9)
         ms_per_step = 1000 * seconds / max(self._window_steps, 1)
         captions_rate, tokens_rate = self._window_captions / seconds, self._window_tokens / seconds
         padding_share = 1 - self._window_tokens / max(self._window_positions, 1)
         eta = _duration((total_steps - step) * ms_per_step / 1000)
+        others = "".join(f"{name.replace('_', ' ')} {value:.3f} | " for name, value in of_objective.items())
         self.say(
-            f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | lr {learning_rate:.2e} | "
+            f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | {others}lr {learning_rate:.2e} | "
             f"grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | {captions_rate:.1f} samples/s | "
             f"{tokens_rate:.0f} tokens/s | {padding_share:.0%} pads | ETA {eta}"
         )
@@ -108,6 +111,7 @@ class Monitor:
             ("loss", loss),
             ("learning_rate", learning_rate),
             ("gradient_norm", gradient_norm),
+            *of_objective.items(),
         ):
             self.writer.add_scalar(f"train/{name}", value, step)
         self._record(
@@ -119,6 +123,7 @@ class Monitor:
             samples_per_second=captions_rate,
             tokens_per_second=tokens_rate,
             padding_share=padding_share,
+            **of_objective,
         )
         self.restart_clock()
 

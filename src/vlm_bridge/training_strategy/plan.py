@@ -13,11 +13,18 @@ from vlm_bridge.data_pipeline.loader import EpochPlan, TokenBudget
 def epoch_plan(
     recipe: Recipe, captions_per_image: Sequence[int] | np.ndarray, caption_lengths: np.ndarray | None
 ) -> EpochPlan:
-    """Which captions of a training meet in which batch.
+    """Which captions of a training meet in which batch; where captions are sampled, which images.
 
     Args:
         caption_lengths: see `TokenizedImages`; read where the recipe has ``tokens_per_batch``.
     """
+    if recipe.objective == "scst":  # a row is an image, whatever people wrote of it
+        return EpochPlan(
+            np.ones(len(captions_per_image), np.int64),
+            row_captions=1,
+            batch_captions=recipe.batch_size // recipe.scst_samples,
+            seed=recipe.seed,
+        )
     budget = None
     if recipe.tokens_per_batch is not None:
         assert caption_lengths is not None, "a budget of positions needs to know those of every caption"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
 from vlm_bridge.training_strategy.schedule import learning_rate_at
+from vlm_bridge.training_strategy.self_critical import ImageBatch, SelfCritical, load_images
 from vlm_bridge.training_strategy.text_states import split_text_states
 from vlm_bridge.training_strategy.validation import (
     LoadedBatch,
@@ -53,6 +54,7 @@ from vlm_bridge.training_strategy.validation import (
     load_batch,
     validate,
 )
+from vlm_bridge.training_strategy.weight_averaging import WeightAverage
 
 STANDARDIZE_ON_IMAGES = 512
 Say = Callable[[str], None]
@@ -156,6 +158,10 @@ class Trainer:
                 self.model, recipe, "train", self.train_data, self._autocast, say
             )
 
+        self.self_critical = None
+        if recipe.objective == "scst":
+            self.self_critical = SelfCritical(self.model, recipe, format, train_images, self._autocast, say)
+
         self.plan = epoch_plan(recipe, self.train_data.captions_per_image, self.train_data.caption_lengths)
         self.total_steps = count_steps(recipe, self.plan)
 
@@ -164,6 +170,7 @@ class Trainer:
             trained_parameters(self.model, recipe.trainable), recipe
         )
         self.scaler = gradient_scaler(recipe, self.device)
+        self.average: WeightAverage | None = None
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
         self.progress = Progress()
         self.decodes = recipe.monitor != "loss" or recipe.decode_every_n_steps is not None
@@ -185,13 +192,17 @@ class Trainer:
             self._resume(resume)
         else:
             torch.manual_seed(recipe.seed)  # of dropout
+            if recipe.start_from is not None:
+                self._start_from(recipe.start_from)
             if initial_weights:
                 weights = {**self.model.trained_state_dict(), **initial_weights}
                 checkpoints.load_weights(self.model, weights, "what training starts from")
-            if self.model.feature_scale is not None:
+            if self.model.feature_scale is not None and recipe.start_from is None:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
                 distill_projection(self.model, recipe, self.train_features, self.train_paths, self.say)
+        if recipe.weight_averaging is not None and self.average is None:
+            self.average = WeightAverage(self.model, recipe.weight_averaging)
         progress = self.progress
         trainable = sum(p.numel() for p in self.parameters)
         total = sum(p.numel() for p in self.model.parameters())
@@ -232,13 +243,16 @@ class Trainer:
             self.last_decoded,
         )
 
-    def _groups_of_epoch(self) -> Iterator[list[LoadedBatch]]:
+    def _groups_of_epoch(self) -> Iterator[Sequence[LoadedBatch | ImageBatch]]:
         """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device."""
         batches = self.plan.batches(self.progress.epoch)
         groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
         features = self.train_features.in_epoch(self.progress.epoch)
 
-        def load(group: list[int]) -> list[LoadedBatch]:
+        def load(group: list[int]) -> Sequence[LoadedBatch | ImageBatch]:
+            if self.self_critical is not None:
+                images = [[row.image for row in batches[index]] for index in group]
+                return [load_images(some, features, self.device) for some in images]
             packed = [self.train_data.pack(batches[index]) for index in group]
             return [
                 load_batch(batch, features, self.device, text_states=self.text_states) for batch in packed
@@ -246,9 +260,15 @@ class Trainer:
 
         return prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers)
 
-    def _optimizer_step(self, group: Sequence[LoadedBatch]) -> None:
-        """One update. Nothing in it waits for the device, but for the line of a log step."""
+    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> None:
+        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions."""
         recipe, progress = self.recipe, self.progress
+        group = [
+            self.self_critical.sampled(batch, progress.step, number)
+            if self.self_critical is not None and isinstance(batch, ImageBatch)
+            else batch
+            for number, batch in enumerate(loaded)
+        ]
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
@@ -258,7 +278,10 @@ class Trainer:
         step_loss = torch.zeros((), device=self.device)
         for batch in group:
             with self._autocast():
-                loss = batch_loss(self.model, batch).total / num_supervised
+                of_batch = batch_loss(self.model, batch, recipe.label_smoothing)
+                loss = of_batch.total / num_supervised
+            if self.self_critical is not None:
+                self.self_critical.watch(of_batch)
             self.scaler.scale(loss).backward()
             step_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -269,6 +292,8 @@ class Trainer:
 
         progress.step += 1
         progress.step_in_epoch += 1
+        if self.average is not None:
+            self.average.update(progress.step)
         self.monitor.step([batch.packed for batch in group])
         if progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps:
             self.monitor.training(
@@ -278,6 +303,7 @@ class Trainer:
                 loss=step_loss.item(),
                 learning_rate=learning_rate,
                 gradient_norm=gradient_norm.item(),
+                of_objective=self.self_critical.statistics() if self.self_critical is not None else {},
             )
 
     def _after_step(self) -> None:
@@ -300,14 +326,15 @@ class Trainer:
             or self.decoded_at_step != step
             or self.last_decoded.num_images != len(images)
         ):
-            self.last_decoded = decode_and_score(
-                self.model,
-                self.format.prompt_ids,
-                images,
-                self.val_features,
-                self.recipe.decode,
-                self._autocast,
-            )
+            with self._averaged():
+                self.last_decoded = decode_and_score(
+                    self.model,
+                    self.format.prompt_ids,
+                    images,
+                    self.val_features,
+                    self.recipe.decode,
+                    self._autocast,
+                )
             self.decoded_at_step = step
             self.monitor.decoded(step, self.last_decoded)
             self.monitor.restart_clock()
@@ -322,7 +349,8 @@ class Trainer:
         stop = improved = False
         validated = progress.epoch % recipe.val_every_n_epochs == 0 or is_last
         if validated:
-            result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
+            with self._averaged():
+                result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
             self.last_validation = result
             self.monitor.validation(progress.step, progress.epoch - 1, result)
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
@@ -350,7 +378,7 @@ class Trainer:
         self.model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
         features = self.model.features(torch.as_tensor(self.val_features[np.arange(count)]))
-        with self._autocast():
+        with self._averaged(), self._autocast():
             captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
         self.model.train()
         decode = self.model.language_model.decode
@@ -372,6 +400,10 @@ class Trainer:
             min_lr=recipe.min_lr,
             kind=recipe.scheduler_type if recipe.use_scheduler else "constant",
         )
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """What is judged, shown and saved: the averaged weights, where the recipe averages them."""
+        return self.average.in_model() if self.average is not None else nullcontext()
 
     def _autocast(self) -> Any:
         return runtime.autocast(self.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
@@ -405,6 +437,8 @@ class Trainer:
     def _save(self, name: str) -> Path:
         path = self.checkpoint_dir / name
         weights = self.model.trained_state_dict()
+        if self.average is not None:
+            weights |= self.average.weights
         training = None
         if name == checkpoints.BEST_WEIGHTS:
             weights = checkpoints.in_bfloat16(weights)
@@ -420,6 +454,8 @@ class Trainer:
                 "dataset_fingerprint": self.folder.fingerprint,
                 "data_order": self._data_order(),
             }
+            if self.average is not None:
+                training["live_weights"] = self.average.live_weights
         sizes = checkpoints.captioner_sizes(self.model)
         checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
         return path
@@ -431,6 +467,9 @@ class Trainer:
 
     def _data_order(self) -> dict[str, int]:
         """All that decides which captions meet in which step."""
+        if self.recipe.objective == "scst":
+            names = ("batch_size", "scst_samples", "gradient_accumulation_steps", "seed")
+            return {name: getattr(self.recipe, name) for name in names}
         # Under a budget, where long captions are cut decides as well.
         by = (
             ("batch_size",)
@@ -439,6 +478,13 @@ class Trainer:
         )
         names = (*by, "captions_per_image", "gradient_accumulation_steps", "seed")
         return {name: getattr(self.recipe, name) for name in names}
+
+    def _start_from(self, path: str | Path) -> None:
+        """Take the weights of another run, and nothing else of it."""
+        content = checkpoints.load_checkpoint(path)
+        checkpoints.check_architecture(content, self.recipe, path)
+        checkpoints.restore(self.model, content, path)
+        self.say(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
 
     def _resume(self, path: str | Path) -> None:
         content = checkpoints.load_checkpoint(resume_path(path))
@@ -472,6 +518,10 @@ class Trainer:
                 "in their order (their learning rates may change)"
             )
         checkpoints.restore(self.model, content, path)
+        if self.recipe.weight_averaging is not None:
+            self.average = WeightAverage(self.model, self.recipe.weight_averaging)
+        if live := training.get("live_weights"):
+            checkpoints.load_weights(self.model, {**self.model.trained_state_dict(), **live}, path)
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.early_stopping.load_state_dict(training["early_stopping"])

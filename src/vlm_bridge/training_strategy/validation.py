@@ -100,10 +100,12 @@ class LoadedBatch:
     Attributes:
         tensors: input ids, labels, segments [B, T], supervised positions [V], features or pixels of B images, and
             text states [B, T, H] where they are cached.
+        weights: [V], of the losses of the supervised tokens in their sum, on the device; None weighs them alike.
     """
 
     packed: PackedBatch
     tensors: runtime.DeviceCopy
+    weights: torch.Tensor | None = None
 
 
 def load_batch(
@@ -128,8 +130,17 @@ def load_batch(
     return LoadedBatch(batch, runtime.DeviceCopy(tensors, device))
 
 
-def batch_loss(model: CaptionerModel, batch: LoadedBatch) -> CaptionLoss:
-    """The loss of a packed batch; training and validation share it."""
+def batch_loss(model: CaptionerModel, batch: LoadedBatch, label_smoothing: float = 0.0) -> CaptionLoss:
+    """The loss of a packed batch; training and validation share it, but for the smoothing."""
     input_ids, labels, segments, supervised, features, *text = batch.tensors.wait()
     image_state = model.image_state(model.features(features))
-    return model.caption_loss(input_ids, labels, segments, image_state, supervised, *text)
+    return model.caption_loss(
+        input_ids,
+        labels,
+        segments,
+        image_state,
+        supervised,
+        *text,
+        weights=batch.weights,
+        label_smoothing=label_smoothing,
+    )

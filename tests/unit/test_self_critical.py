@@ -1,0 +1,247 @@
+"""Self-critical sequence training: samples, rewards, advantages, and a run that learns what it is rewarded for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from captioners import random_features, tiny_captioner, tiny_recipe, toy_captioner
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.self_critical import END, others_mean
+from vlm_bridge.training_strategy.trainer import Trainer, TrainingResult, train
+from vlm_bridge.training_strategy.validation import batch_loss
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path,
+    drawn_caption_folder: Path,
+    tiny_vit_dir: Path,
+    tiny_llama_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> MakeRecipe:
+    monkeypatch.setenv("PATH", "")  # no Java: its start takes longer than these runs
+
+    def make(name: str, *overrides: str) -> Recipe:
+        recipe = tiny_recipe(
+            tiny_vit_dir,
+            tiny_llama_dir,
+            data_dir=str(drawn_caption_folder),
+            checkpoint_dir=str(tmp_path / name / "checkpoints"),
+            log_dir=str(tmp_path / name / "logs"),
+            feature_cache=str(tmp_path / "features"),
+            learning_rate=1e-2,
+            num_epochs=1,
+            batch_size=8,
+            captions_per_image=2,
+            log_every_n_steps=1,
+            num_validation_samples=0,
+            use_early_stopping=False,
+            decode={"num_beams": 1, "max_new_tokens": 8},
+        )
+        return override_recipe(recipe, overrides)
+
+    return make
+
+
+SCST = ("objective=scst", "scst_samples=4", "batch_size=24")
+
+
+def run(recipe: Recipe, resume: Path | None = None) -> TrainingResult:
+    return train(recipe, resume=resume, say=lambda line: None)
+
+
+def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(recipe.log_dir) / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def latest(recipe: Recipe) -> dict[str, Any]:
+    return checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / checkpoints.LATEST)
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, tensor in one["weights"].items():
+        assert torch.equal(tensor, other["weights"][name]), name
+    first, second = one["training"], other["training"]
+    assert first["progress"] == second["progress"]
+    assert torch.equal(first["random_state"], second["random_state"])
+    for name, tensor in first.get("live_weights", {}).items():
+        assert torch.equal(tensor, second["live_weights"][name]), name
+
+
+@pytest.mark.parametrize("bridge", ["prefix", "cross_attention", "deep_prefix", "projection"])
+def test_samples_follow_the_models_own_distribution(bridge: str) -> None:
+    """How often each first token comes is its probability, and each caption ends once or is as long as it may be."""
+    model = toy_captioner(bridge)
+    features = torch.randn(2, 2, 4)
+    start = model.language_model.start_id
+    samples = model.sample_captions(features, [start], count=400, max_new_tokens=6, seed=3)
+    assert len(samples) == 800
+    eos = model.language_model.eos_id
+    assert all(ids.count(eos) == int(ids[-1] == eos) for ids in samples)
+    assert all(len(ids) == 6 for ids in samples if ids[-1] != eos)
+    with torch.no_grad():
+        logits = model(torch.full((2, 1), start), model.image_state(features)).logits[:, -1]
+    for image, probabilities in enumerate(logits.softmax(-1)):
+        drawn = [ids[0] for ids in samples[image * 400 : (image + 1) * 400]]
+        shares = torch.bincount(torch.tensor(drawn), minlength=7) / 400
+        assert (shares - probabilities).abs().max() < 0.1
+
+
+def test_sampling_is_seeded_and_disturbs_no_other_randomness(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir))
+    features, prompt = random_features(model, 2), [model.language_model.start_id]
+    before = torch.get_rng_state()
+    one, same, other = (
+        model.sample_captions(features, prompt, count=3, max_new_tokens=5, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert one == same != other
+
+
+def test_others_mean_leaves_each_sample_out() -> None:
+    rewards = np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    np.testing.assert_allclose(others_mean(rewards), [[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]])
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
+def test_the_loss_is_the_policy_gradient(make_recipe: MakeRecipe, baseline: str) -> None:
+    trainer = Trainer(make_recipe("run", *SCST, f"scst_baseline={baseline}"), lambda line: None)
+    (images, *_), *_ = trainer._groups_of_epoch()
+    batch = trainer.self_critical.sampled(images, step=0, number=0)
+    assert not trainer.model.training
+    loss = batch_loss(trainer.model, batch)
+    packed, weights = batch.packed, batch.weights
+    assert len(packed.image_indices) == 6
+    assert packed.num_captions == 24
+    torch.testing.assert_close(loss.total, (weights * loss.token_losses).sum())
+    # Every token of a caption has its weight; around their own mean, the weights of an image add up to nothing.
+    segments = packed.segments.ravel()[packed.supervised]
+    rows = packed.supervised // packed.segments.shape[1]
+    of_caption = np.array(
+        [weights.numpy()[(rows == row) & (segments == n)][0] for row in range(6) for n in range(1, 5)]
+    )
+    np.testing.assert_allclose(of_caption[4 * rows + segments - 1], weights)
+    if baseline == "leave_one_out":
+        np.testing.assert_allclose(of_caption.reshape(6, 4).sum(1), 0, atol=1e-5)
+    statistics = trainer.self_critical.statistics()
+    assert statistics["reward"] - statistics["baseline"] == pytest.approx(of_caption.mean(), abs=1e-6)
+    again = trainer.self_critical.sampled(images, step=0, number=0)
+    assert torch.equal(again.weights, weights)
+
+
+def test_the_reward_wants_captions_that_end(make_recipe: MakeRecipe) -> None:
+    trainer = Trainer(make_recipe("run", *SCST), lambda line: None)
+    critic = trainer.self_critical
+    reference = trainer.folder.split("train")[0].captions[0]
+    words = trainer.model.language_model.encode_all([reference])[0]
+    ended, cut = critic._rewards(np.array([0]), [[*words, trainer.format.eos_id], words])[0]
+    assert critic.reward.references[0][0].endswith(END)
+    assert ended > cut > 0
+
+
+def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
+    # The decoder learns too: one that is frozen at random weights says nothing worth a reward.
+    both = ("trainable.language_model.*=null", "val_every_n_epochs=99", "save_every_n_epochs=99")
+    run(start := make_recipe("start", *both, "num_epochs=8"))
+    recipe = make_recipe(
+        "scst",
+        *SCST,
+        *both,
+        f"start_from={start.checkpoint_dir}",
+        "num_epochs=8",
+        "learning_rate=2e-3",
+        "monitor=cider",
+    )
+    result = run(recipe)
+    assert result.steps == 32
+    assert result.decoded is not None
+    rewards = [event["reward"] for event in events(recipe, "train")]
+    assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.05
+    assert {"baseline", "entropy", "sample_length", "unfinished_share"} <= events(recipe, "train")[0].keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SCST,
+        (*SCST, "weight_averaging=0.9", "scst_baseline=greedy"),
+        ("weight_averaging=0.9", "label_smoothing=0.1"),
+    ],
+    ids=["scst", "greedy and averaged", "cross-entropy, averaged and smoothed"],
+)
+def test_a_run_continues_inside_an_epoch_to_the_bit(
+    make_recipe: MakeRecipe, settings: tuple[str, ...]
+) -> None:
+    every_step = ("save_every_n_steps=1", "keep_step_checkpoints=9", "bridge.dropout=0.2")
+    run(whole := make_recipe("whole", *settings, *every_step, "num_workers=2"))
+    inside = Path(whole.checkpoint_dir) / checkpoints.STEP.format(2)
+    assert checkpoints.load_checkpoint(inside)["training"]["progress"]["step_in_epoch"] == 2
+    run(resumed := make_recipe("resumed", *settings, *every_step), resume=inside)
+    assert_same_state(latest(whole), latest(resumed))
+
+
+def test_averaged_weights_are_what_is_validated_and_saved(make_recipe: MakeRecipe) -> None:
+    run(plain := make_recipe("plain"))
+    run(averaged := make_recipe("averaged", "weight_averaging=0.9"))
+    one, other = latest(plain), latest(averaged)
+    live = other["training"]["live_weights"]
+    for name, tensor in live.items():  # averaging changes nothing of the training itself
+        assert torch.equal(tensor, one["weights"][name]), name
+    assert any(not torch.equal(live[name], other["weights"][name]) for name in live)
+    losses = [events(recipe, "validation")[-1]["loss"] for recipe in (plain, averaged)]
+    assert losses[0] != losses[1]
+    best = checkpoints.load_checkpoint(Path(averaged.checkpoint_dir) / checkpoints.BEST_WEIGHTS)["weights"]
+    for name in live:
+        torch.testing.assert_close(best[name].float(), other["weights"][name], atol=1e-2, rtol=1e-2)
+
+
+def test_smoothing_is_of_the_training_loss_alone(make_recipe: MakeRecipe) -> None:
+    still = ("learning_rate=0", "min_lr=0")
+    run(plain := make_recipe("plain", *still))
+    run(smoothed := make_recipe("smoothed", *still, "label_smoothing=0.3"))
+    assert events(plain, "validation")[-1]["loss"] == events(smoothed, "validation")[-1]["loss"]
+    assert events(plain, "train")[0]["loss"] != events(smoothed, "train")[0]["loss"]
+
+
+def test_a_run_starts_from_the_weights_of_another(make_recipe: MakeRecipe) -> None:
+    run(first := make_recipe("first"))
+    still = ("learning_rate=0", "min_lr=0", "weight_decay=0")
+    run(second := make_recipe("second", f"start_from={first.checkpoint_dir}/{checkpoints.LATEST}", *still))
+    for name, tensor in latest(first)["weights"].items():
+        assert torch.equal(tensor, latest(second)["weights"][name]), name
+    assert latest(second)["training"]["progress"]["step"] == 6
+    with pytest.raises(CheckpointError, match=r"bridge\.num_queries"):
+        run(make_recipe("other", f"start_from={first.checkpoint_dir}", "bridge.num_queries=4"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((*SCST, "batch_size=10"), "scst_samples=4"),
+        ((*SCST, "scst_samples=1"), "at least 2"),
+        ((*SCST, "tokens_per_batch=80"), "tokens_per_batch"),
+        ((*SCST, "label_smoothing=0.1"), "label_smoothing"),
+        ((*SCST, "loss_kernel=torch"), "loss_kernel=auto"),
+        (("label_smoothing=1",), "below 1"),
+        (("weight_averaging=1",), "between 0 and 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    make_recipe: MakeRecipe, overrides: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        make_recipe("run", *overrides)
