@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes, judge_caption
 from vlm_bridge.data_pipeline.transform import transform
+from vlm_bridge.evaluation.history import read_curves
 from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation, write_json
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import train
@@ -86,18 +86,6 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> Quicksta
     metrics["total_seconds"] = round(time.perf_counter() - started, 1)
     write_json(output_dir / "metrics.json", metrics)
     return QuickstartResult(metrics, evaluation)
-
-
-def read_curves(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Curves of a training run from its ``history.jsonl``, as ``series/quantity`` -> [(step, value)]."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    shown = {"train": ("loss", "learning_rate", "gradient_norm"), "validation": ("loss", "visual_gain")}
-    path = log_dir / "history.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        event = json.loads(line)
-        for quantity in shown.get(event["event"], ()):
-            curves.setdefault(f"{event['event']}/{quantity}", []).append((event["step"], event[quantity]))
-    return curves
 
 
 def real_photographs() -> list[tuple[str, Any]]:

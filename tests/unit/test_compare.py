@@ -124,7 +124,9 @@ def test_equal_names_are_told_apart(write: Write) -> None:
 
 def test_what_holds_no_scores(write: Write, tmp_path: Path) -> None:
     path = write("runs/lite/val/metrics.json")
-    with pytest.raises(DataError, match=f"there are some in {path.parent}"):
+    assert read_scores(path.parent.parent).path == path
+    other = write("runs/lite/test/metrics.json")
+    with pytest.raises(DataError, match=f"several evaluations: name one of .*{other.parent}"):
         read_scores(path.parent.parent)
     with pytest.raises(DataError, match="no scores at"):
         read_scores(tmp_path / "nowhere.json")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
+import shutil
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -15,14 +18,19 @@ from typing import Any
 import pytest
 import typer
 from PIL import Image, ImageColor
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from vlm_bridge.cli.main import app
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
+from vlm_bridge.evaluation.caption_statistics import caption_statistics
 from vlm_bridge.evaluation.contact_sheet import BROKEN, GAP, TILE_HEIGHT, TILE_WIDTH, SheetItem, contact_sheet
-from vlm_bridge.evaluation.report import write_report
+from vlm_bridge.evaluation.history import read_curves
+from vlm_bridge.evaluation.predictions import Prediction, best, drawn, read_predictions, worst
+from vlm_bridge.evaluation.report import PEOPLE, ReportedRun, write_report
 from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation
+from vlm_bridge.evaluation.run_folder import read_run
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 
@@ -78,93 +86,184 @@ class TestContactSheet:
             sheet.load()
 
 
-class _Balance(HTMLParser):
-    """Checks that every opened tag is closed, and collects what the page would load."""
+class Page(HTMLParser):
+    """Checks that every opened tag is closed; collects what the page would load, and its tables with exact numbers."""
 
     VOID = frozenset({"meta", "img"})
 
-    def __init__(self) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.loads: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "data" and "td" in self.open:
+            self.tables[-1][-1][-1] = dict(attrs)["value"] or ""
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """SVG's self-closing elements load nothing and stay balanced."""
 
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    def rows(self, corner: str) -> dict[str, dict[str, str]]:
+        """The table whose first body row or column head has a cell ``corner``: row name -> column name -> cell."""
+        for head, *body in self.tables:
+            if corner in head:
+                return {row[0].strip(): dict(zip(head[1:], row[1:], strict=True)) for row in body}
+        raise AssertionError(f"no table with {corner}")
+
 
 class TestReport:
-    def write(self, path: Path, **changes: Any) -> str:
-        arguments: dict[str, Any] = {
-            "title": "t",
-            "summary": {"CIDEr": 0.51234, "images": 1000},
-            "sections": {},
-        }
-        write_report(path, **(arguments | changes))
+    def write(self, path: Path, *runs: ReportedRun, **changes: Any) -> str:
+        runs = runs or (ReportedRun("lite", metrics={"CIDEr": 0.51234, "num_images": 1000}),)
+        write_report(path, runs, **({"title": "t"} | changes))
         return path.read_text(encoding="utf-8")
 
     def test_needs_nothing_but_itself(self, pictures: list[Path], tmp_path: Path) -> None:
-        page = self.write(
-            tmp_path / "report.html",
-            sections={"Best": [SheetItem(path, "a dog", "a cat", 1.0) for path in pictures]},
+        run = ReportedRun(
+            "lite",
+            dataset="flickr8k",
+            metrics={
+                "CIDEr": 0.51234,
+                "num_images": 1000,
+                "decode": {"num_beams": 3},
+                "versions": {"torch": "2"},
+            },
+            predictions=[predicted(path, "a dog", cider=1.0) for path in pictures],
             curves={
                 "train/loss": [(0, 3.0), (10, 2.0)],
-                "val/loss": [(10, 2.5)],
-                "learning_rate": [(0, 1e-5)],
+                "validation/loss": [(10, 2.5)],
+                "train/lr": [(0, 1e-5)],
             },
             recipe_yaml="learning_rate: 0.1\n",
-            decode={"num_beams": 3},
-            environment={"torch": "2"},
-            notes=["a note"],
         )
-        parser = _Balance()
-        parser.feed(page)
-        assert parser.open == []
-        assert len(parser.loads) == len(COLOURS)
-        assert all(load.startswith("data:image/jpeg;base64,") for load in parser.loads)
-        assert not re.search(r"url\(|@import|<script|<link", page)
-        assert "prefers-color-scheme: dark" in page and "width=device-width" in page
-        assert "0.5123" in page and "1,000" in page and "cannot be read" in page
+        html = self.write(tmp_path / "report.html", run, notes=["a note"])
+        page = Page(html)
+        assert len(page.loads) == 4 * len(COLOURS)  # random, best, worst, longest
+        assert all(load.startswith("data:image/jpeg;base64,") for load in page.loads)
+        assert not re.search(r"url\((?!#)|@import|<script|<link|href=\"(?!#)", html)
+        assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+        assert "0.5123" in html and "1,000" in html and "cannot be read" in html
+        assert "quoted" in html and "arXiv:1502.03044" in html
 
     def test_every_text_is_escaped(self, pictures: list[Path], tmp_path: Path) -> None:
-        evil = "<script>\"&'{x}"
-        page = self.write(
-            tmp_path / "report.html",
-            title=evil,
-            summary={evil: evil},
-            sections={evil: [SheetItem(pictures[0], evil, evil)]},
+        evil = "<script>\"&'{x}$y$"
+        run = ReportedRun(
+            evil,
+            dataset=evil,
+            metrics={
+                evil: 0.5,
+                "decode": {evil: evil},
+                "versions": {evil: evil},
+                "model": {"name": evil},
+                "skipped": {evil: evil},
+            },
+            predictions=[predicted(pictures[0], evil, reference=evil)],
             curves={f"{evil}/{evil}": [(0, 1.0)], f"b/{evil}": [(0, 1.0)]},
-            recipe_yaml=evil,
-            decode={evil: evil},
-            environment={evil: evil},
+            recipe_yaml=f"a: |\n  {evil}\n",
             notes=[evil],
         )
-        assert "<script>" not in page
-        assert page.count("&lt;script&gt;") >= 12
+        for runs in ((run,), (run, dataclasses.replace(run, name=f"2{evil}", recipe_yaml="a: 2"))):
+            html = self.write(tmp_path / "report.html", *runs, title=evil, notes=[evil])
+            Page(html)
+            assert "<script>" not in html
+            assert html.count("&lt;script&gt;") >= 12
 
     def test_series_of_one_quantity_share_a_chart(self, tmp_path: Path) -> None:
-        curves = {"train/loss": [(0, 3.0), (9, 2.0)], "val/loss": [(9, 2.5)], "lr": [(0, 0.1)]}
-        page = self.write(tmp_path / "report.html", curves=curves)
-        assert page.count("<svg") == 2
-        assert page.count("<polyline") == 3
+        curves = {"train/loss": [(0, 3.0), (9, 2.0)], "validation/loss": [(9, 2.5)], "train/lr": [(0, 0.1)]}
+        html = self.write(tmp_path / "report.html", ReportedRun("lite", curves=curves))
+        assert html.count("<svg") == 2
+        assert html.count(">train</text>") == html.count(">validation</text>") == 1
 
     @pytest.mark.parametrize(
         "curve",
         [[], [(0, float("nan"))], [(0, 0.0)], [(5, -1e-9), (6, 1e-9)], [(i, i**3) for i in range(5000)]],
     )
-    def test_curves_of_any_shape_stay_inside_the_chart(self, curve: list, tmp_path: Path) -> None:
-        page = self.write(tmp_path / "report.html", curves={"x": curve})
-        for points in re.findall(r'points="([^"]*)"', page):
-            places = [tuple(map(float, point.split(","))) for point in points.split()]
-            assert len(places) <= 401
-            assert all(0 <= x <= 460 and 0 <= y <= 220 for x, y in places)
+    def test_curves_of_any_shape(self, curve: list, tmp_path: Path) -> None:
+        html = self.write(tmp_path / "report.html", ReportedRun("lite", curves={"train/x": curve}))
+        Page(html)
+        assert ("<svg" in html) == any(math.isfinite(value) for _, value in curve)
+        assert len(html) < 60_000
+
+    def test_several_runs_side_by_side(self, pictures: list[Path], tmp_path: Path) -> None:
+        paths = pictures[:4]
+        runs = [
+            ReportedRun(
+                name,
+                metrics={"CIDEr": cider, "decode": {"num_beams": 3}},
+                predictions=[predicted(path, f"{name} says", cider=cider) for path in paths],
+                curves={"train/loss": [(0, 3.0), (9, cider)]},
+                recipe_yaml=f"learning_rate: {cider}\nseed: 0\n",
+                shares=shares,
+                notes=["its note"],
+            )
+            for name, cider, shares in (("one", 0.4, {}), ("two", 0.6, {"CIDEr": 1.5}))
+        ]
+        html = self.write(tmp_path / "report.html", *runs)
+        page = Page(html)
+        assert [float(row["CIDEr"]) for row in page.rows("CIDEr").values()] == [0.4, 0.6]
+        assert "150.0%" in html and "two: its note" in html
+        assert html.count("<p><small>one</small>one says") == html.count("<p><small>two</small>two says") == 8
+        differing = next(table for table in page.tables if ["learning_rate", "0.4", "0.6"] in table)
+        assert not any("seed" in row for row in differing)
+
+
+def predicted(path: Path, caption: str, *, cider: float = 0.5, reference: str = "a cat") -> Prediction:
+    image = CaptionedImage(path, (reference,), path.stem)
+    return Prediction(image, caption, -1.0, None, {"CIDEr": cider}, finished=True)
+
+
+class TestStatistics:
+    def test_counts(self) -> None:
+        captions = ["A dog runs.", "a dog runs", "a man and a man and a man", "the the end"]
+        statistics = caption_statistics(captions, [True, False, None, True])
+        assert statistics.lengths == (3, 3, 8, 3)
+        assert statistics.mean_length == 17 / 4
+        assert statistics.vocabulary == 7
+        assert statistics.distinct == 3 / 4
+        assert statistics.repeating == 2 / 4
+        assert statistics.unfinished == 1 / 3
+        assert statistics.phrases[0] == ("a man and a", 1 / 4)
+
+    def test_nothing_said(self) -> None:
+        statistics = caption_statistics(["", ""])
+        assert (statistics.vocabulary, statistics.mean_length, statistics.unfinished) == (0, 0, None)
+
+
+class TestCurves:
+    def test_what_a_continued_run_wrote_twice_holds_as_written_last(self, tmp_path: Path) -> None:
+        events = [(1, 3.0), (2, 2.5), (3, 9.0), (2, 2.4), (4, 2.0)]
+        lines = [
+            json.dumps({"event": "train", "step": s, "loss": v, "samples_per_second": 1}) for s, v in events
+        ]
+        lines.append(json.dumps({"event": "decoded", "step": 4, "cider": 0.3, "num_images": 5}))
+        (tmp_path / "history.jsonl").write_text("\n".join([*lines, '{"event": "tr']))
+        assert read_curves(tmp_path) == {
+            "train/loss": [(1, 3.0), (2, 2.4), (4, 2.0)],
+            "validation/cider": [(4, 0.3)],
+        }
+        (tmp_path / "history.jsonl").write_text("\n".join(["{", *lines]))
+        with pytest.raises(DataError, match=r"history.jsonl:1"):
+            read_curves(tmp_path)
+        assert read_curves(tmp_path / "none") == {}
 
 
 @dataclass
@@ -252,10 +351,10 @@ class TestEvaluation:
 
     def test_best_and_worst(self, images: list[CaptionedImage]) -> None:
         evaluation = evaluate_captioner(FakeCaptioner(), images, decode=DecodeSettings())  # type: ignore[arg-type]
-        worst = {item.image.stem for item in evaluation.worst(2)}
-        assert worst == {"green", "broken"}
-        assert not worst & {item.image.stem for item in evaluation.best(5)}
-        assert evaluation.random(3) == evaluation.random(3)
+        worst_two = {item.image.path.stem for item in worst(evaluation.predictions, 2)}
+        assert worst_two == {"green", "broken"}
+        assert not worst_two & {item.image.path.stem for item in best(evaluation.predictions, 5)}
+        assert drawn(evaluation.predictions, 3) == drawn(evaluation.predictions, 3)
 
     def test_nothing_to_evaluate(self, images: list[CaptionedImage]) -> None:
         with pytest.raises(DataError, match="no images"):
@@ -280,6 +379,95 @@ class TestEvaluation:
         assert records[0]["caption"] == "a red square on the wall"
         assert records[0]["scores"]["BLEU-1"] == pytest.approx(1)
         assert records[-1]["error"] == "damaged"
+        assert read_predictions(folder / "predictions.jsonl") == list(evaluation.predictions)
+
+
+class TestReportOfARun:
+    """What lies on disk, read again and shown."""
+
+    @pytest.fixture
+    def run(self, images: list[CaptionedImage], tmp_path: Path) -> Path:
+        """A run folder with a log and an evaluation."""
+        folder = tmp_path / "runs" / "lite"
+        (folder / "logs").mkdir(parents=True)
+        events = [{"event": "train", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
+        (folder / "logs" / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        evaluation = evaluate_captioner(
+            FakeCaptioner(),  # type: ignore[arg-type]
+            images,
+            decode=DecodeSettings(num_beams=2),
+            model={"name": "lite"},
+            data={"name": "flickr8k", "split": "val"},
+        )
+        write_evaluation(evaluation, folder / "val", title="colours")
+        return folder
+
+    def invoke(self, *arguments: object) -> Result:
+        return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+    def test_its_figures_equal_the_json(self, run: Path) -> None:
+        result = self.invoke("report", run)
+        assert result.exit_code == 0
+        html = (run / "report.html").read_text(encoding="utf-8")
+        assert len(html) < 5_000_000
+        page = Page(html)
+        metrics = json.loads((run / "val" / "metrics.json").read_text())
+        scores = page.rows("CIDEr")["lite"]
+        for metric in (
+            "BLEU-1",
+            "BLEU-2",
+            "BLEU-3",
+            "BLEU-4",
+            "ROUGE-L",
+            "CIDEr",
+            "perplexity",
+            "num_images",
+        ):
+            assert float(scores[metric.replace("num_", "")]) == metrics[metric]
+        assert float(scores["visual gain"]) == metrics["visual_gain"]
+        assert "METEOR" not in scores or scores["METEOR"] == "-"
+        decode = next(dict(table) for table in page.tables if any(row[0] == "num_beams" for row in table))
+        assert decode["num_beams"] == str(metrics["decode"]["num_beams"])
+        predictions = read_predictions(run / "val" / "predictions.jsonl")
+        captions = page.rows(PEOPLE)
+        assert float(captions["captions"]["lite"]) == len(predictions)
+        assert float(captions["unfinished, share"]["lite"]) == 0
+        assert html.count("<svg") == 2  # the loss, and the lengths
+        assert "METEOR skipped" in html
+
+    def test_the_evaluation_alone_shows_the_curves_of_its_run(self, run: Path) -> None:
+        reported = read_run(run / "val")
+        assert reported.curves["train/loss"][0] == (1, 1.0)
+        assert reported.name == "lite"
+
+    def test_what_is_missing_is_said(self, run: Path, tmp_path: Path) -> None:
+        (run / "val" / "predictions.jsonl").unlink()
+        assert any("predictions.jsonl" in note for note in read_run(run).notes)
+        (run / "val" / "metrics.json").unlink()
+        result = self.invoke("report", run, "--output", tmp_path / "new" / "r.html")
+        assert result.exit_code == 0 and "Not evaluated yet" in result.stderr
+        assert "Not evaluated yet" in (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        for path, words in ((tmp_path / "none", "no run at"), (tmp_path / "empty", "holds neither")):
+            with pytest.raises(DataError, match=words):
+                read_run(path)
+
+    def test_side_by_side(self, run: Path, tmp_path: Path) -> None:
+        other = run.parent / "other"
+        shutil.copytree(run, other)
+        metrics = json.loads((other / "val" / "metrics.json").read_text())
+        metrics |= {"CIDEr": metrics["CIDEr"] / 2, "model": {"name": "other"}}
+        (other / "val" / "metrics.json").write_text(json.dumps(metrics))
+        file = tmp_path / "compared.html"
+        result = self.invoke("compare", run, other, "--html", file)
+        assert result.exit_code == 0, result.stderr
+        scores = Page(file.read_text(encoding="utf-8")).rows("CIDEr")
+        assert float(scores["other"]["CIDEr"].split("50.0%")[0]) == metrics["CIDEr"]
+        shutil.copytree(run / "val", run / "test")
+        with pytest.raises(DataError, match="several evaluations"):
+            self.invoke("compare", run, other)
 
 
 def test_evaluate_command(
@@ -293,12 +481,12 @@ def test_evaluate_command(
     monkeypatch.setattr(pipeline, "Captioner", loader, raising=False)
     monkeypatch.setitem(sys.modules, pipeline.__name__, pipeline)
 
-    app = typer.Typer()
-    app.command()(evaluate)
+    program = typer.Typer()
+    program.command()(evaluate)
     scores, out = tmp_path / "new" / "scores.json", tmp_path / "out"
     arguments = ["--checkpoint", "best.pth", "--data-dir", str(drawn_caption_folder), "--split", "test"]
     arguments += ["--limit", "6", "--num-beams", "2", "--json", str(scores), "--output-dir", str(out)]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(program, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     content = json.loads(scores.read_text())
     expected = {

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def compare(
     scores: list[Path] = typer.Argument(
-        ..., help="Evaluations: JSON files or output folders of `vlm-bridge evaluate`."
+        ...,
+        help="Runs: run folders with an evaluation, or JSON files or output folders of `vlm-bridge evaluate`.",
     ),
     reference: str | None = typer.Option(
         None, help="What the others are a share of: a name or path of these. (default: the first)"
@@ -23,19 +24,28 @@ def compare(
         False, "--force", help="Show side by side what should not be compared; the reasons become notes."
     ),
     json_output: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    html: Path | None = typer.Option(
+        None, help="Also write the report of all of them side by side to this HTML file."
+    ),
 ) -> None:
     """Print scores side by side, and each as a share of a reference; refuse those of other data."""
     import json
 
     from vlm_bridge.evaluation.compare import compare as compare_scores
+    from vlm_bridge.evaluation.compare import write_comparison
 
     comparison = compare_scores(scores, reference=reference, force=force)
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_comparison(html, comparison)
     if json_output:
         typer.echo(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False))
         return
     for note in comparison.notes:
         typer.echo(f"note: {note}", err=True)
     _print_table(comparison)
+    if html:
+        print(f"report: {html}", file=sys.stderr)
 
 
 def _print_table(comparison: Comparison) -> None:

@@ -20,6 +20,7 @@ from vlm_bridge.cli import (
     info,
     new_decoder,
     quickstart,
+    report,
     train,
 )
 from vlm_bridge.errors import VLMBridgeError
@@ -38,6 +39,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("caption")(caption.caption)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)

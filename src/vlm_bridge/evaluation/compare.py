@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_bridge.errors import DataError, UsageError
-from vlm_bridge.evaluation.run import METRICS
+from vlm_bridge.evaluation.report import METRICS, ReportedRun, write_report
+from vlm_bridge.evaluation.run import METRICS_NAME
+from vlm_bridge.evaluation.run_folder import HOW, evaluations_in, model_name, read_metrics, read_run
 
-METRICS_NAME = "metrics.json"
 PER_TOKEN = ("perplexity", "visual_gain")
 """Per token of each model's own vocabulary: shown, but never as a share of another model's."""
 
@@ -109,26 +109,40 @@ def compare(paths: Sequence[Path], *, reference: str | None = None, force: bool 
 
 
 def read_scores(path: Path) -> Scores:
-    """Scores from the JSON file of an evaluation, or from ``metrics.json`` in its folder.
+    """Scores from the JSON file of an evaluation, from its folder, or from the run folder that it lies in.
 
     Raises:
-        DataError: nothing is there, or it is not what `vlm-bridge evaluate` writes.
+        DataError: nothing is there, it is not what `vlm-bridge evaluate` writes, or a run has several evaluations.
     """
-    file = path / METRICS_NAME if path.is_dir() else path
-    how = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        inside = sorted(found.parent for found in path.glob(f"*/{METRICS_NAME}"))
-        hint = f"; there are some in {', '.join(map(str, inside))}" if inside else ""
-        raise DataError(f"no scores at {file}: {how}{hint}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the scores in {file}: {error}") from error
-    if not isinstance(content, dict) or not {"CIDEr", "num_images"} <= content.keys():
-        raise DataError(f"{file} does not hold the scores of an evaluation: {how}")
-    scores = Scores("", file, content)
-    name = scores.fact("model", "name") or (file.parent.name if file.name == METRICS_NAME else file.stem)
-    return Scores(str(name), file, content)
+    found = evaluations_in(path)
+    if not found:
+        raise DataError(f"no scores at {path}: {HOW}")
+    if len(found) > 1:
+        folders = ", ".join(str(file.parent) for file in found)
+        raise DataError(f"{path} has several evaluations: name one of {folders}")
+    content = read_metrics(found[0])
+    return Scores(model_name(content, found[0]), found[0], content)
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """The report of `write_report` with all runs of a comparison side by side.
+
+    Raises:
+        DataError: a run's predictions or logs are damaged.
+        OSError: the file cannot be written.
+    """
+    runs = [_reported(run, comparison) for run in comparison.runs]
+    names = " and ".join(run.name for run in runs)
+    write_report(path, runs, title=f"{names} side by side", notes=comparison.notes)
+
+
+def _reported(scores: Scores, comparison: Comparison) -> ReportedRun:
+    """A run as its own report shows it, under its name here and with its shares of the reference."""
+    is_folder_file = scores.path.name == METRICS_NAME
+    run = read_run(scores.path.parent if is_folder_file else scores.path)
+    shares = {metric: comparison.share(scores, metric) for metric in comparison.metrics}
+    known = {metric: share for metric, share in shares.items() if share is not None}
+    return replace(run, name=scores.name, shares={} if scores is comparison.reference else known)
 
 
 def _with_unique_names(runs: Sequence[Scores]) -> list[Scores]:

@@ -51,15 +51,20 @@ class CaptionScores:
 
     def notes(self) -> list[str]:
         """What a reader of the numbers must know, one line each; empty when there is nothing to say."""
-        reasons: dict[str, list[str]] = {}
-        for metric, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(metric)
-        lines = [f"{' and '.join(metrics)} skipped: {reason}" for reason, metrics in reasons.items()]
-        if self.tokenizer == "regex":
-            lines.append(
-                "tokenized by a simple rule, not by PTB: do not compare these scores with published ones"
-            )
-        return lines
+        return score_notes(self.skipped, self.tokenizer)
+
+
+def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
+    """`CaptionScores.notes` for scores that were read from a file."""
+    reasons: dict[str, list[str]] = {}
+    for metric, reason in skipped.items():
+        reasons.setdefault(reason, []).append(metric)
+    lines = [f"{' and '.join(metrics)} skipped: {reason}" for reason, metrics in reasons.items()]
+    if tokenizer == "regex":
+        lines.append(
+            "tokenized by a simple rule, not by PTB: do not compare these scores with published ones"
+        )
+    return lines
 
 
 def score_captions(

@@ -1,183 +1,364 @@
-"""A report as one HTML file: opens from disk, needs no network, and can be mailed as it is."""
+"""A report as one HTML file: opens from disk, needs no network, and can be mailed as it is.
+
+One run, or several side by side: `write_report` is the same for both. Numbers stand in ``<data value="...">`` with all
+their digits, so that a program reads from the page what the JSON says.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from vlm_bridge.data_pipeline.caption_folder import write_atomically
-from vlm_bridge.evaluation.contact_sheet import SheetItem, thumbnail
+from vlm_bridge.evaluation.caption_statistics import CaptionStatistics, caption_statistics
+from vlm_bridge.evaluation.charts import histogram, line_chart
+from vlm_bridge.evaluation.contact_sheet import thumbnail
+from vlm_bridge.evaluation.metrics import score_notes
+from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, worst
+from vlm_bridge.evaluation.published import published_on
 
-Curve = Sequence[tuple[int, float]]
-"""Points (training step, value)."""
-
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+SHOWN = 12
+"""Pictures in each section of a contact sheet or report."""
 THUMBNAIL = (320, 240)
 """Pixels; about 15 kB each as JPEG, so that a report with dozens of pictures can still be mailed."""
+PEOPLE = "people"
+"""How the first reference of each image is called beside what captioners said."""
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    summary: Mapping[str, float | int | str],
-    sections: Mapping[str, Sequence[SheetItem]],
-    curves: Mapping[str, Curve] | None = None,
-    recipe_yaml: str = "",
-    decode: Mapping[str, object] | None = None,
-    environment: Mapping[str, object] | None = None,
-    notes: Sequence[str] = (),
-) -> None:
-    """Write the report; what is empty is left out.
+@dataclass(frozen=True)
+class ReportedRun:
+    """What a report shows of one run; what is empty is left out.
+
+    Attributes:
+        name: unique within a report.
+        dataset: what it was evaluated on, to find published scores of it.
+        metrics: an evaluation's ``metrics.json``. Numbers at its top are scores, also those that we do not know.
+        predictions: in the order of the images.
+        curves: ``series/quantity`` (``train/loss``, ``validation/loss``) -> points; those of one quantity share a
+            chart, and values that are not finite are left out.
+        recipe_yaml: the whole recipe, so that the run can be repeated from its report.
+        shares: metric -> fraction of the score that the run is compared with.
+        notes: what a reader must know about it, one line each.
+    """
+
+    name: str
+    dataset: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    predictions: Sequence[Prediction] = ()
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    recipe_yaml: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Every number of the metrics, the field's metrics first and in their usual order."""
+        order = (*METRICS, "SPICE", "perplexity", "visual_gain")
+        numbers = {
+            name: value
+            for name, value in self.metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        return {name: numbers[name] for name in (*order, *numbers) if name in numbers}
+
+
+def write_report(path: Path, runs: Sequence[ReportedRun], *, title: str, notes: Sequence[str] = ()) -> None:
+    """Write the report of a run, or of several side by side.
 
     Args:
         path: the HTML file; replaced at once when the new one is complete.
         title: heading and window title.
-        summary: the numbers that matter, name -> value, shown large and in this order.
-        sections: heading -> pictures with captions (for example best, worst, random).
-        curves: name -> points. Names ``series/quantity`` (``train/loss``, ``val/loss``) share the chart of
-            their quantity; values that are not finite are left out.
-        recipe_yaml: the whole recipe, so that the run can be repeated from its report.
-        decode: generation settings.
-        environment: versions and machine.
-        notes: what a reader must know about the numbers, one line each.
+        notes: what a reader must know about all of it, one line each.
 
     Raises:
         OSError: the file cannot be written.
     """
+    lines = [*notes, *(_of(run, runs) + note for run in runs for note in _notes(run))]
     body = [
         f"<h1>{escape(title)}</h1>",
-        _summary(summary),
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
-        _charts(curves or {}),
-        *(_gallery(heading, items) for heading, items in sections.items() if items),
-        _table("Decoding", decode or {}),
-        f"<h2>Recipe</h2><pre>{escape(recipe_yaml)}</pre>" if recipe_yaml else "",
-        _table("Environment", environment or {}),
+        _summary(runs[0]) if len(runs) == 1 else "",
+        *(f'<p class="note">{escape(line)}</p>' for line in lines),
+        _scores(runs),
+        _curves(runs),
+        *_galleries(runs),
+        _captions(runs),
+        _table("Decoding", {run.name: run.metrics.get("decode") or {} for run in runs}),
+        _recipes(runs),
+        _table("Environment", {run.name: run.metrics.get("versions") or {} for run in runs}),
     ]
     page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, body)))
     write_atomically(Path(path), page.encode())
 
 
-def _summary(summary: Mapping[str, float | int | str]) -> str:
-    cards = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(_number(value))}</dd></div>"
-        for name, value in summary.items()
+def _of(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def _notes(run: ReportedRun) -> list[str]:
+    lines = [*run.notes, *score_notes(run.metrics.get("skipped") or {}, run.metrics.get("tokenizer"))]
+    if failures := run.metrics.get("num_failures"):
+        lines.append(f"{failures} picture(s) could not be captioned and count as empty captions")
+    return lines
+
+
+# --- Scores -------------------------------------------------------------------------------------------
+
+
+def _summary(run: ReportedRun) -> str:
+    """The numbers that matter most, large."""
+    first = ("CIDEr", "BLEU-4", "METEOR", "visual_gain", "perplexity", "num_images")
+    cards = "".join(
+        f"<div><dt>{escape(_label(name))}</dt><dd>{_number(run.scores[name])}</dd></div>"
+        for name in first
+        if name in run.scores
     )
-    return f'<dl class="summary">{"".join(cards)}</dl>' if summary else ""
+    return f'<dl class="summary">{cards}</dl>' if cards else ""
 
 
-def _gallery(heading: str, items: Sequence[SheetItem]) -> str:
-    figures = "".join(_figure(item) for item in items)
-    return f'<h2>{escape(heading)}</h2>\n<div class="gallery">{figures}</div>'
+def _scores(runs: Sequence[ReportedRun]) -> str:
+    """A row a system, as papers print them; published ones below, marked as quoted and with their source."""
+    measured = [run for run in runs if run.scores]
+    if not measured:
+        return ""
+    metrics = list(dict.fromkeys(name for run in measured for name in run.scores))
+    rows = "".join(_score_row(run, metrics) for run in measured)
+    systems = [
+        system
+        for dataset in dict.fromkeys(run.dataset for run in measured)
+        for system in published_on(dataset)
+    ]
+    for system in systems:
+        cells = "".join(f"<td>{_number(system.scores.get(metric))}</td>" for metric in metrics)
+        rows += (
+            f'<tr class="quoted"><th>{escape(system.system)} <small class="tag">quoted</small>'
+            f"<small>{escape(system.source)}</small></th>{cells}</tr>"
+        )
+    notes = "Scores are fractions: papers print CIDEr 1.20 as 120. "
+    if systems:
+        notes += "Quoted rows were not measured here: pictures, splits and preprocessing are those of their papers. "
+    if any("visual_gain" in run.scores for run in measured):
+        notes += (
+            "Visual gain is by how many nats per token the loss grows when the pictures are shuffled among the "
+            "captions: near 0, the captioner does not look."
+        )
+    head = "".join(f"<th>{escape(_label(metric))}</th>" for metric in metrics)
+    return (
+        f'<h2>Scores</h2>\n<div class="wide"><table class="scores"><thead><tr><th></th>{head}</tr></thead>'
+        f'<tbody>{rows}</tbody></table></div><p class="note">{escape(notes.strip())}</p>'
+    )
 
 
-def _figure(item: SheetItem) -> str:
-    picture = thumbnail(item.image, THUMBNAIL)
+def _score_row(run: ReportedRun, metrics: Sequence[str]) -> str:
+    cells = ""
+    for metric in metrics:
+        share = f"<small>{run.shares[metric]:.1%}</small>" if metric in run.shares else ""
+        cells += f"<td>{_number(run.scores.get(metric))}{share}</td>"
+    return f"<tr><th>{escape(run.name)}</th>{cells}</tr>"
+
+
+# --- Training ------------------------------------------------------------------------------------------
+
+
+def _curves(runs: Sequence[ReportedRun]) -> str:
+    by_quantity: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for run in runs:
+        for name, curve in run.curves.items():
+            series, _, quantity = name.rpartition("/")
+            finite = [(float(step), value) for step, value in curve if math.isfinite(value)]
+            if finite:
+                by_quantity.setdefault(quantity, {})[_of(run, runs) + (series or quantity)] = finite
+    charts = "".join(
+        f"<figure>{line_chart(_label(quantity), series, x_label='step', key=f'curve{number}')}</figure>\n"
+        for number, (quantity, series) in enumerate(by_quantity.items())
+    )
+    return f'<h2>Training</h2>\n<div class="charts">{charts}</div>' if charts else ""
+
+
+# --- Captions ------------------------------------------------------------------------------------------
+
+
+def _captions(runs: Sequence[ReportedRun]) -> str:
+    """Statistics of what was said, beside those of one human caption of each image."""
+    speaking = [run for run in runs if run.predictions]
+    if not speaking:
+        return ""
+    statistics = {
+        run.name: caption_statistics(
+            [prediction.caption for prediction in run.predictions],
+            [prediction.finished for prediction in run.predictions],
+        )
+        for run in speaking
+    }
+    people = caption_statistics([prediction.image.captions[0] for prediction in speaking[0].predictions])
+    statistics[PEOPLE] = people
+    table = _table("Captions", {name: _statistics_rows(values) for name, values in statistics.items()})
+    lengths = {
+        name: {length: count / len(values.lengths) for length, count in Counter(values.lengths).items()}
+        for name, values in statistics.items()
+    }
+    chart = histogram("share of captions by length", lengths, x_label="words", key="lengths")
+    phrases = "".join(_phrases(name, values) for name, values in statistics.items())
+    about = f"{PEOPLE}: the first reference of each picture. Words are lower case, without punctuation."
+    return (
+        f'{table}<p class="note">{about}</p><div class="charts"><figure>{chart}</figure></div>'
+        f'<h2>Most frequent phrases of four words</h2><div class="charts">{phrases}</div>'
+    )
+
+
+def _statistics_rows(statistics: CaptionStatistics) -> dict[str, object]:
+    return {
+        "captions": len(statistics.lengths),
+        "mean length, words": statistics.mean_length,
+        "longest, words": max(statistics.lengths),
+        "vocabulary, words": statistics.vocabulary,
+        "distinct captions, share": statistics.distinct,
+        "with a repeated trigram or word, share": statistics.repeating,
+        "unfinished, share": statistics.unfinished,
+    }
+
+
+def _phrases(name: str, statistics: CaptionStatistics) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(phrase)}</th><td>{share:.1%}</td></tr>" for phrase, share in statistics.phrases
+    )
+    return f"<figure><figcaption><b>{escape(name)}</b></figcaption><table>{rows}</table></figure>"
+
+
+# --- Pictures ------------------------------------------------------------------------------------------
+
+
+def _galleries(runs: Sequence[ReportedRun]) -> Iterable[str]:
+    """Pictures of one run, or those that all runs captioned with what each said."""
+    speaking = [run for run in runs if run.predictions]
+    if len(runs) == 1:
+        for heading, choose in (
+            ("Drawn at random", drawn),
+            ("Best by CIDEr", best),
+            ("Worst by CIDEr", worst),
+            ("Longest captions", longest),
+        ):
+            chosen = choose(runs[0].predictions, SHOWN)
+            yield _gallery(heading, [[("", prediction)] for prediction in chosen])
+    elif speaking:
+        by_image = [
+            {prediction.image.original_id: prediction for prediction in run.predictions} for run in speaking
+        ]
+        shared = [
+            prediction
+            for prediction in speaking[0].predictions
+            if all(prediction.image.original_id in predictions for predictions in by_image)
+        ]
+
+        def said(prediction: Prediction) -> list[tuple[str, Prediction]]:
+            key = prediction.image.original_id
+            return [(run.name, predictions[key]) for run, predictions in zip(speaking, by_image, strict=True)]
+
+        def spread(prediction: Prediction) -> float:
+            ciders = [other.cider for _, other in said(prediction)]
+            return max(ciders) - min(ciders)
+
+        yield _gallery("Drawn at random", [said(prediction) for prediction in drawn(shared, SHOWN)])
+        differing = sorted(shared, key=spread, reverse=True)[:SHOWN]
+        yield _gallery("Where CIDEr differs most", [said(prediction) for prediction in differing])
+
+
+def _gallery(heading: str, pictures: Sequence[Sequence[tuple[str, Prediction]]]) -> str:
+    figures = "".join(_figure(captions) for captions in pictures)
+    return f'<h2>{escape(heading)}</h2>\n<div class="gallery">{figures}</div>' if figures else ""
+
+
+def _figure(captions: Sequence[tuple[str, Prediction]]) -> str:
+    """A picture, what each run (its name, its prediction) said about it, and what a person did."""
+    image = captions[0][1].image
+    picture = thumbnail(image.path, THUMBNAIL)
     if picture:
         jpeg = io.BytesIO()
         picture.save(jpeg, "JPEG", quality=80, optimize=True)
         source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
-        shown = f'<img alt="{escape(item.image.name)}" src="{source}">'
+        shown = f'<img alt="{escape(image.path.name)}" src="{source}">'
     else:
         shown = '<div class="broken">cannot be read</div>'
-    texts = f"<p>{escape(item.caption or '(no caption)')}</p>"
-    if item.reference:
-        texts += f'<p class="reference">{escape(item.reference)}</p>'
-    if item.score is not None:
-        texts += f'<p class="score">{item.score:.3f}</p>'
+    texts = ""
+    for name, prediction in captions:
+        label = f"<small>{escape(name)}</small>" if name else ""
+        score = f'<span class="score">{_number(prediction.cider)}</span>'
+        texts += f"<p>{label}{escape(prediction.caption or '(no caption)')} {score}</p>"
+    texts += f'<p class="reference">{escape(image.captions[0])}</p>'
     return f"<figure>{shown}<figcaption>{texts}</figcaption></figure>\n"
 
 
-def _table(heading: str, rows: Mapping[str, object]) -> str:
-    cells = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(_number(value))}</td></tr>" for name, value in rows.items()
+# --- Settings ------------------------------------------------------------------------------------------
+
+
+def _recipes(runs: Sequence[ReportedRun]) -> str:
+    known = [run for run in runs if run.recipe_yaml]
+    if not known:
+        return ""
+    if len(runs) == 1:
+        return f"<h2>Recipe</h2><pre>{escape(known[0].recipe_yaml)}</pre>"
+    whole = "".join(
+        f"<details><summary>{escape(run.name)}</summary><pre>{escape(run.recipe_yaml)}</pre></details>"
+        for run in known
     )
-    return f"<h2>{escape(heading)}</h2>\n<table>{cells}</table>" if rows else ""
+    flat = {run.name: _flat(run.recipe_yaml) for run in known}
+    keys = list(dict.fromkeys(key for recipe in flat.values() for key in recipe))
+    differing = [key for key in keys if len({str(recipe.get(key)) for recipe in flat.values()}) > 1]
+    table = _table(
+        "Recipes: where they differ",
+        {name: {key: recipe.get(key) for key in differing} for name, recipe in flat.items()},
+    )
+    return (table or "<h2>Recipes</h2>") + whole
+
+
+def _flat(recipe_yaml: str) -> dict[str, object]:
+    """Dotted keys of a recipe."""
+    import yaml
+
+    def walk(value: object, prefix: str) -> Iterable[tuple[str, object]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(inner, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            yield prefix, value
+
+    return dict(walk(yaml.safe_load(recipe_yaml) or {}, ""))
+
+
+def _table(heading: str, columns: Mapping[str, Mapping[str, object]]) -> str:
+    """A column a run; the names of the rows are those of all columns together."""
+    columns = {name: rows for name, rows in columns.items() if rows}
+    names = list(dict.fromkeys(row for rows in columns.values() for row in rows))
+    if not names:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    head = f"<thead><tr><th></th>{head}</tr></thead>" if len(columns) > 1 else ""
+    body = "".join(
+        f"<tr><th>{escape(row)}</th>{''.join(f'<td>{_number(rows.get(row))}</td>' for rows in columns.values())}</tr>"
+        for row in names
+    )
+    return f'<h2>{escape(heading)}</h2>\n<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _label(name: str) -> str:
+    return name.replace("num_", "").replace("_", " ")
 
 
 def _number(value: object) -> str:
-    """Four significant digits for measurements, everything else as it is."""
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-# --- Charts ------------------------------------------------------------------------------------------
-
-
-def _charts(curves: Mapping[str, Curve]) -> str:
-    by_quantity: dict[str, dict[str, Curve]] = {}
-    for name, curve in curves.items():
-        series, _, quantity = name.rpartition("/")
-        finite = [(step, value) for step, value in curve if math.isfinite(value)]
-        if finite:
-            by_quantity.setdefault(quantity, {})[series or quantity] = finite
-    figures = "".join(_chart(quantity, series) for quantity, series in by_quantity.items())
-    return f'<h2>Training</h2>\n<div class="charts">{figures}</div>' if figures else ""
-
-
-def _chart(title: str, series: Mapping[str, Curve], width: int = 460, height: int = 220) -> str:
-    """Lines over training steps as inline SVG; the style sheet colours them, so they follow dark mode."""
-    left, right, top, bottom = 52, 20, 10, 26
-    points = [point for curve in series.values() for point in curve]
-    last_step = max(1, max(step for step, _ in points))
-    y_ticks = _ticks(min(value for _, value in points), max(value for _, value in points))
-    low, high = y_ticks[0], y_ticks[-1]
-
-    def x(step: float) -> float:
-        return left + (width - left - right) * step / last_step
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - value) / (high - low)
-
-    parts = []
-    for tick in y_ticks:
-        parts.append(
-            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in _ticks(0, last_step):
-        if tick <= last_step:
-            parts.append(f'<text x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
-    for number, curve in enumerate(series.values()):
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in _thin(curve))
-        parts.append(f'<polyline class="series{number % 4}" points="{path}"/>')
-        if len(curve) <= 30:
-            dots = (
-                f'<circle class="series{number % 4}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.5"/>'
-                for s, v in curve
-            )
-            parts.extend(dots)
-    legend = "".join(
-        f'<span class="series{number % 4}">{escape(name)}</span>' for number, name in enumerate(series)
-    )
-    legend = f'<span class="legend">{legend}</span>' if len(series) > 1 else ""
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)} over training steps">'
-        f"{''.join(parts)}</svg></figure>\n"
-    )
-
-
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) whose ends enclose [low, high]."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / count))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * count >= span)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [float(f"{index * step:.6g}") for index in range(first, max(last, first + 1) + 1)]
-
-
-def _thin(curve: Curve, most: int = 400) -> Iterable[tuple[int, float]]:
-    """At most ``most`` points, each the mean of neighbours: more cannot be seen and would bloat the file."""
-    size = -(-len(curve) // most)
-    for start in range(0, len(curve), size):
-        group = curve[start : start + size]
-        yield group[-1][0], sum(value for _, value in group) / len(group)
+    """Four significant digits for measurements, with all of them for programs; everything else as it is."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return escape(str(value))
+    shown = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
+    return f'<data value="{value!r}">{shown}</data>'
 
 
 # --- Page --------------------------------------------------------------------------------------------
@@ -200,11 +381,12 @@ _PAGE = """<!doctype html>
 """
 
 _STYLE = """
+/* Series colours: Okabe and Ito 2008, told apart by colour-blind readers too. */
 :root { --page: #fff; --ink: #1f2328; --soft: #66707b; --line: #dde1e6; --card: #f6f8fa;
-  --c0: #1c6dd0; --c1: #d9480f; --c2: #2b8a3e; --c3: #862e9c; }
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #0f1216; --ink: #e3e7ec; --soft: #98a2ad; --line: #2b323a; --card: #181d23;
-    --c0: #6cb0ff; --c1: #ff9a62; --c2: #6fd08c; --c3: #d69cf0; } }
+    --c0: #56b4e9; --c1: #e69f00; --c2: #009e73; --c3: #cc79a7; --c4: #d55e00; --c5: #f0e442; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -230,25 +412,22 @@ figure { margin: 0; min-width: 0; }
 .gallery p { margin: .45rem 0 0; line-height: 1.35; overflow-wrap: anywhere; }
 .reference { color: var(--soft); font-size: .875rem; }
 .score { color: var(--c0); font-size: .875rem; font-variant-numeric: tabular-nums; }
-.charts figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; }
-.legend { display: flex; gap: 1rem; color: var(--soft); font-size: .875rem; }
-.legend span::before { content: ""; display: inline-block; width: .8rem; height: 3px; margin-right: .4rem;
-  vertical-align: middle; background: currentColor; }
-.legend .series0 { color: var(--c0); } .legend .series1 { color: var(--c1); }
-.legend .series2 { color: var(--c2); } .legend .series3 { color: var(--c3); }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-.grid { stroke: var(--line); }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
-polyline.series0 { stroke: var(--c0); } polyline.series1 { stroke: var(--c1); }
-polyline.series2 { stroke: var(--c2); } polyline.series3 { stroke: var(--c3); }
-circle.series0 { fill: var(--c0); } circle.series1 { fill: var(--c1); }
-circle.series2 { fill: var(--c2); } circle.series3 { fill: var(--c3); }
+svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .75rem .4rem 0;
   border-bottom: 1px solid var(--line); }
 th { width: 14rem; max-width: 40%; font-weight: 500; color: var(--soft); }
 td { overflow-wrap: anywhere; }
+thead th { color: var(--ink); width: auto; }
+.scores th, .scores td { white-space: nowrap; }
+.scores tbody th { white-space: normal; min-width: 12rem; }
+.scores td { font-variant-numeric: tabular-nums; }
+.quoted { color: var(--soft); }
+small { display: block; color: var(--soft); font-weight: 400; }
+.tag { display: inline; border: 1px solid var(--line); border-radius: 4px; padding: 0 .35em; }
+details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--card); border-radius: 10px; padding: 1rem; overflow-x: auto;
   font-size: .85rem; line-height: 1.45; }
 """

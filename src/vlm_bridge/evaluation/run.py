@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
+from vlm_bridge.evaluation.contact_sheet import contact_sheet
+from vlm_bridge.evaluation.history import Curve
 from vlm_bridge.evaluation.metrics import CaptionScores, score_captions
-from vlm_bridge.evaluation.report import Curve, write_report
+from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, best, worst, write_predictions
+from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import DecodeSettings
 
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-SHOWN = 12
-"""Pictures in each section of a contact sheet or report."""
+METRICS_NAME = "metrics.json"
+REPORT_NAME = "report.html"
 
 
 class Captioned(Protocol):
@@ -67,22 +67,6 @@ class EvaluableCaptioner(Protocol):
 
 class NotMeasurable(Exception):
     """A captioner cannot give perplexity and visual gain; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the captioner said about one image. After ``error`` the caption is empty and counts as such.
-
-    ``log_probability`` is the caption's mean per token, in nats; ``finished`` is whether it came to its end rather
-    than to the longest that was allowed.
-    """
-
-    image: CaptionedImage
-    caption: str
-    log_probability: float | None
-    error: str | None
-    scores: Mapping[str, float]
-    finished: bool | None
 
 
 @dataclass(frozen=True)
@@ -131,22 +115,6 @@ class Evaluation:
                 "references": references_digest([prediction.image for prediction in self.predictions]),
             },
         }
-
-    def best(self, count: int = SHOWN) -> list[SheetItem]:
-        """The images with the highest CIDEr, best first."""
-        return [_sheet_item(prediction) for prediction in self._by_cider()[::-1][:count]]
-
-    def worst(self, count: int = SHOWN) -> list[SheetItem]:
-        """The images with the lowest CIDEr, worst first."""
-        return [_sheet_item(prediction) for prediction in self._by_cider()[:count]]
-
-    def random(self, count: int = SHOWN) -> list[SheetItem]:
-        """Images drawn with a fixed seed: the honest picture between best and worst."""
-        drawn = random.Random(0).sample(self.predictions, min(count, len(self.predictions)))
-        return [_sheet_item(prediction) for prediction in drawn]
-
-    def _by_cider(self) -> list[Prediction]:
-        return sorted(self.predictions, key=lambda prediction: prediction.scores["CIDEr"])
 
 
 def evaluate_captioner(
@@ -228,34 +196,23 @@ def write_evaluation(
         OSError: something cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "metrics.json", evaluation.to_json())
-    lines = [json.dumps(_record(prediction), ensure_ascii=False) for prediction in evaluation.predictions]
-    write_atomically(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    metrics, predictions = evaluation.to_json(), evaluation.predictions
+    write_json(folder / METRICS_NAME, metrics)
+    write_predictions(folder / PREDICTIONS_NAME, predictions)
 
-    half = min(SHOWN, len(evaluation.predictions) // 2)
-    sheet = [*evaluation.best(min(SHOWN, len(evaluation.predictions) - half)), *evaluation.worst(half)]
+    half = min(SHOWN, len(predictions) // 2)
+    chosen = [*best(predictions, min(SHOWN, len(predictions) - half)), *worst(predictions, half)]
+    sheet = [prediction.sheet_item() for prediction in chosen]
     contact_sheet(sheet, folder / "contact_sheet.png", title=f"{title}: best and worst by CIDEr")
-    metrics = evaluation.to_json()
-    shown = {name: metrics.get(name) for name in ("CIDEr", *METRICS[:6], "SPICE")} | {
-        "perplexity": evaluation.perplexity,
-        "visual gain": evaluation.visual_gain,
-        "images": len(evaluation.predictions),
-    }
-    write_report(
-        folder / "report.html",
-        title=title,
-        summary={name: value for name, value in shown.items() if value is not None},
-        sections={
-            "Drawn at random": evaluation.random(),
-            "Best by CIDEr": evaluation.best(),
-            "Worst by CIDEr": evaluation.worst(),
-        },
-        curves=curves,
+    run = ReportedRun(
+        str(evaluation.model.get("name") or "this evaluation"),
+        dataset=str(evaluation.data.get("name") or ""),
+        metrics=metrics,
+        predictions=predictions,
+        curves=curves or {},
         recipe_yaml=recipe_yaml,
-        decode=evaluation.decode.to_dict(),
-        environment=evaluation.versions,
-        notes=[*evaluation.scores.notes(), *_failure_notes(evaluation)],
     )
+    write_report(folder / REPORT_NAME, [run], title=title)
 
 
 def references_digest(images: Sequence[CaptionedImage]) -> str:
@@ -269,29 +226,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(
         path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
-
-
-def _failure_notes(evaluation: Evaluation) -> list[str]:
-    count = len(evaluation.failures)
-    return [f"{count} picture(s) could not be captioned and count as empty captions"] if count else []
-
-
-def _record(prediction: Prediction) -> dict[str, Any]:
-    record = {
-        "image": str(prediction.image.path),
-        "original_id": prediction.image.original_id,
-        "caption": prediction.caption,
-        "log_probability": prediction.log_probability,
-        "references": list(prediction.image.captions),
-        "finished": prediction.finished,
-        "scores": dict(prediction.scores),
-    }
-    return record | ({"error": prediction.error} if prediction.error else {})
-
-
-def _sheet_item(prediction: Prediction) -> SheetItem:
-    reference = prediction.image.captions[0]
-    return SheetItem(prediction.image.path, prediction.caption, reference, prediction.scores["CIDEr"])
 
 
 def _finite(value: float | None) -> float | None:

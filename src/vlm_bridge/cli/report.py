@@ -1,0 +1,28 @@
+"""``vlm-bridge report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def report(
+    run: Path = typer.Argument(..., help="Run folder, an evaluation's folder, or a JSON file of scores."),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="HTML file to write. (default: report.html in the run's folder)"
+    ),
+) -> None:
+    """Write one HTML file about a run: recipe, curves, scores, pictures, statistics of its captions, environment."""
+    from vlm_bridge.evaluation.report import write_report
+    from vlm_bridge.evaluation.run import REPORT_NAME
+    from vlm_bridge.evaluation.run_folder import read_run
+
+    reported = read_run(run)
+    path = output or (run if run.is_dir() else run.parent) / REPORT_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    on = f" on {reported.dataset}" if reported.dataset else ""
+    write_report(path, [reported], title=f"{reported.name}{on}")
+    for note in reported.notes:
+        typer.echo(f"note: {note}", err=True)
+    print(f"report: {path}")

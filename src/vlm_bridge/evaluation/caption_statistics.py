@@ -1,0 +1,69 @@
+"""What a set of captions is like, whatever it says: how long, how varied, how often the same, and whether it ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from vlm_bridge.evaluation.metrics import regex_tokenize
+
+REPEATED = 3
+"""Words of an n-gram that no caption should have twice."""
+PHRASE = 4
+"""Words of the phrases that are counted over all captions, as BLEU-4 counts them."""
+
+
+@dataclass(frozen=True)
+class CaptionStatistics:
+    """Of captions as words (`regex_tokenize`: lower case, no punctuation). Shares are fractions of all captions.
+
+    Attributes:
+        lengths: words of each caption.
+        vocabulary: distinct words in all captions together.
+        distinct: share of captions that differ, distinct captions over captions.
+        repeating: share with a trigram that comes twice, or a word twice in a row.
+        unfinished: share that was cut at the longest allowed; None where that was not recorded.
+        phrases: the most frequent runs of four words and the share of captions that have them, most frequent first.
+    """
+
+    lengths: tuple[int, ...]
+    vocabulary: int
+    distinct: float
+    repeating: float
+    unfinished: float | None
+    phrases: tuple[tuple[str, float], ...]
+
+    @property
+    def mean_length(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+
+def caption_statistics(
+    captions: Sequence[str], finished: Sequence[bool | None] = (), *, num_phrases: int = 8
+) -> CaptionStatistics:
+    """Count over captions, at least one; ``finished`` says of each whether it came to its end, where known."""
+    sentences = [sentence.split() for sentence in regex_tokenize(captions)]
+    phrases = Counter(phrase for words in sentences for phrase in dict.fromkeys(_ngrams(words, PHRASE)))
+    known = [end for end in finished if end is not None]
+    total = len(sentences)
+    return CaptionStatistics(
+        lengths=tuple(map(len, sentences)),
+        vocabulary=len({word for words in sentences for word in words}),
+        distinct=len({tuple(words) for words in sentences}) / total,
+        repeating=sum(map(_repeats, sentences)) / total,
+        unfinished=known.count(False) / len(known) if known else None,
+        phrases=tuple(
+            (" ".join(phrase), count / total) for phrase, count in phrases.most_common(num_phrases)
+        ),
+    )
+
+
+def _repeats(words: Sequence[str]) -> bool:
+    ngrams = _ngrams(words, REPEATED)
+    return len(set(ngrams)) < len(ngrams) or any(first == second for first, second in pairwise(words))
+
+
+def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]

@@ -1,0 +1,133 @@
+"""What a run left on disk, for its report: logs, recipe, and an evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_bridge.errors import CheckpointError, DataError
+from vlm_bridge.evaluation.history import read_curves
+from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, read_predictions
+from vlm_bridge.evaluation.report import ReportedRun
+from vlm_bridge.evaluation.run import METRICS_NAME
+
+HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
+
+
+def evaluations_in(path: Path) -> list[Path]:
+    """The score files meant by a JSON file, an evaluation's folder, or a run folder with evaluations in it.
+
+    A folder's own scores come before those of its subfolders; these are in the order they were written.
+    """
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    if (path / METRICS_NAME).is_file():
+        return [path / METRICS_NAME]
+    return sorted(path.glob(f"*/{METRICS_NAME}"), key=lambda file: file.stat().st_mtime)
+
+
+def read_metrics(file: Path) -> dict[str, Any]:
+    """Scores as an evaluation wrote them.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the scores in {file}: {error}") from error
+    if not isinstance(content, dict) or not {"CIDEr", "num_images"} <= content.keys():
+        raise DataError(f"{file} does not hold the scores of an evaluation: {HOW}")
+    return content
+
+
+def model_name(metrics: Mapping[str, Any], file: Path) -> str:
+    """What was evaluated; from where its scores lie when they do not say."""
+    recorded = (metrics.get("model") or {}).get("name")
+    return str(recorded or (file.parent.name if file.name == METRICS_NAME else file.stem))
+
+
+def read_run(path: Path) -> ReportedRun:
+    """Everything a run folder has for a report: what it lacks becomes a note.
+
+    Args:
+        path: a run folder (``logs``, ``checkpoints``, evaluations in subfolders), an evaluation's folder, alone or
+            within a run folder, or a JSON file of scores.
+
+    Raises:
+        DataError: nothing is there, or a file of it is damaged.
+    """
+    if not path.exists():
+        raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
+    notes = []
+    evaluations = evaluations_in(path)
+    metrics, predictions, file = {}, [], None
+    if evaluations:
+        file = evaluations[-1]
+        metrics, predictions = read_metrics(file), read_predictions(file.parent / PREDICTIONS_NAME)
+        if file.name != METRICS_NAME:  # written by --json: what lies beside it is another evaluation's
+            predictions = []
+        if not predictions:
+            notes.append(
+                f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see pictures."
+            )
+        if others := [str(other.parent) for other in evaluations[:-1]]:
+            notes.append(
+                f"Scores of {file.parent}, the latest evaluation; there are also {', '.join(others)}."
+            )
+    else:
+        notes.append(
+            "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir RUN/val` adds "
+            "scores and pictures."
+        )
+    root = _run_of(path)
+    curves = read_curves(root / "logs")
+    if not curves:
+        notes.append(f"No training log at {root / 'logs'}: no curves.")
+    recipe = _recipe(root)
+    if recipe is None:
+        notes.append(f"No checkpoint in {root} that names its recipe.")
+    elif isinstance(recipe, str):
+        notes.append(recipe)
+        recipe = None
+    if not (evaluations or curves or recipe):
+        raise DataError(
+            f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run folder"
+        )
+    dataset = (metrics.get("data") or {}).get("name") or (Path(recipe.data_dir).name if recipe else "")
+    return ReportedRun(
+        model_name(metrics, file) if file and metrics.get("model") else root.resolve().name,
+        dataset=str(dataset),
+        metrics=metrics,
+        predictions=predictions,
+        curves=curves,
+        recipe_yaml=recipe.to_yaml() if recipe else "",
+        notes=notes,
+    )
+
+
+def _run_of(path: Path) -> Path:
+    """The run folder that a path means: itself, or the one that an evaluation lies in."""
+    folder = path if path.is_dir() else path.parent
+    parent = folder.resolve().parent
+    lies_in_run = not _is_run(folder) and _is_run(parent)
+    return parent if lies_in_run else folder
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "logs").is_dir() or (folder / "checkpoints").is_dir()
+
+
+def _recipe(root: Path) -> Any:
+    """The recipe in a run's checkpoint; None where there is no checkpoint, a line where it cannot be read."""
+    from vlm_bridge.training_strategy import checkpoint as checkpoints
+
+    if not checkpoints.has_checkpoint(root):
+        return None
+    where = checkpoints.checkpoint_path(root)
+    try:
+        return checkpoints.recipe_of(checkpoints.load_checkpoint(where), where)
+    except CheckpointError as error:
+        return f"No recipe: {error}"
