@@ -13,6 +13,7 @@ from vlm_bridge.cli import (
     caption,
     compare,
     data,
+    demo,
     doctor,
     evaluate,
     export,
@@ -40,6 +41,7 @@ app.command("caption")(caption.caption)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)

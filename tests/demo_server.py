@@ -1,0 +1,53 @@
+"""The demo page of a tiny captioner, served on a free port by a thread of the test."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from captioners import tiny_captioner, tiny_recipe
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.captioning.service import CaptionService
+
+
+def tiny_service(vision_encoder: Path, language_model: Path) -> CaptionService:
+    recipe = tiny_recipe(vision_encoder, language_model, decode={"max_new_tokens": 6})
+    return CaptionService(Captioner(tiny_captioner(recipe), recipe), "runs/tiny")
+
+
+def noise(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    """A picture like no other."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def served(service: CaptionService, **options) -> Iterator[str]:
+    """Serve the page of a service; gives its address."""
+    from vlm_bridge.captioning.demo import build_app, listen, server
+
+    with listen("127.0.0.1", 0) as listening:
+        web = server(build_app(service, **options))
+        thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not web.started:
+            assert thread.is_alive(), "the server ended"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            web.should_exit = True
+            thread.join(20)
