@@ -18,7 +18,7 @@ from vlm_bridge.captioning.service import CaptionService
 
 
 def tiny_service(vision_encoder: Path, language_model: Path) -> CaptionService:
-    recipe = tiny_recipe(vision_encoder, language_model, decode={"max_new_tokens": 6})
+    recipe = tiny_recipe(vision_encoder, language_model, decode={"min_new_tokens": 3, "max_new_tokens": 6})
     return CaptionService(Captioner(tiny_captioner(recipe), recipe), "runs/tiny")
 
 

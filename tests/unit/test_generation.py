@@ -27,7 +27,7 @@ from captioners import (
 from vlm_bridge.captioning.pipeline import DECODE_AHEAD, Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.errors import ModelError
+from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import CaptionerModel, generation_options
 
 PROMPT = 1
@@ -101,6 +101,31 @@ def test_greedy_is_a_beam_of_one_and_length_is_bounded(bridge: str) -> None:
         captions, _ = model.generate_captions(features, [TOY_START], replace(GREEDY, max_new_tokens=limit))
         assert max(map(len, captions)) <= limit
         assert not any(TOY_EOS in ids for ids in captions)
+
+
+def test_the_n_best_are_the_best_beams_in_order(bridge: str) -> None:
+    model = toy_captioner(bridge)
+    features = random_features(model, NUM_IMAGES)
+    best, scores = model.generate_captions(features, [TOY_START], BEAMS)
+    all_beams, all_scores = model.generate_captions(features, [TOY_START], BEAMS, num_return_sequences=3)
+    assert (all_beams[::3], all_scores[::3]) == (best, pytest.approx(scores, abs=1e-5))
+    for start in range(0, 3 * NUM_IMAGES, 3):
+        assert len(set(map(tuple, all_beams[start : start + 3]))) == 3
+    # With a length penalty of 1, beams are ranked by the mean log-probability that their score is.
+    for image in range(NUM_IMAGES):
+        own = all_scores[3 * image : 3 * image + 3]
+        assert own == sorted(own, reverse=True)
+
+
+def test_several_draws_differ_and_a_search_gives_no_more_than_its_beams(bridge: str) -> None:
+    model = toy_captioner(bridge)
+    features = random_features(model, 2)
+    draw = replace(GREEDY, do_sample=True, temperature=4.0)
+    captions, scores = model.generate_captions(features, [TOY_START], draw, num_return_sequences=6)
+    assert len(captions) == len(scores) == 12
+    assert len(set(map(tuple, captions[:6]))) > 1
+    with pytest.raises(ConfigurationError, match=r"more than decode\.num_beams=3"):
+        model.generate_captions(features, [TOY_START], BEAMS, num_return_sequences=4)
 
 
 @torch.inference_mode()
