@@ -38,9 +38,11 @@ PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
 
 @dataclass(frozen=True)
 class VisionEncoderConfig:
-    """The frozen vision encoder: `efficientnet-lite0`, or a Hugging Face name or folder (revision pins the hub).
+    """The frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder (revision pins the hub).
 
     Attributes:
+        name: of several encoders, joined by ` + `, the features are concatenated, on the grid of the first. Each has
+            its own size and last layer then.
         layers: which layers' features to concatenate; None means the last one's (see the encoder's class).
     """
 
@@ -55,6 +57,22 @@ class VisionEncoderConfig:
             raise ConfigurationError(
                 "vision_encoder.layers must name at least one layer; leave it out for the last"
             )
+        if len(self.names) > 1:
+            for key in ("revision", "image_size", "layers"):
+                if getattr(self, key) is not None:
+                    raise ConfigurationError(
+                        f"vision_encoder.{key} is for one encoder: leave it out beside {self.name!r}"
+                    )
+
+    @property
+    def names(self) -> list[str]:
+        return self.name.split(" + ")
+
+    @property
+    def parts(self) -> list[VisionEncoderConfig]:
+        """Each encoder's own configuration."""
+        names = self.names
+        return [self] if len(names) == 1 else [VisionEncoderConfig(name) for name in names]
 
 
 @dataclass(frozen=True)

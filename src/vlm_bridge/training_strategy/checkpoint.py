@@ -316,7 +316,8 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
 
 def _same(key: str, has: Any, wanted: Any) -> bool:
     if key.endswith(".name"):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
-        return Path(has).name == Path(wanted).name
+        names = ([Path(name).name for name in several.split(" + ")] for several in (has, wanted))
+        return next(names) == next(names)
     if key.endswith(".revision"):
         return None in (has, wanted) or has == wanted
     return has == wanted
