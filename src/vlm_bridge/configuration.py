@@ -38,7 +38,7 @@ PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
 
 @dataclass(frozen=True)
 class VisionEncoderConfig:
-    """The frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder (revision pins the hub).
+    """The frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name (revision pins it) or folder.
 
     Attributes:
         name: of several encoders, joined by ` + `, the features are concatenated, on the grid of the first. Each has

