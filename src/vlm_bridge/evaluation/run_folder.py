@@ -44,9 +44,9 @@ def read_metrics(file: Path) -> dict[str, Any]:
 
 
 def model_name(metrics: Mapping[str, Any], file: Path) -> str:
-    """What was evaluated; from where its scores lie when they do not say."""
+    """What was evaluated; the run or the file that its scores lie in when they do not say."""
     recorded = (metrics.get("model") or {}).get("name")
-    return str(recorded or (file.parent.name if file.name == METRICS_NAME else file.stem))
+    return str(recorded or (_run_of(file).resolve().name if file.name == METRICS_NAME else file.stem))
 
 
 def read_run(path: Path) -> ReportedRun:
@@ -98,7 +98,7 @@ def read_run(path: Path) -> ReportedRun:
         )
     dataset = (metrics.get("data") or {}).get("name") or (Path(recipe.data_dir).name if recipe else "")
     return ReportedRun(
-        model_name(metrics, file) if file and metrics.get("model") else root.resolve().name,
+        model_name(metrics, file) if file else root.resolve().name,
         dataset=str(dataset),
         metrics=metrics,
         predictions=predictions,
