@@ -57,7 +57,12 @@ format: install ## Rewrite the sources in the house format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+.PHONY: docs
+docs: install ## Build the docs site into site/; a broken link is an error
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
+	$(BIN)/mkdocs build --strict
+
 .PHONY: clean
 clean: ## Remove the environment and everything built (runs/ and data/ stay)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
 	find src tests benchmarks -type d -name __pycache__ -exec rm -rf {} +
