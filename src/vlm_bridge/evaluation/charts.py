@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
@@ -27,27 +28,37 @@ COLOURS = {
 }
 
 
-def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, key: str) -> str:
-    """Lines as an ``<svg>`` that fills its container; a legend names them when there are several.
+@dataclass(frozen=True)
+class Line:
+    """Points in the order of x, finite, at least one; colour and style are counted from 0."""
+
+    name: str
+    points: Points
+    colour: int = 0
+    style: int = 0
+
+
+def line_chart(title: str, lines: Sequence[Line], *, x_label: str, key: str, legend: bool) -> str:
+    """Lines as an ``<svg>`` that fills its container.
 
     Args:
-        series: name -> points in the order of x, finite; at least one point in all.
+        legend: name the lines.
         key: makes the ids in this SVG unique within its page.
     """
     figure, axes = _axes(title, x_label)
-    for number, (name, points) in enumerate(series.items()):
-        thinned = list(_thin(points))
+    for line in lines:
+        thinned = list(_thin(line.points))
         axes.plot(
             [x for x, _ in thinned],
             [y for _, y in thinned],
-            label=name.replace("$", r"\$"),  # or matplotlib reads mathematics
-            color=_SERIES[number % SERIES],
-            linestyle=LINE_STYLES[number // SERIES % len(LINE_STYLES)],
+            label=line.name.replace("$", r"\$"),  # or matplotlib reads mathematics
+            color=_SERIES[line.colour % SERIES],
+            linestyle=LINE_STYLES[(line.style + line.colour // SERIES) % len(LINE_STYLES)],
             linewidth=1.6,
-            marker="o" if len(points) <= 30 else None,
+            marker="o" if len(line.points) <= 30 else None,
             markersize=3.5,
         )
-    return _svg(figure, axes, len(series) > 1, title, key)
+    return _svg(figure, axes, legend, title, key)
 
 
 def histogram(title: str, counts: Mapping[str, Mapping[int, float]], *, x_label: str, key: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.evaluation.caption_statistics import CaptionStatistics, caption_statistics
-from vlm_bridge.evaluation.charts import histogram, line_chart
+from vlm_bridge.evaluation.charts import Line, histogram, line_chart
 from vlm_bridge.evaluation.contact_sheet import thumbnail
 from vlm_bridge.evaluation.metrics import score_notes
 from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, worst
@@ -168,16 +168,22 @@ def _score_row(run: ReportedRun, metrics: Sequence[str]) -> str:
 
 
 def _curves(runs: Sequence[ReportedRun]) -> str:
-    by_quantity: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for run in runs:
+    """A chart a quantity. A colour is one run in all charts, and its series differ in style; alone, in colour."""
+    several = len(runs) > 1
+    by_quantity: dict[str, list[Line]] = {}
+    for colour, run in enumerate(runs):
         for name, curve in run.curves.items():
             series, _, quantity = name.rpartition("/")
             finite = [(float(step), value) for step, value in curve if math.isfinite(value)]
             if finite:
-                by_quantity.setdefault(quantity, {})[_of(run, runs) + (series or quantity)] = finite
+                lines = by_quantity.setdefault(quantity, [])
+                own = sum(line.colour == colour for line in lines) if several else len(lines)
+                label = _of(run, runs) + (series or quantity)
+                lines.append(Line(label, finite, colour, own) if several else Line(label, finite, own))
     charts = "".join(
-        f"<figure>{line_chart(_label(quantity), series, x_label='step', key=f'curve{number}')}</figure>\n"
-        for number, (quantity, series) in enumerate(by_quantity.items())
+        f"<figure>{line_chart(_label(quantity), lines, x_label='step', key=f'curve{number}', legend=legend)}</figure>\n"
+        for number, (quantity, lines) in enumerate(by_quantity.items())
+        for legend in [several or len(lines) > 1]
     )
     return f'<h2>Training</h2>\n<div class="charts">{charts}</div>' if charts else ""
 
