@@ -95,7 +95,7 @@ class EfficientNetLiteEncoder(nn.Module):
         self.network: Any = network
         self.network.to(memory_format=torch.channels_last)
         self.image_size = image_size
-        self.grid = (-(-image_size // 32),) * 2
+        self.grid = (-(-image_size // 32), -(-image_size // 32))
         self.num_tokens = self.grid[0] * self.grid[1]
         widths = [block._project_conv.out_channels for block in self.network._blocks]
         widths.append(self.network._conv_head.out_channels)

@@ -263,12 +263,7 @@ class Trainer:
     def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> None:
         """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions."""
         recipe, progress = self.recipe, self.progress
-        group = [
-            self.self_critical.sampled(batch, progress.step, number)
-            if self.self_critical is not None and isinstance(batch, ImageBatch)
-            else batch
-            for number, batch in enumerate(loaded)
-        ]
+        group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
@@ -305,6 +300,13 @@ class Trainer:
                 gradient_norm=gradient_norm.item(),
                 of_objective=self.self_critical.statistics() if self.self_critical is not None else {},
             )
+
+    def _with_captions(self, batch: LoadedBatch | ImageBatch, number: int) -> LoadedBatch:
+        """A batch of the coming step as it is; or, of images alone, with captions that the model samples now."""
+        if isinstance(batch, LoadedBatch):
+            return batch
+        assert self.self_critical is not None, "images come alone where captions are sampled"
+        return self.self_critical.sampled(batch, self.progress.step, number)
 
     def _after_step(self) -> None:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""

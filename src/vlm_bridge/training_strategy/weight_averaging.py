@@ -35,7 +35,8 @@ class WeightAverage:
         Early on the decay is (1 + step) / (10 + step), TensorFlow's rule, or the start would weigh for too long.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), list(self._trained.values()), 1 - decay)
+        for name, trained in self._trained.items():
+            self.weights[name].lerp_(trained, 1 - decay)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
