@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captio
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
+
+if TYPE_CHECKING:
+    from vlm_bridge.publishing import CardFacts
 
 __all__ = ["Candidate", "CaptionResult", "Captioner", "DecodeSettings"]
 
@@ -143,6 +147,64 @@ class Captioner:
         captions = self._caption_batch(pixels, decode or self.recipe.decode, count)
         found = [Candidate(caption, score) for caption, score, _ in captions]
         return [found[start : start + count] for start in range(0, len(found), count)]
+
+    def __call__(
+        self,
+        images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+        *,
+        batch_size: int = 32,
+        num_return_sequences: int = 1,
+        decode: DecodeSettings | None = None,
+    ) -> list[Any]:
+        """Caption as an image-to-text pipeline of `transformers` does.
+
+        Returns:
+            ``[{"generated_text": caption}, ...]`` of a picture; of a list of pictures, a list of these.
+
+        Raises:
+            ImageError: a picture cannot be read.
+            ConfigurationError: a search is asked for more captions than it has beams.
+        """
+        single = isinstance(images, str | Path | Image.Image)
+        answers: list[Any] = []
+        for batch in in_batches([images] if single else list(images), batch_size):
+            pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in batch]
+            for found in self.candidates(pictures, num_return_sequences, decode=decode):
+                answers.append([{"generated_text": candidate.caption} for candidate in found])
+        return answers[0] if single else answers
+
+    def save_pretrained(self, folder: str | Path, facts: CardFacts | None = None) -> None:
+        """Write a folder that `from_pretrained` and the hub read: what was trained, the recipe and a model card.
+
+        Args:
+            facts: what the model card says beside the recipe.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        from vlm_bridge import publishing
+
+        content = {
+            "weights": self.model.trained_state_dict(),
+            "sizes": checkpoints.captioner_sizes(self.model),
+        }
+        publishing.write_huggingface_folder(
+            content, self.recipe, Path(folder), facts or publishing.CardFacts()
+        )
+
+    def push_to_hub(self, repo: str, *, private: bool = False, facts: CardFacts | None = None) -> str:
+        """Upload to a model repository (``owner/model``), made if need be; returns its address.
+
+        Raises:
+            UsageError: ``repo`` is no name of a repository.
+            CheckpointError: there is no token (HF_TOKEN), or the hub refuses.
+        """
+        from vlm_bridge import publishing
+
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / (Path(repo).name or "captioner")  # the title of its card
+            self.save_pretrained(folder, facts)
+            return publishing.push_to_hub(folder, repo, private=private)
 
     def validate(
         self,

@@ -1,0 +1,87 @@
+"""The captioner in other people's programs: called like a pipeline, saved, pushed, and loaded afresh."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from captioners import tiny_captioner, tiny_recipe
+from demo_server import noise
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.errors import CheckpointError, ImageError
+from vlm_bridge.publishing import CardFacts
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_vit_dir: Path, tiny_llama_dir: Path) -> Captioner:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"min_new_tokens": 3, "max_new_tokens": 6})
+    return Captioner(tiny_captioner(recipe), recipe)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    noise(1).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) -> None:
+    (expected,) = (result.caption for result in captioner.caption([photo]))
+    answer = [{"generated_text": expected}]
+    assert captioner(photo) == captioner(str(photo)) == captioner(noise(1)) == answer
+    assert captioner([photo]) == [answer]
+    pictures = [noise(seed) for seed in range(5)]
+    assert captioner(pictures, batch_size=2) == [captioner(picture) for picture in pictures]
+    several = captioner(photo, num_return_sequences=3)
+    assert several[0] == answer[0]
+    assert len(several) == 3
+
+
+def test_a_picture_that_cannot_be_read_raises(captioner: Captioner, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        captioner(tmp_path / "none.jpg")
+
+
+def test_a_saved_folder_captions_the_same_in_a_fresh_process_without_extras(
+    captioner: Captioner, photo: Path, tmp_path: Path
+) -> None:
+    captioner.save_pretrained(tmp_path / "saved", CardFacts(license="mit"))
+    assert "license: mit" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    program = (
+        "import sys\n"
+        "for name in ('tensorboard', 'pycocoevalcap', 'gradio', 'matplotlib', 'datasets'):\n"
+        "    sys.modules[name] = None\n"  # whoever imports it fails
+        "from vlm_bridge import Captioner\n"
+        "print(Captioner.from_pretrained(sys.argv[1], 'cpu')(sys.argv[2])[0]['generated_text'], end='')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "saved"), str(photo)],
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == captioner(photo)[0]["generated_text"]
+
+
+def test_pushing_uploads_a_titled_folder_and_needs_a_token(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards: list[str] = []
+
+    class Hub:
+        def create_repo(self, repo: str, **options: object) -> huggingface_hub.RepoUrl:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}")
+
+        def upload_folder(self, *, folder_path: Path, **options: object) -> None:
+            cards.append((folder_path / "README.md").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "anything")
+    assert captioner.push_to_hub("me/see") == "https://huggingface.co/me/see"
+    assert "\n# see\n" in cards[0]
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(CheckpointError, match="needs a token"):
+        captioner.push_to_hub("me/see")
