@@ -180,11 +180,11 @@ def _curves(runs: Sequence[ReportedRun]) -> str:
                 own = sum(line.colour == colour for line in lines) if several else len(lines)
                 label = _of(run, runs) + (series or quantity)
                 lines.append(Line(label, finite, colour, own) if several else Line(label, finite, own))
-    charts = "".join(
-        f"<figure>{line_chart(_label(quantity), lines, x_label='step', key=f'curve{number}', legend=legend)}</figure>\n"
-        for number, (quantity, lines) in enumerate(by_quantity.items())
-        for legend in [several or len(lines) > 1]
-    )
+    charts = ""
+    for number, (quantity, lines) in enumerate(by_quantity.items()):
+        legend = several or len(lines) > 1
+        svg = line_chart(_label(quantity), lines, x_label="step", key=f"curve{number}", legend=legend)
+        charts += f"<figure>{svg}</figure>\n"
     return f'<h2>Training</h2>\n<div class="charts">{charts}</div>' if charts else ""
 
 
