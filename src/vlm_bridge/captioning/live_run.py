@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.charts import line_chart
+from vlm_bridge.evaluation.charts import Line, line_chart
 from vlm_bridge.evaluation.history import HISTORY_NAME, Curve, read_curves
 
 CHARTS = {
@@ -82,9 +82,13 @@ def to_html(run: LiveRun) -> str:
     """Charts and sample captions, the newest first, as a fragment of a page."""
     charts = []
     for number, (title, names) in enumerate(CHARTS.items()):
-        series = {name: run.curves[name] for name in names if run.curves.get(name)}
-        if series:
-            charts.append(line_chart(title, series, x_label="training step", key=f"live{number}"))
+        lines = [
+            Line(name, run.curves[name], colour) for colour, name in enumerate(names) if run.curves.get(name)
+        ]
+        if lines:
+            legend = len(names) > 1  # of two curves, the one that is there already must say which it is
+            chart = line_chart(title, lines, x_label="training step", key=f"live{number}", legend=legend)
+            charts.append(chart)
     gain = run.curves.get("validation/visual_gain")
     last = f"Step {run.last_step:,}"
     if gain:
