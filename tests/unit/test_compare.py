@@ -70,9 +70,10 @@ def test_shares_are_of_the_first_or_of_the_reference(pair: list[Path]) -> None:
 
 
 def test_no_share_where_it_would_mean_nothing(pair: list[Path], write: Write) -> None:
-    comparison = compare([write("zero.json", CIDEr=0.0), *pair])
+    # Without a matching four-gram, pycocoevalcap's BLEU-4 is tiny instead of 0.
+    comparison = compare([write("zero.json", **{"CIDEr": 0.0, "BLEU-4": 3.1e-9}), *pair])
     for run in comparison.runs:
-        assert comparison.share(run, "CIDEr") is None
+        assert comparison.share(run, "CIDEr") is None and comparison.share(run, "BLEU-4") is None
         assert comparison.share(run, "perplexity") is None and comparison.share(run, "visual_gain") is None
     assert "METEOR" not in comparison.metrics and comparison.metrics[-2:] == ["perplexity", "visual_gain"]
     assert any("only between models of one tokenizer" in note for note in comparison.notes)
@@ -159,6 +160,12 @@ class TestCommand:
         assert ["CIDEr", "1.0000", "0.7500", "75.0"] in rows
         assert ["perplexity", "8.0000", "12.0000", "-"] in rows
         assert "note: perplexity" in result.stderr
+
+    def test_a_reference_that_scores_nothing(self, pair: list[Path], write: Write) -> None:
+        none = write("none.json", **{"CIDEr": 0.0, "BLEU-4": 3.1e-9, "model": {"name": "none"}})
+        rows = [line.split("\t") for line in self.run(none, *pair).stdout.splitlines()]
+        assert ["CIDEr", "0.0000", "1.0000", "-", "0.7500", "-"] in rows
+        assert ["BLEU-4", "0.0000", "0.4000", "-", "0.3000", "-"] in rows
 
     def test_json(self, pair: list[Path]) -> None:
         content = json.loads(self.run(*pair, "--json", "--reference", "lite").stdout)

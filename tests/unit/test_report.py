@@ -27,7 +27,15 @@ from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.caption_statistics import caption_statistics
 from vlm_bridge.evaluation.contact_sheet import BROKEN, GAP, TILE_HEIGHT, TILE_WIDTH, SheetItem, contact_sheet
 from vlm_bridge.evaluation.history import read_curves
-from vlm_bridge.evaluation.predictions import Prediction, best, drawn, read_predictions, worst
+from vlm_bridge.evaluation.predictions import (
+    Prediction,
+    best,
+    drawn,
+    read_predictions,
+    worst,
+    write_predictions,
+)
+from vlm_bridge.evaluation.published import PUBLISHED, published_on
 from vlm_bridge.evaluation.report import PEOPLE, ReportedRun, write_report
 from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation
 from vlm_bridge.evaluation.run_folder import read_run
@@ -220,10 +228,19 @@ class TestReport:
         html = self.write(tmp_path / "report.html", *runs)
         page = Page(html)
         assert [float(row["CIDEr"]) for row in page.rows("CIDEr").values()] == [0.4, 0.6]
-        assert "150.0%" in html and "two: its note" in html
+        assert "150.0%" in html and "Percentages are shares of what one has." in html
+        assert "two: its note" in html
         assert html.count("<p><small>one</small>one says") == html.count("<p><small>two</small>two says") == 8
         differing = next(table for table in page.tables if ["learning_rate", "0.4", "0.6"] in table)
         assert not any("seed" in row for row in differing)
+
+
+def test_published_scores_are_fractions_with_a_source() -> None:
+    for system in PUBLISHED:
+        assert system in published_on(system.dataset)
+        assert re.search(r"20\d\d, arXiv:\d{4}\.\d{5}", system.source)
+        assert all(0 < value < (10 if metric == "CIDEr" else 1) for metric, value in system.scores.items())
+    assert published_on("Flickr8k-clean") == published_on("flickr8k") and not published_on("mine")
 
 
 def predicted(path: Path, caption: str, *, cider: float = 0.5, reference: str = "a cat") -> Prediction:
@@ -381,6 +398,11 @@ class TestEvaluation:
         assert records[-1]["error"] == "damaged"
         assert read_predictions(folder / "predictions.jsonl") == list(evaluation.predictions)
 
+    def test_a_caption_may_hold_any_end_of_line(self, pictures: list[Path], tmp_path: Path) -> None:
+        said = [predicted(pictures[0], "two\u2028lines\x85and\nmore")]
+        write_predictions(tmp_path / "predictions.jsonl", said)
+        assert read_predictions(tmp_path / "predictions.jsonl") == said
+
 
 class TestReportOfARun:
     """What lies on disk, read again and shown."""
@@ -431,7 +453,7 @@ class TestReportOfARun:
         predictions = read_predictions(run / "val" / "predictions.jsonl")
         captions = page.rows(PEOPLE)
         assert float(captions["captions"]["lite"]) == len(predictions)
-        assert float(captions["unfinished, share"]["lite"]) == 0
+        assert float(captions["unfinished"]["lite"]) == 0
         assert html.count("<svg") == 2  # the loss, and the lengths
         assert "METEOR skipped" in html
 
@@ -448,11 +470,42 @@ class TestReportOfARun:
         assert result.exit_code == 0 and "Not evaluated yet" in result.stderr
         assert "Not evaluated yet" in (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
 
+    def test_what_is_damaged_costs_only_itself(self, run: Path) -> None:
+        def shown(file: Path, text: str, expected: str) -> str:
+            """The report while a file holds ``text``; what stderr says of it is one line."""
+            whole = file.read_text(encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
+            result = self.invoke("report", run)
+            file.write_text(whole, encoding="utf-8")
+            assert result.exit_code == 0
+            assert len([line for line in result.stderr.splitlines() if expected in line]) == 1
+            html = (run / "report.html").read_text(encoding="utf-8")
+            Page(html)
+            assert expected in html
+            return html
+
+        predictions, log = run / "val" / "predictions.jsonl", run / "logs" / "history.jsonl"
+        first = predictions.read_text(encoding="utf-8").splitlines()[0]
+        for broken in ("{", "[]", '{"image": "x.jpg"}', first.replace('"CIDEr"', '"other"')):
+            html = shown(predictions, f"{first}\n{broken}\n", "predictions.jsonl:2 is not a prediction")
+            assert html.count("<svg") == 1 and "<h2>Scores</h2>" in html and "<img" not in html
+        assert "<img" in shown(log, "{\n{", "history.jsonl:1 is not an event")
+        html = shown(run / "val" / "metrics.json", "{", "cannot read the scores in")
+        assert html.count("<svg") == 2 and "<img" in html and "<h2>Scores</h2>" not in html
+
+    def test_pictures_that_were_moved_are_said(self, run: Path, pictures: list[Path]) -> None:
+        pictures[0].unlink()
+        assert any(f"1 of 7 pictures are not where they were evaluated, such as {pictures[0]}" in note
+                   for note in read_run(run).notes)  # fmt: skip
+
     def test_no_run(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         for path, words in ((tmp_path / "none", "no run at"), (tmp_path / "empty", "holds neither")):
             with pytest.raises(DataError, match=words):
                 read_run(path)
+        (tmp_path / "empty" / "metrics.json").write_text("{")
+        with pytest.raises(DataError, match="cannot read the scores in"):
+            read_run(tmp_path / "empty")
 
     def test_side_by_side(self, run: Path, tmp_path: Path) -> None:
         other = run.parent / "other"

@@ -12,6 +12,8 @@ from vlm_bridge.evaluation.report import METRICS, ReportedRun, write_report
 from vlm_bridge.evaluation.run import METRICS_NAME
 from vlm_bridge.evaluation.run_folder import HOW, evaluations_in, model_name, read_metrics, read_run
 
+SHOWN_AS_ZERO = 5e-5
+"""Below it a score reads 0.0000: pycocoevalcap's BLEU is never exactly 0, and a share of it would be astronomical."""
 PER_TOKEN = ("perplexity", "visual_gain")
 """Per token of each model's own vocabulary: shown, but never as a share of another model's."""
 
@@ -66,7 +68,9 @@ class Comparison:
     def share(self, run: Scores, metric: str) -> float | None:
         """``run``'s metric as a fraction of the reference's; None where that would mean nothing."""
         own, others = run.value(metric), self.reference.value(metric)
-        return None if metric in PER_TOKEN or own is None or not others else own / others
+        if metric in PER_TOKEN or own is None or others is None or others < SHOWN_AS_ZERO:
+            return None
+        return own / others
 
     def to_json(self) -> dict[str, Any]:
         """The table for machines; what is not measured, and a share that means nothing, is null."""
@@ -128,7 +132,6 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     """The report of `write_report` with all runs of a comparison side by side.
 
     Raises:
-        DataError: a run's predictions or logs are damaged.
         OSError: the file cannot be written.
     """
     runs = [_reported(run, comparison) for run in comparison.runs]

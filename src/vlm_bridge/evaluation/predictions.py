@@ -52,7 +52,10 @@ class Prediction:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prediction:
+        """What `to_record` made; scores without a CIDEr, or an image without references, is a ValueError."""
         image = CaptionedImage(Path(record["image"]), tuple(record["references"]), record["original_id"])
+        if not image.captions or "CIDEr" not in record["scores"]:
+            raise ValueError("no references, or no CIDEr")
         rest = record["log_probability"], record.get("error"), record["scores"], record.get("finished")
         return cls(image, record["caption"], *rest)
 
@@ -71,15 +74,23 @@ def read_predictions(path: Path) -> list[Prediction]:
     """What `write_predictions` wrote; nothing where there is no file.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read; says in which line.
     """
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [Prediction.from_record(json.loads(line)) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read the predictions in {path}: evaluate again ({error!r})") from error
+        lines = path.read_text(encoding="utf-8").split("\n")  # captions may hold other ends of lines
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the predictions in {path}: {error}") from error
+    predictions = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            predictions.append(Prediction.from_record(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number} is not a prediction: evaluate again ({error!r})") from error
+    return predictions
 
 
 def best(predictions: Sequence[Prediction], count: int) -> list[Prediction]:

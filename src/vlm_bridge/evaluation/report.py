@@ -25,12 +25,19 @@ from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, 
 from vlm_bridge.evaluation.published import published_on
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+CURVES = ("loss", "visual_gain", "cider", "perplexity")
+"""The quantities whose charts come first; those of the optimiser come last."""
+OPTIMIZER = ("learning_rate", "gradient_norm")
 SHOWN = 12
 """Pictures in each section of a contact sheet or report."""
 THUMBNAIL = (320, 240)
 """Pixels; about 15 kB each as JPEG, so that a report with dozens of pictures can still be mailed."""
 PEOPLE = "people"
 """How the first reference of each image is called beside what captioners said."""
+
+
+class Share(float):
+    """A fraction that is shown as a percentage."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,12 @@ class ReportedRun:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Every number of the metrics, the field's metrics first and in their usual order."""
+        """Every number of the metrics but the failures, which are a note; the field's metrics first, as usual."""
         order = (*METRICS, "SPICE", "perplexity", "visual_gain")
         numbers = {
             name: value
             for name, value in self.metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "num_failures"
         }
         return {name: numbers[name] for name in (*order, *numbers) if name in numbers}
 
@@ -116,7 +123,7 @@ def _summary(run: ReportedRun) -> str:
     """The numbers that matter most, large."""
     first = ("CIDEr", "BLEU-4", "METEOR", "visual_gain", "perplexity", "num_images")
     cards = "".join(
-        f"<div><dt>{escape(_label(name))}</dt><dd>{_number(run.scores[name])}</dd></div>"
+        f"<div><dt>{escape(_label(name))}</dt><dd>{_score(run.scores[name])}</dd></div>"
         for name in first
         if name in run.scores
     )
@@ -136,12 +143,15 @@ def _scores(runs: Sequence[ReportedRun]) -> str:
         for system in published_on(dataset)
     ]
     for system in systems:
-        cells = "".join(f"<td>{_number(system.scores.get(metric))}</td>" for metric in metrics)
+        cells = "".join(f"<td>{_quoted(system.scores.get(metric))}</td>" for metric in metrics)
         rows += (
             f'<tr class="quoted"><th>{escape(system.system)} <small class="tag">quoted</small>'
             f"<small>{escape(system.source)}</small></th>{cells}</tr>"
         )
     notes = "Scores are fractions: papers print CIDEr 1.20 as 120. "
+    if any(run.shares for run in measured):
+        reference = next((run.name for run in runs if not run.shares), "the reference")
+        notes += f"Percentages are shares of what {reference} has. "
     if systems:
         notes += "Quoted rows were not measured here: pictures, splits and preprocessing are those of their papers. "
     if any("visual_gain" in run.scores for run in measured):
@@ -160,8 +170,18 @@ def _score_row(run: ReportedRun, metrics: Sequence[str]) -> str:
     cells = ""
     for metric in metrics:
         share = f"<small>{run.shares[metric]:.1%}</small>" if metric in run.shares else ""
-        cells += f"<td>{_number(run.scores.get(metric))}{share}</td>"
+        cells += f"<td>{_score(run.scores.get(metric))}{share}</td>"
     return f"<tr><th>{escape(run.name)}</th>{cells}</tr>"
+
+
+def _score(value: float | None) -> str:
+    """Four decimals, as `vlm-bridge evaluate` prints them; counts and large perplexities in fewer."""
+    return _number(value, ".4f" if isinstance(value, float) and abs(value) < 10 else "")
+
+
+def _quoted(value: float | None) -> str:
+    """No more decimals than the paper printed, three at least."""
+    return _number(value, ".3f" if value is not None and round(value, 3) == value else ".4f")
 
 
 # --- Training ------------------------------------------------------------------------------------------
@@ -181,7 +201,9 @@ def _curves(runs: Sequence[ReportedRun]) -> str:
                 label = _of(run, runs) + (series or quantity)
                 lines.append(Line(label, finite, colour, own) if several else Line(label, finite, own))
     charts = ""
-    for number, (quantity, lines) in enumerate(by_quantity.items()):
+    places = {name: place for place, name in enumerate(CURVES)} | dict.fromkeys(OPTIMIZER, len(CURVES) + 1)
+    for number, quantity in enumerate(sorted(by_quantity, key=lambda name: places.get(name, len(CURVES)))):
+        lines = by_quantity[quantity]
         legend = several or len(lines) > 1
         svg = line_chart(_label(quantity), lines, x_label="step", key=f"curve{number}", legend=legend)
         charts += f"<figure>{svg}</figure>\n"
@@ -225,9 +247,9 @@ def _statistics_rows(statistics: CaptionStatistics) -> dict[str, object]:
         "mean length, words": statistics.mean_length,
         "longest, words": max(statistics.lengths),
         "vocabulary, words": statistics.vocabulary,
-        "distinct captions, share": statistics.distinct,
-        "with a repeated trigram or word, share": statistics.repeating,
-        "unfinished, share": statistics.unfinished,
+        "distinct": Share(statistics.distinct),
+        "with a repeated trigram or word": Share(statistics.repeating),
+        "unfinished": None if statistics.unfinished is None else Share(statistics.unfinished),
     }
 
 
@@ -295,7 +317,7 @@ def _figure(captions: Sequence[tuple[str, Prediction]]) -> str:
     texts = ""
     for name, prediction in captions:
         label = f"<small>{escape(name)}</small>" if name else ""
-        score = f'<span class="score">{_number(prediction.cider)}</span>'
+        score = f'<span class="score">CIDEr {_number(prediction.cider, ".2f")}</span>'
         texts += f"<p>{label}{escape(prediction.caption or '(no caption)')} {score}</p>"
     texts += f'<p class="reference">{escape(image.captions[0])}</p>'
     return f"<figure>{shown}<figcaption>{texts}</figcaption></figure>\n"
@@ -357,14 +379,16 @@ def _label(name: str) -> str:
     return name.replace("num_", "").replace("_", " ")
 
 
-def _number(value: object) -> str:
-    """Four significant digits for measurements, with all of them for programs; everything else as it is."""
+def _number(value: object, form: str = "") -> str:
+    """A number by a format, else in four significant digits, with all of them for programs; the rest as it is."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return escape(str(value))
-    shown = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
-    return f'<data value="{value!r}">{shown}</data>'
+    if isinstance(value, Share):
+        form = form or ".1%"
+    form = form or (".4g" if isinstance(value, float) and abs(value) < 1000 else ",.0f")
+    return f'<data value="{value!r}">{value:{form}}</data>'
 
 
 # --- Page --------------------------------------------------------------------------------------------
@@ -408,7 +432,7 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 1rem; padding-bottom: .4rem;
 .summary dd { margin: 0; font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
 .charts { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .gallery { display: grid; gap: 1.5rem 1.25rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
@@ -417,7 +441,7 @@ figure { margin: 0; min-width: 0; }
 .broken { display: grid; place-items: center; color: var(--soft); }
 .gallery p { margin: .45rem 0 0; line-height: 1.35; overflow-wrap: anywhere; }
 .reference { color: var(--soft); font-size: .875rem; }
-.score { color: var(--c0); font-size: .875rem; font-variant-numeric: tabular-nums; }
+.score { color: var(--c0); font-size: .875rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
@@ -428,7 +452,7 @@ th { width: 14rem; max-width: 40%; font-weight: 500; color: var(--soft); }
 td { overflow-wrap: anywhere; }
 thead th { color: var(--ink); width: auto; }
 .scores th, .scores td { white-space: nowrap; }
-.scores tbody th { white-space: normal; min-width: 12rem; }
+.scores tbody th { white-space: normal; min-width: 15rem; }
 .scores td { font-variant-numeric: tabular-nums; }
 .quoted { color: var(--soft); }
 small { display: block; color: var(--soft); font-weight: 400; }

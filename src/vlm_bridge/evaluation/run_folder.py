@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_bridge.errors import CheckpointError, DataError
-from vlm_bridge.evaluation.history import read_curves
-from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, read_predictions
+from vlm_bridge.evaluation.history import HISTORY_NAME, read_curves
+from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, read_predictions
 from vlm_bridge.evaluation.report import ReportedRun
 from vlm_bridge.evaluation.run import METRICS_NAME
 
+T = TypeVar("T")
 HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
 
 
@@ -50,28 +51,35 @@ def model_name(metrics: Mapping[str, Any], file: Path) -> str:
 
 
 def read_run(path: Path) -> ReportedRun:
-    """Everything a run folder has for a report: what it lacks becomes a note.
+    """Everything a run folder has for a report: what it lacks, or is damaged, becomes a note.
 
     Args:
         path: a run folder (``logs``, ``checkpoints``, evaluations in subfolders), an evaluation's folder, alone or
             within a run folder, or a JSON file of scores.
 
     Raises:
-        DataError: nothing is there, or a file of it is damaged.
+        DataError: there is nothing to report.
     """
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
-    notes = []
+    notes: list[str] = []
     evaluations = evaluations_in(path)
-    metrics, predictions, file = {}, [], None
+    metrics: dict[str, Any] = {}
+    predictions: list[Prediction] = []
+    file = None
     if evaluations:
         file = evaluations[-1]
-        metrics, predictions = read_metrics(file), read_predictions(file.parent / PREDICTIONS_NAME)
-        if file.name != METRICS_NAME:  # written by --json: what lies beside it is another evaluation's
-            predictions = []
-        if not predictions:
+        metrics = _or_note(read_metrics, file, notes, {})
+        if file.name == METRICS_NAME:  # or --json wrote it: what lies beside it is another evaluation's
+            predictions = _or_note(read_predictions, file.parent / PREDICTIONS_NAME, notes, [])
+        if not (file.parent / PREDICTIONS_NAME).is_file() or file.name != METRICS_NAME:
             notes.append(
                 f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see pictures."
+            )
+        if gone := [prediction for prediction in predictions if not prediction.image.path.is_file()]:
+            notes.append(
+                f"{len(gone):,} of {len(predictions):,} pictures are not where they were evaluated, such as "
+                f"{gone[0].image.path}."
             )
         if others := [str(other.parent) for other in evaluations[:-1]]:
             notes.append(
@@ -83,8 +91,8 @@ def read_run(path: Path) -> ReportedRun:
             "scores and pictures."
         )
     root = _run_of(path)
-    curves = read_curves(root / "logs")
-    if not curves:
+    curves = _or_note(read_curves, root / "logs", notes, {})
+    if not (root / "logs" / HISTORY_NAME).is_file():
         notes.append(f"No training log at {root / 'logs'}: no curves.")
     recipe = _recipe(root)
     if recipe is None:
@@ -92,10 +100,9 @@ def read_run(path: Path) -> ReportedRun:
     elif isinstance(recipe, str):
         notes.append(recipe)
         recipe = None
-    if not (evaluations or curves or recipe):
-        raise DataError(
-            f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run folder"
-        )
+    if not (metrics or predictions or curves or recipe):
+        nothing = f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run folder"
+        raise DataError(notes[0] if evaluations else nothing)
     dataset = (metrics.get("data") or {}).get("name") or (Path(recipe.data_dir).name if recipe else "")
     return ReportedRun(
         model_name(metrics, file) if file else root.resolve().name,
@@ -106,6 +113,15 @@ def read_run(path: Path) -> ReportedRun:
         recipe_yaml=recipe.to_yaml() if recipe else "",
         notes=notes,
     )
+
+
+def _or_note(read: Callable[[Path], T], path: Path, notes: list[str], otherwise: T) -> T:
+    """What ``read`` makes of a file, or ``otherwise`` and a note of why it is damaged."""
+    try:
+        return read(path)
+    except DataError as error:
+        notes.append(f"{error}.")
+        return otherwise
 
 
 def _run_of(path: Path) -> Path:
