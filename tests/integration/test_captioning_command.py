@@ -135,6 +135,8 @@ def hostile_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
             "dot.png",
             "glass.png",
             "bits.png",
+            "palette.png",
+            "wide.png",
         )
     }
     picture.convert("CMYK").save(good["cmyk.jpg"])
@@ -146,6 +148,8 @@ def hostile_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     Image.new("RGB", (1, 1), "red").save(good["dot.png"])
     picture.convert("RGBA").save(good["glass.png"])
     picture.convert("1").save(good["bits.png"])
+    picture.convert("P").save(good["palette.png"], transparency=3)
+    Image.new("RGB", (60_000, 1), "blue").save(good["wide.png"])
 
     bad = {
         name: folder / name

@@ -89,11 +89,56 @@ def test_a_folder_for_the_hub_captions_as_the_run_does(
         "# my-captioner",
         "24 train",
         "| CIDEr | 0.5000 |",
-        "8 images, 3 beams",
+        "On 8 images",
+        "num_beams=3",
+        "## Limits",
         "kind: cross_attention",
     ):
         assert mention in card
     assert "secret-place" not in card
+
+
+def test_half_precision_is_what_the_captioner_computes_with(run: Path, tmp_path: Path, run_here) -> None:
+    folder = tmp_path / "half"
+    terms = "non-commercial research use"
+    result = run_here(
+        "export", run, "--output-dir", folder, "--dtype", "float16", "--title", "See", "--license", terms
+    )
+    assert result.returncode == 0, result.stderr
+    stored, original = weights_of(folder), weights_of(run)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert_equal(stored, {name: tensor.half() for name, tensor in original.items()})
+    restored = Captioner.from_pretrained(folder, "cpu").model.trained_state_dict()
+    assert_equal(restored, {name: tensor.half().float() for name, tensor in original.items()})
+    _, metadata, card = (folder / "README.md").read_text().split("---\n", 2)
+    facts = yaml.safe_load(metadata)
+    assert (facts["license"], facts["license_name"]) == ("other", "non-commercial-research-use")
+    assert "# See\n" in card and f"The bridge: {terms}." in card
+
+
+def test_weights_too_large_for_a_dtype_are_named(recipe: Recipe, run: Path, tmp_path: Path, run_here) -> None:
+    path = run / "checkpoints" / checkpoints.BEST_WEIGHTS
+    weights = weights_of(path)
+    name = next(iter(weights))
+    checkpoints.save_checkpoint(path, recipe, {**weights, name: weights[name] + 1e5})
+    result = run_here("export", run, "--output-dir", tmp_path / "out", "--dtype", "float16")
+    assert result.returncode == 1
+    assert result.stderr == f"error: {name} does not fit into float16\n"
+
+
+def test_scores_come_from_the_runs_last_evaluation(run: Path, tmp_path: Path, run_here) -> None:
+    (run / "val").mkdir()
+    scores = {
+        "CIDEr": 0.25,
+        "num_images": 8,
+        "decode": {"num_beams": 9},
+        "data": {"name": "mine", "split": "val"},
+    }
+    (run / "val" / "metrics.json").write_text(json.dumps(scores))
+    result = run_here("export", run, "--output-dir", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "On 8 images of mine val" in card and "| CIDEr | 0.2500 |" in card
+    assert "note: the scores were decoded with other settings" in result.stderr
 
 
 def test_what_is_left_open_is_said(run: Path, tmp_path: Path, run_here) -> None:

@@ -86,11 +86,14 @@ def test_a_search_gives_no_more_alternatives_than_beams(service: CaptionService)
 
 
 def test_every_word_has_an_overlay(service: CaptionService) -> None:
-    answer = service.answer(png(noise(3)), "a.png", service.default_request, overlays=True)
+    pictures = (png(noise(seed)) for seed in range(20))  # a tiny captioner has nothing to say of some
+    answers = (
+        service.answer(picture, "a.png", service.default_request, overlays=True) for picture in pictures
+    )
+    answer = next(answer for answer in answers if len(answer.caption.split()) > 1)
     assert answer.overlays
-    for word, image in answer.overlays:
-        assert word.word in answer.caption
-        assert max(image.size) == 160
+    assert all(word.word in answer.caption for word, _ in answer.overlays)
+    assert all(max(image.size) == 160 for _, image in answer.overlays)
 
 
 def test_the_facts_name_all_parts(service: CaptionService, tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
@@ -132,6 +135,7 @@ def test_a_run_is_shown_with_curves_samples_and_visual_gain(tmp_path: Path) -> N
     assert "Epoch 1, step 20" in html
     assert "a &lt;b&gt; dog" in html and "A dog &amp; a cat." in html
     assert html.count("<svg") == 3
+    assert "train/loss" in html and "validation/loss" in html
     assert read_live_run(tmp_path / "logs") == run
 
 
@@ -151,7 +155,8 @@ def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:
 # The command.
 
 
-def test_the_command_asks_for_a_checkpoint(run_here) -> None:
+def test_the_command_says_what_to_install(run_here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_bridge.cli.demo.find_spec", lambda name: None)
     result = run_here("demo")
     assert result.returncode == 2
-    assert "--checkpoint" in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr == "error: the demo page needs gradio: pip install 'vlm-bridge[demo]'\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
@@ -40,6 +41,23 @@ def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) ->
     assert len(several) == 3
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "turned"])
+def test_an_open_picture_is_captioned_as_its_file(captioner: Captioner, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "photo.tiff"
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise(1).save(path, exif=exif)
+    elif mode == "P":
+        noise(1).convert("P").save(path := path.with_suffix(".png"), transparency=3)
+    else:
+        noise(1).convert("L" if mode == "I;16" else "RGB").convert(mode).save(path)
+    with Image.open(path) as opened:
+        (of_file, of_picture) = captioner.caption([path, opened])
+    assert of_picture.caption == of_file.caption
+    assert of_picture.score == pytest.approx(of_file.score, abs=1e-5)
+
+
 def test_a_picture_that_cannot_be_read_raises(captioner: Captioner, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such file"):
         captioner(tmp_path / "none.jpg")
@@ -52,7 +70,7 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process_without_extras(
     assert "license: mit" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     program = (
         "import sys\n"
-        "for name in ('tensorboard', 'pycocoevalcap', 'gradio', 'matplotlib', 'datasets'):\n"
+        "for name in ('gradio', 'tensorboard', 'accelerate', 'pycocoevalcap', 'matplotlib', 'imagehash', 'datasets'):\n"
         "    sys.modules[name] = None\n"  # whoever imports it fails
         "from vlm_bridge import Captioner\n"
         "print(Captioner.from_pretrained(sys.argv[1], 'cpu')(sys.argv[2])[0]['generated_text'], end='')\n"

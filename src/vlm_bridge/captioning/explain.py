@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
-from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
 from vlm_bridge.model_architecture.image_attention import image_attention
 
@@ -70,7 +70,7 @@ def explain(
         ImageError: the picture cannot be read.
         ModelError: the language model does not return its attention weights.
     """
-    image = picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
+    image = upright_rgb(picture) if isinstance(picture, Image.Image) else open_image(picture)
     if caption is None:
         caption = captioner.caption([image], decode=decode)[0].caption or ""
     model, language_model = captioner.model, captioner.model.language_model

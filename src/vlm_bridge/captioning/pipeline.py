@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from vlm_bridge import runtime
+from vlm_bridge.captioning.bundled import bundled_captioner
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
-from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
 from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.packaged_weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
@@ -61,7 +63,7 @@ class Candidate:
 
 
 class Captioner:
-    """A trained captioner. ``Captioner.from_pretrained("runs/lite-flickr8k").caption(["photo.jpg"])``."""
+    """A trained captioner. ``Captioner.from_pretrained()("photo.jpg")`` captions with the one that is bundled."""
 
     def __init__(self, model: CaptionerModel, recipe: Recipe):
         self.model = model.eval()
@@ -71,7 +73,7 @@ class Captioner:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         device: str = "auto",
         *,
         recipe: Recipe | None = None,
@@ -81,19 +83,21 @@ class Captioner:
         """Load a checkpoint file, a run folder's best checkpoint, an exported folder, or a model on the hub.
 
         Args:
-            path: a path; or, where there is none, the name of an exported captioner on the Hugging Face hub.
+            path: a path; or, where there is none, the name of an exported captioner on the Hugging Face hub. None is
+                the captioner that comes with this package.
             recipe: needed for checkpoints of the original project; else the checkpoint's own.
             revision: branch, tag or commit of a model on the hub.
             compile: compile the step that makes a token (`CaptionerModel.use_static_caches`): for GPUs and many
                 pictures.
 
         Raises:
-            CheckpointError: missing, damaged, or of another architecture.
+            CheckpointError: missing, damaged, or of another architecture; or no captioner is bundled.
             ModelError: a frozen part it names cannot be loaded.
         """
-        where = checkpoints.find_checkpoint(path, revision)
+        where = checkpoints.find_checkpoint(bundled_captioner() if path is None else path, revision)
         content = checkpoints.load_checkpoint(where)
         recipe = checkpoints.recipe_of(content, where, recipe)
+        require_weights([*recipe.vision_encoder.names, recipe.language_model.name])
         target = runtime.resolve_device(device)
         if target.type != "cuda":  # quantised weights need a GPU; without one, use those that they stand for
             recipe = replace(recipe, quantize_language_model="none")
@@ -143,7 +147,7 @@ class Captioner:
             ConfigurationError: a search is asked for more captions than it has beams.
         """
         encoder: Any = self.model.vision_encoder
-        pixels = encoder.preprocess([picture.convert("RGB") for picture in pictures])
+        pixels = encoder.preprocess([upright_rgb(picture) for picture in pictures])
         captions = self._caption_batch(pixels, decode or self.recipe.decode, count)
         found = [Candidate(caption, score) for caption, score, _ in captions]
         return [found[start : start + count] for start in range(0, len(found), count)]
@@ -285,7 +289,7 @@ def caption_in_batches(
 
 def _open(image: str | Path | Image.Image) -> tuple[str, Image.Image | ImageError]:
     if isinstance(image, Image.Image):
-        return "<picture>", image.convert("RGB")
+        return "<picture>", upright_rgb(image)
     try:
         return str(image), open_image(image)
     except ImageError as error:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def caption(
     paths: list[str] = typer.Argument(..., help="Pictures, folders of pictures, or globs."),
     checkpoint: Path = typer.Option(
-        Path("runs/lite-flickr8k"), "--checkpoint", help="A checkpoint, or the folder of a training run."
+        None,
+        "--checkpoint",
+        help="A checkpoint, or the folder of a training run. (default: the bundled captioner)",
     ),
     config: Path = typer.Option(
         None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
@@ -41,17 +43,22 @@ def caption(
     import dataclasses
     import json
 
-    from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.cli.loading import without_garbage_collection
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline.images import iter_image_paths
 
-    quiet_transformers()
+    # What can be wrong with the paths is found before the seconds that torch and transformers take.
     pictures = iter_image_paths(paths)
     if explain is not None:
-        explain.mkdir(parents=True, exist_ok=True)  # before the minutes that captioning may take
+        explain.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(config) if config else None
-    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
+
+    with without_garbage_collection():
+        from vlm_bridge.captioning.pipeline import Captioner
+        from vlm_bridge.cli.quiet import quiet_transformers
+
+        quiet_transformers()
+        captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     changes = {
         "num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
         "do_sample": do_sample or None, "temperature": temperature, "seed": seed,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from vlm_bridge import __version__
 from vlm_bridge.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -14,7 +15,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def demo(
     checkpoint: Path = typer.Option(
-        None, "--checkpoint", help="A checkpoint, or the folder of a training run."
+        None,
+        "--checkpoint",
+        help="A checkpoint, or the folder of a training run. (default: the bundled captioner)",
     ),
     host: str = typer.Option("127.0.0.1", help="Address to serve on; 0.0.0.0 lets the network in."),
     port: int = typer.Option(7860, min=0, max=65535, help="Port to serve on; 0 takes a free one."),
@@ -22,20 +25,21 @@ def demo(
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ) -> None:
     """Serve a page that captions pictures and shows a training run live, and a JSON endpoint (/api/caption)."""
-    if checkpoint is None:
-        raise UsageError(
-            "which captioner? Give --checkpoint RUN: a checkpoint, or the folder of a training run"
-        )
     if find_spec("gradio") is None:
         raise UsageError("the demo page needs gradio: pip install 'vlm-bridge[demo]'")
-    from vlm_bridge.captioning.demo import build_app, serve
-    from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.captioning.service import CaptionService
-    from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.quickstart import real_photographs
+    from vlm_bridge.cli.loading import without_garbage_collection
 
-    quiet_transformers()
-    service = CaptionService(Captioner.from_pretrained(checkpoint, device), str(checkpoint))
+    with without_garbage_collection():
+        from vlm_bridge.captioning.demo import build_app, serve
+        from vlm_bridge.captioning.pipeline import Captioner
+        from vlm_bridge.captioning.service import CaptionService
+        from vlm_bridge.cli.quiet import quiet_transformers
+        from vlm_bridge.quickstart import real_photographs
+
+        quiet_transformers()
+        captioner = Captioner.from_pretrained(checkpoint, device)
+    name = str(checkpoint) if checkpoint is not None else f"bundled with vlm-bridge {__version__}"
+    service = CaptionService(captioner, name)
     # A stranger on the network may watch the run that was named, and read no other folder.
     app = build_app(service, run=run, any_run=host in LOOPBACK, examples=real_photographs())
     serve(app, host, port, say=typer.echo)

