@@ -81,12 +81,9 @@ def test_the_readme_shows_the_commands_that_matter() -> None:
 
 
 def test_ci_runs_exactly_the_readme_test_command() -> None:
-    commands = [
-        line
-        for line in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith(("#", "set ", "cd "))
-    ]
-    assert commands == ["make test"]
+    lines = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines[-1] == "make test"
+    assert sum("make" in line for line in lines) == 1
 
 
 def test_readme_python_blocks_compile() -> None:
