@@ -25,7 +25,7 @@ from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, 
 from vlm_bridge.evaluation.published import published_on
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-CURVES = ("loss", "visual_gain", "cider", "perplexity")
+CURVES = ("loss", "visual_gain", "cider", "bleu4", "perplexity")
 """The quantities whose charts come first; those of the optimiser come last."""
 OPTIMIZER = ("learning_rate", "gradient_norm")
 SHOWN = 12
@@ -237,7 +237,7 @@ def _captions(runs: Sequence[ReportedRun]) -> str:
     about = f"{PEOPLE}: the first reference of each picture. Words are lower case, without punctuation."
     return (
         f'{table}<p class="note">{about}</p><div class="charts"><figure>{chart}</figure></div>'
-        f'<h2>Most frequent phrases of four words</h2><div class="charts">{phrases}</div>'
+        f'<h2>Most frequent phrases of four words</h2><div class="phrases">{phrases}</div>'
     )
 
 
@@ -376,7 +376,7 @@ def _table(heading: str, columns: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def _label(name: str) -> str:
-    return name.replace("num_", "").replace("_", " ")
+    return name.replace("num_", "").replace("_", " ").replace("bleu4", "BLEU-4").replace("cider", "CIDEr")
 
 
 def _number(value: object, form: str = "") -> str:
@@ -433,6 +433,7 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 1rem; padding-bottom: .4rem;
   overflow-wrap: anywhere; }
 .charts { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.phrases { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
 .gallery { display: grid; gap: 1.5rem 1.25rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
