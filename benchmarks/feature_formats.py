@@ -1,6 +1,7 @@
 """What the number format of the feature cache costs in captions: a trained captioner reads its features in each format.
 
     python -m benchmarks.feature_formats --checkpoint runs/lite-flickr8k --data-dir data/flickr8k [--json FILE]
+    python -m benchmarks.feature_formats --tiny                                  does it run at all?
 
 Every picture is encoded once; its features then pass through the records that a cache would hold. The scores are those
 of `vlm-bridge evaluate`, on the same pictures and with the same decoding; the captions that changed are counted against
@@ -11,21 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from benchmarks.harness import environment, markdown
+from benchmarks.harness import environment, markdown, prepare
+from benchmarks.systems import EOS, START, build_system
 from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.cli.quiet import quiet_transformers
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
+from vlm_bridge.configuration import DecodeSettings
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.feature_format import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches
 from vlm_bridge.evaluation.metrics import score_captions
+from vlm_bridge.model_architecture.captioner import CaptionerModel
 from vlm_bridge.training_strategy.validation import validate
 
 SCORES = ("CIDEr", "BLEU-4", "METEOR")
@@ -33,12 +38,64 @@ BATCH = 32
 NOT_STORED = "not stored"
 
 
-def encode(captioner: Captioner, images: list[CaptionedImage]) -> torch.Tensor:
-    """Features [images, N, D] in float32."""
+@dataclass(frozen=True)
+class Subject:
+    """A captioner and the images that it captions.
+
+    Attributes:
+        references: the human captions of each image.
+        features_bnd: [images, N, D] in float32, as the encoder made them.
+        text: token ids -> caption.
+        amp_dtype: autocast's, None for none.
+    """
+
+    model: CaptionerModel
+    data: TokenizedImages
+    references: Sequence[Sequence[str]]
+    features_bnd: torch.Tensor
+    decode: DecodeSettings
+    text: Callable[[list[int]], str]
+    amp_dtype: str | None
+
+    def autocast(self) -> Any:
+        return runtime.autocast(self.model.device, self.amp_dtype)
+
+
+def trained(options: argparse.Namespace) -> Subject:
+    """A checkpoint and the pictures of a caption folder, each encoded once."""
+    captioner = Captioner.from_pretrained(options.checkpoint, options.device)
+    model, recipe = captioner.model, captioner.recipe
+    images = CaptionFolder.open(options.data_dir).split(options.split)[: options.limit]
     batches = in_batches([image.path for image in images], BATCH)
-    return torch.cat(
-        [captioner.model.encode_images([open_image(p) for p in b]).float().cpu() for b in batches]
+    features = [model.encode_images([open_image(path) for path in batch]).float().cpu() for batch in batches]
+    return Subject(
+        model,
+        TokenizedImages(images, captioner.format),
+        [image.captions for image in images],
+        torch.cat(features),
+        recipe.decode,
+        model.language_model.decode,
+        recipe.amp_dtype if recipe.use_amp else None,
     )
+
+
+def random(options: argparse.Namespace, device: torch.device) -> Subject:
+    """A small captioner of random weights, whose captions are numbers."""
+    system = build_system("lite", device, num_captions=40, seed=options.seed, tiny=True)
+    model = system.model.eval()
+    model.language_model.start_id, model.language_model.eos_id = START, EOS
+    model.generation_config.update(bos_token_id=START, eos_token_id=EOS, pad_token_id=EOS)
+
+    def text(ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    references = [
+        [text(system.data.caption(image, number).labels[:-1]) for number in range(count)]  # without EOS
+        for image, count in enumerate(system.data.captions_per_image)
+    ]
+    features = torch.from_numpy(np.asarray(system.features)).float()
+    decode = DecodeSettings(num_beams=2, max_new_tokens=6)
+    return Subject(model, system.data, references, features, decode, text, None)
 
 
 def stored(features_bnd: torch.Tensor, dtype: FeatureDtype) -> torch.Tensor:
@@ -47,25 +104,39 @@ def stored(features_bnd: torch.Tensor, dtype: FeatureDtype) -> torch.Tensor:
     return torch.cat([format.unpack(format.pack(batch)).float() for batch in features_bnd.split(BATCH)])
 
 
-def captions_of(captioner: Captioner, features_bnd: torch.Tensor) -> list[str]:
-    model, captions = captioner.model, []
+def captions_of(subject: Subject, features_bnd: torch.Tensor) -> list[str]:
+    captions = []
     for batch in features_bnd.split(BATCH):
-        with autocast(captioner):
-            ids, _ = model.generate_captions(batch, captioner.format.prompt_ids, captioner.recipe.decode)
-        captions += map(model.language_model.decode, ids)
+        with subject.autocast():
+            ids, _ = subject.model.generate_captions(batch, subject.data.format.prompt_ids, subject.decode)
+        captions += map(subject.text, ids)
     return captions
 
 
-def autocast(captioner: Captioner) -> Any:
-    recipe = captioner.recipe
-    return runtime.autocast(captioner.model.device, recipe.amp_dtype if recipe.use_amp else None)
+def measure(subject: Subject, formats: Sequence[FeatureDtype]) -> list[dict[str, Any]]:
+    """A row for features that were never stored, and one for each format."""
+    exact = subject.features_bnd
+    references = {str(number): captions for number, captions in enumerate(subject.references)}
+    rows: list[dict[str, Any]] = []
+    said: dict[str, list[str]] = {}
+    for name, features in {NOT_STORED: exact, **{dtype: stored(exact, dtype) for dtype in formats}}.items():
+        said[name] = captions_of(subject, features)
+        scores = score_captions(references, {str(n): caption for n, caption in enumerate(said[name])}).corpus
+        loss = validate(subject.model, subject.data, np.asarray(features), autocast=subject.autocast).loss
+        changed = sum(caption != other for caption, other in zip(said[name], said[NOT_STORED], strict=True))
+        kept = {metric: scores[metric] for metric in SCORES if metric in scores}
+        rows.append({"format": name, **kept, "loss": loss, "captions_changed": changed})
+        print(rows[-1], flush=True)
+    return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--checkpoint", help="a trained captioner")
+    subject.add_argument("--tiny", action="store_true", help="small random models: does it run at all?")
     parser.add_argument("--data-dir", type=Path, default=Path("data/flickr8k"))
     parser.add_argument("--split", default="val")
     parser.add_argument("--limit", type=int, help="the first pictures only")
@@ -73,30 +144,12 @@ def main() -> None:
         "--formats", nargs="+", choices=get_args(FeatureDtype), default=get_args(FeatureDtype)
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and captions of --tiny")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    options = parser.parse_args()
-    quiet_transformers()
+    options = parser.parse_args(arguments)
+    device = prepare(options)
 
-    captioner = Captioner.from_pretrained(options.checkpoint, options.device)
-    images = CaptionFolder.open(options.data_dir).split(options.split)[: options.limit]
-    references = {str(number): image.captions for number, image in enumerate(images)}
-    data = TokenizedImages(images, captioner.format)
-    exact = encode(captioner, images)
-    forms = {NOT_STORED: exact} | {dtype: stored(exact, dtype) for dtype in options.formats}
-
-    rows: list[dict[str, Any]] = []
-    said: dict[str, list[str]] = {}
-    for name, features in forms.items():
-        said[name] = captions_of(captioner, features)
-        scores = score_captions(references, {str(n): caption for n, caption in enumerate(said[name])}).corpus
-        loss = validate(
-            captioner.model, data, np.asarray(features), autocast=lambda: autocast(captioner)
-        ).loss
-        changed = sum(ours != exact for ours, exact in zip(said[name], said[NOT_STORED], strict=True))
-        kept = {metric: scores[metric] for metric in SCORES if metric in scores}
-        rows.append({"format": name, **kept, "loss": loss, "captions_changed": changed})
-        print(rows[-1], flush=True)
-
+    rows = measure(random(options, device) if options.tiny else trained(options), options.formats)
     print(
         markdown(
             {
@@ -106,9 +159,10 @@ def main() -> None:
         )
     )
     if options.json:
-        report = {"rows": rows, "environment": environment(captioner.model.device, 0)}
+        report = {"rows": rows, "environment": environment(device, options.seed)}
         options.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
