@@ -100,8 +100,9 @@ def test_the_facts_name_all_parts(service: CaptionService, tiny_vit_dir: Path, t
     facts = service.facts()
     assert facts["Vision encoder"] == tiny_vit_dir.name
     assert facts["Language model"] == tiny_llama_dir.name
-    assert facts["Bridge"].startswith("prefix, ")
+    assert facts["Bridge"].startswith("prefix bridge of ")
     assert facts["Checkpoint"] == "runs/tiny"
+    assert all(facts[part] in service.summary() for part in ("Vision encoder", "Bridge", "Language model"))
 
 
 # A training run.

@@ -60,7 +60,10 @@ CSS = """
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
 .dark .gradio-container, .gradio-container.dark { --soft: #98a2ad; --line: #2b323a;
   --c0: #56b4e9; --c1: #e69f00; --c2: #009e73; --c3: #cc79a7; --c4: #d55e00; --c5: #f0e442; }
-.vb-card { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr); gap: 1rem; padding: 1rem 0;
+#pictures .grid-wrap, #examples .grid-wrap { overflow-y: auto; }
+#examples .fixed-height { min-height: 0; }
+#examples .thumbnail-item { aspect-ratio: 4 / 3; }
+.vb-card { display: grid; grid-template-columns: minmax(0, 13rem) minmax(0, 1fr); gap: 1rem; padding: 1rem 0;
   border-bottom: 1px solid var(--line); }
 .vb-card > img { width: 100%; border-radius: 8px; }
 .vb-caption { font-size: 1.35rem; line-height: 1.35; margin: 0 0 .25rem; overflow-wrap: anywhere; }
@@ -68,15 +71,15 @@ CSS = """
 .vb-error { border-left: 4px solid #d55e00; padding: .75rem 1rem; margin: .75rem 0; overflow-wrap: anywhere; }
 .vb-alternatives { margin: .5rem 0; padding-left: 1.4rem; list-style: decimal; }
 .vb-alternatives data { color: var(--soft); font-variant-numeric: tabular-nums; margin-left: .5rem; }
-.vb-words { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .6rem; }
+.vb-words { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.75rem, 1fr)); gap: .6rem; }
 .vb-words figure { margin: 0; } .vb-words img { width: 100%; border-radius: 4px; }
 .vb-words figcaption { text-align: center; overflow-wrap: anywhere; }
 .vb-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 .vb-charts svg { width: 100%; height: auto; }
 .vb-samples small { display: block; } .vb-samples ul { list-style: disc; padding-left: 1.4rem; }
-.vb-facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; }
-.vb-facts dt { color: var(--soft); } .vb-facts dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 640px) { .vb-card, .vb-facts { grid-template-columns: minmax(0, 1fr); } }
+.vb-facts dt { color: var(--soft); font-size: .85em; margin-top: .5rem; }
+.vb-facts dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 640px) { .vb-card { grid-template-columns: minmax(0, 1fr); } }
 """
 LEGEND = (
     "The score is the mean log-probability of a token, in nats: 0 is certain. Below each word: how many times an "
@@ -126,7 +129,11 @@ def build_app(
         max_file_size=MAX_UPLOAD,
         ssr_mode=False,
         footer_links=["settings"],  # light or dark
-        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]).set(
+            # Gradio's own greys are too pale to be read on white (WCAG asks for a contrast of 4.5).
+            block_info_text_color="*neutral_500",
+            block_info_text_color_dark="*neutral_400",
+        ),
         css=CSS,
     )
 
@@ -156,46 +163,64 @@ def build_page(service: CaptionService, *, run: Path | None, any_run: bool, exam
     with gr.Blocks(
         title="vlm-bridge", analytics_enabled=False, delete_cache=(FORGET_SECONDS, FORGET_SECONDS)
     ) as page:
-        gr.Markdown("# vlm-bridge")
-        with gr.Tab("Caption"):
-            with gr.Row():
-                with gr.Column(scale=2, min_width=300):
-                    pictures = gr.Gallery(
-                        label=f"Drop or paste pictures (at most {MAX_UPLOAD_MB} MB each)",
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        interactive=True,
-                        columns=3,
-                        height=280,
-                        elem_id="pictures",
-                    )
-                with gr.Column(scale=1, min_width=260):
-                    beams = gr.Slider(1, MOST_BEAMS, start.num_beams, step=1, label="Beams", elem_id="beams")
-                    temperature = gr.Slider(
-                        0, 2, start.temperature, step=0.05, label="Temperature", info="0 searches with beams"
-                    )
-                    length_penalty = gr.Slider(
-                        -2, 4, start.length_penalty, step=0.1, label="Length penalty", info="higher: longer"
-                    )
-                    longest = gr.Slider(
-                        1, LONGEST, start.max_new_tokens, step=1, label="Longest caption, in tokens"
-                    )
-                    alternatives = gr.Slider(
-                        1,
-                        MOST_ALTERNATIVES,
-                        start.num_alternatives,
-                        step=1,
-                        label="Alternatives",
-                        info="a search gives at most as many as it has beams",
-                    )
-            button = gr.Button("Caption", variant="primary", elem_id="caption")
-            answers = gr.HTML(elem_id="answers")
+        gr.Markdown(f"# vlm-bridge\n{service.summary()}")
+        with gr.Tab("Caption"), gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                pictures = gr.Gallery(
+                    label=f"Pictures, {MAX_UPLOAD_MB} MB at most",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    interactive=True,
+                    columns=4,
+                    fit_columns=False,
+                    height=240,
+                    elem_id="pictures",
+                )
+                button = gr.Button("Caption", variant="primary", elem_id="caption")
+                answers = gr.HTML(elem_id="answers")
+                shown = gr.Gallery(
+                    [(picture, name) for name, picture in examples],
+                    label="Examples: click one",
+                    columns=max(len(examples), 1),
+                    fit_columns=False,
+                    allow_preview=False,
+                    interactive=False,
+                    object_fit="cover",
+                    visible=bool(examples),
+                    elem_id="examples",
+                )
+            with gr.Column(scale=1, min_width=280):
+                beams = gr.Slider(1, MOST_BEAMS, start.num_beams, step=1, label="Beams", elem_id="beams")
+                temperature = gr.Slider(
+                    0, 2, start.temperature, step=0.05, label="Temperature", info="0 searches with beams"
+                )
+                length_penalty = gr.Slider(
+                    -2, 4, start.length_penalty, step=0.1, label="Length penalty", info="higher: longer"
+                )
+                longest = gr.Slider(
+                    1, LONGEST, start.max_new_tokens, step=1, label="Longest caption, in tokens"
+                )
+                alternatives = gr.Slider(
+                    1,
+                    MOST_ALTERNATIVES,
+                    start.num_alternatives,
+                    step=1,
+                    label="Alternatives",
+                    info="a search gives at most as many as it has beams",
+                )
+                gr.HTML(_facts(service.facts()))
+                with gr.Accordion("JSON endpoint", open=False):
+                    gr.Markdown(_endpoint_help(start))
             controls = [pictures, beams, temperature, length_penalty, longest, alternatives]
 
             def respond(chosen: Any, *settings: float) -> Iterator[str]:
                 yield from caption_all(service, chosen, *settings)
 
-            for event in (button.click, pictures.upload):
+            def take(event: gr.SelectData) -> list[Image.Image]:
+                return [examples[event.index][1]]
+
+            taken = shown.select(take, None, pictures, api_visibility="private")
+            for event in (button.click, pictures.upload, taken.then):
                 event(
                     respond,
                     controls,
@@ -204,31 +229,6 @@ def build_page(service: CaptionService, *, run: Path | None, any_run: bool, exam
                     concurrency_id="model",
                     api_visibility="private",
                 )
-            if examples:
-                shown = gr.Gallery(
-                    [(picture, name) for name, picture in examples],
-                    label="Examples: click one",
-                    columns=len(examples),
-                    height=150,
-                    allow_preview=False,
-                    interactive=False,
-                    object_fit="cover",
-                    elem_id="examples",
-                )
-
-                def take(event: gr.SelectData) -> list[Image.Image]:
-                    return [examples[event.index][1]]
-
-                shown.select(take, None, pictures, api_visibility="private").then(
-                    respond,
-                    controls,
-                    answers,
-                    concurrency_limit=1,
-                    concurrency_id="model",
-                    api_visibility="private",
-                )
-            gr.HTML(_facts(service.facts()))
-            gr.Markdown(_endpoint_help(start))
         with gr.Tab("Training"):
             folder = gr.Textbox(
                 str(run or ""), label="Folder of a training run", visible=any_run, elem_id="run-folder"
@@ -269,7 +269,7 @@ def caption_all(
             cards.append(_card(service.answer(Path(path), Path(path).name, request, overlays=True)))
         except VLMBridgeError as error:
             cards.append(_error_card(str(error)))
-        yield "".join(cards)
+        yield "".join(cards) + f'<p class="vb-note"><small>{LEGEND}</small></p>'
 
 
 def live_html(run: Path | None) -> str:
@@ -329,8 +329,7 @@ def _card(answer: Answer) -> str:
     return (
         f'<article class="vb-card"><img src="{_data_uri(thumbnail)}" alt="{caption}">'
         f'<div><p class="vb-caption">{caption}</p><p class="vb-note">{answer.seconds:.1f} s</p>'
-        f'<ol class="vb-alternatives">{alternatives}</ol>{looks if words else ""}'
-        f'<p class="vb-note"><small>{LEGEND}</small></p></div></article>'
+        f'<ol class="vb-alternatives">{alternatives}</ol>{looks if words else ""}</div></article>'
     )
 
 
@@ -346,7 +345,7 @@ def _facts(facts: dict[str, str]) -> str:
 def _endpoint_help(start: Request) -> str:
     fields = ", ".join(f"`{name}` ({value})" for name, value in vars(start).items())
     return (
-        "**JSON endpoint.** `curl -F image=@photo.jpg -F num_beams=5 http://HOST:PORT/api/caption` answers "
+        "`curl -F image=@photo.jpg -F num_beams=5 http://HOST:PORT/api/caption` answers "
         '`{"caption", "alternatives": [{"caption", "score"}], "seconds"}`, or `{"error"}` with a status of 4xx. '
         f"Fields beside `image`, and what they are when not given: {fields}."
     )

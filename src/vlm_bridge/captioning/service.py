@@ -143,6 +143,13 @@ class CaptionService:
                 shown = list(zip(explanation.words, images, strict=True))
             return Answer(distinct[0].caption, distinct, shown, picture, time.perf_counter() - started)
 
+    def summary(self) -> str:
+        """What answers, on one line."""
+        facts = self.facts()
+        return (
+            f"{facts['Vision encoder']} → {facts['Bridge']} → {facts['Language model']}, on {facts['Device']}"
+        )
+
     def facts(self) -> dict[str, str]:
         """What answers: the parts, the checkpoint, the device and how captions are generated."""
         recipe, model = self.captioner.recipe, self.captioner.model
@@ -154,8 +161,8 @@ class CaptionService:
             else f"{decode.num_beams} beams"
         )
         return {
-            "Vision encoder": Path(recipe.vision_encoder.name).name,
-            "Bridge": f"{recipe.bridge.kind}, {trained / 1e6:.1f} M parameters",
+            "Vision encoder": " + ".join(Path(name).name for name in recipe.vision_encoder.names),
+            "Bridge": f"{recipe.bridge.kind} bridge of {trained / 1e6:.1f} M parameters",
             "Language model": Path(recipe.language_model.name).name,
             "Checkpoint": self.checkpoint,
             "Device": str(model.device),
