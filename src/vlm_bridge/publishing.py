@@ -204,8 +204,14 @@ def export_notes(recipe: Recipe, facts: CardFacts, *, original: bool) -> list[st
         notes.append(
             "the scores were decoded with other settings than the recipe's, which captions will be made with"
         )
-    if not original and not facts.license:
+    if original:
+        return notes
+    if not facts.license:
         notes.append(f"the model card names no licence: give --license, or edit {interchange.CARD_NAME}")
+    if not facts.metrics:
+        notes.append("the model card has no scores: evaluate with --output-dir RUN/val before exporting")
+    if not facts.dataset and _manifest(recipe) is None:
+        notes.append(f"the model card cannot say what it was trained on: {recipe.data_dir} is not here")
     return notes
 
 

@@ -145,6 +145,7 @@ def test_what_is_left_open_is_said(run: Path, tmp_path: Path, run_here) -> None:
     result = run_here("export", run, "--output-dir", tmp_path / "out")
     assert "note: the model card names no licence: give --license" in result.stderr
     assert "is a folder of this machine" in result.stderr
+    assert "the model card has no scores" in result.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert "has not been chosen yet" in card
     assert "Not evaluated yet" in card

@@ -60,7 +60,7 @@ CSS = """
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
 .dark .gradio-container, .gradio-container.dark { --soft: #98a2ad; --line: #2b323a;
   --c0: #56b4e9; --c1: #e69f00; --c2: #009e73; --c3: #cc79a7; --c4: #d55e00; --c5: #f0e442; }
-#pictures .grid-wrap, #examples .grid-wrap { overflow-y: auto; }
+#pictures .grid-wrap, #examples .grid-wrap { overflow-y: auto; padding-top: 2.2rem; } /* below the label */
 #examples .fixed-height { min-height: 0; }
 #examples .thumbnail-item { aspect-ratio: 4 / 3; }
 .vb-card { display: grid; grid-template-columns: minmax(0, 13rem) minmax(0, 1fr); gap: 1rem; padding: 1rem 0;
@@ -173,7 +173,7 @@ def build_page(service: CaptionService, *, run: Path | None, any_run: bool, exam
                     interactive=True,
                     columns=4,
                     fit_columns=False,
-                    height=240,
+                    height=270,
                     elem_id="pictures",
                 )
                 button = gr.Button("Caption", variant="primary", elem_id="caption")
