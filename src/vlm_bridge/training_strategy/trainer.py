@@ -83,6 +83,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
+    """What a run ended with.
+
+    Attributes:
+        checkpoint_dir: where its checkpoints are.
+        steps: optimiser steps in all, those before a resume included.
+        seconds: of this call.
+        best_loss: the lowest validation loss, in nats per token.
+        validation: the last one; None if there was none.
+        decoded: the scores of the last captions decoded while training; None if there were none.
+    """
+
     checkpoint_dir: Path
     steps: int
     seconds: float
