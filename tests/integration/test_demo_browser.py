@@ -142,7 +142,7 @@ def test_a_picture_of_60_mb_is_refused(page: Any, tmp_path: Path) -> None:
     large.write_bytes(bytes(60_000_000))
     _drop(page, large)
     WebDriverWait(page, PATIENCE).until(
-        lambda driver: "maximum allowed size" in driver.find_element(By.TAG_NAME, "body").text
+        lambda driver: "maximum allowed size of 20" in driver.find_element(By.TAG_NAME, "body").text
     )
     assert not page.find_elements(By.CSS_SELECTOR, "#answers .vb-card")
     _screenshot(page, "too-large")

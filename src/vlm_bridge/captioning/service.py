@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -19,8 +20,10 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.images import decode_image
 from vlm_bridge.errors import ConfigurationError, DataError, ImageError
 
+MEGABYTE = 2**20
+"""As Gradio counts, so that its messages and ours name one limit."""
 MAX_UPLOAD_MB = 20
-MAX_UPLOAD = MAX_UPLOAD_MB * 1000 * 1000
+MAX_UPLOAD = MAX_UPLOAD_MB * MEGABYTE
 """Bytes of a picture that a client may send. `images.MAX_PIXELS` bounds what they may decode to."""
 MOST_BEAMS, MOST_ALTERNATIVES, LONGEST = 8, 5, 80
 """What one client may ask for, so that the others do not wait long."""
@@ -205,7 +208,7 @@ def open_upload(file: Path | bytes, name: str) -> Image.Image:
 
 def too_large(name: str, size: int) -> UploadError:
     """The refusal of an upload of so many bytes."""
-    return UploadError(f"{name} has {size / 1e6:.0f} MB: send at most {MAX_UPLOAD_MB} MB", 413)
+    return UploadError(f"{name} has {math.ceil(size / MEGABYTE)} MB: send at most {MAX_UPLOAD_MB} MB", 413)
 
 
 def _is_svg(file: Path | bytes) -> bool:
