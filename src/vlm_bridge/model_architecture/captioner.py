@@ -412,26 +412,36 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
     ) -> list[list[int]]:
         """Draw ``count`` captions of each row of features from the model's own distribution: temperature 1, no cut.
 
+        Images leave the batch when all their captions have ended; `generate` would decode until the longest of all has,
+        and its `torch.multinomial` takes longer over a large vocabulary than a layer of the language model.
+
         Returns:
             Token ids without the prompt, the captions of an image beside each other; with EOS, if one has ended.
         """
-        draw = DecodeSettings(num_beams=1, max_new_tokens=max_new_tokens, do_sample=True)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        cache: Any = self.language_model.new_cache()
+        state = self.image_state(features_bnd)
         prompt_bt = torch.tensor([list(prompt_ids)] * len(features_bnd), device=self.device)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            output: Any = self.generate(  # type: ignore[reportAttributeAccessIssue]
-                input_ids=prompt_bt,
-                image_state=SharedState(self.image_state(features_bnd)),
-                attention_mask=torch.ones_like(prompt_bt),
-                past_key_values=self.language_model.new_cache(),
-                num_return_sequences=count,
-                disable_compile=True,
-                **generation_options(draw),
-            )
-        ids_bt = output[:, prompt_bt.shape[1] :]
-        is_eos = ids_bt == self.language_model.eos_id
-        lengths = (is_eos.cumsum(1) - is_eos.long() == 0).sum(1)
-        return [ids[:length] for ids, length in zip(ids_bt.tolist(), lengths.tolist(), strict=True)]
+        step = self(
+            prompt_bt, state, past_key_values=cache, use_cache=True, logits_to_keep=1, beams_to_start=count
+        )
+        captions: list[list[int]] = [[] for _ in range(len(features_bnd) * count)]
+        rows = torch.arange(len(captions), device=self.device)
+        has_ended = torch.zeros(len(captions), dtype=torch.bool, device=self.device)
+        for position in range(max_new_tokens):
+            ids = _draw(step.logits[:, -1], generator)
+            for row, token in zip(rows[~has_ended].tolist(), ids[~has_ended].tolist(), strict=True):
+                captions[row].append(token)
+            has_ended |= ids == self.language_model.eos_id
+            goes_on = ~has_ended.view(-1, count).all(1)
+            if position + 1 == max_new_tokens or not goes_on.any():
+                break
+            if goes_on.float().mean() < WORTH_REMOVING:
+                kept = goes_on.repeat_interleave(count)
+                cache.batch_select_indices(kept.nonzero()[:, 0])
+                state, rows, ids, has_ended = state[goes_on], rows[kept], ids[kept], has_ended[kept]
+            step = self(ids[:, None], state, past_key_values=cache, use_cache=True, continues=True)
+        return captions
 
     def _trim_and_score(self, output: Any, prompt_length: int) -> tuple[list[list[int]], list[float]]:
         """Captions and their scores from what `generate` returns.
@@ -610,6 +620,14 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     return model.eval()
 
 
+def _draw(logits_bv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token [B] of each row's distribution: where its cumulative probabilities pass a uniform number."""
+    cumulative_bv = logits_bv.float().softmax(-1).cumsum(-1)
+    uniform_b1 = torch.rand(len(logits_bv), 1, device=logits_bv.device, generator=generator)
+    ids_b1 = torch.searchsorted(cumulative_bv, uniform_b1 * cumulative_bv[:, -1:], right=True)
+    return ids_b1[:, 0].clamp_max(logits_bv.shape[1] - 1)  # a product may be rounded up to the sum itself
+
+
 def _for_beams(
     states_bnd: torch.Tensor | None, beams: int, *, only_shape: bool = False
 ) -> torch.Tensor | None:
@@ -633,3 +651,7 @@ def _filled_up(features_bnd: torch.Tensor, num_images: int) -> torch.Tensor:
     """Features [num_images, N, D]: the given ones, then the last of them again."""
     missing = num_images - len(features_bnd)
     return torch.cat((features_bnd, features_bnd[-1:].expand(missing, -1, -1))) if missing else features_bnd
+
+
+WORTH_REMOVING = 0.85
+"""Below this share of images that go on, sampling takes the others out of the cache, which copies it."""
