@@ -122,7 +122,8 @@ def measure(subject: Subject, formats: Sequence[FeatureDtype]) -> list[dict[str,
     for name, features in {NOT_STORED: exact, **{dtype: stored(exact, dtype) for dtype in formats}}.items():
         said[name] = captions_of(subject, features)
         scores = score_captions(references, {str(n): caption for n, caption in enumerate(said[name])}).corpus
-        loss = validate(subject.model, subject.data, np.asarray(features), autocast=subject.autocast).loss
+        as_read: Any = np.asarray(features)
+        loss = validate(subject.model, subject.data, as_read, autocast=subject.autocast).loss
         changed = sum(caption != other for caption, other in zip(said[name], said[NOT_STORED], strict=True))
         kept = {metric: scores[metric] for metric in SCORES if metric in scores}
         rows.append({"format": name, **kept, "loss": loss, "captions_changed": changed})
