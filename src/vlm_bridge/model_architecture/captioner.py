@@ -620,6 +620,10 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     return model.eval()
 
 
+WORTH_REMOVING = 0.85
+"""Below this share of images that go on, sampling takes the others out of the cache, which copies it."""
+
+
 def _draw(logits_bv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A token [B] of each row's distribution: where its cumulative probabilities pass a uniform number."""
     cumulative_bv = logits_bv.float().softmax(-1).cumsum(-1)
@@ -651,7 +655,3 @@ def _filled_up(features_bnd: torch.Tensor, num_images: int) -> torch.Tensor:
     """Features [num_images, N, D]: the given ones, then the last of them again."""
     missing = num_images - len(features_bnd)
     return torch.cat((features_bnd, features_bnd[-1:].expand(missing, -1, -1))) if missing else features_bnd
-
-
-WORTH_REMOVING = 0.85
-"""Below this share of images that go on, sampling takes the others out of the cache, which copies it."""
