@@ -32,6 +32,7 @@ from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Features
 
 ENCODE_BATCH = {"cuda": 64}
@@ -79,19 +80,36 @@ class _Chosen:
 
 
 def split_features(
-    encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage], say: Say
+    encoder: Any,
+    recipe: Recipe,
+    split: str,
+    images: Sequence[CaptionedImage],
+    say: Say,
+    world: World | None = None,
 ) -> SplitFeatures:
-    """The features of a split's images as ``feature_cache`` says; without a cache, their pixels as they are needed."""
+    """The features of a split's images as ``feature_cache`` says; without a cache, their pixels as they are needed.
+
+    Processes build a cache together, shard by shard. They use it if all of them can: what is cached is rounded.
+    """
+    world = world or World(next(encoder.parameters()).device)
     pixels = _pixels(encoder, recipe, split, images)
-    items: Features = pixels
-    if recipe.feature_cache != "off":
-        try:
-            items = cached_features(
-                encoder, recipe, split, pixels, say, only_if_quicker=recipe.feature_cache == "auto"
-            )
-        except CacheUnavailable as reason:
-            say(f"{reason}: {split} pictures are encoded in every step")
-    return SplitFeatures(items, len(images), pixels.views)
+    if recipe.feature_cache == "off":
+        return SplitFeatures(pixels, len(images), pixels.views)
+    cache = refusal = None
+    try:
+        cache = cached_features(
+            encoder, recipe, split, pixels, say, only_if_quicker=recipe.feature_cache == "auto"
+        )
+    except CacheUnavailable as reason:
+        refusal = str(reason)
+    world.wait()
+    refusal = next(filter(None, world.gather(refusal)), None)
+    if cache is not None and refusal is None:
+        return SplitFeatures(cache, len(images), pixels.views)
+    if cache is not None:
+        cache.close()
+    say(f"{refusal}: {split} pictures are encoded in every step")
+    return SplitFeatures(pixels, len(images), pixels.views)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -63,6 +64,27 @@ def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
     )
 
 
+class StepSize(NamedTuple):
+    """What an optimiser step reads; positions are tokens and pads."""
+
+    num_supervised: int
+    num_captions: int
+    num_tokens: int
+    num_positions: int
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch]) -> StepSize:
+        """Of batches together, or of none."""
+        return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
+
+
+class SilentMonitor:
+    """That of a process beside the one that writes and speaks: told what a `Monitor` is told, it does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
+
+
 class Monitor:
     """Writes ``log_dir/history.jsonl`` and TensorBoard events; prints through ``say``."""
 
@@ -75,13 +97,12 @@ class Monitor:
         self.say = say
         self.restart_clock()
 
-    def step(self, batches: Sequence[PackedBatch]) -> None:
-        """Count one optimiser step of these batches for the throughput of the next `training` line."""
+    def step(self, size: StepSize) -> None:
+        """Count one optimiser step of all processes for the throughput of the next `training` line."""
         self._window_steps += 1
-        for batch in batches:
-            self._window_captions += batch.num_captions
-            self._window_tokens += batch.num_tokens
-            self._window_positions += batch.num_positions
+        self._window_captions += size.num_captions
+        self._window_tokens += size.num_tokens
+        self._window_positions += size.num_positions
 
     def training(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, whole_r
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import CaptionerModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.features import cache_root
 
 LAYOUT = "1"
@@ -53,15 +55,18 @@ def split_text_states(
     data: TokenizedImages,
     autocast: Callable[[], Any],
     say: Say,
+    world: World | None = None,
 ) -> TextStates:
     """The cached text states of a split's captions, computed if they are not there.
 
-    They are stored in the type that training computes in: 16 bits with ``use_amp`` or 16-bit weights, else 32.
+    They are stored in the type that training computes in: 16 bits with ``use_amp`` or 16-bit weights, else 32. The
+    processes of a machine share the work.
 
     Raises:
         ConfigurationError: the bridge enters at layer 0, or the language model is trained: states would change.
         ModelError: the language model gives other results when it starts from cached states.
     """
+    world = world or World(model.device)
     layer: int = model.bridge.first_layer  # type: ignore[assignment]
     language_model: LanguageModel = model.language_model
     if not layer:
@@ -86,8 +91,8 @@ def split_text_states(
     root = Path(recipe.data_dir) / ".features" if recipe.feature_cache == "off" else cache_root(recipe)
     folder = root / "text" / key
     wanted = {"key": key, "shape": list(shape), "dtype": str(dtype)}
-    if not _is_whole(folder, wanted):
-        _build(folder, wanted, model, data, dtype, autocast, lambda line: say(f"{split} {line}"))
+    if world.any(not _is_whole(folder, wanted)):
+        _build(folder, wanted, model, data, dtype, autocast, lambda line: say(f"{split} {line}"), world)
     return TextStates(folder / STATES_NAME, dtype)
 
 
@@ -111,8 +116,12 @@ def _build(
     dtype: torch.dtype,
     autocast: Callable[[], Any],
     say: Say,
+    world: World,
 ) -> None:
-    """Compute the states of all captions into a folder that appears when it is whole."""
+    """Compute the states of all captions into a folder that appears when it is whole.
+
+    The first process of a machine makes the files, and each of them fills in its share.
+    """
     positions, width = wanted["shape"]
     size = positions * width * dtype.itemsize
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,16 +130,22 @@ def _build(
             f"no room for {size / 2**30:.1f} GiB of text states below {folder.parent}: use text_state_cache=false"
         )
     say(f"text states: {size / 2**20:,.0f} MiB below {folder.parent}")
-    building = folder.parent / f".building-{folder.name}-{os.getpid()}"
-    building.mkdir(exist_ok=True)
+    name = f".building-{folder.name}-{platform.node()}-{os.getpid()}"
+    building = folder.parent / world.gather(name)[world.rank - world.local_rank]
+    is_maker = world.local_rank == 0
     try:
-        array = np.lib.format.open_memmap(
-            building / STATES_NAME, mode="w+", dtype=_numpy_type(dtype), shape=(positions, width)
-        )
+        if is_maker:
+            building.mkdir(exist_ok=True)
+            np.lib.format.open_memmap(
+                building / STATES_NAME, mode="w+", dtype=_numpy_type(dtype), shape=(positions, width)
+            )
+        world.wait()
+        array = np.lib.format.open_memmap(building / STATES_NAME, mode="r+")
         started = said = time.perf_counter()
         rows, by_length = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
         done = 0
-        for some in in_batches([rows[image] for image in by_length], IMAGES_AT_ONCE):
+        batches = in_batches([rows[image] for image in by_length], IMAGES_AT_ONCE)
+        for some in batches[world.local_rank :: world.local_size]:
             batch = data.pack(some)
             ids, segments = (torch.from_numpy(a).to(model.device) for a in (batch.input_ids, batch.segments))
             with autocast():
@@ -141,16 +156,28 @@ def _build(
                 )
             is_text = batch.segments != 0
             array[batch.places[is_text]] = states.view(_bits(dtype)).numpy()[is_text]
-            done += len(some)
+            done += len(some) * world.local_size
             if time.perf_counter() - said > SAY_EVERY_SECONDS:
                 said = time.perf_counter()
-                say(f"text states: {done}/{len(rows)} images ({done / (said - started):.0f}/s)")
+                say(
+                    f"text states: {min(done, len(rows))}/{len(rows)} images ({done / (said - started):.0f}/s)"
+                )
         array.flush()
-        (building / INDEX_NAME).write_text(json.dumps(wanted), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
+        world.wait()
+        if is_maker:
+            (building / INDEX_NAME).write_text(json.dumps(wanted), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                building.rename(folder)
+            except OSError:
+                if not _is_whole(
+                    folder, wanted
+                ):  # another machine may have the same disk, and have been quicker
+                    raise
+        world.wait()
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if is_maker:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _is_whole(folder: Path, wanted: dict[str, Any]) -> bool:

@@ -39,9 +39,10 @@ from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
+from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.features import SplitFeatures, split_features
-from vlm_bridge.training_strategy.monitor import Monitor, Sample
+from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor, StepSize
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
 from vlm_bridge.training_strategy.schedule import learning_rate_at
@@ -110,14 +111,16 @@ def train(
         VLMBridgeError: data, models or the checkpoint cannot be used; nothing has been written then.
         Interrupted: a signal came; the state was saved first.
     """
-    return Trainer(recipe, say).run(resume, initial_weights)
+    with joined(recipe.device) as world:
+        return Trainer(recipe, say, world).run(resume, initial_weights)
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, say: Say):
+    def __init__(self, recipe: Recipe, say: Say, world: World | None = None):
         self.recipe = recipe
-        self.say = say
-        self.device = runtime.resolve_device(recipe.device)
+        self.world = world = world or World(runtime.resolve_device(recipe.device))
+        self.say = say = say if world.is_first else _say_nothing
+        self.device = world.device
         if recipe.use_amp and recipe.amp_dtype == "float16" and self.device.type != "cuda":
             raise ConfigurationError(
                 "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
@@ -127,6 +130,8 @@ class Trainer:
             self.where += f" ({runtime.set_threads()} threads)"
             if recipe.use_amp and runtime.cpu_has_bfloat16() is False:
                 say("this processor emulates bfloat16: use_amp=false is quicker here")
+        if world.size > 1:
+            self.where += f", {world.size} processes"
         self.folder = CaptionFolder.open(recipe.data_dir)
         train_images = self.folder.split("train")
         self.val_images = self.folder.split("val")[: recipe.max_validation_images]
@@ -155,7 +160,7 @@ class Trainer:
         self.text_states = None
         if recipe.text_state_cache:
             self.text_states = split_text_states(
-                self.model, recipe, "train", self.train_data, self._autocast, say
+                self.model, recipe, "train", self.train_data, self._autocast, say, world
             )
 
         self.self_critical = None
@@ -169,6 +174,7 @@ class Trainer:
         self.optimizer, self.relative_learning_rates = adamw(
             trained_parameters(self.model, recipe.trainable), recipe
         )
+        self.add_up_gradients = GradientSum(world, self.parameters)
         self.scaler = gradient_scaler(recipe, self.device)
         self.average: WeightAverage | None = None
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
@@ -201,6 +207,8 @@ class Trainer:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
                 distill_projection(self.model, recipe, self.train_features, self.train_paths, self.say)
+            # Processors differ in how they round: what starts the same stays the same.
+            self.world.copy_from_first(list(self.model.trained_state_dict().values()))
         if recipe.weight_averaging is not None and self.average is None:
             self.average = WeightAverage(self.model, recipe.weight_averaging)
         progress = self.progress
@@ -210,7 +218,7 @@ class Trainer:
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.1%}) on {len(self.train_data):,} "
             f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.where}"
         )
-        self.monitor = Monitor(Path(recipe.log_dir), self.say)
+        self.monitor = Monitor(Path(recipe.log_dir), self.say) if self.world.is_first else SilentMonitor()
         self.model.train()
         try:
             with interrupt_flag() as interrupted:
@@ -222,8 +230,10 @@ class Trainer:
                         self._optimizer_step(group)
                         # Before an interruption, or the resumed run would miss what this step asks for.
                         self._after_step()
-                        if interrupted:
-                            raise Interrupted(interrupted[0], self._save(checkpoints.LATEST))
+                        if self.world.any(interrupted):
+                            saved_to = self._save(checkpoints.LATEST)
+                            self.world.wait()
+                            raise Interrupted(*(interrupted[:1] or [signal.SIGTERM]), saved_to)
                     if self._finish_epoch():
                         self.say(
                             f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
@@ -244,16 +254,20 @@ class Trainer:
         )
 
     def _groups_of_epoch(self) -> Iterator[Sequence[LoadedBatch | ImageBatch]]:
-        """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device."""
+        """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device.
+
+        Of several processes each gets its share of the rows of every micro-batch, and none where it has no row.
+        """
         batches = self.plan.batches(self.progress.epoch)
         groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
         features = self.train_features.in_epoch(self.progress.epoch)
 
         def load(group: list[int]) -> Sequence[LoadedBatch | ImageBatch]:
+            shares = [rows for index in group if (rows := self.world.share(batches[index]))]
             if self.self_critical is not None:
-                images = [[row.image for row in batches[index]] for index in group]
+                images = [[row.image for row in rows] for rows in shares]
                 return [load_images(some, features, self.device) for some in images]
-            packed = [self.train_data.pack(batches[index]) for index in group]
+            packed = [self.train_data.pack(rows) for rows in shares]
             return [
                 load_batch(batch, features, self.device, text_states=self.text_states) for batch in packed
             ]
@@ -263,22 +277,25 @@ class Trainer:
     def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> None:
         """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions."""
         recipe, progress = self.recipe, self.progress
+        if self.world.size > 1:  # dropout of its own for every process, which continues on any number of them
+            torch.manual_seed(seed_of(recipe.seed, progress.step, self.world.rank))
         group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
             parameter_group["lr"] = learning_rate * relative
 
-        num_supervised = sum(batch.packed.num_supervised for batch in group)
+        size = StepSize(*map(int, self.world.sum(StepSize.of([batch.packed for batch in group]))))
         step_loss = torch.zeros((), device=self.device)
         for batch in group:
             with self._autocast():
                 of_batch = batch_loss(self.model, batch, recipe.label_smoothing)
-                loss = of_batch.total / num_supervised
+                loss = of_batch.total / size.num_supervised
             if self.self_critical is not None:
                 self.self_critical.watch(of_batch)
             self.scaler.scale(loss).backward()
             step_loss += loss.detach()
+        self.add_up_gradients(step_loss)
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
         self.scaler.step(self.optimizer)
@@ -289,7 +306,7 @@ class Trainer:
         progress.step_in_epoch += 1
         if self.average is not None:
             self.average.update(progress.step)
-        self.monitor.step([batch.packed for batch in group])
+        self.monitor.step(size)
         if progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps:
             self.monitor.training(
                 step=progress.step,
@@ -298,7 +315,9 @@ class Trainer:
                 loss=step_loss.item(),
                 learning_rate=learning_rate,
                 gradient_norm=gradient_norm.item(),
-                of_objective=self.self_critical.statistics() if self.self_critical is not None else {},
+                of_objective=self.self_critical.statistics(self.world.sum)
+                if self.self_critical is not None
+                else {},
             )
 
     def _with_captions(self, batch: LoadedBatch | ImageBatch, number: int) -> LoadedBatch:
@@ -306,7 +325,8 @@ class Trainer:
         if isinstance(batch, LoadedBatch):
             return batch
         assert self.self_critical is not None, "images come alone where captions are sampled"
-        return self.self_critical.sampled(batch, self.progress.step, number)
+        world = self.world
+        return self.self_critical.sampled(batch, self.progress.step, number * world.size + world.rank)
 
     def _after_step(self) -> None:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
@@ -336,6 +356,7 @@ class Trainer:
                     self.val_features,
                     self.recipe.decode,
                     self._autocast,
+                    self.world,
                 )
             self.decoded_at_step = step
             self.monitor.decoded(step, self.last_decoded)
@@ -352,7 +373,9 @@ class Trainer:
         validated = progress.epoch % recipe.val_every_n_epochs == 0 or is_last
         if validated:
             with self._averaged():
-                result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
+                result = validate(
+                    self.model, self.val_data, self.val_features, autocast=self._autocast, world=self.world
+                )
             self.last_validation = result
             self.monitor.validation(progress.step, progress.epoch - 1, result)
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
@@ -375,7 +398,7 @@ class Trainer:
 
     def _show_samples(self) -> None:
         count = min(self.recipe.num_validation_samples, len(self.val_images))
-        if not count:
+        if not count or not self.world.is_first:
             return
         self.model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
@@ -418,7 +441,7 @@ class Trainer:
     # Features
 
     def _features(self, split: str, images: Sequence[CaptionedImage]) -> SplitFeatures:
-        return split_features(self.model.vision_encoder, self.recipe, split, images, self.say)
+        return split_features(self.model.vision_encoder, self.recipe, split, images, self.say, self.world)
 
     def _sample_features(self) -> torch.Tensor:
         """Features of some training images [S, N, D], for the channel statistics."""
@@ -438,6 +461,8 @@ class Trainer:
 
     def _save(self, name: str) -> Path:
         path = self.checkpoint_dir / name
+        if not self.world.is_first:
+            return path
         weights = self.model.trained_state_dict()
         if self.average is not None:
             weights |= self.average.weights
@@ -483,13 +508,13 @@ class Trainer:
 
     def _start_from(self, path: str | Path) -> None:
         """Take the weights of another run, and nothing else of it."""
-        content = checkpoints.load_checkpoint(path)
+        content = self.world.from_first(lambda: checkpoints.load_checkpoint(path))
         checkpoints.check_architecture(content, self.recipe, path)
         checkpoints.restore(self.model, content, path)
         self.say(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
 
     def _resume(self, path: str | Path) -> None:
-        content = checkpoints.load_checkpoint(resume_path(path))
+        content = self.world.from_first(lambda: checkpoints.load_checkpoint(resume_path(path)))
         checkpoints.check_architecture(content, self.recipe, path)
         training = content.get("training")
         if training is None and content["format"] == checkpoints.ORIGINAL_FORMAT:
@@ -537,6 +562,15 @@ class Trainer:
             f"{key}={now[key]}, not {value}" for key, value in before.items() if now[key] != value
         ]:
             self.say(f"the learning rate follows another schedule from here on: {', '.join(changed)}")
+
+
+def seed_of(seed: int, step: int, number: int) -> int:
+    """A seed for one of several streams of random numbers in a step."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+
+
+def _say_nothing(line: str) -> None:
+    """How all processes but the first speak."""
 
 
 def _names_by_group(optimizer_state: dict[str, Any]) -> list[list[str]] | None:
