@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
+from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError
 
 FORMAT = "vlm-bridge caption folder"
@@ -220,13 +220,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either absent (or its old self) or complete, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file that is either absent (or its old self) or complete, also after a power cut. Raises OSError."""
+    write_bytes_durably(path, content)
 
 
 def _read_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
