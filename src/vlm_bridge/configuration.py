@@ -193,6 +193,8 @@ class Recipe:
         scst_baseline: `leave_one_out`, the mean reward of an image's other samples (Kool et al. 2019; Luo 2020), or
             `greedy`, the reward of its greedy caption (Rennie et al. 2017).
         start_from: a checkpoint whose weights a new run starts from; of the same architecture.
+        max_skipped_steps: a step whose loss or gradient is not finite changes nothing; after so many of them in a row,
+            training stops. Overflows of float16 count once the loss scale can be lowered no more.
     """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -222,6 +224,7 @@ class Recipe:
     tokens_per_batch: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_clip_val: float = 0.3
+    max_skipped_steps: int = 10
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     weight_averaging: float | None = None
@@ -270,7 +273,7 @@ class Recipe:
             "tokens_per_batch", "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
             "save_every_n_epochs", "log_every_n_steps", "generate_samples_every_n_epochs",
             "max_validation_images", "decode_every_n_steps", "num_decoded_images", "save_every_n_steps",
-            "keep_step_checkpoints", "scst_samples",
+            "keep_step_checkpoints", "scst_samples", "max_skipped_steps",
         )  # fmt: skip
         check_at_least(
             0, self, "num_workers", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",

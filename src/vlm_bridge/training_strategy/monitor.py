@@ -18,6 +18,12 @@ from vlm_bridge.evaluation.metrics import regex_tokenize
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
 
+SHOWN_IMAGES = 8
+"""Images of a skipped step that the console names."""
+
+BLIND_VALIDATIONS = 3
+"""Validations in a row with a visual gain below `BLIND_BELOW` that are told: the first ones of a training may be."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -95,6 +101,7 @@ class Monitor:
         self.writer = SummaryWriter(str(log_dir))
         self.history = (log_dir / "history.jsonl").open("a", encoding="utf-8")
         self.say = say
+        self._blind_validations = 0
         self.restart_clock()
 
     def step(self, size: StepSize) -> None:
@@ -148,16 +155,28 @@ class Monitor:
         )
         self.restart_clock()
 
-    def validation(self, step: int, epoch: int, result: Validation) -> None:
+    def skipped(self, step: int, cause: str, images: Sequence[str]) -> None:
+        """A step that changed nothing, and the ids of its images: all of them in the history, a few on the console."""
+        others = len(images) - SHOWN_IMAGES
+        shown = ", ".join(images[:SHOWN_IMAGES]) + (f" and {others} more" if others > 0 else "")
+        self.say(f"step {step} skipped: {cause} | images {shown}")
+        self._record("skipped", step, cause=cause, images=list(images))
+
+    def validation(self, step: int, epoch: int, result: Validation, *, is_last: bool = False) -> None:
         self.say(
             f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity {result.perplexity:.2f} | "
             f"visual gain {result.visual_gain:+.3f} nats/token"
         )
-        if result.ignores_images:
+        self._blind_validations = self._blind_validations + 1 if result.ignores_images else 0
+        # Once in a row of them; at the end of a training at any rate, however few it had.
+        if self._blind_validations == BLIND_VALIDATIONS or (
+            is_last and 0 < self._blind_validations < BLIND_VALIDATIONS
+        ):
             self.say(
-                f"WARNING: the captioner is ignoring the image: its visual gain is {result.visual_gain:+.3f} nats per "
-                "token, captions come out the same for every picture. Train longer, raise learning_rate, or check "
-                "that captions and pictures belong together (vlm-data inspect-loader)."
+                f"WARNING: the captioner is ignoring the image: after {self._blind_validations} validations in a row "
+                f"its visual gain is {result.visual_gain:+.3f} nats per token, captions come out the same for every "
+                "picture. Train longer, raise learning_rate, or check that captions and pictures belong together "
+                "(vlm-data inspect-loader)."
             )
         scalars = {"loss": result.loss, "perplexity": result.perplexity, "visual_gain": result.visual_gain}
         for name, value in scalars.items():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from vlm_bridge.data_pipeline.loader import (
     in_batches,
     prefetch,
 )
-from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.errors import CheckpointError, ConfigurationError, TrainingError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.loss import logits_dtype
@@ -42,6 +42,7 @@ from vlm_bridge.training_strategy.distillation import check_distillation, distil
 from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.features import SplitFeatures, split_features
+from vlm_bridge.training_strategy.health import FrozenParts, StepGuard
 from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor, StepSize
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
@@ -80,6 +81,8 @@ class Progress:
     best_loss: float = float("inf")
     best_score: float = float("-inf")
     """Of the captions that validation decodes, where the recipe's `monitor` is bleu4 or cider."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Trainer:
                 say(f"compile=true has no effect here: {lacking}")
             else:
                 language_model.compile_body()
+        self.frozen_parts = FrozenParts(self.model, self.model.trained_state_dict())
         format = caption_format(language_model, recipe)
         self.format = format
         self.train_paths = [image.path for image in train_images]  # their captions are kept as tokens alone
@@ -176,6 +180,7 @@ class Trainer:
         )
         self.add_up_gradients = GradientSum(world, self.parameters)
         self.scaler = gradient_scaler(recipe, self.device)
+        self.guard = StepGuard(recipe.max_skipped_steps, self.device)
         self.average: WeightAverage | None = None
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
         self.progress = Progress()
@@ -242,6 +247,7 @@ class Trainer:
             # Everything is saved: an interruption of the last look ends the program at once.
             if self.decodes:
                 self._decode_validation(len(self.val_images))
+            self.frozen_parts.check(self.model)
         finally:
             self.monitor.close()
         return TrainingResult(
@@ -293,21 +299,30 @@ class Trainer:
                 loss = of_batch.total / size.num_supervised
             if self.self_critical is not None:
                 self.self_critical.watch(of_batch)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward(self.guard.seed(loss))
             step_loss += loss.detach()
         self.add_up_gradients(step_loss)
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
-        self.scaler.step(self.optimizer)
+        skipped = self.guard.step(self.optimizer, gradient_norm)
+        loss_scale = self.scaler.scale(torch.ones_like(step_loss))  # of this step: `update` may change it
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
         progress.step += 1
         progress.step_in_epoch += 1
         if self.average is not None:
-            self.average.update(progress.step)
+            self.average.update(progress.step, skipped)
         self.monitor.step(size)
-        if progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps:
+        self.guard.watch(
+            (progress.step, progress.epoch, progress.step_in_epoch - 1), step_loss, gradient_norm, loss_scale
+        )
+        is_log_step = progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps
+        skipped_now = self._read_health(wait=is_log_step)
+        # In a log step all processes know of the same steps.
+        if self.guard.gives_up and (is_log_step or self.world.size == 1):
+            self._give_up()
+        if is_log_step and progress.step not in skipped_now:
             self.monitor.training(
                 step=progress.step,
                 total_steps=self.total_steps,
@@ -319,6 +334,29 @@ class Trainer:
                 if self.self_critical is not None
                 else {},
             )
+
+    def _read_health(self, *, wait: bool) -> list[int]:
+        """Tell and count the steps that are found to have been skipped; return them."""
+        skipped = [watched for watched in self.guard.read(wait=wait) if watched.was_skipped]
+        self.progress.skipped_steps += len(skipped)
+        for watched in skipped:
+            batches = self.plan.batches(watched.epoch)
+            groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
+            rows = [row for index in groups[watched.step_in_epoch] for row in batches[index]]
+            self.monitor.skipped(
+                watched.step, watched.cause, [self.train_paths[row.image].name for row in rows]
+            )
+        return [watched.step for watched in skipped]
+
+    def _give_up(self) -> NoReturn:
+        saved_to = self._save(checkpoints.STEP.format(self.progress.step))
+        self.world.wait()
+        raise TrainingError(
+            f"stopped at step {self.progress.step}: {self.guard.skipped_in_a_row} steps in a row were skipped, since "
+            f"their loss or gradient was not finite. {saved_to} has the weights from before them, and older "
+            f"checkpoints in {self.checkpoint_dir} are kept: look at the images named above, or resume with a "
+            f"learning_rate below {self.recipe.learning_rate:g}"
+        )
 
     def _with_captions(self, batch: LoadedBatch | ImageBatch, number: int) -> LoadedBatch:
         """A batch of the coming step as it is; or, of images alone, with captions that the model samples now."""
@@ -377,7 +415,7 @@ class Trainer:
                     self.model, self.val_data, self.val_features, autocast=self._autocast, world=self.world
                 )
             self.last_validation = result
-            self.monitor.validation(progress.step, progress.epoch - 1, result)
+            self.monitor.validation(progress.step, progress.epoch - 1, result, is_last=is_last)
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
             progress.best_loss = min(progress.best_loss, result.loss)
             watched = result.loss
@@ -463,6 +501,7 @@ class Trainer:
         path = self.checkpoint_dir / name
         if not self.world.is_first:
             return path
+        self._read_health(wait=True)  # it counts into the progress
         weights = self.model.trained_state_dict()
         if self.average is not None:
             weights |= self.average.weights
