@@ -2,8 +2,8 @@
 
 `torchrun` and `accelerate launch` start the processes and say in the environment who is who. Every process holds all
 of the model and computes its share of the rows of every batch. The gradients of what is trained, a few percent of the
-parameters, are added up once per optimiser step. DistributedDataParallel would compute the same; its hooks would have to
-be told of accumulation and of processes whose share is empty.
+parameters, are added up once per optimiser step. DistributedDataParallel would compute the same; its hooks would have
+to be told of accumulation and of processes whose share is empty.
 
 Whatever is asked of a `World` changes nothing where there is one process. Numbers and objects travel between the hosts
 (gloo), only tensors between devices (NCCL for CUDA): to agree on a step, no host waits for its device.
