@@ -78,9 +78,14 @@ class World:
             distributed.all_reduce(sums, group=self.hosts)
         return sums.tolist()
 
-    def any(self, condition: object) -> bool:
-        """Whether a condition holds in some process; all of them get the same answer."""
-        return bool(condition) if self.size == 1 else self.sum([bool(condition)])[0] > 0
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(int(number))
+        with self._together():
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.hosts)
+        return int(largest)
 
     def gather(self, item: Item) -> list[Item]:
         """Every process's item, by rank."""
@@ -222,10 +227,10 @@ def _join_launched(device_name: str, rank: int, size: int) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = _own_device(device_name, local_rank, local_size)
     store, *_ = next(distributed.rendezvous("env://", rank, size, timeout=TIMEOUT))
-    state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    PartialState(cpu=device.type == "cpu", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     atexit.register(distributed.destroy_process_group)
     hosts = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-    return World(state.device, rank, size, local_rank, local_size, hosts, store)
+    return World(device, rank, size, local_rank, local_size, hosts, store)
 
 
 def _own_device(name: str, local_rank: int, local_size: int) -> torch.device:

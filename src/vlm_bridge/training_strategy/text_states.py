@@ -91,7 +91,7 @@ def split_text_states(
     root = Path(recipe.data_dir) / ".features" if recipe.feature_cache == "off" else cache_root(recipe)
     folder = root / "text" / key
     wanted = {"key": key, "shape": list(shape), "dtype": str(dtype)}
-    if world.any(not _is_whole(folder, wanted)):
+    if world.largest(not _is_whole(folder, wanted)):
         _build(folder, wanted, model, data, dtype, autocast, lambda line: say(f"{split} {line}"), world)
     return TextStates(folder / STATES_NAME, dtype)
 

@@ -235,10 +235,10 @@ class Trainer:
                         self._optimizer_step(group)
                         # Before an interruption, or the resumed run would miss what this step asks for.
                         self._after_step()
-                        if self.world.any(interrupted):
+                        if signal_number := self.world.largest(interrupted[0] if interrupted else 0):
                             saved_to = self._save(checkpoints.LATEST)
                             self.world.wait()
-                            raise Interrupted(*(interrupted[:1] or [signal.SIGTERM]), saved_to)
+                            raise Interrupted(signal_number, saved_to)
                     if self._finish_epoch():
                         self.say(
                             f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
@@ -376,7 +376,8 @@ class Trainer:
                 self._save_best()
         if recipe.save_every_n_steps and step % recipe.save_every_n_steps == 0:
             self._save(checkpoints.STEP.format(step))
-            checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
+            if self.world.is_first:
+                checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
 
     def _decode_validation(self, num_images: int) -> DecodedValidation:
         """Caption the first validation images as the recipe's `decode` says, and score the captions; once a step."""
