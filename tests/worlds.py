@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_bridge.configuration import Recipe
 
 SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process returned, or the error that it ended with."""
+    """What a process returned, or the error that it ended with, as `Kind: message`."""
 
     returned: Any = None
-    error: BaseException | None = None
+    error: str | None = None
 
 
 def run_world(size: int, work: Callable[..., Any], *arguments: Any) -> list[Outcome]:
     """Run ``work(*arguments)`` in ``size`` processes of one world; by rank what became of each.
 
-    ``work`` belongs to a module that the processes can import (this one, or a test's).
+    ``work`` belongs to a module that the processes can import by name: to this one.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm_bridge.training_strategy.trainer", "accelerate"])
@@ -59,7 +63,7 @@ def _outcome(pipe: Any) -> Outcome:
     try:
         return pipe.recv()
     except EOFError:
-        return Outcome(error=RuntimeError("the process ended without a word"))
+        return Outcome(error="it ended without a word")
 
 
 def _member(
@@ -78,16 +82,118 @@ def _member(
     )
     try:
         outcome = Outcome(work(*arguments))
-    except BaseException as error:
-        traceback.print_exc()
-        outcome = Outcome(error=error)
+    except Exception as error:
+        outcome = Outcome(error=f"{type(error).__name__}: {error}")
     pipe.send(outcome)
 
 
-def train_lines(recipe: Any, resume: Any = None) -> list[str]:
-    """Train, and say what was said."""
+# What the processes do.
+
+
+def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
+    """Train, and give what was said."""
     from vlm_bridge.training_strategy.trainer import train
 
     lines: list[str] = []
     train(recipe, resume=resume, say=lines.append)
     return lines
+
+
+def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any]:
+    """Train, and give the weights that this process ends with, as arrays, and the seeds of its steps' dropout."""
+    import torch
+
+    from vlm_bridge.training_strategy import trainer
+    from vlm_bridge.training_strategy.distributed import joined
+
+    seeds = []
+    batch_loss = trainer.batch_loss
+
+    def watched(*arguments: Any) -> Any:
+        seeds.append(torch.initial_seed())
+        return batch_loss(*arguments)
+
+    trainer.batch_loss = watched
+    with joined(recipe.device) as world:
+        of_run = trainer.Trainer(recipe, lambda line: None, world)
+        of_run.run(resume)
+    weights = {name: tensor.numpy() for name, tensor in of_run.model.trained_state_dict().items()}
+    return {"weights": weights, "seeds": seeds}
+
+
+def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
+    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM)."""
+    from vlm_bridge.errors import DataError
+    from vlm_bridge.training_strategy import trainer
+
+    take_step = trainer.Trainer._optimizer_step
+
+    def step_or_trouble(self: trainer.Trainer, *arguments: Any) -> Any:
+        if self.world.rank == rank and self.progress.step == step:
+            if then == "error":
+                raise DataError("picture 7 is a fake")
+            os.kill(os.getpid(), signal.SIGKILL if then == "kill" else signal.SIGTERM)
+        return take_step(self, *arguments)
+
+    trainer.Trainer._optimizer_step = step_or_trouble  # type: ignore[method-assign]
+    trainer.train(recipe, say=lambda line: None)
+
+
+def validation_of(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any]:
+    """Validate a checkpoint by its loss and by decoding, in batches of three images."""
+    from vlm_bridge.training_strategy import decoded_validation, trainer
+    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
+    from vlm_bridge.training_strategy.distributed import joined
+    from vlm_bridge.training_strategy.validation import validate
+
+    decoded_validation.DECODE_BATCH = 3
+    with joined(recipe.device) as world:
+        of_run = trainer.Trainer(recipe, lambda line: None, world)
+        restore(of_run.model, load_checkpoint(checkpoint), checkpoint)
+        result = validate(
+            of_run.model,
+            of_run.val_data,
+            of_run.val_features,
+            batch_images=3,
+            autocast=of_run._autocast,
+            world=world,
+        )
+        decoded = decoded_validation.decode_and_score(
+            of_run.model,
+            of_run.format.prompt_ids,
+            of_run.val_images,
+            of_run.val_features,
+            recipe.decode,
+            of_run._autocast,
+            world,
+        )
+    return result, decoded
+
+
+def ask_world() -> dict[str, Any]:
+    """What a `World` of processes answers."""
+    import torch
+
+    from vlm_bridge.training_strategy.distributed import GradientSum, joined
+
+    with joined("cpu") as world:
+        used, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        if world.rank == 1:  # the others have an empty share
+            used.grad = torch.ones(3)
+        loss = torch.tensor(float(world.rank))
+        GradientSum(world, [used, unused])(loss)
+        copied = torch.full((2, 2), float(world.rank))
+        world.copy_from_first([copied])
+        assert used.grad is not None
+        return {
+            "share": world.share(range(5)),
+            "interleaved": world.interleave(world.share("abcde")),
+            "sum": world.sum([1, world.rank]),
+            "largest": world.largest(10 * world.rank),
+            "gathered": world.gather(str(world.rank)),
+            "from_first": world.from_first(lambda: {"made by": world.rank}),
+            "gradient": used.grad.tolist(),
+            "unused": unused.grad,
+            "loss": loss.item(),
+            "copied": copied.tolist(),
+        }

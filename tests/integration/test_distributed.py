@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from captioners import tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from worlds import run_world, train_lines
+from worlds import (
+    ask_world,
+    free_port,
+    run_world,
+    train_lines,
+    train_until,
+    trained_weights,
+    validation_of,
+)
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -24,16 +33,17 @@ def make_recipe(
 ) -> MakeRecipe:
     """Recipes of 24 images in batches of 5 rows, which neither 2 nor 4 divide: 5 steps an epoch, the last of 4 rows."""
 
-    def make(name: str, *overrides: str) -> Recipe:
+    def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
         recipe = tiny_recipe(
             tiny_vit_dir,
             tiny_llama_dir,
+            bridge,
             data_dir=str(drawn_caption_folder),
             checkpoint_dir=str(tmp_path / name / "checkpoints"),
             log_dir=str(tmp_path / name / "logs"),
             feature_cache=str(tmp_path / "features"),
             device="cpu",
-            learning_rate=1e-3,
+            learning_rate=5e-3,
             num_epochs=10,
             val_every_n_epochs=5,
             generate_samples_every_n_epochs=10,
@@ -48,14 +58,18 @@ def make_recipe(
     return make
 
 
+def together(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What each of ``size`` processes returned."""
+    outcomes = run_world(size, work, *arguments)
+    assert [outcome.error for outcome in outcomes] == [None] * size
+    return [outcome.returned for outcome in outcomes]
+
+
 def trained(recipe: Recipe, size: int, resume: Path | None = None) -> list[str]:
     """What the first of ``size`` processes said; the others said nothing."""
-    first, *others = run_world(size, train_lines, recipe, resume)
-    assert first.error is None
-    for other in others:
-        assert other.error is None
-        assert other.returned == []
-    return first.returned
+    first, *others = together(size, train_lines, recipe, resume)
+    assert others == [[]] * (size - 1)
+    return first
 
 
 def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
@@ -63,32 +77,174 @@ def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, history.splitlines()) if event["event"] == kind]
 
 
-def assert_same_steps(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
-    assert [event["step"] for event in one] == [event["step"] for event in other]
-    for event, same in zip(one, other, strict=True):
-        assert event["loss"] == pytest.approx(same["loss"], abs=1e-5)
-        assert event["learning_rate"] == same["learning_rate"]
+def step(recipe: Recipe, number: int) -> Path:
+    return Path(recipe.checkpoint_dir, checkpoints.STEP.format(number))
+
+
+def assert_same_numbers(some: list[dict[str, Any]], others: list[dict[str, Any]], *names: str) -> None:
+    assert [event["step"] for event in some] == [event["step"] for event in others]
+    for event, other in zip(some, others, strict=True):
+        for name in names:
+            assert event[name] == pytest.approx(other[name], abs=1e-5)
+
+
+def test_what_processes_tell_each_other() -> None:
+    answers = together(3, ask_world)
+    assert [list(answer.pop("share")) for answer in answers] == [[0, 3], [1, 4], [2]]
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == {
+        "interleaved": list("abcde"),
+        "sum": [3, 3],
+        "largest": 20,
+        "gathered": ["0", "1", "2"],
+        "from_first": {"made by": 0},
+        "gradient": [1, 1, 1],
+        "unused": None,
+        "loss": 3,
+        "copied": [[0, 0], [0, 0]],
+    }
 
 
 def test_any_number_of_processes_takes_the_same_steps(make_recipe: MakeRecipe) -> None:
-    recipes = {size: make_recipe(f"of-{size}") for size in (1, 2, 4)}
+    recipes = {size: make_recipe(f"of-{size}", "save_every_n_steps=10") for size in (1, 2, 4)}
     for size, recipe in recipes.items():
         lines = trained(recipe, size)
         assert any(f", {size} processes" in line for line in lines) == (size > 1)
     alone = events(recipes[1], "train")
     assert len(alone) == 50
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
     for size in (2, 4):
-        assert_same_steps(alone, events(recipes[size], "train"))
-        for one, other in zip(
-            events(recipes[1], "validation"), events(recipes[size], "validation"), strict=True
-        ):
-            assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
-            assert one["visual_gain"] == pytest.approx(other["visual_gain"], abs=1e-5)
+        assert_same_numbers(alone, events(recipes[size], "train"), "loss", "learning_rate")
+        one, other = (events(recipes[some], "validation") for some in (1, size))
+        assert_same_numbers(one, other, "loss", "visual_gain")
         # One process wrote, once.
-        folder = Path(recipes[size].checkpoint_dir)
-        assert {path.name for path in folder.iterdir()} == {
+        kept = {step(recipes[size], number).name for number in (30, 40, 50)}
+        assert {path.name for path in Path(recipes[size].checkpoint_dir).iterdir()} == {
             checkpoints.LATEST,
             checkpoints.BEST,
             checkpoints.BEST_WEIGHTS,
+            *kept,
         }
         assert len(list(Path(recipes[size].log_dir).glob("events.out.tfevents.*"))) == 1
+
+    # The same weights, in any number of processes, are worth the same to the bit.
+    best = Path(recipes[1].checkpoint_dir)
+    (result,) = together(1, validation_of, recipes[1], best)
+    for size in (2, 4):
+        assert together(size, validation_of, recipes[1], best) == [result] * size
+
+    # Two processes continue as four, and these as one.
+    as_four, as_one = (make_recipe(name, "save_every_n_steps=10") for name in ("as-four", "as-one"))
+    trained(as_four, 4, step(recipes[2], 30))
+    trained(as_one, 1, step(as_four, 40))
+    assert_same_numbers(alone[30:], events(as_four, "train"), "loss", "learning_rate")
+    assert_same_numbers(alone[40:], events(as_one, "train"), "loss", "learning_rate")
+
+
+def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeRecipe) -> None:
+    settings = ("bridge.dropout=0.3", "num_epochs=2", "save_every_n_steps=7", "gradient_accumulation_steps=2")
+    whole, resumed = (make_recipe(name, *settings) for name in ("whole", "resumed"))
+    first, second = together(2, trained_weights, whole)
+    assert not set(first["seeds"]) & set(second["seeds"])
+    assert same_weights(first, second)
+    assert same_weights(first, together(2, trained_weights, resumed, step(whole, 3))[1])
+
+
+def test_averaged_weights_and_sampled_captions(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        "scst",
+        "objective=scst",
+        "scst_samples=2",
+        "batch_size=6",
+        "weight_averaging=0.9",
+        "max_steps=3",
+        "monitor=cider",
+    )
+    first, second = together(2, trained_weights, recipe)
+    assert same_weights(first, second)
+    told = events(recipe, "train")
+    assert len(told) == 3
+    assert all(1 <= event["sample_length"] <= 5 for event in told)
+    assert checkpoints.load_checkpoint(Path(recipe.checkpoint_dir, checkpoints.LATEST))["training"][
+        "live_weights"
+    ]
+
+
+def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    contents = []
+    for size in (1, 3):
+        caches = tmp_path / f"caches-{size}"
+        recipe = make_recipe(
+            f"of-{size}",
+            f"feature_cache={caches}",
+            "text_state_cache=true",
+            "max_steps=2",
+            bridge="deep_prefix_above",
+        )
+        trained(recipe, size)
+        files = [path for path in caches.rglob("*") if path.name == "states.npy" or "shard-" in path.name]
+        contents.append({path.relative_to(caches): path.read_bytes() for path in files})
+    assert len(contents[0]) == 3  # features of two splits, and text states
+    assert contents[0] == contents[1]
+
+
+def test_what_fails_in_one_process_fails_in_all(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run")
+    outcomes = run_world(3, train_until, recipe, 1, 3, "error")
+    assert [outcome.error for outcome in outcomes] == [
+        "PeerFailed: process 1 of 3 failed: picture 7 is a fake",
+        "DataError: picture 7 is a fake",
+        "PeerFailed: process 1 of 3 failed: picture 7 is a fake",
+    ]
+    first, killed = run_world(2, train_until, recipe, 1, 3, "kill")
+    assert first.error is not None
+    assert first.error.startswith("PeerFailed: another process of this training is gone")
+    assert killed.error == "it ended without a word"
+
+
+def test_a_signal_to_one_process_ends_all_in_the_same_step(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run", "num_workers=2")
+    latest = Path(recipe.checkpoint_dir, checkpoints.LATEST)
+    outcomes = run_world(2, train_until, recipe, 1, 3, "signal")
+    assert [outcome.error for outcome in outcomes] == [f"Interrupted: interrupted; saved {latest}"] * 2
+    assert checkpoints.load_checkpoint(latest)["training"]["progress"]["step"] == 4
+
+
+def test_two_machines_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Imitated by two launchers, each with a process of its own, that meet at an address."""
+    alone, of_two = (make_recipe(name, "max_steps=4", "bridge.dropout=0") for name in ("alone", "of-two"))
+    trained(alone, 1)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(of_two.to_yaml(), encoding="utf-8")
+    meet_at = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    launchers = [
+        subprocess.Popen(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes",
+                    "2",
+                    "--node-rank",
+                    str(machine),
+                ),
+                *("--nproc-per-node", "1", *meet_at, "-m", "vlm_bridge", "train", "--config", str(config)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for machine in (0, 1)
+    ]
+    (said, complaints), (said_elsewhere, _) = (launcher.communicate(timeout=200) for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], complaints
+    assert "done: 4 steps" in said
+    assert said_elsewhere == ""
+    assert_same_numbers(events(alone, "train"), events(of_two, "train"), "loss", "learning_rate")
+
+
+def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    weights, others = one["weights"], other["weights"]
+    return weights.keys() == others.keys() and all((weights[name] == others[name]).all() for name in weights)
