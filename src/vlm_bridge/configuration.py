@@ -193,8 +193,14 @@ class Recipe:
         scst_baseline: `leave_one_out`, the mean reward of an image's other samples (Kool et al. 2019; Luo 2020), or
             `greedy`, the reward of its greedy caption (Rennie et al. 2017).
         start_from: a checkpoint whose weights a new run starts from; of the same architecture.
+        save_every_n_minutes: save the latest checkpoint that often, inside epochs too; ``save_every_n_steps`` keeps
+            checkpoints of single steps, the newest ``keep_step_checkpoints`` of them.
+        resume_from_checkpoint: a checkpoint, a folder of them, or `auto`: the newest sound one in ``checkpoint_dir``,
+            and a new run where there is none.
         max_skipped_steps: a step whose loss or gradient is not finite changes nothing; after so many of them in a row,
             training stops. Overflows of float16 count once the loss scale can be lowered no more.
+        halve_batch_on_oom: when memory runs out in a step, make it, and those that follow, in twice as many
+            micro-batches of half the size: its captions and its loss stay the same. In one process.
     """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -225,6 +231,7 @@ class Recipe:
     gradient_accumulation_steps: int = 1
     gradient_clip_val: float = 0.3
     max_skipped_steps: int = 10
+    halve_batch_on_oom: bool = False
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     weight_averaging: float | None = None
@@ -253,6 +260,7 @@ class Recipe:
     decode_every_n_steps: int | None = None
     num_decoded_images: int = 200
     save_every_n_steps: int | None = None
+    save_every_n_minutes: float | None = None
     keep_step_checkpoints: int = 3
     use_early_stopping: bool = True
     early_stopping_patience: int = 3
@@ -280,6 +288,8 @@ class Recipe:
             "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val")
+        if self.save_every_n_minutes is not None:
+            check_above_zero(self, "save_every_n_minutes")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigurationError(
                 f"label_smoothing is a share: at least 0 and below 1, not {self.label_smoothing}"

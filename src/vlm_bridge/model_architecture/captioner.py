@@ -426,6 +426,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 past_key_values=self.language_model.new_cache(),
                 num_return_sequences=count,
                 disable_compile=True,
+                # Features may be no numbers, and to draw from such logits aborts on a GPU: the loss will tell.
+                remove_invalid_values=True,
                 **generation_options(draw),
             )
         ids_bt = output[:, prompt_bt.shape[1] :]

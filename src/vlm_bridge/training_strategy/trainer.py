@@ -8,7 +8,6 @@ one.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,15 +36,19 @@ from vlm_bridge.model_architecture.loss import logits_dtype
 from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.features import SplitFeatures, split_features
 from vlm_bridge.training_strategy.health import FrozenParts, StepGuard
+from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
 from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor, StepSize
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
+from vlm_bridge.training_strategy.out_of_memory import is_out_of_memory, memory_explained
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
+from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
 from vlm_bridge.training_strategy.schedule import learning_rate_at
 from vlm_bridge.training_strategy.self_critical import ImageBatch, SelfCritical, load_images
 from vlm_bridge.training_strategy.text_states import split_text_states
@@ -58,6 +61,8 @@ from vlm_bridge.training_strategy.validation import (
 )
 from vlm_bridge.training_strategy.weight_averaging import WeightAverage
 
+AUTO = "auto"
+"""The checkpoint to resume from: the newest sound one in the recipe's ``checkpoint_dir``, if there is one."""
 STANDARDIZE_ON_IMAGES = 512
 Say = Callable[[str], None]
 
@@ -83,6 +88,8 @@ class Progress:
     """Of the captions that validation decodes, where the recipe's `monitor` is bleu4 or cider."""
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
+    owes_decoding: bool = False
+    """A signal broke off what a recipe decodes by steps, behind the last step."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +107,24 @@ def train(
     *,
     resume: str | Path | None = None,
     initial_weights: Mapping[str, torch.Tensor] | None = None,
+    force: bool = False,
     say: Say = print,
 ) -> TrainingResult:
     """Train what a recipe names under `trainable`.
 
     Args:
-        resume: a checkpoint to continue (its weights, optimiser, position and randomness).
+        resume: a checkpoint to continue (its weights, optimiser, position and randomness), a folder of them, or `auto`.
         initial_weights: what a new run starts from instead of the recipe's own start, for some or all of what is
             trained; by a checkpoint's names.
+        force: continue although the recipe or the data are others (`changes`).
         say: where console lines go.
 
     Raises:
         VLMBridgeError: data, models or the checkpoint cannot be used; nothing has been written then.
         Interrupted: a signal came; the state was saved first.
     """
-    with joined(recipe.device) as world:
-        return Trainer(recipe, say, world).run(resume, initial_weights)
+    with joined(recipe.device) as world, memory_explained(recipe, world.device):
+        return Trainer(recipe, say, world).run(resume, initial_weights, force=force)
 
 
 class Trainer:
@@ -128,6 +137,8 @@ class Trainer:
             raise ConfigurationError(
                 "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
             )
+        if recipe.halve_batch_on_oom and world.size > 1:
+            raise ConfigurationError("halve_batch_on_oom is for one process: lower batch_size instead")
         self.where = str(self.device)
         if self.device.type == "cpu":
             self.where += f" ({runtime.set_threads()} threads)"
@@ -181,6 +192,7 @@ class Trainer:
         self.add_up_gradients = GradientSum(world, self.parameters)
         self.scaler = gradient_scaler(recipe, self.device)
         self.guard = StepGuard(recipe.max_skipped_steps, self.device)
+        self.parts_per_batch = 1
         self.average: WeightAverage | None = None
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
         self.progress = Progress()
@@ -189,20 +201,29 @@ class Trainer:
         self.last_decoded: DecodedValidation | None = None
         self.decoded_at_step = 0
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
+        self.interruption = Interruption()
+        self.saved_at = time.monotonic()
+        self.latest_holds: Progress | None = None
 
     def run(
-        self, resume: str | Path | None = None, initial_weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        resume: str | Path | None = None,
+        initial_weights: Mapping[str, torch.Tensor] | None = None,
+        *,
+        force: bool = False,
     ) -> TrainingResult:
         started = time.perf_counter()
         recipe = self.recipe
+        running: Mapping[str, Any] = {}
+        found = self._find(resume) if resume is not None else None
         if resume is None and (self.checkpoint_dir / checkpoints.LATEST).is_file():
             self.say(
                 f"{self.checkpoint_dir} holds an earlier run; its checkpoints will be replaced (--resume continues it)"
             )
-        if resume is not None:
-            self._resume(resume)
+        if found is not None:
+            running = self._resume(*found, force=force)
         else:
-            torch.manual_seed(recipe.seed)  # of dropout
+            seed_all(recipe.seed)  # of dropout
             if recipe.start_from is not None:
                 self._start_from(recipe.start_from)
             if initial_weights:
@@ -224,29 +245,37 @@ class Trainer:
             f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.where}"
         )
         self.monitor = Monitor(Path(recipe.log_dir), self.say) if self.world.is_first else SilentMonitor()
+        self._continue_running_means(running)
+        if self.world.is_first:
+            checkpoints.discard_unfinished(self.checkpoint_dir)
         self.model.train()
+        self.saved_at = time.monotonic()
         try:
-            with interrupt_flag() as interrupted:
-                # A run that is resumed from its last step has its last epoch to finish.
-                while progress.step < self.total_steps or progress.step_in_epoch:
+            with self.interruption.watched():
+                if progress.owes_decoding:
+                    self._after_step()
+                while not self._is_finished():
                     for group in self._groups_of_epoch():
                         if progress.step >= self.total_steps:
                             break
-                        self._optimizer_step(group)
+                        if not self._optimizer_step(group):
+                            continue  # with the same step, in smaller micro-batches
                         # Before an interruption, or the resumed run would miss what this step asks for.
                         self._after_step()
-                        if signal_number := self.world.largest(interrupted[0] if interrupted else 0):
-                            saved_to = self._save(checkpoints.LATEST)
+                        if signal_number := self.world.largest(self.interruption.received):
+                            saved_to = self._save_latest()
                             self.world.wait()
                             raise Interrupted(signal_number, saved_to)
-                    if self._finish_epoch():
+                    with self._again_if_broken_off():
+                        stops_early = self._finish_epoch()
+                    if stops_early:
                         self.say(
                             f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
                         )
-                        break
-            # Everything is saved: an interruption of the last look ends the program at once.
-            if self.decodes:
-                self._decode_validation(len(self.val_images))
+                self._save_latest()  # a run that was killed between its last two files lacks this one
+                if self.decodes:
+                    with self._again_if_broken_off():
+                        self._decode_validation(len(self.val_images))
             self.frozen_parts.check(self.model)
         finally:
             self.monitor.close()
@@ -259,6 +288,13 @@ class Trainer:
             self.last_decoded,
         )
 
+    def _is_finished(self) -> bool:
+        """Whether nothing is left to train; an epoch whose steps are all taken is still to be judged and saved."""
+        if self.progress.step_in_epoch:
+            return False
+        stops_early = self.recipe.use_early_stopping and self.early_stopping.is_exhausted
+        return stops_early or self.progress.step >= self.total_steps
+
     def _groups_of_epoch(self) -> Iterator[Sequence[LoadedBatch | ImageBatch]]:
         """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device.
 
@@ -269,7 +305,12 @@ class Trainer:
         features = self.train_features.in_epoch(self.progress.epoch)
 
         def load(group: list[int]) -> Sequence[LoadedBatch | ImageBatch]:
-            shares = [rows for index in group if (rows := self.world.share(batches[index]))]
+            shares = [
+                part
+                for index in group
+                if (rows := self.world.share(batches[index]))
+                for part in in_batches(rows, -(-len(rows) // self.parts_per_batch))
+            ]
             if self.self_critical is not None:
                 images = [[row.image for row in rows] for rows in shares]
                 return [load_images(some, features, self.device) for some in images]
@@ -278,29 +319,38 @@ class Trainer:
                 load_batch(batch, features, self.device, text_states=self.text_states) for batch in packed
             ]
 
-        return prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers)
+        parts_per_batch = None
+        while parts_per_batch != self.parts_per_batch:  # again, where a step has to be made in smaller parts
+            parts_per_batch = self.parts_per_batch
+            for group in prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers):
+                yield group
+                if parts_per_batch != self.parts_per_batch:
+                    break
 
-    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> None:
-        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions."""
+    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> bool:
+        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions.
+
+        Returns:
+            False where memory ran out before anything was updated, and the step shall be made in smaller parts.
+        """
         recipe, progress = self.recipe, self.progress
-        if self.world.size > 1:  # dropout of its own for every process, which continues on any number of them
-            torch.manual_seed(seed_of(recipe.seed, progress.step, self.world.rank))
-        group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
             parameter_group["lr"] = learning_rate * relative
 
-        size = StepSize(*map(int, self.world.sum(StepSize.of([batch.packed for batch in group]))))
-        step_loss = torch.zeros((), device=self.device)
-        for batch in group:
-            with self._autocast():
-                of_batch = batch_loss(self.model, batch, recipe.label_smoothing)
-                loss = of_batch.total / size.num_supervised
-            if self.self_critical is not None:
-                self.self_critical.watch(of_batch)
-            self.scaler.scale(loss).backward(self.guard.seed(loss))
-            step_loss += loss.detach()
+        try:
+            step_loss, size = self._back_propagate(loaded)
+        except RuntimeError as error:
+            can_be_halved = max(map(_num_rows, loaded)) > 1
+            if not (recipe.halve_batch_on_oom and can_be_halved and is_out_of_memory(error)):
+                raise
+            step_loss = size = None
+        if (
+            step_loss is None or size is None
+        ):  # the error is gone here, and the activations that its traceback held
+            self._halve_micro_batches()
+            return False
         self.add_up_gradients(step_loss)
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
@@ -334,6 +384,34 @@ class Trainer:
                 if self.self_critical is not None
                 else {},
             )
+        return True
+
+    def _back_propagate(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> tuple[torch.Tensor, StepSize]:
+        """Add up this process's gradients of a step's micro-batches; its part of the loss, and the size of the step."""
+        if self.world.size > 1:  # dropout of its own for every process, which continues on any number of them
+            torch.manual_seed(seed_of(self.recipe.seed, self.progress.step, self.world.rank))
+        group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
+        size = StepSize(*map(int, self.world.sum(StepSize.of([batch.packed for batch in group]))))
+        step_loss = torch.zeros((), device=self.device)
+        for batch in group:
+            with self._autocast():
+                of_batch = batch_loss(self.model, batch, self.recipe.label_smoothing)
+                loss = of_batch.total / size.num_supervised
+            if self.self_critical is not None:
+                self.self_critical.watch(of_batch)
+            self.scaler.scale(loss).backward(self.guard.seed(loss))
+            step_loss += loss.detach()
+        return step_loss, size
+
+    def _halve_micro_batches(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.parts_per_batch *= 2
+        self.say(
+            f"out of memory in step {self.progress.step + 1}: from here on every micro-batch is computed in "
+            f"{self.parts_per_batch} parts (halve_batch_on_oom)"
+        )
 
     def _read_health(self, *, wait: bool) -> list[int]:
         """Tell and count the steps that are found to have been skipped; return them."""
@@ -370,7 +448,10 @@ class Trainer:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
         recipe, step = self.recipe, self.progress.step
         if recipe.decode_every_n_steps and step % recipe.decode_every_n_steps == 0:
-            decoded = self._decode_validation(recipe.num_decoded_images)
+            self.progress.owes_decoding = True
+            with self._again_if_broken_off():
+                decoded = self._decode_validation(recipe.num_decoded_images)
+            self.progress.owes_decoding = False
             if recipe.monitor != "loss" and decoded.score(recipe.monitor) > self.progress.best_score:
                 self.progress.best_score = decoded.score(recipe.monitor)
                 self._save_best()
@@ -378,6 +459,9 @@ class Trainer:
             self._save(checkpoints.STEP.format(step))
             if self.world.is_first:
                 checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
+        minutes = recipe.save_every_n_minutes
+        if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes:
+            self._save_latest()
 
     def _decode_validation(self, num_images: int) -> DecodedValidation:
         """Caption the first validation images as the recipe's `decode` says, and score the captions; once a step."""
@@ -387,7 +471,7 @@ class Trainer:
             or self.decoded_at_step != step
             or self.last_decoded.num_images != len(images)
         ):
-            with self._averaged():
+            with self._averaged(), self.interruption.may_break_off():
                 self.last_decoded = decode_and_score(
                     self.model,
                     self.format.prompt_ids,
@@ -411,7 +495,7 @@ class Trainer:
         stop = improved = False
         validated = progress.epoch % recipe.val_every_n_epochs == 0 or is_last
         if validated:
-            with self._averaged():
+            with self._averaged(), self.interruption.may_break_off():
                 result = validate(
                     self.model, self.val_data, self.val_features, autocast=self._autocast, world=self.world
                 )
@@ -442,7 +526,7 @@ class Trainer:
         self.model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
         features = self.model.features(torch.as_tensor(self.val_features[np.arange(count)]))
-        with self._averaged(), self._autocast():
+        with self._averaged(), self.interruption.may_break_off(), self._autocast():
             captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
         self.model.train()
         decode = self.model.language_model.decode
@@ -511,21 +595,63 @@ class Trainer:
             weights = checkpoints.in_bfloat16(weights)
         else:
             training = {
-                "progress": vars(self.progress).copy(),
+                **self._position(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self._schedule(),
                 "scaler": self.scaler.state_dict(),
-                "early_stopping": self.early_stopping.state_dict(),
-                "random_state": torch.get_rng_state(),
-                "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
                 "dataset_fingerprint": self.folder.fingerprint,
+                "dataset": dataset_facts(self.folder.manifest),
                 "data_order": self._data_order(),
             }
             if self.average is not None:
                 training["live_weights"] = self.average.live_weights
         sizes = checkpoints.captioner_sizes(self.model)
         checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
+        if training is not None:
+            self.saved_at = time.monotonic()
+        if name == checkpoints.LATEST:
+            self.latest_holds = replace(self.progress)
         return path
+
+    def _save_latest(self) -> Path:
+        """Save where the run stands, unless its latest checkpoint says so already."""
+        is_saved = self.latest_holds == self.progress
+        return self.checkpoint_dir / checkpoints.LATEST if is_saved else self._save(checkpoints.LATEST)
+
+    def _position(self) -> dict[str, Any]:
+        """All that a run goes on from besides weights, optimiser and scaler."""
+        running = {"monitor": self.monitor.state_dict(), "skipped_in_a_row": self.guard.skipped_in_a_row}
+        if self.self_critical is not None:
+            running["self_critical"] = self.self_critical.state_dict()
+        return {
+            "progress": vars(self.progress).copy(),
+            "early_stopping": self.early_stopping.state_dict(),
+            "running": running,
+            **random_states(self.device),
+        }
+
+    def _return_to(self, position: Mapping[str, Any]) -> None:
+        vars(self.progress).update(position["progress"])
+        self.early_stopping.load_state_dict(position["early_stopping"])
+        restore_random_states(position, self.device)
+
+    def _continue_running_means(self, running: Mapping[str, Any]) -> None:
+        """What the lines to come tell of steps before a run was resumed; nothing for a new one."""
+        if "monitor" in running:
+            self.monitor.load_state_dict(running["monitor"])
+        if "self_critical" in running and self.self_critical is not None and self.world.is_first:
+            self.self_critical.load_state_dict(running["self_critical"])
+        self.guard.skipped_in_a_row = running.get("skipped_in_a_row", 0)
+
+    @contextmanager
+    def _again_if_broken_off(self) -> Iterator[None]:
+        """What a signal breaks off inside this block is saved as never begun: the resumed run does it again."""
+        before = self._position()
+        try:
+            yield
+        except BrokenOff:
+            self._return_to(before)
+            raise Interrupted(self.interruption.received, self._save_latest()) from None
 
     def _schedule(self) -> dict[str, Any]:
         """All that decides the learning rates besides the step."""
@@ -553,31 +679,38 @@ class Trainer:
         checkpoints.restore(self.model, content, path)
         self.say(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
 
-    def _resume(self, path: str | Path) -> None:
-        content = self.world.from_first(lambda: checkpoints.load_checkpoint(resume_path(path)))
+    def _find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to continue and its content; None where `auto` finds nothing."""
+        if str(resume) != AUTO:
+            return self.world.from_first(lambda: find_run(resume, self.say))
+        found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_dir, self.say))
+        if found is None:
+            self.say(f"no checkpoint to resume from in {self.checkpoint_dir}: training starts anew")
+        return found
+
+    def _resume(self, path: Path, content: dict[str, Any], *, force: bool) -> Mapping[str, Any]:
+        """Take over the state of another run; returns its running means."""
         checkpoints.check_architecture(content, self.recipe, path)
         training = content.get("training")
         if training is None and content["format"] == checkpoints.ORIGINAL_FORMAT:
             checkpoints.restore(self.model, content, path)
-            torch.manual_seed(self.recipe.seed)  # of dropout
+            seed_all(self.recipe.seed)  # of dropout
             self.say(
                 f"took the bridge of {path}, written by the original project; training starts at step 0, for its "
                 "losses counted pads and its data were in another order"
             )
-            return
+            return {}
         if training is None:
             raise CheckpointError(
                 f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}"
             )
-        if training["dataset_fingerprint"] != self.folder.fingerprint:
+        before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
+        other_data = dataset_changes(before, dataset_facts(self.folder.manifest))
+        changes = other_data + recipe_changes(checkpoints.recipe_of(content, path), self.recipe)
+        if changes and not force:
             raise CheckpointError(
-                f"{path} was trained on other data than {self.folder.root} (the fingerprints differ); point data_dir "
-                "to the dataset it was trained on, or start a new training"
-            )
-        if training["progress"]["step_in_epoch"] and training["data_order"] != self._data_order():
-            raise CheckpointError(
-                f"{path} stops inside an epoch whose batches are those of {training['data_order']}, not of "
-                f"{self._data_order()}: continue with the same values"
+                f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what it was, or "
+                "continue all the same with --force)"
             )
         if _names_by_group(training["optimizer"]) not in (None, _names_by_group(self.optimizer.state_dict())):
             raise CheckpointError(
@@ -592,21 +725,46 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.early_stopping.load_state_dict(training["early_stopping"])
-        torch.set_rng_state(training["random_state"])
-        if self.device.type == "cuda" and training["cuda_random_state"]:
-            torch.cuda.set_rng_state_all(training["cuda_random_state"])
+        restore_random_states(training, self.device)
         self.progress = Progress(**training["progress"])
+        if path.resolve() == (self.checkpoint_dir / checkpoints.LATEST).resolve():
+            self.latest_holds = replace(self.progress)
         self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
+        self._tell_changes(content, changes, bool(other_data))
+        return training.get("running", {})
+
+    def _tell_changes(self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool) -> None:
+        """Say what keeps a resumed run from being what the interrupted one would have been."""
+        for change in changes:
+            self.say(f"changed by --force: {change}")
+        training = content["training"]
+        if self.progress.step_in_epoch and (is_other_data or training["data_order"] != self._data_order()):
+            self.say(
+                "the rest of this epoch is of another order: some captions come twice in it, others not at all"
+            )
+        has, needs = content.get("versions", {}), checkpoints.package_versions()
+        if others := [
+            f"{name} {needs[name]}, was {has[name]}"
+            for name in needs
+            if has.get(name, needs[name]) != needs[name]
+        ]:
+            self.say(f"other versions may round otherwise: {', '.join(others)}")
         before, now = training.get("scheduler", {}), self._schedule()
         if changed := [
             f"{key}={now[key]}, not {value}" for key, value in before.items() if now[key] != value
         ]:
             self.say(f"the learning rate follows another schedule from here on: {', '.join(changed)}")
+        if self._is_finished():
+            self.say("nothing is left to train")
 
 
 def seed_of(seed: int, step: int, number: int) -> int:
     """A seed for one of several streams of random numbers in a step."""
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+
+
+def _num_rows(batch: LoadedBatch | ImageBatch) -> int:
+    return len(batch.packed.image_indices if isinstance(batch, LoadedBatch) else batch.images)
 
 
 def _say_nothing(line: str) -> None:
@@ -636,35 +794,21 @@ def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionForm
     return replace(format, max_caption_tokens=min(format.max_caption_tokens, room))
 
 
-def resume_path(path: str | Path) -> Path:
-    """A folder means its latest checkpoint; after a crash in an epoch, that may be the one of a step."""
+def find_run(path: str | Path, say: Say) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint and its content; of a folder (a run's, or its `checkpoints`) the newest sound one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     path = Path(path)
-    latest, steps = path / checkpoints.LATEST, checkpoints.step_checkpoints(path)
-    if not latest.is_file():
-        return steps[-1] if steps else path
-    return max((latest, *steps[-1:]), key=lambda file: file.stat().st_mtime_ns)
+    for folder in (path, path / "checkpoints"):
+        if folder.is_dir() and (found := checkpoints.newest_sound(folder, say)) is not None:
+            return found
+    path = checkpoints.checkpoint_path(path)
+    return path, checkpoints.load_checkpoint(path)
 
 
 def resumed_recipe(path: str | Path) -> Recipe:
     """The recipe of the run that ``path`` continues."""
-    content = checkpoints.load_checkpoint(resume_path(path))
+    _, content = find_run(path, _say_nothing)
     return replace(checkpoints.recipe_of(content, path), resume_from_checkpoint=str(path))
-
-
-@contextmanager
-def interrupt_flag() -> Iterator[list[int]]:
-    """A list that receives SIGINT or SIGTERM instead of dying, so that the loop can save first."""
-    received: list[int] = []
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(
-                number, lambda received_number, _: received.append(received_number)
-            )
-    except ValueError:  # not in the main thread: signals stay as they are
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
