@@ -16,8 +16,15 @@ def train(
     config: Path = typer.Option(
         None, "--config", "-c", help="Recipe (YAML); recipes that ship are in config/."
     ),
-    resume: Path = typer.Option(
-        None, "--resume", help="Continue this checkpoint (or a folder's latest one)."
+    resume: str = typer.Option(
+        None,
+        "--resume",
+        metavar="CKPT|FOLDER|auto",
+        help="Continue this checkpoint, or a folder's newest sound one; auto: that of the recipe's checkpoint_dir, "
+        "and a new run where there is none.",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Continue although recipe or data are others than the checkpoint's."
     ),
 ) -> None:
     """Train the bridge of a recipe: `--config`'s, with `--resume` alone the checkpoint's own, else training-default."""
@@ -28,7 +35,7 @@ def train(
     # Of several processes the first one speaks.
     echo = typer.echo if runtime.process_rank() == 0 else lambda line: None
     # A mistyped recipe is told before the seconds that the trainer's imports take.
-    if config is None and resume is None:
+    if config is None and resume in (None, "auto"):
         config = shipped_recipe(DEFAULT_RECIPE)
         echo(f"recipe: {config} (another one with --config)")
     recipe = load_recipe(config, overrides or (), say=echo) if config is not None else None
@@ -41,7 +48,10 @@ def train(
         recipe = override_recipe(resumed_recipe(resume), overrides or ())
     with exit_when_interrupted():
         result = run_training(
-            recipe, resume=resume or recipe.resume_from_checkpoint, say=lambda line: print(line, flush=True)
+            recipe,
+            resume=resume or recipe.resume_from_checkpoint,
+            force=force,
+            say=lambda line: print(line, flush=True),
         )
     decoded = result.decoded
     echo(

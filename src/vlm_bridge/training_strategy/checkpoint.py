@@ -429,7 +429,9 @@ def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Pat
         has = {
             key: value for key, value in has.items() if key == "bridge.kind" or not key.startswith("bridge.")
         }
-    _refuse_other({k: v for k, v in has.items() if k in wants and not _same(k, v, wants[k])}, wants, where)
+    _refuse_other(
+        {k: v for k, v in has.items() if k in wants and not same_setting(k, v, wants[k])}, wants, where
+    )
 
 
 def architecture(recipe: Recipe) -> dict[str, Any]:
@@ -448,8 +450,11 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _same(key: str, has: Any, wanted: Any) -> bool:
-    if key.endswith(".name"):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
+def same_setting(key: str, has: Any, wanted: Any) -> bool:
+    """Whether two values of a recipe's dotted key mean the same."""
+    if (
+        key.endswith(".name") and has and wanted
+    ):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
         names = ([Path(name).name for name in several.split(" + ")] for several in (has, wanted))
         return next(names) == next(names)
     if key.endswith(".revision"):

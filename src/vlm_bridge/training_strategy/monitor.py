@@ -219,6 +219,25 @@ class Monitor:
         self._window_start = time.perf_counter()
         self._window_steps = self._window_captions = self._window_tokens = self._window_positions = 0
 
+    def state_dict(self) -> dict[str, float]:
+        """What the lines to come tell of the steps behind; part of every checkpoint."""
+        return {
+            "seconds": time.perf_counter() - self._window_start,
+            "steps": self._window_steps,
+            "captions": self._window_captions,
+            "tokens": self._window_tokens,
+            "positions": self._window_positions,
+            "blind_validations": self._blind_validations,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._window_start = time.perf_counter() - state["seconds"]
+        self._window_steps = int(state["steps"])
+        self._window_captions = int(state["captions"])
+        self._window_tokens = int(state["tokens"])
+        self._window_positions = int(state["positions"])
+        self._blind_validations = int(state["blind_validations"])
+
     def close(self) -> None:
         self.writer.close()
         self.history.close()

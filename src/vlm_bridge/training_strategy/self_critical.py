@@ -7,7 +7,7 @@ same loss, in which the advantage of a caption is the weight of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -145,6 +145,25 @@ class SelfCritical:
         }
         self._forget()
         return statistics
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums that `statistics` will tell the means of; part of every checkpoint."""
+        return {
+            "samples": self._num_samples,
+            "reward": self._reward_sum,
+            "baseline": self._baseline_sum,
+            "surprise": self._surprise.item(),
+            "tokens": self._token_sum,
+            "unfinished": self._num_unfinished,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._num_samples = int(state["samples"])
+        self._reward_sum = state["reward"]
+        self._baseline_sum = state["baseline"]
+        self._surprise = torch.tensor(state["surprise"], dtype=torch.float64, device=self.model.device)
+        self._token_sum = int(state["tokens"])
+        self._num_unfinished = int(state["unfinished"])
 
     def _rewards(self, images: np.ndarray, samples: Sequence[Sequence[int]]) -> np.ndarray:
         """[B, K], the CIDEr-D of each sample against the references of its image."""

@@ -41,7 +41,7 @@ from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, d
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.features import SplitFeatures, split_features
+from vlm_bridge.training_strategy.features import SplitFeatures, split_features, usable_images
 from vlm_bridge.training_strategy.health import FrozenParts, StepGuard
 from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
 from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor, StepSize
@@ -147,8 +147,9 @@ class Trainer:
         if world.size > 1:
             self.where += f", {world.size} processes"
         self.folder = CaptionFolder.open(recipe.data_dir)
-        train_images = self.folder.split("train")
-        self.val_images = self.folder.split("val")[: recipe.max_validation_images]
+        log_dir = Path(recipe.log_dir) if world.is_first else None
+        train_images = usable_images(self.folder, "train", recipe, say, log_dir)
+        self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
@@ -164,7 +165,7 @@ class Trainer:
         self.frozen_parts = FrozenParts(self.model, self.model.trained_state_dict())
         format = caption_format(language_model, recipe)
         self.format = format
-        self.train_paths = [image.path for image in train_images]  # their captions are kept as tokens alone
+        self.train_paths = train_images.paths
         self.train_data = TokenizedImages(train_images, format)
         self.val_data = TokenizedImages(self.val_images, format)
         self.train_features = self._features("train", train_images)
