@@ -144,6 +144,10 @@ class FrozenParts:
         self._trained = frozenset(trained)
         self._fingerprints = self._of(model)
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._fingerprints)
+
     def check(self, model: torch.nn.Module) -> None:
         """Raises TrainingError for a tensor that is not what it was, by name."""
         now = self._of(model)
