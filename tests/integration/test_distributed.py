@@ -112,7 +112,7 @@ def test_any_number_of_processes_takes_the_same_steps(make_recipe: MakeRecipe) -
         assert any(f", {size} processes" in line for line in lines) == (size > 1)
     alone = events(recipes[1], "train")
     assert len(alone) == 50
-    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.02
     for size in (2, 4):
         assert_same_numbers(alone, events(recipes[size], "train"), "loss", "learning_rate")
         one, other = (events(recipes[some], "validation") for some in (1, size))
@@ -142,12 +142,12 @@ def test_any_number_of_processes_takes_the_same_steps(make_recipe: MakeRecipe) -
 
 
 def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeRecipe) -> None:
-    settings = ("bridge.dropout=0.3", "num_epochs=2", "save_every_n_steps=7", "gradient_accumulation_steps=2")
+    settings = ("bridge.dropout=0.3", "num_epochs=2", "save_every_n_steps=2", "gradient_accumulation_steps=2")
     whole, resumed = (make_recipe(name, *settings) for name in ("whole", "resumed"))
     first, second = together(2, trained_weights, whole)
     assert not set(first["seeds"]) & set(second["seeds"])
     assert same_weights(first, second)
-    assert same_weights(first, together(2, trained_weights, resumed, step(whole, 3))[1])
+    assert same_weights(first, together(2, trained_weights, resumed, step(whole, 2))[1])
 
 
 def test_averaged_weights_and_sampled_captions(make_recipe: MakeRecipe) -> None:
