@@ -343,7 +343,7 @@ class Trainer:
         try:
             step_loss, size = self._back_propagate(loaded)
         except RuntimeError as error:
-            can_be_halved = max(map(_num_rows, loaded)) > 1
+            can_be_halved = max(map(_num_rows, loaded), default=0) > 1
             if not (recipe.halve_batch_on_oom and can_be_halved and is_out_of_memory(error)):
                 raise
             step_loss = size = None
