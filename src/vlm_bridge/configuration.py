@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
+from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.limits import check_above_zero, check_at_least
+from vlm_bridge.parsing import MAX_YAML_CHARACTERS, parse_yaml, shown
 
 DEFAULT_RECIPE = "training-default"
 """The recipe of a training that names none: the published DINOv2 + Gemma-2 system."""
@@ -32,6 +34,8 @@ PUBLISHED_NAMES = {
     "max_length": "max_caption_tokens",
 }
 """Names of the published system's flat layout that are other names here; its training keys are the same."""
+MAX_KEY_CHARACTERS = 100
+"""A longer key is cut in messages."""
 PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
 """Its names that are accepted and change nothing: what goes to a GPU is always pinned, elsewhere nothing is."""
 
@@ -170,6 +174,8 @@ class Recipe:
         compile: compile the language model for training, once; it has to earn the minutes that compiling takes.
         monitor: what decides the best checkpoint and early stopping: the validation loss, or a score of captions that
             are decoded for the first ``num_decoded_images`` of validation.
+        max_bad_samples: share of a split's captions, and of its pictures, that may be unreadable. They are set aside,
+            named in ``log_dir``, and never replaced; above the share training does not start.
         feature_cache: where the encoder's features are kept. `auto`: in ``data_dir``/.features, where measuring says
             that reading them is quicker than encoding; a folder: there, unasked; `off`: nowhere, pictures are encoded
             in every step.
@@ -214,6 +220,7 @@ class Recipe:
     captions_per_image: int = 1
     max_caption_tokens: int = 128
     num_workers: int = 2
+    max_bad_samples: float = 0.01
     feature_cache: str = "auto"
     feature_cache_dtype: Literal["float16", "bfloat16", "int8"] = "float16"
     feature_cache_pooling: Literal[1, 2] = 1
@@ -288,6 +295,13 @@ class Recipe:
             "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val")
+        if secret := _key_of_credential(self.to_dict()):
+            raise ConfigurationError(
+                f"{secret} holds a token or a password, and a recipe goes into checkpoints and reports: give the plain "
+                "name or address, and the hub's token in HF_TOKEN"
+            )
+        if not 0 <= self.max_bad_samples <= 1:
+            raise ConfigurationError(f"max_bad_samples is a share: from 0 to 1, not {self.max_bad_samples}")
         if self.save_every_n_minutes is not None:
             check_above_zero(self, "save_every_n_minutes")
         if not 0 <= self.label_smoothing < 1:
@@ -379,13 +393,16 @@ def load_recipe(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARACTERS + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        data = parse_yaml(text) or {}
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not valid YAML, or no recipe: {error}") from None
     if not isinstance(data, dict):
         raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
     return data
@@ -447,10 +464,12 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
     from vlm_bridge.model_architecture.bridges import BRIDGES
 
     if not isinstance(data, Mapping):
-        raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {data!r}")
+        raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {shown(data)}")
     kind = data.get("kind", BridgeConfig.kind)
     if not isinstance(kind, str) or kind not in BRIDGES:
-        raise ConfigurationError(f"{where}: bridge.kind={kind!r} is unknown{_suggest(str(kind), BRIDGES)}")
+        raise ConfigurationError(
+            f"{where}: bridge.kind={shown(kind)} is unknown{_suggest(shown(kind), BRIDGES)}"
+        )
     options_class, _ = BRIDGES[kind]
     shared = {f.name for f in dataclasses.fields(BridgeConfig)} - {"options"}
     own = {key: value for key, value in data.items() if key not in shared}
@@ -463,8 +482,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigurationError(f"{override!r} is not KEY=VALUE (for example learning_rate=1e-4)")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         raise ConfigurationError(f"the value in {override!r} is not valid YAML") from None
     section, _, rest = key.partition(".")
     # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
@@ -483,15 +502,16 @@ def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] |
         return data
     if not isinstance(data, Mapping):
         raise ConfigurationError(
-            f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {data!r}"
+            f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {shown(data)}"
         )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
         if key not in known:
-            suggestion = _suggest(str(key), known | (also_known or set()))
-            raise ConfigurationError(f"{where}: unknown key {prefix}{key}{suggestion}")
+            name = str(key) if isinstance(key, str) and len(key) <= MAX_KEY_CHARACTERS else shown(key)
+            suggestion = _suggest(name, known | (also_known or set()))
+            raise ConfigurationError(f"{where}: unknown key {prefix}{name}{suggestion}")
         values[key] = _coerce(value, hints[key], where, prefix + key)
     return cls(**values)
 
@@ -505,7 +525,9 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise ConfigurationError(f"{where}: {key}={value!r} must be one of {', '.join(map(str, arguments))}")
+        raise ConfigurationError(
+            f"{where}: {key}={shown(value)} must be one of {', '.join(map(str, arguments))}"
+        )
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -513,24 +535,34 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
         return _coerce(value, inner, where, key)
     if origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): _coerce(v, arguments[1], where, f"{key}[{k!r}]") for k, v in value.items()}
-        raise ConfigurationError(f"{where}: {key}={value!r} must be a mapping")
+            return {str(k): _coerce(v, arguments[1], where, f"{key}[{shown(k)}]") for k, v in value.items()}
+        raise ConfigurationError(f"{where}: {key}={shown(value)} must be a mapping")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(value))
-        raise ConfigurationError(f"{where}: {key}={value!r} must be a list")
+        raise ConfigurationError(f"{where}: {key}={shown(value)} must be a list")
     if hint is float:
         # YAML 1.1 reads 1e-4 (no dot) as text.
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return float(value)
     elif hint is str and value is False and key == "feature_cache":
         return "off"  # YAML 1.1 reads a bare `off` as false
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigurationError(f"{where}: {key}={value!r} must be of type {hint.__name__}")
+    raise ConfigurationError(f"{where}: {key}={shown(value)} must be of type {hint.__name__}")
+
+
+def _key_of_credential(node: Mapping[str, Any], prefix: str = "") -> str | None:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and (found := _key_of_credential(value, f"{prefix}{key}.")):
+            return found
+        if isinstance(value, str) and holds_credential(value):
+            return prefix + key
+    return None
 
 
 def _suggest(key: str, known: Any) -> str:

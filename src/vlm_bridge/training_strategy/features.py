@@ -14,8 +14,9 @@ import torch
 
 from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
+from vlm_bridge.data_pipeline import picture_check
 from vlm_bridge.data_pipeline.augmentation import Views
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionedImages, CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import (
     LAYOUT,
     CacheFiles,
@@ -126,6 +127,28 @@ class BuiltCache:
     seconds: float
 
 
+def usable_images(
+    folder: CaptionFolder, split: SplitName, recipe: Recipe, say: Say, listing_dir: Path | None = None
+) -> CaptionedImages:
+    """The images of a split that training reads: without captions and pictures that cannot be read, which are said.
+
+    Args:
+        listing_dir: where ``set_aside_SPLIT.jsonl`` names them all.
+
+    Raises:
+        DataError: more than ``max_bad_samples`` of the captions or of the pictures cannot be read.
+    """
+    return picture_check.usable_images(
+        folder,
+        split,
+        limit=recipe.max_validation_images if split == "val" else None,
+        max_bad_share=recipe.max_bad_samples,
+        listing=listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None,
+        remember_in=cache_root(recipe) if recipe.feature_cache != "off" else None,
+        say=say,
+    )
+
+
 def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[BuiltCache]:
     """Make the caches that training with a recipe will read, of its training and validation images.
 
@@ -140,11 +163,11 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
     folder = CaptionFolder.open(recipe.data_dir)
     encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
-    splits: list[tuple[SplitName, int | None]] = [("train", None), ("val", recipe.max_validation_images)]
+    splits: tuple[SplitName, ...] = ("train", "val")
     built = []
-    for split, limit in splits:
+    for split in splits:
         started = time.perf_counter()
-        pixels = _pixels(encoder, recipe, split, folder.split(split)[:limit])
+        pixels = _pixels(encoder, recipe, split, usable_images(folder, split, recipe, say))
         was_there = not _files(encoder, recipe, pixels).missing()
         cache = cached_features(encoder, recipe, split, pixels, say, check_all=check_all)
         built.append(
@@ -279,7 +302,8 @@ def _measure_encoding(pixels: OnTheFlyPixels, encode: Callable[[Any], torch.Tens
 def _pixels(encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage]) -> OnTheFlyPixels:
     is_augmented = split == "train" and recipe.feature_cache_views
     views = Views(recipe.feature_cache_views, recipe.seed) if is_augmented else None
-    return OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)
+    paths = images.paths if isinstance(images, CaptionedImages) else [image.path for image in images]
+    return OnTheFlyPixels(paths, encoder.preprocess, views)
 
 
 def _files(encoder: Any, recipe: Recipe, pixels: OnTheFlyPixels) -> CacheFiles:
