@@ -139,8 +139,11 @@ def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
     trainer.train(recipe, say=lambda line: None)
 
 
-def validation_of(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any]:
-    """Validate a checkpoint by its loss and by decoding, in batches of three images."""
+def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
+    """Validate a checkpoint as training does, and evaluate it, all in batches of three images."""
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.captioning.shared import SharedCaptioner
+    from vlm_bridge.evaluation.run import caption_and_validate
     from vlm_bridge.training_strategy import decoded_validation, trainer
     from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
     from vlm_bridge.training_strategy.distributed import joined
@@ -167,7 +170,10 @@ def validation_of(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any]:
             of_run._autocast,
             world,
         )
-    return result, decoded
+        captioner = SharedCaptioner(Captioner.from_pretrained(checkpoint, "cpu"), world)
+        images = list(of_run.val_images)
+        captions, validation = caption_and_validate(captioner, images, decode=recipe.decode, batch_size=3)
+    return [result, decoded, captions, validation]
 
 
 def ask_world() -> dict[str, Any]:

@@ -17,11 +17,11 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from worlds import (
     ask_world,
     free_port,
+    judgement_of,
     run_world,
     train_lines,
     train_until,
     trained_weights,
-    validation_of,
 )
 
 MakeRecipe = Callable[..., Recipe]
@@ -129,9 +129,9 @@ def test_any_number_of_processes_takes_the_same_steps(make_recipe: MakeRecipe) -
 
     # The same weights, in any number of processes, are worth the same to the bit.
     best = Path(recipes[1].checkpoint_dir)
-    (result,) = together(1, validation_of, recipes[1], best)
+    (judgement,) = together(1, judgement_of, recipes[1], best)
     for size in (2, 4):
-        assert together(size, validation_of, recipes[1], best) == [result] * size
+        assert together(size, judgement_of, recipes[1], best) == [judgement] * size
 
     # Two processes continue as four, and these as one.
     as_four, as_one = (make_recipe(name, "save_every_n_steps=10") for name in ("as-four", "as-one"))
