@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
 
-SECONDS = 120
+SECONDS = 240
 
 
 @dataclass(frozen=True)

@@ -25,23 +25,28 @@ from worlds import (
 )
 
 MakeRecipe = Callable[..., Recipe]
+pytestmark = pytest.mark.timeout(900)  # four processes on a busy machine of one core
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_recipe(
-    tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    drawn_caption_folder: Path,
+    tiny_vit_dir: Path,
+    tiny_llama_dir: Path,
 ) -> MakeRecipe:
     """Recipes of 24 images in batches of 5 rows, which neither 2 nor 4 divide: 5 steps an epoch, the last of 4 rows."""
 
-    def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
+    def make(*overrides: str, bridge: str = "prefix") -> Recipe:
+        folder = tmp_path_factory.mktemp("run")
         recipe = tiny_recipe(
             tiny_vit_dir,
             tiny_llama_dir,
             bridge,
             data_dir=str(drawn_caption_folder),
-            checkpoint_dir=str(tmp_path / name / "checkpoints"),
-            log_dir=str(tmp_path / name / "logs"),
-            feature_cache=str(tmp_path / "features"),
+            checkpoint_dir=str(folder / "checkpoints"),
+            log_dir=str(folder / "logs"),
+            feature_cache=str(tmp_path_factory.getbasetemp() / "features"),
             device="cpu",
             learning_rate=5e-3,
             num_epochs=10,
@@ -51,11 +56,22 @@ def make_recipe(
             captions_per_image=2,
             use_early_stopping=False,
             log_every_n_steps=1,
+            save_every_n_steps=10,
             decode={"num_beams": 2, "max_new_tokens": 5},
         )
         return override_recipe(recipe, overrides)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def runs(make_recipe: MakeRecipe) -> dict[int, Recipe]:
+    """What 1, 2 and 4 processes were told to train, and have trained."""
+    recipes = {size: make_recipe() for size in (1, 2, 4)}
+    for size, recipe in recipes.items():
+        lines = trained(recipe, size)
+        assert any(f", {size} processes" in line for line in lines) == (size > 1)
+    return recipes
 
 
 def together(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -105,45 +121,43 @@ def test_what_processes_tell_each_other() -> None:
     }
 
 
-def test_any_number_of_processes_takes_the_same_steps(make_recipe: MakeRecipe) -> None:
-    recipes = {size: make_recipe(f"of-{size}", "save_every_n_steps=10") for size in (1, 2, 4)}
-    for size, recipe in recipes.items():
-        lines = trained(recipe, size)
-        assert any(f", {size} processes" in line for line in lines) == (size > 1)
-    alone = events(recipes[1], "train")
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_takes_the_same_steps(runs: dict[int, Recipe], size: int) -> None:
+    alone = events(runs[1], "train")
     assert len(alone) == 50
     assert alone[-1]["loss"] < alone[0]["loss"] - 0.02
-    for size in (2, 4):
-        assert_same_numbers(alone, events(recipes[size], "train"), "loss", "learning_rate")
-        one, other = (events(recipes[some], "validation") for some in (1, size))
-        assert_same_numbers(one, other, "loss", "visual_gain")
-        # One process wrote, once.
-        kept = {step(recipes[size], number).name for number in (30, 40, 50)}
-        assert {path.name for path in Path(recipes[size].checkpoint_dir).iterdir()} == {
-            checkpoints.LATEST,
-            checkpoints.BEST,
-            checkpoints.BEST_WEIGHTS,
-            *kept,
-        }
-        assert len(list(Path(recipes[size].log_dir).glob("events.out.tfevents.*"))) == 1
+    assert_same_numbers(alone, events(runs[size], "train"), "loss", "learning_rate")
+    validations = (events(runs[some], "validation") for some in (1, size))
+    assert_same_numbers(*validations, "loss", "visual_gain")
 
-    # The same weights, in any number of processes, are worth the same to the bit.
-    best = Path(recipes[1].checkpoint_dir)
-    (judgement,) = together(1, judgement_of, recipes[1], best)
-    for size in (2, 4):
-        assert together(size, judgement_of, recipes[1], best) == [judgement] * size
+    # One process wrote, once.
+    kept = {step(runs[size], number).name for number in (30, 40, 50)}
+    names = {path.name for path in Path(runs[size].checkpoint_dir).iterdir()}
+    assert names == {checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS, *kept}
+    assert len(list(Path(runs[size].log_dir).glob("events.out.tfevents.*"))) == 1
 
-    # Two processes continue as four, and these as one.
-    as_four, as_one = (make_recipe(name, "save_every_n_steps=10") for name in ("as-four", "as-one"))
-    trained(as_four, 4, step(recipes[2], 30))
+
+def test_any_number_of_processes_judges_the_same_to_the_bit(runs: dict[int, Recipe]) -> None:
+    of_run = runs[1], Path(runs[1].checkpoint_dir)
+    (judgement,) = together(1, judgement_of, *of_run)
+    for size in (2, 4):
+        assert together(size, judgement_of, *of_run) == [judgement] * size
+
+
+def test_two_processes_continue_as_four_and_these_as_one(
+    runs: dict[int, Recipe], make_recipe: MakeRecipe
+) -> None:
+    as_four, as_one = make_recipe(), make_recipe()
+    trained(as_four, 4, step(runs[2], 30))
     trained(as_one, 1, step(as_four, 40))
+    alone = events(runs[1], "train")
     assert_same_numbers(alone[30:], events(as_four, "train"), "loss", "learning_rate")
     assert_same_numbers(alone[40:], events(as_one, "train"), "loss", "learning_rate")
 
 
 def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeRecipe) -> None:
     settings = ("bridge.dropout=0.3", "num_epochs=2", "save_every_n_steps=2", "gradient_accumulation_steps=2")
-    whole, resumed = (make_recipe(name, *settings) for name in ("whole", "resumed"))
+    whole, resumed = make_recipe(*settings), make_recipe(*settings)
     first, second = together(2, trained_weights, whole)
     assert not set(first["seeds"]) & set(second["seeds"])
     assert same_weights(first, second)
@@ -152,7 +166,6 @@ def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeR
 
 def test_averaged_weights_and_sampled_captions(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
-        "scst",
         "objective=scst",
         "scst_samples=2",
         "batch_size=6",
@@ -175,7 +188,6 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
     for size in (1, 3):
         caches = tmp_path / f"caches-{size}"
         recipe = make_recipe(
-            f"of-{size}",
             f"feature_cache={caches}",
             "text_state_cache=true",
             "max_steps=2",
@@ -189,7 +201,7 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
 
 
 def test_what_fails_in_one_process_fails_in_all(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run")
+    recipe = make_recipe()
     outcomes = run_world(3, train_until, recipe, 1, 3, "error")
     assert [outcome.error for outcome in outcomes] == [
         "PeerFailed: process 1 of 3 failed: picture 7 is a fake",
@@ -203,7 +215,7 @@ def test_what_fails_in_one_process_fails_in_all(make_recipe: MakeRecipe) -> None
 
 
 def test_a_signal_to_one_process_ends_all_in_the_same_step(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run", "num_workers=2")
+    recipe = make_recipe("num_workers=2")
     latest = Path(recipe.checkpoint_dir, checkpoints.LATEST)
     outcomes = run_world(2, train_until, recipe, 1, 3, "signal")
     assert [outcome.error for outcome in outcomes] == [f"Interrupted: interrupted; saved {latest}"] * 2
@@ -212,7 +224,7 @@ def test_a_signal_to_one_process_ends_all_in_the_same_step(make_recipe: MakeReci
 
 def test_two_machines_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Imitated by two launchers, each with a process of its own, that meet at an address."""
-    alone, of_two = (make_recipe(name, "max_steps=4", "bridge.dropout=0") for name in ("alone", "of-two"))
+    alone, of_two = make_recipe("max_steps=4"), make_recipe("max_steps=4")
     trained(alone, 1)
     config = tmp_path / "recipe.yaml"
     config.write_text(of_two.to_yaml(), encoding="utf-8")
