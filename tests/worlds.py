@@ -121,6 +121,15 @@ def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any
     return {"weights": weights, "seeds": seeds}
 
 
+def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
+    """Train; one process has another recipe."""
+    from vlm_bridge.configuration import override_recipe
+    from vlm_bridge.training_strategy.trainer import train
+
+    own = override_recipe(recipe, overrides) if os.environ["RANK"] == str(rank) else recipe
+    train(own, say=lambda line: None)
+
+
 def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
     """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM)."""
     from vlm_bridge.errors import DataError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from worlds import (
     judgement_of,
     run_world,
     train_lines,
+    train_otherwise,
     train_until,
     trained_weights,
 )
@@ -212,6 +214,23 @@ def test_what_fails_in_one_process_fails_in_all(make_recipe: MakeRecipe) -> None
     assert first.error is not None
     assert first.error.startswith("PeerFailed: another process of this training is gone")
     assert killed.error == "it ended without a word"
+
+
+def test_a_process_with_another_recipe_or_other_data_is_refused(
+    make_recipe: MakeRecipe, drawn_caption_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe("max_steps=1")
+    _, other = run_world(2, train_otherwise, recipe, 1, "learning_rate=0.5", "num_workers=1")
+    assert other.error is not None
+    assert "process 1 of 2 has learning_rate=0.5, not 0.005 as the first one" in other.error
+
+    elsewhere = shutil.copytree(drawn_caption_folder, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    next((elsewhere / "train" / "images").iterdir()).write_bytes(b"no picture")
+    lenient = override_recipe(recipe, ["max_bad_samples=0.5"])
+    _, other = run_world(2, train_otherwise, lenient, 1, f"data_dir={elsewhere}")
+    assert other.error is not None
+    assert "captions in use" in other.error
+    assert not Path(recipe.checkpoint_dir).exists()
 
 
 def test_a_signal_to_one_process_ends_all_in_the_same_step(make_recipe: MakeRecipe) -> None:

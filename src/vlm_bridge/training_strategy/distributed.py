@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,6 +120,26 @@ class World:
         if self.size > 1:
             _in_buckets(tensors, self._broadcast)
 
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Raises ConfigurationError where a process has other facts than the first: it would go another way."""
+        first = self.from_first(lambda: facts)
+        if others := [
+            f"{name}={fact}, not {first[name]}" for name, fact in facts.items() if fact != first[name]
+        ]:
+            raise ConfigurationError(
+                f"process {self.rank} of {self.size} has {'; '.join(others)} as the first one: start all of them with "
+                "the same recipe, on the same data"
+            )
+
+    @contextmanager
+    def first_of_machine_first(self) -> Iterator[None]:
+        """The first process of a machine does alone what the others then find done."""
+        if self.local_rank:
+            self.wait()
+        yield
+        if not self.local_rank:
+            self.wait()
+
     def wait(self) -> None:
         """Until all processes are here; for as long as preparations may take."""
         if self.size > 1:
@@ -153,7 +173,7 @@ class World:
 
     def _leave_message(self, error: BaseException) -> None:
         if self.size > 1:
-            known = isinstance(error, VLMBridgeError)
+            known = hasattr(error, "exit_code")  # our errors, and interruptions
             reason = str(error) if known else f"unexpected {type(error).__name__}: {error}"
             with suppress(RuntimeError):  # nobody is left to be told
                 self.store.compare_set(_FAILURE, "", f"process {self.rank} of {self.size} failed: {reason}")

@@ -64,6 +64,13 @@ from vlm_bridge.training_strategy.weight_averaging import WeightAverage
 AUTO = "auto"
 """The checkpoint to resume from: the newest sound one in the recipe's ``checkpoint_dir``, if there is one."""
 STANDARDIZE_ON_IMAGES = 512
+PLACES = frozenset(
+    {
+        "data_dir", "feature_cache", "checkpoint_dir", "log_dir", "device", "num_workers",
+        "resume_from_checkpoint",
+    }
+)  # fmt: skip
+"""Keys of a recipe that may differ between the machines of a run."""
 Say = Callable[[str], None]
 
 
@@ -146,10 +153,12 @@ class Trainer:
                 say("this processor emulates bfloat16: use_amp=false is quicker here")
         if world.size > 1:
             self.where += f", {world.size} processes"
+        world.check_same({key: value for key, value in recipe.to_dict().items() if key not in PLACES})
         self.folder = CaptionFolder.open(recipe.data_dir)
         log_dir = Path(recipe.log_dir) if world.is_first else None
-        train_images = usable_images(self.folder, "train", recipe, say, log_dir)
-        self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
+        with world.first_of_machine_first():
+            train_images = usable_images(self.folder, "train", recipe, say, log_dir)
+            self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
@@ -168,6 +177,9 @@ class Trainer:
         self.train_paths = train_images.paths
         self.train_data = TokenizedImages(train_images, format)
         self.val_data = TokenizedImages(self.val_images, format)
+        if world.size > 1:
+            digests = self.train_data.digest(), self.val_data.digest()
+            world.check_same({"data": self.folder.fingerprint, "captions in use": digests})
         self.train_features = self._features("train", train_images)
         self.val_features = self._features("val", self.val_images)
         self.model.loss_kernel = choose_kernel(
@@ -216,6 +228,7 @@ class Trainer:
         started = time.perf_counter()
         recipe = self.recipe
         running: Mapping[str, Any] = {}
+        resume = self.world.from_first(lambda: resume)
         found = self._find(resume) if resume is not None else None
         if resume is None and (self.checkpoint_dir / checkpoints.LATEST).is_file():
             self.say(
