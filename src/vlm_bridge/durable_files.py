@@ -41,8 +41,7 @@ def write_durably(
         with _kept(path) if keep_previous else contextlib.nullcontext():
             take_name(unfinished, path)
     finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
 
 
 def write_bytes_durably(path: Path, content: bytes) -> None:
@@ -114,9 +113,15 @@ def _kept(path: Path) -> Iterator[None]:
             with contextlib.suppress(FileNotFoundError):
                 previous.replace(path)
         elif is_new:
-            previous.unlink(missing_ok=True)
+            _remove(previous)
         raise
-    previous.unlink(missing_ok=True)
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file that is needed no more; if it stays, the next one who comes by deletes it."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

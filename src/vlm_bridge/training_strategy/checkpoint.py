@@ -212,8 +212,8 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
 def _write(path: Path, content: Mapping[str, Any], digest: str) -> None:
     def check(written: Path) -> None:
         try:
-            found = content_hash(torch.load(written, map_location="cpu", mmap=True, weights_only=True))
-        except Exception as error:  # damaged bytes meet the reader with almost any exception
+            found = content_hash(read_file(written, mmap=True))
+        except CheckpointError as error:
             raise not_as_written(path) from error
         if found != digest:
             raise not_as_written(path)
@@ -292,8 +292,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_file(path: Path) -> Any:
-    """What ``torch.save`` wrote, and never code. Raises CheckpointError where it is damaged or holds anything else."""
+def read_file(path: Path, *, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, and never code. Raises CheckpointError where it is damaged or holds anything else.
+
+    Args:
+        mmap: leave tensors in the file until they are read.
+    """
     try:
         # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor
         # marked as a folder it does not read at all, and gives whatever lay in memory.
@@ -302,7 +306,7 @@ def read_file(path: Path) -> Any:
                 raise zipfile.BadZipFile(damaged)
             if any(entry.external_attr & _DOS_DIRECTORY for entry in archive.infolist()):
                 raise zipfile.BadZipFile("a tensor is marked as a folder")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedCheckpointError(
             f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
