@@ -35,7 +35,7 @@ PUBLISHED_NAMES = {
 }
 """Names of the published system's flat layout that are other names here; its training keys are the same."""
 MAX_KEY_CHARACTERS = 100
-"""A longer key is cut in messages."""
+"""A longer key is cut in messages, and one with control characters is quoted."""
 PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
 """Its names that are accepted and change nothing: what goes to a GPU is always pinned, elsewhere nothing is."""
 
@@ -480,11 +480,11 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigurationError(f"{override!r} is not KEY=VALUE (for example learning_rate=1e-4)")
+        raise ConfigurationError(f"{shown(override)} is not KEY=VALUE (for example learning_rate=1e-4)")
     try:
         value = parse_yaml(text)
     except ValueError:
-        raise ConfigurationError(f"the value in {override!r} is not valid YAML") from None
+        raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
     section, _, rest = key.partition(".")
     # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
     *parents, last = (section, rest) if section == "trainable" and rest else key.split(".")
@@ -492,7 +492,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigurationError(f"{override!r}: {parent} is a value, not a section")
+            raise ConfigurationError(f"{shown(override)}: {parent if parent.isprintable() else shown(parent)} is a value, not a section")
         node = child
     node[last] = value
 
@@ -509,7 +509,8 @@ def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] |
     values = {}
     for key, value in data.items():
         if key not in known:
-            name = str(key) if isinstance(key, str) and len(key) <= MAX_KEY_CHARACTERS else shown(key)
+            is_plain = isinstance(key, str) and key.isprintable() and len(key) <= MAX_KEY_CHARACTERS
+            name = key if is_plain else shown(key)
             suggestion = _suggest(name, known | (also_known or set()))
             raise ConfigurationError(f"{where}: unknown key {prefix}{name}{suggestion}")
         values[key] = _coerce(value, hints[key], where, prefix + key)
