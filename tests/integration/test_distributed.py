@@ -157,6 +157,15 @@ def test_two_processes_continue_as_four_and_these_as_one(
     assert_same_numbers(alone[40:], events(as_one, "train"), "loss", "learning_rate")
 
 
+@pytest.mark.parametrize("by", ["batch_size=4", "tokens_per_batch=60"])
+def test_micro_batches_are_shared_and_some_shares_are_empty(make_recipe: MakeRecipe, by: str) -> None:
+    alone, of_three = (make_recipe(by, "gradient_accumulation_steps=3", "max_steps=6") for _ in range(2))
+    trained(alone, 1)
+    trained(of_three, 3)
+    told, told_together = events(alone, "train"), events(of_three, "train")
+    assert_same_numbers(told, told_together, "loss", "gradient_norm")
+
+
 def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeRecipe) -> None:
     settings = ("bridge.dropout=0.3", "num_epochs=2", "save_every_n_steps=2", "gradient_accumulation_steps=2")
     whole, resumed = make_recipe(*settings), make_recipe(*settings)
@@ -196,7 +205,7 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
             bridge="deep_prefix_above",
         )
         trained(recipe, size)
-        files = [path for path in caches.rglob("*") if path.name == "states.npy" or "shard-" in path.name]
+        files = [path for path in caches.rglob("*") if path.name == "states" or "shard-" in path.name]
         contents.append({path.relative_to(caches): path.read_bytes() for path in files})
     assert len(contents[0]) == 3  # features of two splits, and text states
     assert contents[0] == contents[1]
