@@ -277,6 +277,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = checkpoint_path(path)
     content = _read_exported(path) if path.name == interchange.WEIGHTS_NAME else read_file(path)
+    if not _is_laid_out(content):
+        raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint")
     if interchange.is_original(content):
         weights = interchange.from_original(content["model_state_dict"], path)
         recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
@@ -292,6 +294,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _is_laid_out(content: Any) -> bool:
+    """Whether all parts of a checkpoint that are there are of their kind, ours or the original project's."""
+    if not isinstance(content, dict):
+        return False
+    tensors = [content[key] for key in ("weights", "model_state_dict") if key in content]
+    mappings = [content[key] for key in ("recipe", "sizes", "training") if key in content]
+    return (
+        all(isinstance(part, Mapping) for part in [*tensors, *mappings])
+        and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor)
+            for part in tensors
+            for name, value in part.items()
+        )
+        and isinstance(content.get("format_version", 0), int)
+    )
+
+
 def read_file(path: Path, *, mmap: bool = False) -> Any:
     """What ``torch.save`` wrote, and never code. Raises CheckpointError where it is damaged or holds anything else.
 
@@ -302,6 +321,10 @@ def read_file(path: Path, *, mmap: bool = False) -> Any:
         # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor
         # marked as a folder it does not read at all, and gives whatever lay in memory.
         with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing and writes every entry once: small files stay small when they are read.
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise zipfile.BadZipFile("its parts are larger than the file")
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
             if any(entry.external_attr & _DOS_DIRECTORY for entry in archive.infolist()):
