@@ -257,20 +257,20 @@ def test_two_machines_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> N
     config = tmp_path / "recipe.yaml"
     config.write_text(of_two.to_yaml(), encoding="utf-8")
     meet_at = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        *meet_at,
+    ]
+    command = ["-m", "vlm_bridge", "train", "--config", str(config)]
     launchers = [
         subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--nnodes",
-                    "2",
-                    "--node-rank",
-                    str(machine),
-                ),
-                *("--nproc-per-node", "1", *meet_at, "-m", "vlm_bridge", "train", "--config", str(config)),
-            ],
+            [*launch, "--node-rank", str(machine), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -278,7 +278,11 @@ def test_two_machines_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> N
         )
         for machine in (0, 1)
     ]
-    (said, complaints), (said_elsewhere, _) = (launcher.communicate(timeout=200) for launcher in launchers)
+    try:
+        (said, complaints), (said_elsewhere, _) = (run.communicate(timeout=600) for run in launchers)
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # and with it its process
     assert [launcher.returncode for launcher in launchers] == [0, 0], complaints
     assert "done: 4 steps" in said
     assert said_elsewhere == ""
