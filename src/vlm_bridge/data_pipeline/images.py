@@ -253,7 +253,8 @@ def _white_level(image: Image.Image) -> float:
 
 def _eight_bits(band: Image.Image, white: float) -> Image.Image:
     """Scale to 0..255 (Pillow's ``convert`` would clip to white); what is no number is black."""
-    values = np.nan_to_num(np.asarray(band, dtype=np.float64) / white, nan=0.0)
+    with np.errstate(all="ignore"):
+        values = np.nan_to_num(np.asarray(band, dtype=np.float64) / white, nan=0.0)
     return Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
