@@ -60,7 +60,8 @@ def explanation(error: BaseException, recipe: Recipe, device: torch.device) -> s
 
 def suggestions(recipe: Recipe, device: torch.device) -> list[str]:
     """Settings that need less memory, with what they are now; those first that change the result least."""
-    found = [_smaller_batch(recipe)] if _smaller_batch(recipe) else []
+    smaller = _smaller_batch(recipe)
+    found = [smaller] if smaller is not None else []
     frozen = not any(pattern.startswith("language_model") for pattern in recipe.trainable)
     candidates: list[tuple[bool, str, object]] = [
         (not recipe.gradient_checkpointing, "gradient_checkpointing", True),
