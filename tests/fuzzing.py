@@ -72,7 +72,7 @@ NUMBERS = [
     b"\xff\xff",
 ]
 TEXTS = [
-    b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"\r", b"\n", b"\t", b'"', b"'", b"\\", b"<b>", b"&amp;",
+    b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"\r", b"\n", b"\t", b'"', b"'", b"\\", b"<b>", b"&amp;",  # noqa: E501
     b" " * 50, "\u202e\u0645\u0631\u062d\u0628\u0627".encode(), "\U0001f469\u200d\U0001f680".encode(), b"../secret.jpg",
     b"/etc/passwd", b"images/link.jpg", b"images/../../secret.jpg", b"C:\\x.jpg", b"9" * 5000, b"-1", b"1e999", b"NaN",
     b"null", b"[]", b"{}", b"[" * 2000, b'{"a":' * 2000, b"x" * 300, b"word " * 3000,
@@ -383,7 +383,7 @@ def token_seeds() -> list[bytes]:
 
 def tag_seeds() -> list[bytes]:
     return [
-        b'<gdo class="person" person-0>The man</gdo> <gda class="run" person-0>runs</gda> <gdl class="road" road-1>by</gdl>.',
+        b'<gdo class="person" person-0>The man</gdo> <gda class="run" person-0>runs</gda> <gdl class="road" road-1>by</gdl>.',  # noqa: E501
         b"&lt;gdo class='dog' dog-0&gt;A dog&lt;/gdo&gt; &amp;amp; a cat's \"``toy''\" ... !",
         "Ein Hund \u2013 \u201eBello\u201c \u2013 l\u00e4uft ( schnell ) .".encode(),
     ]
@@ -410,7 +410,7 @@ def recipe_seeds() -> list[bytes]:
 
 
 YAML_WORDS = [
-    b"\na: &a [1, 2]\nb: *a\n", b"\n<<: *a\n", b"&a", b"*a", b"!!python/object/apply:os.system [ls]", b"!!binary x", b"? ",
+    b"\na: &a [1, 2]\nb: *a\n", b"\n<<: *a\n", b"&a", b"*a", b"!!python/object/apply:os.system [ls]", b"!!binary x", b"? ",  # noqa: E501
     b"!!timestamp 2001-99-99", b"0x", b"1:99:99", b".inf", b"~", b"- ", b": ", b"{", b"[", b"|\n  ", b"'", b"bridge: ",
     b"\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in range(98, 107)),
 ]  # fmt: skip
@@ -463,8 +463,8 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 PICKLE_WORDS = [
-    b"cposix\nsystem\n(Vtouch ../touched\ntR.", b"cbuiltins\neval\n(V1\ntR", b"\x8a\xff", b"\x8d" + b"\xff" * 8, b"(", b"t", b"R",
-    b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n(L99999999999L\ntR", b"ccollections\nOrderedDict\n", b"2" * 40,
+    b"cposix\nsystem\n(Vtouch ../touched\ntR.", b"cbuiltins\neval\n(V1\ntR", b"\x8a\xff", b"\x8d" + b"\xff" * 8, b"(", b"t", b"R",  # noqa: E501
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n(L99999999999L\ntR", b"ccollections\nOrderedDict\n", b"2" * 40,  # noqa: E501
 ]  # fmt: skip
 
 
@@ -510,7 +510,7 @@ def parquet_seeds() -> list[bytes]:
 
     jpeg = picture_seeds()[0]
     rows = [
-        {"id": f"tt{n:07}_{n}", "image": {"bytes": jpeg, "path": "a.jpg"}, "detections": [], "caption": "A dog.", "human_annotated": bool(n % 2)}
+        {"id": f"tt{n:07}_{n}", "image": {"bytes": jpeg, "path": "a.jpg"}, "detections": [], "caption": "A dog.", "human_annotated": bool(n % 2)}  # noqa: E501
         for n in range(6)
     ]  # fmt: skip
     saved = []

@@ -1,4 +1,4 @@
-"""A server process under many clients, some of them hostile: the others get their own answers, and memory stays flat."""
+"""A server process under many clients, some hostile: the others get their own answers, and memory stays flat."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HOSTILE = [
     {"files": {"image": ("a.png", png(noise(0)))}, "data": {"num_beams": "9" * 5000}},
     {"files": {"image": ("a.png", png(noise(0)))}, "data": {"temperature": "nan"}},
     {"files": {f"picture{n}": ("a.png", b"x") for n in range(30)}},
-    {"content": b"--x\r\nContent-Disposition: form-data; name=\"image\"", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+    {"content": b"--x\r\nContent-Disposition: form-data; name=\"image\"", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},  # noqa: E501
     {"content": b"\0" * 100_000, "headers": {"Content-Type": "multipart/form-data; boundary=" + "y" * 5000}},
 ]  # fmt: skip
 
