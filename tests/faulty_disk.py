@@ -111,6 +111,7 @@ class FaultyDisk:
     def _replace(self, source: Any, target: Any) -> None:
         if not self._is_below(target):
             return self._real["replace"](source, target)
+        assert Path(source).is_file() or self.fault != "truncated", "half of a folder"
         if self.goes_wrong("rename"):
             if self.fault != "truncated":
                 self.die()

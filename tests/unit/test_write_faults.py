@@ -19,6 +19,7 @@ from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.durable_files import previous_of, write_bytes_durably
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.text_states import StateFiles, TextStates
 
 RECIPE = Recipe()
 SIZE = 6_000
@@ -239,6 +240,59 @@ def test_a_feature_cache_survives_every_fault_of_every_write(tmp_path: Path) -> 
         shutil.rmtree(root)
         tried += 1
     assert tried > 40
+
+
+# Caches of text states.
+
+
+def state_files(root: Path, key: str = NEW) -> StateFiles:
+    return StateFiles(root / key, key, np.array([3, 1, 2]), width=4, dtype=torch.bfloat16)
+
+
+def states_of(files: StateFiles) -> list[tuple[int, np.ndarray]]:
+    """Those of image i are i, longest image first."""
+    return [(i, np.full((files.image_lengths[i], 4), i, np.int16)) for i in (0, 2, 1)]
+
+
+def build_states(root: Path, key: str = NEW) -> bool:
+    """Build a cache of text states if it is not there, and check all of it; returns whether it was there."""
+    files = state_files(root, key)
+    if not (was_there := files.is_whole()):
+        files.create(root / "building")
+        files.fill(root / "building", states_of(files))
+        files.finish(root / "building")
+    states = TextStates(files.folder / "states", files.shape, files.dtype)
+    assert np.array_equal(states.array, np.repeat([0, 1, 2], files.image_lengths)[:, None].repeat(4, 1))
+    return was_there
+
+
+def test_text_states_survive_every_fault_of_every_write(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path).plugged_in() as disk:
+        (tmp_path / "old").mkdir()
+        build_states(tmp_path / "old", OLD)
+    for number, fault in faults(disk.operations, but=("truncated",)):
+        root = shutil.copytree(tmp_path / "old", tmp_path / f"{number}-{fault}")
+        where = f"operation {number} ({disk.operations[number]}), {fault}"
+        with FaultyDisk(root, number, fault).plugged_in(), contextlib.suppress(OSError, PowerCut):
+            assert not build_states(root), where
+        build_states(root)  # checks what is read
+        assert build_states(root), where
+        assert build_states(root, OLD), f"{where}: another cache was lost"
+        shutil.rmtree(root)
+
+
+def test_damaged_text_states_are_computed_anew(tmp_path: Path) -> None:
+    build_states(tmp_path)
+    for name in ("states", "checksums", "index.json"):
+        path = tmp_path / NEW / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        assert not build_states(tmp_path), f"{name} is short"
+        path.write_bytes(content[:1] + bytes([content[1] ^ 1]) + content[2:])
+        assert not build_states(tmp_path), f"{name} has a flipped bit"
+        path.unlink()
+        assert not build_states(tmp_path), f"{name} is missing"
+        assert build_states(tmp_path)
 
 
 def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
