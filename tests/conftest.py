@@ -29,6 +29,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=200, metavar="N", help="mutated inputs per reader (CI: 200)")
+
+
 def pytest_configure() -> None:
     """Let programs that tests start be interrupted: a shell's background jobs ignore Ctrl-C, and pass that on."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,9 +1,10 @@
-"""The demo page of a tiny captioner, served on a free port by a thread of the test."""
+"""The demo page of a tiny captioner, served on a free port by a thread of the test, or by a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -51,3 +52,10 @@ def served(service: CaptionService, **options) -> Iterator[str]:
         finally:
             web.should_exit = True
             thread.join(20)
+
+
+if __name__ == "__main__":  # python demo_server.py VISION_ENCODER LANGUAGE_MODEL: says its address and serves
+    from vlm_bridge.captioning.demo import build_app, serve
+
+    app = build_app(tiny_service(*map(Path, sys.argv[1:])))
+    serve(app, "127.0.0.1", 0, say=lambda line: print(line, flush=True))

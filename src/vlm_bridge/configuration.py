@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
+from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.limits import check_above_zero, check_at_least
+from vlm_bridge.parsing import MAX_YAML_CHARACTERS, parse_yaml, shown
 
 DEFAULT_RECIPE = "training-default"
 """The recipe of a training that names none: the published DINOv2 + Gemma-2 system."""
@@ -32,6 +34,8 @@ PUBLISHED_NAMES = {
     "max_length": "max_caption_tokens",
 }
 """Names of the published system's flat layout that are other names here; its training keys are the same."""
+MAX_KEY_CHARACTERS = 100
+"""A longer key is cut in messages, and one with control characters is quoted."""
 PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
 """Its names that are accepted and change nothing: what goes to a GPU is always pinned, elsewhere nothing is."""
 
@@ -170,6 +174,8 @@ class Recipe:
         compile: compile the language model for training, once; it has to earn the minutes that compiling takes.
         monitor: what decides the best checkpoint and early stopping: the validation loss, or a score of captions that
             are decoded for the first ``num_decoded_images`` of validation.
+        max_bad_samples: share of a split's captions, and of its pictures, that may be unreadable. They are set aside,
+            named in ``log_dir``, and never replaced; above the share training does not start.
         feature_cache: where the encoder's features are kept. `auto`: in ``data_dir``/.features, where measuring says
             that reading them is quicker than encoding; a folder: there, unasked; `off`: nowhere, pictures are encoded
             in every step.
@@ -193,6 +199,14 @@ class Recipe:
         scst_baseline: `leave_one_out`, the mean reward of an image's other samples (Kool et al. 2019; Luo 2020), or
             `greedy`, the reward of its greedy caption (Rennie et al. 2017).
         start_from: a checkpoint whose weights a new run starts from; of the same architecture.
+        save_every_n_minutes: save the latest checkpoint that often, inside epochs too; ``save_every_n_steps`` keeps
+            checkpoints of single steps, the newest ``keep_step_checkpoints`` of them.
+        resume_from_checkpoint: a checkpoint, a folder of them, or `auto`: the newest sound one in ``checkpoint_dir``,
+            and a new run where there is none.
+        max_skipped_steps: a step whose loss or gradient is not finite changes nothing; after so many of them in a row,
+            training stops. Overflows of float16 count once the loss scale can be lowered no more.
+        halve_batch_on_oom: when memory runs out in a step, make it, and those that follow, in twice as many
+            micro-batches of half the size: its captions and its loss stay the same. In one process.
     """
 
     vision_encoder: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -206,6 +220,7 @@ class Recipe:
     captions_per_image: int = 1
     max_caption_tokens: int = 128
     num_workers: int = 2
+    max_bad_samples: float = 0.01
     feature_cache: str = "auto"
     feature_cache_dtype: Literal["float16", "bfloat16", "int8"] = "float16"
     feature_cache_pooling: Literal[1, 2] = 1
@@ -222,6 +237,8 @@ class Recipe:
     tokens_per_batch: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_clip_val: float = 0.3
+    max_skipped_steps: int = 10
+    halve_batch_on_oom: bool = False
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     weight_averaging: float | None = None
@@ -250,6 +267,7 @@ class Recipe:
     decode_every_n_steps: int | None = None
     num_decoded_images: int = 200
     save_every_n_steps: int | None = None
+    save_every_n_minutes: float | None = None
     keep_step_checkpoints: int = 3
     use_early_stopping: bool = True
     early_stopping_patience: int = 3
@@ -270,13 +288,22 @@ class Recipe:
             "tokens_per_batch", "gradient_accumulation_steps", "early_stopping_patience", "val_every_n_epochs",
             "save_every_n_epochs", "log_every_n_steps", "generate_samples_every_n_epochs",
             "max_validation_images", "decode_every_n_steps", "num_decoded_images", "save_every_n_steps",
-            "keep_step_checkpoints", "scst_samples",
+            "keep_step_checkpoints", "scst_samples", "max_skipped_steps",
         )  # fmt: skip
         check_at_least(
             0, self, "num_workers", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
             "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val")
+        if secret := _key_of_credential(self.to_dict()):
+            raise ConfigurationError(
+                f"{secret} holds a token or a password, and a recipe goes into checkpoints and reports: give the plain "
+                "name or address, and the hub's token in HF_TOKEN"
+            )
+        if not 0 <= self.max_bad_samples <= 1:
+            raise ConfigurationError(f"max_bad_samples is a share: from 0 to 1, not {self.max_bad_samples}")
+        if self.save_every_n_minutes is not None:
+            check_above_zero(self, "save_every_n_minutes")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigurationError(
                 f"label_smoothing is a share: at least 0 and below 1, not {self.label_smoothing}"
@@ -366,13 +393,16 @@ def load_recipe(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARACTERS + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        data = parse_yaml(text) or {}
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not valid YAML, or no recipe: {error}") from None
     if not isinstance(data, dict):
         raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
     return data
@@ -434,10 +464,12 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
     from vlm_bridge.model_architecture.bridges import BRIDGES
 
     if not isinstance(data, Mapping):
-        raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {data!r}")
+        raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {shown(data)}")
     kind = data.get("kind", BridgeConfig.kind)
     if not isinstance(kind, str) or kind not in BRIDGES:
-        raise ConfigurationError(f"{where}: bridge.kind={kind!r} is unknown{_suggest(str(kind), BRIDGES)}")
+        raise ConfigurationError(
+            f"{where}: bridge.kind={shown(kind)} is unknown{_suggest(shown(kind), BRIDGES)}"
+        )
     options_class, _ = BRIDGES[kind]
     shared = {f.name for f in dataclasses.fields(BridgeConfig)} - {"options"}
     own = {key: value for key, value in data.items() if key not in shared}
@@ -448,11 +480,11 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigurationError(f"{override!r} is not KEY=VALUE (for example learning_rate=1e-4)")
+        raise ConfigurationError(f"{shown(override)} is not KEY=VALUE (for example learning_rate=1e-4)")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigurationError(f"the value in {override!r} is not valid YAML") from None
+        value = parse_yaml(text)
+    except ValueError:
+        raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
     section, _, rest = key.partition(".")
     # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
     *parents, last = (section, rest) if section == "trainable" and rest else key.split(".")
@@ -460,7 +492,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigurationError(f"{override!r}: {parent} is a value, not a section")
+            raise ConfigurationError(
+                f"{shown(override)}: {parent if parent.isprintable() else shown(parent)} is a value, not a section"
+            )
         node = child
     node[last] = value
 
@@ -470,15 +504,17 @@ def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] |
         return data
     if not isinstance(data, Mapping):
         raise ConfigurationError(
-            f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {data!r}"
+            f"{where}: {prefix.rstrip('.') or 'a recipe'} must be a mapping, not {shown(data)}"
         )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
         if key not in known:
-            suggestion = _suggest(str(key), known | (also_known or set()))
-            raise ConfigurationError(f"{where}: unknown key {prefix}{key}{suggestion}")
+            is_plain = isinstance(key, str) and key.isprintable() and len(key) <= MAX_KEY_CHARACTERS
+            name = key if is_plain else shown(key)
+            suggestion = _suggest(name, known | (also_known or set()))
+            raise ConfigurationError(f"{where}: unknown key {prefix}{name}{suggestion}")
         values[key] = _coerce(value, hints[key], where, prefix + key)
     return cls(**values)
 
@@ -492,7 +528,9 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise ConfigurationError(f"{where}: {key}={value!r} must be one of {', '.join(map(str, arguments))}")
+        raise ConfigurationError(
+            f"{where}: {key}={shown(value)} must be one of {', '.join(map(str, arguments))}"
+        )
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -500,24 +538,34 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
         return _coerce(value, inner, where, key)
     if origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): _coerce(v, arguments[1], where, f"{key}[{k!r}]") for k, v in value.items()}
-        raise ConfigurationError(f"{where}: {key}={value!r} must be a mapping")
+            return {str(k): _coerce(v, arguments[1], where, f"{key}[{shown(k)}]") for k, v in value.items()}
+        raise ConfigurationError(f"{where}: {key}={shown(value)} must be a mapping")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(value))
-        raise ConfigurationError(f"{where}: {key}={value!r} must be a list")
+        raise ConfigurationError(f"{where}: {key}={shown(value)} must be a list")
     if hint is float:
         # YAML 1.1 reads 1e-4 (no dot) as text.
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                return float(value)
     elif hint is str and value is False and key == "feature_cache":
         return "off"  # YAML 1.1 reads a bare `off` as false
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigurationError(f"{where}: {key}={value!r} must be of type {hint.__name__}")
+    raise ConfigurationError(f"{where}: {key}={shown(value)} must be of type {hint.__name__}")
+
+
+def _key_of_credential(node: Mapping[str, Any], prefix: str = "") -> str | None:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and (found := _key_of_credential(value, f"{prefix}{key}.")):
+            return found
+        if isinstance(value, str) and holds_credential(value):
+            return prefix + key
+    return None
 
 
 def _suggest(key: str, known: Any) -> str:

@@ -38,3 +38,7 @@ class ModelError(VLMBridgeError):
 
 class CheckpointError(VLMBridgeError):
     """A checkpoint is missing, damaged, or belongs to another architecture."""
+
+
+class TrainingError(VLMBridgeError):
+    """A training cannot go on, or did what it must not do."""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vlm_bridge.configuration import Recipe
+from vlm_bridge.credentials import redact
 from vlm_bridge.data_pipeline.caption_folder import read_manifest, write_atomically
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.evaluation import run_folder
@@ -88,7 +89,7 @@ def write_huggingface_folder(
         interchange.write_folder(folder, checkpoints.exported_config(shared, content), content["weights"])
         title = facts.title or folder.resolve().name
         card = model_card(title, shared, content["weights"], facts, manifest)
-        write_atomically(folder / interchange.CARD_NAME, card.encode())
+        write_atomically(folder / interchange.CARD_NAME, redact(card).encode())
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
 

@@ -39,6 +39,15 @@ def resolve_device(name: str) -> Any:
     return device
 
 
+LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"})
+"""What torchrun and accelerate launch put into the environment of the processes that they start."""
+
+
+def process_rank() -> int:
+    """The rank of this process among those that a launcher started together; 0 without a launcher."""
+    return int(os.environ["RANK"]) if os.environ.keys() >= LAUNCHED else 0
+
+
 def autocast(device: Any, dtype_name: str | None) -> Any:
     """Mixed precision on a device, or nothing when ``dtype_name`` is None. Use a new one for every block."""
     import torch

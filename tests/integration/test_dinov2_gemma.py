@@ -73,12 +73,12 @@ def test_the_published_commands(vlm_training: Callable[..., str], tmp_path: Path
     assert f"{DEFAULT_RECIPE}.yaml" in alone
     assert "done: 6 steps" in alone
 
-    resumed = vlm_training("--resume", latest, "num_epochs=2")
+    resumed = vlm_training("--resume", latest, "--force", "num_epochs=2")
     assert f"resumed {latest} at step 6 of 12" in resumed
     assert "done: 12 steps" in resumed
 
     (tmp_path / "original.yaml").write_text(FLAT, encoding="utf-8")
-    both = vlm_training("--config", "original.yaml", "--resume", latest)
+    both = vlm_training("--config", "original.yaml", "--resume", latest, "--force")
     assert "original.yaml names no models" in both
     assert f"resumed {latest} at step 12 of 18" in both
     assert [event["step"] for event in events("train")] == list(range(1, 19))

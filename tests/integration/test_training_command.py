@@ -58,10 +58,10 @@ def make_recipe(
 class Run:
     """A training inside this process, with its console lines and checkpoints."""
 
-    def __init__(self, recipe: Recipe, resume: Path | None = None):
+    def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
         self.lines: list[str] = []
         self.folder = Path(recipe.checkpoint_dir)
-        self.result: TrainingResult = train(recipe, resume=resume, say=self.lines.append)
+        self.result: TrainingResult = train(recipe, resume=resume, force=force, say=self.lines.append)
 
     @property
     def latest(self) -> Path:
@@ -176,7 +176,7 @@ def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
     whole = Run(make_recipe("whole", *settings))
     first = Run(make_recipe("parts", *settings, "num_epochs=1"))
     assert checkpoints.load_checkpoint(first.latest)["training"]["progress"]["epoch"] == 1
-    second = Run(make_recipe("parts", *settings, "num_workers=0"), resume=first.folder)
+    second = Run(make_recipe("parts", *settings, "num_workers=0"), resume=first.folder, force=True)
     assert second.said("resumed")
     assert_same_training(whole.latest, second.latest)
     assert [event["step"] for event in second.events("train")] == list(range(1, 13))
@@ -316,7 +316,7 @@ def test_resuming_is_refused_where_it_could_not_continue(
     manifest = json.loads((changed / "manifest.json").read_text())
     manifest["fingerprint"] = "sha256:changed"
     (changed / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="was trained on other data"):
+    with pytest.raises(CheckpointError, match="data fingerprint=sha256:changed, was "):
         Run(make_recipe("run", f"data_dir={changed}"), resume=run.latest)
 
 

@@ -280,6 +280,7 @@ def test_a_checkpoint_that_says_the_wrong_architecture_is_one_clear_error(
 ) -> None:
     content = checkpoints.load_checkpoint(saved)
     content["recipe"]["bridge"]["num_heads"] = "many"
+    del content["content_hash"]
     torch.save(content, saved)
     with pytest.raises(CheckpointError, match="its recipe cannot be understood"):
         Captioner.from_pretrained(saved)
@@ -335,6 +336,8 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
         assert not any("another schedule" in line for line in lines)
         resumed = checkpoints.load_checkpoint(tmp_path / f"resumed-{number}" / checkpoints.LATEST)
         assert_same(resumed["weights"], whole["weights"])
+        for content in (resumed, whole):
+            content["training"]["running"]["monitor"]["seconds"] = None
         assert_same(resumed["training"], whole["training"])
 
 

@@ -129,7 +129,7 @@ def test_it_comes_before_the_first_step_and_not_after_a_resume(
     assert not torch.equal(distilled["bridge.positions"], fresh["bridge.positions"])
 
     said.clear()
-    train(make_recipe(*still, "num_epochs=2"), resume=latest, say=said.append)
+    train(make_recipe(*still, "num_epochs=2"), resume=latest, force=True, say=said.append)
     assert not any("distillation" in line for line in said)
     again = checkpoints.load_checkpoint(latest)["weights"]
     assert all(torch.equal(tensor, again[name]) for name, tensor in distilled.items())

@@ -101,12 +101,12 @@ def test_one_pixel_is_a_picture(tmp_path: Path) -> None:
     assert open_image(tmp_path / "dot.png").size == (1, 1)
 
 
-@pytest.mark.parametrize("side", [20_000, 10_001])
+@pytest.mark.parametrize("side", [20_000, 7_142])
 def test_huge_pictures_are_refused_from_their_header(tmp_path: Path, side: int) -> None:
     assert side * side > MAX_PIXELS
     (tmp_path / "huge.png").write_bytes(huge_png(side, side))
     for read in (open_image, image_size):
-        with pytest.raises(ImageError, match="more than 100 million pixels"):
+        with pytest.raises(ImageError, match="more than 51 million pixels"):
             read(tmp_path / "huge.png")
 
 

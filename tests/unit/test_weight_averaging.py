@@ -16,10 +16,20 @@ def test_it_follows_its_formula_and_leaves_frozen_weights_alone() -> None:
     for step in (1, 2, 30):
         with torch.no_grad():
             model[0].weight.add_(1)
-        average.update(step)
+        average.update(step, torch.tensor(0.0))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
     torch.testing.assert_close(average.weights["0.weight"], expected)
+
+
+def test_a_skipped_step_leaves_it_as_it_is() -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, decay=0.5)
+    before = average.weights["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    average.update(7, torch.tensor(1.0))
+    assert torch.equal(average.weights["weight"], before)
 
 
 def test_the_model_has_the_average_in_a_block_and_its_own_weights_behind() -> None:

@@ -23,6 +23,7 @@ from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
 from vlm_bridge.model_architecture.packaged_weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
 
@@ -215,9 +216,15 @@ class Captioner:
         images: Sequence[CaptionedImage],
         *,
         batch_size: int = 16,
+        world: World | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Validation:
-        """Loss, perplexity and visual gain on captioned images."""
+        """Loss, perplexity and visual gain on captioned images.
+
+        Args:
+            world: the processes that share the work, and all get the result.
+        """
+        world = world or World(self.model.device)
         data = TokenizedImages(images, self.format)
         encoder: Any = self.model.vision_encoder
         pixels = OnTheFlyPixels([image.path for image in images], lambda x: encoder.preprocess(x).numpy())
@@ -226,11 +233,17 @@ class Captioner:
             # Every image is read twice, with its own captions and with another's: encode it once.
             parts = [
                 self.model.features(torch.from_numpy(pixels[np.array(indices)])).float().cpu().numpy()
-                for indices in in_batches(range(len(images)), batch_size)
+                for indices in world.share(in_batches(range(len(images)), batch_size))
             ]
-            features = np.concatenate(parts)
+            features = np.concatenate(world.interleave(parts))
         return validate(
-            self.model, data, features, batch_images=batch_size, autocast=self._autocast, progress=progress
+            self.model,
+            data,
+            features,
+            batch_images=batch_size,
+            autocast=self._autocast,
+            world=world,
+            progress=progress,
         )
 
     def _caption_batch(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from vlm_bridge.credentials import redact
+
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 
@@ -72,12 +74,12 @@ def caption(
     explanations = _write_explanations(captioner, results, explain) if explain is not None else {}
     for result in results:
         if result.error is not None:
-            typer.echo(f"{result.image}: {result.error}", err=True)
+            typer.echo(redact(f"{result.image}: {result.error}"), err=True)
         elif not json_output:
             typer.echo(f"{result.image}\t{result.caption}" if len(results) > 1 else result.caption)
     if json_output:
         rows = [
-            {"image": r.image, "error": r.error}
+            {"image": redact(str(r.image)), "error": redact(r.error)}
             if r.error is not None
             else {"image": r.image, "caption": r.caption, "score": r.score, **explanations.get(i, {})}
             for i, r in enumerate(results)

@@ -88,15 +88,17 @@ def evaluate(
     if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
 
+    from vlm_bridge.captioning.shared import SharedCaptioner
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
+    from vlm_bridge.evaluation.run import (
+        caption_and_validate,
+        evaluate_captioner,
+        write_evaluation,
+        write_json,
+    )
+    from vlm_bridge.training_strategy.distributed import joined
 
     quiet_transformers()
-    subject = (
-        _open_checkpoint(checkpoint, device, config)
-        if checkpoint
-        else _open_model(str(model), device, revision, prompt)
-    )
     asked = {
         "num_beams": num_beams,
         "max_new_tokens": max_new_tokens,
@@ -105,24 +107,34 @@ def evaluate(
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    decode = dataclasses.replace(
-        subject.decode, **{name: value for name, value in asked.items() if value is not None}
-    )
-    with _progress(len(images)) as advance:
-        evaluation = evaluate_captioner(
-            subject.captioner,
-            images,
-            decode=decode,
-            batch_size=batch_size,
-            spice=spice,
-            progress=advance,
-            model=subject.facts,
-            data={
-                "name": data_dir.resolve().name,
-                "split": split.value,
-                "fingerprint": folder.fingerprint,
-            },
+    with joined(device) as world:
+        subject = (
+            _open_checkpoint(checkpoint, str(world.device), config)
+            if checkpoint
+            else _open_model(str(model), str(world.device), revision, prompt)
         )
+        decode = dataclasses.replace(
+            subject.decode, **{name: value for name, value in asked.items() if value is not None}
+        )
+        captioner = SharedCaptioner(subject.captioner, world)
+        if not world.is_first:  # the first one scores, writes and speaks
+            caption_and_validate(captioner, images, decode=decode, batch_size=batch_size)
+            return
+        with _progress(len(images)) as advance:
+            evaluation = evaluate_captioner(
+                captioner,
+                images,
+                decode=decode,
+                batch_size=batch_size,
+                spice=spice,
+                progress=advance,
+                model=subject.facts,
+                data={
+                    "name": data_dir.resolve().name,
+                    "split": split.value,
+                    "fingerprint": folder.fingerprint,
+                },
+            )
     if json_file:
         write_json(json_file, evaluation.to_json())
     if output_dir:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -24,6 +26,7 @@ from vlm_bridge.cli import (
     report,
     train,
 )
+from vlm_bridge.credentials import redact
 from vlm_bridge.errors import VLMBridgeError
 
 # torch reads this when it loads: large CPU tensors in huge pages halve the time of encoding pictures, most of
@@ -70,12 +73,14 @@ def run_program(command: Callable[[], object]) -> None:
     """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
     debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if debug:
+        sys.excepthook = _print_redacted
     try:
         command()
     except VLMBridgeError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -88,16 +93,22 @@ def run_program(command: Callable[[], object]) -> None:
         if debug:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        print(f"error: {redact(f'{error.strerror or error}{where}')}", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
         if debug:
             raise
         print(
-            f"error: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)",
+            f"error: unexpected {type(error).__name__}: {redact(str(error))} (run again with --debug for the "
+            "traceback)",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+
+
+def _print_redacted(*error: Any) -> None:
+    """Print a traceback (`--debug`) without tokens: messages of libraries may repeat a request."""
+    print(redact("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 def run_bridge() -> None:

@@ -16,19 +16,29 @@ def train(
     config: Path = typer.Option(
         None, "--config", "-c", help="Recipe (YAML); recipes that ship are in config/."
     ),
-    resume: Path = typer.Option(
-        None, "--resume", help="Continue this checkpoint (or a folder's latest one)."
+    resume: str = typer.Option(
+        None,
+        "--resume",
+        metavar="CKPT|FOLDER|auto",
+        help="Continue this checkpoint, or a folder's newest sound one; auto: that of the recipe's checkpoint_dir, "
+        "and a new run where there is none.",
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Continue although recipe or data are others than the checkpoint's."
     ),
 ) -> None:
     """Train the bridge of a recipe: `--config`'s, with `--resume` alone the checkpoint's own, else training-default."""
+    from vlm_bridge import runtime
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, override_recipe, shipped_recipe
 
+    # Of several processes the first one speaks.
+    echo = typer.echo if runtime.process_rank() == 0 else lambda line: None
     # A mistyped recipe is told before the seconds that the trainer's imports take.
-    if config is None and resume is None:
+    if config is None and resume in (None, "auto"):
         config = shipped_recipe(DEFAULT_RECIPE)
-        typer.echo(f"recipe: {config} (another one with --config)")
-    recipe = load_recipe(config, overrides or (), say=typer.echo) if config is not None else None
+        echo(f"recipe: {config} (another one with --config)")
+    recipe = load_recipe(config, overrides or (), say=echo) if config is not None else None
 
     from vlm_bridge.training_strategy.trainer import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training
@@ -38,24 +48,29 @@ def train(
         recipe = override_recipe(resumed_recipe(resume), overrides or ())
     with exit_when_interrupted():
         result = run_training(
-            recipe, resume=resume or recipe.resume_from_checkpoint, say=lambda line: print(line, flush=True)
+            recipe,
+            resume=resume or recipe.resume_from_checkpoint,
+            force=force,
+            say=lambda line: print(line, flush=True),
         )
     decoded = result.decoded
-    typer.echo(
+    echo(
         f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}"
         + (f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}" if decoded else "")
         + f"; checkpoints in {result.checkpoint_dir}"
     )
-    typer.echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
+    echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
 
 
 @contextmanager
 def exit_when_interrupted() -> Iterator[None]:
     """Turn an interruption that was saved into one line and the signal's exit code."""
+    from vlm_bridge import runtime
     from vlm_bridge.training_strategy.trainer import Interrupted
 
     try:
         yield
     except Interrupted as interruption:
-        typer.echo(f"{interruption}; continue with --resume {interruption.saved_to}", err=True)
+        if runtime.process_rank() == 0:
+            typer.echo(f"{interruption}; continue with --resume {interruption.saved_to}", err=True)
         raise typer.Exit(interruption.exit_code) from None

@@ -13,14 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+import mmap
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+
+from vlm_bridge.data_pipeline.bad_samples import BadSamples
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
+from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError
+from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
 
 FORMAT = "vlm-bridge caption folder"
 FORMAT_VERSION = 1
@@ -29,6 +36,9 @@ CAPTIONS_NAME = "captions.jsonl"
 IMAGES_NAME = "images"
 UNFINISHED_NAME = ".unfinished"
 """Working files of a transformation under way; without a manifest beside them it can be continued."""
+MAX_PATH_CHARACTERS, MAX_NAME_BYTES = 1024, 255
+"""Of a picture's path and of each of its parts: what file systems take."""
+_KEYS = ("image_path", "caption", "original_id")
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,11 @@ class CaptionFolder:
         """The splits that hold at least one image, in the order train, val, test."""
         return [split for split in SPLITS if self.manifest["counts"].get(split, {}).get("images", 0) > 0]
 
-    def split(self, name: SplitName) -> list[CaptionedImage]:
-        """Return the images of one split with their captions, in file order.
+    def split(self, name: SplitName, bad: BadSamples | None = None) -> CaptionedImages:
+        """Return the images of one split with their captions, in the order of the file.
+
+        Args:
+            bad: takes the lines that cannot be used; without it, the first of them is an error.
 
         Raises:
             DataError: no such split, a malformed or non-UTF-8 line, a missing picture (with file and line).
@@ -99,25 +112,7 @@ class CaptionFolder:
             raise DataError(
                 f"caption folder {self.root} has no {name} images (it has: {', '.join(self.splits)})"
             )
-        captions: dict[str, list[str]] = {}
-        ids: dict[str, str] = {}
-        folder = self.root / name
-        for where, record in _read_records(folder / CAPTIONS_NAME):
-            image_path = record["image_path"]
-            if image_path not in captions:
-                try:
-                    path = inside(folder, image_path)
-                except ValueError as error:
-                    raise DataError(f"{where}: {error}") from None
-                if not path.is_file():
-                    raise DataError(f"{where}: picture {path} is missing; make the folder again")
-                captions[image_path] = []
-                ids[image_path] = record["original_id"]
-            captions[image_path].append(record["caption"])
-        return [
-            CaptionedImage(folder / image_path, tuple(texts), ids[image_path])
-            for image_path, texts in captions.items()
-        ]
+        return _index_captions(self.root / name, bad)
 
     def compute_fingerprint(self) -> str:
         """Read every file and return the fingerprint: equal to ``fingerprint`` unless one was changed."""
@@ -136,6 +131,76 @@ class CaptionFolder:
             for split in self.splits
         }
         return fingerprint(lines, images)
+
+
+class CaptionedImages(Sequence[CaptionedImage]):
+    """The images of a split. Their captions stay in the file: an image is read when it is asked for.
+
+    Memory holds 8 bytes a line and 16 an image, so that millions of captions are no burden; the file is mapped.
+    A slice is a view.
+    """
+
+    def __init__(
+        self, folder: Path, text: mmap.mmap | bytes, lines: np.ndarray, first: np.ndarray, chosen: np.ndarray
+    ):
+        self.folder = folder
+        self._text = text
+        self._lines = lines
+        """Where each line begins, image after image."""
+        self._first = first
+        """[images + 1], the first line of each image."""
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> CaptionedImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> CaptionedImages: ...
+    def __getitem__(self, index: int | slice) -> CaptionedImage | CaptionedImages:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        image = self._chosen[index]
+        records = [self._record(line) for line in range(self._first[image], self._first[image + 1])]
+        captions = tuple(record["caption"] for record in records)
+        return CaptionedImage(self.folder / records[0]["image_path"], captions, records[0]["original_id"])
+
+    def take(self, indices: np.ndarray) -> CaptionedImages:
+        """A view of some images, in the order of ``indices``."""
+        return CaptionedImages(self.folder, self._text, self._lines, self._first, self._chosen[indices])
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The pictures, each path made when it is asked for."""
+        return _Paths(self)
+
+    def path(self, index: int) -> Path:
+        """The picture of one image."""
+        return self.folder / self._record(self._first[self._chosen[index]])["image_path"]
+
+    def _record(self, line: int) -> dict[str, str]:
+        start = int(self._lines[line])
+        end = self._text.find(b"\n", start)
+        try:
+            return parse_json(self._text[start : end if end >= 0 else len(self._text)])
+        except ValueError:
+            raise DataError(f"{self.folder / CAPTIONS_NAME} was changed while it was read") from None
+
+
+@dataclass(frozen=True)
+class _Paths(Sequence[Path]):
+    images: CaptionedImages
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
+        return self.images[index].paths if isinstance(index, slice) else self.images.path(index)
 
 
 class CaptionFolderWriter:
@@ -157,12 +222,12 @@ class CaptionFolderWriter:
 
     def write_captions(self, split: str, lines: Iterable[str]) -> None:
         """Write ``captions.jsonl`` of one split from lines made by :func:`caption_line`."""
-        write_atomically(self.root / split / CAPTIONS_NAME, "".join(f"{line}\n" for line in lines).encode())
+        write_atomically(self.root / split / CAPTIONS_NAME, _encoded("".join(f"{line}\n" for line in lines)))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, which makes the folder whole."""
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.root / MANIFEST_NAME, text.encode())
+        write_atomically(self.root / MANIFEST_NAME, _encoded(text))
 
 
 def caption_line(file_name: str, caption: str, original_id: str) -> str:
@@ -181,7 +246,7 @@ def fingerprint(lines: Mapping[str, Iterable[str]], images: Mapping[str, Mapping
     total = hashlib.sha256()
     for split in SPLITS:
         for line in sorted(lines.get(split, ())):
-            total.update(f"{split}\tcaption\t{line}\n".encode())
+            total.update(_encoded(f"{split}\tcaption\t{line}\n"))
         for path, digest in sorted(images.get(split, {}).items()):
             total.update(f"{split}\timage\t{path}\t{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
@@ -191,7 +256,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Read and check ``ROOT/manifest.json``; DataError where it is damaged or of another format."""
     path = root / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): make the caption folder again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -204,7 +269,16 @@ def read_manifest(root: Path) -> dict[str, Any]:
     missing = {"counts", "fingerprint"} - manifest.keys()
     if missing:
         raise DataError(f"{path} lacks {', '.join(sorted(missing))}: make the caption folder again")
+    if not (isinstance(manifest["fingerprint"], str) and _are_counts(manifest["counts"])):
+        raise DataError(f"{path} is damaged (counts or fingerprint): make the caption folder again")
     return manifest
+
+
+def _are_counts(counts: Any) -> bool:
+    return isinstance(counts, dict) and all(
+        isinstance(of_split, dict) and isinstance(of_split.get("images", 0), int)
+        for of_split in counts.values()
+    )
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -215,32 +289,111 @@ def inside(folder: Path, name: str) -> Path:
     windows = PureWindowsPath(name)
     climbs = PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts
     if climbs or "\0" in name or not name.strip():
-        raise ValueError(f"picture path {name!r} must be relative and stay inside {folder}")
+        raise ValueError(f"picture path {shown(name)} must be relative and stay inside {folder}")
+    if len(name) > MAX_PATH_CHARACTERS or any(
+        len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in windows.parts
+    ):
+        raise ValueError(f"picture path {shown(name)} is too long for a file name")
     return folder / name
 
 
+def is_inside(resolved: Path, path: Path) -> bool:
+    """Whether a file is below a folder, given by its resolved path, and not elsewhere by a symbolic link."""
+    try:
+        return path.resolve().is_relative_to(resolved)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either absent (or its old self) or complete, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file that is either absent (or its old self) or complete, also after a power cut. Raises OSError."""
+    write_bytes_durably(path, content)
 
 
-def _read_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
-    """Yield ("file:line", record) for every line of a ``captions.jsonl``."""
+def _encoded(text: str) -> bytes:
+    """UTF-8 of JSON whose strings may hold halves of characters (names of files that are not UTF-8): escaped."""
+    return text.encode(errors="backslashreplace")
+
+
+def _index_captions(folder: Path, bad: BadSamples | None) -> CaptionedImages:
+    """Look at every line of a ``captions.jsonl`` once, and remember where those of each image begin.
+
+    The lines of an image usually stand together: a run of them is an image, unless another run has the same name.
+    """
+    path, resolved = folder / CAPTIONS_NAME, folder.resolve()
+    offsets, run_starts, run_names = array("q"), array("q"), array("q")
+    current, problem = None, ""
+    for where, offset, record in _read_records(path, bad):
+        if record["image_path"] != current:
+            current = record["image_path"]
+            problem = _picture_problem(folder, current, resolved)
+            if problem and bad is None:
+                raise DataError(f"{where}: {problem}; make the folder again")
+            if not problem:
+                run_starts.append(len(offsets))
+                run_names.append(
+                    hash(current)
+                )  # of 64 bits: no two of a billion names are likely to share one
+        if problem:
+            assert bad is not None
+            bad.set_aside(where, problem)
+        else:
+            offsets.append(offset)
+    lines = np.array(offsets, np.int64)
+    first = np.append(np.array(run_starts, np.int64), len(lines))
+    names, place, image_of_run = np.unique(
+        np.array(run_names, np.int64), return_index=True, return_inverse=True
+    )
+    if len(names) < len(run_names):
+        rank = np.argsort(np.argsort(place))  # images in the order of their first lines
+        image_of_line = np.repeat(rank[image_of_run], np.diff(first))
+        lines = lines[np.argsort(image_of_line, kind="stable")]
+        first = np.concatenate(([0], np.cumsum(np.bincount(image_of_line))))
+    if not len(lines):
+        return CaptionedImages(folder, b"", lines, first, np.arange(0))
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise DataError(f"{where}: not UTF-8 text; make the folder again") from None
-            except ValueError:
-                raise DataError(f"{where}: not a JSON object; make the folder again") from None
-            keys = ("image_path", "caption", "original_id")
-            if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
-                raise DataError(f"{where}: needs the texts {', '.join(keys)}")
-            yield where, record
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return CaptionedImages(folder, text, lines, first, np.arange(len(first) - 1))
+
+
+def _picture_problem(folder: Path, name: str, resolved: Path) -> str:
+    """Why a picture that a caption names cannot be used, as far as can be said without opening it."""
+    try:
+        path = inside(folder, name)
+    except ValueError as error:
+        return str(error)
+    if not path.is_file():
+        return f"picture {path} is missing"
+    return "" if is_inside(resolved, path) else f"picture {path} is a link that leads out of {folder}"
+
+
+def _read_records(path: Path, bad: BadSamples | None) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """Yield ("file:line", offset in bytes, record) for every usable line of a ``captions.jsonl``."""
+    for number, offset, line in lines_of(path):
+        if bad is not None:
+            bad.total += 1
+        where = f"{path}:{number}"
+        record, problem = _parse_record(line)
+        if not problem:
+            yield where, offset, record
+        elif bad is None:
+            raise DataError(f"{where}: {problem}; make the folder again")
+        else:
+            bad.set_aside(where, problem)
+
+
+def _parse_record(line: bytes | None) -> tuple[dict[str, str], str]:
+    """The record of a line, or what is wrong with it."""
+    if line is None:
+        return {}, "the line is too long for a caption"
+    try:
+        record = parse_json(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return {}, "not UTF-8 text"
+    except ValueError:
+        return {}, "not a JSON object"
+    if not isinstance(record, dict) or not all(is_text(record.get(key)) for key in _KEYS):
+        return {}, f"needs the texts {', '.join(_KEYS)}"
+    if len(record["caption"]) > MAX_CAPTION_CHARACTERS:
+        return {}, f"a caption of {len(record['caption']):,} characters"
+    return record, "" if record["caption"].strip() else "an empty caption"

@@ -9,13 +9,16 @@ from typing import Literal, get_args
 CaptionStyle = Literal["sentence", "raw"]
 CAPTION_STYLES: tuple[str, ...] = get_args(CaptionStyle)
 
+MAX_CAPTION_CHARACTERS = 10_000
+"""A longer text is no caption, and is set aside."""
+
 _SPACE_BEFORE_CLOSING = re.compile(r"\s+([,.;:!?%)\]])")
 _SPACE_AFTER_OPENING = re.compile(r"([(\[])\s+")
 # Tokenised corpora part clitics from their word: "dog 's", "do n't", "they 're".
 _PARTED_CLITIC = re.compile(r"\s+('(?:s|re|ve|ll|d|m)|n't)\b", re.IGNORECASE)
 _QUOTE_LOOKALIKES = re.compile(r"``|''|[“”„«»]")
 _SPACED_QUOTATION = re.compile(r'"\s*([^"]*?)\s*"')
-_CLOSING = re.compile(r'[\s.,;:!?…-]*("?)[\s.,;:!?…-]*$')
+_CLOSING_MARKS = " .,;:!?…-"
 
 
 def clean_caption(text: str, style: CaptionStyle) -> str:
@@ -51,9 +54,20 @@ def _as_sentence(text: str) -> str:
     text = _SPACE_BEFORE_CLOSING.sub(r"\1", text)
     text = _SPACE_AFTER_OPENING.sub(r"\1", text)
     text = " ".join(text.split())
-    text = _CLOSING.sub(r"\1.", text, count=1).lstrip(" .,;:!?-")
+    text = _closed(text).lstrip(" .,;:!?-")
     first = 1 if text.startswith('"') else 0
     return text[:first] + text[first : first + 1].upper() + text[first + 1 :]
+
+
+def _closed(text: str) -> str:
+    """``text`` with one full stop for whatever marks end it, behind a closing quote.
+
+    No regular expression: an anchored run of marks takes time in the cube of the marks that a caption is made of.
+    """
+    body = text.rstrip(_CLOSING_MARKS)
+    if body.endswith('"'):
+        return body[:-1].rstrip(_CLOSING_MARKS) + '".'
+    return body + "."
 
 
 def _drop_stray_quotes(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import image_size, open_image
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import SPLITS
@@ -58,7 +59,7 @@ def describe_items(
     for captions in _batches((caption for item in items for caption in item.captions), _CAPTIONS_AT_ONCE):
         plain = [plain_caption(caption) for caption in captions]
         for caption, text in zip(captions, plain, strict=True):
-            tags.add(caption)
+            tags.add(caption[:MAX_CAPTION_CHARACTERS])
             words = _words(text)
             num_words.append(len(words))
             vocabulary.update(words)
@@ -89,8 +90,9 @@ def describe_items(
 
 
 def plain_caption(caption: str) -> str:
-    """Return a caption without grounding tags, on one line."""
-    return " ".join(strip_tags(caption).split())
+    """Return a caption without grounding tags, on one line; a text too long to be a caption keeps what looks so."""
+    plain = strip_tags(caption) if len(caption) <= MAX_CAPTION_CHARACTERS else caption
+    return " ".join(plain.split())
 
 
 def distribution(values: Iterable[int]) -> dict[str, float] | None:

@@ -13,7 +13,7 @@ Another encoder or other pictures have another key: a stale or foreign cache is 
 
 Any number of processes may build one cache; they share it shard by shard. Locks are the kernel's (`flock`) and end
 with their process, so there are no stale ones: what a killed process left is overwritten by the next. A shard has
-its name only when it is whole and on disk.
+its name only when it is whole, on disk and read back.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
+from vlm_bridge.durable_files import bring_to_disk, not_as_written, take_name
 from vlm_bridge.errors import DataError
 
 LAYOUT = "vlm-bridge features 2"
@@ -87,7 +88,7 @@ class OnTheFlyPixels:
         preprocess: Callable[[list[Image.Image]], Any],
         views: Views | None = None,
     ):
-        self.paths = list(paths)
+        self.paths = paths
         self.preprocess = preprocess
         self.views = views
 
@@ -174,13 +175,14 @@ class CacheFiles:
         shape = len(self.images_of(shard)), self.format.record_bytes
         return np.memmap(self.path(shard), np.uint8, "r", shape=shape)
 
-    def damage(self, shard: int, *, check_all: bool = False) -> str | None:
+    def damage(self, shard: int, *, check_all: bool = False, path: Path | None = None) -> str | None:
         """What is wrong with a shard that is there, if anything: its size, or the checksum of a record.
 
         Args:
             check_all: compare every record, not only ``RECORDS_CHECKED`` at random.
+            path: where it is, if it has not got its name yet.
         """
-        count, path = len(self.images_of(shard)), self.path(shard)
+        count, path = len(self.images_of(shard)), path or self.path(shard)
         wanted = count * (self.format.record_bytes + CHECKSUM_BYTES)
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != wanted:
@@ -402,9 +404,11 @@ def _write_shard(
             progress(indices[-1] + 1 - batches[0][0])
         written.pop().result()
     file.write(np.array(checksums, "<u4").tobytes())
-    file.flush()
-    os.fsync(file.fileno())
-    Path(file.name).replace(files.path(shard))
+    bring_to_disk(file)
+    building = Path(file.name)
+    if files.damage(shard, check_all=True, path=building):
+        raise not_as_written(files.path(shard))
+    take_name(building, files.path(shard))
 
 
 def _check_room(files: CacheFiles) -> None:

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vlm_bridge.errors import DataError, ImageError
 
-MAX_PIXELS = 100_000_000
-"""A larger picture (300 MB as RGB) is refused from its header, before anything is decoded."""
+MAX_PIXELS = 51_000_000
+"""A larger picture is refused from its header, before anything is decoded: 50-megapixel phones (8192 x 6144) fit. A few
+kilobytes can be that many pixels, and decoding them takes seconds and, as WebP, 0.8 GB."""
+
+MAX_FILE_BYTES = 300_000_000
+"""Of a file: what `MAX_PIXELS` take uncompressed, at six bytes a pixel."""
+
+MAX_SCAN_PIXELS = 1_500_000_000
+"""Pixels of a progressive JPEG times its scans, ten or so by any usual encoder. A scan of nothing takes a hundred bytes
+of the file and a pass over all pixels."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded. Pillow knows some forty formats more, down to PostScript, for which it starts another program."""
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-# MAX_PIXELS is checked as soon as the header is read: Pillow's warning, below it, only adds noise. Appended,
-# so that a filter which the program set itself comes first.
+# MAX_PIXELS is checked as soon as the header is read: Pillow's warning, below it, only adds noise, and so do the
+# thousands that a file of odd metadata gives. Appended, so that a filter which the program set itself comes first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
 _EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_START_OF_SCAN = b"\xff\xda"
+_BAND_PIXELS = 1 << 20
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -51,8 +74,8 @@ def decode_image(picture: str | Path | bytes) -> DecodedImage:
     try:
         with _open_header(picture) as opened:
             opened.load()
-            upright = opened.getexif().get(_EXIF_ORIENTATION, 1) == 1
-            is_plain_jpeg = opened.format == "JPEG" and opened.mode == "RGB" and upright
+            is_upright = _UPRIGHT.get(_orientation(opened)) is None
+            is_plain_jpeg = opened.format == "JPEG" and opened.mode == "RGB" and is_upright
             image = upright_rgb(opened)
     except ImageError:
         raise
@@ -65,7 +88,24 @@ def decode_image(picture: str | Path | bytes) -> DecodedImage:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A picture that somebody else opened, as :func:`open_image` gives it; Pillow's errors for damaged pixels."""
-    return _to_rgb(ImageOps.exif_transpose(image))
+    turn = _UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def check_image(path: str | Path) -> None:
+    """Raise ImageError where :func:`open_image` would. A JPEG is read whole, but at an eighth of its size: quicker."""
+    try:
+        with _open_header(path) as opened:
+            if opened.format == "JPEG":
+                opened.draft(opened.mode, (opened.width // 8, opened.height // 8))
+                opened.load()
+                return
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(str(path), _one_line(error)) from error
+    decode_image(path)
 
 
 def image_size(picture: str | Path | bytes) -> tuple[int, int]:
@@ -80,7 +120,7 @@ def image_size(picture: str | Path | bytes) -> tuple[int, int]:
         with _open_header(picture) as opened:
             width, height = opened.size
             # Orientations 5 to 8 turn the picture by a quarter.
-            sideways = opened.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            sideways = _orientation(opened) in (5, 6, 7, 8)
     except ImageError:
         raise
     except Exception as error:
@@ -137,11 +177,15 @@ def _open_header(picture: str | Path | bytes) -> Image.Image:
             raise ImageError(name, "it is a folder")
         if not file.exists():
             raise ImageError(name, "no such file")
+        if not file.is_file():  # a pipe would wait, a device never end
+            raise ImageError(name, "it is a pipe or a device")
         size = file.stat().st_size
     if size == 0:
         raise ImageError(name, "the file is empty")
+    if size > MAX_FILE_BYTES:
+        raise ImageError(name, f"it has {size / 1e6:,.0f} MB, more than {MAX_FILE_BYTES / 1e6:.0f}")
     try:
-        opened = Image.open(file)
+        opened = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(name, "not a picture, or a damaged one") from None
     except Image.DecompressionBombError:
@@ -151,7 +195,24 @@ def _open_header(picture: str | Path | bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         opened.close()
         raise ImageError(name, f"{width} x {height} is more than {MAX_PIXELS / 1e6:.0f} million pixels")
+    if opened.format in (
+        "JPEG",
+        "MPO",
+    ):  # MPO: the JPEGs of some cameras, with a second picture behind the first
+        content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        # Entropy-coded data never holds these bytes; metadata may, a few times.
+        if (scans := content.count(_START_OF_SCAN)) * width * height > MAX_SCAN_PIXELS:
+            opened.close()
+            raise ImageError(name, f"{width} x {height} in {scans:,} scans would take minutes to decode")
     return opened
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none or the metadata is damaged: pixels may be whole."""
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF meets its reader with almost any exception, too
+        return 1
 
 
 def _name(picture: str | Path | bytes) -> str:
@@ -159,29 +220,47 @@ def _name(picture: str | Path | bytes) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, a band of rows at a time: besides the result, nothing is as large as it."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    convert = _converter(image)
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(convert(band), (0, top))
+    return rgb
+
+
+def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What makes RGB of the bands of a picture."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        white = Image.new("RGBA", layers.size, "white")
-        return Image.alpha_composite(white, layers).convert("RGB")
-    return image.convert("RGB")
+        white = _white_level(image)
+        return lambda band: _eight_bits(band, white)
+    return _on_white if image.has_transparency_data else lambda band: band.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a one-channel integer or float picture to 0..255 (Pillow's ``convert`` would clip it to white).
+def _on_white(band: Image.Image) -> Image.Image:
+    layers = band.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
 
-    The white level is that of the narrowest usual range that holds the brightest pixel: 1.0, 8 bits, 16 bits.
-    16-bit modes always use 16 bits, so that a dark picture stays dark.
+
+def _white_level(image: Image.Image) -> float:
+    """What is white in a one-channel integer or float picture: the top of the narrowest usual range that holds its
+    brightest pixel, of 1.0, 8 bits and 16 bits. 16-bit modes always use 16 bits, so that a dark picture stays dark.
     """
-    values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("I;16"):
-        white = 65535.0
-    else:
-        brightest = values.max()
-        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((level for level in levels if brightest <= level), brightest)
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8))
+        return 65535.0
+    brightest = float(image.getextrema()[1])  # type: ignore[arg-type] - of one channel
+    levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    return next((level for level in levels if brightest <= level), brightest)
+
+
+def _eight_bits(band: Image.Image, white: float) -> Image.Image:
+    """Scale to 0..255 (Pillow's ``convert`` would clip to white); what is no number is black."""
+    with np.errstate(all="ignore"):
+        values = np.nan_to_num(np.asarray(band, dtype=np.float64) / white, nan=0.0)
+    return Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -90,17 +90,23 @@ class TokenizedImages:
     """
 
     def __init__(self, images: Sequence[CaptionedImage], format: CaptionFormat):
-        if not images:
+        if not len(images):
             raise DataError("there are no captioned images to load")
         self.format = format
-        self.captions_per_image = np.array([len(image.captions) for image in images])
-        self._first_caption = _starts(self.captions_per_image)
-        captions = list(chain.from_iterable(image.captions for image in images))
+        self.captions_per_image = np.zeros(len(images), np.int64)
+
+        def read() -> Iterator[str]:
+            for index, image in enumerate(images):
+                self.captions_per_image[index] = len(image.captions)
+                yield from image.captions
+
+        captions = read()
         tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-        for some in in_batches(captions, TOKENIZE_TOGETHER):
+        while some := list(islice(captions, TOKENIZE_TOGETHER)):
             targets = format.targets(some)
             tokens.append(np.fromiter(chain.from_iterable(targets), np.int32))
             lengths.append(np.fromiter(map(len, targets), np.int64))
+        self._first_caption = _starts(self.captions_per_image)
         self._targets, num_targets = np.concatenate(tokens), np.concatenate(lengths)
         self._first_target = _starts(num_targets)
         self.caption_lengths = num_targets + len(format.prompt_ids) - 1

@@ -45,15 +45,18 @@ class ParquetPicture:
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (row group, row within it, values of ``columns``) for every row of a parquet file, in order.
 
+    A text that is not UTF-8 is None.
+
     Raises:
         DataError: pyarrow is not installed, or the file is damaged.
     """
-    with _opened(path) as file:
+    # As dictionaries, and a row at a time: a text that the file holds once may stand in every row.
+    with _opened(path, read_dictionary=columns) as file:
         for row_group in range(file.num_row_groups):
             row = 0
             for batch in _batches(file, row_group, columns, TEXT_ROWS, path):
-                for values in batch.to_pylist():
-                    yield row_group, row, values
+                for values in zip(*batch.columns, strict=True):
+                    yield row_group, row, dict(zip(batch.schema.names, map(_plain, values), strict=True))
                     row += 1
 
 
@@ -74,7 +77,7 @@ def read_pictures(pictures: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
                     if picture.row <= position:
                         raise ValueError("pictures must be asked for in the order of their file")
                     while position < picture.row:
-                        position, content = next(rows)
+                        position, content = next(rows, (picture.row, None))
                     yield content
 
 
@@ -100,17 +103,26 @@ def _picture_rows(
             row += 1
 
 
-def _opened(path: Path) -> ParquetFile:
+def _plain(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _opened(path: Path, *, read_dictionary: Sequence[str] | None = None) -> ParquetFile:
     try:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError("reading parquet files needs pyarrow: pip install 'vlm-bridge[data]'") from None
     try:
-        return ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False)
+        return ParquetFile(
+            path, buffer_size=_READ_AHEAD, pre_buffer=False, read_dictionary=list(read_dictionary or ())
+        )
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _damaged(path, error) from None
 
 
@@ -122,7 +134,7 @@ def _batches(
     try:
         # One thread: decoding pictures is what takes time, and the other processes do that.
         yield from file.iter_batches(rows, row_groups=[row_group], columns=list(columns), use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _damaged(path, error) from None
 
 

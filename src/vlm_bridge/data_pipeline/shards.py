@@ -9,7 +9,6 @@ member's path up to the first dot of its file name.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlm_bridge.data_pipeline.caption_folder import inside
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.errors import DataError
+from vlm_bridge.parsing import is_text, parse_json
 
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 """What img2dataset encodes pictures as."""
@@ -26,7 +27,11 @@ PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 MAX_PICTURE_BYTES = 100_000_000
 MAX_TEXT_BYTES = 1_000_000
 
-_DAMAGE = (tarfile.TarError, ValueError)  # what tarfile meets damaged headers with
+MAX_HEADER_BYTES = 1_000_000
+"""Of a member's name and attributes, which tarfile reads whole."""
+
+# What tarfile meets damaged headers with; names in front of names, without end, end in the recursion limit.
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 _END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
 
 
@@ -122,10 +127,14 @@ class _CutOff(Exception):
 
 def _members(file: BinaryIO, file_size: int) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar whose content is there in full, folders left out; _CutOff where that ends early."""
+    headers, reached = _Headers(file), -1
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it holds nothing but `file`
+        tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[arg-type] # noqa: SIM115 - it holds only `file`
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] - it would keep every header of the file
+            if member.size < 0 or tar.offset <= reached:  # sizes below zero lead back, and round for ever
+                raise tarfile.ReadError("a member before the last one")
+            reached = tar.offset
             if member.offset_data + member.size > file_size:
                 raise _CutOff(f"in the middle of {member.name}, at byte {file_size:,}", _key_of(member)[0])
             if not member.isdir():
@@ -135,6 +144,21 @@ def _members(file: BinaryIO, file_size: int) -> Iterator[tarfile.TarInfo]:
     # tarfile takes any damaged header for the end; the true one is a block of zeros.
     if _read(file, tar.offset, tarfile.BLOCKSIZE) != _END_OF_ARCHIVE:
         raise _CutOff(f"at byte {tar.offset:,}")
+
+
+class _Headers:
+    """A tar as `tarfile` reads headers from it: never much at once, whatever size one claims for itself."""
+
+    name = None
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 @dataclass
@@ -176,8 +200,10 @@ class _Parts:
             caption = self.text.decode("utf-8").strip() or self.metadata.get("caption")
         except UnicodeDecodeError:
             return self._loss("its caption is not UTF-8 text")
-        if not isinstance(caption, str) or not caption.strip():
+        if not is_text(caption) or not caption.strip():
             return self._loss("it has no caption")
+        if len(caption) > MAX_CAPTION_CHARACTERS:
+            return self._loss(f"a caption of {len(caption):,} characters")
         return ShardSample(self.key, caption, TarPicture(path, self.picture.offset_data, self.picture.size))
 
     def _loss(self, reason: str) -> ShardLoss:
@@ -205,7 +231,7 @@ def _problem(member: tarfile.TarInfo, path: Path) -> str:
 
 def _parse_object(content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

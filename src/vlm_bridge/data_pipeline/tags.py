@@ -39,6 +39,8 @@ _OPENING = re.compile(
 _IDS = re.compile(_ID)
 # With a semicolon only: "R&B" and "cat&copy" are text.
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*);")
+# An ampersand written as an entity, again and again: one step decodes them all.
+_AMPERSANDS = re.compile(r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);)+")
 # What belongs to the word before it, although a tag stands between: punctuation, clitics, a plural's ending.
 _ENDING = re.compile(r"[,.;:!?%)\]}]|['\u2019](?:s|re|ve|ll|d|m)\b|(?<=>)e?s\b", re.IGNORECASE)
 
@@ -116,7 +118,7 @@ class TagCounter:
 
 
 def _decode_entities(text: str) -> str:
-    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), _AMPERSANDS.sub("&", text))
 
 
 def _gap(run: re.Match[str]) -> str:

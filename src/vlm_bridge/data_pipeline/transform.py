@@ -40,7 +40,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     read_manifest,
     write_atomically,
 )
-from vlm_bridge.data_pipeline.captions import CaptionStyle, clean_caption
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import decode_image
 from vlm_bridge.data_pipeline.sources.base import Picture, Rejected, Source, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import (
@@ -51,6 +51,7 @@ from vlm_bridge.data_pipeline.splits import (
     SplitRule,
 )
 from vlm_bridge.errors import DataError, ImageError, UsageError
+from vlm_bridge.parsing import is_text
 
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
@@ -215,6 +216,12 @@ def _plan(
 ) -> tuple[list[_Planned], list[Rejected], SplitRule]:
     """Read, clean and split: what to make, what was set aside so far, and the rule that was used."""
     items = source.items()
+    # Names of files that are no text cannot be written into captions.jsonl.
+    rejected = [
+        Rejected(item.image_id, "its name is not UTF-8") for item in items if not is_text(item.image_id)
+    ]
+    if rejected:
+        items = [item for item in items if is_text(item.image_id)]
     undecided = [item for item in items if item.split is None]
     ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
     rule = rule.resolve(films)
@@ -222,11 +229,15 @@ def _plan(
     if limit is not None:
         items = _sample(items, [item.split or split_of[item.image_id] for item in items], limit, seed)
     planned: list[_Planned] = []
-    rejected = list(source.rejected)
+    rejected = [*source.rejected, *rejected]
     taken_names: set[str] = set()
     for item in items:
         split = item.split or split_of[item.image_id]
-        cleaned = [clean_caption(caption, style) for caption in item.captions]
+        short = [caption for caption in item.captions if len(caption) <= MAX_CAPTION_CHARACTERS]
+        if too_long := len(item.captions) - len(short):
+            reason = f"{too_long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters"
+            rejected.append(Rejected(item.image_id, reason))
+        cleaned = [clean_caption(caption, style) for caption in short]
         captions = tuple(filter(None, cleaned))
         if empty := len(cleaned) - len(captions):
             rejected.append(Rejected(item.image_id, f"{empty} of {len(cleaned)} captions without words"))

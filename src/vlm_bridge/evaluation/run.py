@@ -117,6 +117,29 @@ class Evaluation:
         }
 
 
+def caption_and_validate(
+    captioner: EvaluableCaptioner,
+    images: Sequence[CaptionedImage],
+    *,
+    decode: DecodeSettings,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Sequence[Captioned], Validated | NotMeasurable]:
+    """The part of an evaluation that needs the captioner. Arguments and errors are those of `evaluate_captioner`."""
+    if not images:
+        raise DataError("there are no images to evaluate on")
+    results = captioner.caption(
+        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
+    )
+    readable = [image for image, result in zip(images, results, strict=True) if result.error is None]
+    if not readable:
+        raise DataError(f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}")
+    try:
+        return results, captioner.validate(readable, batch_size=batch_size)
+    except NotMeasurable as reason:
+        return results, reason
+
+
 def evaluate_captioner(
     captioner: EvaluableCaptioner,
     images: Sequence[CaptionedImage],
@@ -142,21 +165,15 @@ def evaluate_captioner(
     """
     from vlm_bridge.doctor import environment
 
-    if not images:
-        raise DataError("there are no images to evaluate on")
-    results = captioner.caption(
-        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
+    results, validation = caption_and_validate(
+        captioner, images, decode=decode, batch_size=batch_size, progress=progress
     )
-    readable = [image for image, result in zip(images, results, strict=True) if result.error is None]
-    if not readable:
-        raise DataError(f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}")
     perplexity = visual_gain = None
     not_measured: dict[str, str] = {}
-    try:
-        validation = captioner.validate(readable, batch_size=batch_size)
+    if isinstance(validation, NotMeasurable):
+        not_measured = dict.fromkeys(("perplexity", "visual_gain"), str(validation))
+    else:
         perplexity, visual_gain = validation.perplexity, validation.visual_gain
-    except NotMeasurable as reason:
-        not_measured = dict.fromkeys(("perplexity", "visual_gain"), str(reason))
 
     # Paths, not original ids, tell images apart: pictures from several folders may share an id.
     scores = score_captions(

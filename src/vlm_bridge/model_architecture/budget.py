@@ -88,11 +88,10 @@ def budget_of(recipe: Recipe) -> Budget:
     ]
     fixed = RUNTIME_BYTES + 4 * components[0].parameters + _language_model_bytes(recipe, model)
     published = PUBLISHED_TRAINING_GB.get(tuple(component.name for component in components), {})  # type: ignore[arg-type]
-    optimised = 12 * sum(part.trainable for part in components) + 4 * components[1].parameters
     training = [
         TrainingMemory(
             batch_size,
-            round((fixed + optimised + _step_bytes(recipe, model, batch_size)) / GIB, 2),
+            round((RUNTIME_BYTES + sum(_training_bytes(recipe, model, batch_size).values())) / GIB, 2),
             published.get(batch_size),
         )
         for batch_size in (recipe.batch_size, 2 * recipe.batch_size)
@@ -106,6 +105,12 @@ def budget_of(recipe: Recipe) -> Budget:
         memory={"training_gib": training[0].gib, "captioning_gib": round(captioning / GIB, 2)},
         training=training,
     )
+
+
+def training_parts(recipe: Recipe) -> dict[str, float]:
+    """What training needs its memory for, in estimated bytes by name, largest first; see `budget_of`."""
+    parts = _training_bytes(recipe, build_captioner(recipe, meta=True), recipe.batch_size)
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def activation_bytes(
@@ -152,10 +157,12 @@ def _language_model_bytes(recipe: Recipe, model: CaptionerModel) -> float:
     return (total - linear) * plain + linear * QUANTIZED_BYTES.get(recipe.quantize_language_model, plain)
 
 
-def _step_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> float:
-    """What one batch of ``batch_size`` captions needs on top of weights and optimiser."""
+def _training_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> dict[str, float]:
+    """What training on batches of ``batch_size`` captions needs, by what needs it."""
     bridge: Any = model.bridge
     encoder: Any = model.vision_encoder
+    _, trained = _count(model)
+    weights = 4 * (_count(encoder)[0] + _count(bridge)[0]) + _language_model_bytes(recipe, model)
     rows = max(1, batch_size // recipe.captions_per_image)
     soft_tokens = bridge.output_num_tokens(encoder.num_tokens)
     row_tokens = soft_tokens + recipe.captions_per_image * _caption_tokens(recipe)
@@ -174,7 +181,13 @@ def _step_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> float
         logits = chunk + 4 * BLOCK_BYTES_ELSEWHERE
     else:  # logits, a float32 copy, its log-softmax and gradient, and the gradient in the working type
         logits = 16 * CHUNK_POSITIONS * vocabulary
-    return rows * row_tokens * per_token + logits
+    activations = rows * row_tokens * per_token
+    return {
+        "weights": weights,
+        "gradients and optimiser": 12 * trained,
+        "activations": activations,
+        "logits": logits,
+    }
 
 
 def _trained_inputs(text_config: Any, element: int) -> float:

@@ -625,7 +625,10 @@ WORTH_REMOVING = 0.85
 
 
 def _draw(logits_bv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A token [B] of each row's distribution: where its cumulative probabilities pass a uniform number."""
+    """A token [B] of each row's distribution: where its cumulative probabilities pass a uniform number.
+
+    The last one where logits are no numbers: the loss will tell, where `torch.multinomial` aborts on a GPU.
+    """
     cumulative_bv = logits_bv.float().softmax(-1).cumsum(-1)
     uniform_b1 = torch.rand(len(logits_bv), 1, device=logits_bv.device, generator=generator)
     ids_b1 = torch.searchsorted(cumulative_bv, uniform_b1 * cumulative_bv[:, -1:], right=True)

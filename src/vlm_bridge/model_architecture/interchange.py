@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_bridge.errors import CheckpointError
+from vlm_bridge.parsing import parse_json
 
 _ORIGINAL_PREFIX = "bridge_module."
 _ORIGINAL_MODULES = {
@@ -128,7 +129,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_NAME).read_bytes())
         weights = load_file(folder / WEIGHTS_NAME)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error

@@ -1,24 +1,29 @@
 """Checkpoints: only what was trained, with the recipe and the names of the frozen parts beside it.
 
-Files are read with ``weights_only=True``: a checkpoint can never run code. They are written to a temporary
-name, flushed and renamed, so that an interruption leaves the previous one in place. Checkpoints of the original
-project and exported Hugging Face folders (`model_architecture.interchange`) are read like our own.
+Files are read with ``weights_only=True``: a checkpoint can never run code. They carry a hash over all that they hold,
+and are written durably (`durable_files`): a new one is read back and its hash compared before it takes the place of the
+previous one. Checkpoints of the original project and exported Hugging Face folders (`model_architecture.interchange`)
+are read like our own.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import pickle
+import platform
 import re
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict
+from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.hub import hub_problem
@@ -31,6 +36,12 @@ STEP = "step_{:08d}.pth"
 """Name of a checkpoint that is kept for its step."""
 STEP_PATTERN = "step_*.pth"
 LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
+VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "numpy")
+"""Packages that decide what a step computes."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file that no part of a checkpoint is taken from."""
 
 
 def save_checkpoint(
@@ -53,14 +64,60 @@ def save_checkpoint(
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
+        "versions": package_versions(),
         "recipe": recipe.to_dict(),
         "sizes": dict(sizes or {}),
-        "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
+        "weights": dict(weights),
     }
     if training is not None:
-        content["training"] = training
-    write_file(path, content)
+        content |= {"training": training, "saved_at": time.time()}
+    content = _on_cpu(content)
+    digest = content_hash(content)
+    _write(path, {**content, "content_hash": digest}, digest)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides what a step computes."""
+    return {
+        "vlm_bridge": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in VERSIONED_PACKAGES},
+    }
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Hash over all that a checkpoint holds, whatever file format it is in; not over a hash that it carries."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, Mapping):
+            digest.update(f"mapping {len(value)};".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"sequence {len(value)};".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{type(value).__name__} {value!r};".encode())
+
+    add({key: value for key, value in content.items() if key != "content_hash"})
+    return digest.hexdigest()
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same containers with their tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_cpu, value))
+    return value
 
 
 def keep_newest_steps(folder: Path, count: int) -> None:
@@ -71,6 +128,44 @@ def keep_newest_steps(folder: Path, count: int) -> None:
     """
     for old in step_checkpoints(folder)[:-count]:
         old.unlink(missing_ok=True)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete what killed processes left half-written in a folder of checkpoints: it would take room for ever."""
+    for left in folder.glob(".*.pth.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def newest_sound(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint in a folder that a run can continue from and that was saved last, with its content.
+
+    Args:
+        say: told of each newer file that had to be passed over, and why.
+
+    Raises:
+        CheckpointError: the newest was written by a newer vlm-bridge.
+    """
+    names = [path for pattern in (LATEST, BEST, STEP_PATTERN) for path in folder.glob(pattern)]
+    names += [path for name in (LATEST, BEST) if (path := previous_of(folder / name)).is_file()]
+    files = {path.stat().st_ino: path for path in reversed(names)}  # a file may have two names for a moment
+    for path in sorted(files.values(), key=_when_saved, reverse=True):
+        try:
+            content = load_checkpoint(path)
+        except DamagedCheckpointError as damage:
+            say(f"passed over: {damage}")
+            continue
+        if "training" in content or content["format"] == ORIGINAL_FORMAT:
+            return path, content
+        say(f"passed over: {path} holds weights only")
+    return None
+
+
+def _when_saved(path: Path) -> float:
+    """Seconds since the epoch. Files are copied from rented machines, and then their own times say little."""
+    try:
+        return float(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["saved_at"])
+    except Exception:  # damaged, or written by an earlier version
+        return path.stat().st_mtime
 
 
 def step_checkpoints(folder: Path) -> list[Path]:
@@ -106,22 +201,57 @@ def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor
 
 
 def write_file(path: Path, content: Mapping[str, Any]) -> None:
-    """``torch.save`` that leaves either the whole new file or the old one. Raises CheckpointError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """``torch.save`` that leaves either the whole new file, read back and compared, or the old one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    _write(path, content, content_hash(content))
+
+
+def _write(path: Path, content: Mapping[str, Any], digest: str) -> None:
+    def check(written: Path) -> None:
+        try:
+            found = content_hash(read_file(written, mmap=True))
+        except CheckpointError as error:
+            raise not_as_written(path) from error
+        if found != digest:
+            raise not_as_written(path)
+
     try:
-        with temporary.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, lambda file: _serialise(content, file), check, keep_previous=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {reason} (free some space or change the folder)"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _serialise(content: Mapping[str, Any], file: IO[bytes]) -> None:
+    writer = _Writer(file)
+    torch.save(dict(content), writer)  # type: ignore[arg-type]
+    if writer.error is not None:
+        raise writer.error
+
+
+class _Writer:
+    """What ``torch.save`` writes to. It makes another error of any that comes from below, so it is told of none."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing yet: the file is flushed when it is whole."""
 
 
 def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -160,6 +290,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = checkpoint_path(path)
     content = _read_exported(path) if path.name == interchange.WEIGHTS_NAME else read_file(path)
+    if not _is_laid_out(content):
+        raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint")
     if interchange.is_original(content):
         weights = interchange.from_original(content["model_state_dict"], path)
         recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
@@ -167,29 +299,58 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return {"format": ORIGINAL_FORMAT, "weights": weights, "sizes": sizes, **recipe}
     parts = {"format", "format_version", "recipe", "weights"}
     if not isinstance(content, dict) or not parts <= content.keys() or content["format"] != FORMAT:
-        raise CheckpointError(f"{path} is not a vlm-bridge checkpoint")
+        raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint")
+    if "content_hash" in content and content["content_hash"] != content_hash(content):
+        raise DamagedCheckpointError(f"{path} is damaged: its content is not what its hash says")
     if content["format_version"] > FORMAT_VERSION:
         raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
     return content
 
 
-def read_file(path: Path) -> Any:
-    """What ``torch.save`` wrote, and never code. Raises CheckpointError where it is damaged or holds anything else."""
+def _is_laid_out(content: Any) -> bool:
+    """Whether all parts of a checkpoint that are there are of their kind, ours or the original project's."""
+    if not isinstance(content, dict):
+        return False
+    tensors = [content[key] for key in ("weights", "model_state_dict") if key in content]
+    mappings = [content[key] for key in ("recipe", "sizes", "training") if key in content]
+    return (
+        all(isinstance(part, Mapping) for part in [*tensors, *mappings])
+        and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor)
+            for part in tensors
+            for name, value in part.items()
+        )
+        and isinstance(content.get("format_version", 0), int)
+    )
+
+
+def read_file(path: Path, *, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, and never code. Raises CheckpointError where it is damaged or holds anything else.
+
+    Args:
+        mmap: leave tensors in the file until they are read.
+    """
     try:
         # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor
         # marked as a folder it does not read at all, and gives whatever lay in memory.
         with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing and writes every entry once: small files stay small when they are read.
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise zipfile.BadZipFile("its parts are larger than the file")
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
             if any(entry.external_attr & _DOS_DIRECTORY for entry in archive.infolist()):
                 raise zipfile.BadZipFile("a tensor is marked as a folder")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
         ) from error
     except Exception as error:  # damaged bytes meet the readers with almost any exception
-        raise CheckpointError(f"{path} is damaged or is not a checkpoint: it cannot be read") from error
+        raise DamagedCheckpointError(
+            f"{path} is damaged or is not a checkpoint: it cannot be read"
+        ) from error
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
@@ -308,7 +469,9 @@ def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Pat
         has = {
             key: value for key, value in has.items() if key == "bridge.kind" or not key.startswith("bridge.")
         }
-    _refuse_other({k: v for k, v in has.items() if k in wants and not _same(k, v, wants[k])}, wants, where)
+    _refuse_other(
+        {k: v for k, v in has.items() if k in wants and not same_setting(k, v, wants[k])}, wants, where
+    )
 
 
 def architecture(recipe: Recipe) -> dict[str, Any]:
@@ -327,8 +490,11 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _same(key: str, has: Any, wanted: Any) -> bool:
-    if key.endswith(".name"):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
+def same_setting(key: str, has: Any, wanted: Any) -> bool:
+    """Whether two values of a recipe's dotted key mean the same."""
+    if (
+        key.endswith(".name") and has and wanted
+    ):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
         names = ([Path(name).name for name in several.split(" + ")] for several in (has, wanted))
         return next(names) == next(names)
     if key.endswith(".revision"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.evaluation.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Features
 
 DECODE_BATCH = 16
@@ -42,20 +44,24 @@ def decode_and_score(
     features: Features,
     decode: DecodeSettings,
     autocast: Callable[[], Any],
+    world: World | None = None,
 ) -> DecodedValidation:
     """Caption the first images of a split and score them against all their references.
 
     Args:
         features: of the split, by image index; ``images`` are its first.
+        world: the processes that share the batches of one, and all get the scores.
     """
+    world = world or World(model.device)
     was_training = model.training
     model.eval()
-    captions: list[str] = []
-    for indices in in_batches(range(len(images)), DECODE_BATCH):
+    shared: list[list[str]] = []
+    for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
         features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
         with autocast():
             ids, _ = model.generate_captions(features_bnd, prompt_ids, decode)
-        captions += map(model.language_model.decode, ids)
+        shared.append([model.language_model.decode(of_image) for of_image in ids])
     model.train(was_training)
+    captions = list(chain.from_iterable(world.interleave(shared)))
     scores = score_without_java([image.captions for image in images], captions)
     return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(images))

@@ -24,6 +24,11 @@ class EarlyStopping:
             self.bad_validations = 0
         else:
             self.bad_validations += 1
+        return self.is_exhausted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the last validation used up the patience."""
         return self.bad_validations >= self.patience
 
     def state_dict(self) -> dict[str, float]:

@@ -14,8 +14,9 @@ import torch
 
 from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
+from vlm_bridge.data_pipeline import picture_check
 from vlm_bridge.data_pipeline.augmentation import Views
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionedImages, CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import (
     LAYOUT,
     CacheFiles,
@@ -32,6 +33,7 @@ from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Features
 
 ENCODE_BATCH = {"cuda": 64}
@@ -79,19 +81,36 @@ class _Chosen:
 
 
 def split_features(
-    encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage], say: Say
+    encoder: Any,
+    recipe: Recipe,
+    split: str,
+    images: Sequence[CaptionedImage],
+    say: Say,
+    world: World | None = None,
 ) -> SplitFeatures:
-    """The features of a split's images as ``feature_cache`` says; without a cache, their pixels as they are needed."""
+    """The features of a split's images as ``feature_cache`` says; without a cache, their pixels as they are needed.
+
+    Processes build a cache together, shard by shard. They use it if all of them can: what is cached is rounded.
+    """
+    world = world or World(next(encoder.parameters()).device)
     pixels = _pixels(encoder, recipe, split, images)
-    items: Features = pixels
-    if recipe.feature_cache != "off":
-        try:
-            items = cached_features(
-                encoder, recipe, split, pixels, say, only_if_quicker=recipe.feature_cache == "auto"
-            )
-        except CacheUnavailable as reason:
-            say(f"{reason}: {split} pictures are encoded in every step")
-    return SplitFeatures(items, len(images), pixels.views)
+    if recipe.feature_cache == "off":
+        return SplitFeatures(pixels, len(images), pixels.views)
+    cache = refusal = None
+    try:
+        cache = cached_features(
+            encoder, recipe, split, pixels, say, only_if_quicker=recipe.feature_cache == "auto"
+        )
+    except CacheUnavailable as reason:
+        refusal = str(reason)
+    world.wait()
+    refusal = next(filter(None, world.gather(refusal)), None)
+    if cache is not None and refusal is None:
+        return SplitFeatures(cache, len(images), pixels.views)
+    if cache is not None:
+        cache.close()
+    say(f"{refusal}: {split} pictures are encoded in every step")
+    return SplitFeatures(pixels, len(images), pixels.views)
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,28 @@ class BuiltCache:
     seconds: float
 
 
+def usable_images(
+    folder: CaptionFolder, split: SplitName, recipe: Recipe, say: Say, listing_dir: Path | None = None
+) -> CaptionedImages:
+    """The images of a split that training reads: without captions and pictures that cannot be read, which are said.
+
+    Args:
+        listing_dir: where ``set_aside_SPLIT.jsonl`` names them all.
+
+    Raises:
+        DataError: more than ``max_bad_samples`` of the captions or of the pictures cannot be read.
+    """
+    return picture_check.usable_images(
+        folder,
+        split,
+        limit=recipe.max_validation_images if split == "val" else None,
+        max_bad_share=recipe.max_bad_samples,
+        listing=listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None,
+        remember_in=cache_root(recipe) if recipe.feature_cache != "off" else None,
+        say=say,
+    )
+
+
 def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[BuiltCache]:
     """Make the caches that training with a recipe will read, of its training and validation images.
 
@@ -122,11 +163,11 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
     folder = CaptionFolder.open(recipe.data_dir)
     encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
-    splits: list[tuple[SplitName, int | None]] = [("train", None), ("val", recipe.max_validation_images)]
+    splits: tuple[SplitName, ...] = ("train", "val")
     built = []
-    for split, limit in splits:
+    for split in splits:
         started = time.perf_counter()
-        pixels = _pixels(encoder, recipe, split, folder.split(split)[:limit])
+        pixels = _pixels(encoder, recipe, split, usable_images(folder, split, recipe, say))
         was_there = not _files(encoder, recipe, pixels).missing()
         cache = cached_features(encoder, recipe, split, pixels, say, check_all=check_all)
         built.append(
@@ -261,7 +302,8 @@ def _measure_encoding(pixels: OnTheFlyPixels, encode: Callable[[Any], torch.Tens
 def _pixels(encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage]) -> OnTheFlyPixels:
     is_augmented = split == "train" and recipe.feature_cache_views
     views = Views(recipe.feature_cache_views, recipe.seed) if is_augmented else None
-    return OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)
+    paths = images.paths if isinstance(images, CaptionedImages) else [image.path for image in images]
+    return OnTheFlyPixels(paths, encoder.preprocess, views)
 
 
 def _files(encoder: Any, recipe: Recipe, pixels: OnTheFlyPixels) -> CacheFiles:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,12 @@ from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.evaluation.metrics import regex_tokenize
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
+
+SHOWN_IMAGES = 8
+"""Images of a skipped step that the console names."""
+
+BLIND_VALIDATIONS = 3
+"""Validations in a row with a visual gain below `BLIND_BELOW` that are told: the first ones of a training may be."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,27 @@ def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
     )
 
 
+class StepSize(NamedTuple):
+    """What an optimiser step reads; positions are tokens and pads."""
+
+    num_supervised: int
+    num_captions: int
+    num_tokens: int
+    num_positions: int
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch]) -> StepSize:
+        """Of batches together, or of none."""
+        return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
+
+
+class SilentMonitor:
+    """That of a process beside the one that writes and speaks: told what a `Monitor` is told, it does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
+
+
 class Monitor:
     """Writes ``log_dir/history.jsonl`` and TensorBoard events; prints through ``say``."""
 
@@ -73,15 +101,15 @@ class Monitor:
         self.writer = SummaryWriter(str(log_dir))
         self.history = (log_dir / "history.jsonl").open("a", encoding="utf-8")
         self.say = say
+        self._blind_validations = 0
         self.restart_clock()
 
-    def step(self, batches: Sequence[PackedBatch]) -> None:
-        """Count one optimiser step of these batches for the throughput of the next `training` line."""
+    def step(self, size: StepSize) -> None:
+        """Count one optimiser step of all processes for the throughput of the next `training` line."""
         self._window_steps += 1
-        for batch in batches:
-            self._window_captions += batch.num_captions
-            self._window_tokens += batch.num_tokens
-            self._window_positions += batch.num_positions
+        self._window_captions += size.num_captions
+        self._window_tokens += size.num_tokens
+        self._window_positions += size.num_positions
 
     def training(
         self,
@@ -127,16 +155,28 @@ class Monitor:
         )
         self.restart_clock()
 
-    def validation(self, step: int, epoch: int, result: Validation) -> None:
+    def skipped(self, step: int, cause: str, images: Sequence[str]) -> None:
+        """A step that changed nothing, and the ids of its images: all of them in the history, a few on the console."""
+        others = len(images) - SHOWN_IMAGES
+        shown = ", ".join(images[:SHOWN_IMAGES]) + (f" and {others} more" if others > 0 else "")
+        self.say(f"step {step} skipped: {cause} | images {shown}")
+        self._record("skipped", step, cause=cause, images=list(images))
+
+    def validation(self, step: int, epoch: int, result: Validation, *, is_last: bool = False) -> None:
         self.say(
             f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity {result.perplexity:.2f} | "
             f"visual gain {result.visual_gain:+.3f} nats/token"
         )
-        if result.ignores_images:
+        self._blind_validations = self._blind_validations + 1 if result.ignores_images else 0
+        # Once in a row of them; at the end of a training at any rate, however few it had.
+        if self._blind_validations == BLIND_VALIDATIONS or (
+            is_last and 0 < self._blind_validations < BLIND_VALIDATIONS
+        ):
             self.say(
-                f"WARNING: the captioner is ignoring the image: its visual gain is {result.visual_gain:+.3f} nats per "
-                "token, captions come out the same for every picture. Train longer, raise learning_rate, or check "
-                "that captions and pictures belong together (vlm-data inspect-loader)."
+                f"WARNING: the captioner is ignoring the image: after {self._blind_validations} validations in a row "
+                f"its visual gain is {result.visual_gain:+.3f} nats per token, captions come out the same for every "
+                "picture. Train longer, raise learning_rate, or check that captions and pictures belong together "
+                "(vlm-data inspect-loader)."
             )
         scalars = {"loss": result.loss, "perplexity": result.perplexity, "visual_gain": result.visual_gain}
         for name, value in scalars.items():
@@ -178,6 +218,25 @@ class Monitor:
         """Leave validation, saving and sampling out of the next throughput."""
         self._window_start = time.perf_counter()
         self._window_steps = self._window_captions = self._window_tokens = self._window_positions = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What the lines to come tell of the steps behind; part of every checkpoint."""
+        return {
+            "seconds": time.perf_counter() - self._window_start,
+            "steps": self._window_steps,
+            "captions": self._window_captions,
+            "tokens": self._window_tokens,
+            "positions": self._window_positions,
+            "blind_validations": self._blind_validations,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._window_start = time.perf_counter() - state["seconds"]
+        self._window_steps = int(state["steps"])
+        self._window_captions = int(state["captions"])
+        self._window_tokens = int(state["tokens"])
+        self._window_positions = int(state["positions"])
+        self._blind_validations = int(state["blind_validations"])
 
     def close(self) -> None:
         self.writer.close()

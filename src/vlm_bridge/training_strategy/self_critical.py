@@ -7,7 +7,7 @@ same loss, in which the advantage of a caption is the weight of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -113,21 +113,57 @@ class SelfCritical:
 
     def watch(self, loss: CaptionLoss) -> None:
         """Remember how likely the model finds the samples of a batch."""
-        self._surprise += loss.token_losses.double().sum()
+        surprise = loss.token_losses.double().sum()
+        self._surprise += surprise.nan_to_num(
+            posinf=0.0
+        )  # a step that is skipped shall not void the others' mean
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self, add_up: Callable[[Sequence[float]], Sequence[float]] = tuple) -> dict[str, float]:
         """Means since the last call: reward and baseline (CIDEr-D as papers' 100 is 1), the entropy of a token in nats
-        as samples estimate it, tokens a caption with EOS, and the share of captions that did not end."""
-        count = max(self._num_samples, 1)
+        as samples estimate it, tokens a caption with EOS, and the share of captions that did not end.
+
+        Args:
+            add_up: makes sums of this process those of all.
+        """
+        num_samples, reward, baseline, surprise, num_tokens, num_unfinished = add_up(
+            [
+                self._num_samples,
+                self._reward_sum,
+                self._baseline_sum,
+                self._surprise.item(),
+                self._token_sum,
+                self._num_unfinished,
+            ]
+        )
+        count = max(num_samples, 1)
         statistics = {
-            "reward": self._reward_sum / count,
-            "baseline": self._baseline_sum / count,
-            "entropy": self._surprise.item() / max(self._token_sum, 1),
-            "sample_length": self._token_sum / count,
-            "unfinished_share": self._num_unfinished / count,
+            "reward": reward / count,
+            "baseline": baseline / count,
+            "entropy": surprise / max(num_tokens, 1),
+            "sample_length": num_tokens / count,
+            "unfinished_share": num_unfinished / count,
         }
         self._forget()
         return statistics
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums that `statistics` will tell the means of; part of every checkpoint."""
+        return {
+            "samples": self._num_samples,
+            "reward": self._reward_sum,
+            "baseline": self._baseline_sum,
+            "surprise": self._surprise.item(),
+            "tokens": self._token_sum,
+            "unfinished": self._num_unfinished,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._num_samples = int(state["samples"])
+        self._reward_sum = state["reward"]
+        self._baseline_sum = state["baseline"]
+        self._surprise = torch.tensor(state["surprise"], dtype=torch.float64, device=self.model.device)
+        self._token_sum = int(state["tokens"])
+        self._num_unfinished = int(state["unfinished"])
 
     def _rewards(self, images: np.ndarray, samples: Sequence[Sequence[int]]) -> np.ndarray:
         """[B, K], the CIDEr-D of each sample against the references of its image."""

@@ -2,6 +2,12 @@
 
 Below that layer nothing is trained and captions are the same in every epoch. Their states there [positions, H] are
 computed once, memory-mapped, and a training step runs the upper layers alone.
+
+::
+
+    ROOT/text/KEY/states      of all caption positions, image after image
+    ROOT/text/KEY/checksums   the CRC-32 of each image's states
+    ROOT/text/KEY/index.json  what they are; the folder has its name when all three are on disk and were read back
 """
 
 from __future__ import annotations
@@ -9,9 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +31,17 @@ import torch
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.feature_cache import cache_key
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, whole_rows
+from vlm_bridge.durable_files import bring_to_disk, not_as_written, sync_folder, write_bytes_durably
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import CaptionerModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.features import cache_root
 
-LAYOUT = "1"
-STATES_NAME, INDEX_NAME = "states.npy", "index.json"
+LAYOUT = "2"
+STATES_NAME, CHECKSUMS_NAME, INDEX_NAME = "states", "checksums", "index.json"
+IMAGES_CHECKED = 64
+"""Images, chosen at random, whose checksums are compared when a cache is opened."""
 IMAGES_AT_ONCE = 16
 SAY_EVERY_SECONDS = 10.0
 FREE_SPACE_TO_LEAVE = 512 * 2**20
@@ -38,12 +52,104 @@ Say = Callable[[str], None]
 class TextStates:
     """States of all caption positions of a split, by place: ``states[places]`` is [*shape of places, H]."""
 
-    def __init__(self, path: Path, dtype: torch.dtype):
-        self.array = np.load(path, mmap_mode="r")
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: torch.dtype):
+        self.array = np.memmap(path, _numpy_type(dtype), "r", shape=shape)
         self.dtype = dtype
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.array[indices]).view(self.dtype)
+
+
+@dataclass(frozen=True)
+class StateFiles:
+    """The files of a cache, of states [positions, width] in ``dtype``.
+
+    Attributes:
+        image_lengths: [images], positions of each.
+    """
+
+    folder: Path
+    key: str
+    image_lengths: np.ndarray
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.image_lengths.sum()), self.width
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[images + 1], the first position of each image; and behind them all, their number."""
+        return np.concatenate(([0], np.cumsum(self.image_lengths)))
+
+    @property
+    def index(self) -> bytes:
+        facts = {"key": self.key, "shape": list(self.shape), "dtype": str(self.dtype)}
+        return json.dumps(facts).encode()
+
+    def create(self, folder: Path) -> None:
+        """Make the files in a folder, empty but of their size."""
+        folder.mkdir(exist_ok=True)
+        for name, size in ((STATES_NAME, self.num_bytes), (CHECKSUMS_NAME, 4 * len(self.image_lengths))):
+            with (folder / name).open("wb") as file:
+                file.truncate(size)
+
+    def fill(self, folder: Path, states: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Write the states [positions of the image, width] of some images, by index, and bring them to disk."""
+        with (folder / STATES_NAME).open("r+b") as file, (folder / CHECKSUMS_NAME).open("r+b") as checksums:
+            for image, of_image in states:
+                content = of_image.tobytes()
+                file.seek(int(self.starts[image]) * self.row_bytes)
+                file.write(content)
+                checksums.seek(4 * image)
+                checksums.write(zlib.crc32(content).to_bytes(4, "little"))
+            bring_to_disk(file)
+            bring_to_disk(checksums)
+
+    def finish(self, building: Path) -> None:
+        """Give a folder whose files are filled its name. Raises OSError where it is not what was written."""
+        if not self._agrees(building, range(len(self.image_lengths))):
+            raise not_as_written(self.folder)
+        write_bytes_durably(building / INDEX_NAME, self.index)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            building.rename(self.folder)
+        except OSError:
+            if not self.is_whole():  # another machine may have the same disk, and have been quicker
+                raise
+        sync_folder(self.folder.parent)
+
+    def is_whole(self) -> bool:
+        """Whether the cache is there, with the right sizes and, of some images, the right checksums."""
+        try:
+            if (self.folder / INDEX_NAME).read_bytes() != self.index:
+                return False
+            some = np.random.default_rng().integers(len(self.image_lengths), size=IMAGES_CHECKED)
+            return self._agrees(self.folder, some.tolist())
+        except OSError:
+            return False
+
+    def _agrees(self, folder: Path, images: Iterable[int]) -> bool:
+        """Whether the files have their sizes, and these images the states that their checksums are of."""
+        states, checksums = folder / STATES_NAME, (folder / CHECKSUMS_NAME).read_bytes()
+        if len(checksums) != 4 * len(self.image_lengths) or states.stat().st_size != self.num_bytes:
+            return False
+        with states.open("rb") as file:
+            for image in images:
+                file.seek(int(self.starts[image]) * self.row_bytes)
+                content = file.read(int(self.image_lengths[image]) * self.row_bytes)
+                if zlib.crc32(content).to_bytes(4, "little") != checksums[4 * image : 4 * image + 4]:
+                    return False
+        return True
 
 
 def split_text_states(
@@ -53,15 +159,18 @@ def split_text_states(
     data: TokenizedImages,
     autocast: Callable[[], Any],
     say: Say,
+    world: World | None = None,
 ) -> TextStates:
     """The cached text states of a split's captions, computed if they are not there.
 
-    They are stored in the type that training computes in: 16 bits with ``use_amp`` or 16-bit weights, else 32.
+    They are stored in the type that training computes in: 16 bits with ``use_amp`` or 16-bit weights, else 32. The
+    processes of a machine share the work.
 
     Raises:
         ConfigurationError: the bridge enters at layer 0, or the language model is trained: states would change.
         ModelError: the language model gives other results when it starts from cached states.
     """
+    world = world or World(model.device)
     layer: int = model.bridge.first_layer  # type: ignore[assignment]
     language_model: LanguageModel = model.language_model
     if not layer:
@@ -75,7 +184,6 @@ def split_text_states(
         )
     _check_starting_from_states(model, data, autocast)
     dtype = getattr(torch, recipe.amp_dtype) if recipe.use_amp else _weight_dtype(language_model)
-    shape = int(data.caption_lengths.sum()), language_model.embed_dim
     key = cache_key(
         LAYOUT,
         language_model_fingerprint(language_model),
@@ -84,11 +192,15 @@ def split_text_states(
         data.digest(),
     )
     root = Path(recipe.data_dir) / ".features" if recipe.feature_cache == "off" else cache_root(recipe)
-    folder = root / "text" / key
-    wanted = {"key": key, "shape": list(shape), "dtype": str(dtype)}
-    if not _is_whole(folder, wanted):
-        _build(folder, wanted, model, data, dtype, autocast, lambda line: say(f"{split} {line}"))
-    return TextStates(folder / STATES_NAME, dtype)
+    files = StateFiles(root / "text" / key, key, data.image_lengths, language_model.embed_dim, dtype)
+    try:
+        if world.largest(not files.is_whole()):
+            _build(files, model, data, autocast, lambda line: say(f"{split} {line}"), world)
+        return TextStates(files.folder / STATES_NAME, files.shape, dtype)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot cache text states in {files.folder}: {error.strerror or error} (use text_state_cache=false)"
+        ) from error
 
 
 def language_model_fingerprint(language_model: LanguageModel) -> str:
@@ -104,62 +216,65 @@ def language_model_fingerprint(language_model: LanguageModel) -> str:
 
 
 def _build(
-    folder: Path,
-    wanted: dict[str, Any],
+    files: StateFiles,
     model: CaptionerModel,
     data: TokenizedImages,
-    dtype: torch.dtype,
     autocast: Callable[[], Any],
     say: Say,
+    world: World,
 ) -> None:
-    """Compute the states of all captions into a folder that appears when it is whole."""
-    positions, width = wanted["shape"]
-    size = positions * width * dtype.itemsize
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder.parent).free < size + FREE_SPACE_TO_LEAVE:
+    """Compute the states of all captions into a folder that appears when it is whole.
+
+    The first process of a machine makes the files, and each of them fills in its share.
+    """
+    root = files.folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(root).free < files.num_bytes + FREE_SPACE_TO_LEAVE:
         raise ConfigurationError(
-            f"no room for {size / 2**30:.1f} GiB of text states below {folder.parent}: use text_state_cache=false"
+            f"no room for {files.num_bytes / 2**30:.1f} GiB of text states below {root}: use text_state_cache=false"
         )
-    say(f"text states: {size / 2**20:,.0f} MiB below {folder.parent}")
-    building = folder.parent / f".building-{folder.name}-{os.getpid()}"
-    building.mkdir(exist_ok=True)
-    try:
-        array = np.lib.format.open_memmap(
-            building / STATES_NAME, mode="w+", dtype=_numpy_type(dtype), shape=(positions, width)
-        )
+    say(f"text states: {files.num_bytes / 2**20:,.0f} MiB below {root}")
+    name = f".building-{files.folder.name}-{platform.node()}-{os.getpid()}"
+    building = root / world.gather(name)[world.rank - world.local_rank]
+    is_maker = world.local_rank == 0
+    rows, by_length = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
+    batches = in_batches([rows[image] for image in by_length], IMAGES_AT_ONCE)
+
+    def states() -> Iterable[tuple[int, np.ndarray]]:
         started = said = time.perf_counter()
-        rows, by_length = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
         done = 0
-        for some in in_batches([rows[image] for image in by_length], IMAGES_AT_ONCE):
+        for some in batches[world.local_rank :: world.local_size]:
             batch = data.pack(some)
             ids, segments = (torch.from_numpy(a).to(model.device) for a in (batch.input_ids, batch.segments))
             with autocast():
-                states = model.text_at_bridge(ids, segments).to(dtype).cpu()
+                states = model.text_at_bridge(ids, segments).to(files.dtype).cpu()
             if not states.isfinite().all():
                 raise ModelError(
-                    f"text states do not fit into {dtype}: use text_state_cache=false or amp_dtype=bfloat16"
+                    f"text states do not fit into {files.dtype}: use text_state_cache=false or amp_dtype=bfloat16"
                 )
-            is_text = batch.segments != 0
-            array[batch.places[is_text]] = states.view(_bits(dtype)).numpy()[is_text]
-            done += len(some)
+            # A row has all captions of its image, in order: as they stand in the file.
+            bits, is_text = states.view(_bits(files.dtype)).numpy(), batch.segments != 0
+            for row, image in enumerate(batch.image_indices.tolist()):
+                yield image, bits[row, is_text[row]]
+            done += len(some) * world.local_size
             if time.perf_counter() - said > SAY_EVERY_SECONDS:
                 said = time.perf_counter()
-                say(f"text states: {done}/{len(rows)} images ({done / (said - started):.0f}/s)")
-        array.flush()
-        (building / INDEX_NAME).write_text(json.dumps(wanted), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+                say(
+                    f"text states: {min(done, len(rows))}/{len(rows)} images ({done / (said - started):.0f}/s)"
+                )
 
-
-def _is_whole(folder: Path, wanted: dict[str, Any]) -> bool:
     try:
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        array = np.load(folder / STATES_NAME, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # what numpy and json make of missing and truncated files
-        return False
-    return index == wanted and list(array.shape) == wanted["shape"]
+        if is_maker:
+            files.create(building)
+        world.wait()
+        files.fill(building, states())
+        world.wait()
+        if is_maker:
+            files.finish(building)
+        world.wait()
+    finally:
+        if is_maker:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -8,13 +8,12 @@ one.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,20 +29,26 @@ from vlm_bridge.data_pipeline.loader import (
     in_batches,
     prefetch,
 )
-from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.errors import CheckpointError, ConfigurationError, TrainingError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.loss import logits_dtype
 from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
+from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.features import SplitFeatures, split_features
-from vlm_bridge.training_strategy.monitor import Monitor, Sample
+from vlm_bridge.training_strategy.features import SplitFeatures, split_features, usable_images
+from vlm_bridge.training_strategy.health import FrozenParts, StepGuard
+from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
+from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor, StepSize
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
+from vlm_bridge.training_strategy.out_of_memory import is_out_of_memory, memory_explained
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
+from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
 from vlm_bridge.training_strategy.schedule import learning_rate_at
 from vlm_bridge.training_strategy.self_critical import ImageBatch, SelfCritical, load_images
 from vlm_bridge.training_strategy.text_states import split_text_states
@@ -56,7 +61,16 @@ from vlm_bridge.training_strategy.validation import (
 )
 from vlm_bridge.training_strategy.weight_averaging import WeightAverage
 
+AUTO = "auto"
+"""The checkpoint to resume from: the newest sound one in the recipe's ``checkpoint_dir``, if there is one."""
 STANDARDIZE_ON_IMAGES = 512
+PLACES = frozenset(
+    {
+        "data_dir", "feature_cache", "checkpoint_dir", "log_dir", "device", "num_workers",
+        "resume_from_checkpoint",
+    }
+)  # fmt: skip
+"""Keys of a recipe that may differ between the machines of a run."""
 Say = Callable[[str], None]
 
 
@@ -79,6 +93,10 @@ class Progress:
     best_loss: float = float("inf")
     best_score: float = float("-inf")
     """Of the captions that validation decodes, where the recipe's `monitor` is bleu4 or cider."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
+    owes_decoding: bool = False
+    """A signal broke off what a recipe decodes by steps, behind the last step."""
 
 
 @dataclass(frozen=True)
@@ -107,40 +125,51 @@ def train(
     *,
     resume: str | Path | None = None,
     initial_weights: Mapping[str, torch.Tensor] | None = None,
+    force: bool = False,
     say: Say = print,
 ) -> TrainingResult:
     """Train what a recipe names under `trainable`.
 
     Args:
-        resume: a checkpoint to continue (its weights, optimiser, position and randomness).
+        resume: a checkpoint to continue (its weights, optimiser, position and randomness), a folder of them, or `auto`.
         initial_weights: what a new run starts from instead of the recipe's own start, for some or all of what is
             trained; by a checkpoint's names.
+        force: continue although the recipe or the data are others (`changes`).
         say: where console lines go.
 
     Raises:
         VLMBridgeError: data, models or the checkpoint cannot be used; nothing has been written then.
         Interrupted: a signal came; the state was saved first.
     """
-    return Trainer(recipe, say).run(resume, initial_weights)
+    with joined(recipe.device) as world, memory_explained(recipe, world.device):
+        return Trainer(recipe, say, world).run(resume, initial_weights, force=force)
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, say: Say):
+    def __init__(self, recipe: Recipe, say: Say, world: World | None = None):
         self.recipe = recipe
-        self.say = say
-        self.device = runtime.resolve_device(recipe.device)
+        self.world = world = world or World(runtime.resolve_device(recipe.device))
+        self.say = say = say if world.is_first else _say_nothing
+        self.device = world.device
         if recipe.use_amp and recipe.amp_dtype == "float16" and self.device.type != "cuda":
             raise ConfigurationError(
                 "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
             )
+        if recipe.halve_batch_on_oom and world.size > 1:
+            raise ConfigurationError("halve_batch_on_oom is for one process: lower batch_size instead")
         self.where = str(self.device)
         if self.device.type == "cpu":
             self.where += f" ({runtime.set_threads()} threads)"
             if recipe.use_amp and runtime.cpu_has_bfloat16() is False:
                 say("this processor emulates bfloat16: use_amp=false is quicker here")
+        if world.size > 1:
+            self.where += f", {world.size} processes"
+        world.check_same({key: value for key, value in recipe.to_dict().items() if key not in PLACES})
         self.folder = CaptionFolder.open(recipe.data_dir)
-        train_images = self.folder.split("train")
-        self.val_images = self.folder.split("val")[: recipe.max_validation_images]
+        log_dir = Path(recipe.log_dir) if world.is_first else None
+        with world.first_of_machine_first():
+            train_images = usable_images(self.folder, "train", recipe, say, log_dir)
+            self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
@@ -153,11 +182,15 @@ class Trainer:
                 say(f"compile=true has no effect here: {lacking}")
             else:
                 language_model.compile_body()
+        self.frozen_parts = FrozenParts(self.model, self.model.trained_state_dict())
         format = caption_format(language_model, recipe)
         self.format = format
-        self.train_paths = [image.path for image in train_images]  # their captions are kept as tokens alone
+        self.train_paths = train_images.paths
         self.train_data = TokenizedImages(train_images, format)
         self.val_data = TokenizedImages(self.val_images, format)
+        if world.size > 1:
+            digests = self.train_data.digest(), self.val_data.digest()
+            world.check_same({"data": self.folder.fingerprint, "captions in use": digests})
         self.train_features = self._features("train", train_images)
         self.val_features = self._features("val", self.val_images)
         self.model.loss_kernel = choose_kernel(
@@ -166,7 +199,7 @@ class Trainer:
         self.text_states = None
         if recipe.text_state_cache:
             self.text_states = split_text_states(
-                self.model, recipe, "train", self.train_data, self._autocast, say
+                self.model, recipe, "train", self.train_data, self._autocast, say, world
             )
 
         self.self_critical = None
@@ -180,7 +213,10 @@ class Trainer:
         self.optimizer, self.relative_learning_rates = adamw(
             trained_parameters(self.model, recipe.trainable), recipe
         )
+        self.add_up_gradients = GradientSum(world, self.parameters)
         self.scaler = gradient_scaler(recipe, self.device)
+        self.guard = StepGuard(recipe.max_skipped_steps, self.device)
+        self.parts_per_batch = 1
         self.average: WeightAverage | None = None
         self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
         self.progress = Progress()
@@ -189,20 +225,30 @@ class Trainer:
         self.last_decoded: DecodedValidation | None = None
         self.decoded_at_step = 0
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
+        self.interruption = Interruption()
+        self.saved_at = time.monotonic()
+        self.latest_holds: Progress | None = None
 
     def run(
-        self, resume: str | Path | None = None, initial_weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        resume: str | Path | None = None,
+        initial_weights: Mapping[str, torch.Tensor] | None = None,
+        *,
+        force: bool = False,
     ) -> TrainingResult:
         started = time.perf_counter()
         recipe = self.recipe
+        running: Mapping[str, Any] = {}
+        resume = self.world.from_first(lambda: resume)
+        found = self._find(resume) if resume is not None else None
         if resume is None and (self.checkpoint_dir / checkpoints.LATEST).is_file():
             self.say(
                 f"{self.checkpoint_dir} holds an earlier run; its checkpoints will be replaced (--resume continues it)"
             )
-        if resume is not None:
-            self._resume(resume)
+        if found is not None:
+            running = self._resume(*found, force=force)
         else:
-            torch.manual_seed(recipe.seed)  # of dropout
+            seed_all(recipe.seed)  # of dropout
             if recipe.start_from is not None:
                 self._start_from(recipe.start_from)
             if initial_weights:
@@ -212,6 +258,8 @@ class Trainer:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
                 distill_projection(self.model, recipe, self.train_features, self.train_paths, self.say)
+            # Processors differ in how they round: what starts the same stays the same.
+            self.world.copy_from_first(list(self.model.trained_state_dict().values()))
         if recipe.weight_averaging is not None and self.average is None:
             self.average = WeightAverage(self.model, recipe.weight_averaging)
         progress = self.progress
@@ -221,28 +269,39 @@ class Trainer:
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.1%}) on {len(self.train_data):,} "
             f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.where}"
         )
-        self.monitor = Monitor(Path(recipe.log_dir), self.say)
+        self.monitor = Monitor(Path(recipe.log_dir), self.say) if self.world.is_first else SilentMonitor()
+        self._continue_running_means(running)
+        if self.world.is_first:
+            checkpoints.discard_unfinished(self.checkpoint_dir)
         self.model.train()
+        self.saved_at = time.monotonic()
         try:
-            with interrupt_flag() as interrupted:
-                # A run that is resumed from its last step has its last epoch to finish.
-                while progress.step < self.total_steps or progress.step_in_epoch:
+            with self.interruption.watched():
+                if progress.owes_decoding:
+                    self._after_step()
+                while not self._is_finished():
                     for group in self._groups_of_epoch():
                         if progress.step >= self.total_steps:
                             break
-                        self._optimizer_step(group)
+                        if not self._optimizer_step(group):
+                            continue  # with the same step, in smaller micro-batches
                         # Before an interruption, or the resumed run would miss what this step asks for.
                         self._after_step()
-                        if interrupted:
-                            raise Interrupted(interrupted[0], self._save(checkpoints.LATEST))
-                    if self._finish_epoch():
+                        if signal_number := self.world.largest(self.interruption.received):
+                            saved_to = self._save_latest()
+                            self.world.wait()
+                            raise Interrupted(signal_number, saved_to)
+                    with self._again_if_broken_off():
+                        stops_early = self._finish_epoch()
+                    if stops_early:
                         self.say(
                             f"early stopping: no improvement in {recipe.early_stopping_patience} validations"
                         )
-                        break
-            # Everything is saved: an interruption of the last look ends the program at once.
-            if self.decodes:
-                self._decode_validation(len(self.val_images))
+                self._save_latest()  # a run that was killed between its last two files lacks this one
+                if self.decodes:
+                    with self._again_if_broken_off():
+                        self._decode_validation(len(self.val_images))
+            self.frozen_parts.check(self.model)
         finally:
             self.monitor.close()
         return TrainingResult(
@@ -254,54 +313,91 @@ class Trainer:
             self.last_decoded,
         )
 
+    def _is_finished(self) -> bool:
+        """Whether nothing is left to train; an epoch whose steps are all taken is still to be judged and saved."""
+        if self.progress.step_in_epoch:
+            return False
+        stops_early = self.recipe.use_early_stopping and self.early_stopping.is_exhausted
+        return stops_early or self.progress.step >= self.total_steps
+
     def _groups_of_epoch(self) -> Iterator[Sequence[LoadedBatch | ImageBatch]]:
-        """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device."""
+        """The rest of the current epoch: per optimiser step, its micro-batches, already on their way to the device.
+
+        Of several processes each gets its share of the rows of every micro-batch, and none where it has no row.
+        """
         batches = self.plan.batches(self.progress.epoch)
         groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
         features = self.train_features.in_epoch(self.progress.epoch)
 
         def load(group: list[int]) -> Sequence[LoadedBatch | ImageBatch]:
+            shares = [
+                part
+                for index in group
+                if (rows := self.world.share(batches[index]))
+                for part in in_batches(rows, -(-len(rows) // self.parts_per_batch))
+            ]
             if self.self_critical is not None:
-                images = [[row.image for row in batches[index]] for index in group]
+                images = [[row.image for row in rows] for rows in shares]
                 return [load_images(some, features, self.device) for some in images]
-            packed = [self.train_data.pack(batches[index]) for index in group]
+            packed = [self.train_data.pack(rows) for rows in shares]
             return [
                 load_batch(batch, features, self.device, text_states=self.text_states) for batch in packed
             ]
 
-        return prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers)
+        parts_per_batch = None
+        while parts_per_batch != self.parts_per_batch:  # again, where a step has to be made in smaller parts
+            parts_per_batch = self.parts_per_batch
+            for group in prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers):
+                yield group
+                if parts_per_batch != self.parts_per_batch:
+                    break
 
-    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> None:
-        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions."""
+    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> bool:
+        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions.
+
+        Returns:
+            False where memory ran out before anything was updated, and the step shall be made in smaller parts.
+        """
         recipe, progress = self.recipe, self.progress
-        group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
             parameter_group["lr"] = learning_rate * relative
 
-        num_supervised = sum(batch.packed.num_supervised for batch in group)
-        step_loss = torch.zeros((), device=self.device)
-        for batch in group:
-            with self._autocast():
-                of_batch = batch_loss(self.model, batch, recipe.label_smoothing)
-                loss = of_batch.total / num_supervised
-            if self.self_critical is not None:
-                self.self_critical.watch(of_batch)
-            self.scaler.scale(loss).backward()
-            step_loss += loss.detach()
+        try:
+            step_loss, size = self._back_propagate(loaded)
+        except RuntimeError as error:
+            can_be_halved = max(map(_num_rows, loaded), default=0) > 1
+            if not (recipe.halve_batch_on_oom and can_be_halved and is_out_of_memory(error)):
+                raise
+            step_loss = size = None
+        if (
+            step_loss is None or size is None
+        ):  # the error is gone here, and the activations that its traceback held
+            self._halve_micro_batches()
+            return False
+        self.add_up_gradients(step_loss)
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
-        self.scaler.step(self.optimizer)
+        skipped = self.guard.step(self.optimizer, gradient_norm)
+        loss_scale = self.scaler.scale(torch.ones_like(step_loss))  # of this step: `update` may change it
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
         progress.step += 1
         progress.step_in_epoch += 1
         if self.average is not None:
-            self.average.update(progress.step)
-        self.monitor.step([batch.packed for batch in group])
-        if progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps:
+            self.average.update(progress.step, skipped)
+        self.monitor.step(size)
+        self.guard.watch(
+            (progress.step, progress.epoch, progress.step_in_epoch - 1), step_loss, gradient_norm, loss_scale
+        )
+        is_log_step = progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps
+        skipped_now = self._read_health(wait=is_log_step)
+        # In a log step all processes know of the same steps.
+        if self.guard.gives_up and (is_log_step or self.world.size == 1):
+            self._give_up()
+        if is_log_step and progress.step not in skipped_now:
             self.monitor.training(
                 step=progress.step,
                 total_steps=self.total_steps,
@@ -309,27 +405,88 @@ class Trainer:
                 loss=step_loss.item(),
                 learning_rate=learning_rate,
                 gradient_norm=gradient_norm.item(),
-                of_objective=self.self_critical.statistics() if self.self_critical is not None else {},
+                of_objective=self.self_critical.statistics(self.world.sum)
+                if self.self_critical is not None
+                else {},
             )
+        return True
+
+    def _back_propagate(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> tuple[torch.Tensor, StepSize]:
+        """Add up this process's gradients of a step's micro-batches; its part of the loss, and the size of the step."""
+        if self.world.size > 1:  # dropout of its own for every process, which continues on any number of them
+            torch.manual_seed(seed_of(self.recipe.seed, self.progress.step, self.world.rank))
+        group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
+        size = StepSize(*map(int, self.world.sum(StepSize.of([batch.packed for batch in group]))))
+        step_loss = torch.zeros((), device=self.device)
+        for batch in group:
+            with self._autocast():
+                of_batch = batch_loss(self.model, batch, self.recipe.label_smoothing)
+                loss = of_batch.total / size.num_supervised
+            if self.self_critical is not None:
+                self.self_critical.watch(of_batch)
+            self.scaler.scale(loss).backward(self.guard.seed(loss))
+            step_loss += loss.detach()
+        return step_loss, size
+
+    def _halve_micro_batches(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.parts_per_batch *= 2
+        self.say(
+            f"out of memory in step {self.progress.step + 1}: from here on every micro-batch is computed in "
+            f"{self.parts_per_batch} parts (halve_batch_on_oom)"
+        )
+
+    def _read_health(self, *, wait: bool) -> list[int]:
+        """Tell and count the steps that are found to have been skipped; return them."""
+        skipped = [watched for watched in self.guard.read(wait=wait) if watched.was_skipped]
+        self.progress.skipped_steps += len(skipped)
+        for watched in skipped:
+            batches = self.plan.batches(watched.epoch)
+            groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
+            rows = [row for index in groups[watched.step_in_epoch] for row in batches[index]]
+            self.monitor.skipped(
+                watched.step, watched.cause, [self.train_paths[row.image].name for row in rows]
+            )
+        return [watched.step for watched in skipped]
+
+    def _give_up(self) -> NoReturn:
+        saved_to = self._save(checkpoints.STEP.format(self.progress.step))
+        self.world.wait()
+        raise TrainingError(
+            f"stopped at step {self.progress.step}: {self.guard.skipped_in_a_row} steps in a row were skipped, since "
+            f"their loss or gradient was not finite. {saved_to} has the weights from before them, and older "
+            f"checkpoints in {self.checkpoint_dir} are kept: look at the images named above, or resume with a "
+            f"learning_rate below {self.recipe.learning_rate:g}"
+        )
 
     def _with_captions(self, batch: LoadedBatch | ImageBatch, number: int) -> LoadedBatch:
         """A batch of the coming step as it is; or, of images alone, with captions that the model samples now."""
         if isinstance(batch, LoadedBatch):
             return batch
         assert self.self_critical is not None, "images come alone where captions are sampled"
-        return self.self_critical.sampled(batch, self.progress.step, number)
+        world = self.world
+        return self.self_critical.sampled(batch, self.progress.step, number * world.size + world.rank)
 
     def _after_step(self) -> None:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
         recipe, step = self.recipe, self.progress.step
         if recipe.decode_every_n_steps and step % recipe.decode_every_n_steps == 0:
-            decoded = self._decode_validation(recipe.num_decoded_images)
+            self.progress.owes_decoding = True
+            with self._again_if_broken_off():
+                decoded = self._decode_validation(recipe.num_decoded_images)
+            self.progress.owes_decoding = False
             if recipe.monitor != "loss" and decoded.score(recipe.monitor) > self.progress.best_score:
                 self.progress.best_score = decoded.score(recipe.monitor)
                 self._save_best()
         if recipe.save_every_n_steps and step % recipe.save_every_n_steps == 0:
             self._save(checkpoints.STEP.format(step))
-            checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
+            if self.world.is_first:
+                checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
+        minutes = recipe.save_every_n_minutes
+        if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes:
+            self._save_latest()
 
     def _decode_validation(self, num_images: int) -> DecodedValidation:
         """Caption the first validation images as the recipe's `decode` says, and score the captions; once a step."""
@@ -339,7 +496,7 @@ class Trainer:
             or self.decoded_at_step != step
             or self.last_decoded.num_images != len(images)
         ):
-            with self._averaged():
+            with self._averaged(), self.interruption.may_break_off():
                 self.last_decoded = decode_and_score(
                     self.model,
                     self.format.prompt_ids,
@@ -347,6 +504,7 @@ class Trainer:
                     self.val_features,
                     self.recipe.decode,
                     self._autocast,
+                    self.world,
                 )
             self.decoded_at_step = step
             self.monitor.decoded(step, self.last_decoded)
@@ -362,10 +520,12 @@ class Trainer:
         stop = improved = False
         validated = progress.epoch % recipe.val_every_n_epochs == 0 or is_last
         if validated:
-            with self._averaged():
-                result = validate(self.model, self.val_data, self.val_features, autocast=self._autocast)
+            with self._averaged(), self.interruption.may_break_off():
+                result = validate(
+                    self.model, self.val_data, self.val_features, autocast=self._autocast, world=self.world
+                )
             self.last_validation = result
-            self.monitor.validation(progress.step, progress.epoch - 1, result)
+            self.monitor.validation(progress.step, progress.epoch - 1, result, is_last=is_last)
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
             progress.best_loss = min(progress.best_loss, result.loss)
             watched = result.loss
@@ -386,12 +546,12 @@ class Trainer:
 
     def _show_samples(self) -> None:
         count = min(self.recipe.num_validation_samples, len(self.val_images))
-        if not count:
+        if not count or not self.world.is_first:
             return
         self.model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
         features = self.model.features(torch.as_tensor(self.val_features[np.arange(count)]))
-        with self._averaged(), self._autocast():
+        with self._averaged(), self.interruption.may_break_off(), self._autocast():
             captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
         self.model.train()
         decode = self.model.language_model.decode
@@ -429,7 +589,7 @@ class Trainer:
     # Features
 
     def _features(self, split: str, images: Sequence[CaptionedImage]) -> SplitFeatures:
-        return split_features(self.model.vision_encoder, self.recipe, split, images, self.say)
+        return split_features(self.model.vision_encoder, self.recipe, split, images, self.say, self.world)
 
     def _sample_features(self) -> torch.Tensor:
         """Features of some training images [S, N, D], for the channel statistics."""
@@ -449,6 +609,9 @@ class Trainer:
 
     def _save(self, name: str) -> Path:
         path = self.checkpoint_dir / name
+        if not self.world.is_first:
+            return path
+        self._read_health(wait=True)  # it counts into the progress
         weights = self.model.trained_state_dict()
         if self.average is not None:
             weights |= self.average.weights
@@ -457,21 +620,63 @@ class Trainer:
             weights = checkpoints.in_bfloat16(weights)
         else:
             training = {
-                "progress": vars(self.progress).copy(),
+                **self._position(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self._schedule(),
                 "scaler": self.scaler.state_dict(),
-                "early_stopping": self.early_stopping.state_dict(),
-                "random_state": torch.get_rng_state(),
-                "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
                 "dataset_fingerprint": self.folder.fingerprint,
+                "dataset": dataset_facts(self.folder.manifest),
                 "data_order": self._data_order(),
             }
             if self.average is not None:
                 training["live_weights"] = self.average.live_weights
         sizes = checkpoints.captioner_sizes(self.model)
         checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
+        if training is not None:
+            self.saved_at = time.monotonic()
+        if name == checkpoints.LATEST:
+            self.latest_holds = replace(self.progress)
         return path
+
+    def _save_latest(self) -> Path:
+        """Save where the run stands, unless its latest checkpoint says so already."""
+        is_saved = self.latest_holds == self.progress
+        return self.checkpoint_dir / checkpoints.LATEST if is_saved else self._save(checkpoints.LATEST)
+
+    def _position(self) -> dict[str, Any]:
+        """All that a run goes on from besides weights, optimiser and scaler."""
+        running = {"monitor": self.monitor.state_dict(), "skipped_in_a_row": self.guard.skipped_in_a_row}
+        if self.self_critical is not None:
+            running["self_critical"] = self.self_critical.state_dict()
+        return {
+            "progress": vars(self.progress).copy(),
+            "early_stopping": self.early_stopping.state_dict(),
+            "running": running,
+            **random_states(self.device),
+        }
+
+    def _return_to(self, position: Mapping[str, Any]) -> None:
+        vars(self.progress).update(position["progress"])
+        self.early_stopping.load_state_dict(position["early_stopping"])
+        restore_random_states(position, self.device)
+
+    def _continue_running_means(self, running: Mapping[str, Any]) -> None:
+        """What the lines to come tell of steps before a run was resumed; nothing for a new one."""
+        if "monitor" in running:
+            self.monitor.load_state_dict(running["monitor"])
+        if "self_critical" in running and self.self_critical is not None and self.world.is_first:
+            self.self_critical.load_state_dict(running["self_critical"])
+        self.guard.skipped_in_a_row = running.get("skipped_in_a_row", 0)
+
+    @contextmanager
+    def _again_if_broken_off(self) -> Iterator[None]:
+        """What a signal breaks off inside this block is saved as never begun: the resumed run does it again."""
+        before = self._position()
+        try:
+            yield
+        except BrokenOff:
+            self._return_to(before)
+            raise Interrupted(self.interruption.received, self._save_latest()) from None
 
     def _schedule(self) -> dict[str, Any]:
         """All that decides the learning rates besides the step."""
@@ -494,36 +699,43 @@ class Trainer:
 
     def _start_from(self, path: str | Path) -> None:
         """Take the weights of another run, and nothing else of it."""
-        content = checkpoints.load_checkpoint(path)
+        content = self.world.from_first(lambda: checkpoints.load_checkpoint(path))
         checkpoints.check_architecture(content, self.recipe, path)
         checkpoints.restore(self.model, content, path)
         self.say(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
 
-    def _resume(self, path: str | Path) -> None:
-        content = checkpoints.load_checkpoint(resume_path(path))
+    def _find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to continue and its content; None where `auto` finds nothing."""
+        if str(resume) != AUTO:
+            return self.world.from_first(lambda: find_run(resume, self.say))
+        found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_dir, self.say))
+        if found is None:
+            self.say(f"no checkpoint to resume from in {self.checkpoint_dir}: training starts anew")
+        return found
+
+    def _resume(self, path: Path, content: dict[str, Any], *, force: bool) -> Mapping[str, Any]:
+        """Take over the state of another run; returns its running means."""
         checkpoints.check_architecture(content, self.recipe, path)
         training = content.get("training")
         if training is None and content["format"] == checkpoints.ORIGINAL_FORMAT:
             checkpoints.restore(self.model, content, path)
-            torch.manual_seed(self.recipe.seed)  # of dropout
+            seed_all(self.recipe.seed)  # of dropout
             self.say(
                 f"took the bridge of {path}, written by the original project; training starts at step 0, for its "
                 "losses counted pads and its data were in another order"
             )
-            return
+            return {}
         if training is None:
             raise CheckpointError(
                 f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}"
             )
-        if training["dataset_fingerprint"] != self.folder.fingerprint:
+        before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
+        other_data = dataset_changes(before, dataset_facts(self.folder.manifest))
+        changes = other_data + recipe_changes(checkpoints.recipe_of(content, path), self.recipe)
+        if changes and not force:
             raise CheckpointError(
-                f"{path} was trained on other data than {self.folder.root} (the fingerprints differ); point data_dir "
-                "to the dataset it was trained on, or start a new training"
-            )
-        if training["progress"]["step_in_epoch"] and training["data_order"] != self._data_order():
-            raise CheckpointError(
-                f"{path} stops inside an epoch whose batches are those of {training['data_order']}, not of "
-                f"{self._data_order()}: continue with the same values"
+                f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what it was, or "
+                "continue all the same with --force)"
             )
         if _names_by_group(training["optimizer"]) not in (None, _names_by_group(self.optimizer.state_dict())):
             raise CheckpointError(
@@ -538,16 +750,50 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.early_stopping.load_state_dict(training["early_stopping"])
-        torch.set_rng_state(training["random_state"])
-        if self.device.type == "cuda" and training["cuda_random_state"]:
-            torch.cuda.set_rng_state_all(training["cuda_random_state"])
+        restore_random_states(training, self.device)
         self.progress = Progress(**training["progress"])
+        if path.resolve() == (self.checkpoint_dir / checkpoints.LATEST).resolve():
+            self.latest_holds = replace(self.progress)
         self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
+        self._tell_changes(content, changes, bool(other_data))
+        return training.get("running", {})
+
+    def _tell_changes(self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool) -> None:
+        """Say what keeps a resumed run from being what the interrupted one would have been."""
+        for change in changes:
+            self.say(f"changed by --force: {change}")
+        training = content["training"]
+        if self.progress.step_in_epoch and (is_other_data or training["data_order"] != self._data_order()):
+            self.say(
+                "the rest of this epoch is of another order: some captions come twice in it, others not at all"
+            )
+        has, needs = content.get("versions", {}), checkpoints.package_versions()
+        if others := [
+            f"{name} {needs[name]}, was {has[name]}"
+            for name in needs
+            if has.get(name, needs[name]) != needs[name]
+        ]:
+            self.say(f"other versions may round otherwise: {', '.join(others)}")
         before, now = training.get("scheduler", {}), self._schedule()
         if changed := [
             f"{key}={now[key]}, not {value}" for key, value in before.items() if now[key] != value
         ]:
             self.say(f"the learning rate follows another schedule from here on: {', '.join(changed)}")
+        if self._is_finished():
+            self.say("nothing is left to train")
+
+
+def seed_of(seed: int, step: int, number: int) -> int:
+    """A seed for one of several streams of random numbers in a step."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+
+
+def _num_rows(batch: LoadedBatch | ImageBatch) -> int:
+    return len(batch.packed.image_indices if isinstance(batch, LoadedBatch) else batch.images)
+
+
+def _say_nothing(line: str) -> None:
+    """How all processes but the first speak."""
 
 
 def _names_by_group(optimizer_state: dict[str, Any]) -> list[list[str]] | None:
@@ -573,35 +819,21 @@ def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionForm
     return replace(format, max_caption_tokens=min(format.max_caption_tokens, room))
 
 
-def resume_path(path: str | Path) -> Path:
-    """A folder means its latest checkpoint; after a crash in an epoch, that may be the one of a step."""
+def find_run(path: str | Path, say: Say) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint and its content; of a folder (a run's, or its `checkpoints`) the newest sound one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     path = Path(path)
-    latest, steps = path / checkpoints.LATEST, checkpoints.step_checkpoints(path)
-    if not latest.is_file():
-        return steps[-1] if steps else path
-    return max((latest, *steps[-1:]), key=lambda file: file.stat().st_mtime_ns)
+    for folder in (path, path / "checkpoints"):
+        if folder.is_dir() and (found := checkpoints.newest_sound(folder, say)) is not None:
+            return found
+    path = checkpoints.checkpoint_path(path)
+    return path, checkpoints.load_checkpoint(path)
 
 
 def resumed_recipe(path: str | Path) -> Recipe:
     """The recipe of the run that ``path`` continues."""
-    content = checkpoints.load_checkpoint(resume_path(path))
+    _, content = find_run(path, _say_nothing)
     return replace(checkpoints.recipe_of(content, path), resume_from_checkpoint=str(path))
-
-
-@contextmanager
-def interrupt_flag() -> Iterator[list[int]]:
-    """A list that receives SIGINT or SIGTERM instead of dying, so that the loop can save first."""
-    received: list[int] = []
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(
-                number, lambda received_number, _: received.append(received_number)
-            )
-    except ValueError:  # not in the main thread: signals stay as they are
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from vlm_bridge import runtime
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionerModel, CaptionLoss
+from vlm_bridge.training_strategy.distributed import World
 
 BLIND_BELOW = 0.05
 """Visual gain, in nats per token, under which a captioner is said to ignore its images."""
@@ -53,13 +54,19 @@ def validate(
     *,
     batch_images: int = 16,
     autocast: Callable[[], Any],
+    world: World | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Validation:
     """Loss of all captions with their own image and, for the visual gain, with another image each.
 
     The result depends neither on the batch size nor on the order, which is by length: batches have few pads, and the
-    first takes the most memory.
+    first takes the most memory. Processes share the batches of one, whose sums are added up as one process does: their
+    number changes no bit of the result.
+
+    Args:
+        world: the processes that validate together, each of which gets the result.
     """
+    world = world or World(model.device)
     was_training = model.training
     model.eval()
     wrong_image = shuffled_images(len(data))
@@ -67,7 +74,7 @@ def validate(
     wrong: list[torch.Tensor] = []
     num_tokens = done = 0
     rows, longest_first = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
-    for some in in_batches([rows[image] for image in longest_first], batch_images):
+    for some in world.share(in_batches([rows[image] for image in longest_first], batch_images)):
         batch = data.pack(some)
         for image_of, sums in ((np.arange(len(data)), right), (wrong_image, wrong)):
             loaded = load_batch(batch, features, model.device, images=image_of[batch.image_indices])
@@ -77,8 +84,14 @@ def validate(
         done += len(some)
         progress(done)
     model.train(was_training)
-    loss, wrong_loss = (torch.stack(sums).cpu().double().sum().item() / num_tokens for sums in (right, wrong))
+    num_tokens = int(world.sum([num_tokens])[0])
+    loss, wrong_loss = (math.fsum(world.interleave(_numbers(sums))) / num_tokens for sums in (right, wrong))
     return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
+
+
+def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Fetched from the device at once."""
+    return torch.stack(list(tensors)).tolist() if tensors else []
 
 
 def shuffled_images(count: int) -> np.ndarray:

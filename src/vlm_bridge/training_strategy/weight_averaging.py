@@ -29,14 +29,18 @@ class WeightAverage:
         """What the optimiser changes."""
         return dict(self._trained)
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, skipped: torch.Tensor) -> None:
         """Take in the weights after a step (the first is 1).
 
         Early on the decay is (1 + step) / (10 + step), TensorFlow's rule, or the start would weigh for too long.
+
+        Args:
+            skipped: 1.0 where the step changed no weights and shall not move their average either, else 0.0; on the
+                device.
         """
-        decay = min(self.decay, (1 + step) / (10 + step))
+        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
         for name, trained in self._trained.items():
-            self.weights[name].lerp_(trained, 1 - decay)
+            self.weights[name].lerp_(trained, share.to(trained.dtype))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

@@ -10,9 +10,11 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from PIL import Image
 
+from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
+from vlm_bridge.parsing import lines_of
 
 Picture = Path | bytes | Callable[[], Image.Image]
 """A file, the bytes of a file, or what draws the picture."""
@@ -133,16 +135,29 @@ def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
         yield next(stored) if item.stored is not None else item.path or item.draw
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("file:line", text) for every line that is not blank; DataError where one is not UTF-8."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
-            if line.strip():
-                yield f"{path}:{number}", line.rstrip("\r\n")
+def read_lines(path: Path, bad: BadSamples | None = None) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", text) for every line that is not blank.
+
+    Args:
+        bad: takes the lines that are not UTF-8 or far too long; without it, the first of them is a DataError.
+    """
+    for number, _, raw in lines_of(path):
+        where = f"{path}:{number}"
+        try:
+            if raw is None:
+                raise ValueError("the line is too long for a caption")
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except ValueError as error:
+            problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+            if bad is None:
+                raise DataError(f"{where}: {problem}; save the file as UTF-8, a line each") from None
+            bad.total += 1
+            bad.set_aside(where, problem)
+            continue
+        if line.strip():
+            if bad is not None:
+                bad.total += 1
+            yield where, line.rstrip("\r\n")
 
 
 def read_token_lines(path: Path) -> Iterator[tuple[str, str, str]]:

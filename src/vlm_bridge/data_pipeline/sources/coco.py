@@ -7,12 +7,12 @@ Pictures are therefore found by id, in whichever folders are there, also where K
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vlm_bridge.data_pipeline.caption_folder import is_inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
 from vlm_bridge.data_pipeline.sources.karpathy import (
@@ -23,6 +23,7 @@ from vlm_bridge.data_pipeline.sources.karpathy import (
 )
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError
+from vlm_bridge.parsing import is_text, parse_json, shown
 
 YEARS = (2017, 2014)
 PARTS: tuple[SplitName, ...] = ("train", "val")
@@ -143,8 +144,9 @@ class Coco:
         for folder in (*folders, roots[1]):
             if not folder.is_dir():
                 continue
+            resolved = folder.resolve()
             for path in folder.iterdir():
-                if match := _PICTURE_NAME.fullmatch(path.name):
+                if (match := _PICTURE_NAME.fullmatch(path.name)) and is_inside(resolved, path):
                     pictures.setdefault(int(match[1]), path)
         return pictures
 
@@ -158,15 +160,15 @@ def _coco_id(image: KarpathyImage, where: str) -> int:
 def _read_annotations(path: Path) -> dict[int, list[str]]:
     """Return the captions of every image by its id, in file order."""
     try:
-        content: Any = json.loads(path.read_bytes())
+        content: Any = parse_json(path.read_bytes())
         captions: dict[int, list[str]] = {int(image["id"]): [] for image in content["images"]}
         for annotation in content["annotations"]:
             text = annotation["caption"]
-            if not isinstance(text, str):
+            if not is_text(text):
                 raise TypeError(f"the caption of annotation {annotation.get('id')} is no text")
             captions[annotation["image_id"]].append(text)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"{path} is damaged or no caption annotations of COCO ({error!r}): get it again"
+            f"{path} is damaged or no caption annotations of COCO ({shown(error)}): get it again"
         ) from None
     return captions

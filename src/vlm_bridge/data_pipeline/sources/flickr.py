@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.caption_folder import inside
+from vlm_bridge.data_pipeline.caption_folder import inside, is_inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import (
     Rejected,
@@ -59,6 +59,7 @@ class Flickr8k:
         captions = self._read_captions()
         images = self._image_folder()
         on_disk = {path.name for path in images.iterdir()}
+        resolved = images.resolve()
         items: list[SourceItem] = []
         split_of: dict[str, str] = {}
         for split, file_name, where in self._listed_images():
@@ -68,6 +69,8 @@ class Flickr8k:
             image_id = Path(file_name).stem
             if file_name not in on_disk:
                 self.rejected.append(Rejected(image_id, f"listed in {split}, but its picture is missing"))
+            elif not is_inside(resolved, images / file_name):
+                self.rejected.append(Rejected(image_id, f"its picture is a link that leads out of {images}"))
             elif file_name not in captions:
                 self.rejected.append(Rejected(image_id, "it has no caption"))
             else:

@@ -11,12 +11,12 @@ Captions come from the first of these that is there, and splits with them where 
 from __future__ import annotations
 
 import csv
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from vlm_bridge.data_pipeline.caption_folder import is_inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.sources.base import (
@@ -29,6 +29,7 @@ from vlm_bridge.data_pipeline.sources.base import (
 from vlm_bridge.data_pipeline.sources.karpathy import find_karpathy_file, read_karpathy_file
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
+from vlm_bridge.parsing import parse_json
 
 CAPTION_FILES = ("flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images", "flickr30k")
@@ -86,6 +87,8 @@ class Flickr30k:
             path = pictures.pop(file_name, None)
             if path is None:
                 self.rejected.append(Rejected(image_id, "its picture is missing"))
+            elif not is_inside(path.parent.resolve(), path):
+                self.rejected.append(Rejected(image_id, f"a link that leads out of {path.parent}"))
             elif not of_image.captions:
                 self.rejected.append(Rejected(image_id, "it has no caption"))
             else:
@@ -165,12 +168,12 @@ def _read_annotations(path: Path) -> dict[str, _Captioned]:
     captioned: dict[str, _Captioned] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
-        missing = {"raw", "split", "filename"} - set(table.fieldnames or ())
-        if missing:
-            raise DataError(f"{path}: it has no column {', '.join(sorted(missing))}")
         try:
+            missing = {"raw", "split", "filename"} - set(table.fieldnames or ())
+            if missing:
+                raise DataError(f"{path}: it has no column {', '.join(sorted(missing))}")
             for row in table:
-                captions, split = json.loads(row["raw"]), normalise_split(row["split"])
+                captions, split = parse_json(row["raw"]), normalise_split(row["split"])
                 if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
                     raise ValueError("raw is no list of texts")
                 if split is None:

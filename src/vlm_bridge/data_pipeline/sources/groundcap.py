@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SplitName, SplitRule, normalise_split
@@ -70,6 +70,10 @@ class GroundCap:
                     self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
                     continue
                 caption = values[CAPTION] or ""
+                if len(caption) > MAX_CAPTION_CHARACTERS:
+                    reason = f"a caption of {len(caption):,} characters"
+                    self.rejected.append(Rejected(f"{path.name} row {number}", reason))
+                    continue
                 caption = caption if self.keep_tags else strip_tags(caption)
                 earlier = items.get(image_id)
                 if earlier is None:

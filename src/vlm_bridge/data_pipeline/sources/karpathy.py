@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
+from vlm_bridge.parsing import is_text, parse_json, shown
 
 FOLDERS = ("", "annotations", "karpathy", "caption_datasets")
 """Where people put the file, below the dataset's folder."""
@@ -51,13 +51,13 @@ def read_karpathy_file(path: Path, dataset: str) -> list[KarpathyImage]:
         DataError: not JSON, of another dataset, or an image lacks a field (named with its position).
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): get it again") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(f"{path} is not one of Karpathy's split files: it has no list of images")
     if content.get("dataset", dataset) != dataset:
-        raise DataError(f"{path} splits {content['dataset']}, not {dataset}")
+        raise DataError(f"{path} splits {content['dataset']!s:.80}, not {dataset}")
     return [_image(record, f"{path}: image {number}") for number, record in enumerate(content["images"])]
 
 
@@ -71,9 +71,9 @@ def _image(record: Any, where: str) -> KarpathyImage:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{where} lacks filename, split or sentences with their raw text ({error!r})"
+            f"{where} lacks filename, split or sentences with their raw text ({shown(error)})"
         ) from None
-    if not all(isinstance(text, str) for text in (image.file_name, image.part, *image.captions)):
+    if not all(is_text(text) for text in (image.file_name, image.part, *image.captions)):
         raise DataError(f"{where}: filename, split and captions must be texts")
     if image.split is None:
         raise DataError(f"{where}: unknown split {image.part!r}")

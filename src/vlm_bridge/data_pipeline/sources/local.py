@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm_bridge.data_pipeline.caption_folder import inside
+from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
+from vlm_bridge.data_pipeline.caption_folder import inside, is_inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
+from vlm_bridge.parsing import is_text, parse_json, shown
 
 CAPTION_FILES = (
     "captions.jsonl",
@@ -68,17 +68,26 @@ class LocalFolder:
         return SplitRule()
 
     def items(self) -> list[SourceItem]:
-        """Return the images in the order of their first caption."""
+        """Return the images in the order of their first caption.
+
+        Lines that cannot be used are set aside, up to a share of them (`MAX_BAD_SHARE`).
+        """
         self.rejected = []
         rows: dict[Path, list[_Row]] = {}
         missing: list[Rejected] = []
+        bad = BadSamples("lines of the caption file")
         for captions_file, folder_split in self._caption_files():
-            for row in _read_rows(captions_file, folder_split):
-                path = self._find_picture(captions_file.parent, row)
+            for row in _read_rows(captions_file, folder_split, bad):
+                try:
+                    path = self._find_picture(captions_file.parent, row)
+                except ValueError as error:
+                    bad.set_aside(row.where, str(error))
+                    continue
                 if path is None:
                     missing.append(Rejected(row.image, f"its picture is missing ({_short(row.where)})"))
                 else:
                     rows.setdefault(path, []).append(row)
+        bad.check(MAX_BAD_SHARE)
         if not rows:
             if missing:
                 raise DataError(
@@ -92,7 +101,8 @@ class LocalFolder:
             for path in self.input_dir.rglob("*")
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path not in rows
         )
-        self.rejected = missing + [Rejected(name, "it has no caption") for name in without_caption]
+        self.rejected = [Rejected(_short(sample.where), sample.reason) for sample in bad.samples]
+        self.rejected += missing + [Rejected(name, "it has no caption") for name in without_caption]
         return [
             SourceItem(
                 image_id=ids[path],
@@ -130,17 +140,19 @@ class LocalFolder:
         return found
 
     def _find_picture(self, beside: Path, row: _Row) -> Path | None:
-        """Return the row's picture: relative to the input folder or its caption file, or in ``images/``."""
+        """Return the row's picture: relative to the input folder or its caption file, or in ``images/``.
+
+        Raises:
+            ValueError: the path leads out of these folders, as it is written or by a symbolic link.
+        """
         for folder in dict.fromkeys((beside, self.input_dir)):
             for sub in _PICTURE_FOLDERS:
-                try:
-                    path = inside(folder / sub, row.image)
-                except ValueError:
-                    raise DataError(
-                        f"{row.where}: picture path {row.image!r} must stay inside {self.input_dir}"
-                    ) from None
-                if path.is_file():
-                    return path
+                path = inside(folder / sub, row.image)
+                if not path.is_file():
+                    continue
+                if not is_inside(folder.resolve(), path):
+                    raise ValueError(f"picture path {shown(row.image)} is a link that leads out of {folder}")
+                return path
         return None
 
     def _relative(self, path: Path) -> str:
@@ -177,26 +189,30 @@ def _image_ids(paths: list[Path], root: Path) -> dict[Path, str]:
     return {path: stem(path) if uses[stem(path)] == 1 else relative(path).as_posix() for path in paths}
 
 
-def _read_rows(path: Path, folder_split: SplitName | None) -> Iterator[_Row]:
-    records = _read_json_lines(path) if path.suffix.lower() in (".jsonl", ".json") else _read_table(path)
-    for where, record in records:
-        yield _make_row(where, record, folder_split)
+def _read_rows(path: Path, folder_split: SplitName | None, bad: BadSamples) -> Iterator[_Row]:
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    for where, record in _read_json_lines(path, bad) if is_json else _read_table(path, bad):
+        try:
+            yield _make_row(where, record, folder_split)
+        except ValueError as error:
+            bad.set_aside(where, str(error))
 
 
 def _make_row(where: str, record: dict[str, Any], folder_split: SplitName | None) -> _Row:
+    """The row of a record; ValueError where it lacks something."""
     image = _first(record, IMAGE_FIELDS)
     captions = _first(record, CAPTION_FIELDS)
     if isinstance(captions, str):
         captions = [captions]
-    if not isinstance(image, str) or not image.strip():
-        raise DataError(f"{where}: names no picture (one of the fields {', '.join(IMAGE_FIELDS)})")
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise DataError(f"{where}: has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
+    if not is_text(image) or not image.strip():
+        raise ValueError(f"names no picture (one of the fields {', '.join(IMAGE_FIELDS)})")
+    if not isinstance(captions, list) or not all(map(is_text, captions)):
+        raise ValueError(f"has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
     split = folder_split
     if named := record.get(SPLIT_FIELD):
         split = normalise_split(str(named))
         if split is None:
-            raise DataError(f"{where}: unknown split {named!r} (train, val or test)")
+            raise ValueError(f"unknown split {shown(named)} (train, val or test)")
     return _Row(where, image.strip(), captions, split)
 
 
@@ -204,63 +220,71 @@ def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in read_lines(path):
+def _read_json_lines(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in read_lines(path, bad):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{where}: not a JSON object ({error})") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: not a JSON object")
-        yield where, record
+            bad.set_aside(where, f"not a JSON object ({error})")
+            continue
+        if isinstance(record, dict):
+            yield where, record
+        else:
+            bad.set_aside(where, "not a JSON object")
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_table(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read CSV (a header names the columns) or ``name<TAB>caption`` lines (a header is welcome)."""
-    lines = list(read_lines(path))
-    if not lines:
+    where, first = next(read_lines(path), ("", ""))
+    if not first:
         raise DataError(f"{path}: the caption file is empty")
-    first = lines[0][1]
     delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in first else ","
     if delimiter == "," and ";" in first and "," not in first:
         delimiter = ";"
-    header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter))]
+    try:
+        header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter))]
+    except csv.Error as error:
+        raise DataError(f"{where}: damaged header ({error})") from None
     has_header = bool(set(header) & set(IMAGE_FIELDS)) and bool(set(header) & set(CAPTION_FIELDS))
     if delimiter == "\t" and not has_header:
-        yield from _read_pairs(lines)
-        return
-    if not has_header:
+        yield from _read_pairs(path, bad)
+    elif has_header:
+        yield from _read_cells(path, header, delimiter, bad)
+    else:
         raise DataError(
-            f"{lines[0][0]}: the header must name a picture column ({', '.join(IMAGE_FIELDS)}) "
+            f"{where}: the header must name a picture column ({', '.join(IMAGE_FIELDS)}) "
             f"and a caption column ({', '.join(CAPTION_FIELDS)})"
         )
-    yield from _read_cells(path, header, delimiter)
 
 
-def _read_pairs(lines: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in lines:
+def _read_pairs(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in read_lines(path, bad):
         name, tab, caption = line.partition("\t")
-        if not tab:
-            raise DataError(f"{where}: expected name<TAB>caption")
-        yield where, {"image": name, "caption": caption}
+        if tab:
+            yield where, {"image": name, "caption": caption}
+        else:
+            bad.set_aside(where, "expected name<TAB>caption")
 
 
-def _read_cells(path: Path, header: list[str], delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # The whole text, not its lines: a quoted cell may hold line breaks.
-    reader = csv.reader(
-        io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True
-    )
-    try:
-        next(reader)
-        for row in reader:
-            if not row:
-                continue
-            where = f"{path}:{reader.line_num}"
-            if len(row) != len(header):
-                raise DataError(
-                    f"{where}: {len(row)} cells where the header has {len(header)}; "
-                    "put captions with commas in double quotes"
-                )
-            yield where, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: damaged CSV ({error})") from None
+def _read_cells(
+    path: Path, header: list[str], delimiter: str, bad: BadSamples
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for _ in read_lines(
+        path
+    ):  # a file that is not UTF-8 is so throughout: said before anything is made of it
+        pass
+    # The file, not its lines: a quoted cell may hold line breaks.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            next(row for row in reader if row)
+            for row in filter(None, reader):
+                bad.total += 1
+                where = f"{path}:{reader.line_num}"
+                if len(row) == len(header):
+                    yield where, dict(zip(header, row, strict=True))
+                else:
+                    reason = f"{len(row)} cells where the header has {len(header)}"
+                    bad.set_aside(where, f"{reason} (captions with commas stand in double quotes)")
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: damaged CSV ({error})") from None

@@ -1,0 +1,722 @@
+"""Hostile input by the thousand: valid files, mutated by a seeded generator, given to every reader of the project.
+
+``python fuzzing.py READER COUNT SEED FOLDER [CORPUS]`` is a process of its own, so that a crash is one finding and
+not the end of the tests. A reader may take an input, set parts of it aside, or refuse it by a VLMBridgeError. It must
+not raise anything else, compute for more than `MAX_SECONDS`, take more than `MAX_BYTES` beside what it started with,
+nor open anything outside its own folder. The inputs that did are kept in ``FOLDER/found``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_bridge.errors import VLMBridgeError
+
+MAX_SECONDS = 5
+"""Of the processor, not of the clock: other programs run beside a test."""
+MAX_BYTES = 2**30
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Hang(BaseException):
+    """Raised by the alarm inside a reader that computes for too long."""
+
+
+@dataclass
+class Reader:
+    """What is tested: ``read`` gets the mutated bytes and its folder.
+
+    Attributes:
+        seeds: valid inputs.
+        words: what mutations insert beside bytes of chance.
+        mend: restores checksums, so that a mutation gets past them; half of the inputs are mended.
+    """
+
+    read: Callable[[bytes, Path], object]
+    seeds: Callable[[], list[bytes]]
+    words: list[bytes] = field(default_factory=list)
+    mend: Callable[[bytes], bytes] | None = None
+
+
+# Mutations.
+
+NUMBERS = [
+    bytes(4),
+    b"\xff" * 4,
+    b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\x7f",
+    b"\x80\0\0\0",
+    b"\0\0\0\x01",
+    b"\xff\xff",
+]
+TEXTS = [
+    b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800", b"\r", b"\n", b"\t", b'"', b"'", b"\\", b"<b>", b"&amp;",  # noqa: E501
+    b" " * 50, "\u202e\u0645\u0631\u062d\u0628\u0627".encode(), "\U0001f469\u200d\U0001f680".encode(), b"../secret.jpg",
+    b"/etc/passwd", b"images/link.jpg", b"images/../../secret.jpg", b"C:\\x.jpg", b"9" * 5000, b"-1", b"1e999", b"NaN",
+    b"null", b"[]", b"{}", b"[" * 2000, b'{"a":' * 2000, b"x" * 300, b"word " * 3000,
+]  # fmt: skip
+
+
+def mutated(rng: random.Random, seeds: list[bytes], words: list[bytes]) -> bytes:
+    """A valid input with one to eight changes: flips, cuts, copies, splices, insertions, and extreme numbers."""
+    content = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
+        at = rng.randrange(len(content) + 1)
+        length = min(rng.choice((1, 2, 4, 16, 100, 1000)), len(content) - at)
+        match rng.randrange(8):
+            case 0 if content:
+                content[at % len(content)] ^= 1 << rng.randrange(8)
+            case 1:
+                content[at : at + length] = rng.randbytes(length)
+            case 2:
+                del content[at : at + length]
+            case 3:
+                del content[at:]
+            case 4:
+                content[at:at] = content[at : at + length] * rng.choice((1, 2, 50))
+            case 5:
+                other = rng.choice(seeds)
+                start = rng.randrange(len(other) + 1)
+                content[at : at + length] = other[start : start + 2 * length]
+            case 6:
+                number = rng.choice(NUMBERS)
+                content[at : at + len(number)] = number
+            case _:
+                content[at:at] = rng.choice(words + TEXTS)
+    return bytes(content)
+
+
+# Readers. Each gets its input in a folder with `images/a.jpg`, `images/b.png` and `images/link.jpg`, which leads out.
+
+
+def read_picture(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.images import MAX_PIXELS, check_image, decode_image, image_size
+
+    path = folder / "x.jpg"
+    path.write_bytes(content)
+    for look in (image_size, check_image):
+        with contextlib.suppress(VLMBridgeError):
+            look(path)
+    decoded = decode_image(content).image
+    assert decoded.mode == "RGB" and decoded.width * decoded.height <= MAX_PIXELS
+
+
+def read_caption_folder(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.bad_samples import BadSamples
+    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+
+    manifest = {"format": "vlm-bridge caption folder", "format_version": 1, "fingerprint": "x"}
+    manifest["counts"] = {"train": {"images": 2}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if not (folder / "train").is_dir():
+        shutil.copytree(folder / "images", folder / "train" / "images", symlinks=True)
+    (folder / "train" / "captions.jsonl").write_bytes(content)
+    bad = BadSamples("lines")
+    images = CaptionFolder.open(folder).split("train", bad)
+    num_captions = sum(len(image.captions) for image in images)
+    assert len(bad) + num_captions == bad.total
+    assert all(image.path.is_file() and image.captions for image in images[:50])
+    if len(bad):
+        with contextlib.suppress(VLMBridgeError):
+            CaptionFolder.open(folder).split("train")
+            raise AssertionError("a bad line was taken")
+    bad.check(0.01)
+
+
+def read_manifest(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "train" / "captions.jsonl").parent.mkdir(exist_ok=True)
+    (folder / "train" / "captions.jsonl").touch()
+    opened = CaptionFolder.open(folder)
+    assert isinstance(opened.fingerprint, str) and set(opened.splits) <= {"train", "val", "test"}
+
+
+def read_local(suffix: str) -> Callable[[bytes, Path], None]:
+    def read(content: bytes, folder: Path) -> None:
+        from vlm_bridge.data_pipeline.sources.local import LocalFolder
+        from vlm_bridge.data_pipeline.transform import preview
+
+        captions = folder / f"captions.{suffix}"
+        captions.write_bytes(content)
+        source = LocalFolder(folder, captions)
+        items = source.items()
+        for item in items:
+            assert item.path is not None and item.path.resolve().is_relative_to(folder.resolve()), item.path
+        preview(source)
+
+    return read
+
+
+def read_token_file(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
+    from vlm_bridge.data_pipeline.sources.flickr30k import Flickr30k
+
+    (folder / "Flickr8k.token.txt").write_bytes(content)
+    (folder / "Flickr_8k.trainImages.txt").write_bytes(b"a.jpg\nb.png\nlink.jpg\n")
+    if not (folder / "Images").is_dir():
+        shutil.copytree(folder / "images", folder / "Images", symlinks=True)
+    for name in (
+        "results_20130124.token",
+        "results.csv",
+        "flickr_annotations_30k.csv",
+        "dataset_flickr30k.json",
+    ):
+        (folder / name).write_bytes(content)
+        with contextlib.suppress(VLMBridgeError):
+            items = Flickr30k(folder, folder / name).items()
+            assert "link" not in {item.image_id for item in items}
+    items = Flickr8k(folder).items()
+    assert "link" not in {item.image_id for item in items}
+
+
+def read_tags(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, clean_caption
+    from vlm_bridge.data_pipeline.tags import TagCounter, strip_tags
+
+    caption = content.decode(errors="replace")[:MAX_CAPTION_CHARACTERS]
+    plain = strip_tags(caption)
+    assert strip_tags(plain) == plain
+    for style in ("raw", "sentence"):
+        cleaned = clean_caption(plain, style)
+        assert clean_caption(cleaned, style) == cleaned and "\n" not in cleaned
+    counter = TagCounter()
+    counter.add(caption)
+    counter.summary()
+
+
+def read_recipe(content: bytes, folder: Path) -> None:
+    from vlm_bridge.configuration import load_recipe
+
+    (folder / "recipe.yaml").write_bytes(content)
+    load_recipe(folder / "recipe.yaml")
+
+
+def read_override(content: bytes, folder: Path) -> None:
+    from vlm_bridge.configuration import load_recipe
+
+    load_recipe(None, [content.decode(errors="replace")])
+
+
+def read_checkpoint(content: bytes, folder: Path) -> None:
+    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, recipe_of
+
+    (folder / "best_model.pth").write_bytes(content)
+    loaded = load_checkpoint(folder / "best_model.pth")
+    recipe_of(loaded, folder)
+
+
+def read_exported(content: bytes, folder: Path) -> None:
+    """Of an exported folder, either file may be damaged: the first byte says which."""
+    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, recipe_of
+
+    config, weights = exported_seeds()
+    is_config = content[:1] == b"{"
+    (folder / "config.json").write_bytes(content if is_config else config)
+    (folder / "model.safetensors").write_bytes(weights if is_config else content)
+    recipe_of(load_checkpoint(folder), folder)
+
+
+def read_parquet(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.sources.base import iter_pictures
+    from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
+
+    (folder / "train-0.parquet").write_bytes(content)
+    source = GroundCap(folder)
+    source.facts()
+    decode_all(iter_pictures(source.items()))
+
+
+def read_tar(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.sources.base import iter_pictures
+    from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
+
+    (folder / "00000.tar").write_bytes(content)
+    decode_all(iter_pictures(Conceptual(folder).items()))
+
+
+def decode_all(pictures: Any) -> None:
+    from vlm_bridge.data_pipeline.images import decode_image
+
+    for content in pictures:
+        if content is not None:
+            with contextlib.suppress(VLMBridgeError):
+                decode_image(content)
+
+
+# Valid inputs.
+
+
+def picture_seeds() -> list[bytes]:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
+    rgb = Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "text"
+    frames = [rgb.convert("P"), rgb.rotate(90).convert("P")]
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    float_ = Image.fromarray(noise[..., 0].astype(np.float32))
+
+    def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        image.save(file, format, **options)
+        return file.getvalue()
+
+    return [
+        saved(rgb, "JPEG", exif=exif, icc_profile=b"no profile" * 20),
+        saved(rgb, "JPEG", progressive=True, comment=b"c" * 30),
+        saved(rgb.convert("CMYK"), "JPEG"),
+        saved(rgb.convert("L"), "JPEG"),
+        saved(rgb, "PNG", icc_profile=b"no profile" * 20, exif=exif),
+        saved(rgb.convert("RGBA"), "PNG"),
+        saved(frames[0], "PNG", transparency=0),
+        saved(rgb.convert("1"), "PNG"),
+        saved(deep, "PNG"),
+        saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        saved(rgb, "WEBP", lossless=True),
+        saved(rgb.convert("RGBA"), "WEBP", save_all=True, append_images=[rgb.convert("RGBA").rotate(90)]),
+        saved(rgb, "BMP"),
+        saved(frames[0], "BMP"),
+        saved(float_, "TIFF"),
+        saved(deep, "TIFF", compression="tiff_deflate"),
+        saved(rgb, "TIFF", compression="tiff_lzw"),
+        saved(rgb, "TIFF", compression="jpeg"),
+        saved(rgb.convert("1"), "TIFF", compression="group4"),
+        saved(frames[0], "TIFF", save_all=True, append_images=frames[1:], compression="packbits"),
+    ]
+
+
+def mend_png(content: bytes) -> bytes:
+    """The right checksum behind every chunk of a PNG."""
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
+        return content
+    parts, at = [content[:8]], 8
+    while at + 12 <= len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        body = content[at + 4 : at + 8 + length]
+        parts.append(content[at : at + 4] + body + struct.pack(">I", zlib.crc32(body)))
+        at += 12 + length
+    return b"".join(parts) + content[at:]
+
+
+NAMES = ("images/a.jpg", "images/b.png")
+
+
+def json_line(**record: Any) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def caption_folder_seeds() -> list[bytes]:
+    return [
+        b"".join(
+            json_line(image_path=name, caption=f"A caption, number {n}.", original_id=name)
+            for n in range(20)
+            for name in (NAMES if order else NAMES[n // 10 : n // 10 + 1])
+        )
+        for order in (0, 1)
+    ]
+
+
+def manifest_seeds() -> list[bytes]:
+    counts = {split: {"images": 2, "captions": 4} for split in ("train",)}
+    manifest = {
+        "format": "vlm-bridge caption folder",
+        "format_version": 1,
+        "fingerprint": "sha256:0",
+        "counts": counts,
+    }
+    return [json.dumps(manifest, indent=indent).encode() for indent in (None, 2)]
+
+
+def table(separator: str, *, header: bool) -> bytes:
+    rows = [["image", "caption", "split"]] if header else []
+    rows += [[name, f"Caption {n} of it", "train"][: 3 if header else 2] for n in range(20) for name in NAMES]
+    return "".join(separator.join(row) + "\n" for row in rows).encode()
+
+
+def local_jsonl_seeds() -> list[bytes]:
+    rows = [json_line(file_name=name, text="A dog.", split="val") for name in NAMES * 10]
+    return [b"".join(rows), b"".join(json_line(image=name, captions=["A.", "B."]) for name in NAMES)]
+
+
+def token_seeds() -> list[bytes]:
+    karpathy = {
+        "dataset": "flickr30k",
+        "images": [
+            {"filename": Path(name).name, "split": "train", "sentences": [{"raw": "A dog."}, {"raw": "B."}]}
+            for name in NAMES
+        ],
+    }
+    annotations = b'raw,sentids,split,filename\n"[""A dog."", ""B.""]","[0, 1]",train,a.jpg\n'
+    return [
+        b"".join(
+            f"{Path(name).name}#{n}\tA dog , number {n} .\n".encode() for name in NAMES for n in range(5)
+        ),
+        b"image_name| comment_number| comment\n" + b"a.jpg| 0| A dog .\nb.png| 1   A cat .\n" * 5,
+        annotations,
+        json.dumps(karpathy).encode(),
+    ]
+
+
+def tag_seeds() -> list[bytes]:
+    return [
+        b'<gdo class="person" person-0>The man</gdo> <gda class="run" person-0>runs</gda> <gdl class="road" road-1>by</gdl>.',  # noqa: E501
+        b"&lt;gdo class='dog' dog-0&gt;A dog&lt;/gdo&gt; &amp;amp; a cat's \"``toy''\" ... !",
+        "Ein Hund \u2013 \u201eBello\u201c \u2013 l\u00e4uft ( schnell ) .".encode(),
+    ]
+
+
+TAG_WORDS = [
+    b"<gdo",
+    b"</gdo>",
+    b"<gd",
+    b"&amp;",
+    b"&lt;",
+    b"&#38;",
+    b"&#x3c;",
+    b">",
+    b"class=",
+    b' "',
+    b"person-0",
+    b"n't",
+]
+
+
+def recipe_seeds() -> list[bytes]:
+    return [path.read_bytes() for path in sorted((REPOSITORY / "config").glob("*.yaml"))]
+
+
+YAML_WORDS = [
+    b"\na: &a [1, 2]\nb: *a\n", b"\n<<: *a\n", b"&a", b"*a", b"!!python/object/apply:os.system [ls]", b"!!binary x", b"? ",  # noqa: E501
+    b"!!timestamp 2001-99-99", b"0x", b"1:99:99", b".inf", b"~", b"- ", b": ", b"{", b"[", b"|\n  ", b"'", b"bridge: ",
+    b"\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in range(98, 107)),
+]  # fmt: skip
+
+
+def override_seeds() -> list[bytes]:
+    return [
+        b"learning_rate=1e-4",
+        b"bridge.num_queries=8",
+        b"trainable.bridge.*=1e-4",
+        b"vision_encoder.layers=[1, 2]",
+    ]
+
+
+def tiny_checkpoint() -> dict[str, Any]:
+    import torch
+
+    from vlm_bridge.configuration import Recipe
+
+    weights = {"bridge.queries": torch.zeros(3, 4), "bridge.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
+    return {
+        "format": "vlm-bridge checkpoint",
+        "format_version": 1,
+        "versions": {"torch": "2"},
+        "recipe": Recipe().to_dict(),
+        "sizes": {"vision_encoder.embed_dim": 4},
+        "weights": weights,
+        "training": {"progress": {"step": 3}, "optimizer": {"state": {0: {"step": torch.zeros(())}}}},
+    }
+
+
+def checkpoint_seeds() -> list[bytes]:
+    import torch
+
+    from vlm_bridge.model_architecture.interchange import ORIGINAL_NAMES
+
+    contents = [
+        tiny_checkpoint(),
+        {
+            "model_state_dict": {name: torch.zeros(4, 4) for name in ORIGINAL_NAMES.values()},
+            "config": {"seed": 0},
+        },
+    ]
+    saved = []
+    for content in contents:
+        file = io.BytesIO()
+        torch.save(content, file)
+        saved.append(file.getvalue())
+    return saved
+
+
+PICKLE_WORDS = [
+    b"cposix\nsystem\n(Vtouch ../touched\ntR.", b"cbuiltins\neval\n(V1\ntR", b"\x8a\xff", b"\x8d" + b"\xff" * 8, b"(", b"t", b"R",  # noqa: E501
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n(L99999999999L\ntR", b"ccollections\nOrderedDict\n", b"2" * 40,  # noqa: E501
+]  # fmt: skip
+
+
+def mend_zip(content: bytes) -> bytes:
+    """A torch file whose pickle is damaged and whose checksums are right: mutations inside `data.pkl`."""
+    rng = random.Random(zlib.crc32(content))
+    seeds = checkpoint_seeds_once()
+    seed = rng.choice(seeds)
+    source, target = zipfile.ZipFile(io.BytesIO(seed)), io.BytesIO()
+    pickles = [s.read(next(n for n in s.namelist() if n.endswith("data.pkl"))) for s in map(zip_of, seeds)]
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            if name.endswith("data.pkl"):
+                archive.writestr(name, mutated(rng, pickles, PICKLE_WORDS))
+            else:
+                archive.writestr(name, source.read(name))
+    return target.getvalue()
+
+
+def zip_of(content: bytes) -> zipfile.ZipFile:
+    return zipfile.ZipFile(io.BytesIO(content))
+
+
+@functools.cache
+def checkpoint_seeds_once() -> list[bytes]:
+    return checkpoint_seeds()
+
+
+@functools.cache
+def exported_seeds() -> list[bytes]:
+    from safetensors.torch import save
+
+    from vlm_bridge.training_strategy.checkpoint import exported_config
+
+    content = tiny_checkpoint()
+    config = json.dumps(exported_config(content["recipe"], content)).encode()
+    return [config, save(content["weights"], metadata={"format": "pt"})]
+
+
+def parquet_seeds() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    jpeg = picture_seeds()[0]
+    rows = [
+        {"id": f"tt{n:07}_{n}", "image": {"bytes": jpeg, "path": "a.jpg"}, "detections": [], "caption": "A dog.", "human_annotated": bool(n % 2)}  # noqa: E501
+        for n in range(6)
+    ]  # fmt: skip
+    saved = []
+    for options in (
+        {},
+        {"compression": "none", "use_dictionary": False},
+        {"compression": "gzip", "row_group_size": 2},
+    ):
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), file, **options)
+        saved.append(file.getvalue())
+    return saved
+
+
+def tar_seeds() -> list[bytes]:
+    jpeg = picture_seeds()[0]
+    members = {
+        "jpg": jpeg,
+        "txt": b"A dog.",
+        "json": b'{"status": "success", "url": "x", "caption": "A dog."}',
+    }
+    saved = []
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+            for key in ("000000000", "k" * 120 if format != tarfile.USTAR_FORMAT else "1"):
+                for extension, content in members.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+            link = tarfile.TarInfo("1.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "../secret.jpg"
+            tar.addfile(link)
+        saved.append(file.getvalue().rstrip(b"\0") + bytes(1024 + 512))
+    return saved
+
+
+def mend_tar(content: bytes) -> bytes:
+    """The right checksum in every block that looks like a header."""
+    blocks = [bytearray(content[at : at + 512]) for at in range(0, len(content), 512)]
+    for block in blocks:
+        if len(block) == 512 and block[257:262] == b"ustar":
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+    return b"".join(blocks)
+
+
+TAR_WORDS = [
+    b"../secret.jpg",
+    b"00000000000",
+    b"77777777777",
+    b"\x80" + bytes(10) + b"\x7f",
+    b"\xff" * 12,
+    b"ustar",
+    b"30 path=../../secret.jpg\n",
+]
+
+READERS = {
+    "picture": Reader(read_picture, picture_seeds, mend=mend_png),
+    "caption-folder": Reader(read_caption_folder, caption_folder_seeds),
+    "manifest": Reader(read_manifest, manifest_seeds),
+    "jsonl": Reader(read_local("jsonl"), local_jsonl_seeds),
+    "csv": Reader(read_local("csv"), lambda: [table(",", header=True), table(";", header=True)]),
+    "tsv": Reader(read_local("tsv"), lambda: [table("\t", header=True), table("\t", header=False)]),
+    "token-file": Reader(read_token_file, token_seeds),
+    "tags": Reader(read_tags, tag_seeds, TAG_WORDS),
+    "recipe": Reader(read_recipe, recipe_seeds, YAML_WORDS),
+    "override": Reader(read_override, override_seeds, YAML_WORDS),
+    "checkpoint": Reader(read_checkpoint, checkpoint_seeds, mend=mend_zip),
+    "exported": Reader(read_exported, exported_seeds),
+    "parquet": Reader(read_parquet, parquet_seeds),
+    "tar": Reader(read_tar, tar_seeds, TAR_WORDS, mend=mend_tar),
+}  # fmt: skip
+
+
+# The process.
+
+
+class Watch:
+    """Notes every file that is opened, changed or removed outside ``folder`` while it is on."""
+
+    ALLOWED = tuple(
+        {sys.prefix, sys.base_prefix, str(REPOSITORY), "/proc/self", "/usr/lib", "/usr/share", "/dev/null"}
+    )
+    """Of the interpreter: modules that are imported late."""
+    EVENTS = frozenset({"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.listdir",
+                        "os.scandir", "os.truncate", "os.chmod", "shutil.rmtree"})  # fmt: skip
+    FORBIDDEN = frozenset(
+        {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "os.fork"}
+    )
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.is_on = False
+        self.seen: list[str] = []
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.is_on:
+            return
+        if event in self.FORBIDDEN:
+            self.seen.append(f"{event} {arguments}")
+        elif event in self.EVENTS and arguments and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            if not Path(path).is_relative_to(self.folder) and not path.startswith(self.ALLOWED):
+                self.seen.append(f"{event} {path}")
+
+
+def outcome(reader: Reader, content: bytes, folder: Path, watch: Watch) -> tuple[str, str]:
+    """("taken" or "refused", "") or ("found", what a reader did that it must not)."""
+    watch.seen.clear()
+    started = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+    watch.is_on = True
+    kind, problem = "taken", ""
+    try:
+        reader.read(content, folder)
+    except VLMBridgeError as error:
+        kind = "refused"
+        if isinstance(error.__cause__, MemoryError) or "memory" in repr(error.__cause__):
+            problem = "memory"
+        elif "\n" in str(error) or len(str(error)) > 5000:
+            problem = f"a message of {len(str(error))} characters or several lines"
+    except MemoryError:
+        problem = "memory"
+    except Hang:
+        problem = "hang"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        watch.is_on = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    if not problem and time.process_time() - started > MAX_SECONDS:
+        problem = "hang"
+    if watch.seen:
+        problem = f"outside its folder: {watch.seen[0]}"
+    return ("found", problem) if problem else (kind, "")
+
+
+def prepared(folder: Path) -> Path:
+    """The folder that a reader works in: pictures, a link that leads out, and beside it what must not be read."""
+    inner = folder / "inner"
+    (inner / "images").mkdir(parents=True, exist_ok=True)
+    seeds = picture_seeds()
+    (folder / "secret.jpg").write_bytes(seeds[0])
+    (inner / "images" / "a.jpg").write_bytes(seeds[0])
+    (inner / "images" / "b.png").write_bytes(seeds[4])
+    with contextlib.suppress(FileExistsError):
+        (inner / "images" / "link.jpg").symlink_to(folder / "secret.jpg")
+    return inner
+
+
+def refuse_more_memory() -> None:
+    """From here on, `MAX_BYTES` may be mapped beside what is."""
+    now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_AS, (now + MAX_BYTES, now + MAX_BYTES))
+
+
+def main(name: str, count: int, seed: int, folder: Path, corpus: Path | None = None) -> dict[str, Any]:
+    """Give a reader the corpus and ``count`` mutations, and report."""
+    reader, inner, watch = READERS[name], prepared(folder), Watch(folder / "inner")
+    seeds = reader.seeds()
+
+    def alarm(*_: object) -> None:
+        raise Hang
+
+    signal.signal(signal.SIGPROF, alarm)
+    with contextlib.suppress(VLMBridgeError):
+        reader.read(seeds[0], inner)  # imports whatever it needs
+    refuse_more_memory()
+    report: dict[str, Any] = {
+        "reader": name,
+        "inputs": 0,
+        "taken": 0,
+        "refused": 0,
+        "found": [],
+        "slowest": 0.0,
+    }
+    kept = sorted(corpus.iterdir()) if corpus is not None and corpus.is_dir() else []
+    current, rng = folder / "current", random.Random(f"{name} {seed}")
+    for number in range(-len(kept), count):
+        if number < 0:
+            content = kept[number].read_bytes()
+        else:
+            content = mutated(rng, seeds, reader.words)
+            if reader.mend is not None and rng.random() < 0.5:
+                content = reader.mend(content)
+        current.write_bytes(content)  # what is left of it when the process dies
+        started = time.process_time()
+        kind, problem = outcome(reader, content, inner, watch)
+        report["slowest"] = round(max(report["slowest"], time.process_time() - started), 2)
+        report["inputs"] += 1
+        if kind != "found":
+            report[kind] += 1
+            continue
+        (folder / "found").mkdir(exist_ok=True)
+        path = folder / "found" / f"{name}-{zlib.crc32(content):08x}"
+        path.write_bytes(content)
+        report["found"].append([str(path), problem])
+    report["nothing_beside"] = sorted(p.name for p in folder.iterdir()) == sorted(
+        {"current", "inner", "secret.jpg"} | ({"found"} if report["found"] else set())
+    )
+    report["max_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return report
+
+
+if __name__ == "__main__":
+    name, count, seed, folder, *corpus = sys.argv[1:]
+    print(json.dumps(main(name, int(count), int(seed), Path(folder), *map(Path, corpus))))

@@ -1,0 +1,70 @@
+"""Every recipe that ships trains what it names and nothing else, to the bit; shrunk to tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm_bridge.configuration import load_recipe
+from vlm_bridge.training_strategy.trainer import Trainer
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "config").glob("*.yaml"))
+TINY_ENCODERS = {
+    "facebook/dinov2-large": ("tiny_dinov2_dir", 56),
+    "OpenGVLab/pvt_v2_b0": ("tiny_pvt_v2_dir", 64),
+    "OpenGVLab/pvt_v2_b1": ("tiny_pvt_v2_dir", 64),
+    "efficientnet-lite0": (None, 64),  # the real one: 4.6 M weights, and batch norms that must not learn
+}
+TINY_LANGUAGE_MODELS = {
+    "google/gemma-2-2b": "tiny_gemma2_dir",
+    "Salesforce/blip-image-captioning-base": "tiny_blip_dir",
+    "smollm2-135m-instruct": "tiny_llama_dir",
+    "models/bert-6x256": "tiny_bert_dir",
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_a_recipe_freezes_stays_as_it_is(
+    path: Path, request: pytest.FixtureRequest, drawn_caption_folder: Path, tmp_path: Path
+) -> None:
+    published = load_recipe(path)
+    encoder, image_size = TINY_ENCODERS[published.vision_encoder.name]
+    language_model = TINY_LANGUAGE_MODELS[published.language_model.name]
+    changes = [
+        f"vision_encoder.image_size={image_size}",
+        f"language_model.name={request.getfixturevalue(language_model)}",
+        f"data_dir={drawn_caption_folder}",
+        f"feature_cache={tmp_path / 'features'}",
+        f"checkpoint_dir={tmp_path / 'checkpoints'}",
+        f"log_dir={tmp_path / 'logs'}",
+        "captions_per_image=2", "batch_size=8", "gradient_accumulation_steps=1", "max_steps=2", "num_epochs=1",
+        "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss", "decode_every_n_steps=null",
+        "decode.num_beams=1", "decode.max_new_tokens=4", "max_validation_images=4", "num_validation_samples=1",
+    ]  # fmt: skip
+    if encoder is not None:
+        changes.append(f"vision_encoder.name={request.getfixturevalue(encoder)}")
+    if getattr(published.bridge.options, "enter_at_layer", None):
+        changes += [
+            "bridge.enter_at_layer=1",
+            "bridge.num_heads=4",
+        ]  # of the two layers that tiny models have
+    recipe = load_recipe(path, changes)
+    assert recipe.trainable == published.trainable
+
+    trainer = Trainer(recipe, lambda line: None)
+    model = trainer.model
+    everything = dict([*model.named_parameters(), *model.named_buffers()])
+    before = {name: tensor.detach().clone() for name, tensor in everything.items()}
+    assert trainer.run().steps == 2
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    changed = {name for name, tensor in everything.items() if not torch.equal(tensor, before[name])}
+    measured = {name for name in everything if name.startswith("feature_scale.")}
+    assert changed <= trained | measured
+    assert any(name.startswith("bridge.") for name in changed)
+    assert any(name.startswith("language_model.") for name in trained) == (len(recipe.trainable) > 1)
+    # What was watched while training is all the rest.
+    assert set(trainer.frozen_parts.names) == everything.keys() - model.trained_state_dict().keys()
+    assert any(name.startswith("vision_encoder.") for name in trainer.frozen_parts.names)

@@ -1,0 +1,25 @@
+"""SIGKILL at random moments: a training that is resumed ends as if nothing had been (100 kills: `--kills 100`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each life of a training is a fork")
+def test_killed_trainings_end_as_if_nothing_had_been(repository: Path, tmp_path: Path) -> None:
+    script = repository / "tests" / "kill_and_resume.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--kills", str(KILLS), "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{KILLS} kills in " in result.stdout
+    assert "none left a trace" in result.stdout

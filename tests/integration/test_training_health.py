@@ -1,0 +1,270 @@
+"""Trainings that meet what is no number, and those that run out of memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from captioners import tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.errors import ConfigurationError, TrainingError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import trainer as training
+from vlm_bridge.training_strategy.monitor import BLIND_VALIDATIONS, Monitor
+from vlm_bridge.training_strategy.out_of_memory import explanation, is_out_of_memory
+from vlm_bridge.training_strategy.trainer import Trainer
+from vlm_bridge.training_strategy.validation import BLIND_BELOW, Validation
+
+MakeRecipe = Callable[..., Recipe]
+SCST = ("objective=scst", "scst_samples=2")
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> MakeRecipe:
+    """Recipes of six steps of four images: ``make_recipe("name", "KEY=VALUE", bridge="prefix")``."""
+
+    def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
+        recipe = tiny_recipe(
+            tiny_vit_dir,
+            tiny_llama_dir,
+            bridge,
+            data_dir=str(drawn_caption_folder),
+            checkpoint_dir=str(tmp_path / name / "checkpoints"),
+            log_dir=str(tmp_path / name / "logs"),
+            feature_cache=str(tmp_path / "features"),
+            num_epochs=1,
+            learning_rate=1e-2,
+            scheduler_type="constant",
+            batch_size=8,
+            captions_per_image=2,
+            log_every_n_steps=1,
+            num_validation_samples=0,
+            decode={"num_beams": 1, "max_new_tokens": 5},
+        )
+        return override_recipe(recipe, overrides)
+
+    return make
+
+
+class Poisoned:
+    """Features, those of some images full of NaN: what a damaged cache gives."""
+
+    def __init__(self, features: Any, images: set[int]):
+        self.features = features
+        self.images = images
+
+    def in_epoch(self, epoch: int) -> Poisoned:
+        return Poisoned(self.features.in_epoch(epoch), self.images)
+
+    def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
+        values = torch.as_tensor(self.features[indices]).clone()
+        values[torch.tensor([index in self.images for index in indices.tolist()])] = torch.nan
+        return values
+
+
+class Run:
+    """A trainer in this process; ``weights`` are those after each step."""
+
+    def __init__(self, recipe: Recipe, poison: set[int] | None = None):
+        self.lines: list[str] = []
+        self.recipe = recipe
+        self.trainer = Trainer(recipe, self.lines.append)
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.trainer.train_features = Poisoned(self.trainer.train_features, poison or set())  # type: ignore[assignment]
+        # The statistics of features are measured before: a poisoned image would void them all.
+        self.trainer._sample_features = lambda: torch.zeros(2, *self.shape)  # type: ignore[method-assign]
+        after_step = self.trainer._after_step
+
+        def remember() -> None:
+            self.weights.append(self._state())
+            after_step()
+
+        self.trainer._after_step = remember  # type: ignore[method-assign]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        encoder: Any = self.trainer.model.vision_encoder
+        return encoder.num_tokens, encoder.embed_dim
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All that a skipped step must leave alone."""
+        state = {name: p.detach().clone() for name, p in self.trainer.model.named_parameters()}
+        if self.trainer.average is not None:
+            state |= {f"average {k}": v.clone() for k, v in self.trainer.average.weights.items()}
+        for number, of_parameter in self.trainer.optimizer.state_dict()["state"].items():
+            state |= {f"{number} {name}": value.clone() for name, value in of_parameter.items()}
+        return state
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        history = Path(self.recipe.log_dir) / "history.jsonl"
+        events = map(json.loads, history.read_text(encoding="utf-8").splitlines())
+        return [event for event in events if event["event"] == kind]
+
+    def images_of_step(self, step: int) -> list[int]:
+        batches = self.trainer.plan.batches(0)
+        each = self.recipe.gradient_accumulation_steps
+        return [row.image for index in range(step * each, (step + 1) * each) for row in batches[index]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("batch_size=2", "gradient_accumulation_steps=4"),
+        ("weight_averaging=0.9", "loss_kernel=own"),
+        (*SCST,),
+        (*SCST, "scst_baseline=greedy", "batch_size=4", "gradient_accumulation_steps=2"),
+    ],
+    ids=["plain", "accumulation", "averaged", "scst", "scst, greedy and accumulation"],
+)
+def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
+    make_recipe: MakeRecipe, settings: tuple[str, ...]
+) -> None:
+    recipe = make_recipe("run", *settings)
+    image = Run(recipe).images_of_step(2)[-1]
+    run = Run(recipe, {image})
+    result = run.trainer.run()
+    assert result.steps == 6
+
+    same = [
+        all(torch.equal(value, after[name]) for name, value in before.items())
+        for before, after in zip(run.weights, run.weights[1:], strict=False)
+    ]
+    assert same == [False, True, False, False, False]  # the third step
+    assert all(value.isfinite().all() for value in run.weights[-1].values())
+    (skipped,) = run.events("skipped")
+    assert skipped["step"] == 3
+    assert "nan" in skipped["cause"]
+    paths = run.trainer.train_paths
+    assert skipped["images"] == [paths[index].name for index in run.images_of_step(2)]
+    assert any(paths[image].name in line and "step 3 skipped" in line for line in run.lines)
+    assert [event["step"] for event in run.events("train")] == [1, 2, 4, 5, 6]
+    assert all(np.isfinite(value) for event in run.events("train") for value in list(event.values())[1:])
+    content = checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / checkpoints.LATEST)
+    assert content["training"]["progress"]["skipped_steps"] == 1
+
+
+def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run", "max_skipped_steps=2", "num_epochs=2", "save_every_n_steps=2")
+    images = {image for step in (1, 3, 4, 5) for image in Run(recipe).images_of_step(step)}
+    run = Run(recipe, images)
+    with pytest.raises(TrainingError, match="stopped at step 5: 2 steps in a row") as stopped:
+        run.trainer.run()
+    folder = Path(recipe.checkpoint_dir)
+    kept = folder / checkpoints.STEP.format(5)
+    assert str(kept) in str(stopped.value) and "\n" not in str(stopped.value)
+    weights = checkpoints.load_checkpoint(kept)["weights"]
+    for name, value in run.weights[2].items():  # of step 3, the last good one
+        if name in weights:
+            assert torch.equal(weights[name], value)
+    older = checkpoints.load_checkpoint(folder / checkpoints.STEP.format(2))
+    assert all(tensor.isfinite().all() for tensor in older["weights"].values())
+
+
+def out_of_memory_above(rows: int) -> Callable[..., Any]:
+    """The loss of a batch, or what a GPU says when a batch has more rows than it has memory for."""
+    batch_loss = training.batch_loss
+
+    def loss(model: Any, batch: Any, *arguments: Any) -> Any:
+        if len(batch.packed.image_indices) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+        return batch_loss(model, batch, *arguments)
+
+    return loss
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_halved_when_asked_and_steps_stay_the_same(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    settings = (f"num_workers={workers}", "batch_size=16", "log_every_n_steps=1", "num_epochs=2")
+    whole = Run(make_recipe("whole", *settings))
+    whole.trainer.run()
+    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
+    halved = Run(make_recipe("halved", *settings, "halve_batch_on_oom=true"))
+    halved.trainer.run()
+    assert [line for line in halved.lines if "out of memory in step 1" in line][-1].endswith(
+        "computed in 4 parts (halve_batch_on_oom)"
+    )
+    for one, other in zip(whole.events("train"), halved.events("train"), strict=True):
+        assert one["step"] == other["step"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_sampled_captions_are_halved_too(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
+    run = Run(make_recipe("run", *SCST, "halve_batch_on_oom=true"))
+    assert run.trainer.run().steps == 6
+
+
+@pytest.mark.parametrize("asked", ["false", "true"])
+def test_running_out_of_memory_is_one_line_that_says_what_to_try(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=0))
+    with pytest.raises(TrainingError) as error:
+        training.train(make_recipe("run", f"halve_batch_on_oom={asked}"), say=lambda line: None)
+    said = str(error.value)
+    assert "\n" not in said
+    for mention in (
+        "out of memory on cpu, asking for 2.00 GiB", "in use", "batch_size=8", "weights", "activations",
+        "gradients and optimiser", "batch_size=4 gradient_accumulation_steps=2 (now 8 and 1)",
+        "gradient_checkpointing=true (now false)", "use_amp=true (now false)",
+    ):  # fmt: skip
+        assert mention in said
+
+
+def test_only_memory_that_runs_out_is_called_so(make_recipe: MakeRecipe) -> None:
+    of_the_cpu = RuntimeError(
+        "[...] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+    )
+    assert is_out_of_memory(of_the_cpu)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    small = make_recipe("run", "batch_size=2", "gradient_checkpointing=true", "use_amp=true")
+    said = explanation(of_the_cpu, small, torch.device("cpu"))
+    assert "asking for 99 bytes" in said
+    assert said.endswith(
+        "try language_model.dtype=bfloat16 (now float32) or max_caption_tokens=64 (now 128) or captions_per_image=1 "
+        "(now 2)"
+    )
+
+
+def test_a_frozen_part_that_changes_is_named(make_recipe: MakeRecipe) -> None:
+    run = Run(make_recipe("run"))
+    language_model: Any = run.trainer.model.language_model
+    run.trainer._show_samples = lambda: language_model.causal_lm.model.norm.weight.data.mul_(1.01)  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"language_model\.causal_lm\.model\.norm\.weight changed"):
+        run.trainer.run()
+
+
+def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path) -> None:
+    lines: list[str] = []
+    monitor = Monitor(tmp_path, lines.append)
+    blind, seeing = Validation(2.0, BLIND_BELOW / 2, 100), Validation(2.0, 2 * BLIND_BELOW, 100)
+
+    def alarms(*results: Validation, is_last: bool = False) -> int:
+        lines.clear()
+        for number, result in enumerate(results):
+            monitor.validation(number, number, result, is_last=is_last and result is results[-1])
+        return sum("ignoring the image" in line for line in lines)
+
+    assert alarms(*[blind] * (BLIND_VALIDATIONS - 1), seeing, *[blind] * (BLIND_VALIDATIONS - 1)) == 0
+    assert alarms(blind, blind, blind) == 1
+    assert alarms(seeing, blind, is_last=True) == 1
+    monitor.close()
+
+
+def test_halving_is_for_one_process(make_recipe: MakeRecipe) -> None:
+    from vlm_bridge.training_strategy.distributed import World
+
+    with pytest.raises(ConfigurationError, match="one process"):
+        Trainer(make_recipe("run", "halve_batch_on_oom=true"), print, World(torch.device("cpu"), size=2))

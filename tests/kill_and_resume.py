@@ -1,0 +1,203 @@
+"""Kill trainings at random moments, also in the middle of writing a checkpoint, and resume them until they are done.
+
+    python tests/kill_and_resume.py --kills 100
+
+Every training that was killed and resumed must end as one that never was: weights, average, optimiser, randomness and
+all else that its checkpoints hold are compared to the bit. Prints a line per kill and exits with 1 at a difference.
+
+This process imports everything and computes nothing; each life of a training is a fork of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import torch
+from pycocoevalcap.bleu import bleu  # noqa: F401  not in every life
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+from captioners import tiny_recipe
+from drawn_captions import write_drawn_caption_folder
+from faulty_disk import FaultyDisk
+from tiny_models import save_tiny_llama, save_tiny_vit
+from vlm_bridge.cli.quiet import quiet_transformers
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.trainer import AUTO, train
+
+BIRTH = "--- a new life"
+NUM_WRITES = "num_writes.txt"
+COMPARED = (checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS)
+
+
+def make_recipe(root: Path, name: str) -> Recipe:
+    """Dropout, averaged weights, decoding inside epochs, early stopping, checkpoints by steps, minutes and epochs."""
+    recipe = tiny_recipe(
+        root / "vit",
+        root / "llama",
+        data_dir=str(root / "captions"),
+        checkpoint_dir=str(root / name / "checkpoints"),
+        log_dir=str(root / name / "logs"),
+        feature_cache=str(root / name / "features"),
+        learning_rate=1e-2,
+        warmup_steps=3,
+        num_epochs=2,
+        batch_size=4,
+        captions_per_image=2,
+        num_workers=2,
+        weight_averaging=0.9,
+        monitor="cider",
+        decode_every_n_steps=5,
+        num_decoded_images=3,
+        num_validation_samples=1,
+        early_stopping_patience=9,
+        save_every_n_steps=3,
+        keep_step_checkpoints=2,
+        save_every_n_minutes=0.005,
+        log_every_n_steps=7,
+        decode={"num_beams": 1, "max_new_tokens": 4},
+    )
+    return override_recipe(recipe, ["bridge.dropout=0.1"])
+
+
+def prepare(root: Path) -> None:
+    """Tiny models and pictures for all trainings."""
+    save_tiny_vit(root / "vit")
+    save_tiny_llama(root / "llama")
+    write_drawn_caption_folder(root / "captions")
+
+
+def live(recipe: Recipe, dies_at_write: int | None = None) -> None:
+    """One life of a training; ``dies_at_write`` counts what is written below its folder of checkpoints."""
+    folder = Path(recipe.checkpoint_dir)
+    log = (folder.parent / "said.txt").open("a", encoding="utf-8")
+
+    def say(line: str) -> None:
+        print(line, file=log, flush=True)
+
+    say(BIRTH)
+    with FaultyDisk(folder, dies_at_write, "kill").plugged_in() as disk:
+        train(recipe, resume=AUTO, say=say)
+    (folder.parent / NUM_WRITES).write_text(str(len(disk.operations)), encoding="utf-8")
+
+
+def compare(root: Path, name: str) -> None:
+    """Raise AssertionError where a finished training is not the one that was never killed."""
+    for file in COMPARED:
+        one, other = (
+            checkpoints.load_checkpoint(root / run / "checkpoints" / file) for run in ("whole", name)
+        )
+        for content in (one, other):
+            if "training" in content:
+                content["training"]["running"]["monitor"]["seconds"] = 0.0
+        assert_same(one["weights"], other["weights"], f"{file}: weights")
+        assert_same(one.get("training"), other.get("training"), f"{file}: training")
+
+
+def assert_same(one: Any, other: Any, where: str) -> None:
+    """Bit-equality of nested containers of tensors and plain values."""
+    assert type(one) is type(other), f"{where}: {type(one)} and {type(other)}"
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}[{index}]")
+    else:
+        assert one == other, f"{where}: {one} and {other}"
+
+
+def start(work: Callable[..., None], *arguments: Any) -> int:
+    """Do something in a fork of this process; its id."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    try:
+        work(*arguments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def end_of(child: int) -> bool:
+    """Wait for a fork: True where it was killed. Anything but a good end or a kill ends this program."""
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return True
+    if status != 0:
+        sys.exit(f"a training failed (status {status})")
+    return False
+
+
+def where_it_died(recipe: Recipe) -> str:
+    """By what a training said in its last life."""
+    said = (Path(recipe.checkpoint_dir).parent / "said.txt").read_text(encoding="utf-8")
+    return "a step or a validation" if "training " in said.rpartition(BIRTH)[2] else "set-up"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (clocks differ all the same)")
+    parser.add_argument("--folder", type=Path, help="where to work, empty; default: a temporary one")
+    options = parser.parse_args()
+    root = options.folder or Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
+    moments = random.Random(options.seed)
+
+    quiet_transformers()
+    end_of(start(prepare, root))
+    (root / "whole").mkdir()
+    started = time.perf_counter()
+    end_of(start(live, make_recipe(root, "whole")))
+    seconds = time.perf_counter() - started
+    num_writes = int((root / "whole" / NUM_WRITES).read_text(encoding="utf-8"))
+    print(f"a training takes {seconds:.1f} s and {num_writes} writes, syncs and renames")
+
+    kills, number, places = 0, 0, Counter[str]()
+    while kills < options.kills:
+        number += 1
+        recipe = make_recipe(root, name := f"killed-{number}")
+        (root / name).mkdir()
+        is_done = False
+        while not is_done:
+            in_write = kills < options.kills and moments.random() < 0.5
+            child = start(live, recipe, moments.randrange(num_writes) if in_write else None)
+            if kills < options.kills and not in_write:
+                time.sleep(moments.uniform(0, seconds))
+                os.kill(child, signal.SIGKILL)
+            is_done = not end_of(child)
+            if not is_done:
+                kills += 1
+                place = "a write" if in_write else where_it_died(recipe)
+                places[place] += 1
+                print(f"kill {kills}: {name}, in {place}")
+        end_of(start(compare, root, name))
+        print(f"{name} is the training that was never killed, to the bit")
+    where = ", ".join(f"{count} in {place}" for place, count in places.items())
+    print(f"{kills} kills in {number} trainings ({where}): none left a trace")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What cannot be read is set aside, counted and named; where it is too much, training does not start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vlm_bridge.data_pipeline.bad_samples import BadSamples
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.images import check_image
+from vlm_bridge.data_pipeline.picture_check import check_pictures, usable_images
+from vlm_bridge.errors import DataError, ImageError
+
+
+@pytest.fixture
+def folder(drawn_caption_folder: Path, tmp_path: Path) -> CaptionFolder:
+    """A copy that a test may damage: 24 training pictures with two captions each."""
+    return CaptionFolder.open(shutil.copytree(drawn_caption_folder, tmp_path / "data"))
+
+
+def cut(folder: CaptionFolder, number: int) -> Path:
+    path = folder.split("train")[number].path
+    path.write_bytes(path.read_bytes()[:400])
+    return path
+
+
+def test_bad_pictures_are_set_aside_named_and_never_replaced(folder: CaptionFolder, tmp_path: Path) -> None:
+    whole = folder.split("train")
+    expected = [image for n, image in enumerate(whole) if n not in (3, 7)]
+    broken = [cut(folder, 3), cut(folder, 7)]
+    said: list[str] = []
+    listing = tmp_path / "logs" / "set_aside.jsonl"
+    images = usable_images(folder, "train", max_bad_share=0.1, listing=listing, say=said.append)
+    assert list(images) == expected
+    assert list(images.paths) == [image.path for image in expected]
+    assert len(said) == 1 and said[0].startswith("set aside 2 of 24 train pictures")
+    assert [json.loads(line)["where"] for line in listing.read_text().splitlines()] == list(map(str, broken))
+
+
+def test_above_the_share_training_stops_with_the_list(folder: CaptionFolder, tmp_path: Path) -> None:
+    for number in range(12):
+        cut(folder, number)
+    listing = tmp_path / "set_aside.jsonl"
+    with pytest.raises(DataError, match=r"12 of 24 train pictures .* max_bad_samples=0.01") as caught:
+        usable_images(folder, "train", max_bad_share=0.01, listing=listing)
+    message = str(caught.value)
+    assert message.count("train-") == 10 and "and 2 more" in message and str(listing) in message
+    assert "\n" not in message and len(listing.read_text().splitlines()) == 12
+
+
+def test_a_folder_without_faults_leaves_no_list(folder: CaptionFolder, tmp_path: Path) -> None:
+    listing = tmp_path / "set_aside.jsonl"
+    listing.write_text("of an earlier run")
+    assert len(usable_images(folder, "train", max_bad_share=0, listing=listing)) == 24
+    assert not listing.exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"caption": "word " * 100_000}, "500,000 characters"),
+        ({"caption": " \t "}, "empty caption"),
+        ({"caption": "\ud800"}, "needs the texts"),
+        ({"image_path": "../../secret.jpg"}, "stay inside"),
+        ({"image_path": "images/" + "x" * 300}, "too long"),
+        ({"image_path": "images/lost.jpg"}, "missing"),
+        ({"image_path": "images/link.jpg"}, "leads out"),
+    ],
+)
+def test_bad_captions_are_set_aside_and_the_others_stay(
+    folder: CaptionFolder, tmp_path: Path, record: dict[str, str], reason: str
+) -> None:
+    expected = list(folder.split("train"))
+    shutil.copy(expected[0].path, tmp_path / "outside.jpg")
+    (folder.root / "train" / "images" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    whole = {"image_path": "images/train-00.jpg", "caption": "A.", "original_id": "x"}
+    with (folder.root / "train" / "captions.jsonl").open("a") as file:
+        file.write(json.dumps({**whole, **record}) + "\n")
+    bad = BadSamples("train captions")
+    assert list(folder.split("train", bad)) == expected
+    assert (len(bad), bad.total) == (1, 49)
+    assert "captions.jsonl:49" in bad.samples[0].where and reason in bad.samples[0].reason
+    with pytest.raises(DataError, match=reason):
+        folder.split("train")
+
+
+@pytest.mark.parametrize("caption", ["مرحبا بالعالم", "👩‍🚀 waves", "<b>bold</b> &amp; more", "a\0b"])
+def test_text_of_any_script_is_read_as_it_is(folder: CaptionFolder, caption: str) -> None:
+    record = {"image_path": "images/train-00.jpg", "caption": caption, "original_id": "x"}
+    (folder.root / "train" / "captions.jsonl").write_text(json.dumps(record) + "\n")
+    assert folder.split("train")[0].captions == (caption,)
+
+
+def test_the_outcome_is_remembered_until_a_picture_is_touched(folder: CaptionFolder, tmp_path: Path) -> None:
+    path = cut(folder, 5)
+    paths = folder.split("train").paths
+    assert list(check_pictures(paths, tmp_path / "kept")) == [5]
+    (remembered,) = (tmp_path / "kept").iterdir()
+    remembered.write_text('[[6, "from memory"]]')
+    assert check_pictures(paths, tmp_path / "kept") == {6: "from memory"}
+    shutil.copy(paths[0], path)
+    assert check_pictures(paths, tmp_path / "kept") == {}
+
+
+def test_slices_are_views(folder: CaptionFolder) -> None:
+    images = folder.split("train")
+    assert list(images[5:9]) == list(images)[5:9]
+    assert list(images[::-1].paths) == list(images.paths)[::-1]
+    assert images[-1] == list(images)[-1]
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="pipe"):
+        check_image(tmp_path / "pipe.jpg")

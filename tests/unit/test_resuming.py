@@ -1,0 +1,333 @@
+"""Signals at any moment, `auto`, and what may change between the parts of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from captioners import tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import interruption, trainer
+from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
+from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
+from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
+from vlm_bridge.training_strategy.trainer import AUTO, Interrupted, find_run, resumed_recipe, train
+
+MakeRecipe = Callable[..., Recipe]
+EVENTS_OF_STEPS = ("decode_every_n_steps=2", "num_decoded_images=3", "monitor=cider")
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> MakeRecipe:
+    """Two epochs of three steps, with dropout and averaged weights: ``make_recipe("name", "KEY=VALUE")``."""
+
+    def make(name: str, *overrides: str) -> Recipe:
+        recipe = tiny_recipe(
+            tiny_vit_dir,
+            tiny_llama_dir,
+            data_dir=str(drawn_caption_folder),
+            checkpoint_dir=str(tmp_path / name / "checkpoints"),
+            log_dir=str(tmp_path / name / "logs"),
+            feature_cache=str(tmp_path / "features"),
+            learning_rate=1e-2,
+            num_epochs=2,
+            batch_size=16,
+            captions_per_image=2,
+            weight_averaging=0.9,
+            log_every_n_steps=1,
+            num_validation_samples=1,
+            decode={"num_beams": 1, "max_new_tokens": 4},
+        )
+        return override_recipe(recipe, ["bridge.dropout=0.1", *overrides])
+
+    return make
+
+
+def state(recipe: Recipe, name: str = checkpoints.LATEST) -> dict[str, Any]:
+    return checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / name)
+
+
+def assert_same_end(one: Recipe, other: Recipe) -> None:
+    """Two runs ended with the same weights, randomness and position."""
+    for name in (checkpoints.LATEST, checkpoints.BEST):
+        first, second = state(one, name), state(other, name)
+        for key, tensor in first["weights"].items():
+            assert torch.equal(tensor, second["weights"][key]), (name, key)
+        for key in ("progress", "early_stopping", "python_random_state"):
+            assert first["training"][key] == second["training"][key]
+        assert torch.equal(first["training"]["random_state"], second["training"]["random_state"])
+
+
+def decoded_steps(recipe: Recipe) -> set[int]:
+    lines = (Path(recipe.log_dir) / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return {event["step"] for event in map(json.loads, lines) if event["event"] == "decoded"}
+
+
+def send(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_step_is_saved_behind_it(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    recipe = make_recipe("run")
+    with monkeypatch.context() as patch:
+        step = trainer.Trainer._optimizer_step
+
+        def interrupted(self: trainer.Trainer, *arguments: Any) -> Any:
+            if self.progress.step == 1:
+                send(number)
+            return step(self, *arguments)
+
+        patch.setattr(trainer.Trainer, "_optimizer_step", interrupted)
+        with pytest.raises(Interrupted) as caught:
+            train(recipe, say=lambda line: None)
+    assert caught.value.exit_code == 128 + number
+    assert state(recipe)["training"]["progress"]["step"] == 2
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("moment", ["validate", "decode_and_score", "samples", "last look"])
+def test_a_signal_ends_what_takes_long_and_the_resumed_run_does_it_again(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """In the middle of validation, of captions decoded by steps, of samples, and of the last captions."""
+    whole, recipe = (make_recipe(name, *EVENTS_OF_STEPS) for name in ("whole", "run"))
+    train(whole, say=lambda line: None)
+    seen: list[str] = []
+
+    def then(work: Callable[..., Any]) -> Callable[..., Any]:
+        def interrupted(*arguments: Any, **named: Any) -> Any:
+            is_last_look = moment == "last look" and len(arguments[2]) == 8
+            if not seen and (moment != "last look" or is_last_look):
+                seen.append(moment)
+                torch.rand(3)  # whatever was drawn is taken back
+                send()
+                pytest.fail("it went on")
+            return work(*arguments, **named)
+
+        return interrupted
+
+    with monkeypatch.context() as patch:
+        if moment == "samples":
+            caption = trainer.Trainer._show_samples
+
+            def show(self: trainer.Trainer) -> None:
+                generate = self.model.generate_captions
+                self.model.generate_captions = then(generate)  # type: ignore[method-assign]
+                caption(self)
+
+            patch.setattr(trainer.Trainer, "_show_samples", show)
+        else:
+            name = "decode_and_score" if moment == "last look" else moment
+            patch.setattr(trainer, name, then(getattr(trainer, name)))
+        with pytest.raises(Interrupted) as caught:
+            train(recipe, say=lambda line: None)
+    assert seen
+    assert caught.value.exit_code == 143
+    progress = state(recipe)["training"]["progress"]
+    assert progress["owes_decoding"] == (moment == "decode_and_score")
+    assert progress["step"] == {"decode_and_score": 2, "last look": 6}.get(moment, 3)
+
+    result = train(recipe, resume=AUTO, say=lambda line: None)
+    assert result.steps == 6
+    assert result.decoded is not None
+    assert_same_end(whole, recipe)
+    assert decoded_steps(whole) == decoded_steps(recipe)
+
+
+def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ended = [100.0], []
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(interruption.os, "_exit", ended.append)
+    watching = Interruption()
+    with watching.watched():
+        send(signal.SIGINT)
+        assert watching.received == signal.SIGINT
+        now[0] += 0.1
+        send(signal.SIGINT)  # what a launcher passes on
+        now[0] += 2
+        send(signal.SIGTERM)  # what a container adds
+        assert not ended
+        send(signal.SIGINT)
+    assert ended == [130]
+    assert watching.received == signal.SIGINT
+
+
+def test_what_may_break_off_does_not_begin_after_a_signal() -> None:
+    watching = Interruption()
+    with watching.watched():
+        send()
+        with pytest.raises(BrokenOff), watching.may_break_off():
+            pytest.fail("it began")
+
+
+# `auto`.
+
+
+def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: MakeRecipe) -> None:
+    whole, recipe = (
+        make_recipe(name, "save_every_n_steps=1", "keep_step_checkpoints=9") for name in ("whole", "run")
+    )
+    lines: list[str] = []
+    train(whole, resume=AUTO, say=lines.append)
+    assert f"no checkpoint to resume from in {whole.checkpoint_dir}: training starts anew" in lines
+    shutil.copytree(whole.checkpoint_dir, recipe.checkpoint_dir)
+    for name in (
+        checkpoints.LATEST,
+        checkpoints.BEST,
+        checkpoints.STEP.format(6),
+        checkpoints.STEP.format(5),
+    ):
+        path = Path(recipe.checkpoint_dir) / name
+        path.write_bytes(path.read_bytes()[:-1000])
+    lines.clear()
+    train(recipe, resume=AUTO, say=lines.append)
+    broken = [line for line in lines if line.startswith("passed over: ")]
+    assert len(broken) == 4
+    assert all("is damaged" in line for line in broken)
+    assert any(line.endswith(f"{checkpoints.STEP.format(4)} at step 4 of 6") for line in lines)
+    assert_same_end(whole, recipe)
+    # Once more: there is nothing to do, and nothing is done.
+    before = (Path(recipe.checkpoint_dir) / checkpoints.LATEST).read_bytes()
+    lines.clear()
+    assert train(recipe, resume=AUTO, say=lines.append).steps == 6
+    assert "nothing is left to train" in lines
+    assert (Path(recipe.checkpoint_dir) / checkpoints.LATEST).read_bytes() == before
+
+
+def test_a_run_that_stopped_early_stays_stopped(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run", "early_stopping_patience=1", "early_stopping_min_delta=99", "num_epochs=4")
+    assert train(recipe, say=lambda line: None).steps == 6
+    assert train(recipe, resume=AUTO, say=lambda line: None).steps == 6
+    patient = override_recipe(recipe, ["early_stopping_patience=9"])
+    assert train(patient, resume=AUTO, force=True, say=lambda line: None).steps == 12
+
+
+def test_a_folder_means_its_newest_checkpoint(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run", "save_every_n_steps=2")
+    train(recipe, say=lambda line: None)
+    folder = Path(recipe.checkpoint_dir)
+    for given in (folder, folder.parent):
+        assert find_run(given, print)[0] == folder / checkpoints.LATEST
+    assert resumed_recipe(folder).learning_rate == recipe.learning_rate
+    assert find_run(folder / checkpoints.STEP.format(4), print)[0].name == checkpoints.STEP.format(4)
+    for name in (checkpoints.LATEST, checkpoints.BEST):
+        (folder / name).unlink()
+    assert find_run(folder, print)[0] == folder / checkpoints.STEP.format(6)
+
+
+def test_the_latest_is_saved_every_so_many_minutes(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = checkpoints.save_checkpoint
+
+    def watched(path: Path, recipe: Recipe, weights: Any, training: Any = None, **named: Any) -> None:
+        save(path, recipe, weights, training, **named)
+        if path.name == checkpoints.LATEST:
+            saved.append(training["progress"]["step"])
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", watched)
+    train(make_recipe("often", "save_every_n_minutes=1e-9"), say=lambda line: None)
+    assert saved == [1, 2, 3, 3, 4, 5, 6, 6]
+    saved.clear()
+    train(make_recipe("seldom", "save_every_n_minutes=1000"), say=lambda line: None)
+    assert saved == [3, 6]
+    with pytest.raises(ConfigurationError, match="save_every_n_minutes must be above 0"):
+        make_recipe("never", "save_every_n_minutes=0")
+
+
+# What changed.
+
+
+def test_other_settings_are_said_field_by_field_and_need_force(
+    make_recipe: MakeRecipe, drawn_caption_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe("run", "num_epochs=1", "save_every_n_steps=2")
+    train(recipe, say=lambda line: None)
+    changed = shutil.copytree(drawn_caption_folder, tmp_path / "other", ignore=shutil.ignore_patterns(".*"))
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["fingerprint"] = "sha256:other"
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    other = override_recipe(
+        recipe,
+        ["learning_rate=0.5", "num_epochs=2", "bridge.dropout=0.3", f"data_dir={changed}", "num_workers=1"],
+    )
+    inside = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
+    with pytest.raises(CheckpointError) as caught:
+        train(other, resume=inside, say=lambda line: None)
+    message = str(caught.value)
+    for change in (
+        "learning_rate=0.5, was 0.01",
+        "num_epochs=2, was 1",
+        "bridge.dropout=0.3, was 0.1",
+        "data fingerprint=sha256:other, was sha256:",
+    ):
+        assert change in message
+    assert message.count(", was ") == 4
+    assert "--force" in message
+    assert "\n" not in message
+
+    lines: list[str] = []
+    assert train(other, resume=inside, force=True, say=lines.append).steps == 6
+    assert "changed by --force: learning_rate=0.5, was 0.01" in lines
+    assert any("some captions come twice" in line for line in lines)
+
+
+def test_what_decides_nothing_may_change(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run")
+    free = [
+        "num_workers=3", "device=cuda", "log_dir=elsewhere", "checkpoint_dir=elsewhere", "feature_cache=elsewhere",
+        "save_every_n_minutes=3", "save_every_n_steps=5", "log_every_n_steps=99", "data_dir=elsewhere",
+        f"vision_encoder.name=moved/{Path(recipe.vision_encoder.name).name}",
+    ]  # fmt: skip
+    assert recipe_changes(recipe, override_recipe(recipe, free)) == []
+    changed = override_recipe(recipe, ["seed=5", "trainable.language_model.*=1e-3", "decode.num_beams=2"])
+    keys = [change.partition("=")[0] for change in recipe_changes(recipe, changed)]
+    assert sorted(keys) == ["decode.num_beams", "seed", "trainable.language_model.*"]
+
+
+def test_datasets_are_compared_by_what_their_manifests_say() -> None:
+    manifest = {"source": "coco", "counts": {"train": {"images": 5}}, "fingerprint": "a", "rejected": [1]}
+    before = dataset_facts(manifest)
+    assert before == {"source": "coco", "counts.train.images": 5, "fingerprint": "a"}
+    now = dataset_facts({**manifest, "counts": {"train": {"images": 6}}, "fingerprint": "b"})
+    assert dataset_changes(before, now) == ["data counts.train.images=6, was 5", "data fingerprint=b, was a"]
+    assert dataset_changes({"fingerprint": "a"}, before) == []
+
+
+def test_all_randomness_is_kept_and_comes_back(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            torch.rand(1).item(),
+        ]
+
+    device = torch.device("cpu")
+    seed_all(2**40)
+    draw()
+    checkpoints.write_file(tmp_path / "states.pth", random_states(device))
+    expected = draw()
+    restore_random_states(checkpoints.read_file(tmp_path / "states.pth"), device)
+    assert draw() == expected
+    # Those of an earlier version have torch's alone.
+    restore_random_states({"random_state": torch.get_rng_state(), "cuda_random_state": []}, device)

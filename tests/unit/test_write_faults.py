@@ -1,0 +1,314 @@
+"""Any write of a checkpoint or a cache may fail: what was there is never lost, what is damaged is never loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from faulty_disk import DIES, FAULTS, FaultyDisk, PowerCut
+from vlm_bridge.configuration import Recipe
+from vlm_bridge.data_pipeline.feature_cache import CacheFiles, CacheUnavailable, open_or_build
+from vlm_bridge.data_pipeline.feature_format import FeatureFormat
+from vlm_bridge.durable_files import previous_of, write_bytes_durably
+from vlm_bridge.errors import CheckpointError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.text_states import StateFiles, TextStates
+
+RECIPE = Recipe()
+SIZE = 6_000
+"""Numbers in the weights: several times what Python buffers."""
+
+
+def faults(operations: list[str], but: tuple[str, ...] = ()) -> Iterator[tuple[int, str]]:
+    """Everything that can go wrong in these operations: (which, how)."""
+    for number, kind in enumerate(operations):
+        for fault in FAULTS[kind]:
+            if fault not in but:
+                yield number, fault
+
+
+def save(folder: Path, value: int) -> None:
+    """Save a checkpoint of step ``value``, with weights to match."""
+    checkpoints.save_checkpoint(
+        folder / checkpoints.LATEST,
+        RECIPE,
+        {"bridge.weight": torch.full((SIZE,), float(value))},
+        {"progress": {"step": value}},
+    )
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, which must be whole."""
+    content = checkpoints.load_checkpoint(path)
+    step = content["training"]["progress"]["step"]
+    assert torch.equal(content["weights"]["bridge.weight"], torch.full((SIZE,), float(step)))
+    return step
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a checkpoint of step 1."""
+    folder = tmp_path / "saved"
+    with FaultyDisk(tmp_path).plugged_in():
+        save(folder, 1)
+    return folder
+
+
+def operations_of(saved: Path, scratch: Path) -> list[str]:
+    folder = shutil.copytree(saved, scratch / "counted")
+    with FaultyDisk(folder).plugged_in() as disk:
+        save(folder, 2)
+    assert {path.name for path in folder.iterdir()} == {checkpoints.LATEST}
+    return disk.operations
+
+
+def test_saving_writes_syncs_and_renames_in_this_order(saved: Path, tmp_path: Path) -> None:
+    operations = operations_of(saved, tmp_path)
+    assert operations[0] == "open"
+    assert operations[1:-6] == ["write"] * len(operations[1:-6])
+    assert len(operations) > 9
+    # The file is on disk before it has its name, its name before the old file's second one goes.
+    assert operations[-6:] == ["fsync", "link", "rename", "fsync", "unlink", "unlink"]
+
+
+def test_a_checkpoint_survives_every_fault_of_every_write(saved: Path, tmp_path: Path) -> None:
+    tried = 0
+    for number, fault in faults(operations_of(saved, tmp_path)):
+        folder = shutil.copytree(saved, tmp_path / f"{number}-{fault}")
+        error: BaseException | None = None
+        with FaultyDisk(folder, number, fault).plugged_in():
+            try:
+                save(folder, 2)
+            except (CheckpointError, PowerCut) as caught:
+                error = caught
+        where = f"operation {number}, {fault}"
+        lines: list[str] = []
+        found = checkpoints.newest_sound(folder, lines.append)
+        assert found is not None, where
+        if isinstance(error, PowerCut):
+            assert step_of(found[0]) in (1, 2), where
+        else:  # under its own name, there is what the save said
+            assert step_of(folder / checkpoints.LATEST) == (1 if error else 2), where
+            assert step_of(found[0]) == (1 if error else 2), where
+            assert not lines, where
+        # And saving goes on from there.
+        with FaultyDisk(folder).plugged_in():
+            save(folder, 3)
+            checkpoints.discard_unfinished(folder)
+        assert step_of(folder / checkpoints.LATEST) == 3, where
+        assert {path.name for path in folder.iterdir()} <= {
+            checkpoints.LATEST,
+            previous_of(folder / checkpoints.LATEST).name,
+        }, where
+        shutil.rmtree(folder)
+        tried += 1
+    assert tried > 40
+
+
+def test_what_a_kill_left_half_written_is_deleted_once(saved: Path) -> None:
+    left = saved / f".{checkpoints.LATEST}.123.tmp"
+    left.write_bytes(b"half")
+    checkpoints.discard_unfinished(saved)
+    assert not left.exists()
+    assert step_of(saved / checkpoints.LATEST) == 1
+
+
+def test_a_file_system_that_tears_what_it_renames_leaves_the_previous_one(saved: Path) -> None:
+    """The process is killed between the torn rename and its notice: the old file has its second name."""
+    latest = saved / checkpoints.LATEST
+    os.link(latest, previous_of(latest))
+    torn = latest.read_bytes()[:100]
+    latest.unlink()
+    latest.write_bytes(torn)
+    for _ in range(2):  # it stays for as long as it is needed
+        lines: list[str] = []
+        found = checkpoints.newest_sound(saved, lines.append)
+        assert found is not None
+        assert step_of(found[0]) == 1
+        assert len(lines) == 1
+        assert "is damaged" in lines[0]
+    save(saved, 2)
+    assert step_of(latest) == 2
+    assert not previous_of(latest).exists()
+
+
+def test_the_hash_is_over_everything(saved: Path) -> None:
+    content = checkpoints.load_checkpoint(saved / checkpoints.LATEST)
+    assert content["content_hash"] == checkpoints.content_hash(content)
+
+    def changed(change: Callable[[], object]) -> bool:
+        change()
+        return checkpoints.content_hash(content) != content["content_hash"]
+
+    assert changed(lambda: content["training"]["progress"].update(step=2))
+    content["training"]["progress"]["step"] = 1
+    assert changed(lambda: content["weights"].update({"bridge.weight": torch.ones(SIZE + 1)}))
+    content["weights"]["bridge.weight"] = torch.ones(SIZE)
+    assert not changed(lambda: None)
+    assert changed(lambda: content["weights"]["bridge.weight"].view(torch.uint8)[7].bitwise_xor_(1))
+    path = saved / "changed.pth"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="its content is not what its hash says"):
+        checkpoints.load_checkpoint(path)
+
+
+def test_the_newest_sound_one_is_found_and_broken_ones_are_named(tmp_path: Path) -> None:
+    names = (checkpoints.BEST, checkpoints.STEP.format(2), checkpoints.STEP.format(10), checkpoints.LATEST)
+    for step, name in enumerate(names, start=1):
+        save(tmp_path, step)
+        if name != checkpoints.LATEST:
+            (tmp_path / checkpoints.LATEST).rename(tmp_path / name)
+    for name in names:  # a copy without times
+        os.utime(tmp_path / name, (1000, 1000))
+    checkpoints.save_checkpoint(
+        tmp_path / checkpoints.BEST_WEIGHTS, RECIPE, {"bridge.weight": torch.ones(SIZE)}
+    )
+    found: list[int] = []
+    lines: list[str] = []
+    for name in reversed(names):
+        newest = checkpoints.newest_sound(tmp_path, lines.append)
+        assert newest is not None
+        found.append(step_of(newest[0]))
+        content = bytearray((tmp_path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / name).write_bytes(content[:-30])
+    assert found == [4, 3, 2, 1]
+    lines.clear()
+    assert checkpoints.newest_sound(tmp_path, lines.append) is None
+    assert [any(name in line for line in lines) for name in names] == [True] * 4
+    assert all("\n" not in line for line in lines)
+    assert checkpoints.newest_sound(tmp_path / "nowhere", lines.append) is None
+
+
+# Caches of features.
+
+NUM_IMAGES, SHARD_IMAGES = 5, 3
+OLD, NEW = (f"{number:024x}" for number in (1, 2))
+
+
+class Numbers:
+    """Pixels of no picture: those of image i are i."""
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(indices).float()
+
+
+def build(root: Path, key: str) -> list[int]:
+    """Open a cache or build it, check every feature in it; returns the images that had to be encoded."""
+    encoded: list[int] = []
+
+    def encode(pixels_b: torch.Tensor) -> torch.Tensor:
+        encoded.extend(pixels_b.int().tolist())
+        return pixels_b[:, None, None].expand(-1, 2, 3)
+
+    files = CacheFiles(root / key, FeatureFormat(2, 3), NUM_IMAGES, SHARD_IMAGES)
+    cache = open_or_build(files, Numbers(), encode, batch_images=2, check_all=True)
+    features = cache[np.arange(NUM_IMAGES)]
+    cache.close()
+    assert torch.equal(features.float(), torch.arange(NUM_IMAGES).float()[:, None, None].expand(-1, 2, 3))
+    return encoded
+
+
+def test_a_feature_cache_survives_every_fault_of_every_write(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path).plugged_in():
+        build(tmp_path / "old", OLD)
+    with FaultyDisk(tmp_path).plugged_in() as disk:
+        build(tmp_path / "counted", NEW)
+    tried = 0
+    for number, fault in faults(disk.operations):
+        root = shutil.copytree(tmp_path / "old", tmp_path / f"{number}-{fault}")
+        where = f"operation {number} ({disk.operations[number]}), {fault}"
+        with FaultyDisk(root, number, fault).plugged_in(), contextlib.suppress(CacheUnavailable, PowerCut):
+            assert build(root, NEW) == list(range(NUM_IMAGES)), where
+        left = build(root, NEW)  # checks what is read
+        is_room_made = fault == "ENOSPC"
+        shards_written = disk.operations[:number].count("rename")
+        if shards_written and not is_room_made and fault not in DIES:
+            assert 0 not in left, f"{where}: a finished shard was lost"
+        assert build(root, NEW) == [], where
+        assert build(root, OLD) == [], f"{where}: another cache was lost"
+        shutil.rmtree(root)
+        tried += 1
+    assert tried > 40
+
+
+# Caches of text states.
+
+
+def state_files(root: Path, key: str = NEW) -> StateFiles:
+    return StateFiles(root / key, key, np.array([3, 1, 2]), width=4, dtype=torch.bfloat16)
+
+
+def states_of(files: StateFiles) -> list[tuple[int, np.ndarray]]:
+    """Those of image i are i, longest image first."""
+    return [(i, np.full((files.image_lengths[i], 4), i, np.int16)) for i in (0, 2, 1)]
+
+
+def build_states(root: Path, key: str = NEW) -> bool:
+    """Build a cache of text states if it is not there, and check all of it; returns whether it was there."""
+    files = state_files(root, key)
+    if not (was_there := files.is_whole()):
+        files.create(root / "building")
+        files.fill(root / "building", states_of(files))
+        files.finish(root / "building")
+    states = TextStates(files.folder / "states", files.shape, files.dtype)
+    assert np.array_equal(states.array, np.repeat([0, 1, 2], files.image_lengths)[:, None].repeat(4, 1))
+    return was_there
+
+
+def test_text_states_survive_every_fault_of_every_write(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path).plugged_in() as disk:
+        (tmp_path / "old").mkdir()
+        build_states(tmp_path / "old", OLD)
+    for number, fault in faults(disk.operations, but=("truncated",)):
+        root = shutil.copytree(tmp_path / "old", tmp_path / f"{number}-{fault}")
+        where = f"operation {number} ({disk.operations[number]}), {fault}"
+        with FaultyDisk(root, number, fault).plugged_in(), contextlib.suppress(OSError, PowerCut):
+            assert not build_states(root), where
+        build_states(root)  # checks what is read
+        assert build_states(root), where
+        assert build_states(root, OLD), f"{where}: another cache was lost"
+        shutil.rmtree(root)
+
+
+def test_damaged_text_states_are_computed_anew(tmp_path: Path) -> None:
+    build_states(tmp_path)
+    for name in ("states", "checksums", "index.json"):
+        path = tmp_path / NEW / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        assert not build_states(tmp_path), f"{name} is short"
+        path.write_bytes(content[:1] + bytes([content[1] ^ 1]) + content[2:])
+        assert not build_states(tmp_path), f"{name} has a flipped bit"
+        path.unlink()
+        assert not build_states(tmp_path), f"{name} is missing"
+        assert build_states(tmp_path)
+
+
+def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
+    path = tmp_path / "index.json"
+    path.write_bytes(b"old")
+    with FaultyDisk(tmp_path).plugged_in() as disk:
+        write_bytes_durably(path, b"old")
+    for number, fault in faults(disk.operations, but=("truncated",)):
+        path.write_bytes(b"old")
+        with FaultyDisk(tmp_path, number, fault).plugged_in():
+            try:
+                write_bytes_durably(path, b"new content")
+                expected = [b"new content"]
+            except PowerCut:
+                expected = [b"old", b"new content"]
+            except OSError:
+                # The name may have changed before its folder could be brought to disk.
+                expected = [b"old", *([b"new content"] if disk.operations[number - 1] == "rename" else [])]
+        assert path.read_bytes() in expected, (number, fault)

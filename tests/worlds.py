@@ -1,0 +1,214 @@
+"""Several processes that train together, as a launcher would start them, without its seconds of imports.
+
+They are forked from a server that has imported everything once, and find each other by the environment, as ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_bridge.configuration import Recipe
+
+SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process returned, or the error that it ended with, as `Kind: message`."""
+
+    returned: Any = None
+    error: str | None = None
+
+
+def run_world(size: int, work: Callable[..., Any], *arguments: Any) -> list[Outcome]:
+    """Run ``work(*arguments)`` in ``size`` processes of one world; by rank what became of each.
+
+    ``work`` belongs to a module that the processes can import by name: to this one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vlm_bridge.training_strategy.trainer", "accelerate"])
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_member, args=(sender, rank, size, port, work, arguments))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        return [_outcome(pipe) for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _outcome(pipe: Any) -> Outcome:
+    assert pipe.poll(SECONDS), "the processes wait for each other"
+    try:
+        return pipe.recv()
+    except EOFError:
+        return Outcome(error="it ended without a word")
+
+
+def _member(
+    pipe: Any, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        outcome = Outcome(work(*arguments))
+    except Exception as error:
+        outcome = Outcome(error=f"{type(error).__name__}: {error}")
+    pipe.send(outcome)
+
+
+# What the processes do.
+
+
+def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
+    """Train, and give what was said."""
+    from vlm_bridge.training_strategy.trainer import train
+
+    lines: list[str] = []
+    train(recipe, resume=resume, say=lines.append)
+    return lines
+
+
+def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any]:
+    """Train, and give the weights that this process ends with, as arrays, and the seeds of its steps' dropout."""
+    import torch
+
+    from vlm_bridge.training_strategy import trainer
+    from vlm_bridge.training_strategy.distributed import joined
+
+    seeds = []
+    batch_loss = trainer.batch_loss
+
+    def watched(*arguments: Any) -> Any:
+        seeds.append(torch.initial_seed())
+        return batch_loss(*arguments)
+
+    trainer.batch_loss = watched
+    with joined(recipe.device) as world:
+        of_run = trainer.Trainer(recipe, lambda line: None, world)
+        of_run.run(resume)
+    weights = {name: tensor.numpy() for name, tensor in of_run.model.trained_state_dict().items()}
+    return {"weights": weights, "seeds": seeds}
+
+
+def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
+    """Train; one process has another recipe."""
+    from vlm_bridge.configuration import override_recipe
+    from vlm_bridge.training_strategy.trainer import train
+
+    own = override_recipe(recipe, overrides) if os.environ["RANK"] == str(rank) else recipe
+    train(own, say=lambda line: None)
+
+
+def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
+    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM)."""
+    from vlm_bridge.errors import DataError
+    from vlm_bridge.training_strategy import trainer
+
+    take_step = trainer.Trainer._optimizer_step
+
+    def step_or_trouble(self: trainer.Trainer, *arguments: Any) -> Any:
+        if self.world.rank == rank and self.progress.step == step:
+            if then == "error":
+                raise DataError("picture 7 is a fake")
+            os.kill(os.getpid(), signal.SIGKILL if then == "kill" else signal.SIGTERM)
+        return take_step(self, *arguments)
+
+    trainer.Trainer._optimizer_step = step_or_trouble  # type: ignore[method-assign]
+    trainer.train(recipe, say=lambda line: None)
+
+
+def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
+    """Validate a checkpoint as training does, and evaluate it, all in batches of three images."""
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.captioning.shared import SharedCaptioner
+    from vlm_bridge.evaluation.run import caption_and_validate
+    from vlm_bridge.training_strategy import decoded_validation, trainer
+    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
+    from vlm_bridge.training_strategy.distributed import joined
+    from vlm_bridge.training_strategy.validation import validate
+
+    decoded_validation.DECODE_BATCH = 3
+    with joined(recipe.device) as world:
+        of_run = trainer.Trainer(recipe, lambda line: None, world)
+        restore(of_run.model, load_checkpoint(checkpoint), checkpoint)
+        result = validate(
+            of_run.model,
+            of_run.val_data,
+            of_run.val_features,
+            batch_images=3,
+            autocast=of_run._autocast,
+            world=world,
+        )
+        decoded = decoded_validation.decode_and_score(
+            of_run.model,
+            of_run.format.prompt_ids,
+            of_run.val_images,
+            of_run.val_features,
+            recipe.decode,
+            of_run._autocast,
+            world,
+        )
+        captioner = SharedCaptioner(Captioner.from_pretrained(checkpoint, "cpu"), world)
+        images = list(of_run.val_images)
+        captions, validation = caption_and_validate(captioner, images, decode=recipe.decode, batch_size=3)
+    return [result, decoded, captions, validation]
+
+
+def ask_world() -> dict[str, Any]:
+    """What a `World` of processes answers."""
+    import torch
+
+    from vlm_bridge.training_strategy.distributed import GradientSum, joined
+
+    with joined("cpu") as world:
+        used, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        if world.rank == 1:  # the others have an empty share
+            used.grad = torch.ones(3)
+        loss = torch.tensor(float(world.rank))
+        GradientSum(world, [used, unused])(loss)
+        copied = torch.full((2, 2), float(world.rank))
+        world.copy_from_first([copied])
+        assert used.grad is not None
+        return {
+            "share": world.share(range(5)),
+            "interleaved": world.interleave(world.share("abcde")),
+            "sum": world.sum([1, world.rank]),
+            "largest": world.largest(10 * world.rank),
+            "gathered": world.gather(str(world.rank)),
+            "from_first": world.from_first(lambda: {"made by": world.rank}),
+            "gradient": used.grad.tolist(),
+            "unused": unused.grad,
+            "loss": loss.item(),
+            "copied": copied.tolist(),
+        }
