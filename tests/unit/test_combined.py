@@ -299,7 +299,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_combined(path, {"visual_proj.bias": torch.ones(1)})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pth"]

@@ -7,8 +7,6 @@ import json
 import math
 import re
 import shutil
-import sys
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -529,10 +527,10 @@ def test_evaluate_command(
     from vlm_bridge.cli.evaluate import evaluate
 
     captioner = FakeCaptioner(Recipe(decode=DecodeSettings(num_beams=5, max_new_tokens=9)))
-    loader = types.SimpleNamespace(from_pretrained=lambda path, device, recipe=None: captioner)
-    pipeline = types.ModuleType("vlm_bridge.captioning.pipeline")
-    monkeypatch.setattr(pipeline, "Captioner", loader, raising=False)
-    monkeypatch.setitem(sys.modules, pipeline.__name__, pipeline)
+    monkeypatch.setattr(
+        "vlm_bridge.captioning.pipeline.Captioner.from_pretrained",
+        lambda path, device, recipe=None: captioner,
+    )
 
     program = typer.Typer()
     program.command()(evaluate)

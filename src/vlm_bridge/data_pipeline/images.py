@@ -88,6 +88,7 @@ def decode_image(picture: str | Path | bytes) -> DecodedImage:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A picture that somebody else opened, as :func:`open_image` gives it; Pillow's errors for damaged pixels."""
+    image.load()  # which turns a TIFF, and with it takes away what says so
     turn = _UPRIGHT.get(_orientation(image))
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)

@@ -270,7 +270,7 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
         for name, tensor in weights.items()
     }
     for name, tensor in stored.items():
-        if not tensor.isfinite().all():
+        if not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
     return stored
 

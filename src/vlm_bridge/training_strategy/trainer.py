@@ -166,15 +166,15 @@ class Trainer:
             self.where += f", {world.size} processes"
         world.check_same({key: value for key, value in recipe.to_dict().items() if key not in PLACES})
         self.folder = CaptionFolder.open(recipe.data_dir)
-        log_dir = Path(recipe.log_dir) if world.is_first else None
-        with world.first_of_machine_first():
-            train_images = usable_images(self.folder, "train", recipe, say, log_dir)
-            self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
         if recipe.distillation is not None:
             check_distillation(self.model, recipe)
+        log_dir = Path(recipe.log_dir) if world.is_first else None
+        with world.first_of_machine_first():
+            train_images = usable_images(self.folder, "train", recipe, say, log_dir)
+            self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
         if recipe.gradient_checkpointing:
             language_model.checkpoint_activations()
         if recipe.compile:
