@@ -30,7 +30,8 @@ def test_what_a_recipe_freezes_stays_as_it_is(
     path: Path, request: pytest.FixtureRequest, drawn_caption_folder: Path, tmp_path: Path
 ) -> None:
     published = load_recipe(path)
-    encoder, image_size = TINY_ENCODERS[published.vision_encoder.name]
+    *_, last_encoder = published.vision_encoder.names
+    encoder, image_size = TINY_ENCODERS[last_encoder]
     language_model = TINY_LANGUAGE_MODELS[published.language_model.name]
     changes = [
         f"vision_encoder.image_size={image_size}",
@@ -42,9 +43,9 @@ def test_what_a_recipe_freezes_stays_as_it_is(
         "captions_per_image=2", "batch_size=8", "gradient_accumulation_steps=1", "max_steps=2", "num_epochs=1",
         "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss", "decode_every_n_steps=null",
         "decode.num_beams=1", "decode.max_new_tokens=4", "max_validation_images=4", "num_validation_samples=1",
+        "scst_samples=4", "start_from=null",
+        f"vision_encoder.name={request.getfixturevalue(encoder) if encoder is not None else last_encoder}",
     ]  # fmt: skip
-    if encoder is not None:
-        changes.append(f"vision_encoder.name={request.getfixturevalue(encoder)}")
     if getattr(published.bridge.options, "enter_at_layer", None):
         changes += [
             "bridge.enter_at_layer=1",
