@@ -10,7 +10,7 @@ import json
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -34,7 +34,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is a string that can be written down: JSON's escapes can make half a character (``\\ud800``)."""
     if not isinstance(value, str):
         return False

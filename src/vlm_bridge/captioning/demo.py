@@ -129,7 +129,9 @@ def build_app(
         max_file_size=MAX_UPLOAD,
         ssr_mode=False,
         footer_links=["settings"],  # light or dark
-        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]).set(
+        theme=gr.themes.Default(  # type: ignore[reportPrivateImportUsage]
+            font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]
+        ).set(
             # Gradio's own greys are too pale to be read on white (WCAG asks for a contrast of 4.5).
             block_info_text_color="*neutral_500",
             block_info_text_color_dark="*neutral_400",

@@ -177,7 +177,7 @@ class CaptionedImages(Sequence[CaptionedImage]):
 
     def path(self, index: int) -> Path:
         """The picture of one image."""
-        return self.folder / self._record(self._first[self._chosen[index]])["image_path"]
+        return self.folder / self._record(int(self._first[self._chosen[index]]))["image_path"]
 
     def _record(self, line: int) -> dict[str, str]:
         start = int(self._lines[line])

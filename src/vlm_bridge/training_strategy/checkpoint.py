@@ -92,7 +92,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             digest.update(f"mapping {len(value)};".encode())
             for key, item in value.items():

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from vlm_bridge import runtime
 from vlm_bridge.errors import ConfigurationError, VLMBridgeError
@@ -246,7 +247,7 @@ def _join_launched(device_name: str, rank: int, size: int) -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = _own_device(device_name, local_rank, local_size)
-    store, *_ = next(distributed.rendezvous("env://", rank, size, timeout=TIMEOUT))
+    store, *_ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     PartialState(cpu=device.type == "cpu", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     atexit.register(distributed.destroy_process_group)
     hosts = distributed.new_group(backend="gloo", timeout=TIMEOUT)

@@ -181,8 +181,8 @@ def fingerprint(tensor: torch.Tensor) -> bytes:
     bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
     rows = bits.reshape(1, -1) if bits.ndim < 2 else bits.flatten(1)
     if bits.device.type == "cpu":
-        digest.update(rows.flatten().numpy())
+        digest.update(rows.flatten().numpy().data)
     else:
         for dim in (0, 1):
-            digest.update(rows.sum(dim, dtype=torch.int64).cpu().numpy())
+            digest.update(rows.sum(dim, dtype=torch.int64).cpu().numpy().data)
     return digest.digest()
