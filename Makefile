@@ -48,7 +48,7 @@ caption: install ## Install, then caption a picture: make caption IMAGE=photo.jp
 
 .PHONY: test
 test: install ## Install, then run every test and the linter
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	@$(BIN)/ruff check --quiet
 
 .PHONY: lint
