@@ -604,8 +604,9 @@ class Trainer:
     # Checkpoints
 
     def _save_best(self) -> None:
-        self._save(checkpoints.BEST)
+        # In this order: what a run is resumed from says that all of it was saved.
         self._save(checkpoints.BEST_WEIGHTS)
+        self._save(checkpoints.BEST)
 
     def _save(self, name: str) -> Path:
         path = self.checkpoint_dir / name

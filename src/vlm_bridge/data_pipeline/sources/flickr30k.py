@@ -178,6 +178,8 @@ def _read_annotations(path: Path) -> dict[str, _Captioned]:
                     raise ValueError("raw is no list of texts")
                 if split is None:
                     raise ValueError(f"unknown split {row['split']!r}")
+                if not row["filename"]:  # a line that ends early
+                    raise ValueError("no filename")
                 captioned[row["filename"]] = _Captioned(captions, split)
         except (ValueError, TypeError, AttributeError, csv.Error) as error:
             raise DataError(f"{path}:{table.line_num}: damaged ({error})") from None
