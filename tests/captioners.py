@@ -68,6 +68,16 @@ def tiny_recipe(
     )
 
 
+def places_of_run(root: Path, name: str, data_dir: Path) -> dict[str, str]:
+    """Recipe keys: where a run reads and writes; runs below one root share their features."""
+    return {
+        "data_dir": str(data_dir),
+        "checkpoint_dir": str(root / name / "checkpoints"),
+        "log_dir": str(root / name / "logs"),
+        "feature_cache": str(root / "features"),
+    }
+
+
 def tiny_captioner(recipe: Recipe) -> CaptionerModel:
     """The captioner of a recipe with a bridge that looks as if it were trained: random, not the identity."""
     model = build_captioner(recipe)

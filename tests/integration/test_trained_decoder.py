@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from captioners import tiny_recipe
+from captioners import places_of_run, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
@@ -35,10 +35,7 @@ def make_recipe(
             tiny_vit_dir,
             tiny_bert_dir,
             "projection",
-            data_dir=str(drawn_caption_folder),
-            checkpoint_dir=str(tmp_path / name / "checkpoints"),
-            log_dir=str(tmp_path / name / "logs"),
-            feature_cache=str(tmp_path / "features"),
+            **places_of_run(tmp_path, name, drawn_caption_folder),
             trainable={"bridge.*": None, "language_model.*": 1e-3},
             learning_rate=1e-2,
             num_epochs=2,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from captioners import tiny_recipe
+from captioners import places_of_run, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, DataError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -38,10 +38,7 @@ def make_recipe(
             tiny_vit_dir,
             tiny_llama_dir,
             bridge,
-            data_dir=str(drawn_caption_folder),
-            checkpoint_dir=str(tmp_path / name / "checkpoints"),
-            log_dir=str(tmp_path / name / "logs"),
-            feature_cache=str(tmp_path / "features"),
+            **places_of_run(tmp_path, name, drawn_caption_folder),
             learning_rate=1e-2,
             num_epochs=2,
             batch_size=8,

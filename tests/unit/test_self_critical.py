@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioners import random_features, tiny_captioner, tiny_recipe, toy_captioner
+from captioners import places_of_run, random_features, tiny_captioner, tiny_recipe, toy_captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -36,10 +36,7 @@ def make_recipe(
         recipe = tiny_recipe(
             tiny_vit_dir,
             tiny_llama_dir,
-            data_dir=str(drawn_caption_folder),
-            checkpoint_dir=str(tmp_path / name / "checkpoints"),
-            log_dir=str(tmp_path / name / "logs"),
-            feature_cache=str(tmp_path / "features"),
+            **places_of_run(tmp_path, name, drawn_caption_folder),
             learning_rate=1e-2,
             num_epochs=1,
             batch_size=8,
