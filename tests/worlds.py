@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +132,22 @@ def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
 
 
 def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
-    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM)."""
+    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM).
+
+    The process after it is slow to ask why it lost the others.
+    """
     from vlm_bridge.errors import DataError
     from vlm_bridge.training_strategy import trainer
+    from vlm_bridge.training_strategy.distributed import World
 
-    take_step = trainer.Trainer._optimizer_step
+    take_step, last_words = trainer.Trainer._optimizer_step, World._last_words
+
+    def slow_last_words(self: World) -> str:
+        if self.rank == rank + 1:
+            time.sleep(2)
+        return last_words(self)
+
+    World._last_words = slow_last_words  # type: ignore[method-assign]
 
     def step_or_trouble(self: trainer.Trainer, *arguments: Any) -> Any:
         if self.world.rank == rank and self.progress.step == step:

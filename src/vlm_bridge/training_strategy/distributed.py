@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ PREPARATION_TIMEOUT = timedelta(days=2)
 """The same for caches, which a machine may be done with long before another."""
 BUCKET_BYTES = 32 * 2**20
 """Gradients that are sent together, about as DistributedDataParallel's 25 MiB."""
+LAST_WORDS_TIMEOUT = 10.0
+"""Seconds that the first process, whose memory may hold the message of a failure, waits for the others to read it."""
 _FAILURE = "vlm_bridge/failure"
+_ENDED = "vlm_bridge/ended"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -179,6 +183,17 @@ class World:
             with suppress(RuntimeError):  # nobody is left to be told
                 self.store.compare_set(_FAILURE, "", f"process {self.rank} of {self.size} failed: {reason}")
 
+    def _end_after_the_others(self) -> None:
+        """The store ends with the first process where no launcher holds it; those still asking would get no answer."""
+        if self.size == 1:
+            return
+        with suppress(RuntimeError):
+            ended = self.store.add(_ENDED, 1)
+            give_up = time.monotonic() + LAST_WORDS_TIMEOUT
+            while self.is_first and ended < self.size and time.monotonic() < give_up:
+                time.sleep(0.05)
+                ended = self.store.add(_ENDED, 0)
+
 
 class GradientSum:
     """Adds up the gradients of all processes, once per optimiser step.
@@ -227,6 +242,7 @@ def joined(device: str) -> Iterator[World]:
     except BaseException as error:
         if not isinstance(error, PeerFailed):
             world._leave_message(error)
+        world._end_after_the_others()
         atexit.unregister(distributed.destroy_process_group)  # it would wait for those that are gone
         raise
 
