@@ -117,7 +117,12 @@ class BridgeConfig:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How captions are generated; the names are those of `transformers`' GenerationConfig."""
+    """How captions are generated; the names are those of `transformers`' GenerationConfig, but for one.
+
+    Attributes:
+        object_bonus: nats that a caption gains when it first names what the encoder's ImageNet classifier recognises
+            (`object_names`): 8 makes almost every caption do so. For EfficientNet-Lite; 0 is off.
+    """
 
     num_beams: int = 3
     max_new_tokens: int = 40
@@ -129,10 +134,13 @@ class DecodeSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    object_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_beams", "max_new_tokens", prefix="decode.")
-        check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size", "seed", prefix="decode.")
+        check_at_least(
+            0, self, "min_new_tokens", "no_repeat_ngram_size", "seed", "object_bonus", prefix="decode."
+        )
         check_above_zero(self, "temperature", "top_p", "repetition_penalty", prefix="decode.")
         if self.top_p > 1:
             raise ConfigurationError(f"decode.top_p is a probability: at most 1, not {self.top_p}")
@@ -198,6 +206,8 @@ class Recipe:
         scst_samples: captions drawn for each image of a step; `batch_size` counts them.
         scst_baseline: `leave_one_out`, the mean reward of an image's other samples (Kool et al. 2019; Luo 2020), or
             `greedy`, the reward of its greedy caption (Rennie et al. 2017).
+        scst_temperature: of the samples. At 1 they are the model's own, most of them poor after cross-entropy, and much
+            of the training goes into making it surer; below 1, better captions are told from good ones.
         start_from: a checkpoint whose weights a new run starts from; of the same architecture.
         save_every_n_minutes: save the latest checkpoint that often, inside epochs too; ``save_every_n_steps`` keeps
             checkpoints of single steps, the newest ``keep_step_checkpoints`` of them.
@@ -251,6 +261,7 @@ class Recipe:
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
     scst_samples: int = 5
     scst_baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
+    scst_temperature: float = 1.0
     start_from: str | None = None
 
     # Precision and devices
@@ -294,7 +305,7 @@ class Recipe:
             0, self, "num_workers", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
             "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
-        check_above_zero(self, "gradient_clip_val")
+        check_above_zero(self, "gradient_clip_val", "scst_temperature")
         if secret := _key_of_credential(self.to_dict()):
             raise ConfigurationError(
                 f"{secret} holds a token or a password, and a recipe goes into checkpoints and reports: give the plain "

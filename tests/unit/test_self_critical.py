@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from captioners import places_of_run, random_features, tiny_captioner, tiny_recipe, toy_captioner
-from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.configuration import DecodeSettings, Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.self_critical import END, others_mean
@@ -94,6 +94,17 @@ def test_samples_follow_the_models_own_distribution(bridge: str) -> None:
         drawn = [ids[0] for ids in samples[image * 400 : (image + 1) * 400]]
         shares = torch.bincount(torch.tensor(drawn), minlength=7) / 400
         assert (shares - probabilities).abs().max() < 0.1
+
+
+def test_samples_at_a_low_temperature_are_the_likeliest() -> None:
+    model = toy_captioner("prefix")
+    features = torch.randn(2, 2, 4)
+    start = model.language_model.start_id
+    samples = model.sample_captions(features, [start], count=4, max_new_tokens=6, seed=3, temperature=1e-4)
+    greedy, _ = model.generate_captions(features, [start], DecodeSettings(num_beams=1, max_new_tokens=6))
+    eos = model.language_model.eos_id
+    for index, ids in enumerate(samples):
+        assert [token for token in ids if token != eos] == greedy[index // 4]
 
 
 def test_sampling_is_seeded_and_disturbs_no_other_randomness(
@@ -230,6 +241,7 @@ def test_a_run_starts_from_the_weights_of_another(make_recipe: MakeRecipe) -> No
     [
         ((*SCST, "batch_size=10"), "scst_samples=4"),
         ((*SCST, "scst_samples=1"), "at least 2"),
+        ((*SCST, "scst_temperature=0"), "scst_temperature"),
         ((*SCST, "tokens_per_batch=80"), "tokens_per_batch"),
         ((*SCST, "label_smoothing=0.1"), "label_smoothing"),
         ((*SCST, "loss_kernel=torch"), "loss_kernel=auto"),

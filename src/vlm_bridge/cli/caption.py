@@ -28,6 +28,9 @@ def caption(
         None, min=1, help="Longest caption, in tokens. Default: the recipe's."
     ),
     length_penalty: float = typer.Option(None, help="Above 0 favours long captions among beams."),
+    object_bonus: float = typer.Option(
+        None, min=0, help="Nats for naming what the encoder's classifier recognises; 0 is off."
+    ),
     do_sample: bool = typer.Option(False, "--do-sample", help="Sample instead of searching."),
     temperature: float = typer.Option(None, help="Temperature of sampling."),
     seed: int = typer.Option(None, help="Seed of sampling."),
@@ -63,7 +66,7 @@ def caption(
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     changes = {
         "num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
-        "do_sample": do_sample or None, "temperature": temperature, "seed": seed,
+        "object_bonus": object_bonus, "do_sample": do_sample or None, "temperature": temperature, "seed": seed,
     }  # fmt: skip
     given = {key: value for key, value in changes.items() if value is not None}
     if do_sample and num_beams is None:

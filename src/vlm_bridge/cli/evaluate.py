@@ -59,6 +59,11 @@ def evaluate(
     no_repeat_ngram_size: int | None = typer.Option(
         None, min=0, help="Never repeat n-grams of this size; 0 is off. (default: the recipe's)"
     ),
+    object_bonus: float | None = typer.Option(
+        None,
+        min=0,
+        help="Nats for naming what the encoder's classifier recognises; 0 is off. (default: the recipe's)",
+    ),
     spice: bool = typer.Option(False, "--spice", help="Also SPICE: slow, needs Java and the CoreNLP models."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the scores to this JSON file."),
     output_dir: Path | None = typer.Option(
@@ -106,6 +111,7 @@ def evaluate(
         "length_penalty": length_penalty,
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
+        "object_bonus": object_bonus,
     }
     with joined(device) as world:
         subject = (

