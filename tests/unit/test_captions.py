@@ -19,6 +19,9 @@ SENTENCES = [
     ("3 dogs .", "3 dogs."),
     (". , !", ""),
     ('" "', ""),
+    ("a dog ' 's toy", "A dog s toy."),
+    ('"?dog".', "Dog."),
+    ('cafe"\u0301 there', "Caf\u00e9 there."),
     ("", ""),
 ]
 

@@ -28,10 +28,15 @@ def clean_caption(text: str, style: CaptionStyle) -> str:
     the spaces that tokenisation left around punctuation, drops stray quotes, and gives a capital first letter
     and exactly one closing full stop. Cleaning twice changes nothing more.
     """
-    text = _normalise(text)
-    if style == "sentence":
-        text = _as_sentence(text)
+    # Again, since what is taken away may let an accent meet its letter, or two apostrophes make a quotation mark.
+    while (cleaned := _cleaned_once(text, style)) != text:
+        text = cleaned
     return text if any(character.isalnum() for character in text) else ""
+
+
+def _cleaned_once(text: str, style: CaptionStyle) -> str:
+    text = _normalise(text)
+    return _as_sentence(text) if style == "sentence" else text
 
 
 def _normalise(text: str) -> str:
