@@ -21,16 +21,20 @@ def known_objects(captions: Iterable[str], at_least: int) -> list[str]:
     """Names that, alone or in the plural, at least so many captions use as whole words."""
     counts: Counter[str] = Counter()
     forms = {form: name for name in set(imagenet_objects().values()) for form in (name, plural(name))}
-    pattern = re.compile(rf"\b({'|'.join(sorted(map(re.escape, forms), key=len, reverse=True))})\b", re.IGNORECASE)
+    pattern = re.compile(
+        rf"\b({'|'.join(sorted(map(re.escape, forms), key=len, reverse=True))})\b", re.IGNORECASE
+    )
     for caption in captions:
         counts.update({forms[found.lower()] for found in pattern.findall(caption)})
     return sorted(name for name, count in counts.items() if count >= at_least)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", type=Path, required=True, help="caption folder")
-    parser.add_argument("--at-least", type=int, default=50, help="captions (%(default)s)")
+    parser.add_argument("--at-least", type=int, default=100, help="captions (%(default)s)")
     options = parser.parse_args(arguments)
     images = CaptionFolder.open(options.data_dir).split("train")
     names = known_objects((caption for image in images for caption in image.captions), options.at_least)

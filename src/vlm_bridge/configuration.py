@@ -122,6 +122,8 @@ class DecodeSettings:
     Attributes:
         object_bonus: nats that a caption gains when it first names what the encoder's ImageNet classifier recognises
             (`object_names`): 8 makes almost every caption do so. For EfficientNet-Lite; 0 is off.
+        known_objects: what training captions name often enough; the bonus leaves it alone, for the bridge knows better
+            (`python -m benchmarks.known_objects` lists them).
     """
 
     num_beams: int = 3
@@ -135,8 +137,10 @@ class DecodeSettings:
     top_p: float = 1.0
     seed: int = 0
     object_bonus: float = 0.0
+    known_objects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "known_objects", tuple(self.known_objects))  # files have lists
         check_at_least(1, self, "num_beams", "max_new_tokens", prefix="decode.")
         check_at_least(
             0, self, "min_new_tokens", "no_repeat_ngram_size", "seed", "object_bonus", prefix="decode."
@@ -146,7 +150,7 @@ class DecodeSettings:
             raise ConfigurationError(f"decode.top_p is a probability: at most 1, not {self.top_p}")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "known_objects": list(self.known_objects)}
 
 
 @dataclass(frozen=True)
@@ -369,8 +373,8 @@ class Recipe:
         plain = dataclasses.asdict(self)
         options = plain["bridge"].pop("options")
         plain["bridge"].update(options or {})
-        if self.vision_encoder.layers is not None:  # YAML has lists, not tuples
-            plain["vision_encoder"]["layers"] = list(self.vision_encoder.layers)
+        for section in ("vision_encoder", "decode"):  # YAML has lists, not tuples
+            plain[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in plain[section].items()}
         return plain
 
     def to_yaml(self) -> str:

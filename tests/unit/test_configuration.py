@@ -192,9 +192,11 @@ def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
             "max_steps=7",
             "gradient_clip_val=.inf",
             "vision_encoder.layers=[4, -1]",
+            "decode.known_objects=[dog, cup of coffee]",
         ],
     )
     assert recipe.vision_encoder.layers == (4, -1)
+    assert recipe.decode.known_objects == ("dog", "cup of coffee")
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
     assert recipe_from_dict(recipe.to_dict()) == recipe
     assert override_recipe(recipe, []) == recipe
@@ -350,7 +352,7 @@ class TestOriginalLayout:
 
 
 def test_decode_settings_are_stored_whole() -> None:
-    settings = DecodeSettings(num_beams=2, length_penalty=0.8)
+    settings = DecodeSettings(num_beams=2, length_penalty=0.8, known_objects=("dog", "ice cream"))
     assert DecodeSettings(**yaml.safe_load(yaml.safe_dump(settings.to_dict()))) == settings
 
 

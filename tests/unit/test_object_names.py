@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.known_objects import known_objects
 
 from captioners import BRIDGES, TOY_START, random_features, tiny_captioner, tiny_recipe, toy_captioner
 from vlm_bridge.configuration import DecodeSettings, VisionEncoderConfig
@@ -76,7 +77,7 @@ def test_captions_name_their_objects(bridge: str, static: bool) -> None:
     if static:
         model.use_static_caches(compile_step=False)
 
-    def names_of(features_bnd: torch.Tensor) -> list[Names]:
+    def names_of(features_bnd: torch.Tensor, known: object = ()) -> list[Names]:
         return [[NAME] if row[0, 0] > 0 else [] for row in features_bnd]
 
     model._object_namer = names_of  # type: ignore[assignment]
@@ -118,6 +119,9 @@ def test_classes_are_those_of_the_encoder(pooling: int) -> None:
     assert bytes(named[0]) == b" cat"
     assert bytes(named[1]) == b" cats"
     assert not unsure
+    assert namer(tabby * 20, known=("cat", "dog")) == [[]]
+    with pytest.raises(ConfigurationError, match="no class is called kat"):
+        namer(tabby, known=("kat",))
 
 
 @needs_lite
@@ -126,6 +130,12 @@ def test_an_encoder_without_its_last_map_is_refused() -> None:
     language_model: Any = None
     with pytest.raises(ConfigurationError, match="last layer"):
         ObjectNamer(encoder, language_model)
+
+
+def test_objects_that_captions_name_are_known() -> None:
+    captions = ["A Dog and two dogs.", "Dogs by a cup of coffee.", "A hotdog.", "A dogsled in the snow."]
+    assert known_objects(captions, at_least=2) == ["dog"]
+    assert "cup of coffee" in known_objects(captions, at_least=1)
 
 
 def test_names_of_classes() -> None:

@@ -415,7 +415,13 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             return []
         if self._object_namer is None:
             self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
-        return [ObjectBonus(self._object_namer(features_bnd), decode.object_bonus, prompt_bt.shape[1])]
+        return [
+            ObjectBonus(
+                self._object_namer(features_bnd, decode.known_objects),
+                decode.object_bonus,
+                prompt_bt.shape[1],
+            )
+        ]
 
     @torch.inference_mode()
     def sample_captions(

@@ -9,7 +9,7 @@ the captioner's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -45,22 +45,34 @@ class ObjectNamer:
     def __init__(self, vision_encoder: nn.Module, language_model: LanguageModel):
         self._channels, self._classifier = _classifier_of(vision_encoder)
         names = imagenet_objects()
-        objects = sorted(set(names.values()))
-        self._members = torch.zeros(self._classifier.out_features, len(objects))
+        self._objects = sorted(set(names.values()))
+        self._members = torch.zeros(self._classifier.out_features, len(self._objects))
         for index, name in names.items():
-            self._members[index, objects.index(name)] = 1
+            self._members[index, self._objects.index(name)] = 1
         self._names: list[Names] = [
-            [tuple(language_model.encode(f" {form}")) for form in (name, plural(name))] for name in objects
+            [tuple(language_model.encode(f" {form}")) for form in (name, plural(name))]
+            for name in self._objects
         ]
 
     @torch.no_grad()
-    def __call__(self, features_bnd: torch.Tensor) -> list[Names]:
-        """Names of the object in each of the pictures that features [B, N, D] are of; none where it is not sure."""
+    def __call__(self, features_bnd: torch.Tensor, known: Collection[str] = ()) -> list[Names]:
+        """Names of the object in each of the pictures that features [B, N, D] are of.
+
+        None where the classifier is not sure, or the object is ``known``.
+
+        Raises:
+            ConfigurationError: no class has a name that is given as known.
+        """
+        if strange := sorted(set(known) - set(self._objects)):
+            raise ConfigurationError(
+                f"decode.known_objects: no class is called {', '.join(strange)} "
+                "(`python -m benchmarks.known_objects` lists names)"
+            )
         pooled_bd = features_bnd[..., self._channels].float().mean(1).cpu()
         probabilities_bo = self._classifier(pooled_bd).softmax(-1) @ self._members
         likeliest, objects = probabilities_bo.max(-1)
         return [
-            self._names[index] if probability >= SURE else []
+            self._names[index] if probability >= SURE and self._objects[index] not in known else []
             for probability, index in zip(likeliest.tolist(), objects.tolist(), strict=True)
         ]
 
