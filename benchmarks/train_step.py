@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ def our_step(
         return load_batch(data.pack(batches[index]), images, model.device, text_states=text_states)
 
     def run() -> None:
-        for batch in prefetch(range(len(batches)), load, recipe.num_workers):
-            with autocast(system):
-                loss = loss_of(model, batch) / batch.packed.num_supervised
-            loss.backward()
+        loaded = prefetch(range(len(batches)), load, recipe.num_workers)
+        while group := list(islice(loaded, recipe.gradient_accumulation_steps)):
+            num_supervised = sum(batch.packed.num_supervised for batch in group)
+            for batch in group:
+                with autocast(system):
+                    loss = loss_of(model, batch) / num_supervised
+                loss.backward()
             nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip_val)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -47,3 +47,20 @@ def test_growth_and_pads_are_reported(
     if source == "drawn":  # captions of the drawn folder are nearly of one length
         assert pads["an image a row, by positions"] < pads["an image a row, by captions"]
         assert pads["a caption a row, by positions"] < pads["a caption a row, padded to the longest"]
+
+
+def test_many_captions_are_opened(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repository))
+    from benchmarks import harness, many_captions
+
+    def peak_here(module: str, arguments: Sequence[str]) -> harness.Peak:
+        many_captions.open_and_read(Path(arguments[-1]))
+        return harness.Peak(2, 1)
+
+    monkeypatch.setattr(many_captions, "peak_in_child", peak_here)
+    monkeypatch.setattr(many_captions, "LINKS_PER_FILE", 3)
+    file = tmp_path / "captions.json"
+    assert many_captions.main(["--tiny", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["lines"] for row in rows] == list(many_captions.TINY_LINES)
+    assert all(row["file_bytes"] > 50 * row["lines"] for row in rows)
