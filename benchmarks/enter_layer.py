@@ -2,7 +2,7 @@
 
     python -m benchmarks.enter_layer --seconds 120 [--data-dir data/flickr8k] [--json FILE]
 
-Trains the `lite` recipe once for every variant: `deep_prefix` from layers 0, 5, 10, 16 and 20, `cross_attention` at layers
+Trains the `lite` recipe once a variant: `deep_prefix` from layers 0, 5, 10, 16 and 20, `cross_attention` at layers
 0 and 8, each above layer 0 with and without cached text states. The seconds of a step are measured first; every
 variant then gets as many steps as fit into ``--seconds``, its schedule drawn over them, and is validated at the end.
 Loading, caches and validation are outside these seconds. Single runs: a few hundredths of loss are noise.

@@ -173,14 +173,13 @@ start_tensorboard() {
 }
 
 train_here() {
-    local arguments=(--config "$config")
+    local arguments=(--config "$config" --resume auto)
     exec 9>>"$log_dir/.training.lock"
     flock --nonblock 9 || fail "a training runs already in $root; watch it with: tail -f '$log'"
     # The manifest is written last; without it, the same command goes on where an earlier one stopped.
     if [[ ! -f $data_dir/manifest.json ]]; then
         "$venv/bin/vlm-data" transform --source groundcap --output-dir "$data_dir"
     fi
-    [[ -f $checkpoint_dir/latest_checkpoint.pth ]] && arguments+=(--resume "$checkpoint_dir/latest_checkpoint.pth")
     arguments+=("data_dir=$data_dir" "checkpoint_dir=$checkpoint_dir" "log_dir=$log_dir")
     # In this process's place, so that signals reach what has a state to save.
     exec "$venv/bin/vlm-training" "${arguments[@]}"

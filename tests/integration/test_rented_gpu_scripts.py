@@ -632,18 +632,15 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     assert "GPU: NVIDIA GeForce RTX 4090, 24564 MiB, 570.86.15" in first.stdout
     assert rented.calls("vlm-data") == ["vlm-data transform --source groundcap --output-dir data/groundcap"]
     folders = f"data_dir=data/groundcap checkpoint_dir={rented.root}/checkpoints log_dir={rented.root}/logs"
-    assert rented.calls("vlm-training") == [f"vlm-training --config config/training-default.yaml {folders}"]
+    training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
+    assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
     assert install.endswith("--editable .[data,gpu]"), "the GPU build of torch, not the CPU pin"
 
-    checkpoint = rented.root / "checkpoints" / "latest_checkpoint.pth"
-    checkpoint.touch()
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"
     assert len([call for call in rented.calls("python") if "pip" in call]) == 1
-    assert rented.calls("vlm-training")[1] == (
-        f"vlm-training --config config/training-default.yaml --resume {checkpoint} {folders}"
-    )
+    assert rented.calls("vlm-training")[1] == training, "from where it stands"
 
 
 def test_tensorboard_is_for_this_machine_alone(rented: Rented) -> None:
@@ -834,7 +831,9 @@ def test_the_skypilot_task_runs_the_same_job(rented: Rented) -> None:
         assert TOKEN not in result.stdout + result.stderr
     assert len([call for call in rented.calls("python") if "pip" in call]) == 1
     (training,) = rented.calls("vlm-training")
-    assert training.startswith("vlm-training --config config/training-default.yaml data_dir=data/groundcap")
+    assert training.startswith(
+        "vlm-training --config config/training-default.yaml --resume auto data_dir=data/groundcap"
+    )
 
 
 def test_the_guide_names_scripts_and_commands_that_exist() -> None:
