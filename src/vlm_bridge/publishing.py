@@ -35,6 +35,10 @@ LIMITS = """\
   do captions learned from them, with more mistakes.
 - It is not made for decisions about people: not for surveillance or identification, nor where safety depends on it.
 """
+NAMING_LIMITS = (
+    "What its captions never named, such as a cat, it names where the encoder's ImageNet classifier is sure of it "
+    "(`decode.object_bonus`). The rest of such a sentence is a guess."
+)
 SOURCE_LIMITS = {
     "flickr8k": "It was trained on photographs of people and dogs, mostly outdoors, described in English: it knows "
     "little else, and no other language.",
@@ -139,7 +143,7 @@ def model_card(
             "## Scores\n",
             f"{_score_section(facts.metrics)}\n",
             "## Limits\n",
-            f"{_limits_section(manifest)}\n",
+            f"{_limits_section(manifest, recipe)}\n",
             "## Licence\n",
             f"{_licence_section(facts.license, frozen)}\n",
             "## Recipe\n",
@@ -260,9 +264,10 @@ def _score_section(metrics: Mapping[str, Any] | None) -> str:
     )
 
 
-def _limits_section(manifest: Mapping[str, Any] | None) -> str:
+def _limits_section(manifest: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> str:
     own = SOURCE_LIMITS.get((manifest or {}).get("source", ""))
-    return (f"- {own}\n" if own else "") + LIMITS.rstrip()
+    naming = NAMING_LIMITS if recipe["decode"].get("object_bonus") else None
+    return "".join(f"- {line}\n" for line in (own, naming) if line) + LIMITS.rstrip()
 
 
 def _licence_section(license: str | None, frozen: list[str]) -> str:
