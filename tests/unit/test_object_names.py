@@ -57,6 +57,13 @@ def test_a_name_that_has_begun_goes_on_to_its_end() -> None:
     assert torch.isneginf(of_row[[0, 1, 2, 3, 4, 6, 7]]).all()
 
 
+def test_what_is_forbidden_stays_forbidden() -> None:
+    scores = torch.zeros(1, 8)
+    scores[0, 5] = -torch.inf
+    bonus = ObjectBonus([[(4, 5)]], 3.0, PROMPT_LENGTH)
+    assert torch.equal(bonus(torch.tensor([[TOY_START, 2, 4]]), scores), scores)
+
+
 def test_no_caption_begins_with_a_name() -> None:
     assert not bonus_of([[(4,)]], []).any()
 

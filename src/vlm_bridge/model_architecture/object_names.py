@@ -105,8 +105,9 @@ class ObjectBonus(LogitsProcessor):
                 continue
             if follows := _continuations(caption, names):
                 allowed = scores[row, follows].clone()
-                scores[row] = -torch.inf
-                scores[row, follows] = allowed
+                if not torch.isneginf(allowed).all():  # a repetition that is forbidden stays so
+                    scores[row] = -torch.inf
+                    scores[row, follows] = allowed
             else:
                 scores[row, sorted({name[0] for name in names})] += self.bonus
         return scores
