@@ -1,8 +1,9 @@
 """Make the picture of the README from real output.
 
-    python scripts/readme_pictures.py runs/lite-flickr8k
+    python scripts/readme_pictures.py [CHECKPOINT]
 
-Writes docs/images/photographs.png: photographs that scikit-image and scikit-learn carry, captioned by the checkpoint.
+Writes docs/images/photographs.png: photographs that scikit-image and scikit-learn carry, captioned by a checkpoint or,
+as in the README, by the captioner that comes with the package.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vlm_bridge.quickstart import real_photographs
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
-def main(photo_run: str) -> None:
+def main(checkpoint: str | None = None) -> None:
     quiet_transformers()
     photographs = real_photographs()
     with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +28,7 @@ def main(photo_run: str) -> None:
         for name, picture in photographs:
             paths.append(Path(folder) / f"{name}.png")
             picture.save(paths[-1])
-        results = Captioner.from_pretrained(photo_run).caption(paths)
+        results = Captioner.from_pretrained(checkpoint).caption(paths)
         sheet = [
             SheetItem(path, result.caption or "", path.stem)
             for path, result in zip(paths, results, strict=True)
