@@ -202,7 +202,7 @@ def in_data_dir(drawn_caption_folder: Path, tiny_vit_dir: Path, tmp_path: Path) 
 
 def judge_after_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "MEASURE_SECONDS", 0.0)
-    monkeypatch.setattr(features, "ENCODE_BATCH_ELSEWHERE", 2)
+    monkeypatch.setitem(features.ENCODE_BATCH, "cpu", 2)
 
 
 def test_a_cache_that_would_be_slower_is_not_made(

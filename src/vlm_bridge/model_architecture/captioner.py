@@ -34,7 +34,7 @@ from vlm_bridge.model_architecture.loss import IGNORE_INDEX, Kernel, caption_cro
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
 from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import choose_trainable
-from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+from vlm_bridge.model_architecture.vision_encoder import ENCODE_TOGETHER_ON_CPU, build_vision_encoder
 
 
 class CaptionerConfig(PreTrainedConfig):
@@ -171,8 +171,10 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         values = pixels_or_features.to(self.device)
         if values.ndim == 3:
             return values
+        together = ENCODE_TOGETHER_ON_CPU if values.device.type == "cpu" else len(values)
         with torch.autocast(values.device.type, enabled=False):
-            return self.vision_encoder(values)
+            parts = [self.vision_encoder(some) for some in values.split(max(together, 1))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def image_state(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """What the bridge makes of an image; captions and beams of the image share it."""

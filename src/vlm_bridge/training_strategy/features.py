@@ -32,15 +32,18 @@ from vlm_bridge.data_pipeline.feature_cache import (
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
+from vlm_bridge.model_architecture.vision_encoder import (
+    ENCODE_TOGETHER_ON_CPU,
+    build_vision_encoder,
+    encoder_fingerprint,
+)
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Features
 
-ENCODE_BATCH = {"cuda": 64}
+ENCODE_BATCH = {"cpu": ENCODE_TOGETHER_ON_CPU, "cuda": 64}
 """Images encoded together, by kind of device: a GPU is full (64 x 257 tokens of DINOv2), and the memory that it takes
 is little beside that of training. `ENCODE_BATCH_ELSEWHERE` for the others."""
 ENCODE_BATCH_ELSEWHERE = 32
-"""On CPUs larger batches gain nothing, and their activations leave the processor's caches (`benchmarks.features`)."""
 MEASURE_SECONDS = 2.0
 """How long encoding is watched, behind its first batch, before its speed is told and judged."""
 SAY_EVERY_SECONDS = 10.0
