@@ -122,5 +122,5 @@ def test_defaults_that_depend_on_the_recipe_are_shown() -> None:
     with command.make_context("vlm-bridge", ["doctor"]) as context:
         evaluate = command.get_command(context, "evaluate")  # type: ignore[attr-defined]
     helps = [str(getattr(parameter, "help", "")) for parameter in evaluate.params]
-    assert sum("(default: the recipe's)" in text for text in helps) == 6
+    assert sum("(default: the recipe's)" in text for text in helps) == 7
     assert not any("[default" in text for text in helps)

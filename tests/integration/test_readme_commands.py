@@ -131,6 +131,7 @@ def write_tiny_recipe(shipped: Path, tiny: Path, vision_encoder: Path, language_
     if "enter_at_layer" in recipe["bridge"]:
         recipe["bridge"]["enter_at_layer"] = 1  # the tiny models have two layers
     recipe["decode"]["max_new_tokens"] = 5
+    recipe["decode"]["object_bonus"] = 0  # the tiny encoder does not classify
     recipe |= {"max_steps": 2, "warmup_steps": 1, "batch_size": 10, "num_workers": 0}
     tiny.write_text(yaml.safe_dump(recipe), encoding="utf-8")
 

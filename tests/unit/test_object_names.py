@@ -105,6 +105,8 @@ def test_an_encoder_that_does_not_classify_is_refused(tiny_vit_dir: Path, tiny_l
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir))
     with pytest.raises(ConfigurationError, match=r"decode\.object_bonus needs a vision encoder that classif"):
         model.generate_captions(random_features(model, 1), [1], NAMING)
+    with pytest.raises(ConfigurationError, match="set it to 0"):
+        tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"object_bonus": 1.0}))
     with pytest.raises(ConfigurationError, match=r"decode\.object_bonus"):
         replace(PLAIN, object_bonus=-1.0)
 

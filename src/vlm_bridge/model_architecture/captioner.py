@@ -415,8 +415,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         """What changes scores beside transformers' own settings."""
         if not decode.object_bonus:
             return []
-        if self._object_namer is None:
-            self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
+        self.prepare_naming()
+        assert self._object_namer is not None
         return [
             ObjectBonus(
                 self._object_namer(features_bnd, decode.known_objects),
@@ -424,6 +424,11 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 prompt_bt.shape[1],
             )
         ]
+
+    def prepare_naming(self) -> None:
+        """Make ready for ``decode.object_bonus``; ConfigurationError where the encoder has no classifier."""
+        if self._object_namer is None:
+            self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
 
     @torch.inference_mode()
     def sample_captions(
@@ -643,6 +648,8 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
         vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
     )
     choose_trainable(model, recipe.trainable)
+    if recipe.decode.object_bonus and not meta:
+        model.prepare_naming()  # refused now rather than after an epoch
     return model.eval()
 
 
