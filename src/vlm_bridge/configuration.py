@@ -150,7 +150,8 @@ class DecodeSettings:
             raise ConfigurationError(f"decode.top_p is a probability: at most 1, not {self.top_p}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "known_objects": list(self.known_objects)}
+        """A plain dict in the YAML layout."""
+        return _without_tuples(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -373,12 +374,15 @@ class Recipe:
         plain = dataclasses.asdict(self)
         options = plain["bridge"].pop("options")
         plain["bridge"].update(options or {})
-        for section in ("vision_encoder", "decode"):  # YAML has lists, not tuples
-            plain[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in plain[section].items()}
-        return plain
+        return {**plain, **{key: _without_tuples(plain[key]) for key in ("vision_encoder", "decode")}}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _without_tuples(section: dict[str, Any]) -> dict[str, Any]:
+    """YAML and JSON have lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
 
 
 def load_recipe(

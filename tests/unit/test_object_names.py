@@ -115,7 +115,7 @@ def test_an_encoder_that_does_not_classify_is_refused(tiny_vit_dir: Path, tiny_l
 @pytest.mark.parametrize("pooling", [1, 7])
 def test_classes_are_those_of_the_encoder(pooling: int) -> None:
     encoder: Any = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0"), pooling=pooling)
-    language_model: Any = SimpleNamespace(encode=lambda text: list(text.encode()))
+    language_model: Any = SimpleNamespace(encode_all=lambda texts: [list(text.encode()) for text in texts])
     namer = ObjectNamer(encoder, language_model)
     with torch.no_grad():
         pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))

@@ -415,20 +415,14 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         """What changes scores beside transformers' own settings."""
         if not decode.object_bonus:
             return []
-        self.prepare_naming()
-        assert self._object_namer is not None
-        return [
-            ObjectBonus(
-                self._object_namer(features_bnd, decode.known_objects),
-                decode.object_bonus,
-                prompt_bt.shape[1],
-            )
-        ]
+        names = self.object_namer()(features_bnd, decode.known_objects)
+        return [ObjectBonus(names, decode.object_bonus, prompt_bt.shape[1])]
 
-    def prepare_naming(self) -> None:
-        """Make ready for ``decode.object_bonus``; ConfigurationError where the encoder has no classifier."""
+    def object_namer(self) -> ObjectNamer:
+        """What ``decode.object_bonus`` needs; ConfigurationError where the encoder has no classifier."""
         if self._object_namer is None:
             self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
+        return self._object_namer
 
     @torch.inference_mode()
     def sample_captions(
@@ -649,7 +643,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionerModel:
     )
     choose_trainable(model, recipe.trainable)
     if recipe.decode.object_bonus and not meta:
-        model.prepare_naming()  # refused now rather than after an epoch
+        model.object_namer().check(recipe.decode.known_objects)  # refused now rather than after an epoch
     return model.eval()
 
 

@@ -49,10 +49,19 @@ class ObjectNamer:
         self._members = torch.zeros(self._classifier.out_features, len(self._objects))
         for index, name in names.items():
             self._members[index, self._objects.index(name)] = 1
+        singulars = language_model.encode_all([f" {name}" for name in self._objects])
+        plurals = language_model.encode_all([f" {plural(name)}" for name in self._objects])
         self._names: list[Names] = [
-            [tuple(language_model.encode(f" {form}")) for form in (name, plural(name))]
-            for name in self._objects
+            [tuple(singular), tuple(plural)] for singular, plural in zip(singulars, plurals, strict=True)
         ]
+
+    def check(self, known: Collection[str]) -> None:
+        """Raise ConfigurationError where no class has a name that is given as known."""
+        if strange := sorted(set(known) - set(self._objects)):
+            raise ConfigurationError(
+                f"decode.known_objects: no class is called {', '.join(strange)} "
+                "(`python -m benchmarks.known_objects` lists names)"
+            )
 
     @torch.no_grad()
     def __call__(self, features_bnd: torch.Tensor, known: Collection[str] = ()) -> list[Names]:
@@ -61,13 +70,9 @@ class ObjectNamer:
         None where the classifier is not sure, or the object is ``known``.
 
         Raises:
-            ConfigurationError: no class has a name that is given as known.
+            ConfigurationError: see `check`.
         """
-        if strange := sorted(set(known) - set(self._objects)):
-            raise ConfigurationError(
-                f"decode.known_objects: no class is called {', '.join(strange)} "
-                "(`python -m benchmarks.known_objects` lists names)"
-            )
+        self.check(known)
         pooled_bd = features_bnd[..., self._channels].float().mean(1).cpu()
         probabilities_bo = self._classifier(pooled_bd).softmax(-1) @ self._members
         likeliest, objects = probabilities_bo.max(-1)
