@@ -196,6 +196,18 @@ def test_batches_are_halved_when_asked_and_steps_stay_the_same(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_a_resumed_run_keeps_its_halved_batches(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("batch_size=16", "halve_batch_on_oom=true")
+    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
+    Run(make_recipe("run", *settings)).trainer.run()
+    resumed = Run(make_recipe("run", *settings, "num_epochs=2"))
+    resumed.trainer.run("auto", force=True)
+    assert [line for line in resumed.lines if "resumed" in line]
+    assert not [line for line in resumed.lines if "out of memory" in line]
+
+
 def test_sampled_captions_are_halved_too(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
     run = Run(make_recipe("run", *SCST, "halve_batch_on_oom=true"))

@@ -646,7 +646,11 @@ class Trainer:
 
     def _position(self) -> dict[str, Any]:
         """All that a run goes on from besides weights, optimiser and scaler."""
-        running = {"monitor": self.monitor.state_dict(), "skipped_in_a_row": self.guard.skipped_in_a_row}
+        running = {
+            "monitor": self.monitor.state_dict(),
+            "skipped_in_a_row": self.guard.skipped_in_a_row,
+            "parts_per_batch": self.parts_per_batch,
+        }
         if self.self_critical is not None:
             running["self_critical"] = self.self_critical.state_dict()
         return {
@@ -662,12 +666,14 @@ class Trainer:
         restore_random_states(position, self.device)
 
     def _continue_running_means(self, running: Mapping[str, Any]) -> None:
-        """What the lines to come tell of steps before a run was resumed; nothing for a new one."""
+        """What the lines to come tell of steps before a run was resumed, and what these found; nothing for a new one."""
         if "monitor" in running:
             self.monitor.load_state_dict(running["monitor"])
         if "self_critical" in running and self.self_critical is not None and self.world.is_first:
             self.self_critical.load_state_dict(running["self_critical"])
         self.guard.skipped_in_a_row = running.get("skipped_in_a_row", 0)
+        if self.recipe.halve_batch_on_oom:  # where memory ran out once, it would again
+            self.parts_per_batch = running.get("parts_per_batch", 1)
 
     @contextmanager
     def _again_if_broken_off(self) -> Iterator[None]:
