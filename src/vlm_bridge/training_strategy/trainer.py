@@ -666,7 +666,7 @@ class Trainer:
         restore_random_states(position, self.device)
 
     def _continue_running_means(self, running: Mapping[str, Any]) -> None:
-        """What the lines to come tell of steps before a run was resumed, and what these found; nothing for a new one."""
+        """What steps before a run was resumed told, and the lines to come tell of; nothing for a new one."""
         if "monitor" in running:
             self.monitor.load_state_dict(running["monitor"])
         if "self_critical" in running and self.self_critical is not None and self.world.is_first:
