@@ -76,6 +76,9 @@ def finetune_combined(
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Any other key of the recipe; again and again."
     ),
+    force: bool = typer.Option(
+        False, "--force", help="Continue although the recipe or the data have changed."
+    ),
 ) -> None:
     """Fine-tune a combined file on a dataset; the best weights become another combined file."""
     given = {key: context.params[name] for name, key in RECIPE_KEYS.items()}
@@ -97,6 +100,7 @@ def finetune_combined(
         dataset_size,
         pvt,
         blip,
+        force,
     )
     try:
         result = finetuning.finetune_combined(

@@ -25,8 +25,7 @@ from vlm_bridge.model_architecture.combined import (
     projection_kind,
 )
 from vlm_bridge.model_architecture.hub import hub_problem
-from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.trainer import TrainingResult, train
+from vlm_bridge.training_strategy.trainer import AUTO, TrainingResult, train
 
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 """What is counted -> a context that gives what is called with (done, total)."""
@@ -66,6 +65,7 @@ class FineTuning:
             pictures as PVT's, by ImageNet's mean and standard deviation.
         blip: whose configuration and tokenizer the decoder has; None reads sizes from the tensors and takes the
             tokenizer of the recipe's decoder.
+        force: continue an interrupted run although its recipe or its data have changed.
     """
 
     checkpoint: Path
@@ -77,6 +77,7 @@ class FineTuning:
     dataset_size: int | None = None
     pvt: str | None = None
     blip: str | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -132,14 +133,14 @@ def finetune_combined(
         checkpoint_dir=str(checkpoint_dir),
         log_dir=str(settings.run_dir / "logs"),
     )
-    latest = checkpoint_dir / checkpoints.LATEST
     bridge = {
         name: tensor
         for name, tensor in from_combined(state, settings.checkpoint).items()
         if name.startswith("bridge.")
     }
     del state, parts  # the trainer loads the frozen parts and the decoder from their folders
-    result = train(recipe, resume=latest if latest.is_file() else None, initial_weights=bridge, say=say)
+    resume = AUTO if checkpoint_dir.is_dir() else None
+    result = train(recipe, resume=resume, initial_weights=bridge, say=say, force=settings.force)
     write_combined(settings.output, combine_checkpoint(checkpoint_dir))
     return result
 

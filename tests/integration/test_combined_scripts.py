@@ -115,6 +115,10 @@ def test_the_guides_commands(
     again = run_script(*command)
     assert again.returncode == 0 and "at step 4 of 4" in again.stdout, again.stderr
     assert same(read_combined(output), after)
+    changed = run_script(*command, "--lr", 5e-3)
+    assert changed.returncode == 1 and "learning_rate" in changed.stderr and "--force" in changed.stderr
+    forced = run_script(*command, "--lr", 5e-3, "--force")
+    assert forced.returncode == 0 and "changed by --force: learning_rate" in forced.stdout, forced.stderr
 
     picture = next((coco / "val2017").iterdir())
     captioned = run_here("caption", picture, "--checkpoint", output.with_suffix(""), "--device", "cpu")
