@@ -184,6 +184,9 @@ class Recipe:
             scales them all. What no pattern matches stays frozen.
         tokens_per_batch: fill batches with rows of like length up to this many positions, pads included, instead of
             counting captions: `batch_size` is not read then.
+        shuffle_buffer: 0 shuffles all training images in every epoch. With a number N, an epoch reads shard after shard
+            (a caption folder is one) in an order of its own and shuffles images within windows of N: pictures are then
+            read nearly in the order of the disk. N should be many times ``batch_size``.
         compile: compile the language model for training, once; it has to earn the minutes that compiling takes.
         monitor: what decides the best checkpoint and early stopping: the validation loss, or a score of captions that
             are decoded for the first ``num_decoded_images`` of validation.
@@ -235,6 +238,7 @@ class Recipe:
     captions_per_image: int = 1
     max_caption_tokens: int = 128
     num_workers: int = 2
+    shuffle_buffer: int = 0
     max_bad_samples: float = 0.01
     feature_cache: str = "auto"
     feature_cache_dtype: Literal["float16", "bfloat16", "int8"] = "float16"
@@ -307,7 +311,7 @@ class Recipe:
             "keep_step_checkpoints", "scst_samples", "max_skipped_steps",
         )  # fmt: skip
         check_at_least(
-            0, self, "num_workers", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
+            0, self, "num_workers", "shuffle_buffer", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
             "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val", "scst_temperature")

@@ -19,6 +19,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
 from vlm_bridge.model_architecture.packaged_weights import require_weights
@@ -111,7 +112,7 @@ class Captioner:
 
     def caption(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[str | PictureFile | Image.Image],
         *,
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
@@ -155,7 +156,7 @@ class Captioner:
 
     def __call__(
         self,
-        images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+        images: str | PictureFile | Image.Image | Sequence[str | PictureFile | Image.Image],
         *,
         batch_size: int = 32,
         num_return_sequences: int = 1,
@@ -170,7 +171,7 @@ class Captioner:
             ImageError: a picture cannot be read.
             ConfigurationError: a search is asked for more captions than it has beams.
         """
-        single = isinstance(images, str | Path | Image.Image)
+        single = isinstance(images, str | PictureFile | Image.Image)
         answers: list[Any] = []
         for batch in in_batches([images] if single else list(images), batch_size):
             pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in batch]
@@ -263,7 +264,7 @@ class Captioner:
 
 
 def caption_in_batches(
-    images: Sequence[str | Path | Image.Image],
+    images: Sequence[str | PictureFile | Image.Image],
     caption_batch: Callable[[Any], list[tuple[str, float, bool]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
@@ -281,7 +282,7 @@ def caption_in_batches(
         prepare: what can be done with the RGB pictures of a batch beside the captioning of another.
     """
 
-    def read(batch: list[str | Path | Image.Image]) -> tuple[list[tuple[str, ImageError | None]], Any]:
+    def read(batch: list[str | PictureFile | Image.Image]) -> tuple[list[tuple[str, ImageError | None]], Any]:
         opened = [_open(image) for image in batch]
         readable = [picture for _, picture in opened if isinstance(picture, Image.Image)]
         outcomes = [(name, picture if isinstance(picture, ImageError) else None) for name, picture in opened]
@@ -300,7 +301,7 @@ def caption_in_batches(
     return results
 
 
-def _open(image: str | Path | Image.Image) -> tuple[str, Image.Image | ImageError]:
+def _open(image: str | PictureFile | Image.Image) -> tuple[str, Image.Image | ImageError]:
     if isinstance(image, Image.Image):
         return "<picture>", upright_rgb(image)
     try:

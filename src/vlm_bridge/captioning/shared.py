@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
 
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import in_batches
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.evaluation.run import Captioned, EvaluableCaptioner, Validated
 from vlm_bridge.training_strategy.distributed import World
 
@@ -26,7 +26,7 @@ class SharedCaptioner:
 
     def caption(
         self,
-        images: Sequence[Path],
+        images: Sequence[PictureFile],
         *,
         decode: DecodeSettings,
         batch_size: int,

@@ -15,8 +15,9 @@ from vlm_bridge.cli.download import download
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+    from vlm_bridge.data_pipeline.data_folder import SplitImages
     from vlm_bridge.data_pipeline.loader import TokenizedImages
-    from vlm_bridge.data_pipeline.sources import Source, SourceItem
+    from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
     from vlm_bridge.data_pipeline.splits import SplitBy
 
 app = typer.Typer(
@@ -115,7 +116,7 @@ def explore_dataset(
     from dataclasses import asdict
 
     from vlm_bridge.cli.progress import show_progress
-    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+    from vlm_bridge.data_pipeline.data_folder import open_data_folder
     from vlm_bridge.data_pipeline.explore import describe_items, folder_items, plain_caption, sample_items
     from vlm_bridge.data_pipeline.sources import Described, SourceOptions, make_source
     from vlm_bridge.errors import UsageError
@@ -128,7 +129,8 @@ def explore_dataset(
     facts: dict[str, Any] = {}
     if data_dir is not None:
         name = data_dir.resolve().name
-        items, set_aside = folder_items(CaptionFolder.open(data_dir)), []
+        set_aside: list[Rejected] = []
+        items = folder_items(open_data_folder(data_dir), set_aside)
     else:
         name = (source or SourceName.groundcap).value
         # With their tags, which are counted.
@@ -275,7 +277,7 @@ def inspect_loader(
 
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.configuration import load_recipe
-    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+    from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.data_pipeline.explore import describe_items, find_broken, folder_items, sample_items
     from vlm_bridge.errors import DataError, UsageError
 
@@ -284,8 +286,9 @@ def inspect_loader(
     recipe = load_recipe(config)
     if batch_size is not None:
         recipe = replace(recipe, batch_size=batch_size)
-    folder = CaptionFolder.open(data_dir or recipe.data_dir)
-    items = folder_items(folder)
+    folder = open_data_folder(data_dir or recipe.data_dir)
+    set_aside: list[Rejected] = []
+    items = folder_items(folder, set_aside)
     statistics = describe_items(items)
     checked = items if check_all else sample_items(items, check)
     with show_progress("pictures decoded") as report:
@@ -297,12 +300,13 @@ def inspect_loader(
 
     batch = None
     if "train" in folder.splits:
-        batch = _first_batch(folder.split("train"), recipe, with_tokens=config is not None)
+        batch = _first_batch(readable_split(folder, "train")[0], recipe, with_tokens=config is not None)
     if json_output:
         result = {
             "data_dir": str(folder.root),
             "fingerprint": folder.fingerprint,
             "statistics": statistics,
+            "set_aside": [{"id": item.id, "reason": item.reason} for item in set_aside],
             "pictures_decoded": len(checked),
             "broken": [{"id": item.id, "reason": item.reason} for item in broken],
             "first_batch": batch,
@@ -312,7 +316,9 @@ def inspect_loader(
         print(f"{folder.root}: {folder.manifest.get('source', 'unknown source')}, {folder.fingerprint}")
         _print_statistics(statistics)
         print(f"\n{len(checked)} of {len(items)} pictures decoded, {len(broken)} broken")
-        for item in broken:
+        if set_aside:
+            print(f"set aside {len(set_aside):,} samples of shards:")
+        for item in (*broken, *set_aside):
             print(f"  {item.id}: {item.reason}")
         if batch:
             _print_batch(batch)
@@ -326,7 +332,7 @@ def _default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _first_batch(images: Sequence[CaptionedImage], recipe: Recipe, *, with_tokens: bool) -> dict[str, Any]:
+def _first_batch(images: SplitImages, recipe: Recipe, *, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch of the first epoch: its rows, and its token counts if they are asked for."""
     from vlm_bridge.training_strategy.plan import epoch_plan
 
@@ -334,7 +340,7 @@ def _first_batch(images: Sequence[CaptionedImage], recipe: Recipe, *, with_token
     lengths = None
     if recipe.tokens_per_batch is not None:  # which only a recipe says
         lengths = _tokenized(images, recipe, language_model).caption_lengths
-    plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths)
+    plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths, images.shards)
     rows = plan.batches(0)[0]
     batch: dict[str, Any] = {
         "batches_per_epoch": plan.num_batches(0),

@@ -32,7 +32,7 @@ def evaluate(
         metavar="NAME_OR_FOLDER",
         help="Instead: a BLIP, GIT or vision-encoder-decoder captioner, on the hub or in a folder.",
     ),
-    data_dir: Path = typer.Option(..., help="Caption folder, as `vlm-data transform` writes it."),
+    data_dir: Path = typer.Option(..., help="Caption folder, as `vlm-data transform` writes it, or shards."),
     config: Path | None = typer.Option(
         None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
     ),
@@ -75,7 +75,7 @@ def evaluate(
 
     Our own (--checkpoint) or a published one (--model), on the same data with the same decoding and metrics.
     """
-    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+    from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.errors import UsageError
 
     if (checkpoint is None) == (model is None):
@@ -86,8 +86,9 @@ def evaluate(
         raise UsageError("--revision and --prompt are for a --model")
 
     # Everything that can be wrong with the paths is found before minutes of captioning.
-    folder = CaptionFolder.open(data_dir)
-    images = folder.split(split.value)[:limit]
+    folder = open_data_folder(data_dir)
+    images, set_aside = readable_split(folder, split.value)
+    images = images[:limit]
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
     if output_dir:
@@ -148,6 +149,11 @@ def evaluate(
         write_evaluation(evaluation, output_dir, title=title, recipe_yaml=subject.recipe_yaml)
     for failure in evaluation.failures:
         print(f"failed: {failure.image.path}: {failure.error}", file=sys.stderr)
+    if len(set_aside):
+        print(
+            f"set aside {len(set_aside):,} of {set_aside.total:,} {set_aside.kind}: {set_aside.summary()}",
+            file=sys.stderr,
+        )
     for note in evaluation.scores.notes():
         print(f"note: {note}", file=sys.stderr)
     _print_scores(evaluation)

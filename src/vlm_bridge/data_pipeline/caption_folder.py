@@ -18,13 +18,14 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
@@ -45,7 +46,7 @@ _KEYS = ("image_path", "caption", "original_id")
 class CaptionedImage:
     """One picture with all its captions."""
 
-    path: Path
+    path: PictureFile
     captions: tuple[str, ...]
     original_id: str
 
@@ -171,13 +172,18 @@ class CaptionedImages(Sequence[CaptionedImage]):
         return CaptionedImages(self.folder, self._text, self._lines, self._first, self._chosen[indices])
 
     @property
-    def paths(self) -> Sequence[Path]:
+    def paths(self) -> Pictures:
         """The pictures, each path made when it is asked for."""
-        return _Paths(self)
+        return Pictures(self)
 
     def path(self, index: int) -> Path:
         """The picture of one image."""
         return self.folder / self._record(int(self._first[self._chosen[index]]))["image_path"]
+
+    @property
+    def shards(self) -> np.ndarray:
+        """[images], the number of the file that the captions of each lie in: there is one."""
+        return np.zeros(len(self), np.int64)
 
     def _record(self, line: int) -> dict[str, str]:
         start = int(self._lines[line])
@@ -188,19 +194,31 @@ class CaptionedImages(Sequence[CaptionedImage]):
             raise DataError(f"{self.folder / CAPTIONS_NAME} was changed while it was read") from None
 
 
+class HasPictures(Protocol):
+    """Images whose pictures can be told without their captions."""
+
+    def __len__(self) -> int: ...
+    def path(self, index: int) -> PictureFile: ...
+    def take(self, indices: np.ndarray) -> HasPictures: ...
+
+
 @dataclass(frozen=True)
-class _Paths(Sequence[Path]):
-    images: CaptionedImages
+class Pictures(Sequence[PictureFile]):
+    """Where the pictures of some images are; a slice is a view."""
+
+    images: HasPictures
 
     def __len__(self) -> int:
         return len(self.images)
 
     @overload
-    def __getitem__(self, index: int) -> Path: ...
+    def __getitem__(self, index: int) -> PictureFile: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Path]: ...
-    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
-        return self.images[index].paths if isinstance(index, slice) else self.images.path(index)
+    def __getitem__(self, index: slice) -> Pictures: ...
+    def __getitem__(self, index: int | slice) -> PictureFile | Pictures:
+        if isinstance(index, slice):
+            return Pictures(self.images.take(np.arange(len(self))[index]))
+        return self.images.path(index)
 
 
 class CaptionFolderWriter:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
+from vlm_bridge.data_pipeline.data_folder import DataFolder
 from vlm_bridge.data_pipeline.images import image_size, open_image
+from vlm_bridge.data_pipeline.shard_folder import ShardFolder
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.data_pipeline.tags import TagCounter, strip_tags
@@ -27,14 +29,24 @@ _MOST_COMMON = 20
 _CAPTIONS_AT_ONCE = 1000
 
 
-def folder_items(folder: CaptionFolder) -> list[SourceItem]:
-    """Return the images of a caption folder, all splits, as if it were a source."""
-    return [
-        SourceItem(image.original_id, list(image.captions), split, path=image.path)
-        for split in SPLITS
-        if split in folder.splits
-        for image in folder.split(split)
-    ]
+def folder_items(folder: DataFolder, set_aside: list[Rejected] | None = None) -> list[SourceItem]:
+    """Return the images of a caption folder or of shards, all splits, as if it were a source.
+
+    Args:
+        set_aside: takes the samples of shards that cannot be used, which are passed over.
+    """
+    items: list[SourceItem] = []
+    for split in SPLITS:
+        if split not in folder.splits:
+            continue
+        bad = BadSamples(split) if isinstance(folder, ShardFolder) else None
+        items += [
+            SourceItem(image.original_id, list(image.captions), split, path=image.path)
+            for image in folder.split(split, bad)
+        ]
+        if set_aside is not None and bad is not None:
+            set_aside += [Rejected(sample.where, sample.reason) for sample in bad.samples]
+    return items
 
 
 def describe_items(

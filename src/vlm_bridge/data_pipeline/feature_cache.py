@@ -43,6 +43,7 @@ from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.durable_files import bring_to_disk, not_as_written, take_name
 from vlm_bridge.errors import DataError
 
@@ -84,7 +85,7 @@ class OnTheFlyPixels:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[PictureFile],
         preprocess: Callable[[list[Image.Image]], Any],
         views: Views | None = None,
     ):
@@ -116,7 +117,7 @@ def cache_key(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def pictures_digest(paths: Sequence[Path], root: Path) -> str:
+def pictures_digest(paths: Sequence[PictureFile], root: Path) -> str:
     """Hash over the content of picture files, in order; ``root`` remembers it while none of them is touched.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
 from vlm_bridge.errors import DataError, ImageError
 
 MAX_PIXELS = 51_000_000
@@ -57,8 +58,8 @@ class DecodedImage:
     is_plain_jpeg: bool
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Return the picture at ``path``, upright and RGB (8 bits a channel).
+def open_image(path: str | PictureFile) -> Image.Image:
+    """Return the picture at ``path`` (a file, or a place in a tar), upright and RGB (8 bits a channel).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit greyscale is scaled to 8 bits, CMYK is
     converted, and an animation gives its first frame.
@@ -69,8 +70,8 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(path).image
 
 
-def decode_image(picture: str | Path | bytes) -> DecodedImage:
-    """As :func:`open_image`, of a file or a file's bytes; also says whether the file could be used as it is."""
+def decode_image(picture: str | PictureFile | bytes) -> DecodedImage:
+    """As :func:`open_image`, also of a file's bytes; also says whether the file could be used as it is."""
     try:
         with _open_header(picture) as opened:
             opened.load()
@@ -94,7 +95,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def check_image(path: str | Path) -> None:
+def check_image(path: str | PictureFile) -> None:
     """Raise ImageError where :func:`open_image` would. A JPEG is read whole, but at an eighth of its size: quicker."""
     try:
         with _open_header(path) as opened:
@@ -109,10 +110,10 @@ def check_image(path: str | Path) -> None:
     decode_image(path)
 
 
-def image_size(picture: str | Path | bytes) -> tuple[int, int]:
+def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
     """Return (width, height) as displayed, from the header alone: the pixels may still be damaged.
 
-    ``picture`` is a file or a file's bytes.
+    ``picture`` is a file, a place in a tar, or a file's bytes.
 
     Raises:
         ImageError: as :func:`open_image`, as far as the header tells.
@@ -167,9 +168,11 @@ def _pictures(candidates: Iterable[Path]) -> list[Path]:
     )
 
 
-def _open_header(picture: str | Path | bytes) -> Image.Image:
+def _open_header(picture: str | PictureFile | bytes) -> Image.Image:
     """Open a picture without decoding pixels; the caller closes it."""
     name = _name(picture)
+    if isinstance(picture, TarPicture):
+        picture = picture.read_bytes()
     if isinstance(picture, bytes):
         size, file = len(picture), io.BytesIO(picture)
     else:
@@ -216,7 +219,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _name(picture: str | Path | bytes) -> str:
+def _name(picture: str | PictureFile | bytes) -> str:
     return f"in memory ({len(picture)} bytes)" if isinstance(picture, bytes) else str(picture)
 
 

@@ -228,6 +228,10 @@ class EpochPlan:
         row_captions: captions of an image in one row, at most.
         batch_captions: captions in a batch; not read where there is a ``budget``.
         budget: fill batches by positions instead; the number of batches then differs from epoch to epoch.
+        shuffle_buffer: 0 shuffles all rows. Otherwise an epoch is read as a stream is: shards in an order of their own,
+            the images of each in their order, shuffled within windows of so many images. Windows begin elsewhere in
+            every epoch. A batch may reach over two windows; one that is filled by positions does not.
+        shards: [images], the number of the shard that each image lies in; None where all lie in one.
     """
 
     def __init__(
@@ -238,11 +242,15 @@ class EpochPlan:
         batch_captions: int,
         seed: int,
         budget: TokenBudget | None = None,
+        shuffle_buffer: int = 0,
+        shards: np.ndarray | None = None,
     ):
         counts = np.asarray(captions_per_image, np.int64)
         self.rows_per_batch = max(1, batch_captions // row_captions)
         self.seed = seed
         self.budget = budget
+        self.shuffle_buffer = shuffle_buffer
+        self._shards = np.zeros(len(counts), np.int64) if shards is None else shards
         # Rows of an image stand side by side: row r has places row_start[r] to row_start[r + 1] of all captions.
         self._counts, self._first_caption = counts, _starts(counts)
         rows_of_image = -(-counts // row_captions)
@@ -261,15 +269,31 @@ class EpochPlan:
     def batches(self, epoch: int) -> EpochBatches:
         random = np.random.default_rng([self.seed, epoch])
         captions = self._shuffled_captions(random)
-        rows = random.permutation(len(self._row_image))
+        windows = self._windows(random)
         if self.budget is None:
+            rows = np.concatenate(windows)
             batches = np.split(rows, range(self.rows_per_batch, len(rows), self.rows_per_batch))
         else:
             places = captions + np.repeat(self._first_caption[:-1], self._counts)
             lengths = _sums(self.budget.caption_lengths[places], self._row_start)
-            batches = bucketed(rows, lengths, self.budget.positions)
-            batches = [batches[index] for index in random.permutation(len(batches))]
+            batches = []
+            for rows in windows:
+                of_window = bucketed(rows, lengths, self.budget.positions)
+                batches += [of_window[index] for index in random.permutation(len(of_window))]
         return EpochBatches(batches, self._row_image, self._row_start, captions)
+
+    def _windows(self, random: np.random.Generator) -> list[np.ndarray]:
+        """All rows in the order of an epoch, shuffled within each of these parts."""
+        if not self.shuffle_buffer:
+            return [random.permutation(len(self._row_image))]
+        turn_of_shard = random.permutation(int(self._shards.max()) + 1)
+        stream = np.argsort(turn_of_shard[self._shards], kind="stable")
+        place = np.empty_like(stream)
+        place[stream] = np.arange(len(stream))
+        window = (place + random.integers(self.shuffle_buffer)) // self.shuffle_buffer
+        window_of_row = window[self._row_image]
+        rows = np.lexsort((random.permutation(len(window_of_row)), window_of_row))
+        return np.split(rows, np.flatnonzero(np.diff(window_of_row[rows])) + 1)
 
     def _shuffled_captions(self, random: np.random.Generator) -> np.ndarray:
         """Numbers of captions [captions], those of each image in an order of their own."""

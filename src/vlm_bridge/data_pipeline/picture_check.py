@@ -17,10 +17,12 @@ import numpy as np
 import PIL
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples, write_listing
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImages, CaptionFolder, write_atomically
+from vlm_bridge.data_pipeline.caption_folder import write_atomically
+from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
 from vlm_bridge.data_pipeline.images import MAX_PIXELS, check_image
 from vlm_bridge.data_pipeline.loader import prefetch
 from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.parsing import parse_json
 
@@ -32,7 +34,7 @@ Say = Callable[[str], None]
 
 
 def usable_images(
-    folder: CaptionFolder,
+    folder: DataFolder,
     split: SplitName,
     *,
     limit: int | None = None,
@@ -40,7 +42,7 @@ def usable_images(
     listing: Path | None = None,
     remember_in: Path | None = None,
     say: Say = lambda line: None,
-) -> CaptionedImages:
+) -> SplitImages:
     """The images of a split without the captions that cannot be read and the pictures that cannot be decoded.
 
     Args:
@@ -69,7 +71,7 @@ def usable_images(
 
 
 def check_pictures(
-    paths: Sequence[Path], remember_in: Path | None = None, say: Say = lambda line: None
+    paths: Sequence[PictureFile], remember_in: Path | None = None, say: Say = lambda line: None
 ) -> dict[int, str]:
     """Decode every picture, in threads; why some cannot be, by index. Arguments as of `usable_images`."""
     if not len(paths):
@@ -101,7 +103,7 @@ def check_pictures(
     return bad
 
 
-def _problems(paths: Sequence[Path], part: range) -> dict[int, str]:
+def _problems(paths: Sequence[PictureFile], part: range) -> dict[int, str]:
     problems = {}
     for index in part:
         try:
@@ -111,7 +113,7 @@ def _problems(paths: Sequence[Path], part: range) -> dict[int, str]:
     return problems
 
 
-def _state_of(paths: Sequence[Path]) -> str:
+def _state_of(paths: Sequence[PictureFile]) -> str:
     """Hash over all that the outcome depends on: the files, by time and size, and what decodes them."""
     digest = hashlib.blake2b(f"{PIL.__version__} {MAX_PIXELS}".encode(), digest_size=12)
     for path in paths:

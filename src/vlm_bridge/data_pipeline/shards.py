@@ -10,15 +10,14 @@ member's path up to the first dot of its file name.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from vlm_bridge.data_pipeline.caption_folder import inside
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
-from vlm_bridge.errors import DataError
+from vlm_bridge.data_pipeline.tar_picture import TarPicture, read_at
 from vlm_bridge.parsing import is_text, parse_json
 
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -35,34 +34,16 @@ _DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 _END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
 
 
-@dataclass(frozen=True, slots=True)
-class TarPicture:
-    """Where a picture lies in an uncompressed tar: ``offset`` and ``size`` in bytes."""
+class CaptionPlace(NamedTuple):
+    """The member that holds a caption: bytes from ``offset`` on, plain text or img2dataset's JSON."""
 
-    file: Path
     offset: int
     size: int
+    is_json: bool
 
-    @classmethod
-    def read_in_order(cls, pictures: Iterable[TarPicture]) -> Iterator[bytes]:
-        """Yield the bytes of each picture; a tar is opened once for all of its pictures that follow each other.
-
-        Raises:
-            DataError: a tar is gone, or shorter than it was.
-        """
-        for path, of_file in groupby(pictures, key=lambda picture: picture.file):
-            try:
-                file = path.open("rb")
-            except FileNotFoundError:
-                raise DataError(f"no such file: {path}") from None
-            with file:
-                for picture in of_file:
-                    content = _read(file, picture.offset, picture.size)
-                    if len(content) < picture.size:
-                        raise DataError(
-                            f"{path} became shorter while it was read: run the same command again"
-                        )
-                    yield content
+    def caption_in(self, content: bytes) -> object:
+        """What is written there, if it is text; ``content`` is the member's. Raises UnicodeDecodeError."""
+        return _parse_object(content).get("caption") if self.is_json else content.decode("utf-8").strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +53,7 @@ class ShardSample:
     key: str
     caption: str
     picture: TarPicture
+    caption_place: CaptionPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +124,7 @@ def _members(file: BinaryIO, file_size: int) -> Iterator[tarfile.TarInfo]:
     except _DAMAGE as error:
         raise _CutOff(f"at byte {file.tell():,} ({_one_line(error)})") from None
     # tarfile takes any damaged header for the end; the true one is a block of zeros.
-    if _read(file, tar.offset, tarfile.BLOCKSIZE) != _END_OF_ARCHIVE:
+    if read_at(file, tar.offset, tarfile.BLOCKSIZE) != _END_OF_ARCHIVE:
         raise _CutOff(f"at byte {tar.offset:,}")
 
 
@@ -168,7 +150,9 @@ class _Parts:
     key: str
     picture: tarfile.TarInfo | None = None
     text: bytes = b""
+    text_member: tarfile.TarInfo | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    json_member: tarfile.TarInfo | None = None
     problem: str = ""
 
     def add(self, extension: str, member: tarfile.TarInfo, file: BinaryIO) -> None:
@@ -183,9 +167,10 @@ class _Parts:
         elif is_picture:
             self.picture = member
         elif extension == "txt":
-            self.text = _read(file, member.offset_data, member.size)
+            self.text, self.text_member = read_at(file, member.offset_data, member.size), member
         else:
-            self.metadata = _parse_object(_read(file, member.offset_data, member.size))
+            self.json_member = member
+            self.metadata = _parse_object(read_at(file, member.offset_data, member.size))
 
     def finish(self, path: Path) -> ShardSample | ShardLoss:
         """Return the sample, or why it is none."""
@@ -197,14 +182,22 @@ class _Parts:
             return self._loss("it has no picture")
         try:
             # Where the .txt is missing or empty, img2dataset's .json still has the caption.
-            caption = self.text.decode("utf-8").strip() or self.metadata.get("caption")
+            text = self.text.decode("utf-8").strip()
         except UnicodeDecodeError:
             return self._loss("its caption is not UTF-8 text")
+        caption = text or self.metadata.get("caption")
         if not is_text(caption) or not caption.strip():
             return self._loss("it has no caption")
         if len(caption) > MAX_CAPTION_CHARACTERS:
             return self._loss(f"a caption of {len(caption):,} characters")
-        return ShardSample(self.key, caption, TarPicture(path, self.picture.offset_data, self.picture.size))
+        held_by = self.text_member if text else self.json_member
+        assert held_by is not None, "a caption was read from one of them"
+        return ShardSample(
+            self.key,
+            caption,
+            TarPicture(path, self.picture.offset_data, self.picture.size, self.picture.name),
+            CaptionPlace(held_by.offset_data, held_by.size, is_json=not text),
+        )
 
     def _loss(self, reason: str) -> ShardLoss:
         url = self.metadata.get("url")
@@ -235,11 +228,6 @@ def _parse_object(content: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
 
 
 def _one_line(error: Exception) -> str:

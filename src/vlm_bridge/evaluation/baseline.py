@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +30,7 @@ from vlm_bridge.data_pipeline.loader import (
     TokenizedImages,
     in_batches,
 )
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.evaluation.run import NotMeasurable
 from vlm_bridge.model_architecture.captioner import generation_options
@@ -221,7 +221,7 @@ class BaselineCaptioner:
 
     def caption(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[str | PictureFile | Image.Image],
         *,
         decode: DecodeSettings,
         batch_size: int = 16,

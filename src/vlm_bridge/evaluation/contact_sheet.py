@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.fonts import Font, font_for
 
@@ -26,7 +27,7 @@ INK, GREY, ACCENT = "#212529", "#868e96", "#1864ab"
 class SheetItem:
     """One picture to show: its file, the generated caption, and what to judge the caption by."""
 
-    image: Path
+    image: PictureFile
     caption: str
     reference: str | None = None
     score: float | None = None
@@ -58,7 +59,7 @@ def contact_sheet(items: Sequence[SheetItem], path: Path, *, columns: int = 4, t
     sheet.save(path, format="PNG", optimize=True)
 
 
-def thumbnail(path: Path, size: tuple[int, int]) -> Image.Image | None:
+def thumbnail(path: PictureFile, size: tuple[int, int]) -> Image.Image | None:
     """The picture scaled to fit ``size`` (width, height) in pixels; None if it cannot be read."""
     try:
         return ImageOps.contain(open_image(path), size, Image.Resampling.LANCZOS)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
+from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
+from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import SheetItem
 
@@ -41,6 +43,7 @@ class Prediction:
     def to_record(self) -> dict[str, Any]:
         record = {
             "image": str(self.image.path),
+            **_place(self.image.path),
             "original_id": self.image.original_id,
             "caption": self.caption,
             "log_probability": self.log_probability,
@@ -53,11 +56,27 @@ class Prediction:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prediction:
         """What `to_record` made; scores without a CIDEr, or an image without references, is a ValueError."""
-        image = CaptionedImage(Path(record["image"]), tuple(record["references"]), record["original_id"])
+        image = CaptionedImage(_picture(record), tuple(record["references"]), record["original_id"])
         if not image.captions or "CIDEr" not in record["scores"]:
             raise ValueError("no references, or no CIDEr")
         rest = record["log_probability"], record.get("error"), record["scores"], record.get("finished")
         return cls(image, record["caption"], *rest)
+
+
+def _place(picture: PictureFile) -> dict[str, Any]:
+    """What a record says of a picture in a tar, beside its name."""
+    if isinstance(picture, Path):
+        return {}
+    return {"tar": {"file": str(picture.file), "offset": picture.offset, "size": picture.size}}
+
+
+def _picture(record: Mapping[str, Any]) -> PictureFile:
+    if (tar := record.get("tar")) is None:
+        return Path(record["image"])
+    file, offset, size = Path(tar["file"]), int(tar["offset"]), int(tar["size"])
+    if offset < 0 or not 0 <= size <= MAX_FILE_BYTES:
+        raise ValueError("no place in a tar")
+    return TarPicture(file, offset, size, record["image"].removeprefix(f"{file}/"))
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import contact_sheet
 from vlm_bridge.evaluation.history import Curve
@@ -53,7 +54,7 @@ class EvaluableCaptioner(Protocol):
 
     def caption(
         self,
-        images: Sequence[Path],
+        images: Sequence[PictureFile],
         *,
         decode: DecodeSettings,
         batch_size: int,

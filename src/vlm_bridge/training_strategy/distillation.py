@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from vlm_bridge.configuration import DistillationConfig, Recipe, VisionEncoderConfig
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import prefetch
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import ProjectionBridge
 from vlm_bridge.model_architecture.captioner import CaptionerModel
@@ -46,7 +46,7 @@ def distill_projection(
     model: CaptionerModel,
     recipe: Recipe,
     features: Features,
-    paths: Sequence[Path],
+    paths: Sequence[PictureFile],
     say: Callable[[str], None],
 ) -> list[float]:
     """Fit the projection of a captioner to a teacher's features of the same pictures (mean squared error per number).

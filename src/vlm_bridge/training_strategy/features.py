@@ -16,7 +16,8 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import picture_check
 from vlm_bridge.data_pipeline.augmentation import Views
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionedImages, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionedImages
+from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages, open_data_folder
 from vlm_bridge.data_pipeline.feature_cache import (
     LAYOUT,
     CacheFiles,
@@ -30,6 +31,7 @@ from vlm_bridge.data_pipeline.feature_cache import (
     pictures_digest,
 )
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
+from vlm_bridge.data_pipeline.shard_folder import ShardFolder, ShardImages
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.vision_encoder import (
@@ -131,8 +133,8 @@ class BuiltCache:
 
 
 def usable_images(
-    folder: CaptionFolder, split: SplitName, recipe: Recipe, say: Say, listing_dir: Path | None = None
-) -> CaptionedImages:
+    folder: DataFolder, split: SplitName, recipe: Recipe, say: Say, listing_dir: Path | None = None
+) -> SplitImages:
     """The images of a split that training reads: without captions and pictures that cannot be read, which are said.
 
     Args:
@@ -141,13 +143,16 @@ def usable_images(
     Raises:
         DataError: more than ``max_bad_samples`` of the captions or of the pictures cannot be read.
     """
+    remember_in = cache_root(recipe) if recipe.feature_cache != "off" else None
+    if isinstance(folder, ShardFolder):
+        remember_in = remember_in or folder.notes_dir
     return picture_check.usable_images(
         folder,
         split,
         limit=recipe.max_validation_images if split == "val" else None,
         max_bad_share=recipe.max_bad_samples,
         listing=listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None,
-        remember_in=cache_root(recipe) if recipe.feature_cache != "off" else None,
+        remember_in=remember_in,
         say=say,
     )
 
@@ -163,7 +168,7 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
     """
     if recipe.feature_cache == "off":
         raise ConfigurationError("the recipe says feature_cache=off: give feature_cache=auto or a folder")
-    folder = CaptionFolder.open(recipe.data_dir)
+    folder = open_data_folder(recipe.data_dir, say)
     encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
     splits: tuple[SplitName, ...] = ("train", "val")
@@ -305,7 +310,8 @@ def _measure_encoding(pixels: OnTheFlyPixels, encode: Callable[[Any], torch.Tens
 def _pixels(encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage]) -> OnTheFlyPixels:
     is_augmented = split == "train" and recipe.feature_cache_views
     views = Views(recipe.feature_cache_views, recipe.seed) if is_augmented else None
-    paths = images.paths if isinstance(images, CaptionedImages) else [image.path for image in images]
+    has_paths = isinstance(images, CaptionedImages | ShardImages)
+    paths = images.paths if has_paths else [image.path for image in images]
     return OnTheFlyPixels(paths, encoder.preprocess, views)
 
 

@@ -11,12 +11,16 @@ from vlm_bridge.data_pipeline.loader import EpochPlan, TokenBudget
 
 
 def epoch_plan(
-    recipe: Recipe, captions_per_image: Sequence[int] | np.ndarray, caption_lengths: np.ndarray | None
+    recipe: Recipe,
+    captions_per_image: Sequence[int] | np.ndarray,
+    caption_lengths: np.ndarray | None,
+    shards: np.ndarray | None = None,
 ) -> EpochPlan:
     """Which captions of a training meet in which batch; where captions are sampled, which images.
 
     Args:
         caption_lengths: see `TokenizedImages`; read where the recipe has ``tokens_per_batch``.
+        shards: see `EpochPlan`; read where the recipe has a ``shuffle_buffer``.
     """
     if recipe.objective == "scst":  # a row is an image, whatever people wrote of it
         return EpochPlan(
@@ -24,6 +28,8 @@ def epoch_plan(
             row_captions=1,
             batch_captions=recipe.batch_size // recipe.scst_samples,
             seed=recipe.seed,
+            shuffle_buffer=recipe.shuffle_buffer,
+            shards=shards,
         )
     budget = None
     if recipe.tokens_per_batch is not None:
@@ -35,6 +41,8 @@ def epoch_plan(
         batch_captions=recipe.batch_size,
         seed=recipe.seed,
         budget=budget,
+        shuffle_buffer=recipe.shuffle_buffer,
+        shards=shards,
     )
 
 

@@ -21,7 +21,8 @@ import torch
 from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline import feature_cache
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.data_folder import open_data_folder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
@@ -165,7 +166,7 @@ class Trainer:
         if world.size > 1:
             self.where += f", {world.size} processes"
         world.check_same({key: value for key, value in recipe.to_dict().items() if key not in PLACES})
-        self.folder = CaptionFolder.open(recipe.data_dir)
+        self.folder = open_data_folder(recipe.data_dir, say)
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
@@ -206,7 +207,8 @@ class Trainer:
         if recipe.objective == "scst":
             self.self_critical = SelfCritical(self.model, recipe, format, train_images, self._autocast, say)
 
-        self.plan = epoch_plan(recipe, self.train_data.captions_per_image, self.train_data.caption_lengths)
+        data = self.train_data
+        self.plan = epoch_plan(recipe, data.captions_per_image, data.caption_lengths, train_images.shards)
         self.total_steps = count_steps(recipe, self.plan)
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -694,14 +696,16 @@ class Trainer:
         """All that decides which captions meet in which step."""
         if self.recipe.objective == "scst":
             names = ("batch_size", "scst_samples", "gradient_accumulation_steps", "seed")
-            return {name: getattr(self.recipe, name) for name in names}
-        # Under a budget, where long captions are cut decides as well.
-        by = (
-            ("batch_size",)
-            if self.recipe.tokens_per_batch is None
-            else ("tokens_per_batch", "max_caption_tokens")
-        )
-        names = (*by, "captions_per_image", "gradient_accumulation_steps", "seed")
+        else:
+            # Under a budget, where long captions are cut decides as well.
+            by = (
+                ("batch_size",)
+                if self.recipe.tokens_per_batch is None
+                else ("tokens_per_batch", "max_caption_tokens")
+            )
+            names = (*by, "captions_per_image", "gradient_accumulation_steps", "seed")
+        if self.recipe.shuffle_buffer:  # checkpoints from before there was one have none
+            names = (*names, "shuffle_buffer")
         return {name: getattr(self.recipe, name) for name in names}
 
     def _start_from(self, path: str | Path) -> None:

@@ -13,10 +13,11 @@ from PIL import Image
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
+from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import DataError, UsageError
 from vlm_bridge.parsing import lines_of
 
-Picture = Path | bytes | Callable[[], Image.Image]
+Picture = PictureFile | bytes | Callable[[], Image.Image]
 """A file, the bytes of a file, or what draws the picture."""
 
 
@@ -45,7 +46,7 @@ class SourceItem:
     image_id: str
     captions: list[str]
     split: SplitName | None
-    path: Path | None = None
+    path: PictureFile | None = None
     draw: Callable[[], Image.Image] | None = None
     stored: StoredPicture | None = None
     film: str | None = None
