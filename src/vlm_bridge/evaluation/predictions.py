@@ -71,12 +71,15 @@ def _place(picture: PictureFile) -> dict[str, Any]:
 
 
 def _picture(record: Mapping[str, Any]) -> PictureFile:
-    if (tar := record.get("tar")) is None:
+    """The picture of a record; ValueError, KeyError or TypeError where it names none."""
+    if "tar" not in record:
         return Path(record["image"])
-    file, offset, size = Path(tar["file"]), int(tar["offset"]), int(tar["size"])
-    if offset < 0 or not 0 <= size <= MAX_FILE_BYTES:
+    file, offset, size = (record["tar"][key] for key in ("file", "offset", "size"))
+    if not (
+        isinstance(offset, int) and isinstance(size, int) and offset >= 0 and 0 <= size <= MAX_FILE_BYTES
+    ):
         raise ValueError("no place in a tar")
-    return TarPicture(file, offset, size, record["image"].removeprefix(f"{file}/"))
+    return TarPicture(Path(file), offset, size, str(record["image"]).removeprefix(f"{file}/"))
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
