@@ -13,6 +13,7 @@ from shards import sample, shards_of, write_tar
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder, CaptionFolderWriter, caption_line
 from vlm_bridge.data_pipeline.caption_folder import fingerprint as fingerprint_of
+from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import Trainer
@@ -93,7 +94,11 @@ def test_commands_train_resume_and_evaluate(
     looked = run_here("data", "inspect-loader", "--data-dir", shards, "--all", "--json")
     assert looked.returncode == 0, looked.stderr
     assert len(json.loads(looked.stdout)["set_aside"]) == 1
-    explored = run_here("data", "explore-dataset", "--data-dir", shards, "--no-grid", "--json")
+    explored = run_here(
+        "data", "explore-dataset", "--data-dir", shards, "--grid", tmp_path / "grid.png", "--json"
+    )
+    assert explored.returncode == 0, explored.stderr
+    assert image_size(tmp_path / "grid.png")[0] > 500
     assert json.loads(explored.stdout)["images_per_split"]["train"] == 24
 
     changed = run_here("train", "--config", file, "--resume", step, *places)

@@ -466,9 +466,11 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
             file = Path(unpacked) / f"{index}.png"
             if callable(picture):
                 picture().save(file)
-            elif not isinstance(picture, Path):
+                picture = file
+            elif picture is None or isinstance(picture, bytes):
                 file.write_bytes(picture or b"")
-            tiles.append(SheetItem(picture if isinstance(picture, Path) else file, caption))
+                picture = file
+            tiles.append(SheetItem(picture, caption))
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(tiles, path)
 
