@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import signal
 import struct
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 import zlib
@@ -256,6 +258,42 @@ def read_tar(content: bytes, folder: Path) -> None:
 
     (folder / "00000.tar").write_bytes(content)
     decode_all(iter_pictures(Conceptual(folder).items()))
+
+
+def read_shards(content: bytes, folder: Path) -> None:
+    tar = folder / "shards" / "train" / "00000.tar"
+    tar.parent.mkdir(parents=True, exist_ok=True)
+    tar.write_bytes(content)
+    train_on_shards(folder / "shards")
+
+
+def read_shard_index(content: bytes, folder: Path) -> None:
+    """An index that lies beside a sound shard."""
+    root = write_shard(folder / "indexed")
+    kept = root / ".shards" / "train" / "00000.tar.index"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(content)
+    train_on_shards(root)
+
+
+def write_shard(root: Path) -> Path:
+    tar = root / "train" / "00000.tar"
+    tar.parent.mkdir(parents=True, exist_ok=True)
+    tar.write_bytes(tar_seeds()[0])
+    os.utime(tar, (0, 0))  # which the index remembers
+    return root
+
+
+def train_on_shards(root: Path) -> None:
+    """What a training reads of a shard folder."""
+    from vlm_bridge.data_pipeline.bad_samples import BadSamples
+    from vlm_bridge.data_pipeline.shard_folder import ShardFolder
+
+    bad = BadSamples("samples")
+    images = ShardFolder.open(root).split("train", bad)
+    bad.check(0.5)  # one of three is a link from the start
+    decode_all(images.paths)
+    assert all(image.captions for image in images)
 
 
 def decode_all(pictures: Any) -> None:
@@ -548,6 +586,22 @@ def tar_seeds() -> list[bytes]:
     return saved
 
 
+def shard_index_seeds() -> list[bytes]:
+    from vlm_bridge.data_pipeline.shard_folder import ShardFolder
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_shard(Path(folder))
+        ShardFolder.open(root).manifest  # noqa: B018 - it indexes
+        return [(root / ".shards" / "train" / "00000.tar.index").read_bytes()]
+
+
+def mend_shard_index(content: bytes) -> bytes:
+    """The right checksum behind whatever header there is."""
+    header, newline, samples = content.partition(b"\n")
+    checksum = hashlib.blake2b(samples, digest_size=16).hexdigest().encode()
+    return re.sub(rb'("checksum": ")[^"]*', rb"\g<1>" + checksum, header) + newline + samples
+
+
 def mend_tar(content: bytes) -> bytes:
     """The right checksum in every block that looks like a header."""
     blocks = [bytearray(content[at : at + 512]) for at in range(0, len(content), 512)]
@@ -583,6 +637,8 @@ READERS = {
     "exported": Reader(read_exported, exported_seeds),
     "parquet": Reader(read_parquet, parquet_seeds),
     "tar": Reader(read_tar, tar_seeds, TAR_WORDS, mend=mend_tar),
+    "shards": Reader(read_shards, tar_seeds, TAR_WORDS, mend=mend_tar),
+    "shard-index": Reader(read_shard_index, shard_index_seeds, mend=mend_shard_index),
 }  # fmt: skip
 
 
