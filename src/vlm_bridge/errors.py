@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def on_one_line(text: str) -> str:
+    """Text for a message, where what breaks a line or steers a terminal is escaped: names of files may hold it."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class VLMBridgeError(Exception):
     """Something failed that the user can act on. The message says what, where and how to mend it (exit code 1)."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return on_one_line(super().__str__())
 
 
 class UsageError(VLMBridgeError):

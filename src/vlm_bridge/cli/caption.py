@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_bridge.credentials import redact
+from vlm_bridge.errors import on_one_line
 
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
@@ -77,7 +78,7 @@ def caption(
     explanations = _write_explanations(captioner, results, explain) if explain is not None else {}
     for result in results:
         if result.error is not None:
-            typer.echo(redact(f"{result.image}: {result.error}"), err=True)
+            typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
         elif not json_output:
             typer.echo(f"{result.image}\t{result.caption}" if len(results) > 1 else result.caption)
     if json_output:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vlm_bridge.errors import DataError
+from vlm_bridge.errors import DataError, on_one_line
 
 MAX_BAD_SHARE = 0.01
 """Where nobody says otherwise."""
@@ -61,7 +61,7 @@ class BadSamples:
 
     def summary(self, listing: Path | None = None) -> str:
         """The first ten on one line, and where the others are."""
-        named = "; ".join(f"{bad.where}: {bad.reason}" for bad in self.samples[:NUM_NAMED])
+        named = on_one_line("; ".join(f"{bad.where}: {bad.reason}" for bad in self.samples[:NUM_NAMED]))
         more = f"; and {len(self) - NUM_NAMED:,} more" if len(self) > NUM_NAMED else ""
         return named + more + (f" (all in {listing})" if listing is not None else "")
 
