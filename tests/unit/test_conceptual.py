@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from shards import Members, jpeg, write_tar
 from vlm_bridge.data_pipeline import shards as shards_module
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.explore import describe_items
@@ -22,14 +21,6 @@ from vlm_bridge.data_pipeline.sources import SourceOptions, iter_pictures, make_
 from vlm_bridge.data_pipeline.sources.conceptual import Conceptual, shards_command
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError, UsageError
-
-Members = list[tuple[str, bytes]]
-
-
-def jpeg(index: int, side: int = 24) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), (index * 37 % 256, index * 11 % 256, 90)).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def sample(index: int, *, key: str | None = None, picture: bytes | None = None) -> Members:
@@ -45,16 +36,6 @@ def sample(index: int, *, key: str | None = None, picture: bytes | None = None) 
         (f"{key}.json", json.dumps(metadata, indent=4).encode()),
         (f"{key}.txt", metadata["caption"].encode()),
     ]
-
-
-def write_tar(path: Path, members: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def write_shards(root: Path, shards: int = 2, each: int = 20) -> Path:

@@ -32,6 +32,7 @@ from vlm_bridge.data_pipeline.shards import (
     CaptionPlace,
     ShardLoss,
     ShardSample,
+    key_of,
     read_shard,
 )
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
@@ -227,9 +228,8 @@ class ShardImages(Sequence[CaptionedImage]):
             return self.take(np.arange(len(self))[index])
         shard, number = self._place(index)
         picture = shard.picture(number)
-        # The key is the name up to its first dot; keys of several shards may be equal.
-        folder, slash, name = picture.member.removeprefix("./").rpartition("/")
-        return CaptionedImage(picture, (shard.caption(number),), f"{folder}{slash}{name.partition('.')[0]}")
+        key, _ = key_of(picture.member)  # those of several shards may be equal
+        return CaptionedImage(picture, (shard.caption(number),), key)
 
     def take(self, indices: np.ndarray) -> ShardImages:
         """A view of some images, in the order of ``indices``."""

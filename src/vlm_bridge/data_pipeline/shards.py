@@ -77,7 +77,7 @@ def read_shard(path: Path) -> Iterator[ShardSample | ShardLoss]:
                 if problem := _problem(member, path):
                     yield ShardLoss(member.name, problem)
                     continue
-                key, extension = _key_of(member)
+                key, extension = key_of(member.name)
                 if sample is None or sample.key != key:
                     if sample is not None:
                         num_samples += 1
@@ -118,7 +118,9 @@ def _members(file: BinaryIO, file_size: int) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError("a member before the last one")
             reached = tar.offset
             if member.offset_data + member.size > file_size:
-                raise _CutOff(f"in the middle of {member.name}, at byte {file_size:,}", _key_of(member)[0])
+                raise _CutOff(
+                    f"in the middle of {member.name}, at byte {file_size:,}", key_of(member.name)[0]
+                )
             if not member.isdir():
                 yield member
     except _DAMAGE as error:
@@ -204,9 +206,9 @@ class _Parts:
         return ShardLoss(self.key, f"{reason} (from {url})" if url else reason)
 
 
-def _key_of(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Return the key and the extension (lower case) of a member: ``a/b.c.jpg`` is ``("a/b", "c.jpg")``."""
-    folder, slash, name = member.name.removeprefix("./").rpartition("/")
+def key_of(member: str) -> tuple[str, str]:
+    """Return the key and the extension (lower case) of a member, by its name: ``a/b.c.jpg`` is ``("a/b", "c.jpg")``."""
+    folder, slash, name = member.removeprefix("./").rpartition("/")
     stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
