@@ -18,6 +18,7 @@ MIN_CHUNK_POSITIONS = 16
 # of a block at a time stays within the processor's caches (`python -m benchmarks.head_loss` tries other sizes).
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
+CHUNK_ROWS_ON_CPU = 320  # of a small vocabulary; more do not make its products quicker
 BLOCK_BYTES = {"cpu": 4 * 2**20}
 BLOCK_BYTES_ELSEWHERE = 32 * 2**20
 
@@ -232,31 +233,38 @@ def _replace_by_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Write over logits the gradient of their losses. ``work_rv`` is memory to compute in.
 
+    The softmax is written down, in place: torch's own, and the loss from it, go over the vocabulary more often.
+
     Returns:
         The losses [R] of the labels and, for smoothing, the mean loss [R] of all tokens.
     """
-    values, ratio = logits_rv.to(work_rv.dtype), None
+    values, ratio = work_rv.copy_(logits_rv), None
     if softcap is not None:
-        ratio = values.div_(softcap).tanh_()  # perhaps over the logits, which are not read again
-        values = softcap * ratio
-    torch.log_softmax(values, dim=-1, out=work_rv)
+        ratio = torch.div(values, softcap).tanh_()
+        torch.mul(ratio, softcap, out=values)
     label_r1 = labels_r[:, None]
-    losses = work_rv.gather(1, label_r1)[:, 0].neg_()
-    spread = work_rv.mean(-1).neg_() if label_smoothing else None
+    of_label_r1 = values.gather(1, label_r1)
+    mean_r1 = values.mean(-1, keepdim=True) if label_smoothing else None
+    largest_r1 = values.amax(-1, keepdim=True)
+    sum_r1 = values.sub_(largest_r1).exp_().sum(-1, keepdim=True)
+    log_sum_r1 = sum_r1.log() + largest_r1
     # Subtracted before anything is rounded: where a token is certain, the difference is all there is.
-    of_label = work_rv.new_full((len(labels_r), 1), label_smoothing - 1.0)
-    gradient = work_rv.exp_().scatter_add_(1, label_r1, of_label)
+    target = torch.full_like(sum_r1, label_smoothing - 1.0)
+    gradient = values.div_(sum_r1).scatter_add_(1, label_r1, target)
     if label_smoothing:
         gradient.sub_(label_smoothing / gradient.shape[1])
     if ratio is not None:  # times 1 - ratio ** 2, the slope of the softcap
-        gradient.addcmul_(torch.mul(gradient, ratio, out=values), ratio, value=-1)
+        gradient.addcmul_(gradient * ratio, ratio, value=-1)
     logits_rv.copy_(gradient)
-    return losses, spread
+    spread_r1 = None if mean_r1 is None else log_sum_r1 - mean_r1
+    return (log_sum_r1 - of_label_r1)[:, 0], None if spread_r1 is None else spread_r1[:, 0]
 
 
 def linear_head_chunk(count: int, vocabulary: int, states: torch.Tensor) -> int:
     """Positions of a chunk: all of them, unless their logits are more than memory is to hold."""
     most = _bytes(CHUNK_BYTES, states) // (vocabulary * states.dtype.itemsize)
+    if states.device.type == "cpu":
+        most = min(most, CHUNK_ROWS_ON_CPU)
     return min(count, max(MIN_CHUNK_POSITIONS, most))
 
 
