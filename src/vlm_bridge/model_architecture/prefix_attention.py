@@ -6,6 +6,7 @@ interface: no layer is patched, the KV cache holds text alone, and text position
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +71,11 @@ def eager_prefix_attention(
     scale = head_dim**-0.5 if scaling is None else scaling
     scores = _scores(grouped, key, scale, softcap).view(batch, heads, length, -1)
     if attention_mask is not None:
-        scores = scores + attention_mask[..., : scores.shape[-1]]
+        scores = scores.add_(attention_mask[..., : scores.shape[-1]])
     if of_image is not None:
         on_image = _scores(_per_image(grouped, len(of_image[0])), of_image[0], scale, softcap)
         scores = torch.cat((_per_row(on_image, batch).reshape(batch, heads, length, -1), scores), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = scores.softmax(dim=-1)  # computed in float32, whatever it is stored in
     weights = F.dropout(weights, dropout, module.training)
     grouped_weights = weights.view(batch, key.shape[1], -1, weights.shape[-1])
     if of_image is not None:
@@ -88,7 +89,10 @@ def _scores(
     query_bhgd: torch.Tensor, key_bhkd: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """Attention scores [B, heads, G, K] before any mask."""
-    scores = query_bhgd @ key_bhkd.transpose(2, 3) * scale
+    if math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing, and there are fewer queries than scores
+        scores = (query_bhgd * scale) @ key_bhkd.transpose(2, 3)
+    else:
+        scores = query_bhgd @ key_bhkd.transpose(2, 3) * scale
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
