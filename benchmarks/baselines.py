@@ -30,15 +30,13 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
     VisionEncoderDecoderModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.systems import START, System
 from vlm_bridge import runtime
+from vlm_bridge.model_architecture.frozen_norms import plain_norms
 
 IGNORE = -100
 CLIPCAP_PREFIX = 10
@@ -180,6 +178,10 @@ def _loop(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     def run() -> None:
+        with plain_norms(system.model.language_model):
+            train()
+
+    def train() -> None:
         for batch in on_device(loader, device):
             with runtime.autocast(device, recipe.amp_dtype if recipe.use_amp else None):
                 loss = loss_of(batch)
@@ -220,6 +222,9 @@ class WrappedEncoder(PreTrainedModel):
 
 
 def encoder_decoder_step(system: System) -> Callable[[], object]:
+    # It brings tens of MiB of libraries along, which are no part of the other variants' memory.
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
     recipe, device = system.recipe, system.model.device
     text: Any = system.model.language_model.text_config
     decoder_config = GPT2Config(

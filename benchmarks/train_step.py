@@ -40,6 +40,7 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.frozen_norms import plain_norms
 from vlm_bridge.model_architecture.loss import Kernel, logits_dtype
 from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
@@ -149,6 +150,17 @@ def with_sdpa(system: System) -> Step:
     return run
 
 
+def with_plain_norms(system: System) -> Step:
+    """The same step with norms as transformers computes them; so do the baselines."""
+    step = our_step(system)
+
+    def run() -> None:
+        with plain_norms(system.model.language_model):
+            step()
+
+    return run
+
+
 def compiled(system: System) -> Step:
     """Ours with ``compile: true``; the unmeasured call compiles."""
     own = own_captioner(system)
@@ -165,6 +177,7 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "text-state-cache": lambda system: our_step(changed(system, "text_state_cache=true")),
     "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
     "sdpa": with_sdpa,
+    "plain-norms": with_plain_norms,
     "enter-at-layer-0": lambda system: our_step(own_captioner(system, enter_at_layer=0)),
     "enter-at-one-third": lambda system: our_step(
         own_captioner(system, enter_at_layer=system.model.language_model.shape.num_layers // 3)
@@ -185,7 +198,8 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     entered = getattr(recipe.bridge.options, "enter_at_layer", 0)
     without |= {"enter-at-one-third"} if entered else {"enter-at-layer-0", "text-state-cache"}
     if name != "lite":
-        without.add("sdpa")  # it cannot soft-cap scores: Gemma 2 would be another model
+        # sdpa cannot soft-cap scores: Gemma 2 would be another model; and its norms are transformers' own.
+        without |= {"sdpa", "plain-norms"}
     return [variant for variant in VARIANTS if variant not in without]
 
 
@@ -236,7 +250,7 @@ def build(options: argparse.Namespace, device: torch.device) -> System:
     if batch_size is not None:
         changes.append(f"batch_size={batch_size}")
     captions = options.captions or (
-        20 if options.tiny else {"lite": 80, "gemma-like": 32}.get(options.system, 64)
+        20 if options.tiny else {"lite": 160, "gemma-like": 32}.get(options.system, 64)
     )
     return build_system(
         options.system,

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.frozen_norms import quicken_norms
 from vlm_bridge.model_architecture.loss import LinearHead
 from vlm_bridge.model_architecture.prefix_attention import ATTENTION, KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
@@ -73,6 +74,7 @@ class LanguageModel(nn.Module):
         self._open_layers: set[int] = set()
         self._bodies: dict[tuple[range, bool], Any] = {}
         self._compiles = False
+        quicken_norms(causal_lm)
 
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
         if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
