@@ -195,7 +195,9 @@ class Recipe:
         feature_cache: where the encoder's features are kept. `auto`: in ``data_dir``/.features, where measuring says
             that reading them is quicker than encoding; a folder: there, unasked; `off`: nowhere, pictures are encoded
             in every step.
-        feature_cache_dtype: how they are stored; `int8` with a scale per token is half the size of the other two.
+        feature_cache_dtype: how they are stored; `int8` with a scale per token is half the size of the 16-bit ones, and
+            `float32` twice: the encoder's own numbers, for those who want a training from a cache to be the same to the
+            last digit.
         feature_cache_pooling: 2 averages the encoder's grid over 2 x 2 tokens, for the bridge and for captioning
             alike: a quarter of the features. It belongs to the architecture, with a cache or without.
         feature_cache_views: random crops, mirrored or not, that each training image is seen through, one an epoch in
@@ -241,7 +243,7 @@ class Recipe:
     shuffle_buffer: int = 0
     max_bad_samples: float = 0.01
     feature_cache: str = "auto"
-    feature_cache_dtype: Literal["float16", "bfloat16", "int8"] = "float16"
+    feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
     feature_cache_pooling: Literal[1, 2] = 1
     feature_cache_views: int = 0
     text_state_cache: bool = False

@@ -153,11 +153,13 @@ def losses(recipe: Recipe, folder: Path, *overrides: str) -> tuple[list[float], 
 
 
 def test_200_steps_from_cached_features_are_those_without(long_recipe: Recipe, tmp_path: Path) -> None:
+    cache = f"feature_cache={tmp_path / 'cache'}"
     plain, _ = losses(long_recipe, tmp_path / "plain")
-    cached, _ = losses(long_recipe, tmp_path / "cached", f"feature_cache={tmp_path / 'cache'}")
     assert len(plain) == 200
     assert plain[-1] < plain[0] - 0.5, "nothing was learnt that a cache could spoil"
-    assert cached == pytest.approx(plain, rel=1e-2)  # features are cached in 16 bits
+    for dtype, within in (("float16", 1e-2), ("float32", 1e-5)):
+        cached, _ = losses(long_recipe, tmp_path / dtype, cache, f"feature_cache_dtype={dtype}")
+        assert cached == pytest.approx(plain, rel=within)
 
 
 def test_200_steps_from_cached_text_states_are_those_without(long_recipe: Recipe, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def round_trip(values: torch.Tensor, dtype) -> torch.Tensor:
     return format.unpack(records)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves_are_stored_as_they_are(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_floats_are_stored_as_they_are(dtype: str) -> None:
     values = features()
     assert torch.equal(round_trip(values, dtype), values.to(getattr(torch, dtype)))
 
@@ -43,8 +43,9 @@ def test_a_token_of_zeros_stays_one() -> None:
 
 
 def test_int8_takes_half_the_room() -> None:
-    halves, bytes_ = (FeatureFormat(49, 1280, dtype).record_bytes for dtype in ("float16", "int8"))
+    halves, whole, bytes_ = (FeatureFormat(49, 1280, d).record_bytes for d in ("float16", "float32", "int8"))
     assert halves == 49 * 1280 * 2
+    assert whole == 2 * halves
     assert bytes_ == 49 * (1280 + 4)
 
 
@@ -58,7 +59,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert torch.isfinite(round_trip(features(1e5), "bfloat16")).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float32"])
 def test_what_is_no_number_is_refused(dtype: str) -> None:
     values = features()
     values[1, 2, 3] = float("nan")

@@ -70,7 +70,7 @@ def train_split(drawn_caption_folder: Path, tiny_vit_dir: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("pooling", [1, 2])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float32"])
 def test_cached_features_are_the_encoders(split: Split, dtype: str, pooling: int) -> None:
     settings = {"feature_cache_dtype": dtype, "feature_cache_pooling": pooling}
     cached, encoded = split.read(**settings), split.read(**settings, feature_cache="off")

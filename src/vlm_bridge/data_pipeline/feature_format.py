@@ -1,4 +1,4 @@
-"""How the features of one image lie on disk: a record of fixed size, in one of three number formats."""
+"""How the features of one image lie on disk: a record of fixed size, in one of four number formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-FeatureDtype = Literal["float16", "bfloat16", "int8"]
+FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
 INT8_MAX = 127
 SCALE_BYTES = 4
 
@@ -17,7 +17,7 @@ SCALE_BYTES = 4
 class FeatureFormat:
     """Features [N, D] of an image as bytes.
 
-    `float16` and `bfloat16` are stored as they are. `int8` gives every token a float32 scale, its largest magnitude
+    Floating-point numbers are stored as they are. `int8` gives every token a float32 scale, its largest magnitude
     over 127, behind the values (symmetric quantisation per token: Dettmers et al. 2022, LLM.int8(), section 2); a
     value is off by half a scale at most.
     """
@@ -31,7 +31,7 @@ class FeatureFormat:
         """Bytes of one image."""
         if self.dtype == "int8":
             return self.num_tokens * (self.dim + SCALE_BYTES)
-        return self.num_tokens * self.dim * 2
+        return self.num_tokens * self.dim * self._torch_dtype.itemsize
 
     def pack(self, features_bnd: torch.Tensor) -> np.ndarray:
         """Features [B, N, D] -> records [B, ``record_bytes``] of bytes.
@@ -48,7 +48,7 @@ class FeatureFormat:
             )
             levels_bnd = (values_bnd / scales_bn1).round().to(torch.int8)
             return np.concatenate([_bytes_of(levels_bnd), _bytes_of(scales_bn1)], axis=1)
-        stored_bnd = features_bnd.to(getattr(torch, self.dtype))
+        stored_bnd = features_bnd.to(self._torch_dtype)
         if not torch.isfinite(stored_bnd).all():
             raise OverflowError(f"do not fit into {self.dtype}")
         return _bytes_of(stored_bnd)
@@ -61,7 +61,15 @@ class FeatureFormat:
             levels_bnd = torch.from_numpy(records[:, :num_values].view(np.int8).reshape(shape))
             scales_bn = torch.from_numpy(records[:, num_values:].copy().view(np.float32))
             return levels_bnd * scales_bn[..., None]
-        return torch.from_numpy(records.view(np.uint16)).view(getattr(torch, self.dtype)).view(shape)
+        return (
+            torch.from_numpy(records.view(f"i{self._torch_dtype.itemsize}"))
+            .view(self._torch_dtype)
+            .view(shape)
+        )
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
 
 def _bytes_of(values: torch.Tensor) -> np.ndarray:
