@@ -56,15 +56,16 @@ def products_alone(hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead)
 @contextmanager
 def sizes(chunk_mib: int | None = None, block_mib: int | None = None) -> Iterator[None]:
     """Other sizes of chunks or blocks than ours, for every device."""
-    usual = loss.CHUNK_BYTES, loss.BLOCK_BYTES
+    usual = loss.CHUNK_BYTES, loss.BLOCK_BYTES, loss.CHUNK_ROWS_ON_CPU
     if chunk_mib is not None:
+        loss.CHUNK_ROWS_ON_CPU = chunk_mib * MIB
         loss.CHUNK_BYTES = dict.fromkeys(("cpu", "cuda"), chunk_mib * MIB)
     if block_mib is not None:
         loss.BLOCK_BYTES = dict.fromkeys(("cpu", "cuda"), block_mib * MIB)
     try:
         yield
     finally:
-        loss.CHUNK_BYTES, loss.BLOCK_BYTES = usual
+        loss.CHUNK_BYTES, loss.BLOCK_BYTES, loss.CHUNK_ROWS_ON_CPU = usual
 
 
 def kernels_that_work(head: LinearHead, hidden: torch.Tensor) -> dict[str, Kernel]:
