@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import json
 import os
@@ -226,7 +225,7 @@ def watch_peak(run: Callable[[], object], device: torch.device, *, times: int = 
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
-        _return_freed_memory()
+        runtime.return_freed_memory()  # or a step could use unseen what building the models left free
         before = _status("VmRSS")
         _forget_resident_peak()
     for _ in range(times):
@@ -251,12 +250,6 @@ def peak_in_child(module: str, arguments: Sequence[str]) -> Peak:
 
 def print_peak(peak: Peak) -> None:
     print(json.dumps(peak._asdict()))
-
-
-def _return_freed_memory() -> None:
-    """Let the C library give back what building the models left free, or a step could use it unseen (glibc)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_resident_peak() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,17 @@ def test_copies_arrive_whole_at_a_gpu() -> None:
     for copy, tensor in zip(copies, tensors, strict=True):
         (copied,) = copy.wait()
         assert torch.equal(copied.double().cpu(), tensor.double())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_between_tensors_that_stay_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    tensors = [torch.ones(2**14) for _ in range(4000)]  # 64 KiB each, of which every other one stays
+    del tensors[::2]
+    held = resident()
+    runtime.return_freed_memory()
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("not glibc")
+    assert held - resident() > 64 * 2**20
