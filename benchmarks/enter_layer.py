@@ -131,9 +131,9 @@ def base_recipe(options: argparse.Namespace) -> Iterator[Recipe]:
             yield override_recipe(recipe, quiet)
     else:
         lite = shipped_recipe("lite-flickr8k")
-        yield load_recipe(
-            lite, [*quiet, f"data_dir={options.data_dir}", f"warmup_steps={options.warmup_steps}"]
-        )
+        counted = ["batch_size=40", "tokens_per_batch=null", "text_state_cache=false"]
+        where = [f"data_dir={options.data_dir}", f"warmup_steps={options.warmup_steps}"]
+        yield load_recipe(lite, [*quiet, *counted, *where])
 
 
 def report(results: list[Result], options: argparse.Namespace, device: torch.device) -> None:

@@ -95,9 +95,11 @@ def build_system(
 def recipe_of(name: SystemName, *, tiny: bool = False) -> Recipe:
     """A system's recipe: that of `lite` or of DINOv2 + Gemma 2 as shipped; ``tiny`` has a smaller bridge."""
     recipe = load_recipe(shipped_recipe("lite-flickr8k" if name == "lite" else DEFAULT_RECIPE))
-    changes: list[str] = []
+    # As many captions as its `tokens_per_batch` holds: the batches of those that count captions.
+    changes = ["batch_size=40"] if name == "lite" else []
     if tiny and name == "lite":
-        changes += ["bridge.enter_at_layer=1", "bridge.num_queries=4", "bridge.width=32", "batch_size=10"]
+        changes += ["bridge.enter_at_layer=1", "bridge.num_queries=4", "bridge.width=32"]
+        changes += ["batch_size=10", "tokens_per_batch=100"]
     elif tiny:
         changes += ["bridge.num_heads=4", "batch_size=4"]
     return override_recipe(recipe, changes)

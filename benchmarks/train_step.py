@@ -35,7 +35,7 @@ from benchmarks.baselines import (
     published_step,
 )
 from benchmarks.harness import Report, Variant
-from benchmarks.systems import SYSTEMS, System, SystemName, build_system, own_captioner
+from benchmarks.systems import SYSTEMS, System, SystemName, build_system, own_captioner, recipe_of
 from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
@@ -64,8 +64,9 @@ def summed_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
 
 def full_logits_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
     """The same from float32 logits of every position, pads included."""
-    input_ids, labels, segments, _, features, *_ = batch.tensors.wait()
-    states = model.text_states(input_ids, model.image_state(model.features(features)), segments)
+    input_ids, labels, segments, _, features, *text = batch.tensors.wait()
+    state = model.image_state(model.features(features))
+    states = model.text_states(input_ids, state, segments, text_at_bridge=text[0] if text else None)
     logits = model.language_model.head(states).float()
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -174,11 +175,14 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "no-packing": lambda system: our_step(changed(system, "captions_per_image=1")),
     "full-logits": lambda system: our_step(system, loss_of=full_logits_loss),
     "like-lengths": like_lengths,
-    "text-state-cache": lambda system: our_step(changed(system, "text_state_cache=true")),
+    "random-batches": lambda system: our_step(changed(system, "tokens_per_batch=null")),
+    "no-text-state-cache": lambda system: our_step(changed(system, "text_state_cache=false")),
     "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
     "sdpa": with_sdpa,
     "plain-norms": with_plain_norms,
-    "enter-at-layer-0": lambda system: our_step(own_captioner(system, enter_at_layer=0)),
+    "enter-at-layer-0": lambda system: our_step(
+        own_captioner(changed(system, "text_state_cache=false"), enter_at_layer=0)
+    ),
     "enter-at-one-third": lambda system: our_step(
         own_captioner(system, enter_at_layer=system.model.language_model.shape.num_layers // 3)
     ),
@@ -196,7 +200,10 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     if recipe.captions_per_image == 1:
         without.add("no-packing")
     entered = getattr(recipe.bridge.options, "enter_at_layer", 0)
-    without |= {"enter-at-one-third"} if entered else {"enter-at-layer-0", "text-state-cache"}
+    without.add("enter-at-one-third" if entered else "enter-at-layer-0")
+    without.add("random-batches" if recipe.tokens_per_batch is None else "like-lengths")
+    if not recipe.text_state_cache:
+        without.add("no-text-state-cache")
     if name != "lite":
         # sdpa cannot soft-cap scores: Gemma 2 would be another model; and its norms are transformers' own.
         without |= {"sdpa", "plain-norms"}
@@ -246,9 +253,13 @@ def step_flops(system: System) -> float:
 
 def build(options: argparse.Namespace, device: torch.device) -> System:
     batch_size = options.batch_size
-    changes = [f"seed={options.seed}", *options.changes]
+    changes = [f"seed={options.seed}"]
     if batch_size is not None:
         changes.append(f"batch_size={batch_size}")
+        recipe = recipe_of(options.system, tiny=options.tiny)
+        if recipe.tokens_per_batch is not None:
+            changes.append(f"tokens_per_batch={recipe.tokens_per_batch * batch_size // recipe.batch_size}")
+    changes += options.changes
     captions = options.captions or (
         20 if options.tiny else {"lite": 160, "gemma-like": 32}.get(options.system, 64)
     )

@@ -176,11 +176,12 @@ def split_text_states(
     if not layer:
         raise ConfigurationError(
             "text_state_cache=true needs a bridge that enters above layer 0: set bridge.enter_at_layer (deep_prefix or "
-            "cross_attention)"
+            "cross_attention), or text_state_cache=false"
         )
     if language_model.is_trained:
         raise ConfigurationError(
-            "text_state_cache=true needs a frozen language model: its states change while it is trained"
+            "text_state_cache=true needs a frozen language model, for its states change while it is trained: use "
+            "text_state_cache=false"
         )
     _check_starting_from_states(model, data, autocast)
     dtype = getattr(torch, recipe.amp_dtype) if recipe.use_amp else _weight_dtype(language_model)
