@@ -31,7 +31,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     width = x.shape[-1]
     # One more column holds epsilon: the length of a row is the root of mean + epsilon then, times that of the width.
     rows = torch.cat((rows, rows.new_full((len(rows), 1), math.sqrt(width * epsilon))), dim=1)
-    normed = torch._weight_norm(rows, rows.new_full((len(rows), 1), math.sqrt(width)), 0)
+    lengths = rows.new_full((len(rows), 1), math.sqrt(width))
+    normed = torch._weight_norm(rows, lengths, 0)  # type: ignore[reportPrivateImportUsage]
     return normed[:, :width].view(x.shape) * weight
 
 
@@ -82,6 +83,8 @@ def _epsilon(module: Any) -> float | None:
 
 @torch.no_grad()
 def _agrees(module: Any) -> bool:
+    if not hasattr(torch, "_weight_norm"):  # of torch.nn.utils.weight_norm, not of the public interface
+        return False
     weight = module.weight
     root = torch.tensor(math.sqrt(len(weight)), dtype=torch.float64)
     if abs(root.to(weight.dtype).double() / root - 1) > WIDTH_WITHIN:
