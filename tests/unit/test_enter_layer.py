@@ -141,7 +141,7 @@ def test_a_compiled_body_reads_every_image_anew(
     expected = all_gradients()
     model.language_model.compile_body()
     for one, other in zip(all_gradients(), expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # its norms are transformers' own
     assert counter.frame_count == 1, "another length or image compiled the body anew"
 
 
