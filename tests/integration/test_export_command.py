@@ -10,11 +10,13 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from captioners import tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -114,6 +116,41 @@ def test_half_precision_is_what_the_captioner_computes_with(run: Path, tmp_path:
     facts = yaml.safe_load(metadata)
     assert (facts["license"], facts["license_name"]) == ("other", "non-commercial-research-use")
     assert "# See\n" in card and f"The bridge: {terms}." in card
+
+
+def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_path: Path, run_here) -> None:
+    half, small = tmp_path / "half", tmp_path / "small"
+    for folder, dtype in ((half, "float16"), (small, "int8")):
+        result = run_here("export", run, "--output-dir", folder, "--dtype", dtype)
+        assert result.returncode == 0, result.stderr
+    original = {name: tensor.float() for name, tensor in weights_of(run).items()}
+    restored = Captioner.from_pretrained(small, "cpu").model.trained_state_dict()
+    assert restored.keys() == original.keys()
+    for name, tensor in original.items():
+        error = (restored[name] - tensor).abs()
+        largest = tensor.abs().amax(-1, keepdim=True) if tensor.ndim > 1 else tensor.abs()
+        assert (error <= largest / (254 if tensor.ndim > 1 else 2**11) + 1e-7).all(), name
+    matrices = sum(t.numel() for t in original.values() if t.ndim > 1)
+    saved = (half / "model.safetensors").stat().st_size - (small / "model.safetensors").stat().st_size
+    assert saved > 0.7 * matrices  # one of two bytes of each, less the scales of very short rows
+
+
+def test_int8_without_its_scales_is_refused(run: Path, tmp_path: Path, run_here) -> None:
+    folder = tmp_path / "small"
+    assert run_here("export", run, "--output-dir", folder, "--dtype", "int8").returncode == 0
+    stored = load_file(folder / "model.safetensors")
+    lost = next(name for name in stored if name.startswith("int8_scale_of."))
+    save_file({name: tensor for name, tensor in stored.items() if name != lost}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"do not go together: {lost.removeprefix('int8_scale_of.')}"):
+        Captioner.from_pretrained(folder, "cpu")
+
+
+def test_the_original_layout_has_no_int8(run: Path, tmp_path: Path, run_here) -> None:
+    result = run_here(
+        "export", run, "--output-dir", tmp_path / "out", "--dtype", "int8", "--format", "original"
+    )
+    assert result.returncode == 2
+    assert "no int8" in result.stderr
 
 
 def test_weights_too_large_for_a_dtype_are_named(recipe: Recipe, run: Path, tmp_path: Path, run_here) -> None:

@@ -22,6 +22,7 @@ class Dtype(StrEnum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+    int8 = "int8"
 
 
 def export(
@@ -53,6 +54,8 @@ def export(
     original = format is Layout.original
     if push_to_hub and original:
         raise UsageError("--push-to-hub uploads a Hugging Face folder: leave --format out")
+    if original and dtype is Dtype.int8:
+        raise UsageError("the original project's layout has no int8: use another --dtype")
     if private and not push_to_hub:
         raise UsageError("--private says how to push: it needs --push-to-hub REPO")
 

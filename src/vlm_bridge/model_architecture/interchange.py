@@ -39,6 +39,8 @@ ORIGINAL_NAMES = {
 """Our names of the cross-attention bridge's 18 tensors -> the original project's."""
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+_SCALE_OF = "int8_scale_of."
+"""Prefix of the tensor [..., 1] by which the rows of an int8 matrix are multiplied when they are read."""
 
 
 def is_original(content: Any) -> bool:
@@ -102,6 +104,29 @@ def shortened(items: list[str], count: int = 3) -> str:
     return "; ".join(items[:count]) + more
 
 
+def in_int8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices as int8 with a float32 scale per row, whose largest weight is 127 of it (Jacob et al. 2018, without zero
+    points); all else as it is. `read_folder` makes float32 of them again.
+    """
+    stored = {}
+    for name, tensor in weights.items():
+        stored[name] = tensor
+        if tensor.ndim >= 2:
+            values = tensor.detach().float()
+            scale = (values.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            stored |= {name: (values / scale).round().to(torch.int8), _SCALE_OF + name: scale}
+    return stored
+
+
+def _from_int8(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `in_int8` was given, rounded. Raises ValueError where a matrix lacks its scale, or a scale its matrix."""
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(_SCALE_OF)}
+    scales = {name.removeprefix(_SCALE_OF): stored[name] for name in stored.keys() - weights.keys()}
+    if unpaired := scales.keys() ^ {name for name, tensor in weights.items() if tensor.dtype is torch.int8}:
+        raise ValueError(f"int8 weights and their scales do not go together: {shortened(sorted(unpaired))}")
+    return weights | {name: weights[name] * scale for name, scale in scales.items()}
+
+
 def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
     """Write ``config.json`` and ``model.safetensors``, the weights last and whole or not at all.
 
@@ -130,10 +155,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     try:
         config = parse_json((folder / CONFIG_NAME).read_bytes())
-        weights = load_file(folder / WEIGHTS_NAME)
+        weights = _from_int8(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged or is not an exported captioner: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME} must hold an object")

@@ -262,9 +262,16 @@ def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights in another dtype, but for feature statistics. A captioner computes in its own, whatever is stored.
 
+    Args:
+        dtype: int8 is for Hugging Face folders (`interchange.in_int8`); what are no matrices is float16 then.
+
     Raises:
         CheckpointError: a weight is too large for the dtype.
     """
+    if dtype is torch.int8:
+        vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
+        matrices = {name: tensor for name, tensor in weights.items() if tensor.ndim >= 2}
+        return stored_as(vectors, torch.float16) | interchange.in_int8(stored_as(matrices, torch.float32))
     stored = {
         name: tensor if name.startswith("feature_scale.") else tensor.to(dtype)
         for name, tensor in weights.items()
