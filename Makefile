@@ -64,9 +64,9 @@ format: install ## Rewrite the sources in the house format
 
 .PHONY: bundle
 bundle: install ## Ship a run's captioner in the package: make bundle RUN=runs/mine [CONFIG=its recipe]
-	@[ -n "$(RUN)" ] || { echo "error: which run? make bundle RUN=runs/captioner-flickr8k-scst" >&2; exit 2; }
+	@[ -n "$(RUN)" ] || { echo "error: which run? make bundle RUN=runs/captioner-flickr8k-views-scst" >&2; exit 2; }
 	$(BIN)/vlm-bridge export "$(RUN)" $(if $(CONFIG),--config "$(CONFIG)") --output-dir src/vlm_bridge/bundled \
-	  --overwrite --dtype float16 --title "The captioner that comes with vlm-bridge" \
+	  --overwrite --dtype int8 --title "The captioner that comes with vlm-bridge" \
 	  --license "non-commercial research use"
 
 .PHONY: docs

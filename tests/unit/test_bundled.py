@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
@@ -82,14 +81,13 @@ def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -
 class TestTheBundle:
     """What is in the package."""
 
-    def test_it_is_small_and_half_precision(self) -> None:
+    def test_it_is_small_and_sound(self) -> None:
         config, weights = interchange.read_folder(bundled.bundled_captioner())
         size = (bundled.FOLDER / interchange.WEIGHTS_NAME).stat().st_size
         assert size <= MOST_MB * 1e6
         assert all(tensor.isfinite().all() for tensor in weights.values())
-        assert {tensor.dtype for name, tensor in weights.items() if name.startswith("bridge.")} == {
-            torch.float16
-        }
+        matrices = [t for name, t in weights.items() if name.startswith("bridge.") and t.ndim > 1]
+        assert size < 1.2 * sum(tensor.numel() for tensor in matrices)  # a byte of each
         recipe_from_dict(config["recipe"])
 
     def test_its_card_says_where_it_comes_from_and_what_it_cannot_do(self) -> None:
