@@ -65,9 +65,11 @@ def bring_to_disk(file: IO[bytes]) -> None:
 
 def take_name(file: Path, path: Path) -> None:
     """Rename a file that is on disk, and bring the change to disk too. Raises OSError."""
-    size = file.stat().st_size
+    written = file.stat()
     file.replace(path)
-    if path.stat().st_size != size:
+    named = path.stat()
+    # Another process may have given the name to a file of its own meanwhile, which is its to check.
+    if named.st_ino == written.st_ino and named.st_size != written.st_size:
         raise not_as_written(path)
     sync_folder(path.parent)
 

@@ -312,3 +312,21 @@ def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
                 # The name may have changed before its folder could be brought to disk.
                 expected = [b"old", *([b"new content"] if disk.operations[number - 1] == "rename" else [])]
         assert path.read_bytes() in expected, (number, fault)
+
+
+def test_a_name_that_another_process_takes_at_once_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that finish a cache together write its index, each its own."""
+    replace = Path.replace
+
+    def overtaken(self: Path, target: Path) -> Path:
+        result = replace(self, target)
+        other = tmp_path / "of-another"
+        other.write_bytes(b"longer than ours")
+        replace(other, target)
+        return result
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    write_bytes_durably(tmp_path / "index.json", b"ours")
+    assert (tmp_path / "index.json").read_bytes() == b"longer than ours"
