@@ -227,6 +227,16 @@ def test_a_cache_that_is_slower_is_not_read(in_data_dir: Split, speeds: dict[str
     assert isinstance(in_data_dir.features(feature_cache="auto").items, FeatureCache)
 
 
+def test_a_disk_that_is_slow_to_start_is_looked_at_twice(
+    in_data_dir: Split, speeds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_data_dir.features(feature_cache="auto")
+    looks = iter([1e-9, 1e9])
+    monkeypatch.setattr(features, "measure_reading", lambda *args: next(looks))
+    assert isinstance(in_data_dir.features(feature_cache="auto").items, FeatureCache)
+    assert "reading gives 1,000,000,000 pictures/s" in in_data_dir.said[-1]
+
+
 def test_measuring_is_real(in_data_dir: Split) -> None:
     for _ in range(2):
         in_data_dir.features(feature_cache="auto")

@@ -23,6 +23,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -145,6 +146,24 @@ def pictures_digest(paths: Sequence[PictureFile], root: Path) -> str:
 # The files of one cache.
 
 
+class MappedRecords:
+    """The first records of a file, mapped into memory: ``records[places]`` is an array [len(places), record bytes]."""
+
+    def __init__(self, path: Path, count: int, record_bytes: int):
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._records = np.frombuffer(self._map, np.uint8, count * record_bytes).reshape(count, record_bytes)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        # Announced, the records come from the disk side by side, each in one piece; else page fault by page fault.
+        record_bytes = self._records.shape[1]
+        for place in places.tolist():
+            start = place * record_bytes
+            before = start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start - before, before + record_bytes)
+        return self._records[places]
+
+
 @dataclass(frozen=True)
 class CacheFiles:
     """Where the features of ``num_images`` images lie; the folder's name is their key."""
@@ -171,10 +190,9 @@ class CacheFiles:
     def missing(self) -> list[int]:
         return [shard for shard in range(self.num_shards) if not self.path(shard).is_file()]
 
-    def map(self, shard: int) -> np.ndarray:
-        """The records of a shard [images, record bytes], mapped into memory."""
-        shape = len(self.images_of(shard)), self.format.record_bytes
-        return np.memmap(self.path(shard), np.uint8, "r", shape=shape)
+    def map(self, shard: int) -> MappedRecords:
+        """The records of a shard, mapped into memory."""
+        return MappedRecords(self.path(shard), len(self.images_of(shard)), self.format.record_bytes)
 
     def damage(self, shard: int, *, check_all: bool = False, path: Path | None = None) -> str | None:
         """What is wrong with a shard that is there, if anything: its size, or the checksum of a record.
@@ -464,7 +482,7 @@ def measure_disk(files: CacheFiles, max_bytes: int = 32 * 2**20) -> float:
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        mapped = np.memmap(probe, np.uint8, "r", shape=records.shape)
+        mapped = MappedRecords(probe, *records.shape)
         return measure_reading(lambda indices: files.format.unpack(mapped[indices]), count)
     except OSError as error:
         raise _unavailable(files.folder, error) from error

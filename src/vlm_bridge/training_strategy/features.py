@@ -48,6 +48,8 @@ is little beside that of training. `ENCODE_BATCH_ELSEWHERE` for the others."""
 ENCODE_BATCH_ELSEWHERE = 32
 MEASURE_SECONDS = 2.0
 """How long encoding is watched, behind its first batch, before its speed is told and judged."""
+SECOND_LOOK_SECONDS = 4.0
+"""How long a disk is read again that seemed slower than encoding."""
 SAY_EVERY_SECONDS = 10.0
 MEASURED_IMAGES = 16
 
@@ -253,6 +255,8 @@ def cached_features(
     encoding = cache.index.get("images_per_second") if cache.index.get("machine") == machine else None
     if encoding is None or reading < encoding:
         encoding = _measure_encoding(pixels, encode)
+    if reading < encoding:  # a disk that slept, or that was just attached, may only be slow to start
+        reading = measure_reading(cache.__getitem__, len(cache), SECOND_LOOK_SECONDS)
     if reading < encoding:
         cache.close()
         raise _slower(files, reading, encoding)
