@@ -131,6 +131,9 @@ def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_
         largest = tensor.abs().amax(-1, keepdim=True) if tensor.ndim > 1 else tensor.abs()
         assert (error <= largest / (254 if tensor.ndim > 1 else 2**11) + 1e-7).all(), name
     matrices = sum(t.numel() for t in original.values() if t.ndim > 1)
+    assert (small / "model.safetensors").stat().st_mode == (
+        small / "config.json"
+    ).stat().st_mode  # for all to read
     saved = (half / "model.safetensors").stat().st_size - (small / "model.safetensors").stat().st_size
     assert saved > 0.7 * matrices  # one of two bytes of each, less the scales of very short rows
 

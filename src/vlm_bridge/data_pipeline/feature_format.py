@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from vlm_bridge.int8 import to_int8
+
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
-INT8_MAX = 127
 SCALE_BYTES = 4
 
 
@@ -17,9 +18,7 @@ SCALE_BYTES = 4
 class FeatureFormat:
     """Features [N, D] of an image as bytes.
 
-    Floating-point numbers are stored as they are. `int8` gives every token a float32 scale, its largest magnitude
-    over 127, behind the values (symmetric quantisation per token: Dettmers et al. 2022, LLM.int8(), section 2); a
-    value is off by half a scale at most.
+    Floating-point numbers are stored as they are; `int8` gives every token a float32 scale, behind the values.
     """
 
     num_tokens: int
@@ -42,11 +41,7 @@ class FeatureFormat:
         if not torch.isfinite(features_bnd).all():
             raise OverflowError("are not finite numbers")
         if self.dtype == "int8":
-            values_bnd = features_bnd.float()
-            scales_bn1 = (values_bnd.abs().amax(-1, keepdim=True) / INT8_MAX).clamp_min(
-                torch.finfo(torch.float32).tiny
-            )
-            levels_bnd = (values_bnd / scales_bn1).round().to(torch.int8)
+            levels_bnd, scales_bn1 = to_int8(features_bnd)
             return np.concatenate([_bytes_of(levels_bnd), _bytes_of(scales_bn1)], axis=1)
         stored_bnd = features_bnd.to(self._torch_dtype)
         if not torch.isfinite(stored_bnd).all():

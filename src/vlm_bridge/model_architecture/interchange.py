@@ -8,6 +8,7 @@ attention and feed-forward, biases everywhere), so that translating is renaming 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_bridge.errors import CheckpointError
+from vlm_bridge.int8 import to_int8
 from vlm_bridge.parsing import parse_json
 
 _ORIGINAL_PREFIX = "bridge_module."
@@ -105,16 +107,12 @@ def shortened(items: list[str], count: int = 3) -> str:
 
 
 def in_int8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices as int8 with a float32 scale per row, whose largest weight is 127 of it (Jacob et al. 2018, without zero
-    points); all else as it is. `read_folder` makes float32 of them again.
-    """
+    """Matrices as int8 with a scale per row; all else as it is. `read_folder` makes float32 of them again."""
     stored = {}
     for name, tensor in weights.items():
         stored[name] = tensor
         if tensor.ndim >= 2:
-            values = tensor.detach().float()
-            scale = (values.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-            stored |= {name: (values / scale).round().to(torch.int8), _SCALE_OF + name: scale}
+            stored[name], stored[_SCALE_OF + name] = to_int8(tensor.detach())
     return stored
 
 
@@ -140,6 +138,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
         temporary.replace(folder / WEIGHTS_NAME)
     except SafetensorError as error:  # its way of saying that the disk is full
         raise OSError(f"cannot write {folder / WEIGHTS_NAME}: {error}") from error
