@@ -17,6 +17,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.errors import CheckpointError
+from vlm_bridge.quantization import GROUP
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -138,22 +139,60 @@ def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_
     assert saved > 0.7 * matrices  # one of two bytes of each, less the scales of very short rows
 
 
-def test_int8_without_its_scales_is_refused(run: Path, tmp_path: Path, run_here) -> None:
+def test_int4_rounds_to_sixteen_levels_what_it_can_and_takes_less_room(
+    run: Path, tmp_path: Path, run_here
+) -> None:
+    small, smaller = tmp_path / "small", tmp_path / "smaller"
+    for folder, dtype in ((small, "int8"), (smaller, "int4")):
+        result = run_here("export", run, "--output-dir", folder, "--dtype", dtype)
+        assert result.returncode == 0, result.stderr
+    original = {name: tensor.float() for name, tensor in weights_of(run).items()}
+    restored = Captioner.from_pretrained(smaller, "cpu").model.trained_state_dict()
+    assert restored.keys() == original.keys()
+    packed = 0
+    for name, tensor in original.items():
+        if tensor.ndim > 1 and tensor.shape[-1] % GROUP == 0:
+            groups, error = (x.unflatten(-1, (-1, GROUP)) for x in (tensor, (restored[name] - tensor).abs()))
+            assert (error <= groups.abs().amax(-1, keepdim=True) / 8 * 1.01).all(), name
+            assert torch.cosine_similarity(restored[name], tensor, -1).mean() > 0.98, name
+            packed += tensor.numel()
+    saved = (small / "model.safetensors").stat().st_size - (smaller / "model.safetensors").stat().st_size
+    assert packed and saved > 0.3 * packed
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantised_weights_without_their_scales_are_refused(
+    run: Path, tmp_path: Path, run_here, dtype: str
+) -> None:
     folder = tmp_path / "small"
-    assert run_here("export", run, "--output-dir", folder, "--dtype", "int8").returncode == 0
+    assert run_here("export", run, "--output-dir", folder, "--dtype", dtype).returncode == 0
     stored = load_file(folder / "model.safetensors")
-    lost = next(name for name in stored if name.startswith("int8_scale_of."))
+    prefix = f"{dtype}_scale_of."
+    lost = next(name for name in stored if name.startswith(prefix))
     save_file({name: tensor for name, tensor in stored.items() if name != lost}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"do not go together: {lost.removeprefix('int8_scale_of.')}"):
+    with pytest.raises(CheckpointError, match=f"do not go together: {lost.removeprefix(prefix)}"):
         Captioner.from_pretrained(folder, "cpu")
 
 
-def test_the_original_layout_has_no_int8(run: Path, tmp_path: Path, run_here) -> None:
+def test_int4_scales_of_another_matrix_are_refused(run: Path, tmp_path: Path, run_here) -> None:
+    folder = tmp_path / "small"
+    assert run_here("export", run, "--output-dir", folder, "--dtype", "int4").returncode == 0
+    stored = load_file(folder / "model.safetensors")
+    name = next(name for name in stored if name.startswith("int4_scale_of."))
+    save_file({**stored, name: stored[name].repeat(1, 3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Captioner.from_pretrained(folder, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_the_original_layout_has_no_quantised_weights(
+    run: Path, tmp_path: Path, run_here, dtype: str
+) -> None:
     result = run_here(
-        "export", run, "--output-dir", tmp_path / "out", "--dtype", "int8", "--format", "original"
+        "export", run, "--output-dir", tmp_path / "out", "--dtype", dtype, "--format", "original"
     )
     assert result.returncode == 2
-    assert "no int8" in result.stderr
+    assert f"no {dtype}" in result.stderr
 
 
 def test_weights_too_large_for_a_dtype_are_named(recipe: Recipe, run: Path, tmp_path: Path, run_here) -> None:

@@ -23,6 +23,7 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float32 = "float32"
     int8 = "int8"
+    int4 = "int4"
 
 
 def export(
@@ -54,12 +55,10 @@ def export(
     original = format is Layout.original
     if push_to_hub and original:
         raise UsageError("--push-to-hub uploads a Hugging Face folder: leave --format out")
-    if original and dtype is Dtype.int8:
-        raise UsageError("the original project's layout has no int8: use another --dtype")
+    if original and dtype in (Dtype.int8, Dtype.int4):
+        raise UsageError(f"the original project's layout has no {dtype}: use another --dtype")
     if private and not push_to_hub:
         raise UsageError("--private says how to push: it needs --push-to-hub REPO")
-
-    import torch
 
     from vlm_bridge import publishing
     from vlm_bridge.cli.quiet import quiet_transformers
@@ -75,7 +74,7 @@ def export(
     content = checkpoints.load_checkpoint(where)
     recipe = checkpoints.recipe_of(content, where, load_recipe(config) if config else None)
     if dtype is not None:
-        content["weights"] = checkpoints.stored_as(content["weights"], getattr(torch, dtype.value))
+        content["weights"] = checkpoints.stored_as(content["weights"], dtype.value)
     facts = publishing.CardFacts(title, license, dataset)
     if original:
         checkpoints.save_original(target, recipe, content["weights"], where)

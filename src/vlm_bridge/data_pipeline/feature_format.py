@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vlm_bridge.int8 import to_int8
+from vlm_bridge.quantization import to_int8
 
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
 SCALE_BYTES = 4

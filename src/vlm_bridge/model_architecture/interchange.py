@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.int8 import to_int8
 from vlm_bridge.parsing import parse_json
+from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
 
 _ORIGINAL_PREFIX = "bridge_module."
 _ORIGINAL_MODULES = {
@@ -41,8 +41,8 @@ ORIGINAL_NAMES = {
 """Our names of the cross-attention bridge's 18 tensors -> the original project's."""
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
-_SCALE_OF = "int8_scale_of."
-"""Prefix of the tensor [..., 1] by which the rows of an int8 matrix are multiplied when they are read."""
+_INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
+"""Prefixes of the scales of a matrix that `quantized` stores in fewer bits."""
 
 
 def is_original(content: Any) -> bool:
@@ -106,23 +106,34 @@ def shortened(items: list[str], count: int = 3) -> str:
     return "; ".join(items[:count]) + more
 
 
-def in_int8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices as int8 with a scale per row; all else as it is. `read_folder` makes float32 of them again."""
+def quantized(weights: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """Matrices in 8 or 4 bits with their scales; all else as it is. `read_folder` makes float32 of them again.
+
+    Rows that are no whole number of `GROUP` stay in 8 bits.
+    """
     stored = {}
     for name, tensor in weights.items():
-        stored[name] = tensor
-        if tensor.ndim >= 2:
-            stored[name], stored[_SCALE_OF + name] = to_int8(tensor.detach())
+        if tensor.ndim < 2:
+            stored[name] = tensor
+        elif bits == 4 and tensor.shape[-1] % GROUP == 0:
+            stored[name], stored[_INT4_SCALE + name] = to_int4(tensor.detach())
+        else:
+            stored[name], stored[_INT8_SCALE + name] = to_int8(tensor.detach())
     return stored
 
 
-def _from_int8(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `in_int8` was given, rounded. Raises ValueError where a matrix lacks its scale, or a scale its matrix."""
-    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(_SCALE_OF)}
-    scales = {name.removeprefix(_SCALE_OF): stored[name] for name in stored.keys() - weights.keys()}
-    if unpaired := scales.keys() ^ {name for name, tensor in weights.items() if tensor.dtype is torch.int8}:
-        raise ValueError(f"int8 weights and their scales do not go together: {shortened(sorted(unpaired))}")
-    return weights | {name: weights[name] * scale for name, scale in scales.items()}
+def _dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `quantized` was given, rounded. Raises ValueError where matrices and scales do not go together."""
+    weights = {name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))}
+    for prefix, dtype in ((_INT8_SCALE, torch.int8), (_INT4_SCALE, torch.uint8)):
+        scales = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
+        if unpaired := scales.keys() ^ {name for name, x in weights.items() if x.dtype is dtype}:
+            raise ValueError(
+                f"quantised weights and their scales do not go together: {shortened(sorted(unpaired))}"
+            )
+        for name, scale in scales.items():
+            weights[name] = weights[name] * scale if dtype is torch.int8 else from_int4(weights[name], scale)
+    return weights
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
@@ -154,7 +165,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     try:
         config = parse_json((folder / CONFIG_NAME).read_bytes())
-        weights = _from_int8(load_file(folder / WEIGHTS_NAME))
+        weights = _dequantized(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

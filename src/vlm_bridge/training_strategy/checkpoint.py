@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
@@ -38,6 +38,8 @@ STEP_PATTERN = "step_*.pth"
 LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 """Packages that decide what a step computes."""
+StorageDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+"""How weights can be stored."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -256,29 +258,30 @@ class _Writer:
 
 def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights at half their size; feature statistics stay float32, since every feature is scaled by them."""
-    return stored_as(weights, torch.bfloat16)
+    return stored_as(weights, "bfloat16")
 
 
-def stored_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[str, torch.Tensor]:
     """Weights in another dtype, but for feature statistics. A captioner computes in its own, whatever is stored.
 
     Args:
-        dtype: int8 is for Hugging Face folders (`interchange.in_int8`); what are no matrices is float16 then.
+        dtype: int8 and int4 are for Hugging Face folders (`interchange.quantized`); vectors are float16 then.
 
     Raises:
         CheckpointError: a weight is too large for the dtype.
     """
-    if dtype is torch.int8:
+    if dtype in ("int8", "int4"):
         vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
         matrices = {name: tensor for name, tensor in weights.items() if tensor.ndim >= 2}
-        return stored_as(vectors, torch.float16) | interchange.in_int8(stored_as(matrices, torch.float32))
+        small = interchange.quantized(stored_as(matrices, "float32"), bits=8 if dtype == "int8" else 4)
+        return stored_as(vectors, "float16") | small
     stored = {
-        name: tensor if name.startswith("feature_scale.") else tensor.to(dtype)
+        name: tensor if name.startswith("feature_scale.") else tensor.to(getattr(torch, dtype))
         for name, tensor in weights.items()
     }
     for name, tensor in stored.items():
         if not tensor.is_meta and not tensor.isfinite().all():
-            raise CheckpointError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}")
+            raise CheckpointError(f"{name} does not fit into {dtype}")
     return stored
 
 
