@@ -12,6 +12,7 @@ import typer
 
 from vlm_bridge import __version__
 from vlm_bridge.cli import (
+    average,
     caption,
     compare,
     data,
@@ -48,6 +49,7 @@ app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
+app.command("average")(average.average)
 app.command("features")(features.features)
 app.command("new-decoder")(new_decoder.new_decoder)
 app.command("train")(train.train)

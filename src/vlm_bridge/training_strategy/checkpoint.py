@@ -14,7 +14,7 @@ import platform
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -283,6 +283,28 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
         if not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} does not fit into {dtype}")
     return stored
+
+
+def save_average(target: Path, paths: Sequence[Path]) -> None:
+    """Write the mean of some checkpoints' weights in float32, with the recipe of the first.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or they are not of one architecture.
+    """
+    first, *others = (load_checkpoint(path) for path in paths)
+    recipe = recipe_of(first, paths[0])
+    mean = {name: tensor.double() for name, tensor in first["weights"].items()}
+    for path, content in zip(paths[1:], others, strict=True):
+        check_architecture(content, recipe, path)
+        if wrong := interchange.wrong_names(content["weights"], mean):
+            raise CheckpointError(f"{path} has other weights than {paths[0]}: {interchange.shortened(wrong)}")
+        for name, tensor in content["weights"].items():
+            if tensor.shape != mean[name].shape:
+                sizes = f"{list(tensor.shape)}, there {list(mean[name].shape)}"
+                raise CheckpointError(f"{path} has another {name} than {paths[0]}: {sizes}")
+            mean[name] += tensor.double()
+    weights = {name: (tensor / len(paths)).float() for name, tensor in mean.items()}
+    save_checkpoint(target, recipe, weights, sizes=first.get("sizes"))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
