@@ -126,7 +126,8 @@ def model_card(
         **licence,
     }
     metadata = {key: value for key, value in metadata.items() if value}
-    trained = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("bridge."))
+    plain = interchange.dequantized(weights)  # two weights of four bits are one number of a file
+    trained = sum(tensor.numel() for name, tensor in plain.items() if name.startswith("bridge."))
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",

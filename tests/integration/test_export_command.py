@@ -158,6 +158,8 @@ def test_int4_rounds_to_sixteen_levels_what_it_can_and_takes_less_room(
             packed += tensor.numel()
     saved = (small / "model.safetensors").stat().st_size - (smaller / "model.safetensors").stat().st_size
     assert packed and saved > 0.3 * packed
+    size = sum(tensor.numel() for name, tensor in original.items() if name.startswith("bridge."))
+    assert f"bridge of {size:,} parameters" in (smaller / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

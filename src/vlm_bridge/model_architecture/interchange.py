@@ -122,7 +122,7 @@ def quantized(weights: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch
     return stored
 
 
-def _dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `quantized` was given, rounded. Raises ValueError where matrices and scales do not go together."""
     weights = {name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))}
     for prefix, dtype in ((_INT8_SCALE, torch.int8), (_INT4_SCALE, torch.uint8)):
@@ -165,7 +165,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     try:
         config = parse_json((folder / CONFIG_NAME).read_bytes())
-        weights = _dequantized(load_file(folder / WEIGHTS_NAME))
+        weights = dequantized(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
