@@ -77,7 +77,8 @@ def combine_models(
     """What a combined file of pretrained parts and a projection at random holds: the start of a training.
 
     Args:
-        pvt, blip: names or folders; of a whole BLIP the text decoder is taken.
+        pvt: name or folder.
+        blip: name or folder; of a whole BLIP the text decoder is taken.
 
     Raises:
         ModelError: a part cannot be loaded.

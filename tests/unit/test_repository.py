@@ -159,6 +159,21 @@ def test_imports_point_one_way(part: str) -> None:
     assert not upward
 
 
+def test_docstrings_describe_parameters_that_there_are() -> None:
+    """One entry a parameter: the documentation of the API is made from them, and refuses others."""
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            section = re.search(r"^Args:\n((?: .*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE)
+            entries = re.findall(r"^ {4}(\S.*?):", section[1], re.MULTILINE) if section else []
+            arguments = [*ast.walk(node.args)]
+            names = {argument.arg for argument in arguments if isinstance(argument, ast.arg)}
+            wrong += [f"{path.name}: {node.name}: {entry}" for entry in entries if entry not in names]
+    assert not wrong
+
+
 def test_no_tracked_file_names_a_developer_machine() -> None:
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
     if listing.returncode != 0:

@@ -90,7 +90,9 @@ def transform(
     Args:
         workers: processes; with several, a script needs the usual ``if __name__ == "__main__":`` guard.
         seed: of the splits, for images whose source decides none.
-        split_by, val_fraction, test_fraction: of those images, see :class:`SplitRule`; None takes the source's usual.
+        split_by: of those images, see :class:`SplitRule`; None takes the source's usual.
+        val_fraction: likewise.
+        test_fraction: likewise.
         image_size: longest side in pixels; an upright RGB JPEG that is no larger is copied unchanged.
         caption_style: see :func:`clean_caption`; None takes the source's usual one.
         limit: at most this many images a split: a sample by hash of (seed, id), whatever their order.

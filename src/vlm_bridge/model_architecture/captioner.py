@@ -328,8 +328,10 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict.
 
         Args:
-            supervised, weights, label_smoothing: see `caption_cross_entropy`.
+            supervised: see `caption_cross_entropy`.
             text_at_bridge: see `text_states`.
+            weights: see `caption_cross_entropy`.
+            label_smoothing: see `caption_cross_entropy`.
         """
         states = self.text_states(input_ids, image_state, segments, text_at_bridge=text_at_bridge)
         language_model = self.language_model
