@@ -56,6 +56,12 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return checkpoints.load_checkpoint(path)["weights"]
 
 
+def export_as(dtype: str, run: Path, folder: Path, run_here) -> Path:
+    result = run_here("export", run, "--output-dir", folder, "--dtype", dtype)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -120,10 +126,7 @@ def test_half_precision_is_what_the_captioner_computes_with(run: Path, tmp_path:
 
 
 def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_path: Path, run_here) -> None:
-    half, small = tmp_path / "half", tmp_path / "small"
-    for folder, dtype in ((half, "float16"), (small, "int8")):
-        result = run_here("export", run, "--output-dir", folder, "--dtype", dtype)
-        assert result.returncode == 0, result.stderr
+    half, small = (export_as(dtype, run, tmp_path / dtype, run_here) for dtype in ("float16", "int8"))
     original = {name: tensor.float() for name, tensor in weights_of(run).items()}
     restored = Captioner.from_pretrained(small, "cpu").model.trained_state_dict()
     assert restored.keys() == original.keys()
@@ -142,10 +145,7 @@ def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_
 def test_int4_rounds_to_sixteen_levels_what_it_can_and_takes_less_room(
     run: Path, tmp_path: Path, run_here
 ) -> None:
-    small, smaller = tmp_path / "small", tmp_path / "smaller"
-    for folder, dtype in ((small, "int8"), (smaller, "int4")):
-        result = run_here("export", run, "--output-dir", folder, "--dtype", dtype)
-        assert result.returncode == 0, result.stderr
+    small, smaller = (export_as(dtype, run, tmp_path / dtype, run_here) for dtype in ("int8", "int4"))
     original = {name: tensor.float() for name, tensor in weights_of(run).items()}
     restored = Captioner.from_pretrained(smaller, "cpu").model.trained_state_dict()
     assert restored.keys() == original.keys()
@@ -166,8 +166,7 @@ def test_int4_rounds_to_sixteen_levels_what_it_can_and_takes_less_room(
 def test_quantised_weights_without_their_scales_are_refused(
     run: Path, tmp_path: Path, run_here, dtype: str
 ) -> None:
-    folder = tmp_path / "small"
-    assert run_here("export", run, "--output-dir", folder, "--dtype", dtype).returncode == 0
+    folder = export_as(dtype, run, tmp_path / "small", run_here)
     stored = load_file(folder / "model.safetensors")
     prefix = f"{dtype}_scale_of."
     lost = next(name for name in stored if name.startswith(prefix))
@@ -177,8 +176,7 @@ def test_quantised_weights_without_their_scales_are_refused(
 
 
 def test_int4_scales_of_another_matrix_are_refused(run: Path, tmp_path: Path, run_here) -> None:
-    folder = tmp_path / "small"
-    assert run_here("export", run, "--output-dir", folder, "--dtype", "int4").returncode == 0
+    folder = export_as("int4", run, tmp_path / "small", run_here)
     stored = load_file(folder / "model.safetensors")
     name = next(name for name in stored if name.startswith("int4_scale_of."))
     save_file({**stored, name: stored[name].repeat(1, 3)}, folder / "model.safetensors")

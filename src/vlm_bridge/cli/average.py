@@ -28,7 +28,6 @@ def average(
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; choose another --output-dir, or replace it with --overwrite")
     paths = [checkpoints.find_checkpoint(name) for name in checkpoint]
-    target.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.save_average(target, paths)
     typer.echo(f"wrote {target}, the mean of {', '.join(map(str, paths))}")
-    typer.echo(f"next: vlm-bridge evaluate --checkpoint {output_dir}")
+    typer.echo(f"next: vlm-bridge caption PICTURE --checkpoint {output_dir}")

@@ -106,16 +106,14 @@ def shortened(items: list[str], count: int = 3) -> str:
     return "; ".join(items[:count]) + more
 
 
-def quantized(weights: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """Matrices in 8 or 4 bits with their scales; all else as it is. `read_folder` makes float32 of them again.
+def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """Matrices in 8 or 4 bits, and their scales. `read_folder` makes float32 of them again.
 
     Rows that are no whole number of `GROUP` stay in 8 bits.
     """
     stored = {}
-    for name, tensor in weights.items():
-        if tensor.ndim < 2:
-            stored[name] = tensor
-        elif bits == 4 and tensor.shape[-1] % GROUP == 0:
+    for name, tensor in matrices.items():
+        if bits == 4 and tensor.shape[-1] % GROUP == 0:
             stored[name], stored[_INT4_SCALE + name] = to_int4(tensor.detach())
         else:
             stored[name], stored[_INT8_SCALE + name] = to_int8(tensor.detach())
@@ -123,7 +121,7 @@ def quantized(weights: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch
 
 
 def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `quantized` was given, rounded. Raises ValueError where matrices and scales do not go together."""
+    """Tensors of a file, float32 for what `quantized` wrote. Raises ValueError where levels or scales are missing."""
     weights = {name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))}
     for prefix, dtype in ((_INT8_SCALE, torch.int8), (_INT4_SCALE, torch.uint8)):
         scales = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
