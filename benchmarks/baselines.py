@@ -36,6 +36,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.systems import START, System
 from vlm_bridge import runtime
+from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.frozen_norms import plain_norms
 
 IGNORE = -100
@@ -97,19 +98,11 @@ def published_loss(system: System, batch: Batch) -> torch.Tensor:
         features = model.vision_encoder(batch["images"])
     if model.feature_scale is not None:
         features = model.feature_scale(features)
-    image = bridge.encode_image(features.float())
-
     causal_lm = model.language_model.causal_lm
-    embeddings = causal_lm.get_input_embeddings()(batch["input_ids"])
-    edited = bridge.edit_text(embeddings.float(), image)
-    prefix = bridge.image_inputs(image).key_value_prefix
-    of_image = {} if prefix is None else {"image_prefix": prefix}
-    logits = causal_lm(
-        inputs_embeds=edited.to(embeddings.dtype),
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        **of_image,
-    ).logits.float()
+    with attach(model.language_model, bridge.encode(features.float()), bridge.first_layer) as attached:
+        logits = causal_lm(
+            **attached.inputs(batch["input_ids"]), attention_mask=batch["attention_mask"], use_cache=False
+        ).logits.float()
     return nn.CrossEntropyLoss(ignore_index=IGNORE)(logits.flatten(0, 1), batch["labels"].flatten())
 
 

@@ -1,12 +1,15 @@
-"""Captioning: ours, ours with one thing changed at a time, the published loop, and transformers' `generate` alone.
+"""Captioning: ours, ours with one thing changed at a time, the published loop, and the decoder's own `generate` alone.
 
     python -m benchmarks.caption --checkpoint runs/lite-flickr8k --data-dir data/flickr8k     real models and pictures
+    python -m benchmarks.caption --system pvt-blip --images 64                                full size, random weights
     python -m benchmarks.caption --system dinov2-gemma --device cuda --compile --images 256   full size, random weights
     python -m benchmarks.caption --tiny                                                       does it run at all?
 
 A sample is a picture captioned, from its file (or random pixels) to token ids. All variants search the same way with
 the same models. The published loop captions one picture after another and runs encoder, bridge and the whole text so
 far through the models for every token of every beam; slow variants caption fewer pictures, and speeds are per picture.
+Plain generate is what a user of transformers writes with the same decoder: no scores of captions, and for pvt-blip
+nothing of ours but the weights.
 
 Before anything is timed, ours, the published loop and `generate` must find the same captions in float32. In bfloat16
 the three round differently, and of two captions that are equally likely but for that, either may win: how many are the
@@ -35,11 +38,12 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
-from vlm_bridge.model_architecture.captioner import CaptionerModel, SharedState, generation_options
+from vlm_bridge.model_architecture.attach import attach
+from vlm_bridge.model_architecture.captioner import CaptionModel
 
 OURS, PUBLISHED, PLAIN = "ours", "published loop", "plain generate"
 Captions = list[list[int]]
-SYSTEMS = ("lite", "dinov2-gemma")
+SYSTEMS = ("lite", "dinov2-gemma", "pvt-blip")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Subject:
         amp_dtype: autocast's, None for none.
     """
 
-    model: CaptionerModel
+    model: CaptionModel
     load: Callable[[Sequence[int]], torch.Tensor]
     prompt_ids: list[int]
     decode: DecodeSettings
@@ -70,37 +74,43 @@ CaptionBatch = Callable[[Subject, torch.Tensor], Captions]
 def ours(subject: Subject, pixels: torch.Tensor) -> Captions:
     features = subject.model.features(pixels)
     with subject.autocast():
-        return subject.model.generate_captions(features, subject.prompt_ids, subject.decode)[0]
+        captions = subject.model.generate(features, subject.prompt_ids, subject.decode)
+    return [caption.ids for caption in captions]
 
 
 @torch.inference_mode()
 def plain_generate(subject: Subject, pixels: torch.Tensor, *, use_cache: bool = True) -> Captions:
-    """transformers' `generate` on our model: each beam has an image state of its own; no scores."""
-    features = subject.model.features(pixels)
+    """The decoder's own `generate`, with the options that a user of transformers gives it."""
+    model, decode = subject.model, subject.decode
+    causal_lm: Any = model.language_model.causal_lm
+    features = model.features(pixels)
+    prompt = torch.tensor([subject.prompt_ids] * len(pixels), device=model.device)
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(prompt),
+        "num_beams": decode.num_beams,
+        "max_new_tokens": decode.max_new_tokens,
+        "min_new_tokens": decode.min_new_tokens or None,
+        "no_repeat_ngram_size": decode.no_repeat_ngram_size,
+        "length_penalty": decode.length_penalty if decode.num_beams > 1 else None,
+        "eos_token_id": model.language_model.eos_id,
+        "pad_token_id": model.language_model.eos_id,
+        "use_cache": use_cache,
+    }
     with subject.autocast():
-        return generated(subject, subject.model.image_state(features), len(pixels), use_cache=use_cache)
+        image = model.image_inputs(features)
+        if image.encoder_hidden_states is not None:
+            states = image.encoder_hidden_states.to(causal_lm.dtype)
+            rows = causal_lm.generate(prompt, encoder_hidden_states=states, is_decoder=True, **options)
+        else:
+            with attach(model.language_model, image, model.bridge.first_layer) as attached:  # type: ignore[arg-type]
+                rows = causal_lm.generate(**attached.inputs(prompt), **options)
+    return [until_eos(subject, row) for row in rows[:, prompt.shape[1] :].tolist()]
 
 
 @torch.inference_mode()
 def without_cache(subject: Subject, pixels: torch.Tensor) -> Captions:
-    """Ours, but every token reads the whole text so far."""
-    features = subject.model.features(pixels)
-    with subject.autocast():
-        state = SharedState(subject.model.image_state(features))
-        return generated(subject, state, len(pixels), use_cache=False)
-
-
-def generated(subject: Subject, image_state: Any, num_images: int, *, use_cache: bool) -> Captions:
-    prompt = torch.tensor([subject.prompt_ids] * num_images, device=subject.model.device)
-    rows = subject.model.generate(  # type: ignore[reportAttributeAccessIssue]
-        input_ids=prompt,
-        image_state=image_state,
-        attention_mask=torch.ones_like(prompt),
-        use_cache=use_cache,
-        **({"past_key_values": subject.model.language_model.new_cache()} if use_cache else {}),
-        **generation_options(subject.decode),
-    )
-    return [until_eos(subject, row) for row in rows[:, prompt.shape[1] :].tolist()]
+    """Every token reads the whole text so far."""
+    return plain_generate(subject, pixels, use_cache=False)
 
 
 def until_eos(subject: Subject, ids: list[int]) -> list[int]:
@@ -120,7 +130,7 @@ def read_twice(subject: Subject, pixels: torch.Tensor) -> Captions:
         device=model.device,
     )
     with subject.autocast():
-        states = model.text_states(ids[:, :-1], model.image_state(model.features(pixels)))
+        states = model.text_states(ids[:, :-1], model.image_inputs(model.features(pixels)))
         log_probs = model.language_model.head(states).float().log_softmax(-1)
     log_probs.gather(-1, ids[:, 1:, None]).sum().item()
     return captions
@@ -163,7 +173,7 @@ def next_log_probs(subject: Subject, picture: torch.Tensor, ids: list[int]) -> t
     features = model.features(picture)
     row = torch.tensor([[*subject.prompt_ids, *ids]], device=model.device)
     with subject.autocast():
-        logits = model(row, model.image_state(features)).logits[0, -1]
+        logits = model(row, model.image_inputs(features))[0, -1]
     log_probs = logits.float().log_softmax(-1)
     if (n := decode.no_repeat_ngram_size) > 0:
         text = row[0].tolist()
@@ -211,9 +221,9 @@ def in_float32(subject: Subject) -> Subject:
     return dataclasses.replace(subject, model=model, amp_dtype=None)
 
 
-def with_static_caches(subject: Subject, *, compile_step: bool) -> Subject:
+def with_static_cache(subject: Subject) -> Subject:
     model = copy.copy(subject.model)  # the same weights
-    model.use_static_caches(compile_step=compile_step)
+    model.use_static_cache()
     return dataclasses.replace(subject, model=model)
 
 
@@ -224,8 +234,7 @@ WAYS: dict[str, Way] = {
     "batch 16": Way(batch_size=16),
     "batch 32": Way(batch_size=32),
     "batch 64": Way(batch_size=64),
-    "static caches": Way(change=lambda subject: with_static_caches(subject, compile_step=False)),
-    "compiled step": Way(change=lambda subject: with_static_caches(subject, compile_step=True)),
+    "compiled step": Way(change=with_static_cache),
     "no KV cache": Way(without_cache, is_slow=True),
     "scores by a second pass": Way(read_twice),
     "nothing read ahead": Way(ahead=0),
@@ -280,7 +289,6 @@ def _random(options: argparse.Namespace, device: torch.device) -> Subject:
         model = random_captioner(recipe, *random_configs(options.system, tiny=options.tiny)).eval()
     as_if_trained(model.bridge, options.seed)
     model.language_model.start_id, model.language_model.eos_id = START, EOS
-    model.generation_config.update(bos_token_id=START, eos_token_id=EOS, pad_token_id=EOS)
     size: Any = model.vision_encoder.image_size
 
     def load(indices: Sequence[int]) -> torch.Tensor:
@@ -288,9 +296,8 @@ def _random(options: argparse.Namespace, device: torch.device) -> Subject:
             [torch.randn(3, size, size, generator=torch.Generator().manual_seed(index)) for index in indices]
         )
 
-    decode = DecodeSettings(
-        num_beams=3 if options.system == "lite" else 1, max_new_tokens=6 if options.tiny else 40
-    )
+    num_beams = {"lite": 3, "dinov2-gemma": 1, "pvt-blip": recipe.decode.num_beams}[options.system]
+    decode = DecodeSettings(num_beams=num_beams, max_new_tokens=6 if options.tiny else 40)
     return Subject(model, load, [START], decode, recipe.amp_dtype if recipe.use_amp else None)
 
 
@@ -341,7 +348,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--images", type=int, help="pictures that ours captions in a measured call (1000)")
     parser.add_argument("--variant-images", type=int, default=128, help="pictures of the other variants")
     parser.add_argument("--baseline-images", type=int, default=24, help="pictures of the slow variants")
-    parser.add_argument("--num-beams", type=int, help="beams (lite: its recipe's; dinov2-gemma: 1)")
+    parser.add_argument("--num-beams", type=int, help="beams (its recipe's; dinov2-gemma: 1)")
     parser.add_argument("--max-new-tokens", type=int, help="longest caption (lite: its recipe's)")
     parser.add_argument("--batch-size", type=int, help="pictures in a batch (32; dinov2-gemma: 64)")
     parser.add_argument("--compile", action="store_true", help="measure the compiled step as well")

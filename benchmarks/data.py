@@ -32,7 +32,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolde
 from vlm_bridge.data_pipeline.feature_cache import CacheFiles, FeatureCache, open_or_build
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.loader import CaptionFormat, EpochBatches, TokenizedImages, prefetch
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable, trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
@@ -60,7 +60,7 @@ class Task:
     """What an epoch trains, and on what."""
 
     recipe: Recipe
-    model: CaptionerModel
+    model: CaptionModel
     data: TokenizedImages
     features: FeatureCache
 
@@ -118,7 +118,7 @@ def small_recipe(seed: int) -> Recipe:
     )
 
 
-def small_captioner(recipe: Recipe, *, tiny: bool) -> CaptionerModel:
+def small_captioner(recipe: Recipe, *, tiny: bool) -> CaptionModel:
     width = 32 if tiny else 256
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
@@ -126,7 +126,7 @@ def small_captioner(recipe: Recipe, *, tiny: bool) -> CaptionerModel:
     )  # fmt: skip
     language_model = LanguageModel(LlamaForCausalLM(config).eval(), None)
     bridge = build_bridge(recipe.bridge, NoEncoder.embed_dim, language_model.shape, NoEncoder.num_tokens)
-    model = CaptionerModel(NoEncoder(), language_model, bridge, standardize=False)
+    model = CaptionModel(NoEncoder(), language_model, bridge, standardize=False)
     choose_trainable(model, recipe.trainable)
     return model.train()
 
@@ -187,7 +187,7 @@ def random_cache(folder: Path, num_images: int) -> FeatureCache:
 
 
 def measure_growth(
-    sizes: Sequence[int], model: CaptionerModel, features: FeatureCache, options: argparse.Namespace
+    sizes: Sequence[int], model: CaptionModel, features: FeatureCache, options: argparse.Namespace
 ) -> tuple[list[harness.Measurement], list[Task]]:
     recipe = small_recipe(options.seed)
     tasks = [Task(recipe, model, tokenized(size, options), features) for size in sizes]
@@ -207,7 +207,7 @@ def plan_of(size: int) -> str:
     return f"plan and pack {size:,} captions"
 
 
-def orders(model: CaptionerModel, features: FeatureCache, options: argparse.Namespace) -> dict[str, Task]:
+def orders(model: CaptionModel, features: FeatureCache, options: argparse.Namespace) -> dict[str, Task]:
     """The same captions in batches of about as many positions, put together in four ways."""
     data = tokenized(min(ORDER_CAPTIONS, max(sizes_of(options))), options)
     positions = round(BATCH_CAPTIONS * data.caption_lengths.mean())

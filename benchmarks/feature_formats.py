@@ -30,7 +30,7 @@ from vlm_bridge.data_pipeline.feature_format import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches
 from vlm_bridge.evaluation.metrics import score_captions
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.validation import validate
 
 SCORES = ("CIDEr", "BLEU-4", "METEOR")
@@ -49,7 +49,7 @@ class Subject:
         amp_dtype: autocast's, None for none.
     """
 
-    model: CaptionerModel
+    model: CaptionModel
     data: TokenizedImages
     references: Sequence[Sequence[str]]
     features_bnd: torch.Tensor
@@ -108,8 +108,8 @@ def captions_of(subject: Subject, features_bnd: torch.Tensor) -> list[str]:
     captions = []
     for batch in features_bnd.split(BATCH):
         with subject.autocast():
-            ids, _ = subject.model.generate_captions(batch, subject.data.format.prompt_ids, subject.decode)
-        captions += map(subject.text, ids)
+            found = subject.model.generate(batch, subject.data.format.prompt_ids, subject.decode)
+        captions += [subject.text(caption.ids) for caption in found]
     return captions
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.systems import as_if_trained, random_captioner, random_configs
 from vlm_bridge import runtime
 from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, shipped_recipe
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
 
@@ -57,7 +57,7 @@ class TensorWatch(TorchDispatchMode):
         return result
 
 
-def training_loss(model: CaptionerModel, batch_size: int, caption_tokens: int) -> torch.Tensor:
+def training_loss(model: CaptionModel, batch_size: int, caption_tokens: int) -> torch.Tensor:
     """Mean loss per token of random captions of random pictures; every position is supervised."""
     encoder: Any = model.vision_encoder
     shape = (batch_size, caption_tokens)
@@ -66,7 +66,7 @@ def training_loss(model: CaptionerModel, batch_size: int, caption_tokens: int) -
     )
     pixels = torch.randn(batch_size, 3, encoder.image_size, encoder.image_size)
     with runtime.autocast(model.device, "bfloat16"):
-        state = model.image_state(model.features(pixels))
+        state = model.image_inputs(model.features(pixels))
         loss = model.caption_loss(ids, labels, torch.ones_like(ids), state)
     return loss.total / loss.num_tokens
 
@@ -79,7 +79,7 @@ def largest_allocation(profiler: Any) -> tuple[float, str]:
     )
 
 
-def watched_step(model: CaptionerModel, batch_size: int, caption_tokens: int) -> list[str]:
+def watched_step(model: CaptionModel, batch_size: int, caption_tokens: int) -> list[str]:
     """Run one forward and backward pass, print what it made, and return what is wrong with it."""
     on_gpu = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -129,7 +129,7 @@ def watched_step(model: CaptionerModel, batch_size: int, caption_tokens: int) ->
 
 
 def timed_steps(
-    model: CaptionerModel, recipe: Recipe, batch_size: int, caption_tokens: int, steps: int
+    model: CaptionModel, recipe: Recipe, batch_size: int, caption_tokens: int, steps: int
 ) -> None:
     """Print samples per second of whole training steps, without a watch, after one to warm up."""
     optimizer, _ = adamw(trained_parameters(model, recipe.trainable), recipe)

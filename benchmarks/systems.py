@@ -1,8 +1,8 @@
 """The systems that benchmarks run: frozen models, a bridge that looks as if it were trained, and captioned images.
 
-`lite` is the shipped recipe with its real weights on a caption folder. `gemma-like` and `dinov2-gemma` have random
-weights of real shapes, and captions of random tokens. With ``tiny``, all three are small random models of the
-same kinds.
+`lite` is the shipped recipe with its real weights on a caption folder. `gemma-like`, `dinov2-gemma` and `pvt-blip`
+(for captioning only) have random weights of real shapes, and captions of random tokens. With ``tiny``, all are small
+random models of the same kinds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, Gemma2Config, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BlipTextConfig,
+    BlipTextLMHeadModel,
+    Dinov2Config,
+    Gemma2Config,
+    LlamaConfig,
+    PvtV2Config,
+)
 
 from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, override_recipe, shipped_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import CaptionFormat, TokenizedImages
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable
@@ -29,7 +38,7 @@ from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncode
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Features
 
-SystemName = Literal["lite", "gemma-like", "dinov2-gemma"]
+SystemName = Literal["lite", "gemma-like", "dinov2-gemma", "pvt-blip"]
 SYSTEMS: tuple[SystemName, ...] = ("lite", "gemma-like", "dinov2-gemma")
 START, EOS = 1, 2
 """Of captions of random tokens."""
@@ -46,7 +55,7 @@ class System:
     """
 
     recipe: Recipe
-    model: CaptionerModel
+    model: CaptionModel
     data: TokenizedImages
     pixels: Features
     features: Features
@@ -94,19 +103,26 @@ def build_system(
 
 def recipe_of(name: SystemName, *, tiny: bool = False) -> Recipe:
     """A system's recipe: that of `lite` or of DINOv2 + Gemma 2 as shipped; ``tiny`` has a smaller bridge."""
-    recipe = load_recipe(shipped_recipe("lite-flickr8k" if name == "lite" else DEFAULT_RECIPE))
+    recipes = {"lite": "lite-flickr8k", "pvt-blip": "blip-pvt-flickr30k"}
+    recipe = load_recipe(shipped_recipe(recipes.get(name, DEFAULT_RECIPE)))
     # As many captions as its `tokens_per_batch` holds: the batches of those that count captions.
     changes = ["batch_size=40"] if name == "lite" else []
     if tiny and name == "lite":
         changes += ["bridge.enter_at_layer=1", "bridge.num_queries=4", "bridge.width=32"]
         changes += ["batch_size=10", "tokens_per_batch=100"]
-    elif tiny:
+    elif tiny and name != "pvt-blip":
         changes += ["bridge.num_heads=4", "batch_size=4"]
     return override_recipe(recipe, changes)
 
 
 def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
     """Configurations of vision encoder and language model, and the side of its pictures in pixels."""
+    if tiny and name == "pvt-blip":
+        vision = PvtV2Config(
+            hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
+        )
+        text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        return vision, BlipTextConfig(**text, num_attention_heads=4, encoder_hidden_size=64), 64
     if tiny:
         vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=14)
         sizes: dict[str, Any] = {
@@ -131,18 +147,23 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
         known_architecture(part.name) for part in (recipe.vision_encoder, recipe.language_model)
     )
     assert encoder is not None and encoder.image_size is not None and decoder is not None
-    return encoder.config, decoder.config, encoder.image_size
+    size = recipe.vision_encoder.image_size or encoder.image_size
+    return encoder.config, decoder.config.get_text_config(), size
 
 
-def random_captioner(recipe: Recipe, vision_config: Any, text_config: Any, image_size: int) -> CaptionerModel:
-    """A captioner of random weights, made on torch's default device; the language model's in bfloat16."""
+def random_captioner(recipe: Recipe, vision_config: Any, text_config: Any, image_size: int) -> CaptionModel:
+    """A captioner of random weights, made on torch's default device; the language model's as the recipe stores them."""
     encoder = HuggingFaceVisionEncoder(AutoModel.from_config(vision_config), None, image_size)
-    causal_lm = AutoModelForCausalLM.from_config(
-        text_config, dtype=torch.bfloat16, attn_implementation="eager"
-    )
+    if isinstance(text_config, BlipTextConfig):
+        text_config.is_decoder = True
+        causal_lm: Any = BlipTextLMHeadModel(text_config)
+    else:
+        causal_lm = AutoModelForCausalLM.from_config(
+            text_config, dtype=torch.bfloat16, attn_implementation="eager"
+        )
     language_model = LanguageModel(causal_lm.eval(), None)
     bridge = build_bridge(recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens)
-    model = CaptionerModel(
+    model = CaptionModel(
         encoder.eval(), language_model, bridge, standardize=recipe.bridge.standardize_features
     )
     choose_trainable(model, recipe.trainable)
@@ -157,7 +178,7 @@ def as_if_trained(bridge: torch.nn.Module, seed: int) -> None:
         parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
-def encoded(model: CaptionerModel, pixels: Features, num_images: int) -> np.ndarray:
+def encoded(model: CaptionModel, pixels: Features, num_images: int) -> np.ndarray:
     """Features [num_images, N, D] in float16, as a cache holds them."""
     parts = [
         model.features(
@@ -169,7 +190,7 @@ def encoded(model: CaptionerModel, pixels: Features, num_images: int) -> np.ndar
 
 
 def drawn_captions(
-    model: CaptionerModel, num_images: int, per_image: int, tokens: tuple[int, int], seed: int
+    model: CaptionModel, num_images: int, per_image: int, tokens: tuple[int, int], seed: int
 ) -> TokenizedImages:
     """Captions of random tokens and random length, all lengths of a range alike."""
     random = np.random.default_rng(seed)
@@ -191,7 +212,7 @@ def drawn_captions(
 
 def _lite(
     recipe: Recipe, num_captions: int, seed: int, data_dir: Path | None
-) -> tuple[CaptionerModel, tuple[TokenizedImages, Features, int]]:
+) -> tuple[CaptionModel, tuple[TokenizedImages, Features, int]]:
     """The real models, and images of the caption folder's training split, opened and decoded when asked for."""
     images = CaptionFolder.open(data_dir or recipe.data_dir).split("train")
     model = build_captioner(recipe)
@@ -219,9 +240,9 @@ def own_captioner(system: System, **bridge_options: Any) -> System:
     recipe, model = system.recipe, system.model
     vision_encoder: Any = model.vision_encoder
     causal_lm = model.language_model.causal_lm
-    # The attention that reads a prefix is put over a plain one, whatever is there now.
-    causal_lm.set_attn_implementation(causal_lm.config._attn_implementation.removeprefix("vlm_bridge_"))
-    language_model = LanguageModel(causal_lm, model.language_model.tokenizer)
+    language_model = LanguageModel(
+        causal_lm, model.language_model.tokenizer, attention=model.language_model.attention
+    )
     bridge: Any = model.bridge
     if bridge_options:
         options = dataclasses.replace(recipe.bridge.options, **bridge_options)
@@ -230,9 +251,7 @@ def own_captioner(system: System, **bridge_options: Any) -> System:
             recipe.bridge, vision_encoder.embed_dim, language_model.shape, vision_encoder.num_tokens
         )
         as_if_trained(bridge, recipe.seed)
-    own = CaptionerModel(
-        vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
-    )
+    own = CaptionModel(vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features)
     if own.feature_scale is not None and model.feature_scale is not None:
         own.feature_scale.load_state_dict(model.feature_scale.state_dict())
     choose_trainable(own, recipe.trainable)

@@ -39,7 +39,7 @@ from benchmarks.systems import SYSTEMS, System, SystemName, build_system, own_ca
 from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.frozen_norms import plain_norms
 from vlm_bridge.model_architecture.loss import Kernel, logits_dtype
 from vlm_bridge.model_architecture.loss_kernels import choose_kernel
@@ -58,15 +58,15 @@ Step = Callable[[], object]
 # Ours.
 
 
-def summed_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
+def summed_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
     return batch_loss(model, batch).total
 
 
-def full_logits_loss(model: CaptionerModel, batch: LoadedBatch) -> torch.Tensor:
+def full_logits_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
     """The same from float32 logits of every position, pads included."""
     input_ids, labels, segments, _, features, *text = batch.tensors.wait()
-    state = model.image_state(model.features(features))
-    states = model.text_states(input_ids, state, segments, text_at_bridge=text[0] if text else None)
+    image = model.image_inputs(model.features(features))
+    states = model.text_states(input_ids, image, segments, text_at_bridge=text[0] if text else None)
     logits = model.language_model.head(states).float()
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -77,7 +77,7 @@ def our_step(
     system: System,
     *,
     features: Features | None = None,
-    loss_of: Callable[[CaptionerModel, LoadedBatch], torch.Tensor] = summed_loss,
+    loss_of: Callable[[CaptionModel, LoadedBatch], torch.Tensor] = summed_loss,
 ) -> Step:
     """Train on all captions of a system once, as the trainer does: its batches, its loss, its optimiser."""
     recipe, model, data = system.recipe, system.model, system.data
@@ -139,14 +139,11 @@ def like_lengths(system: System) -> Step:
 
 def with_sdpa(system: System) -> Step:
     """The same step with torch's fused attention in the language model."""
-    step, causal_lm = our_step(system), system.model.language_model.causal_lm
-    ours = causal_lm.config._attn_implementation
-    sdpa = "vlm_bridge_sdpa" if ours.startswith("vlm_bridge_") else "sdpa"
+    step = our_step(system)
 
     def run() -> None:
-        causal_lm.set_attn_implementation(sdpa)
-        step()
-        causal_lm.set_attn_implementation(ours)
+        with system.model.language_model.use_attention("sdpa"):
+            step()
 
     return run
 

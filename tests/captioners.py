@@ -13,7 +13,8 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from tiny_models import seeded
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.loader import PackedBatch
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge, build_captioner
+from vlm_bridge.model_architecture.bridges import ImageInputs
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
 
 BRIDGES: dict[str, dict[str, Any]] = {
@@ -78,7 +79,7 @@ def places_of_run(root: Path, name: str, data_dir: Path) -> dict[str, str]:
     }
 
 
-def tiny_captioner(recipe: Recipe) -> CaptionerModel:
+def tiny_captioner(recipe: Recipe) -> CaptionModel:
     """The captioner of a recipe with a bridge that looks as if it were trained: random, not the identity."""
     model = build_captioner(recipe)
     randomise(model.bridge)
@@ -92,17 +93,37 @@ def randomise(bridge: nn.Module, std: float = 0.3) -> None:
             parameter.add_(std * torch.randn_like(parameter))
 
 
-def random_features(model: CaptionerModel, num_images: int) -> torch.Tensor:
+def random_features(model: CaptionModel, num_images: int) -> torch.Tensor:
     """Features [num_images, N, D] as the captioner's encoder might give them."""
     encoder: Any = model.vision_encoder
     with seeded(2):
         return torch.randn(num_images, encoder.num_tokens, encoder.embed_dim)
 
 
-def caption_loss(model: CaptionerModel, batch: PackedBatch, features_bnd: torch.Tensor):
+def caption_loss(model: CaptionModel, batch: PackedBatch, features_bnd: torch.Tensor):
     """The loss of a packed batch; ``features_bnd`` holds all images, the batch says which it reads."""
     ids, labels, segments = map(torch.from_numpy, (batch.input_ids, batch.labels, batch.segments))
-    return model.caption_loss(ids, labels, segments, model.image_state(features_bnd[batch.image_indices]))
+    return model.caption_loss(ids, labels, segments, model.image_inputs(features_bnd[batch.image_indices]))
+
+
+def generated(
+    model: CaptionModel, features_bnd: torch.Tensor, *arguments: Any, **named: Any
+) -> tuple[list[list[int]], list[float]]:
+    """Token ids and scores of the captions that `CaptionModel.generate` finds."""
+    captions = model.generate(features_bnd, *arguments, **named)
+    return [caption.ids for caption in captions], [caption.score for caption in captions]
+
+
+def what_is_read(image: ImageInputs, width: int = 32, length: int = 4) -> torch.Tensor:
+    """What a language model reads of each image as numbers [B, ...]; of an edit, how it leaves some text."""
+    if image.edit is not None:
+        with seeded(8):
+            text = torch.randn(1, length, width).expand(image.num_images, -1, -1)
+        return image.edit(text)
+    prefix = image.key_value_prefix
+    found = (image.soft_tokens, image.encoder_hidden_states, None if prefix is None else prefix.states)
+    (read,) = (tensor for tensor in found if tensor is not None)
+    return read
 
 
 class ToyEncoder(nn.Module):
@@ -114,7 +135,7 @@ class ToyEncoder(nn.Module):
 TOY_START, TOY_EOS = 1, 2
 
 
-def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionerModel:
+def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionModel:
     """A captioner whose language model knows so few tokens that all of its captions can be listed.
 
     Large weights make some captions much likelier than others and end them at different lengths.
@@ -145,4 +166,4 @@ def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionerModel:
             recipe.bridge, ToyEncoder.embed_dim, language_model.shape, ToyEncoder.num_tokens
         )
     randomise(trained, std=0.5)
-    return CaptionerModel(ToyEncoder(), language_model, trained, standardize=False).eval()
+    return CaptionModel(ToyEncoder(), language_model, trained, standardize=False).eval()

@@ -17,7 +17,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.evaluation.history import read_curves
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.trainer import caption_format, train
 
 CAPTIONS = (
@@ -34,7 +34,7 @@ def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
     return tiny_recipe(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
 
 
-def plain_loss(model: CaptionerModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
+def plain_loss(model: CaptionModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
     """As users write it: a row a caption, padded to the longest, all logits in float32, `nn.CrossEntropyLoss`."""
     captions = [(image, data.caption(image, number)) for image in range(len(data)) for number in range(3)]
     length = max(len(caption.labels) for _, caption in captions)
@@ -43,22 +43,22 @@ def plain_loss(model: CaptionerModel, data: TokenizedImages, features: torch.Ten
     for row, (_, caption) in enumerate(captions):
         ids[row, : len(caption.input_ids)] = torch.tensor(caption.input_ids)
         labels[row, : len(caption.labels)] = torch.tensor(caption.labels)
-    state = model.image_state(features[torch.tensor([image for image, _ in captions])])
-    logits = model(ids, state).logits.float()
+    image = model.image_inputs(features[torch.tensor([image for image, _ in captions])])
+    logits = model(ids, image).float()
     return nn.CrossEntropyLoss(ignore_index=-100)(logits.flatten(0, 1), labels.flatten())
 
 
-def our_loss(model: CaptionerModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
+def our_loss(model: CaptionModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
     """As the trainer does: a row an image, supervised positions alone, in chunks."""
     batch = data.pack(whole_rows(data.captions_per_image))
     ids, labels, segments, supervised = map(
         torch.from_numpy, (batch.input_ids, batch.labels, batch.segments, batch.supervised)
     )
-    loss = model.caption_loss(ids, labels, segments, model.image_state(features), supervised)
+    loss = model.caption_loss(ids, labels, segments, model.image_inputs(features), supervised)
     return loss.total / batch.num_supervised
 
 
-def captioned(model: CaptionerModel, recipe: Recipe) -> tuple[TokenizedImages, torch.Tensor]:
+def captioned(model: CaptionModel, recipe: Recipe) -> tuple[TokenizedImages, torch.Tensor]:
     """Two images with three captions each, and their features."""
     images = [CaptionedImage(Path(f"{n}.jpg"), CAPTIONS, str(n)) for n in range(2)]
     data = TokenizedImages(images, caption_format(model.language_model, recipe))
@@ -66,7 +66,7 @@ def captioned(model: CaptionerModel, recipe: Recipe) -> tuple[TokenizedImages, t
 
 
 def loss_and_gradient(
-    loss_of: Any, model: CaptionerModel, data: TokenizedImages, features: torch.Tensor
+    loss_of: Any, model: CaptionModel, data: TokenizedImages, features: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
     """The loss, and the gradients of all trained parameters as one vector (left on the parameters as well)."""
     model.zero_grad(set_to_none=True)

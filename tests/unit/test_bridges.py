@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from captioners import what_is_read
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES
@@ -32,7 +33,9 @@ def test_cross_attention_has_the_published_number_of_parameters() -> None:
 def test_cross_attention_starts_as_the_identity() -> None:
     bridge = bridge_of("cross_attention").eval()
     text = torch.randn(2, 5, 32)
-    assert torch.equal(bridge.edit_text(text, bridge.encode_image(torch.randn(2, 7, 12))), text)
+    edit = bridge.encode(torch.randn(2, 7, 12)).edit
+    assert edit is not None
+    assert torch.equal(edit(text), text)
 
 
 @torch.no_grad()
@@ -40,13 +43,12 @@ def test_cross_attention_starts_as_the_identity() -> None:
 @pytest.mark.parametrize("num_image_tokens", [1, 49])
 def test_soft_tokens_are_as_many_as_promised(kind: str, num_image_tokens: int) -> None:
     bridge = bridge_of(kind)
-    state = bridge.encode_image(torch.randn(3, num_image_tokens, 12))
-    soft = bridge.image_inputs(state).soft_tokens
+    image = bridge.encode(torch.randn(3, num_image_tokens, 12))
+    soft = image.soft_tokens
     length = 0 if soft is None else soft.shape[1]
-    assert length == bridge.output_num_tokens(num_image_tokens)
-    assert len(state) == 3
+    assert length == bridge.num_soft_tokens
+    assert image.num_images == len(what_is_read(image)) == 3
     assert soft is None or soft.shape == (3, length, 32)
-    assert bridge.edit_text(torch.randn(3, 4, 32), state).shape == (3, 4, 32)
 
 
 @torch.no_grad()
@@ -54,9 +56,9 @@ def test_soft_tokens_are_as_many_as_promised(kind: str, num_image_tokens: int) -
 def test_images_of_a_batch_do_not_meet(kind: str) -> None:
     bridge = bridge_of(kind).eval()
     features = torch.randn(3, 6, 12)
-    together = bridge.encode_image(features)
+    together = what_is_read(bridge.encode(features))
     for index in range(3):
-        alone = bridge.encode_image(features[index : index + 1])
+        alone = what_is_read(bridge.encode(features[index : index + 1]))
         torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -67,11 +69,10 @@ def test_dropout_acts_in_training_only(kind: str, dropout: float) -> None:
     bridge = bridge_of(kind, dropout=dropout)
     for parameter in bridge.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
-    features, text = torch.randn(1, 6, 12), torch.randn(1, 4, 32)
+    features = torch.randn(1, 6, 12)
 
     def outputs() -> torch.Tensor:
-        state = bridge.encode_image(features)
-        return torch.cat([x.flatten() for x in (state, bridge.edit_text(text, state))])
+        return what_is_read(bridge.encode(features))
 
     assert torch.equal(bridge.eval() and outputs(), outputs())
     bridge.train()
@@ -82,27 +83,25 @@ def test_dropout_acts_in_training_only(kind: str, dropout: float) -> None:
 def test_prefix_starts_at_the_size_of_text_embeddings() -> None:
     bridge = bridge_of("prefix", text_dim=64)
     bridge.set_output_scale(0.05)
-    assert bridge.encode_image(torch.randn(4, 9, 12)).std().item() == pytest.approx(0.05, rel=0.1)
+    assert what_is_read(bridge.encode(torch.randn(4, 9, 12))).std().item() == pytest.approx(0.05, rel=0.1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 3])
 def test_prefix_reads_the_image_at_every_depth(depth: int) -> None:
     bridge = bridge_of("prefix", depth=depth)
-    one, other = bridge.encode_image(torch.randn(2, 5, 12))
+    one, other = what_is_read(bridge.encode(torch.randn(2, 5, 12)))
     assert not torch.allclose(one, other)
 
 
 @torch.no_grad()
 def test_only_position_embeddings_tell_the_prefix_where_things_are() -> None:
     features = torch.randn(1, 6, 12)
-    mirrored = features.flip(1)
-    blind_to_order = bridge_of("prefix", position_embeddings=False)
-    torch.testing.assert_close(
-        blind_to_order.encode_image(features), blind_to_order.encode_image(mirrored), atol=1e-5, rtol=1e-5
-    )
-    knows = bridge_of("prefix", position_embeddings=True)
-    assert not torch.allclose(knows.encode_image(features), knows.encode_image(mirrored), atol=1e-3)
+    both = torch.cat((features, features.flip(1)))
+    one, mirrored = what_is_read(bridge_of("prefix", position_embeddings=False).encode(both))
+    torch.testing.assert_close(one, mirrored, atol=1e-5, rtol=1e-5)
+    one, mirrored = what_is_read(bridge_of("prefix", position_embeddings=True).encode(both))
+    assert not torch.allclose(one, mirrored, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +162,14 @@ def test_projections_have_the_published_sizes(projection: str, vision_dim: int, 
 def test_a_projection_gives_one_encoder_state_a_token(projection: str) -> None:
     bridge = projection_of(12, 24, 9, projection, meta=False)
     features = torch.randn(2, 9, 12)
-    state = bridge.encode_image(features)
-    inputs = bridge.image_inputs(state)
-    assert inputs.encoder_hidden_states.shape == (2, 9, 24)
+    inputs = bridge.encode(features)
+    states = inputs.encoder_hidden_states
+    assert states.shape == (2, 9, 24)
     assert inputs.soft_tokens is inputs.key_value_prefix is None
     # Which states feel a change of the first token: itself, or its neighbours on the 3x3 grid.
     changed = features.clone()
     changed[:, 0] += 1
-    felt = (bridge.encode_image(changed) - state).abs().amax((0, 2)) > 1e-6
+    felt = (what_is_read(bridge.encode(changed)) - states).abs().amax((0, 2)) > 1e-6
     expected = {0, 1, 3, 4} if projection == "conv3x3" else {0}
     assert set(felt.nonzero().flatten().tolist()) == expected
 
@@ -182,7 +181,7 @@ def test_the_convolution_is_that_of_the_feature_map() -> None:
     convolution = torch.nn.Conv2d(4, 6, 3, padding=1)
     convolution.load_state_dict(bridge.projection.state_dict())
     expected = convolution(grid)
-    found = bridge.encode_image(grid.flatten(2).transpose(1, 2))
+    found = what_is_read(bridge.encode(grid.flatten(2).transpose(1, 2)))
     torch.testing.assert_close(found.transpose(1, 2).unflatten(2, (4, 4)), expected)
 
 

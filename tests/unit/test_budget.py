@@ -98,7 +98,7 @@ def test_activations_are_what_autograd_saves(language_model: str, request: pytes
     embedded = torch.randn(rows, tokens, model.embed_dim).bfloat16().requires_grad_()
     mask = model.packed_mask(torch.ones(rows, tokens, dtype=torch.long), 0)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        states = model.hidden_states(embedded, mask)
+        states = model.hidden_states(inputs_embeds=embedded, attention_mask=mask)
     assert states.requires_grad  # and holds the graph, or storages could be used twice
     estimate = rows * tokens * activation_bytes(model.text_config, tokens, element=2)
     assert sum(saved.values()) == pytest.approx(estimate, rel=0.15)

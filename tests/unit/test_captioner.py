@@ -12,6 +12,7 @@ from captioners import (
     LANGUAGE_MODELS,
     SYSTEMS,
     caption_loss,
+    generated,
     random_features,
     tiny_captioner,
     tiny_recipe,
@@ -19,7 +20,7 @@ from captioners import (
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import PackedBatch, Row, TokenizedImages
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy.trainer import caption_format
 
 CAPTIONS = (
@@ -36,18 +37,18 @@ def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
 
 
 @pytest.fixture
-def model(recipe: Recipe) -> CaptionerModel:
+def model(recipe: Recipe) -> CaptionModel:
     return tiny_captioner(recipe)
 
 
 @pytest.fixture
-def data(model: CaptionerModel, recipe: Recipe) -> TokenizedImages:
+def data(model: CaptionModel, recipe: Recipe) -> TokenizedImages:
     images = [CaptionedImage(Path(f"{n}.jpg"), CAPTIONS, str(n)) for n in range(2)]
     return TokenizedImages(images, caption_format(model.language_model, recipe))
 
 
 def losses_of_each_caption(
-    model: CaptionerModel, data: TokenizedImages, batch: PackedBatch
+    model: CaptionModel, data: TokenizedImages, batch: PackedBatch
 ) -> list[torch.Tensor]:
     """Token losses, split by row and caption."""
     losses = caption_loss(model, batch, random_features(model, len(data))).token_losses
@@ -59,40 +60,38 @@ def losses_of_each_caption(
 
 
 @torch.no_grad()
-def test_later_caption_tokens_change_nothing_before_them(model: CaptionerModel) -> None:
+def test_later_caption_tokens_change_nothing_before_them(model: CaptionModel) -> None:
     ids = torch.randint(3, 300, (2, 14))
-    state = model.image_state(random_features(model, 2))
-    logits = model(ids, state).logits
+    image = model.image_inputs(random_features(model, 2))
+    logits = model(ids, image)
     for t in (0, 5, 12):
         changed = ids.clone()
         changed[:, t + 1 :] = torch.randint(3, 300, (2, 13 - t))
-        assert torch.equal(model(changed, state).logits[:, : t + 1], logits[:, : t + 1])
-        assert not torch.equal(model(changed, state).logits, logits)
+        assert torch.equal(model(changed, image)[:, : t + 1], logits[:, : t + 1])
+        assert not torch.equal(model(changed, image), logits)
 
 
 @torch.no_grad()
-def test_later_tokens_change_nothing_in_packed_rows(model: CaptionerModel) -> None:
+def test_later_tokens_change_nothing_in_packed_rows(model: CaptionModel) -> None:
     ids = torch.randint(3, 300, (1, 14))
     segments = torch.tensor([[1] * 6 + [2] * 6 + [0] * 2])
-    state = model.image_state(random_features(model, 1))
-    logits = model(ids, state, segments).logits
+    image = model.image_inputs(random_features(model, 1))
+    logits = model(ids, image, segments)
     for t in (2, 8):
         changed = ids.clone()
         changed[:, t + 1 :] = torch.randint(3, 300, (1, 13 - t))
-        assert torch.equal(model(changed, state, segments).logits[:, : t + 1], logits[:, : t + 1])
+        assert torch.equal(model(changed, image, segments)[:, : t + 1], logits[:, : t + 1])
 
 
 @torch.no_grad()
-def test_the_image_changes_the_logits(model: CaptionerModel) -> None:
+def test_the_image_changes_the_logits(model: CaptionModel) -> None:
     ids = torch.randint(3, 300, (1, 6)).expand(2, -1)
-    one, other = model(ids, model.image_state(random_features(model, 2))).logits
+    one, other = model(ids, model.image_inputs(random_features(model, 2)))
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 @torch.no_grad()
-def test_a_row_of_several_captions_is_worth_as_many_rows(
-    model: CaptionerModel, data: TokenizedImages
-) -> None:
+def test_a_row_of_several_captions_is_worth_as_many_rows(model: CaptionModel, data: TokenizedImages) -> None:
     packed = data.pack([Row(0, (0, 1, 2)), Row(1, (2, 0))])
     alone = [data.pack([Row(0, (c,))]) for c in (0, 1, 2)] + [data.pack([Row(1, (c,))]) for c in (2, 0)]
     expected = [losses_of_each_caption(model, data, batch)[0] for batch in alone]
@@ -103,18 +102,18 @@ def test_a_row_of_several_captions_is_worth_as_many_rows(
 
 
 @torch.no_grad()
-def test_training_sees_what_generation_sees(model: CaptionerModel, data: TokenizedImages) -> None:
+def test_training_sees_what_generation_sees(model: CaptionModel, data: TokenizedImages) -> None:
     found = losses_of_each_caption(model, data, data.pack([Row(0, (0, 1, 2))]))
-    state = model.image_state(random_features(model, 2)[:1])
+    image = model.image_inputs(random_features(model, 2)[:1])
     captions = [data.caption(0, number) for number in range(len(CAPTIONS))]
     for losses, caption in zip(found, captions, strict=True):
-        log_probs = model(torch.tensor([caption.input_ids]), state).logits[0].log_softmax(-1)
+        log_probs = model(torch.tensor([caption.input_ids]), image)[0].log_softmax(-1)
         expected = -log_probs[torch.arange(len(caption.labels)), torch.tensor(caption.labels)]
         torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_captions_of_a_row_do_not_see_each_other(model: CaptionerModel, data: TokenizedImages) -> None:
+def test_captions_of_a_row_do_not_see_each_other(model: CaptionModel, data: TokenizedImages) -> None:
     batch = data.pack([Row(0, (0, 1, 2))])
     before = losses_of_each_caption(model, data, batch)
     first = batch.segments[0] == 1
@@ -126,7 +125,7 @@ def test_captions_of_a_row_do_not_see_each_other(model: CaptionerModel, data: To
 
 
 @torch.no_grad()
-def test_pads_change_nothing(model: CaptionerModel, data: TokenizedImages) -> None:
+def test_pads_change_nothing(model: CaptionModel, data: TokenizedImages) -> None:
     short = data.pack([Row(0, (1,))])
     padded = data.pack([Row(0, (1,)), Row(1, (2,))])
     one, other = losses_of_each_caption(model, data, short)[0], losses_of_each_caption(model, data, padded)[0]
@@ -137,7 +136,7 @@ def test_pads_change_nothing(model: CaptionerModel, data: TokenizedImages) -> No
     assert torch.equal(losses_of_each_caption(model, data, filled)[0], other)
 
 
-def test_only_the_bridge_learns(model: CaptionerModel, data: TokenizedImages) -> None:
+def test_only_the_bridge_learns(model: CaptionModel, data: TokenizedImages) -> None:
     model.train()
     caption_loss(model, data.pack([Row(0, (0, 1))]), random_features(model, 2)).total.backward()
     for name, parameter in model.named_parameters():
@@ -151,14 +150,13 @@ def test_only_the_bridge_learns(model: CaptionerModel, data: TokenizedImages) ->
     assert not model.language_model.training
 
 
-def test_soft_tokens_are_as_many_as_the_bridge_says(model: CaptionerModel) -> None:
+def test_soft_tokens_are_as_many_as_the_bridge_says(model: CaptionModel) -> None:
     features = random_features(model, 2)
-    soft = model.bridge.image_inputs(model.image_state(features)).soft_tokens
-    promised = model.bridge.output_num_tokens(features.shape[1])
-    assert promised == (0 if soft is None else soft.shape[1])
+    soft = model.image_inputs(features).soft_tokens
+    assert model.bridge.num_soft_tokens == (0 if soft is None else soft.shape[1])
 
 
-def test_builds_on_the_meta_device(recipe: Recipe, model: CaptionerModel) -> None:
+def test_builds_on_the_meta_device(recipe: Recipe, model: CaptionModel) -> None:
     meta = build_captioner(recipe, meta=True)
     assert all(parameter.is_meta for parameter in meta.parameters())
     shapes = {name: tensor.shape for name, tensor in meta.trained_state_dict().items()}
@@ -173,7 +171,7 @@ def test_untrained_cross_attention_is_the_bare_language_model(
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
     model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention"))
     ids = torch.randint(3, 300, (2, 12))
-    logits = model(ids, model.image_state(random_features(model, 2))).logits
+    logits = model(ids, model.image_inputs(random_features(model, 2)))
     torch.testing.assert_close(logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -203,7 +201,7 @@ def test_trains_and_captions_in_every_precision(
     reference = caption_loss(exact, data.pack([Row(0, (0, 1, 2))]), random_features(exact, 1))
     assert loss.total.item() == pytest.approx(reference.total.item(), rel=0.02)
     with torch.autocast("cpu", torch.bfloat16, enabled=use_amp):
-        captions, _ = model.generate_captions(random_features(model, 1), [1], recipe.decode)
+        captions, _ = generated(model, random_features(model, 1), [1], recipe.decode)
     assert len(captions) == 1
 
 

@@ -16,7 +16,7 @@ from captioners import BRIDGES, SPEAKS_TO, tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import resumed_recipe, train
 
@@ -28,18 +28,18 @@ def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
 
 
 @pytest.fixture
-def model(recipe: Recipe) -> CaptionerModel:
+def model(recipe: Recipe) -> CaptionModel:
     return tiny_captioner(recipe)
 
 
 @pytest.fixture
-def saved(recipe: Recipe, model: CaptionerModel, tmp_path: Path) -> Path:
+def saved(recipe: Recipe, model: CaptionModel, tmp_path: Path) -> Path:
     path = tmp_path / "run" / "checkpoints" / checkpoints.BEST_WEIGHTS
     checkpoints.save_checkpoint(path, recipe, model.trained_state_dict())
     return path
 
 
-def test_weights_and_recipe_come_back(saved: Path, recipe: Recipe, model: CaptionerModel) -> None:
+def test_weights_and_recipe_come_back(saved: Path, recipe: Recipe, model: CaptionModel) -> None:
     content = checkpoints.load_checkpoint(saved)
     assert checkpoints.recipe_of(content, saved) == recipe
     fresh = build_captioner(recipe)
@@ -49,7 +49,7 @@ def test_weights_and_recipe_come_back(saved: Path, recipe: Recipe, model: Captio
 
 
 def test_half_the_bytes_hold_the_bridge_but_whole_the_feature_statistics(
-    saved: Path, recipe: Recipe, model: CaptionerModel
+    saved: Path, recipe: Recipe, model: CaptionModel
 ) -> None:
     trained = model.trained_state_dict()
     checkpoints.save_checkpoint(saved, recipe, checkpoints.in_bfloat16(trained))
@@ -60,7 +60,7 @@ def test_half_the_bytes_hold_the_bridge_but_whole_the_feature_statistics(
         assert torch.equal(tensor, trained[name] if is_statistic else trained[name].bfloat16().float()), name
 
 
-def test_frozen_weights_stay_out(saved: Path, model: CaptionerModel) -> None:
+def test_frozen_weights_stay_out(saved: Path, model: CaptionModel) -> None:
     weights = checkpoints.load_checkpoint(saved)["weights"]
     assert {name.split(".")[0] for name in weights} == {"bridge", "feature_scale"}
     trained_bytes = sum(t.numel() * t.element_size() for t in model.trained_state_dict().values())
@@ -69,7 +69,7 @@ def test_frozen_weights_stay_out(saved: Path, model: CaptionerModel) -> None:
 
 
 def test_names_and_revisions_of_the_frozen_parts_are_kept(
-    recipe: Recipe, model: CaptionerModel, tmp_path: Path
+    recipe: Recipe, model: CaptionModel, tmp_path: Path
 ) -> None:
     pinned = override_recipe(recipe, ["language_model.revision=abc123", "vision_encoder.revision=main"])
     checkpoints.save_checkpoint(tmp_path / "c.pth", pinned, model.trained_state_dict())
@@ -191,7 +191,7 @@ def test_other_sizes_and_missing_statistics_are_refused(saved: Path, recipe: Rec
 
 
 def test_an_encoder_of_another_width_is_refused_by_name(
-    saved: Path, recipe: Recipe, model: CaptionerModel
+    saved: Path, recipe: Recipe, model: CaptionModel
 ) -> None:
     sizes = checkpoints.captioner_sizes(model) | {"vision_encoder.embed_dim": 1024}
     checkpoints.save_checkpoint(saved, recipe, model.trained_state_dict(), sizes=sizes)
@@ -237,7 +237,7 @@ def test_moved_models_and_settings_of_training_are_no_other_architecture(saved: 
 
 
 def test_a_failed_save_leaves_the_previous_checkpoint(
-    saved: Path, recipe: Recipe, model: CaptionerModel, monkeypatch: pytest.MonkeyPatch
+    saved: Path, recipe: Recipe, model: CaptionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = saved.read_bytes()
 
@@ -253,7 +253,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(
 
 
 def test_a_killed_save_is_never_mistaken_for_a_checkpoint(
-    saved: Path, recipe: Recipe, model: CaptionerModel, monkeypatch: pytest.MonkeyPatch
+    saved: Path, recipe: Recipe, model: CaptionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and os._exit(9))
     latest = saved.with_name(checkpoints.LATEST)
@@ -265,7 +265,7 @@ def test_a_killed_save_is_never_mistaken_for_a_checkpoint(
 
 
 def test_captioners_load_from_a_run_folder(
-    saved: Path, tmp_path: Path, recipe: Recipe, model: CaptionerModel
+    saved: Path, tmp_path: Path, recipe: Recipe, model: CaptionModel
 ) -> None:
     captioner = Captioner.from_pretrained(tmp_path / "run", device="cpu")
     assert captioner.recipe == recipe
@@ -276,7 +276,7 @@ def test_captioners_load_from_a_run_folder(
 
 
 def test_a_checkpoint_that_says_the_wrong_architecture_is_one_clear_error(
-    saved: Path, recipe: Recipe, model: CaptionerModel
+    saved: Path, recipe: Recipe, model: CaptionModel
 ) -> None:
     content = checkpoints.load_checkpoint(saved)
     content["recipe"]["bridge"]["num_heads"] = "many"

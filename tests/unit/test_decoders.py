@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, RobertaConfig, RobertaForCausalLM
 
-from captioners import CROSS_ATTENDING, random_features, tiny_captioner, tiny_recipe
+from captioners import CROSS_ATTENDING, generated, random_features, tiny_captioner, tiny_recipe
 from tiny_models import save_tiny_bert, save_tiny_blip
 from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, Recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
@@ -41,7 +41,7 @@ def test_the_parts_make_the_whole(folder: Path) -> None:
     ids = torch.randint(3, 300, (2, 12))
     states = torch.randn(2, 5, model.shape.cross_attention_width or 0)
     expected = model.causal_lm(ids, encoder_hidden_states=states).logits
-    found = model.head(model.hidden_states(model.embed(ids), encoder_hidden_states=states))
+    found = model.head(model.hidden_states(ids, encoder_hidden_states=states))
     torch.testing.assert_close(found, expected)
     other = model.causal_lm(ids, encoder_hidden_states=states + 1).logits
     assert not torch.allclose(expected, other, atol=1e-2), "a decoder that does not look shows nothing"
@@ -153,7 +153,7 @@ def test_a_bert_without_cross_attention_is_a_language_model(tmp_path: Path) -> N
     ids = torch.randint(5, 300, (1, 8))
     changed = ids.clone()
     changed[0, 5:] = 7
-    states, other = (plain.hidden_states(plain.embed(x)) for x in (ids, changed))
+    states, other = (plain.hidden_states(x) for x in (ids, changed))
     assert torch.equal(states[:, :5], other[:, :5]), "it must read from left to right"
 
 
@@ -179,7 +179,7 @@ def test_an_image_gets_its_keys_once_per_caption(
     decode = DecodeSettings(num_beams=num_beams, max_new_tokens=9, min_new_tokens=9)
     start = model.language_model.start_id
     assert start is not None
-    captions, _ = model.generate_captions(random_features(model, 2), [start], decode)
+    captions, _ = generated(model, random_features(model, 2), [start], decode)
     assert min(map(len, captions)) == 9
     assert calls
     assert set(calls.values()) == {1}
@@ -193,9 +193,9 @@ def test_captions_end_where_the_positions_do(tiny_vit_dir: Path, tiny_blip_dir: 
     format = caption_format(model.language_model, recipe)
     assert len(format.tokenize("a dog and a girl " * 50).input_ids) == positions
     start, features = format.prompt_ids, random_features(model, 1)
-    model.generate_captions(features, start, DecodeSettings(num_beams=1, max_new_tokens=63))
+    generated(model, features, start, DecodeSettings(num_beams=1, max_new_tokens=63))
     with pytest.raises(ConfigurationError, match="than the language model has, 64: ask for fewer"):
-        model.generate_captions(features, start, DecodeSettings(num_beams=1, max_new_tokens=64))
+        generated(model, features, start, DecodeSettings(num_beams=1, max_new_tokens=64))
 
 
 class TestBlipIsBlip:
@@ -217,7 +217,7 @@ class TestBlipIsBlip:
         )
 
     @pytest.fixture(scope="class")
-    def model(self, recipe: Recipe) -> CaptionerModel:
+    def model(self, recipe: Recipe) -> CaptionModel:
         model = build_captioner(recipe)
         projection: Any = model.bridge.projection
         torch.nn.init.eye_(projection.weight)
@@ -230,7 +230,7 @@ class TestBlipIsBlip:
 
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_captions(
-        self, model: CaptionerModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path, num_beams: int
+        self, model: CaptionModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path, num_beams: int
     ) -> None:
         images = CaptionFolder.open(drawn_caption_folder).split("test")
         pictures = [open_image(image.path) for image in images]
@@ -249,12 +249,12 @@ class TestBlipIsBlip:
         end = tokenizer.sep_token_id
         expected = [row[: row.index(end)] if end in row else row for row in rows[:, start:].tolist()]
         decode = DecodeSettings(num_beams=num_beams, max_new_tokens=12)
-        found, _ = model.generate_captions(model.encode_images(pictures), format.prompt_ids, decode)
+        found, _ = generated(model, model.encode_images(pictures), format.prompt_ids, decode)
         assert found == expected
         assert len(set(map(tuple, found))) > 1, "the model must tell pictures apart for this to mean anything"
 
     @torch.no_grad()
-    def test_loss(self, model: CaptionerModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path) -> None:
+    def test_loss(self, model: CaptionModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path) -> None:
         (image, *_) = CaptionFolder.open(drawn_caption_folder).split("test")
         encoder: Any = model.vision_encoder
         pixels = encoder.preprocess([open_image(image.path)])
@@ -264,6 +264,6 @@ class TestBlipIsBlip:
         expected = blip(pixel_values=pixels, input_ids=ids, labels=labels).loss
         assert blip.text_decoder.label_smoothing == 0, "the loss of captions is not smoothed"
         row = torch.tensor([tokens.input_ids])
-        state = model.image_state(model.features(pixels))
-        loss = model.caption_loss(row, torch.tensor([tokens.labels]), torch.ones_like(row), state)
+        image = model.image_inputs(model.features(pixels))
+        loss = model.caption_loss(row, torch.tensor([tokens.labels]), torch.ones_like(row), image)
         assert loss.total.item() / loss.num_tokens == pytest.approx(expected.item(), rel=1e-5)

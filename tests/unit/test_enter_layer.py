@@ -20,14 +20,15 @@ from captioners import (
 )
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_bridge, build_captioner
+from vlm_bridge.model_architecture.bridges import ImageInputs
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 4 + [3] * 2 + [0] * 2])
 
 
 @pytest.fixture(params=[(b, lm) for b in ENTERING_ABOVE for lm in LANGUAGE_MODELS], ids="-".join)
-def model(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> CaptionerModel:
+def model(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> CaptionModel:
     bridge, language_model = request.param
     return tiny_captioner(
         tiny_recipe(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
@@ -42,36 +43,36 @@ def packed_rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_and_gradients(
-    model: CaptionerModel, loss: Callable[[torch.Tensor], torch.Tensor], seed: int = 0
+    model: CaptionModel, loss: Callable[[ImageInputs], torch.Tensor], seed: int = 0
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Loss by image state, and the gradient of every parameter of the bridge."""
+    """Loss by image, and the gradient of every parameter of the bridge."""
     model.zero_grad(set_to_none=True)
-    total = loss(model.image_state(random_features(model, 2) + seed))
+    total = loss(model.image_inputs(random_features(model, 2) + seed))
     total.backward()
     return total.detach(), [p.grad for p in model.bridge.parameters()]
 
 
-def test_layers_below_run_without_a_graph(model: CaptionerModel) -> None:
+def test_layers_below_run_without_a_graph(model: CaptionModel) -> None:
     needs_gradient = []
     _, layers = model.language_model._named_layers()
     for layer in layers:
         layer.register_forward_hook(lambda _m, _i, output: needs_gradient.append(output.requires_grad))
-    model.text_states(torch.randint(3, 300, (1, 5)), model.image_state(random_features(model, 1)))
+    model.text_states(torch.randint(3, 300, (1, 5)), model.image_inputs(random_features(model, 1)))
     assert needs_gradient == [False, True]
 
 
 @torch.no_grad()
-def test_text_meets_the_image_as_the_states_that_enter_its_layer(model: CaptionerModel) -> None:
+def test_text_meets_the_image_as_the_states_that_enter_its_layer(model: CaptionModel) -> None:
     ids, _ = packed_rows()
     _, layers = model.language_model._named_layers()
     found = []
     layers[0].register_forward_hook(lambda _m, _i, output: found.append(output))
-    model.text_states(ids, model.image_state(random_features(model, 2)), SEGMENTS)
+    model.text_states(ids, model.image_inputs(random_features(model, 2)), SEGMENTS)
     torch.testing.assert_close(model.text_at_bridge(ids, SEGMENTS), found[0])
 
 
 @torch.no_grad()
-def test_text_states_of_a_caption_depend_on_nothing_else(model: CaptionerModel) -> None:
+def test_text_states_of_a_caption_depend_on_nothing_else(model: CaptionModel) -> None:
     ids, _ = packed_rows()
     packed = model.text_at_bridge(ids, SEGMENTS)
     for row, segment in ((0, 1), (0, 2), (1, 2), (1, 3)):
@@ -80,7 +81,7 @@ def test_text_states_of_a_caption_depend_on_nothing_else(model: CaptionerModel) 
         torch.testing.assert_close(packed[row, caption], alone[0], atol=1e-5, rtol=1e-5)
 
 
-def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: CaptionerModel) -> None:
+def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: CaptionModel) -> None:
     ids, labels = packed_rows()
     states = model.text_at_bridge(ids, SEGMENTS)
     runs: list[int] = []
@@ -88,12 +89,12 @@ def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: Cap
     layers[0].register_forward_hook(lambda _m, _i, _o: runs.append(0))
     model.train()
 
-    def loss(state: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
-        return model.caption_loss(ids, labels, SEGMENTS, state, text_at_bridge=text).total
+    def loss(image: ImageInputs, text: torch.Tensor | None = None) -> torch.Tensor:
+        return model.caption_loss(ids, labels, SEGMENTS, image, text_at_bridge=text).total
 
     whole, gradients = loss_and_gradients(model, loss)
     assert len(runs) == 1
-    started, same = loss_and_gradients(model, lambda state: loss(state, states))
+    started, same = loss_and_gradients(model, lambda image: loss(image, states))
     assert len(runs) == 1, "the layers below ran again"
     torch.testing.assert_close(started, whole, atol=0, rtol=1e-5)
     for one, other in zip(same, gradients, strict=True):
@@ -101,12 +102,12 @@ def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: Cap
 
 
 @pytest.mark.parametrize("from_states", [False, True])
-def test_checkpointed_activations_change_no_gradient(model: CaptionerModel, from_states: bool) -> None:
+def test_checkpointed_activations_change_no_gradient(model: CaptionModel, from_states: bool) -> None:
     ids, labels = packed_rows()
     states = model.text_at_bridge(ids, SEGMENTS) if from_states else None
 
-    def loss(state: torch.Tensor) -> torch.Tensor:
-        return model.caption_loss(ids, labels, SEGMENTS, state, text_at_bridge=states).total
+    def loss(image: ImageInputs) -> torch.Tensor:
+        return model.caption_loss(ids, labels, SEGMENTS, image, text_at_bridge=states).total
 
     whole, gradients = loss_and_gradients(model, loss)
     model.language_model.checkpoint_activations()
@@ -118,7 +119,7 @@ def test_checkpointed_activations_change_no_gradient(model: CaptionerModel, from
 
 @pytest.mark.parametrize("from_states", [False, True])
 def test_a_compiled_body_reads_every_image_anew(
-    model: CaptionerModel, from_states: bool, monkeypatch: pytest.MonkeyPatch
+    model: CaptionModel, from_states: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()  # it compiles a function so many times, for all models together
     counter = CompileCounter()
@@ -131,8 +132,8 @@ def test_a_compiled_body_reads_every_image_anew(
             ids = torch.arange(3, 3 + 2 * length).reshape(2, length)
             states = model.text_at_bridge(ids, segments) if from_states else None
 
-            def loss(state: torch.Tensor) -> torch.Tensor:
-                return model.caption_loss(ids, ids, segments, state, text_at_bridge=states).total  # noqa: B023
+            def loss(image: ImageInputs) -> torch.Tensor:
+                return model.caption_loss(ids, ids, segments, image, text_at_bridge=states).total  # noqa: B023
 
             total, gradients = loss_and_gradients(model, loss, seed=length)
             found += [total, *gradients]
@@ -153,7 +154,7 @@ def test_untrained_it_is_the_bare_language_model(
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
     model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention_above"))
     ids = torch.randint(3, 300, (2, 12))
-    logits = model(ids, model.image_state(random_features(model, 2))).logits
+    logits = model(ids, model.image_inputs(random_features(model, 2)))
     torch.testing.assert_close(logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -167,12 +168,15 @@ def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Pat
     )
     # The same parameters under the same names, wherever it enters: checkpoints are laid out alike.
     assert model.trained_state_dict().keys() == above.trained_state_dict().keys()
-    ids, state = torch.randint(3, 300, (1, 6)), model.image_state(random_features(model, 1))
-    edited = model.bridge.edit_text(model.language_model.embed(ids), state)
+    ids, image = torch.randint(3, 300, (1, 6)), model.image_inputs(random_features(model, 1))
+    edited = image.edit(model.language_model.embed(ids))
     torch.testing.assert_close(
-        model.text_states(ids, state), model.language_model.hidden_states(edited), atol=0, rtol=0
+        model.text_states(ids, image),
+        model.language_model.hidden_states(inputs_embeds=edited),
+        atol=0,
+        rtol=0,
     )
-    assert not torch.allclose(above.text_states(ids, state), model.text_states(ids, state), atol=1e-3)
+    assert not torch.allclose(above.text_states(ids, image), model.text_states(ids, image), atol=1e-3)
 
 
 def test_a_layer_that_is_not_there_is_named() -> None:

@@ -86,9 +86,9 @@ def test_the_model_is_left_as_it_was(captioner: Captioner) -> None:
     model = captioner.model
     features, ids = random_features(model, 1), torch.randint(5, 100, (1, 5))
     body = model.language_model.causal_lm.base_model
-    before = model(ids, model.image_state(features)).logits
+    before = model(ids, model.image_inputs(features))
     image_attention(model, features, ids)
-    assert torch.equal(model(ids, model.image_state(features)).logits, before)
+    assert torch.equal(model(ids, model.image_inputs(features)), before)
     assert not body._forward_hooks
     assert not body._forward_pre_hooks
 
@@ -183,13 +183,14 @@ def test_other_attention_is_switched_while_explaining(
     assert implementations[0] != implementations[1]
 
 
-def test_a_failure_leaves_no_hook_behind(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
-    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "prefix"))
+@torch.no_grad()
+def test_a_failure_leaves_nothing_behind(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix"))
+    causal_lm, ids = model.language_model.causal_lm, torch.tensor([[1, 5, 9]])
+    expected = causal_lm(ids).logits
     with pytest.raises(IndexError):
         image_attention(model, random_features(model, 1), torch.tensor([[10**6]]))
-    body = model.language_model.causal_lm.base_model
-    assert not body._forward_hooks
-    assert not body._forward_pre_hooks
+    assert torch.equal(causal_lm(ids).logits, expected)
 
 
 def test_a_language_model_without_weights_to_show_is_refused(

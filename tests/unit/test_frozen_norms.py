@@ -98,11 +98,11 @@ def test_a_loaded_language_model_has_them(tiny_llama_dir: Path, quick_calls: lis
     model = build_language_model(config).requires_grad_(False)
     embedded = model.embed(torch.randint(3, 300, (2, 9))).requires_grad_()
     quick_calls.clear()
-    states = model.hidden_states(embedded)
+    states = model.hidden_states(inputs_embeds=embedded)
     assert len(quick_calls) == 2 * model.shape.num_layers + 1
     (ours,) = torch.autograd.grad(states.square().sum(), embedded)
     with plain_norms(model):
-        plain_states = model.hidden_states(embedded)
+        plain_states = model.hidden_states(inputs_embeds=embedded)
     (plain,) = torch.autograd.grad(plain_states.square().sum(), embedded)
     torch.testing.assert_close(states, plain_states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)

@@ -109,7 +109,7 @@ def test_the_same_weights_are_the_same_function(recipe: Recipe) -> None:
     ours = interchange.from_original(state, "it")
     bridge.load_state_dict({name.removeprefix("bridge."): tensor for name, tensor in ours.items()})
     features, text = torch.randn(2, 5, 24), torch.randn(2, 7, 32)
-    edited = bridge.edit_text(text, bridge.encode_image(features))
+    edited = bridge.encode(features).edit(text)
     torch.testing.assert_close(edited, block(features, text))
     assert not torch.allclose(edited, text, atol=0.1)
 

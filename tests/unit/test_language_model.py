@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import GemmaTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from captioners import BRIDGES, LANGUAGE_MODELS, random_features, tiny_captioner, tiny_recipe
+from captioners import BRIDGES, LANGUAGE_MODELS, generated, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig
 from vlm_bridge.data_pipeline.loader import CaptionFormat
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import (
     LanguageModel,
@@ -38,7 +38,7 @@ def test_the_parts_make_the_whole(folder: Path) -> None:
     model = load(folder)
     ids = torch.randint(3, 300, (2, 12))
     expected = model.causal_lm(ids).logits
-    torch.testing.assert_close(model.head(model.hidden_states(model.embed(ids))), expected)
+    torch.testing.assert_close(model.head(model.hidden_states(ids)), expected)
     assert model.embed(ids).shape[-1] == model.embed_dim
     assert expected.shape[-1] == model.vocab_size
 
@@ -106,11 +106,11 @@ class TestGemma2:
     @torch.no_grad()
     def test_attention_scores_are_soft_capped(self, tiny_gemma2_dir: Path) -> None:
         model = load(tiny_gemma2_dir)
-        embedded = model.embed(torch.randint(3, 300, (1, 12)))
-        capped = model.hidden_states(embedded)
+        ids = torch.randint(3, 300, (1, 12))
+        capped = model.hidden_states(ids)
         for layer in model.causal_lm.base_model.layers:
             layer.self_attn.attn_logit_softcapping = None
-        assert not torch.allclose(model.hidden_states(embedded), capped, atol=1e-3)
+        assert not torch.allclose(model.hidden_states(ids), capped, atol=1e-3)
 
     def test_attention_without_a_softcap_is_refused(self, tiny_gemma2_dir: Path) -> None:
         with pytest.raises(ModelError, match=r"attention=sdpa .* softcap .* use auto or eager"):
@@ -123,9 +123,9 @@ class TestGemma2:
         model = load(tiny_gemma2_dir)  # its window is 8
         captions = [torch.randint(3, 300, (1, length)) for length in (13, 11)]
         segments = torch.tensor([[1] * 13 + [2] * 11])
-        embedded = model.embed(torch.cat(captions, dim=1))
+        ids = torch.cat(captions, dim=1)
         packed = model.head(
-            model.hidden_states(embedded, model.packed_mask(segments, 0), packed_positions(segments, 0))
+            model.hidden_states(ids, model.packed_mask(segments, 0), packed_positions(segments, 0))
         )
         alone = torch.cat([model.causal_lm(ids).logits for ids in captions], dim=1)
         torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
@@ -153,14 +153,14 @@ class TestGemma2:
         assert caption.labels == (*caption.input_ids[1:], 1)
 
 
-def loss_and_gradients(model: CaptionerModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: CaptionModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of two packed rows."""
     torch.manual_seed(0)
     ids = torch.randint(3, 300, (2, 9))
     segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
     labels = ids.masked_fill(segments == 0, -100)
     model.bridge.zero_grad()
-    loss = model.caption_loss(ids, labels, segments, model.image_state(random_features(model, 2))).total
+    loss = model.caption_loss(ids, labels, segments, model.image_inputs(random_features(model, 2))).total
     loss.backward()
     return loss.detach(), {
         name: p.grad.clone() for name, p in model.bridge.named_parameters() if p.grad is not None
@@ -188,9 +188,9 @@ class TestGradientCheckpointing:
     def test_captions_are_the_same(self, tiny_vit_dir: Path, tiny_gemma2_dir: Path) -> None:
         model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_gemma2_dir, "cross_attention"))
         features, decode = random_features(model, 2), DecodeSettings(num_beams=2, max_new_tokens=12)
-        plain = model.generate_captions(features, [1], decode)
+        plain = generated(model, features, [1], decode)
         model.language_model.checkpoint_activations()
-        assert model.generate_captions(features, [1], decode) == plain
+        assert generated(model, features, [1], decode) == plain
 
     def test_a_model_without_known_layers_is_refused(self, tiny_llama_dir: Path) -> None:
         model = load(tiny_llama_dir)
@@ -236,9 +236,9 @@ class TestQuantization:
         )
         model = tiny_captioner(recipe).to("cuda")
         ids = torch.randint(3, 300, (2, 9), device="cuda")
-        state = model.image_state(random_features(model, 2))
+        image = model.image_inputs(random_features(model, 2))
         with torch.autocast("cuda", torch.bfloat16):
-            model.caption_loss(ids, ids, torch.ones_like(ids), state).total.backward()
+            model.caption_loss(ids, ids, torch.ones_like(ids), image).total.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.bridge.parameters())
 
 
@@ -292,10 +292,8 @@ def test_a_window_that_holds_for_every_layer_holds_in_packed_rows() -> None:
     model = LanguageModel(MistralForCausalLM(config), None).eval()
     ids = torch.randint(0, 30, (1, 9))
     segments = torch.tensor([[1] * 9])
-    alone = model.hidden_states(model.embed(ids))
-    packed = model.hidden_states(
-        model.embed(ids), model.packed_mask(segments, 0), packed_positions(segments, 0)
-    )
+    alone = model.hidden_states(ids)
+    packed = model.hidden_states(ids, model.packed_mask(segments, 0), packed_positions(segments, 0))
     torch.testing.assert_close(packed, alone)
 
 

@@ -10,6 +10,8 @@ import torch
 from captioners import LANGUAGE_MODELS, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.configuration import LanguageModelConfig, recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.model_architecture.attach import attach
+from vlm_bridge.model_architecture.bridges import ImageInputs
 from vlm_bridge.model_architecture.captioner import build_bridge
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import LanguageModel
@@ -40,12 +42,12 @@ def test_without_a_prefix_nothing_changes(folder: Path, attention: str) -> None:
     if attention == "sdpa" and "gemma2" in folder.name:
         pytest.skip("transformers has no sdpa for soft-capped attention")
     model = load(folder, attention)
-    embedded = model.embed(torch.randint(3, 300, (2, 9)))
+    ids = torch.randint(3, 300, (2, 9))
     segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
-    inputs = (embedded, model.packed_mask(segments, 0))
-    plain, packed = model.hidden_states(embedded), model.hidden_states(*inputs)
+    inputs = (ids, model.packed_mask(segments, 0))
+    plain, packed = model.hidden_states(ids), model.hidden_states(*inputs)
     model.accept_prefix()
-    torch.testing.assert_close(model.hidden_states(embedded), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden_states(ids), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.hidden_states(*inputs), packed, atol=1e-5, rtol=1e-5)
 
 
@@ -58,7 +60,8 @@ def test_eager_and_sdpa_agree(tiny_llama_dir: Path) -> None:
         model = load(tiny_llama_dir, attention)
         model.accept_prefix()
         prefix = prefix or random_prefix(model, 2)
-        states.append(model.hidden_states(model.embed(ids), prefix=prefix))
+        with attach(model, ImageInputs(2, key_value_prefix=prefix)):
+            states.append(model.hidden_states(ids))
     torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
 
 
@@ -69,9 +72,8 @@ def test_layers_below_the_first_do_not_see_the_image(folder: Path) -> None:
     ids = torch.randint(3, 300, (1, 6))
 
     def states_after_each_layer(prefix: KeyValuePrefix) -> tuple[torch.Tensor, ...]:
-        return model.causal_lm.base_model(
-            inputs_embeds=model.embed(ids), image_prefix=prefix, output_hidden_states=True
-        ).hidden_states
+        with attach(model, ImageInputs(1, key_value_prefix=prefix)):
+            return model.causal_lm.base_model(ids, output_hidden_states=True).hidden_states
 
     one, other = (states_after_each_layer(random_prefix(model, 1, first_layer=1)) for _ in range(2))
     assert torch.equal(one[1], other[1])  # behind layer 0
@@ -79,9 +81,7 @@ def test_layers_below_the_first_do_not_see_the_image(folder: Path) -> None:
 
 
 def test_nothing_is_back_propagated_below_the_first_layer(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix")
-    model = tiny_captioner(recipe)
-    model.bridge.first_layer = 1
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix_above"))
     needs_gradient = []
     for layer in model.language_model.causal_lm.base_model.layers:
         layer.register_forward_hook(
@@ -89,8 +89,7 @@ def test_nothing_is_back_propagated_below_the_first_layer(tiny_vit_dir: Path, ti
                 (output[0] if isinstance(output, tuple) else output).requires_grad
             )
         )
-    state = model.image_state(random_features(model, 1))
-    model.text_states(torch.randint(3, 300, (1, 5)), state[:, 1:])
+    model.text_states(torch.randint(3, 300, (1, 5)), model.image_inputs(random_features(model, 1)))
     assert needs_gradient == [False, True]
 
 
@@ -100,7 +99,7 @@ def test_an_untrained_bridge_adds_no_values(tiny_llama_dir: Path) -> None:
     bridge = build_bridge(
         recipe_from_dict({"bridge": {"kind": "deep_prefix", "width": 16}}).bridge, 12, model.shape, 6
     )
-    one, other = bridge.encode_image(torch.randn(2, 6, 12))
+    one, other = bridge.encode(torch.randn(2, 6, 12)).key_value_prefix.states
     assert not torch.allclose(one[:, 0], other[:, 0])  # keys differ, or no gradient would tell queries apart
     assert not one[:, 1].any()
 
@@ -115,5 +114,7 @@ def test_a_layer_that_is_not_there_is_named() -> None:
 
 def test_a_language_model_that_drops_the_prefix_is_refused(tiny_llama_dir: Path) -> None:
     model = load(tiny_llama_dir)  # its attention does not read prefixes before `accept_prefix`
-    with pytest.raises(ModelError, match="does not hand a key-value prefix"):
-        model.hidden_states(model.embed(torch.tensor([[5, 6]])), prefix=random_prefix(model, 1))
+    with attach(model, ImageInputs(1, key_value_prefix=random_prefix(model, 1))) as attached:
+        model.hidden_states(torch.tensor([[5, 6]]))
+        with pytest.raises(ModelError, match="do not read a key-value prefix"):
+            attached.check_it_was_read()

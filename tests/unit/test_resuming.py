@@ -125,8 +125,8 @@ def test_a_signal_ends_what_takes_long_and_the_resumed_run_does_it_again(
             caption = trainer.Trainer._show_samples
 
             def show(self: trainer.Trainer) -> None:
-                generate = self.model.generate_captions
-                self.model.generate_captions = then(generate)  # type: ignore[method-assign]
+                generate = self.model.generate
+                self.model.generate = then(generate)  # type: ignore[method-assign]
                 caption(self)
 
             patch.setattr(trainer.Trainer, "_show_samples", show)

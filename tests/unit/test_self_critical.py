@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioners import places_of_run, random_features, tiny_captioner, tiny_recipe, toy_captioner
+from captioners import generated, places_of_run, random_features, tiny_captioner, tiny_recipe, toy_captioner
 from vlm_bridge.configuration import DecodeSettings, Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -83,15 +83,16 @@ def test_samples_follow_the_models_own_distribution(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = torch.randn(2, 2, 4)
     start = model.language_model.start_id
-    samples = model.sample_captions(features, [start], count=400, max_new_tokens=6, seed=3)
+    draw = DecodeSettings(num_beams=1, max_new_tokens=6, do_sample=True, seed=3)
+    samples, _ = generated(model, features, [start], draw, 400)
     assert len(samples) == 800
     eos = model.language_model.eos_id
-    assert all(ids.count(eos) == int(ids[-1] == eos) for ids in samples)
-    assert all(len(ids) == 6 for ids in samples if ids[-1] != eos)
+    assert not any(eos in ids for ids in samples)
+    assert max(map(len, samples)) == 6
     with torch.no_grad():
-        logits = model(torch.full((2, 1), start), model.image_state(features)).logits[:, -1]
+        logits = model(torch.full((2, 1), start), model.image_inputs(features))[:, -1]
     for image, probabilities in enumerate(logits.softmax(-1)):
-        drawn = [ids[0] for ids in samples[image * 400 : (image + 1) * 400]]
+        drawn = [[*ids, eos][0] for ids in samples[image * 400 : (image + 1) * 400]]
         shares = torch.bincount(torch.tensor(drawn), minlength=7) / 400
         assert (shares - probabilities).abs().max() < 0.1
 
@@ -100,11 +101,11 @@ def test_samples_at_a_low_temperature_are_the_likeliest() -> None:
     model = toy_captioner("prefix")
     features = torch.randn(2, 2, 4)
     start = model.language_model.start_id
-    samples = model.sample_captions(features, [start], count=4, max_new_tokens=6, seed=3, temperature=1e-4)
-    greedy, _ = model.generate_captions(features, [start], DecodeSettings(num_beams=1, max_new_tokens=6))
-    eos = model.language_model.eos_id
+    draw = DecodeSettings(num_beams=1, max_new_tokens=6, do_sample=True, seed=3, temperature=1e-4)
+    samples, _ = generated(model, features, [start], draw, 4)
+    greedy, _ = generated(model, features, [start], DecodeSettings(num_beams=1, max_new_tokens=6))
     for index, ids in enumerate(samples):
-        assert [token for token in ids if token != eos] == greedy[index // 4]
+        assert ids == greedy[index // 4]
 
 
 def test_sampling_is_seeded_and_disturbs_no_other_randomness(
@@ -114,7 +115,8 @@ def test_sampling_is_seeded_and_disturbs_no_other_randomness(
     features, prompt = random_features(model, 2), [model.language_model.start_id]
     before = torch.get_rng_state()
     one, same, other = (
-        model.sample_captions(features, prompt, count=3, max_new_tokens=5, seed=seed) for seed in (0, 0, 1)
+        generated(model, features, prompt, DecodeSettings(1, 5, do_sample=True, seed=seed), 3)
+        for seed in (0, 0, 1)
     )
     assert torch.equal(before, torch.get_rng_state())
     assert one == same != other

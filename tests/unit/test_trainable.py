@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from captioners import BRIDGES, caption_loss, random_features, tiny_recipe
+from captioners import BRIDGES, caption_loss, generated, random_features, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.optimizer import adamw
@@ -29,16 +29,16 @@ def recipe(tiny_vit_dir: Path, tiny_bert_dir: Path) -> Recipe:
     return tiny_recipe(tiny_vit_dir, tiny_bert_dir, "projection")
 
 
-def trained(recipe: Recipe, trainable: dict[str, float | None], *overrides: str) -> CaptionerModel:
+def trained(recipe: Recipe, trainable: dict[str, float | None], *overrides: str) -> CaptionModel:
     changed = recipe_from_dict({**recipe.to_dict(), "trainable": trainable})
     return build_captioner(override_recipe(changed, overrides))
 
 
-def learning(model: CaptionerModel) -> set[str]:
+def learning(model: CaptionModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def everything_in(model: CaptionerModel, part: str) -> set[str]:
+def everything_in(model: CaptionModel, part: str) -> set[str]:
     return {name for name, _ in model.named_parameters() if part in name}
 
 
@@ -183,7 +183,7 @@ def test_new_cross_attention_must_be_trained(
         assert torch.equal(tensor, again.state_dict()[name]), f"{name} does not follow the seed"
 
 
-def active_dropout(model: CaptionerModel) -> set[str]:
+def active_dropout(model: CaptionModel) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
@@ -263,5 +263,5 @@ def test_sampling_leaves_the_randomness_of_training_alone(recipe: Recipe) -> Non
     model = build_captioner(recipe)
     before = torch.get_rng_state()
     sample = DecodeSettings(num_beams=1, max_new_tokens=3, do_sample=True)
-    model.generate_captions(random_features(model, 1), [2], sample)
+    generated(model, random_features(model, 1), [2], sample)
     assert torch.equal(torch.get_rng_state(), before)

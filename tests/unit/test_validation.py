@@ -14,7 +14,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import TokenizedImages
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
 
@@ -39,7 +39,7 @@ def tokenized(captioner: Captioner, num_images: int = 5) -> TokenizedImages:
     return TokenizedImages(images, caption_format(captioner.model.language_model, captioner.recipe))
 
 
-def run(model: CaptionerModel, data: TokenizedImages, batch_images: int = 16) -> Validation:
+def run(model: CaptionModel, data: TokenizedImages, batch_images: int = 16) -> Validation:
     features = random_features(model, len(data)).numpy()
     return validate(model, data, features, batch_images=batch_images, autocast=contextlib.nullcontext)
 
@@ -71,8 +71,8 @@ def test_the_batch_size_changes_nothing(captioner: Captioner) -> None:
 def test_the_blind_gain_nothing_from_images(captioner: Captioner) -> None:
     model = captioner.model
     assert abs(run(model, tokenized(captioner)).visual_gain) > 1e-4
-    encode_image = model.bridge.encode_image
-    model.bridge.encode_image = lambda features: encode_image(torch.zeros_like(features))
+    encode = model.bridge.encode
+    model.bridge.encode = lambda features: encode(torch.zeros_like(features))
     result = run(model, tokenized(captioner))
     assert result.visual_gain == 0
     assert result.ignores_images

@@ -21,7 +21,8 @@ from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
+from vlm_bridge.model_architecture.generation import image_keys
 from vlm_bridge.model_architecture.packaged_weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.distributed import World
@@ -67,7 +68,7 @@ class Candidate:
 class Captioner:
     """A trained captioner. ``Captioner.from_pretrained()("photo.jpg")`` captions with the one that is bundled."""
 
-    def __init__(self, model: CaptionerModel, recipe: Recipe):
+    def __init__(self, model: CaptionModel, recipe: Recipe):
         self.model = model.eval()
         self.recipe = recipe
         self.format = caption_format(model.language_model, recipe)
@@ -89,8 +90,8 @@ class Captioner:
                 the captioner that comes with this package.
             recipe: needed for checkpoints of the original project; else the checkpoint's own.
             revision: branch, tag or commit of a model on the hub.
-            compile: compile the step that makes a token (`CaptionerModel.use_static_caches`): for GPUs and many
-                pictures.
+            compile: compile the step that makes a token (`CaptionModel.use_static_cache`): for NVIDIA GPUs and
+                many pictures.
 
         Raises:
             CheckpointError: missing, damaged, or of another architecture; or no captioner is bundled.
@@ -107,7 +108,7 @@ class Captioner:
         checkpoints.restore(model, content, where)
         model.to(target)
         if compile:
-            model.use_static_caches(compile_step=True)
+            model.use_static_cache()
         return cls(model, recipe)
 
     def caption(
@@ -252,12 +253,12 @@ class Captioner:
     ) -> list[tuple[str, float, bool]]:
         features = self.model.features(pixels)
         with self._autocast():
-            captions, scores = self.model.generate_captions(
-                features, self.format.prompt_ids, decode, per_image
-            )
-        texts = [self.model.language_model.decode(ids) for ids in captions]
-        finished = [len(ids) < decode.max_new_tokens for ids in captions]  # EOS is one of them, and cut off
-        return list(zip(texts, scores, finished, strict=True))
+            # Draws follow from pixels: features round differently in batches of another size.
+            keys = image_keys(pixels) if decode.do_sample else None
+            captions = self.model.generate(features, self.format.prompt_ids, decode, per_image, keys)
+        text_of = self.model.language_model.decode
+        # EOS is one of the new tokens, and cut off.
+        return [(text_of(ids), score, len(ids) < decode.max_new_tokens) for ids, score in captions]
 
     def _autocast(self) -> Any:
         return runtime.autocast(self.model.device, self.recipe.amp_dtype if self.recipe.use_amp else None)

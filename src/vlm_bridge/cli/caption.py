@@ -38,7 +38,7 @@ def caption(
     batch_size: int = typer.Option(32, min=1, help="Pictures captioned together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
     compile: bool = typer.Option(
-        False, "--compile", help="Compile the step that makes a token: for GPUs and many pictures."
+        False, "--compile", help="Compile the step that makes a token: for NVIDIA GPUs and many pictures."
     ),
     explain: Path = typer.Option(
         None, help="Write a PNG for each picture to this folder: where in it each word looked."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,7 +34,7 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.evaluation.run import NotMeasurable
-from vlm_bridge.model_architecture.captioner import generation_options
+from vlm_bridge.model_architecture.generation import image_keys, search, searched_together
 from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.training_strategy.validation import Validation, shuffled_images
 
@@ -286,23 +287,22 @@ class BaselineCaptioner:
     def _caption_batch(
         self, pictures: Sequence[Image.Image], decode: DecodeSettings
     ) -> list[tuple[str, float, bool]]:
-        state = self._encode(self._preprocess(pictures).numpy())
-        prompt_bt = torch.tensor([self.format.prompt_ids] * len(pictures), device=self.model.device)
-        if decode.do_sample:
-            torch.manual_seed(decode.seed)
-        rows_bt = self.family.decoder.generate(
-            **self.family.inputs(state, prompt_bt, torch.ones_like(prompt_bt)), **generation_options(decode)
-        )
-        generated_bt = rows_bt[:, prompt_bt.shape[1] :]
-        log_probs = self._logits(state, rows_bt[:, :-1])[:, -generated_bt.shape[1] :].log_softmax(-1)
-        token_scores = log_probs.gather(-1, generated_bt[..., None])[..., 0].tolist()
-        captions = []
-        for ids, scores in zip(generated_bt.tolist(), token_scores, strict=True):
-            end = ids.index(self.format.eos_id) if self.format.eos_id in ids else len(ids)
-            kept = scores[: end + 1]
-            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            captions.append((text, sum(kept) / len(kept), end < len(ids)))
-        return captions
+        pixels = self._preprocess(pictures)
+        prompt_rt = torch.tensor([self.format.prompt_ids] * len(pictures), device=self.model.device)
+        keys, captions = image_keys(pixels), []
+        for some in searched_together(len(pictures), decode):
+            state, prompt = self._encode(pixels[some].numpy()), prompt_rt[some]
+            inputs = self.family.inputs(state, prompt, torch.ones_like(prompt))
+            generate = partial(self.family.decoder.generate, **inputs, pad_token_id=self.pad_id)
+            captions += search(generate, prompt, decode, self.format.eos_id, keys=keys[some])
+        return [
+            (
+                self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                score,
+                len(ids) < decode.max_new_tokens,
+            )
+            for ids, score in captions
+        ]
 
     def _preprocess(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return self.processor(list(pictures), return_tensors="pt")["pixel_values"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.model_architecture.captioner import CaptionerModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.loss import BLOCK_BYTES_ELSEWHERE, CHUNK_BYTES_ELSEWHERE, CHUNK_POSITIONS
 
 GIB = 2**30
@@ -100,7 +100,7 @@ def budget_of(recipe: Recipe) -> Budget:
     return Budget(
         components,
         features_shape=[encoder.num_tokens, encoder.embed_dim],
-        soft_tokens=bridge.output_num_tokens(encoder.num_tokens),
+        soft_tokens=bridge.num_soft_tokens,
         caption_tokens=_caption_tokens(recipe),
         memory={"training_gib": training[0].gib, "captioning_gib": round(captioning / GIB, 2)},
         training=training,
@@ -148,7 +148,7 @@ def _caption_tokens(recipe: Recipe) -> int:
     return max(1, recipe.max_caption_tokens // 2)
 
 
-def _language_model_bytes(recipe: Recipe, model: CaptionerModel) -> float:
+def _language_model_bytes(recipe: Recipe, model: CaptionModel) -> float:
     """Its frozen weights; embeddings and head are not quantised."""
     total, _ = _count(model.language_model)
     plain = WEIGHT_BYTES[recipe.language_model.dtype]
@@ -157,14 +157,14 @@ def _language_model_bytes(recipe: Recipe, model: CaptionerModel) -> float:
     return (total - linear) * plain + linear * QUANTIZED_BYTES.get(recipe.quantize_language_model, plain)
 
 
-def _training_bytes(recipe: Recipe, model: CaptionerModel, batch_size: int) -> dict[str, float]:
+def _training_bytes(recipe: Recipe, model: CaptionModel, batch_size: int) -> dict[str, float]:
     """What training on batches of ``batch_size`` captions needs, by what needs it."""
     bridge: Any = model.bridge
     encoder: Any = model.vision_encoder
     _, trained = _count(model)
     weights = 4 * (_count(encoder)[0] + _count(bridge)[0]) + _language_model_bytes(recipe, model)
     rows = max(1, batch_size // recipe.captions_per_image)
-    soft_tokens = bridge.output_num_tokens(encoder.num_tokens)
+    soft_tokens = bridge.num_soft_tokens
     row_tokens = soft_tokens + recipe.captions_per_image * _caption_tokens(recipe)
     per_token = activation_bytes(
         model.language_model.text_config,
@@ -197,12 +197,11 @@ def _trained_inputs(text_config: Any, element: int) -> float:
     return text_config.num_hidden_layers * element * (5 * width + intermediate)
 
 
-def _captioning_bytes(recipe: Recipe, model: CaptionerModel) -> float:
+def _captioning_bytes(recipe: Recipe, model: CaptionModel) -> float:
     """The KV cache of one batch of pictures, and the logits that score their captions."""
     bridge: Any = model.bridge
-    encoder: Any = model.vision_encoder
     shape, decode = model.language_model.shape, recipe.decode
-    positions = bridge.output_num_tokens(encoder.num_tokens) + decode.max_new_tokens
+    positions = bridge.num_soft_tokens + decode.max_new_tokens
     rows = CAPTIONING_BATCH * decode.num_beams
     cache = (
         rows

@@ -65,7 +65,7 @@ def build_language_model(
             f"cannot load the language model {config.name!r}: {message} (give a folder made by save_pretrained, "
             "a .gguf file, or a hub name with network access)"
         ) from error
-    language_model = LanguageModel(decoder, tokenizer, fresh)
+    language_model = LanguageModel(decoder, tokenizer, fresh, attention=options["attn_implementation"])
     if language_model.eos_id is None:
         raise ModelError(f"the tokenizer of {config.name!r} has no EOS token: captions could never end")
     return language_model.requires_grad_(False).eval()

@@ -3,50 +3,45 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, keep_attached, states_entering
 from vlm_bridge.model_architecture.frozen_norms import quicken_norms
 from vlm_bridge.model_architecture.loss import LinearHead
-from vlm_bridge.model_architecture.prefix_attention import ATTENTION, KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 BLIP_TEXT = "blip_text_model"
 """transformers' name of BLIP's text decoder."""
 
 
-@dataclass(frozen=True)
-class LayerEntry:
-    """What happens to the states [B, T, H] that are about to enter a layer, from 0.
-
-    Attributes:
-        edit: changes them.
-        states: they themselves, computed before: the layers below do not run.
-    """
-
-    layer: int
-    edit: Callable[[torch.Tensor], torch.Tensor]
-    states: torch.Tensor | None = None
-
-    def __call__(self, states_bth: torch.Tensor) -> torch.Tensor:
-        states_bth = states_bth if self.states is None else self.states
-        return self.edit(states_bth).to(states_bth.dtype)
-
-
-class _Skipped(nn.Module):
-    """In the place of a layer that does not run."""
+class Skipped(nn.Module):
+    """Stands in for a layer that does not run."""
 
     def forward(self, states_bth: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return states_bth
+
+
+class Checkpointed(nn.Module):
+    """Runs a layer, keeps only its input for back-propagation, and runs it again when that is due."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A compiler traces the recomputation along with the first run: the image is still attached.
+        context = {} if torch.compiler.is_compiling() else {"context_fn": keep_attached}
+        return checkpoint(self.layer, *args, use_reentrant=False, **context, **kwargs)
 
 
 class LanguageModel(nn.Module):
@@ -59,9 +54,17 @@ class LanguageModel(nn.Module):
         eos_id: the token that ends a caption (EOS, or BERT's [SEP]). Pads are never told from token ids: a pad is
             often EOS itself.
         fresh_parameters: names of parameters that no checkpoint held: they know nothing until they are trained.
+        attention: its attention implementation, as transformers names it.
+        is_compiled: whether compiled code may run in it, and what is attached must be where a compiler can read it.
     """
 
-    def __init__(self, causal_lm: Any, tokenizer: Any, fresh_parameters: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        causal_lm: Any,
+        tokenizer: Any,
+        fresh_parameters: frozenset[str] = frozenset(),
+        attention: str = "eager",
+    ):
         super().__init__()
         self.causal_lm = causal_lm
         self.tokenizer = tokenizer
@@ -70,10 +73,14 @@ class LanguageModel(nn.Module):
         self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.is_blip = causal_lm.config.model_type == BLIP_TEXT
         self.eos_id, self.start_id = self._ends(tokenizer) if tokenizer else (None, None)
-        self._entry: LayerEntry | None = None
+        # Captions follow the recipe, not what a checkpoint's authors found best for chats.
+        causal_lm.generation_config = GenerationConfig()
+        self.attention = attention
+        self._reads_prefix = False
+        self._set_attention(attention)
         self._open_layers: set[int] = set()
-        self._bodies: dict[tuple[range, bool], Any] = {}
-        self._compiles = False
+        self._bodies: dict[tuple[int, bool], Any] = {}
+        self._checkpoints = self._compiles = self.is_compiled = False
         quicken_norms(causal_lm)
 
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
@@ -90,6 +97,25 @@ class LanguageModel(nn.Module):
     @property
     def shape(self) -> TextShape:
         return TextShape.of(self.text_config, self.embed_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def required_start_id(self) -> int:
+        assert self.start_id is not None, "a captioner on the meta device cannot run"
+        return self.start_id
+
+    @property
+    def required_eos_id(self) -> int:
+        assert self.eos_id is not None, "a captioner on the meta device cannot run"
+        return self.eos_id
+
+    @property
+    def decoder_options(self) -> dict[str, Any]:
+        """What every call takes: BLIP's decoder is an encoder until it is told."""
+        return {"is_decoder": True} if self.is_blip else {}
 
     @property
     def is_trained(self) -> bool:
@@ -117,150 +143,129 @@ class LanguageModel(nn.Module):
 
     def hidden_states(
         self,
-        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool = False,
-        prefix: KeyValuePrefix | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        entry: LayerEntry | None = None,
+        *,
+        from_layer: int = 0,
+        **inputs: Any,
     ) -> torch.Tensor:
-        """The body's last states [B, T, H] before the head. A given cache is extended in place.
+        """The body's last states [B, T, H] before the head.
 
         Args:
             attention_mask: None (plain causal) or what `packed_mask` makes.
-            prefix: what the layers attend to beside the text; only after `accept_prefix`.
-            encoder_hidden_states: [B, N, W] that a cross-attending decoder reads; W is ``shape.cross_attention_width``.
-            entry: what happens to the states that enter a layer; only after `open_layer`. Where it has states, those of
-                ``inputs_embeds`` are not read.
+            from_layer: the layers below do not run; only where text that enters it is attached.
+            inputs: what else the body takes, such as ``inputs_embeds`` instead of ``input_ids``.
         """
-        skipped = range(entry.layer if entry is not None and entry.states is not None else 0)
-        of_image: dict[str, Any] = {}
-        if prefix is not None:
-            of_image["image_prefix"] = prefix
-        if encoder_hidden_states is not None:
-            of_image["encoder_hidden_states"] = encoder_hidden_states
-            if isinstance(
-                past_key_values, DynamicCache
-            ):  # what `generate` makes unless it is given a `new_cache`
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
-        if self.is_blip:
-            of_image["is_decoder"] = True
-        is_packed = attention_mask is not None and past_key_values is None
-        self._entry = entry
-        try:
-            states = self._body(skipped, compiled=self._compiles and is_packed)(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **of_image,
-            ).last_hidden_state
-        finally:
-            self._entry = None
-        if prefix is not None and len(prefix.layers_that_read) + len(skipped) < self.shape.num_layers:
-            raise ModelError(
-                f"{type(self.causal_lm).__name__} does not hand a key-value prefix to its attention layers: choose "
-                "bridge.kind=prefix or cross_attention"
-            )
-        return states
+        is_packed = attention_mask is not None
+        return self._body(from_layer, compiled=self._compiles and is_packed)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **(self.decoder_options | inputs),
+        ).last_hidden_state
 
     def open_layer(self, layer: int) -> None:
-        """Let `hidden_states` be given a `LayerEntry` at a layer.
+        """Let images be attached where text enters a layer (`attach`).
 
         Raises:
             ModelError: the model does not say which of its modules are layers.
         """
-        if layer in self._open_layers:
-            return
-        _, layers = self._named_layers()
-        # A hook, and not a new `forward`: what `checkpoint_activations` computes again does not include it.
-        layers[layer].register_forward_pre_hook(partial(self._enter, layer))
-        self._open_layers.add(layer)
-
-    def _enter(self, layer: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The positional arguments of a layer, of which the states are the first, as the entry at hand has them."""
-        if self._entry is None or self._entry.layer != layer:
-            return None
-        return self._entry(args[0]), *args[1:]
+        if layer not in self._open_layers:
+            module = self._named_layers()[1][layer] if layer else self.causal_lm.get_input_embeddings()
+            install_hook(self, layer, module)
+            self._open_layers.add(layer)
 
     @torch.no_grad()
     def states_entering(
         self,
         layer: int,
-        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The states [B, T, H] that enter a layer that was opened (`open_layer`); those above it do not run."""
-        found: list[torch.Tensor] = []
+        """The states [B, T, H] that enter a layer that was opened (`open_layer`); it does not run, nor those above."""
 
-        def look(states_bth: torch.Tensor) -> torch.Tensor:
-            found.append(states_bth)
-            return states_bth
-
-        self._entry = LayerEntry(layer, look)
-        try:
-            self._body(range(layer + 1, self.shape.num_layers))(
-                inputs_embeds=inputs_embeds,
+        def run() -> None:
+            self.causal_lm.base_model(
+                input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=False,
-                **({"is_decoder": True} if self.is_blip else {}),
+                **self.decoder_options,
             )
-        finally:
-            self._entry = None
-        return found[0]
 
-    def _named_layers(self) -> tuple[str, nn.ModuleList]:
-        """The layers, and their name within the body."""
+        return states_entering(self, layer, run).view(*input_ids.shape, -1)
+
+    def _named_layers(self, remedy: str = "bridge.enter_at_layer=0") -> tuple[str, nn.ModuleList]:
+        """The layers, and their name within the body. Raises ModelError with a ``remedy`` where none are in sight."""
         for name, module in self.causal_lm.base_model.named_modules():  # outer modules first
             if isinstance(module, nn.ModuleList) and len(module) == self.shape.num_layers:
                 return name, module
         raise ModelError(
-            f"{type(self.causal_lm).__name__} does not say which of its modules are layers: an image can enter it at "
-            "layer 0 alone (bridge.enter_at_layer=0)"
+            f"{type(self.causal_lm).__name__} does not say which of its modules are layers: use {remedy}"
         )
 
-    def _body(self, skipped: range, *, compiled: bool = False) -> Any:
-        """What runs the body without some of its layers: copies of the modules on the way to them that share all else.
+    def _body(self, from_layer: int, *, compiled: bool) -> Any:
+        """What runs the body for training: without its first layers, with checkpoints, compiled; made once for each.
 
         Layers keep their numbers, by which models choose masks, windows and the places of their caches.
         """
-        if (skipped, compiled) not in self._bodies:
+        if (from_layer, compiled) not in self._bodies:
             body = self.causal_lm.base_model
-            if skipped:
+            if from_layer or self._checkpoints:
                 name, layers = self._named_layers()
-                kept = nn.ModuleList(_Skipped() if i in skipped else layer for i, layer in enumerate(layers))
-                body = _with_module(body, name.split("."), kept)
+                kept = [Checkpointed(layer) if self._checkpoints else layer for layer in layers]
+                kept[:from_layer] = [Skipped() for _ in range(from_layer)]
+                body = with_layers(body, name, nn.ModuleList(kept))
             # Of the method: a compiled module would be a second owner of every weight.
-            self._bodies[skipped, compiled] = torch.compile(body.forward, dynamic=True) if compiled else body
-        return self._bodies[skipped, compiled]
+            self._bodies[from_layer, compiled] = (
+                torch.compile(body.forward, dynamic=True) if compiled else body
+            )
+        return self._bodies[from_layer, compiled]
 
-    def new_cache(self) -> Any:
-        """An empty KV cache; a cross-attending decoder's also keeps the image's keys and values, computed once."""
-        cache = DynamicCache(config=self.text_config)
+    def new_cache(self) -> dict[str, Any]:
+        """Arguments of `generate` with the empty cache of a decoder that cross-attends; none for other decoders.
+
+        It also keeps the image's keys and values, and transformers does not make one for every family.
+        """
         if self.shape.cross_attention_width is None:
-            return cache
-        return EncoderDecoderCache(cache, DynamicCache(config=self.text_config))
+            return {}
+        config = self.text_config
+        cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        takes = inspect.signature(self.causal_lm.forward).parameters
+        return {"cache" if "cache" in takes else "past_key_values": cache}  # its name since 5.24, and before
 
     def accept_prefix(self) -> None:
         """Switch to the attention that reads a `KeyValuePrefix`, of the same kind as now (`eager` or `sdpa`)."""
-        base = self.causal_lm.config._attn_implementation
-        if base not in ("eager", "sdpa"):
+        if self.attention not in ("eager", "sdpa"):
             raise ModelError(
-                f"bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not {base}"
+                f"bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not {self.attention}"
             )
-        self.causal_lm.set_attn_implementation(ATTENTION.format(base))
+        self._reads_prefix = True
+        self._set_attention(self.attention)
+
+    @contextmanager
+    def use_attention(self, attention: str) -> Iterator[None]:
+        """Use another attention implementation within a block; only `eager` can return its weights."""
+        self._set_attention(attention)
+        try:
+            yield
+        finally:
+            self._set_attention(self.attention)
+
+    def _set_attention(self, attention: str) -> None:
+        self.causal_lm.set_attn_implementation(
+            ATTENTION.format(attention) if self._reads_prefix else attention
+        )
 
     def compile_body(self) -> None:
         """Compile the body for packed rows: those of training and validation; generation runs as before.
 
         Lengths are symbols of the compiled code, so that no batch compiles it anew. Weights keep their names.
         """
-        self._compiles = True
+        self._compiles = self.is_compiled = True
 
     def checkpoint_activations(self) -> None:
         """Keep only the input of every layer for back-propagation, and compute the layer again when it is needed.
@@ -271,18 +276,9 @@ class LanguageModel(nn.Module):
         Raises:
             ModelError: the model does not say which of its modules are layers.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers: list[Any] = [m for m in self.causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not layers:
-            raise ModelError(
-                f"{type(self.causal_lm).__name__} cannot be checkpointed: use gradient_checkpointing=false"
-            )
-        for layer in layers:
-            # Frozen layers draw no random numbers (dropout): there is no state to keep.
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=self.is_trained
-            )
+        self._named_layers(remedy="gradient_checkpointing=false")
+        self._checkpoints = True
+        self._bodies.clear()
 
     def packed_mask(
         self, segments_bt: torch.Tensor, num_soft_tokens: int
@@ -347,13 +343,19 @@ class LanguageModel(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.float().std().item()
 
 
-def _with_module(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which ``replacement`` stands at the end of a path of names; it shares all else."""
-    name, *rest = path
-    copied = copy.copy(module)
-    of_name = _with_module(module._modules[name], rest, replacement) if rest else replacement  # type: ignore[arg-type]
-    copied._modules = {**module._modules, name: of_name}
-    return copied
+def with_layers(body: nn.Module, name: str, layers: nn.ModuleList) -> nn.Module:
+    """A copy of a body with other layers under a name such as ``encoder.layer``; it shares all else.
+
+    Copied are the modules on the way to the layers, and they keep their own parameters.
+    """
+    parts = name.split(".")
+    on_the_way = [body.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    shared = [module for module in body.modules() if module not in on_the_way]
+    shared += [tensor for module in on_the_way for tensor in (*module.parameters(), *module.buffers())]
+    memo: dict[int, Any] = {id(one): one for one in shared}
+    memo |= {id(config): config for module in on_the_way if (config := getattr(module, "config", None))}
+    memo[id(body.get_submodule(name))] = layers
+    return copy.deepcopy(body, memo)
 
 
 def causal_block_mask(

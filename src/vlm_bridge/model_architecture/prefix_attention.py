@@ -1,7 +1,7 @@
 """Self-attention of a frozen language model over [keys and values made from an image; the text's own].
 
-The prefix travels to every layer as a keyword argument and is put before the text inside transformers' attention
-interface: no layer is patched, the KV cache holds text alone, and text positions are those of plain text.
+Written for transformers' attention interface (`attach` registers it): no layer is patched, the KV cache holds text
+alone, and text positions are those of plain text.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-
-ATTENTION = "vlm_bridge_{}"
-"""Name under which a base implementation (`eager` or `sdpa`) with a prefix is known to transformers."""
 
 
 @dataclass
@@ -135,9 +130,3 @@ def _for_rows(states_bhpd: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each image's states once per row that reads it; themselves where an image has one row."""
     beams = num_rows // len(states_bhpd)
     return states_bhpd if beams == 1 else states_bhpd.repeat_interleave(beams, dim=0)
-
-
-# The additive mask, always made: without one, `sdpa` would take the prefix for text that only late tokens may see.
-for _base, _function in {"eager": eager_prefix_attention, "sdpa": sdpa_prefix_attention}.items():
-    AttentionInterface.register(ATTENTION.format(_base), _function)
-    AttentionMaskInterface.register(ATTENTION.format(_base), eager_mask)

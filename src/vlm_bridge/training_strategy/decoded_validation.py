@@ -14,7 +14,7 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.evaluation.metrics import score_without_java
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Features
 
@@ -38,7 +38,7 @@ class DecodedValidation:
 
 
 def decode_and_score(
-    model: CaptionerModel,
+    model: CaptionModel,
     prompt_ids: Sequence[int],
     images: Sequence[CaptionedImage],
     features: Features,
@@ -59,9 +59,9 @@ def decode_and_score(
     for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
         features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
         with autocast():
-            ids, _ = model.generate_captions(features_bnd, prompt_ids, decode)
-        shared.append([model.language_model.decode(of_image) for of_image in ids])
+            captions = model.generate(features_bnd, prompt_ids, decode)
+        shared.append([model.language_model.decode(caption.ids) for caption in captions])
     model.train(was_training)
-    captions = list(chain.from_iterable(world.interleave(shared)))
-    scores = score_without_java([image.captions for image in images], captions)
+    texts = list(chain.from_iterable(world.interleave(shared)))
+    scores = score_without_java([image.captions for image in images], texts)
     return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(images))

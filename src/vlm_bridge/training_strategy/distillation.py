@@ -15,14 +15,14 @@ from vlm_bridge.data_pipeline.loader import prefetch
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import ProjectionBridge
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.validation import Features
 
 LOG_TIMES = 10
 
 
-def check_distillation(model: CaptionerModel, recipe: Recipe) -> None:
+def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
     """Refuse a distillation that cannot be, from the teacher's configuration alone: before features are computed.
 
     Raises:
@@ -43,7 +43,7 @@ def check_distillation(model: CaptionerModel, recipe: Recipe) -> None:
 
 
 def distill_projection(
-    model: CaptionerModel,
+    model: CaptionModel,
     recipe: Recipe,
     features: Features,
     paths: Sequence[PictureFile],
@@ -85,7 +85,8 @@ def distill_projection(
     for step, (of_student, pixels) in enumerate(prefetch(batches, load, recipe.num_workers), start=1):
         with torch.no_grad():
             target = on_grid(teacher(pixels.to(model.device)), teacher.grid, encoder.grid)
-        student = model.image_state(model.features(of_student))
+        student = model.image_inputs(model.features(of_student)).encoder_hidden_states
+        assert student is not None, "a projection makes encoder states"
         loss = F.mse_loss(student[:, -target.shape[1] :], target.float())
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ same loss, in which the advantage of a caption is the weight of its tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -20,7 +20,8 @@ from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import CaptionFormat, pack_rows
 from vlm_bridge.evaluation.cider import CiderD, caption_tokens, reference_tokens
-from vlm_bridge.model_architecture.captioner import CaptionerModel, CaptionLoss
+from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
+from vlm_bridge.model_architecture.generation import Caption
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch
 
 END = "</s>"
@@ -54,7 +55,7 @@ class SelfCritical:
 
     def __init__(
         self,
-        model: CaptionerModel,
+        model: CaptionModel,
         recipe: Recipe,
         format: CaptionFormat,
         images: Sequence[CaptionedImage],
@@ -68,6 +69,7 @@ class SelfCritical:
         tokens = iter(reference_tokens(list(chain.from_iterable(image.captions for image in images)), say))
         self.reward = CiderD([[f"{next(tokens)} {END}" for _ in image.captions] for image in images])
         self._greedy = DecodeSettings(num_beams=1, max_new_tokens=recipe.decode.max_new_tokens)
+        self._sampling = replace(self._greedy, do_sample=True, temperature=recipe.scst_temperature)
         self._forget()
 
     def sampled(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
@@ -83,13 +85,14 @@ class SelfCritical:
         was_training = model.training
         model.eval()
         with self.autocast():
-            samples = model.sample_captions(
-                features_bnd,
-                self.format.prompt_ids,
-                count=recipe.scst_samples,
-                max_new_tokens=recipe.decode.max_new_tokens,
-                seed=seed,
-                temperature=recipe.scst_temperature,
+            samples = self._with_ends(
+                model.generate(
+                    features_bnd,
+                    self.format.prompt_ids,
+                    replace(self._sampling, seed=seed),
+                    recipe.scst_samples,
+                    keys=range(len(features_bnd)),
+                )
             )
         rewards_bk = self._rewards(batch.images, samples)
         if recipe.scst_baseline == "greedy":
@@ -181,12 +184,13 @@ class SelfCritical:
     def _greedy_rewards(self, images: np.ndarray, features_bnd: torch.Tensor) -> np.ndarray:
         """[B]."""
         with self.autocast():
-            captions, _ = self.model.generate_captions(features_bnd, self.format.prompt_ids, self._greedy)
-        # Only one that was cut is as long as it may be.
-        ended = [
-            [*ids, self.format.eos_id] if len(ids) < self._greedy.max_new_tokens else ids for ids in captions
-        ]
-        return self._rewards(images, ended)[:, 0]
+            captions = self.model.generate(features_bnd, self.format.prompt_ids, self._greedy)
+        return self._rewards(images, self._with_ends(captions))[:, 0]
+
+    def _with_ends(self, captions: Sequence[Caption]) -> list[list[int]]:
+        """Token ids with EOS, but of captions that were cut: only those are as long as they may be."""
+        limit = self.recipe.decode.max_new_tokens
+        return [[*ids, self.format.eos_id] if len(ids) < limit else ids for ids, _ in captions]
 
     def _words(self, ids: Sequence[int]) -> str:
         words = caption_tokens(self.model.language_model.decode(list(ids)))

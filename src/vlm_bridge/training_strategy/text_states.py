@@ -33,7 +33,7 @@ from vlm_bridge.data_pipeline.feature_cache import cache_key
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, whole_rows
 from vlm_bridge.durable_files import bring_to_disk, not_as_written, sync_folder, write_bytes_durably
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.captioner import CaptionerModel
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.features import cache_root
@@ -153,7 +153,7 @@ class StateFiles:
 
 
 def split_text_states(
-    model: CaptionerModel,
+    model: CaptionModel,
     recipe: Recipe,
     split: str,
     data: TokenizedImages,
@@ -218,7 +218,7 @@ def language_model_fingerprint(language_model: LanguageModel) -> str:
 
 def _build(
     files: StateFiles,
-    model: CaptionerModel,
+    model: CaptionModel,
     data: TokenizedImages,
     autocast: Callable[[], Any],
     say: Say,
@@ -280,7 +280,7 @@ def _build(
 
 @torch.no_grad()
 def _check_starting_from_states(
-    model: CaptionerModel, data: TokenizedImages, autocast: Callable[[], Any]
+    model: CaptionModel, data: TokenizedImages, autocast: Callable[[], Any]
 ) -> None:
     """Compare, on one image's captions, the last states with and without the layers below the bridge.
 
@@ -291,9 +291,9 @@ def _check_starting_from_states(
     encoder: Any = model.vision_encoder
     features = torch.zeros(1, encoder.num_tokens, encoder.embed_dim, device=model.device)
     with autocast():
-        state = model.image_state(features)
-        whole = model.text_states(ids, state, segments)
-        started = model.text_states(ids, state, segments, text_at_bridge=model.text_at_bridge(ids, segments))
+        image = model.image_inputs(features)
+        whole = model.text_states(ids, image, segments)
+        started = model.text_states(ids, image, segments, text_at_bridge=model.text_at_bridge(ids, segments))
     error = (whole.float() - started.float()).abs().max() / whole.float().abs().max()
     if not error < 1e-5:  # the same operations on the same numbers
         raise ModelError(

@@ -558,14 +558,14 @@ class Trainer:
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
         features = self.model.features(torch.as_tensor(self.val_features[np.arange(count)]))
         with self._averaged(), self.interruption.may_break_off(), self._autocast():
-            captions, _ = self.model.generate_captions(features, self.format.prompt_ids, greedy)
+            captions = self.model.generate(features, self.format.prompt_ids, greedy)
         self.model.train()
         decode = self.model.language_model.decode
         self.monitor.samples(
             self.progress.step,
             [
                 Sample(open_image(image.path), ids, decode(ids), image.captions)
-                for image, ids in zip(self.val_images, captions, strict=False)
+                for image, (ids, _) in zip(self.val_images, captions, strict=False)
             ],
         )
 

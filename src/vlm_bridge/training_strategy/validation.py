@@ -12,7 +12,7 @@ import torch
 
 from vlm_bridge import runtime
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
-from vlm_bridge.model_architecture.captioner import CaptionerModel, CaptionLoss
+from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.distributed import World
 
 BLIND_BELOW = 0.05
@@ -48,7 +48,7 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    model: CaptionerModel,
+    model: CaptionModel,
     data: TokenizedImages,
     features: Features,
     *,
@@ -143,15 +143,15 @@ def load_batch(
     return LoadedBatch(batch, runtime.DeviceCopy(tensors, device))
 
 
-def batch_loss(model: CaptionerModel, batch: LoadedBatch, label_smoothing: float = 0.0) -> CaptionLoss:
+def batch_loss(model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0) -> CaptionLoss:
     """The loss of a packed batch; training and validation share it, but for the smoothing."""
     input_ids, labels, segments, supervised, features, *text = batch.tensors.wait()
-    image_state = model.image_state(model.features(features))
+    image = model.image_inputs(model.features(features))
     return model.caption_loss(
         input_ids,
         labels,
         segments,
-        image_state,
+        image,
         supervised,
         *text,
         weights=batch.weights,

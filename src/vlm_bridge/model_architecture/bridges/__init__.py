@@ -27,30 +27,20 @@ class Bridge(Protocol):
     """What the captioner asks of a bridge between features [B, N, D] and text embeddings [B, T, H].
 
     A bridge is built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on the meta device.
-    What depends on the image alone happens in ``encode_image``, once per image: captions and beams share it.
+    What depends on the image alone happens in ``encode``, once per image: captions and beams share it.
 
     Attributes:
         first_layer: the layer of the language model, from 0, below which nothing depends on the image.
+        num_soft_tokens: P, how many soft tokens stand before the text; 0 for most bridges.
     """
 
     first_layer: int
+    num_soft_tokens: int
 
-    def output_num_tokens(self, num_image_tokens: int) -> int:
-        """How many soft tokens stand before the text, given N image tokens (0 for a bridge that edits the text)."""
-        ...
+    def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
+        """Return what the language model reads of images, from their features [B, N, D].
 
-    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        """Image state [B, ...] from features [B, N, D]."""
-        ...
-
-    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
-        """What of the image the language model reads beside the text."""
-        ...
-
-    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
-        """Text as it enters ``first_layer`` [B, T, H] (before layer 0: embeddings), edited position by position.
-
-        Never across positions: causality.
+        An edit of the text never mixes positions: causality.
         """
         ...
 
@@ -60,10 +50,10 @@ class Bridge(Protocol):
         """How the look of each text position at the image spreads over the N image tokens: [B, T, N], not normalised.
 
         Args:
-            features_bnd: as for ``encode_image``.
-            text_bth: as for ``edit_text``.
+            features_bnd: as for ``encode``.
+            text_bth: as it enters ``first_layer``.
             attention_btp: how much the language model attends to each of the P soft tokens, prefix keys or
-                encoder states that ``image_inputs`` hands it; None where it hands nothing.
+                encoder states that ``encode`` gives it; None where it gives none.
         """
         ...
 

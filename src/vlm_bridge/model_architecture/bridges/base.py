@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -10,18 +11,23 @@ from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 
-class ImageInputs(NamedTuple):
-    """What of an image the language model reads beside the text, each None where a bridge has none.
+@dataclass(frozen=True)
+class ImageInputs:
+    """What a language model reads of B images beside the text; None where a bridge has none of it.
 
     Attributes:
-        soft_tokens: [B, P, H] that stand before the text.
+        num_images: B.
+        soft_tokens: [B, P, H], before the text.
         key_value_prefix: keys and values that its layers attend to beside the text's own.
-        encoder_hidden_states: [B, N, W] that the layers of a cross-attending decoder look at.
+        encoder_hidden_states: [B, N, W], for the layers of a decoder that cross-attends.
+        edit: changes text [B, T, H] as it enters the bridge's first layer, one position at a time.
     """
 
+    num_images: int
     soft_tokens: torch.Tensor | None = None
     key_value_prefix: KeyValuePrefix | None = None
     encoder_hidden_states: torch.Tensor | None = None
+    edit: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def entered_layer(layer: int, text: TextShape) -> int:

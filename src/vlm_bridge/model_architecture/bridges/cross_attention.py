@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -40,6 +41,8 @@ class CrossAttentionBridge(nn.Module):
     starts from the bare language model's loss. With D=1024 and H=2304 it has 66,092,544 parameters.
     """
 
+    num_soft_tokens = 0
+
     def __init__(
         self, options: CrossAttentionOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
@@ -72,26 +75,28 @@ class CrossAttentionBridge(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def output_num_tokens(self, num_image_tokens: int) -> int:
-        return 0
+    def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
+        """Return an edit of the text that looks at features [B, N, D]; keys and values are made once."""
+        keys_values = self._keys_values(features_bnd)
+        return ImageInputs(len(features_bnd), edit=partial(self._edit, *keys_values))
 
-    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        """Keys and values [B, 2, N, H] from features [B, N, D]."""
+    def _keys_values(self, features_bnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, heads, N, head_dim]."""
         projected_bnh = self.vision_projection(features_bnd)
-        return torch.stack((self.key(projected_bnh), self.value(projected_bnh)), dim=1)
+        return self._heads(self.key(projected_bnh)), self._heads(self.value(projected_bnh))
 
-    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
-        return ImageInputs()
-
-    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
-        keys_bnh, values_bnh = image_state.unbind(1)
-        attended_bth = F.scaled_dot_product_attention(
+    def _edit(
+        self, keys_bhnd: torch.Tensor, values_bhnd: torch.Tensor, text_bth: torch.Tensor
+    ) -> torch.Tensor:
+        """Text [B, T, H] with what each position saw, in the precision that the bridge's weights have."""
+        text_bth = text_bth.to(self.query.weight.dtype)
+        attended_bhtd = F.scaled_dot_product_attention(
             self._heads(self.query(self.attention_norm(text_bth))),
-            self._heads(keys_bnh),
-            self._heads(values_bnh),
+            keys_bhnd,
+            values_bhnd,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        text_bth = text_bth + self._drop(self.attention_output(attended_bth.transpose(1, 2).flatten(2)))
+        text_bth = text_bth + self._drop(self.attention_output(attended_bhtd.transpose(1, 2).flatten(2)))
         hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(text_bth)))
         return text_bth + self._drop(self.feed_forward_out(hidden))
 
@@ -99,10 +104,8 @@ class CrossAttentionBridge(nn.Module):
         self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
     ) -> torch.Tensor:
         """Its own attention weights [B, T, N], averaged over heads."""
-        keys_bnh = self.encode_image(features_bnd)[:, 0]
-        return mean_attention_weights(
-            self._heads(self.query(self.attention_norm(text_bth))), self._heads(keys_bnh)
-        )
+        keys_bhnd, _ = self._keys_values(features_bnd)
+        return mean_attention_weights(self._heads(self.query(self.attention_norm(text_bth))), keys_bhnd)
 
     def _heads(self, x_bth: torch.Tensor) -> torch.Tensor:
         return x_bth.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -39,6 +39,8 @@ class DeepPrefixBridge(nn.Module):
     idle attention untouched (as LLaMA-Adapter, Zhang et al. 2023, which adapts the upper layers only).
     """
 
+    num_soft_tokens = 0
+
     def __init__(self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
         third = text.num_layers // 3
@@ -57,19 +59,11 @@ class DeepPrefixBridge(nn.Module):
         with torch.no_grad():
             self.keys_values.weight.unflatten(0, self.shape)[:, 1] = 0
 
-    def output_num_tokens(self, num_image_tokens: int) -> int:
-        return 0
-
-    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        """Keys and values [B, layers, 2, heads, P, head_dim] from features [B, N, D]."""
+    def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
+        """Return keys and values [B, layers, 2, heads, P, head_dim] made of features [B, N, D]."""
         flat_bpo = self.keys_values(self.output_norm(self.resampler(features_bnd)))
-        return flat_bpo.unflatten(-1, self.shape).permute(0, 2, 3, 4, 1, 5).contiguous()
-
-    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
-        return ImageInputs(key_value_prefix=KeyValuePrefix(image_state, self.first_layer))
-
-    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
-        return text_bth
+        states = flat_bpo.unflatten(-1, self.shape).permute(0, 2, 3, 4, 1, 5).contiguous()
+        return ImageInputs(len(features_bnd), key_value_prefix=KeyValuePrefix(states, self.first_layer))
 
     def image_attention(
         self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None

@@ -29,7 +29,7 @@ class PrefixBridge(nn.Module):
     def __init__(self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
         width = options.width or text.width
-        self.num_queries = options.num_queries
+        self.num_soft_tokens = options.num_queries
         self.resampler = Resampler(options, vision_dim, width, num_image_tokens)
         self.output_projection = nn.Linear(width, text.width)
         self.output_norm = nn.LayerNorm(text.width)
@@ -38,18 +38,10 @@ class PrefixBridge(nn.Module):
         """Start the soft tokens at the standard deviation of the language model's token embeddings."""
         nn.init.constant_(self.output_norm.weight, embedding_std)
 
-    def output_num_tokens(self, num_image_tokens: int) -> int:
-        return self.num_queries
-
-    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        """Soft tokens [B, P, H] from features [B, N, D]."""
-        return self.output_norm(self.output_projection(self.resampler(features_bnd)))
-
-    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
-        return ImageInputs(soft_tokens=image_state)
-
-    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
-        return text_bth
+    def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
+        """Return soft tokens [B, P, H] made of features [B, N, D]."""
+        soft_bph = self.output_norm(self.output_projection(self.resampler(features_bnd)))
+        return ImageInputs(len(features_bnd), soft_tokens=soft_bph)
 
     def image_attention(
         self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None

@@ -40,6 +40,7 @@ class ProjectionBridge(nn.Module):
     """
 
     first_layer = 0
+    num_soft_tokens = 0
 
     def __init__(self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
         super().__init__()
@@ -58,21 +59,13 @@ class ProjectionBridge(nn.Module):
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02)  # as BERT's and ViT's
 
-    def output_num_tokens(self, num_image_tokens: int) -> int:
-        return 0
-
-    def encode_image(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        """Encoder states [B, N, W] from features [B, N, D]."""
+    def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
+        """Return encoder states [B, N, W] made of features [B, N, D]."""
         states_bnw = self.projection(features_bnd)
         if self.positions is not None:
             states_bnw = states_bnw + self.positions
-        return F.dropout(states_bnw, self.dropout, self.training)
-
-    def image_inputs(self, image_state: torch.Tensor) -> ImageInputs:
-        return ImageInputs(encoder_hidden_states=image_state)
-
-    def edit_text(self, text_bth: torch.Tensor, image_state: torch.Tensor) -> torch.Tensor:
-        return text_bth
+        states_bnw = F.dropout(states_bnw, self.dropout, self.training)
+        return ImageInputs(len(features_bnd), encoder_hidden_states=states_bnw)
 
     def image_attention(
         self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None

@@ -1,0 +1,212 @@
+"""Captions by transformers' own `generate`, with scores, and with draws that belong to one image alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from vlm_bridge.configuration import DecodeSettings
+
+
+class Caption(NamedTuple):
+    """Token ids of a caption, without prompt and EOS, and its mean log-probability per token in nats, EOS included."""
+
+    ids: list[int]
+    score: float
+
+
+def search(
+    generate: Callable[..., Any],
+    prompt_rt: torch.Tensor,
+    decode: DecodeSettings,
+    eos_id: int,
+    *,
+    keys: Sequence[int] | None = None,
+    per_image: int = 1,
+    more: Sequence[LogitsProcessor] = (),
+) -> list[Caption]:
+    """Caption images with a model's own ``generate``, by the settings of a recipe.
+
+    Args:
+        generate: takes options; the model's inputs are given already.
+        prompt_rt: token ids [R, T] that captions go on from: one row an image for beams, else ``per_image``.
+        keys: of the images (`image_keys`), where tokens are drawn.
+        per_image: captions of each image.
+        more: what else changes the log-probabilities of tokens, behind the penalties.
+    """
+    device, length, is_beams = prompt_rt.device, prompt_rt.shape[1], decode.num_beams > 1
+    log_probs = TokenLogProbs(eos_id, decode.num_beams)
+    processors = [log_probs, *_penalties(decode, length, eos_id, device), *more]
+    if decode.do_sample:
+        assert keys is not None
+        processors += _warpers(decode)
+        if not is_beams:
+            processors.append(Draw(decode.seed, keys, per_image, decode.max_new_tokens, device))
+    options: dict[str, Any] = {"num_beams": decode.num_beams, "max_new_tokens": decode.max_new_tokens}
+    if is_beams:  # transformers warns about options that a way of decoding does not read
+        options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
+    if is_beams and decode.do_sample:
+        options |= {"do_sample": True, "top_k": 0}
+    with _own_random_state(device, decode.seed, keys) if options.get("do_sample") else nullcontext():
+        output = generate(
+            **options,
+            logits_processor=LogitsProcessorList(processors),
+            eos_token_id=eos_id,
+            return_dict_in_generate=True,
+        )
+    ids_st = output.sequences[:, length:]
+    rows_st = getattr(output, "beam_indices", None)
+    if rows_st is None:
+        rows_st = torch.arange(len(ids_st), device=device)[:, None].expand_as(ids_st)
+    return _captions(ids_st, log_probs.of(ids_st, rows_st.long().clamp_min(0)), eos_id)
+
+
+def searched_together(num_images: int, decode: DecodeSettings) -> list[slice]:
+    """The images of a batch that one `search` may caption: all, or one at a time where beams are drawn.
+
+    Those come from torch's global generator, whose state is then the image's own.
+    """
+    if decode.do_sample and decode.num_beams > 1:
+        return [slice(index, index + 1) for index in range(num_images)]
+    return [slice(0, num_images)]
+
+
+def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> list[Caption]:
+    """Captions up to their EOS, whose log-probability counts."""
+    is_eos = ids_st == eos_id
+    is_kept = is_eos.cumsum(1) - is_eos.long() == 0
+    scores = log_probs_st.masked_fill(~is_kept, 0).sum(1) / is_kept.sum(1)
+    ends = (is_kept & ~is_eos).sum(1)
+    return [
+        Caption(ids[:end], score)
+        for ids, end, score in zip(ids_st.tolist(), ends.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _penalties(
+    decode: DecodeSettings, prompt_length: int, eos_id: int, device: torch.device
+) -> Iterator[LogitsProcessor]:
+    """What a search must avoid, in transformers' order."""
+    if decode.repetition_penalty != 1:
+        yield RepetitionPenaltyLogitsProcessor(decode.repetition_penalty)
+    if decode.no_repeat_ngram_size:
+        yield NoRepeatNGramLogitsProcessor(decode.no_repeat_ngram_size)
+    if decode.min_new_tokens:
+        yield MinNewTokensLengthLogitsProcessor(
+            prompt_length, decode.min_new_tokens, eos_id, device=str(device)
+        )
+
+
+def _warpers(decode: DecodeSettings) -> Iterator[LogitsProcessor]:
+    """What shapes the distribution that tokens are drawn from."""
+    if decode.temperature != 1:
+        yield TemperatureLogitsWarper(decode.temperature)
+    if decode.top_p < 1:
+        yield TopPLogitsWarper(decode.top_p, min_tokens_to_keep=2 if decode.num_beams > 1 else 1)
+
+
+@contextmanager
+def _own_random_state(device: torch.device, seed: int, keys: Sequence[int] | None) -> Iterator[None]:
+    """A random state for a block; the dropout of a training that it interrupts goes on undisturbed."""
+    (state,) = np.random.SeedSequence([seed, *(keys or ())]).generate_state(1, np.uint64)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(state >> np.uint64(1)))
+        yield
+
+
+def image_keys(tensor_b: torch.Tensor) -> list[int]:
+    """A number for each image that follows from its content alone, pixels or features [B, ...]."""
+    arrays = tensor_b.detach().float().cpu().contiguous().numpy()
+    return [
+        int.from_bytes(hashlib.blake2b(array.tobytes(), digest_size=8).digest(), "little") for array in arrays
+    ]
+
+
+class Draw(LogitsProcessor):
+    """Draws a token for every row and leaves no other.
+
+    Each row has random numbers of its own, which follow from (seed, image, alternative): a draw depends neither on
+    the batch nor on its order, as those of a global generator do.
+
+    Args:
+        keys: of the images (`image_keys`); their rows stand beside each other.
+    """
+
+    def __init__(
+        self, seed: int, keys: Sequence[int], per_image: int, max_new_tokens: int, device: torch.device
+    ):
+        rows = [(seed, key, alternative) for key in keys for alternative in range(per_image)]
+        uniform = np.stack([np.random.default_rng(row).random(max_new_tokens, np.float32) for row in rows])
+        self.uniform_rt = torch.from_numpy(uniform).to(device)
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The token at which the cumulative probability passes the row's number.
+
+        The last one where scores are no numbers: the loss will tell, where `torch.multinomial` aborts on a GPU.
+        """
+        cumulative_rv = scores.float().softmax(-1).cumsum(-1)
+        uniform_r1 = self.uniform_rt[:, self.step, None]
+        self.step += 1
+        ids_r1 = torch.searchsorted(cumulative_rv, uniform_r1 * cumulative_rv[:, -1:], right=True)
+        ids_r1.clamp_max_(scores.shape[1] - 1)  # a product may be rounded up to the sum itself
+        return torch.full_like(scores, -torch.inf).scatter(1, ids_r1, 0.0)
+
+
+class TokenLogProbs(LogitsProcessor):
+    """Keeps the log-probability of every token that a search chooses, as the model gives it.
+
+    It must come first, before others change the scores. A whole step's are kept until the next one shows which
+    tokens the beams went on with; those of all steps would fill the memory.
+
+    Args:
+        group: rows of an image, among which a search chooses.
+    """
+
+    def __init__(self, eos_id: int, group: int):
+        self.eos_id = eos_id
+        self.group = group
+        self.ids_trk: list[torch.Tensor] = []
+        self.values_trk: list[torch.Tensor] = []
+        self.last_rv: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.last_rv is not None:
+            # A token of a step ends a caption, or some beam of the image goes on with it.
+            chosen_rk = input_ids[:, -1].view(-1, self.group).repeat_interleave(self.group, dim=0)
+            ids_rk = torch.nn.functional.pad(chosen_rk, (0, 1), value=self.eos_id)
+            self.ids_trk.append(ids_rk)
+            self.values_trk.append(self.last_rv.gather(1, ids_rk))
+        self.last_rv = scores.float().log_softmax(-1)
+        return scores
+
+    def of(self, ids_st: torch.Tensor, rows_st: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [S, T] of the tokens of S captions; what stands behind EOS is undefined.
+
+        Args:
+            rows_st: the row that each token was chosen from (transformers' ``beam_indices``).
+        """
+        assert self.last_rv is not None
+        columns = []
+        for step, (ids_s, rows_s) in enumerate(zip(ids_st.T, rows_st.T, strict=True)):
+            if step == len(self.ids_trk):
+                columns.append(self.last_rv[rows_s, ids_s])
+                continue
+            is_it_sk = self.ids_trk[step][rows_s] == ids_s[:, None]
+            values_sk = self.values_trk[step][rows_s]
+            columns.append(values_sk.masked_fill(~is_it_sk, -torch.inf).amax(1))
+        return torch.stack(columns, dim=1)
