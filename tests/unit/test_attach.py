@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import nn
 
 from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.model_architecture.attach import Attached, attach
+from vlm_bridge.model_architecture.body import with_layers
 from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.language_model import LanguageModel, with_layers
+from vlm_bridge.model_architecture.language_model import LanguageModel
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 SEGMENTS = torch.tensor([[1] * 3 + [2] * 3])
@@ -80,6 +82,15 @@ def tiny_captioner_like(model: CaptionModel) -> CaptionModel:
 
 
 @torch.no_grad()
+def test_a_copy_of_the_captioner_sees_its_own_image(model: CaptionModel) -> None:
+    with attached_to(model, 0) as attached:
+        expected = logits_of(model, attached)
+    copied = copy.deepcopy(model)
+    with attached_to(copied, 0) as attached:
+        torch.testing.assert_close(logits_of(copied, attached), expected)
+
+
+@torch.no_grad()
 def test_threads_caption_different_images(model: CaptionModel) -> None:
     images = range(4)
     expected = []
@@ -117,7 +128,7 @@ def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: boo
     expected = gradients(model)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
     runs: list[nn.Module] = []
-    *_, last = model.language_model._named_layers()[1]
+    *_, last = model.language_model.body.layers()
     last.register_forward_pre_hook(lambda layer, _: runs.append(layer))
     model.language_model.checkpoint_activations()
     found = gradients(model, in_a_thread=in_a_thread)
@@ -128,7 +139,8 @@ def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: boo
 
 def test_a_body_with_other_layers_shares_all_weights(model: CaptionModel) -> None:
     body = model.language_model.causal_lm.base_model
-    name, layers = model.language_model._named_layers()
+    layers = model.language_model.body.layers()
+    (name,) = (name for name, module in body.named_modules() if module is layers)
     names = [name for name, _ in body.named_parameters()]
     changed = with_layers(body, name, nn.ModuleList([nn.Identity(), *list(layers)[1:]]))
     assert body.get_submodule(name) is layers, "the body itself stays as it is"

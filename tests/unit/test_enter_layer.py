@@ -54,7 +54,7 @@ def loss_and_gradients(
 
 def test_layers_below_run_without_a_graph(model: CaptionModel) -> None:
     needs_gradient = []
-    _, layers = model.language_model._named_layers()
+    layers = model.language_model.body.layers()
     for layer in layers:
         layer.register_forward_hook(lambda _m, _i, output: needs_gradient.append(output.requires_grad))
     model.text_states(torch.randint(3, 300, (1, 5)), model.image_inputs(random_features(model, 1)))
@@ -64,7 +64,7 @@ def test_layers_below_run_without_a_graph(model: CaptionModel) -> None:
 @torch.no_grad()
 def test_text_meets_the_image_as_the_states_that_enter_its_layer(model: CaptionModel) -> None:
     ids, _ = packed_rows()
-    _, layers = model.language_model._named_layers()
+    layers = model.language_model.body.layers()
     found = []
     layers[0].register_forward_hook(lambda _m, _i, output: found.append(output))
     model.text_states(ids, model.image_inputs(random_features(model, 2)), SEGMENTS)
@@ -85,7 +85,7 @@ def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: Cap
     ids, labels = packed_rows()
     states = model.text_at_bridge(ids, SEGMENTS)
     runs: list[int] = []
-    _, layers = model.language_model._named_layers()
+    layers = model.language_model.body.layers()
     layers[0].register_forward_hook(lambda _m, _i, _o: runs.append(0))
     model.train()
 

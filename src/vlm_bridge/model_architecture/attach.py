@@ -168,12 +168,23 @@ def install_hook(language_model: LanguageModel, layer: int, module: nn.Module) -
     Args:
         module: the layer; for layer 0 the token embeddings, whose output enters it.
     """
+    # Partial functions, not closures: a deep copy of the model then has hooks of its own.
     if layer:
-        module.register_forward_pre_hook(
-            lambda _module, args: (_entered(language_model, layer, args[0]), *args[1:])
-        )
+        module.register_forward_pre_hook(partial(_before_layer, language_model, layer))
     else:
-        module.register_forward_hook(lambda _module, _args, text: _entered(language_model, 0, text))
+        module.register_forward_hook(partial(_after_embeddings, language_model))
+
+
+def _before_layer(
+    language_model: LanguageModel, layer: int, _module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    return _entered(language_model, layer, args[0]), *args[1:]
+
+
+def _after_embeddings(
+    language_model: LanguageModel, _module: nn.Module, _args: tuple[Any, ...], text_rth: torch.Tensor
+) -> torch.Tensor:
+    return _entered(language_model, 0, text_rth)
 
 
 def _entered(language_model: LanguageModel, layer: int, text_rth: torch.Tensor) -> torch.Tensor:

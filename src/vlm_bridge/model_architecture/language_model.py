@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Iterator
@@ -11,37 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, keep_attached, states_entering
+from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, states_entering
+from vlm_bridge.model_architecture.body import Body
 from vlm_bridge.model_architecture.frozen_norms import quicken_norms
 from vlm_bridge.model_architecture.loss import LinearHead
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 BLIP_TEXT = "blip_text_model"
 """transformers' name of BLIP's text decoder."""
-
-
-class Skipped(nn.Module):
-    """Stands in for a layer that does not run."""
-
-    def forward(self, states_bth: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return states_bth
-
-
-class Checkpointed(nn.Module):
-    """Runs a layer, keeps only its input for back-propagation, and runs it again when that is due."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A compiler traces the recomputation along with the first run: the image is still attached.
-        context = {} if torch.compiler.is_compiling() else {"context_fn": keep_attached}
-        return checkpoint(self.layer, *args, use_reentrant=False, **context, **kwargs)
 
 
 class LanguageModel(nn.Module):
@@ -55,6 +34,7 @@ class LanguageModel(nn.Module):
             often EOS itself.
         fresh_parameters: names of parameters that no checkpoint held: they know nothing until they are trained.
         attention: its attention implementation, as transformers names it.
+        body: its layers, as training runs them.
         is_compiled: whether compiled code may run in it, and what is attached must be where a compiler can read it.
     """
 
@@ -79,8 +59,8 @@ class LanguageModel(nn.Module):
         self._reads_prefix = False
         self._set_attention(attention)
         self._open_layers: set[int] = set()
-        self._bodies: dict[tuple[int, bool], Any] = {}
-        self._checkpoints = self._compiles = self.is_compiled = False
+        self.body = Body(causal_lm)
+        self.is_compiled = False
         quicken_norms(causal_lm)
 
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
@@ -157,8 +137,7 @@ class LanguageModel(nn.Module):
             from_layer: the layers below do not run; only where text that enters it is attached.
             inputs: what else the body takes, such as ``inputs_embeds`` instead of ``input_ids``.
         """
-        is_packed = attention_mask is not None
-        return self._body(from_layer, compiled=self._compiles and is_packed)(
+        return self.body.variant(from_layer, is_packed=attention_mask is not None)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -173,7 +152,7 @@ class LanguageModel(nn.Module):
             ModelError: the model does not say which of its modules are layers.
         """
         if layer not in self._open_layers:
-            module = self._named_layers()[1][layer] if layer else self.causal_lm.get_input_embeddings()
+            module = self.body.layers()[layer] if layer else self.causal_lm.get_input_embeddings()
             install_hook(self, layer, module)
             self._open_layers.add(layer)
 
@@ -197,33 +176,6 @@ class LanguageModel(nn.Module):
             )
 
         return states_entering(self, layer, run).view(*input_ids.shape, -1)
-
-    def _named_layers(self, remedy: str = "bridge.enter_at_layer=0") -> tuple[str, nn.ModuleList]:
-        """The layers, and their name within the body. Raises ModelError with a ``remedy`` where none are in sight."""
-        for name, module in self.causal_lm.base_model.named_modules():  # outer modules first
-            if isinstance(module, nn.ModuleList) and len(module) == self.shape.num_layers:
-                return name, module
-        raise ModelError(
-            f"{type(self.causal_lm).__name__} does not say which of its modules are layers: use {remedy}"
-        )
-
-    def _body(self, from_layer: int, *, compiled: bool) -> Any:
-        """What runs the body for training: without its first layers, with checkpoints, compiled; made once for each.
-
-        Layers keep their numbers, by which models choose masks, windows and the places of their caches.
-        """
-        if (from_layer, compiled) not in self._bodies:
-            body = self.causal_lm.base_model
-            if from_layer or self._checkpoints:
-                name, layers = self._named_layers()
-                kept = [Checkpointed(layer) if self._checkpoints else layer for layer in layers]
-                kept[:from_layer] = [Skipped() for _ in range(from_layer)]
-                body = with_layers(body, name, nn.ModuleList(kept))
-            # Of the method: a compiled module would be a second owner of every weight.
-            self._bodies[from_layer, compiled] = (
-                torch.compile(body.forward, dynamic=True) if compiled else body
-            )
-        return self._bodies[from_layer, compiled]
 
     def new_cache(self) -> dict[str, Any]:
         """Arguments of `generate` with the empty cache of a decoder that cross-attends; none for other decoders.
@@ -265,7 +217,7 @@ class LanguageModel(nn.Module):
 
         Lengths are symbols of the compiled code, so that no batch compiles it anew. Weights keep their names.
         """
-        self._compiles = self.is_compiled = True
+        self.body.compiles = self.is_compiled = True
 
     def checkpoint_activations(self) -> None:
         """Keep only the input of every layer for back-propagation, and compute the layer again when it is needed.
@@ -276,9 +228,8 @@ class LanguageModel(nn.Module):
         Raises:
             ModelError: the model does not say which of its modules are layers.
         """
-        self._named_layers(remedy="gradient_checkpointing=false")
-        self._checkpoints = True
-        self._bodies.clear()
+        self.body.layers(remedy="gradient_checkpointing=false")
+        self.body.checkpoints = True
 
     def packed_mask(
         self, segments_bt: torch.Tensor, num_soft_tokens: int
@@ -341,21 +292,6 @@ class LanguageModel(nn.Module):
     def embedding_std(self) -> float:
         """Standard deviation of the token embeddings: the size of input the frozen layers are used to."""
         return self.causal_lm.get_input_embeddings().weight.float().std().item()
-
-
-def with_layers(body: nn.Module, name: str, layers: nn.ModuleList) -> nn.Module:
-    """A copy of a body with other layers under a name such as ``encoder.layer``; it shares all else.
-
-    Copied are the modules on the way to the layers, and they keep their own parameters.
-    """
-    parts = name.split(".")
-    on_the_way = [body.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    shared = [module for module in body.modules() if module not in on_the_way]
-    shared += [tensor for module in on_the_way for tensor in (*module.parameters(), *module.buffers())]
-    memo: dict[int, Any] = {id(one): one for one in shared}
-    memo |= {id(config): config for module in on_the_way if (config := getattr(module, "config", None))}
-    memo[id(body.get_submodule(name))] = layers
-    return copy.deepcopy(body, memo)
 
 
 def causal_block_mask(
