@@ -126,7 +126,10 @@ class CaptionModel(nn.Module):
             return values
         together = ENCODE_TOGETHER_ON_CPU if values.device.type == "cpu" else len(values)
         with torch.autocast(values.device.type, enabled=False):
-            parts = [self.vision_encoder(some) for some in values.split(max(together, 1))]
+            parts = [
+                self.vision_encoder(beside_itself(some))[: len(some)]
+                for some in values.split(max(together, 1))
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def image_inputs(self, features_bnd: torch.Tensor) -> ImageInputs:
@@ -262,11 +265,15 @@ class CaptionModel(nn.Module):
         self._check_lengths(prompt_ids, decode, num_return_sequences)
         if decode.do_sample and keys is None:
             keys = image_keys(features_bnd)
-        captions = []
+        asked = len(features_bnd) * num_return_sequences
+        if max(decode.num_beams, num_return_sequences) == 1:
+            features_bnd = beside_itself(features_bnd)
+            keys = keys and [*keys, *keys][: len(features_bnd)]
+        captions: list[Caption] = []
         for some in searched_together(len(features_bnd), decode):
             own_keys = None if keys is None else keys[some]
             captions += self._search(features_bnd[some], prompt_ids, decode, num_return_sequences, own_keys)
-        return captions
+        return captions[:asked]
 
     def _search(
         self,
@@ -352,6 +359,17 @@ class CaptionModel(nn.Module):
             for name, tensor in self.state_dict().items()
             if name in trained or name.startswith(("bridge.", "feature_scale."))
         }
+
+
+def beside_itself(tensor_b: torch.Tensor) -> torch.Tensor:
+    """A batch [B, ...], of a lone image on a CPU twice.
+
+    Batches of one run through other kernels there than all larger ones and round differently, so that the image's
+    caption would depend on its batch.
+    """
+    return (
+        torch.cat((tensor_b, tensor_b)) if len(tensor_b) == 1 and tensor_b.device.type == "cpu" else tensor_b
+    )
 
 
 def build_bridge(
