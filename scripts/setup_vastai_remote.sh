@@ -110,14 +110,13 @@ find_python() {
 
 install_package() {
     local stamp=$venv/.installed-gpu python cuda
-    [[ $stamp -nt pyproject.toml ]] && return
+    [[ $stamp -nt pyproject.toml && $stamp -nt constraints.txt ]] && return
     if [[ ! -x $venv/bin/python ]]; then
         python=$(find_python)
         "$python" -m venv "$venv"
     fi
     say "installing vlm-bridge into $venv (torch with CUDA is a download of some gigabytes)"
-    # No constraints.txt here: it pins the torch of the CPU tests, and a GPU wants the build for its driver.
-    "$venv/bin/python" -m pip install --quiet --editable '.[data,gpu]'
+    "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[data,gpu]'
     if [[ $allow_cpu == no ]]; then
         cuda=$("$venv/bin/python" -c \
             'import sys, torch; print(torch.version.cuda); sys.exit(not torch.cuda.is_available())' 2>/dev/null) ||

@@ -635,7 +635,7 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
     assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
-    assert install.endswith("--editable .[data,gpu]"), "the GPU build of torch, not the CPU pin"
+    assert install.endswith("--constraint constraints.txt --editable .[data,gpu]"), "the tested versions"
 
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"

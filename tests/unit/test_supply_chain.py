@@ -16,10 +16,10 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "vlm_bridge"
-PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-LOCK = (REPOSITORY / "constraints-ci.txt").read_text(encoding="utf-8")
-PINNED = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)((?: \\\n +--hash=sha256:[0-9a-f]{64})+)$", LOCK, re.MULTILINE)
-VERSIONS = {canonicalize_name(name): version for name, version, _ in PINNED}
+TOML = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+PYPROJECT, UV = TOML["project"], TOML["tool"]["uv"]
+LOCK = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+PINS = [line for line in LOCK.splitlines() if not line.startswith("#")]
 LIMITS = re.findall(
     r"^\| [^|]+ \| ([\d,.]+) \| `([\w/]+\.py)` `(\w+)` \|$",
     (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8"),
@@ -27,34 +27,63 @@ LIMITS = re.findall(
 )
 
 
-def test_every_line_of_the_lock_is_a_pinned_package_with_its_hashes() -> None:
-    rest = LOCK
-    for name, version, hashes in PINNED:
-        rest = rest.replace(f"{name}=={version}{hashes}\n", "")
-    assert all(line.startswith("#") for line in rest.splitlines())
-    assert "://" not in LOCK and len(VERSIONS) == len(PINNED) > 50
+def locked(name: str, python: str = "3.11", system: str = "Linux") -> str | None:
+    """The version of a package that the lock has for a Python and a system."""
+    platform = {"Linux": "linux", "Darwin": "darwin"}[system]
+    machine = {"Linux": "x86_64", "Darwin": "arm64"}[system]
+    environment = {
+        "python_version": python, "python_full_version": f"{python}.9", "sys_platform": platform, "os_name": "posix",
+        "platform_system": system, "platform_machine": machine, "implementation_name": "cpython",
+    }  # fmt: skip
+    found = [
+        next(iter(pin.specifier)).version
+        for pin in map(Requirement, PINS)
+        if canonicalize_name(pin.name) == canonicalize_name(name)
+        and (pin.marker is None or pin.marker.evaluate(environment))
+    ]
+    assert len(found) < 2, f"{name} has several versions at once"
+    return found[0] if found else None
 
 
-def test_the_lock_has_all_that_ci_needs_in_versions_that_are_allowed() -> None:
+def test_every_line_of_the_lock_is_one_exact_version_and_names_no_place() -> None:
+    for pin in map(Requirement, PINS):
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and pin.url is None
+        assert "+" not in specifier.version, f"{pin}: a local build fits no other machine"
+    assert "://" not in LOCK and len(PINS) > 100
+    assert not {"torchvision", "timm"} & {Requirement(pin).name for pin in PINS}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(python: str, system: str) -> None:
     extras = PYPROJECT["optional-dependencies"]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     (weights,) = re.findall(r"^WEIGHT_WHEELS := (.+)$", makefile, re.MULTILINE)
-    (installed,) = re.findall(
-        r"--editable '\.\[([\w,]+)\]' --constraint constraints\.txt\n.*WEIGHT", makefile
-    )
     needed = [*PYPROJECT["dependencies"], *weights.split(), "hatchling", "editables"]
-    for extra in installed.split(","):
+    for extra in ("lite", "data", "photos", "demo", "docs", "dev"):
         needed += extras[extra]
-    for text in needed:
-        requirement = Requirement(text)
-        version = VERSIONS.get(canonicalize_name(requirement.name))
-        assert version is not None, f"{text} is not locked: make lock"
+    for requirement in map(Requirement, needed):
+        version = locked(requirement.name, python, system)
+        assert version is not None, f"{requirement} is not locked: make lock"
         assert requirement.specifier.contains(version, prereleases=True), (
-            f"{text} is locked at {version}: make lock"
+            f"{requirement} is locked at {version}: make lock"
         )
-    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
-    for name, version in re.findall(r"^([\w-]+)==(\S+)$", constraints, re.MULTILINE):
-        assert VERSIONS[name].split("+")[0] == version
+
+
+def test_uv_takes_the_versions_of_the_lock() -> None:
+    assert UV["constraint-dependencies"] == PINS, "make lock writes both"
+
+
+def test_pip_installs_from_the_lock_wherever_it_installs() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^\$\(STAMP\):.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    installations = [line for line in recipe.splitlines() if "pip install" in line]
+    assert len(installations) == 3
+    assert all("--constraint constraints.txt" in line for line in installations)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^pip install .*$", readme, re.MULTILINE):
+        assert "--constraint constraints.txt" in line, line
 
 
 def constant(module: Path, name: str) -> object:
@@ -100,6 +129,7 @@ def test_the_wheel_has_the_package_its_types_and_the_recipes_and_no_tests(tmp_pa
     sources = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected = {f"vlm_bridge/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
     expected |= {f"vlm_bridge/config/{path.name}" for path in (REPOSITORY / "config").glob("*.yaml")}
+    expected.add("vlm_bridge/constraints.txt")
     assert "vlm_bridge/py.typed" in expected
     information = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - information == expected
