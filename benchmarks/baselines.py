@@ -37,7 +37,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from benchmarks.systems import START, System
 from vlm_bridge import runtime
 from vlm_bridge.model_architecture.attach import attach
-from vlm_bridge.model_architecture.frozen_norms import plain_norms
 
 IGNORE = -100
 CLIPCAP_PREFIX = 10
@@ -171,10 +170,6 @@ def _loop(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     def run() -> None:
-        with plain_norms(system.model.language_model):
-            train()
-
-    def train() -> None:
         for batch in on_device(loader, device):
             with runtime.autocast(device, recipe.amp_dtype if recipe.use_amp else None):
                 loss = loss_of(batch)

@@ -40,7 +40,6 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.frozen_norms import plain_norms
 from vlm_bridge.model_architecture.loss import Kernel, logits_dtype
 from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
@@ -148,17 +147,6 @@ def with_sdpa(system: System) -> Step:
     return run
 
 
-def with_plain_norms(system: System) -> Step:
-    """The same step with norms as transformers computes them; so do the baselines."""
-    step = our_step(system)
-
-    def run() -> None:
-        with plain_norms(system.model.language_model):
-            step()
-
-    return run
-
-
 def compiled(system: System) -> Step:
     """Ours with ``compile: true``; the unmeasured call compiles."""
     own = own_captioner(system)
@@ -176,7 +164,6 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "no-text-state-cache": lambda system: our_step(changed(system, "text_state_cache=false")),
     "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
     "sdpa": with_sdpa,
-    "plain-norms": with_plain_norms,
     "enter-at-layer-0": lambda system: our_step(
         own_captioner(changed(system, "text_state_cache=false"), enter_at_layer=0)
     ),
@@ -202,8 +189,7 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     if not recipe.text_state_cache:
         without.add("no-text-state-cache")
     if name != "lite":
-        # sdpa cannot soft-cap scores: Gemma 2 would be another model; and its norms are transformers' own.
-        without |= {"sdpa", "plain-norms"}
+        without.add("sdpa")  # it cannot soft-cap scores: Gemma 2 would be another model
     return [variant for variant in VARIANTS if variant not in without]
 
 

@@ -15,7 +15,6 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, states_entering
 from vlm_bridge.model_architecture.body import Body
-from vlm_bridge.model_architecture.frozen_norms import quicken_norms
 from vlm_bridge.model_architecture.loss import LinearHead
 from vlm_bridge.model_architecture.text_shape import TextShape
 
@@ -61,7 +60,6 @@ class LanguageModel(nn.Module):
         self._open_layers: set[int] = set()
         self.body = Body(causal_lm)
         self.is_compiled = False
-        quicken_norms(causal_lm)
 
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
         if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
