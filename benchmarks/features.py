@@ -234,8 +234,7 @@ def pictures(options: argparse.Namespace, folder: Path) -> list[Path]:
 @contextmanager
 def worker_processes(work: Work) -> Iterator[ProcessPoolExecutor]:
     """Processes that decode; the first task finds them started."""
-    without_weights = copy.copy(work.encoder)  # which preprocessing does not need
-    without_weights._modules = {}
+    without_weights = copy.deepcopy(work.encoder).to("meta")  # preprocessing needs none
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(work.workers, context, _start_worker, (without_weights.preprocess,)) as pool:
         yield pool

