@@ -121,7 +121,7 @@ def build_combined(
     pvt_config = _config_of(pvt, PVT_TYPES) if pvt else _read_sizes(_pvt_config, encoder, where)
     text_config = _config_of(blip, (BLIP_TEXT,)) if blip else _read_sizes(_blip_config, decoder, where)
     text_config.is_decoder = True
-    text_config.tie_word_embeddings = _is_tied(decoder)
+    text_config.tie_word_embeddings = _is_tied(decoder, text_config)
     kind = _read_sizes(projection_kind, projection, where)
 
     from transformers import BlipTextLMHeadModel, PvtModel, PvtV2Model
@@ -220,21 +220,31 @@ def _misfits(prefix: str, module: nn.Module, state: Mapping[str, torch.Tensor]) 
     )
 
 
-def _is_tied(decoder: Mapping[str, torch.Tensor]) -> bool:
+def _is_tied(decoder: Mapping[str, torch.Tensor], config: Any) -> bool:
     """Whether the decoder's head has the weights of its word embeddings, as BLIP's; one that is left out has."""
     from transformers import BlipTextLMHeadModel
 
-    pairs = BlipTextLMHeadModel._tied_weights_keys.items()
-    return all(torch.equal(decoder[a], decoder[b]) for a, b in pairs if a in decoder and b in decoder)
+    tied_config = copy.deepcopy(config)
+    tied_config.tie_word_embeddings = True
+    with torch.device("meta"):
+        tied = BlipTextLMHeadModel(tied_config)
+    tied.tie_weights()
+    held = [[decoder[name] for name in names if name in decoder] for names in _names_of_parameters(tied)]
+    return all(torch.equal(first, other) for first, *others in filter(None, held) for other in others)
+
+
+def _names_of_parameters(module: nn.Module) -> list[list[str]]:
+    """Every parameter's names: several where modules share it."""
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    return list(names.values())
 
 
 def _with_tied(state: Mapping[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict with every name of the tensors that the module ties, where it has one of them."""
-    names: dict[torch.nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
     completed = dict(state)
-    for aliases in names.values():
+    for aliases in _names_of_parameters(module):
         if (present := next((name for name in aliases if name in state), None)) is not None:
             completed |= {name: state[present] for name in aliases if name not in state}
     return completed
