@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from captioners import places_of_run, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import interruption, trainer
+from vlm_bridge.training_strategy import trainer
 from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
 from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
 from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
@@ -148,22 +150,36 @@ def test_a_signal_ends_what_takes_long_and_the_resumed_run_does_it_again(
     assert decoded_steps(whole) == decoded_steps(recipe)
 
 
-def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, ended = [100.0], []
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(interruption.os, "_exit", ended.append)
-    watching = Interruption()
+SECOND_CTRL_C = """
+import signal, time
+from vlm_bridge.training_strategy.interruption import ECHO_SECONDS, Interruption
+
+now = [100.0]
+time.monotonic = lambda: now[0]
+watching = Interruption()
+try:
     with watching.watched():
-        send(signal.SIGINT)
-        assert watching.received == signal.SIGINT
-        now[0] += 0.1
-        send(signal.SIGINT)  # what a launcher passes on
-        now[0] += 2
-        send(signal.SIGTERM)  # what a container adds
-        assert not ended
-        send(signal.SIGINT)
-    assert ended == [130]
-    assert watching.received == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+        now[0] += ECHO_SECONDS / 2
+        signal.raise_signal(signal.SIGINT)  # what a launcher passes on
+        now[0] += 2 * ECHO_SECONDS
+        signal.raise_signal(signal.SIGTERM)  # what a container adds
+        print("goes on", int(watching.received), flush=True)
+        signal.raise_signal(signal.SIGINT)
+finally:
+    print("saves", flush=True)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first() -> None:
+    python = [sys.executable, "-c", SECOND_CTRL_C]
+    alone = subprocess.run(python, capture_output=True, text=True, timeout=60)
+    assert (alone.stdout, alone.stderr) == (f"goes on {int(signal.SIGINT)}\n", "")
+    assert alone.returncode == -signal.SIGINT
+    shell = subprocess.run(
+        ["sh", "-c", '"$@"; echo $?', "sh", *python], capture_output=True, text=True, timeout=60
+    )
+    assert shell.stdout.endswith("130\n")
 
 
 def test_what_may_break_off_does_not_begin_after_a_signal() -> None:

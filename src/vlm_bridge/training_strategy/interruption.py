@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -65,4 +64,6 @@ class Interruption:
             if self._may_break_off:
                 raise BrokenOff
         elif number == signal.SIGINT and time.monotonic() - self._received_at > ECHO_SECONDS:
-            os._exit(128 + number)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)  # a shell sees 130
+            raise SystemExit(128 + number)  # as process 1 of a container: the kernel spares it
