@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,10 +18,10 @@ from packaging.requirements import Requirement
 
 from vlm_bridge import runtime
 from vlm_bridge.captioning.bundled import bundled_captioner, bundled_models
+from vlm_bridge.environment import DISTRIBUTION, deviation_of, extras, java_version, requirements
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.evaluation.metrics import install_java_command
 
-DISTRIBUTION = "vlm-bridge"
 HUB_TIMEOUT = 4.0
 """Seconds for the model hub to answer, name resolution included."""
 GIB = 2**30
@@ -65,59 +64,34 @@ def run_checks() -> list[Check]:
     return checks
 
 
-def environment() -> dict[str, str]:
-    """Versions that results depend on, for reports and JSON files; no names or paths of the machine."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in (DISTRIBUTION, "torch", "transformers", "accelerate", "pillow", "pycocoevalcap"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    if java := java_version():
-        found["java"] = java
-    return found
-
-
-def java_version() -> str | None:
-    """What ``java -version`` says, or None without a working Java (the `java` that macOS ships is none)."""
-    executable = shutil.which("java")
-    if executable is None:
-        return None
-    with suppress(OSError, subprocess.SubprocessError):
-        command = [executable, "-version"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        lines = (answer.stderr or answer.stdout).splitlines()
-        return lines[0].strip() if lines else None
-    return None
-
-
 def _packages() -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
     yield Check(DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
-    for requirement in _requirements(extra=None):
+    for requirement in requirements():
         yield _installed(requirement, missing="fail")
     yield from _imports()
 
 
-def _requirements(extra: str | None) -> list[Requirement]:
-    """What the package itself declares: without ``extra`` the core, else what that extra adds."""
-    declared = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
-    core = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
-    if extra is None:
-        return core
-    return [r for r in declared if r not in core and r.marker and r.marker.evaluate({"extra": extra})]
-
-
 def _installed(requirement: Requirement, *, missing: Literal["warn", "fail"]) -> Check:
-    wanted = f"{requirement.name}{requirement.specifier}"
-    fix = f"{_python()} -m pip install '{wanted}'"
+    """Look whether a dependency is there, in a version of the tested range.
+
+    Args:
+        requirement: what is declared of it.
+        missing: the status where it is not there or too old.
+    """
+    name = requirement.name
+    install = f"{_python()} -m pip install"
+    fix = f"{install} '{name}{requirement.specifier}'"
     try:
-        version = metadata.version(requirement.name)
+        deviation = deviation_of(requirement)
     except metadata.PackageNotFoundError:
-        return Check(requirement.name, missing, "not installed", fix)
-    if not requirement.specifier.contains(version, prereleases=True):
-        return Check(
-            requirement.name, missing, f"{version} is installed, {requirement.specifier} is needed", fix
-        )
-    return Check(requirement.name, "ok", version)
+        return Check(name, missing, "not installed", fix)
+    if deviation is None:
+        return Check(name, "ok", metadata.version(name))
+    detail = f"{deviation.installed} is {deviation.kind}, {deviation.tested}"
+    if deviation.is_newer:
+        return Check(name, "warn", detail, f"{install} '{name}=={deviation.tested}'")
+    return Check(name, missing, detail, fix)
 
 
 def _imports() -> Iterator[Check]:
@@ -242,9 +216,9 @@ def _extras() -> Iterator[Check]:
     """Every optional group the package declares, less what this machine or a user has no use for."""
     import torch
 
-    unused = {"dev"} if torch.cuda.is_available() else {"dev", "gpu"}
-    for extra in sorted(set(metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []) - unused):
-        checks = [_installed(requirement, missing="warn") for requirement in _requirements(extra)]
+    unused = set() if torch.cuda.is_available() else {"gpu"}
+    for extra in sorted(set(extras()) - unused):
+        checks = [_installed(requirement, missing="warn") for requirement in requirements(extra)]
         missing = [check for check in checks if check.status != "ok"]
         detail = ", ".join(f"{check.name} {check.detail}" for check in checks)
         if missing:

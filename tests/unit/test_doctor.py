@@ -13,8 +13,8 @@ import typer
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from vlm_bridge import doctor
-from vlm_bridge.doctor import Check, environment, java_version, run_checks
+from vlm_bridge import doctor, environment
+from vlm_bridge.doctor import Check, run_checks
 
 SECRET = "hf_averysecrettoken"
 
@@ -26,10 +26,12 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 def test_finds_what_tests_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     checks = by_name(run_checks())
-    for name in ("python", "vlm-bridge", "torch", "transformers", "pycocoevalcap", "cpu", "disk here"):
+    for name in ("python", "vlm-bridge", "cpu", "disk here"):
         assert checks[name].status == "ok", checks[name]
+    for name in ("torch", "transformers", "pycocoevalcap"):  # newer than tested, if anything
+        assert checks[name].status != "fail", checks[name]
     assert "GiB" in checks["memory"].detail
-    assert checks["torch"].detail == metadata.version("torch")
+    assert checks["torch"].detail.startswith(metadata.version("torch"))
     assert checks["hub token"] == Check("hub token", "ok", "there is one")
     assert SECRET not in repr(checks)
 
@@ -42,16 +44,8 @@ def test_everything_missing_names_its_remedy() -> None:
 
 def test_no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert java_version() is None
     (check,) = doctor._java()
     assert check.status == "warn" and "METEOR" in check.detail and check.fix
-
-
-def test_java_that_does_not_work_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert java_version() is None
 
 
 @pytest.mark.parametrize(
@@ -62,6 +56,25 @@ def test_required_packages(line: str, status: str) -> None:
     check = doctor._installed(Requirement(line), missing="fail")
     assert check.status == status
     assert check.fix is None if status == "ok" else check.fix and line in check.fix
+
+
+def test_versions_that_are_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "newest_tested", lambda: {"transformers": "5.24.0", "timm": "1.0.2"})
+    version = metadata.version
+    installed = {"transformers": "5.30.0", "timm": "1.1"}
+    monkeypatch.setattr(metadata, "version", lambda name: installed.get(name) or version(name))
+    checks = by_name(run_checks())
+    assert checks["transformers"].status == "warn"
+    assert checks["transformers"].detail == "5.30.0 is newer than tested, 5.24.0"
+    assert str(checks["transformers"].fix).endswith("-m pip install 'transformers==5.24.0'")
+    assert checks["extra timm"].status == "warn"
+    assert checks["extra timm"].detail == "timm 1.1 is newer than tested, 1.0.2"
+    assert str(checks["extra timm"].fix).endswith("-m pip install 'timm==1.0.2'")
+
+    installed["transformers"] = "4.9"
+    older = by_name(run_checks())["transformers"]
+    assert older.status == "fail" and older.detail.startswith("4.9 is older than the lowest tested, 5")
+    assert "transformers>=" in str(older.fix)
 
 
 def test_hub_that_never_answers_costs_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,12 +97,6 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "_disk", _disk)
     check = by_name(run_checks())["disk"]
     assert check.status == "warn" and "stale handle" in check.detail
-
-
-def test_environment_names_versions() -> None:
-    found = environment()
-    assert found["torch"] == metadata.version("torch")
-    assert {"python", "vlm-bridge", "transformers", "pycocoevalcap"} <= set(found)
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -164,7 +164,7 @@ def evaluate_captioner(
     Raises:
         DataError: there are no images, or none of them can be captioned.
     """
-    from vlm_bridge.doctor import environment
+    from vlm_bridge.environment import environment
 
     results, validation = caption_and_validate(
         captioner, images, decode=decode, batch_size=batch_size, progress=progress

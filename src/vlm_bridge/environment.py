@@ -1,0 +1,126 @@
+"""What this installation is made of, and which versions lie outside the range that is tested."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+DISTRIBUTION = "vlm-bridge"
+LOCK = "constraints.txt"
+"""The newest tested version of every package: at the root of a checkout and in the installed package."""
+DEVELOPMENT = "dev"
+"""The extra that no command imports."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """An installed version outside the tested range.
+
+    Attributes:
+        name: the distribution.
+        installed: its version.
+        tested: the end of the range that it lies beyond.
+        is_newer: whether that is the upper end.
+    """
+
+    name: str
+    installed: str
+    tested: str
+    is_newer: bool
+
+    @property
+    def kind(self) -> str:
+        """Where it lies, in words."""
+        return "newer than tested" if self.is_newer else "older than the lowest tested"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.installed} is {self.kind} ({self.tested})"
+
+
+def extras() -> list[str]:
+    """Return the optional groups that the package declares for its users."""
+    declared = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    return sorted(set(declared) - {DEVELOPMENT})
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    """Return the direct dependencies that the package declares.
+
+    Args:
+        extra: an optional group, for what it adds; None for the core.
+    """
+    declared = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    core = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
+    if extra is None:
+        return core
+    return [r for r in declared if r not in core and r.marker and r.marker.evaluate({"extra": extra})]
+
+
+def newest_tested() -> dict[str, str]:
+    """Return the version that the lock pins for this Python and system, by canonical name."""
+    package = Path(__file__).parent
+    for folder in (package, package.parents[1]):
+        if (path := folder / LOCK).is_file():
+            lines = (line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines())
+            pins = [Requirement(line) for line in lines if line]
+            return {
+                canonicalize_name(pin.name): next(iter(pin.specifier)).version
+                for pin in pins
+                if pin.marker is None or pin.marker.evaluate()
+            }
+    return {}
+
+
+def deviation_of(requirement: Requirement) -> Deviation | None:
+    """Compare the installed version with the tested range, from the declared minimum to the lock's.
+
+    Builds of one version (2.13.0+cpu) count as that version.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    name, installed = requirement.name, metadata.version(requirement.name)
+    lowest = next((spec.version for spec in requirement.specifier if spec.operator == ">="), None)
+    newest = newest_tested().get(canonicalize_name(name))
+    if lowest and Version(installed) < Version(lowest):
+        return Deviation(name, installed, lowest, is_newer=False)
+    if newest and _public(installed) > _public(newest):
+        return Deviation(name, installed, newest, is_newer=True)
+    return None
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that results depend on; no names or paths of the machine."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in (DISTRIBUTION, "torch", "transformers", "accelerate", "pillow", "pycocoevalcap"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    if java := java_version():
+        found["java"] = java
+    return found
+
+
+def java_version() -> str | None:
+    """Return what ``java -version`` says; None without a working Java (macOS ships a `java` that is none)."""
+    executable = shutil.which("java")
+    if executable is None:
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = [executable, "-version"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        lines = (answer.stderr or answer.stdout).splitlines()
+        return lines[0].strip() if lines else None
+    return None
+
+
+def _public(version: str) -> Version:
+    return Version(Version(version).public)

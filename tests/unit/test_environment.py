@@ -1,0 +1,69 @@
+"""Which versions are tested, and which installed ones are not."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from vlm_bridge import environment
+from vlm_bridge.environment import deviation_of, java_version, newest_tested
+
+LOCKED = {"transformers": "5.24.0", "torch": "2.13.0", "scikit-image": "0.26.0"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "installed", "said"),
+    [
+        ("transformers>=5.3", "5.3", None),
+        ("transformers>=5.3", "5.24.0", None),
+        ("transformers>=5.3", "5.30.0", "transformers 5.30.0 is newer than tested (5.24.0)"),
+        ("transformers>=5.3", "5.1", "transformers 5.1 is older than the lowest tested (5.3)"),
+        ("torch>=2.8", "2.13.0+cpu", None),
+        ("torch>=2.8", "2.13.0+cu126", None),
+        ("torch>=2.8", "2.14.0.dev7+cpu", "torch 2.14.0.dev7+cpu is newer than tested (2.13.0)"),
+        ("Scikit_Image>=0.25", "0.27", "Scikit_Image 0.27 is newer than tested (0.26.0)"),
+        ("not-locked>=1", "7", None),
+        ("transformers", "1.0", None),
+    ],
+)
+def test_versions_outside_the_tested_range_are_named(
+    declared: str, installed: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "newest_tested", lambda: LOCKED)
+    monkeypatch.setattr(metadata, "version", lambda name: installed)
+    deviation = deviation_of(Requirement(declared))
+    assert (deviation and str(deviation)) == said
+
+
+def test_the_lock_of_a_checkout_is_read() -> None:
+    lock = Path(__file__).parents[2] / "constraints.txt"
+    assert f"torch=={newest_tested()['torch']}" in lock.read_text(encoding="utf-8")
+
+
+def test_the_lock_in_a_wheel_is_read_for_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "vlm_bridge"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    assert newest_tested() == {}
+    (package / "constraints.txt").write_text(
+        "# What tests ran with.\nTorch==2.13.0\n\n"
+        "numpy==1.9 ; python_version < '3'\nnumpy==2.4.6 ; python_version >= '3'\n"
+    )
+    assert newest_tested() == {"torch": "2.13.0", "numpy": "2.4.6"}
+
+
+def test_environment_names_versions() -> None:
+    found = environment.environment()
+    assert found["torch"] == metadata.version("torch")
+    assert {"python", "vlm-bridge", "transformers", "pycocoevalcap"} <= set(found)
+
+
+def test_java_that_does_not_work_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert java_version() is None
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    assert java_version() is None
