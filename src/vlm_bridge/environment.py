@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -98,6 +99,18 @@ def deviation_of(requirement: Requirement) -> Deviation | None:
     return None
 
 
+def imported_deviations() -> list[Deviation]:
+    """Return the deviations of direct dependencies that this process has imported."""
+    found: dict[str, Deviation] = {}
+    for extra in (None, *extras()):
+        for requirement in requirements(extra):
+            with suppress(metadata.PackageNotFoundError):
+                deviation = deviation_of(requirement)
+                if deviation is not None and _is_imported(deviation.name):
+                    found[deviation.name] = deviation
+    return list(found.values())
+
+
 def environment() -> dict[str, str]:
     """Return the versions that results depend on; no names or paths of the machine."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
@@ -124,3 +137,10 @@ def java_version() -> str | None:
 
 def _public(version: str) -> Version:
     return Version(Version(version).public)
+
+
+def _is_imported(name: str) -> bool:
+    """Whether a module of a distribution is imported, or was until its import failed half-way."""
+    files = metadata.files(name) or ()
+    own = {file.parts[0].removesuffix(".py") for file in files} | {name.replace("-", "_")}
+    return any(module.partition(".")[0] in own for module in sys.modules)

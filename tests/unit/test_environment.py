@@ -1,7 +1,10 @@
-"""Which versions are tested, and which installed ones are not."""
+"""Which versions are tested, which installed ones are not, and the line that an unexpected error adds then."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -53,6 +56,54 @@ def test_the_lock_in_a_wheel_is_read_for_this_python(tmp_path: Path, monkeypatch
         "numpy==1.9 ; python_version < '3'\nnumpy==2.4.6 ; python_version >= '3'\n"
     )
     assert newest_tested() == {"torch": "2.13.0", "numpy": "2.4.6"}
+
+
+UNEXPECTED = """
+import sys
+from importlib import metadata
+
+import PIL
+from vlm_bridge import environment
+from vlm_bridge.cli.main import run_program
+
+version = metadata.version
+metadata.version = lambda name: NEW.get(name) or version(name)
+environment.newest_tested = lambda: {"pillow": "11.0", "torch": "2.8", "typer": "0.20"}
+sys.argv = ["vlm-bridge", *sys.argv[1:]]
+
+def command():
+    raise RuntimeError("it broke")
+
+run_program(command)
+"""
+
+
+def errors_of(new: dict[str, object], *arguments: str) -> list[str]:
+    """What an unexpected error writes to stderr where these versions are installed."""
+    ended = subprocess.run(
+        [sys.executable, "-c", f"NEW = {new!r}\n{UNEXPECTED}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"VLM_BRIDGE_DEBUG": "0"},
+    )
+    assert ended.returncode == 1 and ended.stdout == ""
+    return ended.stderr.splitlines()
+
+
+def test_an_unexpected_error_names_imported_packages_outside_the_tested_range() -> None:
+    line = "error: unexpected RuntimeError: it broke (run again with --debug for the traceback)"
+    tested = {"pillow": "11.0", "typer": "0.20", "torch": "2.8"}
+    assert errors_of(tested) == [line]
+    newer = tested | {"pillow": "99.1", "typer": "99.2", "torch": "99.3"}  # torch is not imported
+    note = (
+        "note: pillow 99.1 is newer than tested (11.0), typer 99.2 is newer than tested (0.20), which may be the "
+        "cause: vlm-bridge doctor"
+    )
+    assert errors_of(newer) == [line, note]
+    traceback = errors_of(newer, "--debug")
+    assert "Traceback" in traceback[0] and traceback[-2:] == ["RuntimeError: it broke", note]
+    assert errors_of(tested | {"pillow": "no version"}) == [line]
 
 
 def test_environment_names_versions() -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -98,14 +99,30 @@ def run_program(command: Callable[[], object]) -> None:
         print(f"error: {redact(f'{error.strerror or error}{where}')}", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
+        note = _note_of_versions()
         if debug:
+            if note:
+                error.add_note(note)
             raise
         print(
             f"error: unexpected {type(error).__name__}: {redact(str(error))} (run again with --debug for the "
             "traceback)",
             file=sys.stderr,
         )
+        if note:
+            print(note, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _note_of_versions() -> str | None:
+    """Name the imported packages whose versions are outside the tested range, if there are any."""
+    with suppress(Exception):  # an error is being reported: nothing may hide it
+        from vlm_bridge.environment import imported_deviations
+
+        if deviations := imported_deviations():
+            named = ", ".join(map(str, deviations))
+            return f"note: {named}, which may be the cause: vlm-bridge doctor"
+    return None
 
 
 def _print_redacted(*error: Any) -> None:
