@@ -17,7 +17,7 @@ from packaging.version import Version
 
 DISTRIBUTION = "vlm-bridge"
 LOCK = "constraints.txt"
-"""The newest tested version of every package: at the root of a checkout and in the installed package."""
+"""The newest tested version of every package: in the installed package, or at a checkout's root."""
 DEVELOPMENT = "dev"
 """The extra that no command imports."""
 
@@ -123,7 +123,7 @@ def environment() -> dict[str, str]:
 
 
 def java_version() -> str | None:
-    """Return what ``java -version`` says; None without a working Java (macOS ships a `java` that is none)."""
+    """Return what ``java -version`` says; None without a working Java (macOS's own is none)."""
     executable = shutil.which("java")
     if executable is None:
         return None

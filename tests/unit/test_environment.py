@@ -1,4 +1,4 @@
-"""Which versions are tested, which installed ones are not, and the line that an unexpected error adds then."""
+"""Tested versions, installed ones that are not, and what an unexpected error adds then."""
 
 from __future__ import annotations
 

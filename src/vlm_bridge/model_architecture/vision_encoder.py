@@ -95,8 +95,9 @@ class EfficientNetLiteEncoder(nn.Module):
     def __init__(self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None):
         super().__init__()
         # Channels last is the layout that CPU convolutions are quick in: half the time, the same features.
-        self.network: Any = network.to(memory_format=torch.channels_last)
-        self._parts = _take_apart(network)  # a tuple, so that their weights have no second name here
+        self.network: Any = network
+        self.network.to(memory_format=torch.channels_last)
+        self._parts = _take_apart(network)  # a tuple: their weights have one name
         self.name = name
         self.image_size = image_size
         self.grid = (-(-image_size // 32), -(-image_size // 32))
@@ -182,8 +183,8 @@ class _LiteParts(NamedTuple):
 def _take_apart(network: Any) -> _LiteParts:
     """Take the classifier off an EfficientNet-Lite and name the parts that are left.
 
-    Only this function knows private names of the package, which gives its layers no others and has had no release
-    since 2020.
+    Only this function knows private names of the package, which gives its layers no others and
+    has had no release since 2020.
     """
     network._fc = nn.Identity()
     stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
