@@ -84,7 +84,6 @@ def random(options: argparse.Namespace, device: torch.device) -> Subject:
     system = build_system("lite", device, num_captions=40, seed=options.seed, tiny=True)
     model = system.model.eval()
     model.language_model.start_id, model.language_model.eos_id = START, EOS
-    model.generation_config.update(bos_token_id=START, eos_token_id=EOS, pad_token_id=EOS)
 
     def text(ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

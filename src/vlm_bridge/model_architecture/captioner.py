@@ -367,9 +367,8 @@ def beside_itself(tensor_b: torch.Tensor) -> torch.Tensor:
     Batches of one run through other kernels there than all larger ones and round differently, so that the image's
     caption would depend on its batch.
     """
-    return (
-        torch.cat((tensor_b, tensor_b)) if len(tensor_b) == 1 and tensor_b.device.type == "cpu" else tensor_b
-    )
+    is_alone = len(tensor_b) == 1 and tensor_b.device.type == "cpu"
+    return tensor_b.repeat_interleave(2, dim=0) if is_alone else tensor_b
 
 
 def build_bridge(
