@@ -271,6 +271,15 @@ def test_draws_belong_to_the_image_whatever_the_batch_and_its_order(bridge: str,
         assert generated(model, features, [TOY_START], decode, 1)[0] == together[::2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_lone_image_is_captioned_from_features_of_any_type(bridge: str, dtype: torch.dtype) -> None:
+    """As caches keep them, under the autocast that they are read in."""
+    model = toy_captioner(bridge)
+    features = random_features(model, 1).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(model.generate(features, [TOY_START], GREEDY)) == 1
+
+
 def test_images_draw_different_numbers() -> None:
     model = toy_captioner("prefix")
     features = random_features(model, 1).expand(NUM_IMAGES, -1, -1)
