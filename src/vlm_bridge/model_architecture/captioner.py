@@ -20,7 +20,13 @@ from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge, DeepPrefixBridge, ImageInputs
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.generation import Caption, image_keys, search, searched_together
+from vlm_bridge.model_architecture.generation import (
+    Caption,
+    draws_beams,
+    image_keys,
+    search,
+    searched_together,
+)
 from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
 from vlm_bridge.model_architecture.loss import Kernel, caption_cross_entropy
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
@@ -127,7 +133,7 @@ class CaptionModel(nn.Module):
         together = ENCODE_TOGETHER_ON_CPU if values.device.type == "cpu" else len(values)
         with torch.autocast(values.device.type, enabled=False):
             parts = [
-                self.vision_encoder(beside_itself(some))[: len(some)]
+                self.vision_encoder(filled_up(some, FEWEST_IMAGES))[: len(some)]
                 for some in values.split(max(together, 1))
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -266,11 +272,14 @@ class CaptionModel(nn.Module):
         if decode.do_sample and keys is None:
             keys = image_keys(features_bnd)
         asked = len(features_bnd) * num_return_sequences
-        if max(decode.num_beams, num_return_sequences) == 1:
-            features_bnd = beside_itself(features_bnd)
-            keys = keys and [*keys, *keys][: len(features_bnd)]
+        parts = searched_together(len(features_bnd), decode)
+        if not draws_beams(decode):  # which are drawn for one image at a time, whatever the batch
+            num_images = -(-FEWEST_ROWS // max(decode.num_beams, num_return_sequences))
+            features_bnd = filled_up(features_bnd, num_images)
+            keys = keys and [*keys, *[keys[-1]] * num_images][: len(features_bnd)]
+            parts = [slice(None)]
         captions: list[Caption] = []
-        for some in searched_together(len(features_bnd), decode):
+        for some in parts:
             own_keys = None if keys is None else keys[some]
             captions += self._search(features_bnd[some], prompt_ids, decode, num_return_sequences, own_keys)
         return captions[:asked]
@@ -361,14 +370,17 @@ class CaptionModel(nn.Module):
         }
 
 
-def beside_itself(tensor_b: torch.Tensor) -> torch.Tensor:
-    """A batch [B, ...], of a lone image on a CPU twice.
+FEWEST_IMAGES, FEWEST_ROWS = 2, 3
+"""In smaller batches of images, or of rows of text, a CPU multiplies matrices by other kernels (torch 2.13): they round
+differently, and an image's caption would depend on its batch."""
 
-    Batches of one run through other kernels there than all larger ones and round differently, so that the image's
-    caption would depend on its batch.
-    """
-    is_alone = len(tensor_b) == 1 and tensor_b.device.type == "cpu"
-    return tensor_b.repeat_interleave(2, dim=0) if is_alone else tensor_b
+
+def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
+    """A batch [B, ...], on a CPU filled up to ``count`` with what is last in it."""
+    last = len(tensor_b) - 1
+    if last < 0 or last + 1 >= count or tensor_b.device.type != "cpu":
+        return tensor_b
+    return tensor_b[torch.arange(count).clamp_max(last)]
 
 
 def build_bridge(

@@ -59,7 +59,7 @@ def search(
     options: dict[str, Any] = {"num_beams": decode.num_beams, "max_new_tokens": decode.max_new_tokens}
     if is_beams:  # transformers warns about options that a way of decoding does not read
         options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
-    if is_beams and decode.do_sample:
+    if draws_beams(decode):
         options |= {"do_sample": True, "top_k": 0}
     with _own_random_state(device, decode.seed, keys) if options.get("do_sample") else nullcontext():
         output = generate(
@@ -75,12 +75,17 @@ def search(
     return _captions(ids_st, log_probs.of(ids_st, rows_st.long().clamp_min(0)), eos_id)
 
 
-def searched_together(num_images: int, decode: DecodeSettings) -> list[slice]:
-    """The images of a batch that one `search` may caption: all, or one at a time where beams are drawn.
+def draws_beams(decode: DecodeSettings) -> bool:
+    """Whether beams are drawn, which takes torch's global generator."""
+    return decode.do_sample and decode.num_beams > 1
 
-    Those come from torch's global generator, whose state is then the image's own.
+
+def searched_together(num_images: int, decode: DecodeSettings) -> list[slice]:
+    """The images of a batch that one `search` may caption: all; one where beams are drawn.
+
+    The global generator's state is then the image's own.
     """
-    if decode.do_sample and decode.num_beams > 1:
+    if draws_beams(decode):
         return [slice(index, index + 1) for index in range(num_images)]
     return [slice(0, num_images)]
 
