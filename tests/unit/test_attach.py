@@ -107,8 +107,8 @@ def test_threads_caption_different_images(model: CaptionModel) -> None:
 
     with ThreadPoolExecutor(len(images)) as threads:
         for image, found in enumerate(threads.map(forward, images)):
-            for logits in found:
-                assert torch.equal(logits, expected[image])
+            for logits in found:  # busy threads may round differently; other images differ by far more
+                torch.testing.assert_close(logits, expected[image], atol=1e-5, rtol=1e-5)
 
 
 def test_threads_generate_captions_of_different_images(model: CaptionModel) -> None:

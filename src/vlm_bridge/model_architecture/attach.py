@@ -142,7 +142,7 @@ def _set(attached: Attached | None) -> Iterator[None]:
 
 
 class _Traced:
-    """What compiled code reads, since no compiler traces context variables; threads wait for each other."""
+    """Attached images for compiled code, which cannot read context variables. Threads take turns."""
 
     attached: Attached | None = None
     lock = threading.RLock()
@@ -195,7 +195,7 @@ def _entered(language_model: LanguageModel, layer: int, text_rth: torch.Tensor) 
 
 
 class _Reached(Exception):
-    """Text [B, T, H] that enters the layer at which a run stops."""
+    """Raised with the text [B, T, H] that enters a layer, to end the run there."""
 
 
 def states_entering(language_model: LanguageModel, layer: int, run: Callable[[], object]) -> torch.Tensor:

@@ -164,7 +164,7 @@ class CaptionModel(nn.Module):
         Args:
             image: of R images, or of fewer that divide R: then as many rows beside each other read each.
             segments: [R, T] caption numbers of packed rows (0 = pad); None for rows of one caption without pads.
-            text_at_bridge: what the method of this name gives, computed before: the layers below do not run.
+            text_at_bridge: the result of the method of this name; the layers below then do not run.
 
         Raises:
             ModelError: the language model does not read what the bridge makes.
@@ -272,14 +272,12 @@ class CaptionModel(nn.Module):
         if decode.do_sample and keys is None:
             keys = image_keys(features_bnd)
         asked = len(features_bnd) * num_return_sequences
-        parts = searched_together(len(features_bnd), decode)
-        if not draws_beams(decode):  # which are drawn for one image at a time, whatever the batch
+        if not draws_beams(decode):  # they are drawn for one image at a time, whatever the batch
             num_images = -(-FEWEST_ROWS // max(decode.num_beams, num_return_sequences))
             features_bnd = filled_up(features_bnd, num_images)
             keys = keys and [*keys, *[keys[-1]] * num_images][: len(features_bnd)]
-            parts = [slice(None)]
         captions: list[Caption] = []
-        for some in parts:
+        for some in searched_together(len(features_bnd), decode):
             own_keys = None if keys is None else keys[some]
             captions += self._search(features_bnd[some], prompt_ids, decode, num_return_sequences, own_keys)
         return captions[:asked]
@@ -371,12 +369,12 @@ class CaptionModel(nn.Module):
 
 
 FEWEST_IMAGES, FEWEST_ROWS = 2, 3
-"""In smaller batches of images, or of rows of text, a CPU multiplies matrices by other kernels (torch 2.13): they round
-differently, and an image's caption would depend on its batch."""
+"""On a CPU, torch 2.13 runs other kernels for fewer images or rows of text. They round differently, and the caption of
+an image would depend on its batch."""
 
 
 def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
-    """A batch [B, ...], on a CPU filled up to ``count`` with what is last in it."""
+    """Fill a batch [B, ...] on a CPU up to ``count`` by repeating its last item."""
     last = len(tensor_b) - 1
     if last < 0 or last + 1 >= count or tensor_b.device.type != "cpu":
         return tensor_b

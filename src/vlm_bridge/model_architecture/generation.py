@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,11 +42,11 @@ def search(
     """Caption images with a model's own ``generate``, by the settings of a recipe.
 
     Args:
-        generate: takes options; the model's inputs are given already.
+        generate: the model's own, with its inputs bound.
         prompt_rt: token ids [R, T] that captions go on from: one row an image for beams, else ``per_image``.
         keys: of the images (`image_keys`), where tokens are drawn.
         per_image: captions of each image.
-        more: what else changes the log-probabilities of tokens, behind the penalties.
+        more: further processors, applied after the penalties.
     """
     device, length, is_beams = prompt_rt.device, prompt_rt.shape[1], decode.num_beams > 1
     log_probs = TokenLogProbs(eos_id, decode.num_beams)
@@ -59,9 +59,11 @@ def search(
     options: dict[str, Any] = {"num_beams": decode.num_beams, "max_new_tokens": decode.max_new_tokens}
     if is_beams:  # transformers warns about options that a way of decoding does not read
         options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
+    random_state: AbstractContextManager[None] = nullcontext()
     if draws_beams(decode):
         options |= {"do_sample": True, "top_k": 0}
-    with _own_random_state(device, decode.seed, keys) if options.get("do_sample") else nullcontext():
+        random_state = _own_random_state(device, decode.seed, keys or ())
+    with random_state:
         output = generate(
             **options,
             logits_processor=LogitsProcessorList(processors),
@@ -81,9 +83,9 @@ def draws_beams(decode: DecodeSettings) -> bool:
 
 
 def searched_together(num_images: int, decode: DecodeSettings) -> list[slice]:
-    """The images of a batch that one `search` may caption: all; one where beams are drawn.
+    """Return the parts of a batch that one `search` may caption: all images, or one each where beams are drawn.
 
-    The global generator's state is then the image's own.
+    The state of the global generator then belongs to the image.
     """
     if draws_beams(decode):
         return [slice(index, index + 1) for index in range(num_images)]
@@ -105,7 +107,7 @@ def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> 
 def _penalties(
     decode: DecodeSettings, prompt_length: int, eos_id: int, device: torch.device
 ) -> Iterator[LogitsProcessor]:
-    """What a search must avoid, in transformers' order."""
+    """Yield the penalties of a search, in transformers' order."""
     if decode.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(decode.repetition_penalty)
     if decode.no_repeat_ngram_size:
@@ -117,7 +119,7 @@ def _penalties(
 
 
 def _warpers(decode: DecodeSettings) -> Iterator[LogitsProcessor]:
-    """What shapes the distribution that tokens are drawn from."""
+    """Yield the processors of sampling: temperature, then nucleus."""
     if decode.temperature != 1:
         yield TemperatureLogitsWarper(decode.temperature)
     if decode.top_p < 1:
@@ -125,16 +127,16 @@ def _warpers(decode: DecodeSettings) -> Iterator[LogitsProcessor]:
 
 
 @contextmanager
-def _own_random_state(device: torch.device, seed: int, keys: Sequence[int] | None) -> Iterator[None]:
-    """A random state for a block; the dropout of a training that it interrupts goes on undisturbed."""
-    (state,) = np.random.SeedSequence([seed, *(keys or ())]).generate_state(1, np.uint64)
+def _own_random_state(device: torch.device, seed: int, keys: Sequence[int]) -> Iterator[None]:
+    """Seed torch for a block, and restore its state: training may be interrupted by captioning."""
+    (state,) = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(state >> np.uint64(1)))
         yield
 
 
 def image_keys(tensor_b: torch.Tensor) -> list[int]:
-    """A number for each image that follows from its content alone, pixels or features [B, ...]."""
+    """Return a number for each image, from its content alone: pixels or features [B, ...]."""
     arrays = tensor_b.detach().float().cpu().contiguous().numpy()
     return [
         int.from_bytes(hashlib.blake2b(array.tobytes(), digest_size=8).digest(), "little") for array in arrays
@@ -160,9 +162,9 @@ class Draw(LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The token at which the cumulative probability passes the row's number.
+        """Leave the token at which the cumulative probability passes the row's random number.
 
-        The last one where scores are no numbers: the loss will tell, where `torch.multinomial` aborts on a GPU.
+        NaN scores leave the last token, and the loss shows them; `torch.multinomial` would abort on a GPU.
         """
         cumulative_rv = scores.float().softmax(-1).cumsum(-1)
         uniform_r1 = self.uniform_rt[:, self.step, None]
@@ -175,8 +177,8 @@ class Draw(LogitsProcessor):
 class TokenLogProbs(LogitsProcessor):
     """Keeps the log-probability of every token that a search chooses, as the model gives it.
 
-    It must come first, before others change the scores. A whole step's are kept until the next one shows which
-    tokens the beams went on with; those of all steps would fill the memory.
+    It must be the first processor, before others change the scores. The scores of one step are kept until the next
+    step shows which tokens were chosen; the scores of all steps would fill the memory.
 
     Args:
         group: rows of an image, among which a search chooses.

@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
         fresh_parameters: names of parameters that no checkpoint held: they know nothing until they are trained.
         attention: its attention implementation, as transformers names it.
         body: its layers, as training runs them.
-        is_compiled: whether compiled code may run in it, and what is attached must be where a compiler can read it.
+        is_compiled: whether compiled code may run in it; attached images are then kept where that can read them.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         self.causal_lm = causal_lm
+        self.text_config: Any = causal_lm.config.get_text_config(decoder=True)
         self.tokenizer = tokenizer
         self.fresh_parameters = fresh_parameters
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
         self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.is_blip = causal_lm.config.model_type == BLIP_TEXT
         self.eos_id, self.start_id = self._ends(tokenizer) if tokenizer else (None, None)
-        # Captions follow the recipe, not what a checkpoint's authors found best for chats.
+        # The recipe has the decode settings; those of a checkpoint are dropped.
         causal_lm.generation_config = GenerationConfig()
         self.attention = attention
         self._reads_prefix = False
@@ -67,10 +68,6 @@ class LanguageModel(nn.Module):
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
         return eos, next((start for start in starts if start is not None), None)
-
-    @property
-    def text_config(self) -> Any:
-        return self.causal_lm.config.get_text_config(decoder=True)
 
     @property
     def shape(self) -> TextShape:
@@ -92,7 +89,7 @@ class LanguageModel(nn.Module):
 
     @property
     def decoder_options(self) -> dict[str, Any]:
-        """What every call takes: BLIP's decoder is an encoder until it is told."""
+        """Options of every call: BLIP's text model masks later tokens only with ``is_decoder``."""
         return {"is_decoder": True} if self.is_blip else {}
 
     @property
@@ -240,7 +237,6 @@ class LanguageModel(nn.Module):
         Raises:
             ModelError: a kind of layer that no mask can keep from mixing the captions of a row.
         """
-        dtype = next(self.parameters()).dtype
         window: int | None = getattr(self.text_config, "sliding_window", None)
         kinds = set(getattr(self.text_config, "layer_types", None) or ())
         if foreign := kinds - {"full_attention", "sliding_attention"}:
@@ -250,10 +246,12 @@ class LanguageModel(nn.Module):
             )
         if "sliding_attention" not in kinds:
             # Without layer kinds, a window holds for every layer (Mistral, Phi-3).
-            return causal_block_mask(segments_bt, num_soft_tokens, dtype, window=None if kinds else window)
+            return causal_block_mask(
+                segments_bt, num_soft_tokens, self.dtype, window=None if kinds else window
+            )
         windows = {"full_attention": None, "sliding_attention": window}
         return {
-            kind: causal_block_mask(segments_bt, num_soft_tokens, dtype, window=windows[kind])
+            kind: causal_block_mask(segments_bt, num_soft_tokens, self.dtype, window=windows[kind])
             for kind in kinds
         }
 

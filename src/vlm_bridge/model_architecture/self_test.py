@@ -1,4 +1,4 @@
-"""Tiny captioners of the three systems' kinds: do this machine's torch and transformers train and caption with them?"""
+"""Tiny captioners of the three systems, by which `vlm-bridge doctor` tests the installed torch and transformers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def self_test(system: str) -> None:
     """Build a tiny captioner of a system's kind, train its bridge for one step and caption an image.
 
     Raises:
-        Exception: whatever the installed libraries raise.
-        RuntimeError: nothing was raised, and yet nothing was learned or said.
+        Exception: an installed library raised it.
+        RuntimeError: the step changed no weight, or there is no caption.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -184,7 +184,7 @@ def split_text_states(
             "text_state_cache=false"
         )
     _check_starting_from_states(model, data, autocast)
-    dtype = getattr(torch, recipe.amp_dtype) if recipe.use_amp else _weight_dtype(language_model)
+    dtype = getattr(torch, recipe.amp_dtype) if recipe.use_amp else language_model.dtype
     key = cache_key(
         LAYOUT,
         language_model_fingerprint(language_model),
@@ -300,10 +300,6 @@ def _check_starting_from_states(
             f"{type(model.language_model.causal_lm).__name__} does not give the same states when it starts from those "
             f"of layer {model.bridge.first_layer}: use text_state_cache=false"
         )
-
-
-def _weight_dtype(language_model: LanguageModel) -> torch.dtype:
-    return next(language_model.parameters()).dtype
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:
