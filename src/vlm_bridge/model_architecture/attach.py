@@ -62,7 +62,7 @@ class Attached:
         inputs: dict[str, Any] = {"input_ids": ids_rt, **model.decoder_options}
         if image.soft_tokens is not None:
             text_rth = model.embed(ids_rt)
-            start = ids_rt.new_full((len(ids_rt), 1), model.required_start_id)
+            start = ids_rt.new_full((len(ids_rt), 1), model.start_id)
             soft_rph = self._for_rows(image.soft_tokens, len(ids_rt)).to(text_rth.dtype)
             inputs["inputs_embeds"] = torch.cat((model.embed(start), soft_rph, text_rth), dim=1)
             del inputs["input_ids"]

@@ -277,9 +277,8 @@ class CaptionModel(nn.Module):
             features_bnd = filled_up(features_bnd, num_images)
             keys = keys and [*keys, *[keys[-1]] * num_images][: len(features_bnd)]
         captions: list[Caption] = []
-        for some in searched_together(len(features_bnd), decode):
-            own_keys = None if keys is None else keys[some]
-            captions += self._search(features_bnd[some], prompt_ids, decode, num_return_sequences, own_keys)
+        for part, own_keys in searched_together(len(features_bnd), decode, keys):
+            captions += self._search(features_bnd[part], prompt_ids, decode, num_return_sequences, own_keys)
         return captions[:asked]
 
     def _search(
@@ -309,7 +308,7 @@ class CaptionModel(nn.Module):
                 generate,
                 prompt_rt,
                 decode,
-                model.required_eos_id,
+                model.eos_id,
                 keys=keys,
                 per_image=per_image,
                 more=bonus,

@@ -82,14 +82,16 @@ def draws_beams(decode: DecodeSettings) -> bool:
     return decode.do_sample and decode.num_beams > 1
 
 
-def searched_together(num_images: int, decode: DecodeSettings) -> list[slice]:
-    """Return the parts of a batch that one `search` may caption: all images, or one each where beams are drawn.
+def searched_together(
+    num_images: int, decode: DecodeSettings, keys: Sequence[int] | None
+) -> list[tuple[slice, Sequence[int] | None]]:
+    """Return the parts of a batch that one `search` may caption, each with its keys.
 
-    The state of the global generator then belongs to the image.
+    A part is all images; or one where beams are drawn, since the state of the global generator belongs to one image.
     """
-    if draws_beams(decode):
-        return [slice(index, index + 1) for index in range(num_images)]
-    return [slice(0, num_images)]
+    size = 1 if draws_beams(decode) else max(num_images, 1)
+    parts = [slice(start, start + size) for start in range(0, num_images, size)]
+    return [(part, None if keys is None else keys[part]) for part in parts]
 
 
 def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> list[Caption]:

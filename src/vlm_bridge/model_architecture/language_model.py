@@ -52,9 +52,13 @@ class LanguageModel(nn.Module):
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
         self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.is_blip = causal_lm.config.model_type == BLIP_TEXT
+        self.eos_id: Any
+        self.start_id: Any
         self.eos_id, self.start_id = self._ends(tokenizer) if tokenizer else (None, None)
         # The recipe has the decode settings; those of a checkpoint are dropped.
-        causal_lm.generation_config = GenerationConfig()
+        causal_lm.generation_config = GenerationConfig(
+            bos_token_id=self.start_id, eos_token_id=self.eos_id, pad_token_id=self.eos_id
+        )
         self.attention = attention
         self._reads_prefix = False
         self._set_attention(attention)
@@ -76,16 +80,6 @@ class LanguageModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    @property
-    def required_start_id(self) -> int:
-        assert self.start_id is not None, "a captioner on the meta device cannot run"
-        return self.start_id
-
-    @property
-    def required_eos_id(self) -> int:
-        assert self.eos_id is not None, "a captioner on the meta device cannot run"
-        return self.eos_id
 
     @property
     def decoder_options(self) -> dict[str, Any]:
