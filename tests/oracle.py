@@ -2,7 +2,9 @@
 
 The file was recorded with transformers 5.23.0 from a captioner that was a transformers model of its
 own, before the image was attached to the language model instead. Weights do not come from a
-library's initialization, which may change, but from NumPy's generator, by name.
+library's initialization, which may change, but from NumPy's generator, by name. The captions of
+`cross_attention/gemma2` were recorded anew when embeddings came to be edited before Gemma scales
+them; `test_interchange` holds that system to the published formula.
 """
 
 from __future__ import annotations

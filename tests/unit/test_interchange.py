@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from captioners import BRIDGES, SPEAKS_TO, randomise, tiny_captioner, tiny_recipe
+from captioners import BRIDGES, SPEAKS_TO, random_features, randomise, tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture import interchange
-from vlm_bridge.model_architecture.captioner import build_bridge
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -114,6 +115,67 @@ def test_the_same_weights_are_the_same_function(recipe: Recipe) -> None:
     assert not torch.allclose(edited, text, atol=0.1)
 
 
+def original_logits(
+    block: OriginalBlock, model: CaptionModel, features: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """The published formula: the block changes rows of the embedding matrix, and Gemma multiplies by sqrt(H) after."""
+    causal_lm: Any = model.language_model.causal_lm
+    rows = causal_lm.get_input_embeddings().weight[ids]
+    scale = rows.shape[-1] ** 0.5 if causal_lm.config.model_type == "gemma2" else 1.0
+    return causal_lm(inputs_embeds=scale * block(features, rows)).logits
+
+
+@pytest.mark.parametrize("language_model", ["gemma2", "llama"])
+@torch.no_grad()
+def test_logits_and_loss_are_those_of_the_published_formula(
+    language_model: str, tiny_dinov2_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    recipe = override_recipe(
+        tiny_recipe(
+            tiny_dinov2_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), "cross_attention"
+        ),
+        [f"bridge.num_heads={HEADS}", "bridge.standardize_features=false"],
+    )
+    model = tiny_captioner(recipe)
+    features = random_features(model, 2)
+    checkpoints.save_original(tmp_path / "c.pth", recipe, {"weights": model.trained_state_dict()}, "it")
+    state = torch.load(tmp_path / "c.pth", weights_only=True)["model_state_dict"]
+    block = OriginalBlock(32, 32).eval()
+    block.load_state_dict({name.removeprefix("bridge_module."): tensor for name, tensor in state.items()})
+
+    ids = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
+    expected = original_logits(block, model, features, ids)
+    image = model.image_inputs(features)
+    torch.testing.assert_close(model(ids, image), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, model.language_model.causal_lm(ids).logits, atol=0.1)
+
+    labels = ids[:, 1:]
+    loss = model.caption_loss(ids[:, :-1], labels, torch.ones_like(labels), image).token_losses.mean()
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(expected[:, :-1].flatten(0, 1), labels.flatten()).item(), rel=1e-5
+    )
+
+
+def test_a_checkpoint_from_before_embeddings_were_edited_unscaled_is_refused(
+    recipe: Recipe, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Where a model scales its embeddings, such weights mean something else; elsewhere they are the same."""
+    llama = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
+    for name, of, is_refused in (("gemma2", recipe, True), ("llama", llama, False)):
+        model = tiny_captioner(of)
+        path = tmp_path / f"{name}.pth"
+        checkpoints.save_checkpoint(path, of, model.trained_state_dict(), format_version=1)
+        mean = tmp_path / f"{name}-mean.pth"
+        checkpoints.save_average(mean, [path, path])  # does not make it another's
+        for old in (path, mean):
+            with (
+                pytest.raises(CheckpointError, match=r"Gemma2.* had scaled them.*train it again")
+                if is_refused
+                else nullcontext()
+            ):
+                checkpoints.restore(model, checkpoints.load_checkpoint(old), old)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: torch.dtype) -> None:
     state = {name: t.to(dtype) for name, t in original_block().checkpoint()["model_state_dict"].items()}
@@ -122,7 +184,7 @@ def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: t
 
     ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
     checkpoints.save_checkpoint(ours, recipe, weights)
-    checkpoints.save_original(theirs, recipe, checkpoints.load_checkpoint(ours)["weights"], ours)
+    checkpoints.save_original(theirs, recipe, checkpoints.load_checkpoint(ours), ours)
     published = torch.load(theirs, weights_only=True)
     assert equal(published["model_state_dict"], state)
     assert published["config"]["learning_rate"] == recipe.learning_rate
@@ -193,7 +255,7 @@ def test_what_the_original_layout_cannot_hold_is_not_written(
     with pytest.raises(
         CheckpointError, match=r"cannot be written in the original layout.* is (missing|unknown)"
     ):
-        checkpoints.save_original(tmp_path / "c.pth", recipe, weights, "it")
+        checkpoints.save_original(tmp_path / "c.pth", recipe, {"weights": weights}, "it")
     assert not list(tmp_path.iterdir())
 
 
@@ -205,10 +267,10 @@ def test_a_bridge_that_enters_above_layer_0_has_no_original_layout(
         override_recipe(recipe, ["bridge.standardize_features=false", f"bridge.enter_at_layer={layer}"])
         for layer in (0, 1)
     )
-    weights = tiny_captioner(published).trained_state_dict()
+    content = {"weights": tiny_captioner(published).trained_state_dict()}
     with pytest.raises(CheckpointError, match=r"original layout.* bridge\.enter_at_layer=1"):
-        checkpoints.save_original(tmp_path / "above.pth", above, weights, "it")
-    checkpoints.save_original(tmp_path / "published.pth", published, weights, "it")
+        checkpoints.save_original(tmp_path / "above.pth", above, content, "it")
+    checkpoints.save_original(tmp_path / "published.pth", published, content, "it")
     content = checkpoints.load_checkpoint(tmp_path / "published.pth")
     content.pop("recipe")  # which the original does not write
     checkpoints.check_architecture(content, published, "it")

@@ -6,15 +6,27 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GemmaTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from captioners import BRIDGES, LANGUAGE_MODELS, generated, random_features, tiny_captioner, tiny_recipe
+from tiny_models import seeded
 from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig
 from vlm_bridge.data_pipeline.loader import CaptionFormat
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.attach import attach
+from vlm_bridge.model_architecture.bridges import ImageInputs
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import (
@@ -93,6 +105,63 @@ def test_soft_capped_attention_is_never_left_to_a_kernel_without_it(tiny_gemma2_
     assert load(tiny_gemma2_dir).causal_lm.config._attn_implementation == "eager"
 
 
+def small_causal_lm(family: str) -> Any:
+    """A causal language model of a family of transformers with the family's own embeddings, on the CPU."""
+    config = AutoConfig.for_model(family)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    }
+    sizes |= {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 2}
+    sizes |= {"decoder_ffn_dim": 32, "ffn_dim": 32, "num_layers": 2, "attention_heads": 2}
+    text = config.get_text_config(decoder=True)
+    for name, size in sizes.items():
+        if hasattr(text, name):
+            setattr(text, name, size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "layer_types"):
+        if hasattr(text, name):
+            setattr(text, name, ["full_attention"] * 2 if name == "layer_types" else 1)
+    if hasattr(text, "scale_embedding"):
+        text.scale_embedding = True
+    return AutoModelForCausalLM.from_config(text)
+
+
+@pytest.mark.parametrize(
+    ("family", "scale"),
+    [
+        ("gemma", 32**0.5), ("gemma2", 32**0.5), ("gemma3_text", 32**0.5), ("biogpt", 32**0.5),
+        ("xglm", 32**0.5), ("trocr", 32**0.5), ("bart", 32**0.5), ("llama", 1), ("qwen3", 1), ("granite", 1),
+        ("mistral", 1), ("phi3", 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_scale_of_embeddings_is_found_in_every_family(
+    family: str, scale: float, dtype: torch.dtype
+) -> None:
+    with seeded():
+        model = LanguageModel(small_causal_lm(family).to(dtype).eval(), None)
+    ids = torch.arange(40)
+    model.check_embedding_scale()
+    assert float(model.embedding_scale) == pytest.approx(scale, rel=1e-2)
+    assert torch.equal(model.token_vectors(ids) * model.embedding_scale, model.embed(ids))
+    # What the identity leaves is the model's own, to the last bit: it is rounded once.
+    model.open_layer(0)
+    with attach(model, ImageInputs(1, edit=lambda text: text.float())):
+        assert torch.equal(model.causal_lm.get_input_embeddings()(ids[None])[0], model.embed(ids))
+
+
+@torch.no_grad()
+def test_embeddings_that_are_no_scaled_matrix_are_refused(tiny_llama_dir: Path) -> None:
+    model = load(tiny_llama_dir)
+    model.causal_lm.get_input_embeddings().register_forward_hook(lambda _module, _args, text: text + 1)
+    with pytest.raises(ModelError, match=r"no scaled matrix.*bridge\.enter_at_layer=1"):
+        model.check_embedding_scale()
+
+
 class TestGemma2:
     """What sets Gemma 2 apart from a Llama; `test_the_parts_make_the_whole` compares with transformers' own."""
 
@@ -102,6 +171,8 @@ class TestGemma2:
         ids = torch.tensor([[5, 6]])
         weight = model.causal_lm.get_input_embeddings().weight
         torch.testing.assert_close(model.embed(ids), weight[ids] * model.embed_dim**0.5)
+        assert torch.equal(model.token_vectors(ids), weight[ids])
+        assert model.embedding_std() == pytest.approx(model.embed(torch.arange(320)).std().item(), rel=1e-2)
 
     @torch.no_grad()
     def test_attention_scores_are_soft_capped(self, tiny_gemma2_dir: Path) -> None:

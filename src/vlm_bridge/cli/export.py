@@ -77,7 +77,7 @@ def export(
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.value)
     facts = publishing.CardFacts(title, license, dataset)
     if original:
-        checkpoints.save_original(target, recipe, content["weights"], where)
+        checkpoints.save_original(target, recipe, content, where)
     else:
         facts = dataclasses.replace(facts, metrics=publishing.read_metrics(where, metrics))
         publishing.write_huggingface_folder(content, recipe, output_dir, facts)

@@ -71,14 +71,15 @@ class Attached:
             inputs["encoder_hidden_states"] = states.to(model.dtype)
         return inputs
 
-    def enter(self, text_rth: torch.Tensor) -> torch.Tensor:
-        """Return text [R, T, H] as the layer reads it: edited by the bridge, position by position."""
+    def enter(self, text_rth: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Return text [R, T, H] as the layer reads it: edited by the bridge, position by position, then scaled."""
         text_rth = text_rth if self.text_at_bridge is None else self.text_at_bridge.to(text_rth.dtype)
         if self.image.edit is None:
-            return text_rth
+            return text_rth * scale
         # Positions of rows that share an image may stand in one row, since none looks at another.
         per_image = text_rth.reshape(self.image.num_images, -1, text_rth.shape[-1])
-        return self.image.edit(per_image).reshape(text_rth.shape).to(text_rth.dtype)
+        # Scaled in the bridge's precision: the result is rounded once, as where the model scales its own.
+        return (self.image.edit(per_image).reshape(text_rth.shape) * scale).to(text_rth.dtype)
 
     def prefix_for(self, module: Any) -> KeyValuePrefix | None:
         """Return the prefix if an attention module is one of this language model's."""
@@ -178,20 +179,23 @@ def install_hook(language_model: LanguageModel, layer: int, module: nn.Module) -
 def _before_layer(
     language_model: LanguageModel, layer: int, _module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    return _entered(language_model, layer, args[0]), *args[1:]
+    attached = _attached_at(language_model, layer)
+    return args if attached is None else (attached.enter(args[0]), *args[1:])
 
 
 def _after_embeddings(
-    language_model: LanguageModel, _module: nn.Module, _args: tuple[Any, ...], text_rth: torch.Tensor
+    language_model: LanguageModel, _module: nn.Module, args: tuple[torch.Tensor], text_rth: torch.Tensor
 ) -> torch.Tensor:
-    return _entered(language_model, 0, text_rth)
-
-
-def _entered(language_model: LanguageModel, layer: int, text_rth: torch.Tensor) -> torch.Tensor:
-    attached = _current()
-    if attached is None or attached.language_model is not language_model or attached.layer != layer:
+    attached = _attached_at(language_model, 0)
+    if attached is None or attached.image.edit is None:
         return text_rth
-    return attached.enter(text_rth)
+    return attached.enter(language_model.token_vectors(*args), language_model.embedding_scale)
+
+
+def _attached_at(language_model: LanguageModel, layer: int) -> Attached | None:
+    attached = _current()
+    is_own = attached is not None and attached.language_model is language_model and attached.layer == layer
+    return attached if is_own else None
 
 
 class _Reached(Exception):

@@ -18,7 +18,13 @@ from torch import nn
 from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
-from vlm_bridge.model_architecture.bridges import BRIDGES, Bridge, DeepPrefixBridge, ImageInputs
+from vlm_bridge.model_architecture.bridges import (
+    BRIDGES,
+    Bridge,
+    CrossAttentionBridge,
+    DeepPrefixBridge,
+    ImageInputs,
+)
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.generation import (
     Caption,
@@ -92,6 +98,9 @@ class CaptionModel(nn.Module):
         self.bridge = bridge
         if isinstance(bridge, DeepPrefixBridge):
             language_model.accept_prefix()
+        self.edits_embeddings = isinstance(bridge, CrossAttentionBridge) and bridge.first_layer == 0
+        if self.edits_embeddings:
+            language_model.check_embedding_scale()
         language_model.open_layer(bridge.first_layer)  # type: ignore[arg-type]
         self.loss_kernel: Kernel | None = None
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None  # type: ignore[arg-type]
@@ -101,6 +110,11 @@ class CaptionModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def edits_scaled_embeddings(self) -> bool:
+        """Whether its bridge changes token embeddings that the language model then scales."""
+        return self.edits_embeddings and self.language_model.embedding_scale != 1
 
     def train(self, mode: bool = True) -> CaptionModel:
         """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout).
@@ -183,13 +197,13 @@ class CaptionModel(nn.Module):
         return states[:, num_soft:]
 
     def text_at_bridge(self, input_ids: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
-        """Text [R, T, H] as it meets the image: embeddings, or the states that enter the bridge's first layer.
+        """Text [R, T, H] as it meets the image: token vectors, or the states that enter the bridge's first layer.
 
         A caption's depend on nothing but the caption, whichever row and batch it stands in.
         """
         layer: int = self.bridge.first_layer  # type: ignore[assignment]
         if layer == 0:
-            return self.language_model.embed(input_ids)
+            return self.language_model.token_vectors(input_ids)
         return self.language_model.states_entering(layer, input_ids, *self._mask_and_positions(segments, 0))
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from vlm_bridge.errors import ModelError
@@ -107,8 +108,32 @@ class LanguageModel(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.shape[0]
 
     def embed(self, ids_bt: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [B, T, H]."""
+        """Token embeddings [B, T, H], as the first layer reads them."""
         return self.causal_lm.get_input_embeddings()(ids_bt)
+
+    def token_vectors(self, ids_bt: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [B, T, H] before the model scales them: rows of its matrix."""
+        return F.embedding(ids_bt, self.causal_lm.get_input_embeddings().weight)
+
+    @property
+    def embedding_scale(self) -> torch.Tensor | float:
+        """What the embedding layer multiplies rows of its matrix by: sqrt(H) in Gemma's families, else mostly 1."""
+        layer = self.causal_lm.get_input_embeddings()
+        scale = getattr(layer, "embed_scale", 1.0)
+        return scale.to(layer.weight.dtype) if isinstance(scale, torch.Tensor) else scale
+
+    @torch.no_grad()
+    def check_embedding_scale(self) -> None:
+        """Raise ModelError if the embedding layer does more to rows of its matrix than to scale them."""
+        ids = torch.arange(
+            min(4, self.vocab_size), device=self.causal_lm.get_input_embeddings().weight.device
+        )
+        if ids.is_meta or torch.allclose(self.embed(ids), self.token_vectors(ids) * self.embedding_scale):
+            return
+        raise ModelError(
+            f"{type(self.causal_lm.get_input_embeddings()).__name__} is no scaled matrix: its embeddings cannot be "
+            "changed before they are scaled; use bridge.enter_at_layer=1"
+        )
 
     def hidden_states(
         self,
@@ -281,7 +306,8 @@ class LanguageModel(nn.Module):
 
     def embedding_std(self) -> float:
         """Standard deviation of the token embeddings: the size of input the frozen layers are used to."""
-        return self.causal_lm.get_input_embeddings().weight.float().std().item()
+        weight = self.causal_lm.get_input_embeddings().weight
+        return weight.float().std().item() * float(self.embedding_scale)
 
 
 def causal_block_mask(

@@ -30,7 +30,8 @@ from vlm_bridge.model_architecture.hub import hub_problem
 
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: a cross_attention bridge at layer 0 changes embeddings before a model scales them; in 1 it did afterwards."""
 _DOS_DIRECTORY = 0x10
 STEP = "step_{:08d}.pth"
 """Name of a checkpoint that is kept for its step."""
@@ -53,19 +54,21 @@ def save_checkpoint(
     training: dict[str, Any] | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
+    format_version: int = FORMAT_VERSION,
 ) -> None:
     """Write a checkpoint atomically.
 
     Args:
         training: optimiser, position and so on; left out of weights-only files.
         sizes: `captioner_sizes`, so that a captioner of other sizes can be refused by name.
+        format_version: of the checkpoint that the weights were read from.
 
     Raises:
         CheckpointError: it cannot be written; an earlier file of this name is left as it was.
     """
     content = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version,
         "versions": package_versions(),
         "recipe": recipe.to_dict(),
         "sizes": dict(sizes or {}),
@@ -175,13 +178,14 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(STEP_PATTERN), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
-def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
+def save_original(path: Path, recipe: Recipe, content: Mapping[str, Any], where: str | Path) -> None:
     """Write a weights-only checkpoint that the original project loads: bridge weights and flat configuration.
 
     The recipe goes along under a key of our own, which the original ignores and `load_checkpoint` finds.
 
     Args:
-        where: what the weights were read from, for messages.
+        content: an opened checkpoint, with its ``weights``.
+        where: what it was read from, for messages.
 
     Raises:
         CheckpointError: the layout has no place for such weights, or the file cannot be written.
@@ -195,9 +199,10 @@ def save_original(path: Path, recipe: Recipe, weights: Mapping[str, torch.Tensor
     write_file(
         path,
         {
-            "model_state_dict": interchange.to_original(weights, where),
+            "model_state_dict": interchange.to_original(content["weights"], where),
             "config": {key: value for key, value in published.items() if not isinstance(value, dict)},
             "recipe": published,
+            "format_version": content.get("format_version", FORMAT_VERSION),
         },
     )
 
@@ -304,7 +309,8 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
                 raise CheckpointError(f"{path} has another {name} than {paths[0]}: {sizes}")
             mean[name] += tensor.double()
     weights = {name: (tensor / len(paths)).float() for name, tensor in mean.items()}
-    save_checkpoint(target, recipe, weights, sizes=first.get("sizes"))
+    version = min(content["format_version"] for content in (first, *others))
+    save_checkpoint(target, recipe, weights, sizes=first.get("sizes"), format_version=version)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         path: the file, or a folder that holds one (the best weights are taken).
 
     Returns:
-        ``format``, ``weights`` (our names), ``sizes``; ``recipe`` unless the original project wrote it;
+        ``format``, ``format_version``, ``weights`` (our names), ``sizes``; ``recipe`` unless the original project wrote it;
         ``training`` if a run can be continued from it.
 
     Raises:
@@ -328,7 +334,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         weights = interchange.from_original(content["model_state_dict"], path)
         recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
         sizes = interchange.original_sizes(weights)
-        return {"format": ORIGINAL_FORMAT, "weights": weights, "sizes": sizes, **recipe}
+        version = content.get("format_version", 1) if recipe else FORMAT_VERSION
+        return {
+            "format": ORIGINAL_FORMAT, "format_version": version, "weights": weights, "sizes": sizes, **recipe,
+        }  # fmt: skip
     parts = {"format", "format_version", "recipe", "weights"}
     if not isinstance(content, dict) or not parts <= content.keys() or content["format"] != FORMAT:
         raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint")
@@ -395,7 +404,7 @@ def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> di
     return {
         "model_type": "vlm-bridge-captioner",
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": content.get("format_version", FORMAT_VERSION),
         "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
         "recipe": dict(recipe),
         "sizes": dict(content.get("sizes", {})),
@@ -546,8 +555,15 @@ def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
     """Put a checkpoint's weights into a captioner.
 
     Raises:
-        CheckpointError: it belongs to a captioner of other widths or another bridge; what differs is named.
+        CheckpointError: it belongs to a captioner of other widths or another bridge (what differs is named), or its
+            bridge was trained on embeddings that the language model had scaled (format version 1).
     """
+    if content["format_version"] < 2 and model.edits_scaled_embeddings:
+        raise CheckpointError(
+            f"{where} was trained by an earlier vlm-bridge, whose bridge changed embeddings after "
+            f"{type(model.language_model.causal_lm).__name__} had scaled them; as published, it changes them before "
+            "that, and these weights mean something else there: train it again"
+        )
     wanted = captioner_sizes(model)
     has = content.get("sizes", {})
     _refuse_other({key: has[key] for key in wanted if key in has and has[key] != wanted[key]}, wanted, where)

@@ -37,8 +37,10 @@ class CrossAttentionOptions:
 class CrossAttentionBridge(nn.Module):
     """``x + attention(norm(x), image)``, then ``x + feed_forward(norm(x))``, on text embeddings or states x.
 
-    Both residual branches end in zero-initialised layers: an untrained bridge is the identity, and training
-    starts from the bare language model's loss. With D=1024 and H=2304 it has 66,092,544 parameters.
+    At layer 0, x are rows of the embedding matrix, before a model such as Gemma scales them. Dropout is as published:
+    of attention weights, behind GELU and behind the feed-forward network. Both residual branches end in
+    zero-initialised layers: an untrained bridge is the identity, and training starts from the bare language model's
+    loss. With D=1024 and H=2304 it has 66,092,544 parameters.
     """
 
     num_soft_tokens = 0
@@ -96,8 +98,8 @@ class CrossAttentionBridge(nn.Module):
             values_bhnd,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        text_bth = text_bth + self._drop(self.attention_output(attended_bhtd.transpose(1, 2).flatten(2)))
-        hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(text_bth)))
+        text_bth = text_bth + self.attention_output(attended_bhtd.transpose(1, 2).flatten(2))
+        hidden = self._drop(F.gelu(self.feed_forward_in(self.feed_forward_norm(text_bth))))
         return text_bth + self._drop(self.feed_forward_out(hidden))
 
     def image_attention(
