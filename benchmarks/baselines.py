@@ -171,7 +171,7 @@ def _loop(
 
     def run() -> None:
         for batch in on_device(loader, device):
-            with runtime.autocast(device, recipe.amp_dtype if recipe.use_amp else None):
+            with runtime.autocast(device, recipe.autocast_dtype):
                 loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()
@@ -243,7 +243,7 @@ def encoder_decoder_step(system: System) -> Callable[[], object]:
         num_train_epochs=1,
         max_grad_norm=recipe.gradient_clip_val,
         lr_scheduler_type="constant",
-        bf16=recipe.use_amp,
+        bf16=recipe.autocast_dtype == "bfloat16",
         use_cpu=device.type == "cpu",
         save_strategy="no",
         logging_strategy="no",

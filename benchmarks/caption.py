@@ -278,7 +278,7 @@ def _lite(options: argparse.Namespace) -> Subject:
         lambda indices: encoder.preprocess([open_image(paths[index]) for index in indices]),  # type: ignore[operator]
         captioner.format.prompt_ids,
         recipe.decode,
-        recipe.amp_dtype if recipe.use_amp else None,
+        recipe.autocast_dtype,
     )
 
 
@@ -298,7 +298,7 @@ def _random(options: argparse.Namespace, device: torch.device) -> Subject:
 
     num_beams = {"lite": 3, "dinov2-gemma": 1, "pvt-blip": recipe.decode.num_beams}[options.system]
     decode = DecodeSettings(num_beams=num_beams, max_new_tokens=6 if options.tiny else 40)
-    return Subject(model, load, [START], decode, recipe.amp_dtype if recipe.use_amp else None)
+    return Subject(model, load, [START], decode, recipe.autocast_dtype)
 
 
 # What is measured.

@@ -75,7 +75,7 @@ def trained(options: argparse.Namespace) -> Subject:
         torch.cat(features),
         recipe.decode,
         model.language_model.decode,
-        recipe.amp_dtype if recipe.use_amp else None,
+        recipe.autocast_dtype,
     )
 
 

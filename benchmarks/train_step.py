@@ -107,7 +107,7 @@ def our_step(
 
 
 def autocast(system: System) -> Any:
-    return runtime.autocast(system.model.device, system.recipe.amp_dtype if system.recipe.use_amp else None)
+    return runtime.autocast(system.model.device, system.recipe.autocast_dtype)
 
 
 def loss_kernel(system: System) -> Kernel | None:

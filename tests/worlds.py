@@ -116,8 +116,8 @@ def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any
 
     trainer.batch_loss = watched
     with joined(recipe.device) as world:
-        of_run = trainer.Trainer(recipe, lambda line: None, world)
-        of_run.run(resume)
+        of_run = trainer.Trainer(recipe, lambda line: None, world, resume=resume)
+        of_run.run()
     weights = {name: tensor.numpy() for name, tensor in of_run.model.trained_state_dict().items()}
     return {"weights": weights, "seeds": seeds}
 

@@ -36,8 +36,9 @@ PUBLISHED_NAMES = {
 """Names of the published system's flat layout that are other names here; its training keys are the same."""
 MAX_KEY_CHARACTERS = 100
 """A longer key is cut in messages, and one with control characters is quoted."""
-PUBLISHED_BUT_IDLE = frozenset({"pin_memory"})
-"""Its names that are accepted and change nothing: what goes to a GPU is always pinned, elsewhere nothing is."""
+PUBLISHED_BUT_IDLE = frozenset({"early_stopping_min_delta", "pin_memory"})
+"""Its names that are accepted and change nothing. There, any new best resets the count of early stopping, whatever the
+first says; what goes to a GPU is always pinned here."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,9 @@ class Recipe:
             `auto`, the quickest that works here.
         label_smoothing: share of each target that training spreads over the whole vocabulary (0.1 in Szegedy et al.
             2016 and in most captioners); validation is not smoothed.
+        amp_dtype: of mixed precision; `float32` is none, as ``use_amp: false``.
+        early_stopping_min_delta: a validation counts as better only by more than this; 0 takes any new best.
+        warmup_steps: of a linear rise from zero, but never more than a tenth of all steps.
         weight_averaging: decay of an exponential moving average of what is trained, such as 0.999; validation,
             captions and all checkpoints' weights are the average's. Null: the last weights themselves.
         objective: `cross_entropy` of the human captions, or `scst`: self-critical sequence training (Rennie et al.
@@ -277,7 +281,7 @@ class Recipe:
 
     # Precision and devices
     use_amp: bool = True
-    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    amp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
     compile: bool = False
     loss_kernel: Literal["auto", "own", "torch", "liger"] = "auto"
@@ -293,7 +297,7 @@ class Recipe:
     keep_step_checkpoints: int = 3
     use_early_stopping: bool = True
     early_stopping_patience: int = 3
-    early_stopping_min_delta: float = 0.01
+    early_stopping_min_delta: float = 0.0
     val_every_n_epochs: int = 1
     save_every_n_epochs: int = 1
     log_every_n_steps: int = 10
@@ -375,6 +379,11 @@ class Recipe:
                     f"{key} is for captions that are known beforehand: leave it out with objective=scst"
                 )
 
+    @property
+    def autocast_dtype(self) -> str | None:
+        """The dtype of mixed precision; None where everything is computed in the weights' own."""
+        return self.amp_dtype if self.use_amp and self.amp_dtype != "float32" else None
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dict in the YAML layout (a bridge's options stand beside its kind)."""
         plain = dataclasses.asdict(self)
@@ -452,7 +461,21 @@ def _from_published_layout(
             data[key] = value
     if data.get("device", "auto") is None:  # as published: null lets the program choose
         data["device"] = "auto"
+    if data.get("use_amp") is False or data.get("amp_dtype") == "float32":
+        # There the models are loaded in float32, and mixed precision alone computes in less.
+        data["language_model"]["dtype"] = data["feature_cache_dtype"] = "float32"
     return data
+
+
+def published_recipe(settings: Any, where: str, say: Callable[[str], object]) -> Recipe:
+    """The recipe `training-default` with the settings of the published system's code, as its checkpoints hold them.
+
+    Raises:
+        ConfigurationError: as `load_recipe`.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigurationError(f"{where}: its config must be a mapping, not {shown(settings)}")
+    return recipe_from_dict(_from_published_layout(settings, where, say), where=where)
 
 
 def shipped_recipe(name: str) -> Path:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from vlm_bridge.cli.main import run_training
 from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
+from vlm_bridge.model_architecture import interchange
 from vlm_bridge.training_strategy.monitor import Sample, sample_statistics
 from vlm_bridge.training_strategy.optimizer import gradient_scaler
 
@@ -97,11 +99,13 @@ def test_what_tensorboard_gets(vlm_training: Callable[..., str]) -> None:
     said = vlm_training("num_epochs=1", "num_validation_samples=2", "gradient_clip_val=1e-6")
     recorded = EventAccumulator("logs").Reload()
     assert set(recorded.Tags()["scalars"]) == {
-        "train/loss", "train/learning_rate", "train/gradient_norm",
-        "validation/loss", "validation/perplexity", "validation/visual_gain",
-        "validation/mean_length", "validation/token_diversity", "validation/sample_bleu4",
+        "train/loss", "train/learning_rate", "train/grad_norm_before_clip", "epoch/train_loss",
+        "val/loss", "val/perplexity", "val/avg_sequence_length", "val/token_diversity", "val/visual_gain",
+        "val/sample_bleu_avg", "val/sample_length_avg", "val/sample_diversity",
     }  # fmt: skip
-    text = recorded.Tensors("samples/0/text_summary")[0].tensor_proto.string_val[0].decode()
+    recipe = recorded.Tensors("training/config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "learning_rate:" in recipe and "num_epochs: 1" in recipe
+    text = recorded.Tensors("val/sample_0/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "reference: " in text
     assert "BLEU-4: " in text
     assert "mean length" in said
@@ -164,3 +168,54 @@ def test_the_memory_benchmark_checks_itself_on_tiny_models(repository: Path) -> 
     assert "instead of         [1, 512, 4096]" in result.stdout
     assert "18 of 18 of the bridge, 0 frozen" in result.stdout
     assert "all checks hold" in result.stdout
+
+
+def test_a_run_of_the_original_project_goes_on(vlm_training: Callable[..., str], tmp_path: Path) -> None:
+    """Its weights, moments and place are taken: the rest of the training is what ours would have been."""
+    (tmp_path / "flat.yaml").write_text(FLAT, encoding="utf-8")
+    settings = ("bridge.num_heads=4", "bridge.dropout=0", "use_amp=false", "num_validation_samples=0")
+    whole = vlm_training(
+        "--config", "flat.yaml", "save_every_n_steps=1", "keep_step_checkpoints=99", *settings
+    )
+    losses = [event["loss"] for event in events("train")]
+    per_epoch = len(losses) // 3
+    # Written by us, in the layout in which the original project writes after an epoch.
+    content = torch.load(f"checkpoints/step_{2 * per_epoch:08d}.pth", weights_only=True)
+    names = [name.removeprefix("bridge.") for name in content["weights"]]
+    assert "2 validations" not in whole
+    state, groups = (
+        content["training"]["optimizer"]["state"],
+        content["training"]["optimizer"]["param_groups"],
+    )
+    number = {
+        name: i for group in groups for name, i in zip(group["param_names"], group["params"], strict=True)
+    }
+    order = list(interchange.ORIGINAL_NAMES)
+    assert len(names) == len(order)
+    original = {
+        "epoch": 2,
+        "model_state_dict": interchange.to_original(content["weights"], "it"),
+        "optimizer_state_dict": {
+            "state": {i: state[number[name]] for i, name in enumerate(order)},
+            "param_groups": [{"lr": 1e-5, "params": list(range(len(order)))}],
+        },
+        "scheduler_state_dict": {"T_max": 3 * per_epoch, "last_epoch": 2 * per_epoch},
+        "best_val_loss": 0.1,
+        "early_stopping_counter": 2,
+        "config": {**yaml.safe_load(FLAT), "checkpoint_dir": "other", "log_dir": "other-logs"},
+    }
+    torch.save(original, "original_latest.pth")
+    said = vlm_training("--resume", "original_latest.pth", *settings)
+    assert f"at epoch 3, step {2 * per_epoch} of {3 * per_epoch}, with its optimizer" in said
+    assert "its schedule stood" not in said
+    lines = Path("other-logs/history.jsonl").read_text().splitlines()
+    rest = [e["loss"] for e in map(json.loads, lines) if e["event"] == "train"]
+    assert rest == pytest.approx(losses[2 * per_epoch :], rel=1e-5)
+
+    torch.save(
+        {**original, "optimizer_state_dict": {}, "scheduler_state_dict": {"T_max": 9, "last_epoch": 6}},
+        "o.pth",
+    )
+    said = vlm_training("--resume", "o.pth", *settings)
+    assert "with a new optimizer" in said
+    assert "its schedule stood at step 6 of 9" in said

@@ -121,4 +121,4 @@ def test_shards_teach_what_the_same_files_teach(
     step = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
     other = override_recipe(recipe, ["shuffle_buffer=8"])
     with pytest.raises(CheckpointError, match="shuffle_buffer=8, was 0"):
-        Trainer(other, lambda line: None).run(step)
+        Trainer(other, lambda line: None, resume=step)

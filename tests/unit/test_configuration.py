@@ -244,7 +244,7 @@ class TestTrainingDefault:
         assert (recipe.bridge.kind, recipe.bridge.options.dropout) == ("cross_attention", 0.1)
         assert (recipe.use_amp, recipe.amp_dtype, recipe.gradient_clip_val) == (True, "bfloat16", 0.3)
         assert (recipe.use_early_stopping, recipe.early_stopping_patience) == (True, 3)
-        assert (recipe.early_stopping_min_delta, recipe.weight_decay) == (0.01, 0.01)
+        assert (recipe.early_stopping_min_delta, recipe.weight_decay) == (0.0, 0.01)
         assert (recipe.val_every_n_epochs, recipe.save_every_n_epochs) == (1, 1)
         assert recipe.data_dir == "data/groundcap"
 
@@ -319,11 +319,21 @@ class TestOriginalLayout:
         recipe = load_recipe(written(tmp_path, ORIGINAL_PROJECT), say=said.append)
         default = load_recipe(shipped_recipe(DEFAULT_RECIPE))
         for key, value in yaml.safe_load(ORIGINAL_PROJECT).items():
-            assert getattr(recipe, key) == ("auto" if key == "device" else value)
+            means = {"device": "auto", "early_stopping_min_delta": 0.0}.get(key, value)
+            assert getattr(recipe, key) == means
         for section in ("vision_encoder", "language_model", "bridge", "max_caption_tokens"):
             assert getattr(recipe, section) == getattr(default, section)
         assert len(said) == 1
         assert "facebook/dinov2-large + cross_attention + google/gemma-2-2b" in said[0]
+        assert said[0].endswith("without meaning here: early_stopping_min_delta")
+
+    @pytest.mark.parametrize("off", ["use_amp: false", "amp_dtype: float32"])
+    def test_without_mixed_precision_all_is_float32_as_there(self, tmp_path: Path, off: str) -> None:
+        recipe = load_recipe(written(tmp_path, f"batch_size: 8\n{off}\n"))
+        assert recipe.autocast_dtype is None
+        assert (recipe.language_model.dtype, recipe.feature_cache_dtype) == ("float32", "float32")
+        half = load_recipe(written(tmp_path, "batch_size: 8\n"), ["use_amp=false"])
+        assert half.language_model.dtype == "bfloat16"  # an override says what it says
 
     def test_its_names_of_the_models_are_understood(self, tmp_path: Path) -> None:
         flat = (

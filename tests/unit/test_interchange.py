@@ -18,7 +18,10 @@ from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.text_shape import TextShape
+from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import original_run
+from vlm_bridge.training_strategy.optimizer import adamw
 
 HEADS = 4
 
@@ -243,6 +246,36 @@ def test_other_blocks_are_refused_by_name(tmp_path: Path) -> None:
     problem = r"ln2\.bias is missing; bridge_module\.blocks\.0\.ln\.weight is unknown"
     with pytest.raises(CheckpointError, match=problem):
         checkpoints.load_checkpoint(path)
+    state["bridge_module.bridge_blocks.0.self_attention.w_q.weight"] = torch.ones(2, 2)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"Bridge-Lite.* 2dd2199.*self-attention reads"):
+        checkpoints.load_checkpoint(path)
+
+
+def test_moments_of_the_original_optimizer_find_their_tensors(recipe: Recipe) -> None:
+    block, model = original_block(), tiny_captioner(recipe)
+    theirs = torch.optim.AdamW(block.parameters(), lr=1e-5)
+    loss = block(torch.randn(2, 5, 32), torch.randn(2, 7, 32)).square().sum()
+    loss.backward()
+    theirs.step()
+    expected = {
+        ours: theirs.state[dict(block.named_parameters())[name.removeprefix("bridge_module.")]]
+        for ours, name in interchange.ORIGINAL_NAMES.items()
+    }
+    ours, _ = adamw(trained_parameters(model, recipe.trainable), recipe)
+    decay = [group["weight_decay"] for group in ours.param_groups]
+    assert original_run.take_moments(ours, {"optimizer_state_dict": theirs.state_dict()})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                assert torch.equal(ours.state[parameter][key], expected[name][key]), name
+    assert [group["weight_decay"] for group in ours.param_groups] == decay  # the recipe's
+
+    other = torch.optim.AdamW(original_block(vision_dim=8).parameters()).state_dict()
+    for wrong in ({}, {"optimizer_state_dict": other}, {"optimizer_state_dict": 3}):
+        fresh, _ = adamw(trained_parameters(model, recipe.trainable), recipe)
+        assert not original_run.take_moments(fresh, wrong)
+        assert not fresh.state
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)

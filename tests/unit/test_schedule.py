@@ -8,7 +8,7 @@ import math
 import pytest
 
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.schedule import learning_rate_at
+from vlm_bridge.training_strategy.schedule import learning_rate_at, warmup_within
 
 
 def rates(kind: str, total_steps: int = 100, warmup_steps: int = 10, steps: int | None = None) -> list[float]:
@@ -54,6 +54,17 @@ def test_constant_stays() -> None:
 def test_a_warm_up_longer_than_the_training_divides_by_nothing(kind: str) -> None:
     assert all(0 < rate <= 1 for rate in rates(kind, total_steps=5, warmup_steps=5))
     assert all(0 < rate <= 1 for rate in rates(kind, total_steps=5, warmup_steps=50))
+
+
+@pytest.mark.parametrize(("total", "steps"), [(25, 2), (80, 8), (5000, 500), (62820, 500), (9, 0)])
+def test_a_warm_up_takes_a_tenth_of_the_steps_at_most(total: int, steps: int) -> None:
+    assert warmup_within(500, total) == steps
+
+
+def test_any_new_best_resets_the_count_as_in_the_published_system() -> None:
+    stopping = EarlyStopping(patience=3, min_delta=0.0)
+    losses = (2.0, 1.999, 1.998, 2.1, 2.1, 1.997, 2.0, 2.0, 2.0)
+    assert [stopping.should_stop(loss) for loss in losses] == [False] * 8 + [True]
 
 
 def test_early_stopping_counts_validations_without_improvement() -> None:

@@ -261,7 +261,7 @@ class Captioner:
         return [(text_of(ids), score, len(ids) < decode.max_new_tokens) for ids, score in captions]
 
     def _autocast(self) -> Any:
-        return runtime.autocast(self.model.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
+        return runtime.autocast(self.model.device, self.recipe.autocast_dtype)
 
 
 def caption_in_batches(

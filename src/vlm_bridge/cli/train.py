@@ -45,7 +45,7 @@ def train(
 
     quiet_transformers()
     if recipe is None:
-        recipe = override_recipe(resumed_recipe(resume), overrides or ())
+        recipe = override_recipe(resumed_recipe(resume, echo), overrides or ())
     with exit_when_interrupted():
         result = run_training(
             recipe,

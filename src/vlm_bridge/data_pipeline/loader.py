@@ -120,6 +120,16 @@ class TokenizedImages:
     def num_captions(self) -> int:
         return len(self.caption_lengths)
 
+    @property
+    def mean_length(self) -> float:
+        """Positions that a caption takes, on average."""
+        return float(self.caption_lengths.mean())
+
+    @property
+    def token_diversity(self) -> float:
+        """Distinct tokens over all tokens."""
+        return len(np.unique(self._targets)) / len(self._targets)
+
     def caption(self, image: int, number: int) -> TokenizedCaption:
         """Caption ``number`` of an image, as its format tokenises it."""
         place = self._first_caption[image] + number

@@ -141,7 +141,7 @@ def activation_bytes(
 
 def _element(recipe: Recipe) -> int:
     """Bytes of the type that the language model computes in."""
-    return 2 if recipe.use_amp or recipe.language_model.dtype in ("bfloat16", "float16") else 4
+    return 2 if recipe.autocast_dtype or recipe.language_model.dtype in ("bfloat16", "float16") else 4
 
 
 def _caption_tokens(recipe: Recipe) -> int:

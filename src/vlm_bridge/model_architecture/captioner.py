@@ -114,7 +114,7 @@ class CaptionModel(nn.Module):
     @property
     def edits_scaled_embeddings(self) -> bool:
         """Whether its bridge changes token embeddings that the language model then scales."""
-        return self.edits_embeddings and self.language_model.embedding_scale != 1
+        return self.edits_embeddings and float(self.language_model.embedding_scale) != 1
 
     def train(self, mode: bool = True) -> CaptionModel:
         """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout).

@@ -71,6 +71,15 @@ def build_language_model(
     return language_model.requires_grad_(False).eval()
 
 
+def position_limit(config: LanguageModelConfig) -> int | None:
+    """Return how many positions the language model of a recipe knows, from its configuration alone; None: no limit.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    return build_language_model(config, meta=True).max_positions
+
+
 def _resolve(config: LanguageModelConfig, *, meta: bool) -> Any:
     """What transformers loads from: a name or folder; for a meta build of a known model, its configuration itself."""
     if meta and (known := known_architecture(config.name)):

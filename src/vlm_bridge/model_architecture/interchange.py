@@ -25,11 +25,11 @@ _ORIGINAL_PREFIX = "bridge_module."
 _ORIGINAL_MODULES = {
     "vision_projection": "vision_projection",
     "attention_norm": "ln1",
+    "feed_forward_norm": "ln2",
     "query": "cross_attention.w_q",
     "key": "cross_attention.w_k",
     "value": "cross_attention.w_v",
     "attention_output": "cross_attention.w_o",
-    "feed_forward_norm": "ln2",
     "feed_forward_in": "ffn.0",
     "feed_forward_out": "ffn.3",
 }
@@ -38,7 +38,8 @@ ORIGINAL_NAMES = {
     for ours, theirs in _ORIGINAL_MODULES.items()
     for kind in ("weight", "bias")
 }
-"""Our names of the cross-attention bridge's 18 tensors -> the original project's."""
+"""Our names of the cross-attention bridge's 18 tensors -> the original project's, in its order of parameters."""
+_BRIDGE_LITE = f"{_ORIGINAL_PREFIX}bridge_blocks."
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 _INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
@@ -55,8 +56,14 @@ def from_original(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[
     """Rename the tensors of a `model_state_dict` to ours; no value changes.
 
     Raises:
-        CheckpointError: tensors are missing or unknown (a bridge of several blocks, for example).
+        CheckpointError: tensors are missing or unknown, or it is the later Bridge-Lite.
     """
+    if any(name.startswith(_BRIDGE_LITE) for name in state):
+        raise CheckpointError(
+            f"{where} holds Bridge-Lite, which the original project builds since its commit 2dd2199: its "
+            "self-attention reads the caption tokens behind the one to be predicted, so what it learned in training is "
+            "not there when captioning; train bridge.kind=cross_attention (config/training-default.yaml) instead"
+        )
     if wrong := wrong_names(state, ORIGINAL_NAMES.values()):
         raise CheckpointError(f"{where} is not the original single-block bridge: {shortened(wrong)}")
     return {ours: state[theirs] for ours, theirs in ORIGINAL_NAMES.items()}

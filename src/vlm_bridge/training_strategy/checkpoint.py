@@ -30,9 +30,12 @@ from vlm_bridge.model_architecture.hub import hub_problem
 
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
+ORIGINAL_TRAINING = "original_training"
 FORMAT_VERSION = 2
 """2: a cross_attention bridge at layer 0 changes embeddings before a model scales them; in 1 it did afterwards."""
 _DOS_DIRECTORY = 0x10
+ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict", "scheduler_state_dict")
+"""What is read of the original project's checkpoints beside weights. Its losses count pads: no best one is taken."""
 STEP = "step_{:08d}.pth"
 """Name of a checkpoint that is kept for its step."""
 STEP_PATTERN = "step_*.pth"
@@ -320,8 +323,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         path: the file, or a folder that holds one (the best weights are taken).
 
     Returns:
-        ``format``, ``format_version``, ``weights`` (our names), ``sizes``; ``recipe`` unless the original project wrote it;
-        ``training`` if a run can be continued from it.
+        ``format``, ``format_version``, ``weights`` (our names), ``sizes``; ``recipe`` unless the original project
+        wrote it, whose other entries are in ``original_training`` then; ``training`` if a run can be continued.
 
     Raises:
         CheckpointError: missing, damaged, or none of these.
@@ -335,8 +338,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
         sizes = interchange.original_sizes(weights)
         version = content.get("format_version", 1) if recipe else FORMAT_VERSION
+        entries = {key: content[key] for key in ORIGINAL_ENTRIES if key in content}
         return {
             "format": ORIGINAL_FORMAT, "format_version": version, "weights": weights, "sizes": sizes, **recipe,
+            ORIGINAL_TRAINING: entries,
         }  # fmt: skip
     parts = {"format", "format_version", "recipe", "weights"}
     if not isinstance(content, dict) or not parts <= content.keys() or content["format"] != FORMAT:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlm_bridge.data_pipeline.loader import PackedBatch
+from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages
 from vlm_bridge.evaluation.metrics import regex_tokenize
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
@@ -22,7 +22,7 @@ SHOWN_IMAGES = 8
 """Images of a skipped step that the console names."""
 
 BLIND_VALIDATIONS = 3
-"""Validations in a row with a visual gain below `BLIND_BELOW` that are told: the first ones of a training may be."""
+"""Validations in a row with a visual gain below `BLIND_BELOW` before a warning: the first ones of a training may be."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ class SilentMonitor:
 
 
 class Monitor:
-    """Writes ``log_dir/history.jsonl`` and TensorBoard events; prints through ``say``."""
+    """Writes ``log_dir/history.jsonl`` and TensorBoard events; prints through ``say``.
+
+    TensorBoard's tags are those of the dinov2-gemma system's own code, and others beside them.
+    """
 
     def __init__(self, log_dir: Path, say: Callable[[str], None]):
         from torch.utils.tensorboard import SummaryWriter
@@ -102,7 +105,23 @@ class Monitor:
         self.history = (log_dir / "history.jsonl").open("a", encoding="utf-8")
         self.say = say
         self._blind_validations = 0
+        self._epoch_loss = self._epoch_steps = 0.0
         self.restart_clock()
+
+    def start(self, recipe: str) -> None:
+        """Keep the text of the recipe beside the curves."""
+        self.writer.add_text("training/config", f"```yaml\n{recipe}```", 0)
+
+    def updated(self, loss: float) -> None:
+        """Count the loss of a step that was not skipped into the mean of its epoch."""
+        self._epoch_loss += loss
+        self._epoch_steps += 1
+
+    def epoch(self, epoch: int) -> None:
+        """Write the mean loss of an epoch's steps, and begin another."""
+        if self._epoch_steps:
+            self.writer.add_scalar("epoch/train_loss", self._epoch_loss / self._epoch_steps, epoch)
+        self._epoch_loss = self._epoch_steps = 0.0
 
     def step(self, size: StepSize) -> None:
         """Count one optimiser step of all processes for the throughput of the next `training` line."""
@@ -138,7 +157,7 @@ class Monitor:
         for name, value in (
             ("loss", loss),
             ("learning_rate", learning_rate),
-            ("gradient_norm", gradient_norm),
+            ("grad_norm_before_clip", gradient_norm),
             *of_objective.items(),
         ):
             self.writer.add_scalar(f"train/{name}", value, step)
@@ -162,25 +181,31 @@ class Monitor:
         self.say(f"step {step} skipped: {cause} | images {shown}")
         self._record("skipped", step, cause=cause, images=list(images))
 
-    def validation(self, step: int, epoch: int, result: Validation, *, is_last: bool = False) -> None:
+    def validation(
+        self, step: int, epoch: int, result: Validation, captions: TokenizedImages, *, is_last: bool = False
+    ) -> None:
+        """Log a validation. ``captions``: those of people that it read, whose tokens are counted."""
         self.say(
             f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity {result.perplexity:.2f} | "
             f"visual gain {result.visual_gain:+.3f} nats/token"
         )
         self._blind_validations = self._blind_validations + 1 if result.ignores_images else 0
-        # Once in a row of them; at the end of a training at any rate, however few it had.
-        if self._blind_validations == BLIND_VALIDATIONS or (
-            is_last and 0 < self._blind_validations < BLIND_VALIDATIONS
-        ):
+        if self._blind_validations == BLIND_VALIDATIONS:
             self.say(
-                f"WARNING: the captioner is ignoring the image: after {self._blind_validations} validations in a row "
-                f"its visual gain is {result.visual_gain:+.3f} nats per token, captions come out the same for every "
-                "picture. Train longer, raise learning_rate, or check that captions and pictures belong together "
+                f"WARNING: the captioner is ignoring the image: after {BLIND_VALIDATIONS} validations in a row its "
+                f"visual gain is {result.visual_gain:+.3f} nats per token, captions come out the same for every "
+                "image. Train longer, raise learning_rate, or check that captions and images belong together "
                 "(vlm-data inspect-loader)."
             )
+        elif is_last and 0 < self._blind_validations < BLIND_VALIDATIONS:  # too few to call it a fault
+            self.say(
+                f"after these {step} steps the captioner does not look at its images yet (visual gain "
+                f"{result.visual_gain:+.3f} nats per token): train longer"
+            )
         scalars = {"loss": result.loss, "perplexity": result.perplexity, "visual_gain": result.visual_gain}
-        for name, value in scalars.items():
-            self.writer.add_scalar(f"validation/{name}", value, step)
+        counted = {"avg_sequence_length": captions.mean_length, "token_diversity": captions.token_diversity}
+        for name, value in (scalars | counted).items():
+            self.writer.add_scalar(f"val/{name}", value, step)
         self._record("validation", step, epoch=epoch, **scalars)
 
     def decoded(self, step: int, result: DecodedValidation) -> None:
@@ -188,7 +213,7 @@ class Monitor:
             f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | CIDEr {result.cider:.4f}"
         )
         for name, value in (("bleu4", result.bleu4), ("cider", result.cider)):
-            self.writer.add_scalar(f"validation/{name}", value, step)
+            self.writer.add_scalar(f"val/{name}", value, step)
         self._record("decoded", step, bleu4=result.bleu4, cider=result.cider, num_images=result.num_images)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -197,22 +222,28 @@ class Monitor:
         for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
             caption, reference = sample.caption, sample.references[0]
             self.say(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
-            self.writer.add_image(f"samples/{number}", np.asarray(sample.picture), step, dataformats="HWC")
+            self.writer.add_image(f"val/sample_{number}", np.asarray(sample.picture), step, dataformats="HWC")
             text = f"**{caption}**\n\nreference: {reference}\n\nBLEU-4: {bleu4:.4f}"
-            self.writer.add_text(f"samples/{number}", text, step)
-        scalars = {
-            "mean_length": statistics.mean_length,
-            "token_diversity": statistics.token_diversity,
-            "sample_bleu4": statistics.mean_bleu4,
-        }
+            self.writer.add_text(f"val/sample_{number}", text, step)
+        for name, value in (
+            ("length_avg", statistics.mean_length),
+            ("diversity", statistics.token_diversity),
+            ("bleu_avg", statistics.mean_bleu4),
+        ):
+            self.writer.add_scalar(f"val/sample_{name}", value, step)
         self.say(
             f"  samples: mean length {statistics.mean_length:.1f} tokens | token diversity "
             f"{statistics.token_diversity:.2f} | BLEU-4 {statistics.mean_bleu4:.3f}"
         )
-        for name, value in scalars.items():
-            self.writer.add_scalar(f"validation/{name}", value, step)
         captions = [[sample.caption, sample.references[0]] for sample in samples]
-        self._record("samples", step, captions=captions, **scalars)
+        self._record(
+            "samples",
+            step,
+            captions=captions,
+            mean_length=statistics.mean_length,
+            token_diversity=statistics.token_diversity,
+            sample_bleu4=statistics.mean_bleu4,
+        )
 
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
@@ -228,6 +259,8 @@ class Monitor:
             "tokens": self._window_tokens,
             "positions": self._window_positions,
             "blind_validations": self._blind_validations,
+            "epoch_loss": self._epoch_loss,
+            "epoch_steps": self._epoch_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
@@ -237,6 +270,8 @@ class Monitor:
         self._window_tokens = int(state["tokens"])
         self._window_positions = int(state["positions"])
         self._blind_validations = int(state["blind_validations"])
+        self._epoch_loss = state.get("epoch_loss", 0.0)  # checkpoints from before it was kept have none
+        self._epoch_steps = state.get("epoch_steps", 0.0)
 
     def close(self) -> None:
         self.writer.close()

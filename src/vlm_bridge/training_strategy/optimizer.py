@@ -35,4 +35,4 @@ def gradient_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScale
 
     It does nothing for bfloat16, which has the exponents of float32.
     """
-    return torch.amp.GradScaler(device.type, enabled=recipe.use_amp and recipe.amp_dtype == "float16")  # type: ignore[attr-defined]
+    return torch.amp.GradScaler(device.type, enabled=recipe.autocast_dtype == "float16")  # type: ignore[attr-defined]

@@ -66,6 +66,7 @@ def suggestions(recipe: Recipe, device: torch.device) -> list[str]:
     candidates: list[tuple[bool, str, object]] = [
         (not recipe.gradient_checkpointing, "gradient_checkpointing", True),
         (not recipe.use_amp, "use_amp", True),
+        (recipe.use_amp and recipe.amp_dtype == "float32", "amp_dtype", "bfloat16"),
         (frozen and recipe.language_model.dtype == "float32", "language_model.dtype", "bfloat16"),
         (recipe.max_caption_tokens > 1, "max_caption_tokens", recipe.max_caption_tokens // 2),
         (

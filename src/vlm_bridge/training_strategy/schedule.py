@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 
 
+def warmup_within(warmup_steps: int, total_steps: int) -> int:
+    """Steps of warm-up in a training: as asked, but at most a tenth of it, or a short one would end in its warm-up."""
+    return min(warmup_steps, total_steps // 10)
+
+
 def learning_rate_at(
     step: int, *, total_steps: int, warmup_steps: int, learning_rate: float, min_lr: float, kind: str
 ) -> float:

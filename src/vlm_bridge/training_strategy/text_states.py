@@ -184,12 +184,12 @@ def split_text_states(
             "text_state_cache=false"
         )
     _check_starting_from_states(model, data, autocast)
-    dtype = getattr(torch, recipe.amp_dtype) if recipe.use_amp else language_model.dtype
+    dtype = getattr(torch, recipe.autocast_dtype) if recipe.autocast_dtype else language_model.dtype
     key = cache_key(
         LAYOUT,
         language_model_fingerprint(language_model),
         str(layer),
-        f"{dtype} {recipe.use_amp}",
+        f"{dtype} {recipe.autocast_dtype is not None}",
         data.digest(),
     )
     root = Path(recipe.data_dir) / ".features" if recipe.feature_cache == "off" else cache_root(recipe)

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from vlm_bridge import runtime
-from vlm_bridge.configuration import DecodeSettings, Recipe
+from vlm_bridge.configuration import DecodeSettings, Recipe, published_recipe
 from vlm_bridge.data_pipeline import feature_cache
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.data_folder import open_data_folder
@@ -37,7 +37,8 @@ from vlm_bridge.model_architecture.loss import logits_dtype
 from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
+from vlm_bridge.training_strategy import original_run
+from vlm_bridge.training_strategy.changes import dataset_facts
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation, decode_and_score
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
@@ -49,8 +50,9 @@ from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor,
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
 from vlm_bridge.training_strategy.out_of_memory import is_out_of_memory, memory_explained
 from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
+from vlm_bridge.training_strategy.preflight import check_folders, check_positions, check_resume
 from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
-from vlm_bridge.training_strategy.schedule import learning_rate_at
+from vlm_bridge.training_strategy.schedule import learning_rate_at, warmup_within
 from vlm_bridge.training_strategy.self_critical import ImageBatch, SelfCritical, load_images
 from vlm_bridge.training_strategy.text_states import split_text_states
 from vlm_bridge.training_strategy.validation import (
@@ -102,6 +104,15 @@ class Progress:
     """A signal broke off what a recipe decodes by steps, behind the last step."""
 
 
+class Found(NamedTuple):
+    """A checkpoint to continue: its content, and what has changed since (`check_resume`)."""
+
+    path: Path
+    content: dict[str, Any]
+    changes: list[str]
+    is_other_data: bool
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """What a run ended with.
@@ -145,16 +156,24 @@ def train(
         Interrupted: a signal came; the state was saved first.
     """
     with joined(recipe.device) as world, memory_explained(recipe, world.device):
-        return Trainer(recipe, say, world).run(resume, initial_weights, force=force)
+        return Trainer(recipe, say, world, resume=resume, force=force).run(initial_weights)
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, say: Say, world: World | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        say: Say,
+        world: World | None = None,
+        *,
+        resume: str | Path | None = None,
+        force: bool = False,
+    ):
         self.recipe = recipe
         self.world = world = world or World(runtime.resolve_device(recipe.device))
         self.say = say = say if world.is_first else _say_nothing
         self.device = world.device
-        if recipe.use_amp and recipe.amp_dtype == "float16" and self.device.type != "cuda":
+        if recipe.autocast_dtype == "float16" and self.device.type != "cuda":
             raise ConfigurationError(
                 "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
             )
@@ -163,12 +182,16 @@ class Trainer:
         self.where = str(self.device)
         if self.device.type == "cpu":
             self.where += f" ({runtime.set_threads()} threads)"
-            if recipe.use_amp and runtime.cpu_has_bfloat16() is False:
+            if recipe.autocast_dtype and runtime.cpu_has_bfloat16() is False:
                 say("this processor emulates bfloat16: use_amp=false is quicker here")
         if world.size > 1:
             self.where += f", {world.size} processes"
         world.check_same({key: value for key, value in recipe.to_dict().items() if key not in PLACES})
         self.folder = open_data_folder(recipe.data_dir, say)
+        self.checkpoint_dir = Path(recipe.checkpoint_dir)
+        self.found = self._find(resume, force=force)
+        world.from_first(lambda: check_folders(recipe))
+        check_positions(recipe)
 
         self.model = build_captioner(recipe).to(self.device)  # type: ignore[arg-type]
         language_model: LanguageModel = self.model.language_model
@@ -212,6 +235,12 @@ class Trainer:
         data = self.train_data
         self.plan = epoch_plan(recipe, data.captions_per_image, data.caption_lengths, train_images.shards)
         self.total_steps = count_steps(recipe, self.plan)
+        self.warmup_steps = warmup_within(recipe.warmup_steps, self.total_steps)
+        if self.warmup_steps < recipe.warmup_steps:
+            say(
+                f"warm-up takes {self.warmup_steps} steps, a tenth of {self.total_steps}, and not "
+                f"warmup_steps={recipe.warmup_steps}"
+            )
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.relative_learning_rates = adamw(
@@ -228,29 +257,17 @@ class Trainer:
         self.last_validation: Validation | None = None
         self.last_decoded: DecodedValidation | None = None
         self.decoded_at_step = 0
-        self.checkpoint_dir = Path(recipe.checkpoint_dir)
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
         self.latest_holds: Progress | None = None
 
-    def run(
-        self,
-        resume: str | Path | None = None,
-        initial_weights: Mapping[str, torch.Tensor] | None = None,
-        *,
-        force: bool = False,
-    ) -> TrainingResult:
+    def run(self, initial_weights: Mapping[str, torch.Tensor] | None = None) -> TrainingResult:
         started = time.perf_counter()
         recipe = self.recipe
         running: Mapping[str, Any] = {}
-        resume = self.world.from_first(lambda: resume)
-        found = self._find(resume) if resume is not None else None
-        if resume is None and (self.checkpoint_dir / checkpoints.LATEST).is_file():
-            self.say(
-                f"{self.checkpoint_dir} holds an earlier run; its checkpoints will be replaced (--resume continues it)"
-            )
-        if found is not None:
-            running = self._resume(*found, force=force)
+        if self.found is not None:
+            running = self._resume(self.found)
+            self.found = None  # its tensors are in the model and the optimizer now
         else:
             seed_all(recipe.seed)  # of dropout
             if recipe.start_from is not None:
@@ -274,6 +291,7 @@ class Trainer:
             f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.where}"
         )
         self.monitor = Monitor(Path(recipe.log_dir), self.say) if self.world.is_first else SilentMonitor()
+        self.monitor.start(recipe.to_yaml())
         self._continue_running_means(running)
         if self.world.is_first:
             checkpoints.discard_unfinished(self.checkpoint_dir)
@@ -446,7 +464,11 @@ class Trainer:
 
     def _read_health(self, *, wait: bool) -> list[int]:
         """Tell and count the steps that are found to have been skipped; return them."""
-        skipped = [watched for watched in self.guard.read(wait=wait) if watched.was_skipped]
+        arrived = self.guard.read(wait=wait)
+        for watched in arrived:
+            if not watched.was_skipped:
+                self.monitor.updated(watched.loss)
+        skipped = [watched for watched in arrived if watched.was_skipped]
         self.progress.skipped_steps += len(skipped)
         for watched in skipped:
             batches = self.plan.batches(watched.epoch)
@@ -520,6 +542,8 @@ class Trainer:
     def _finish_epoch(self) -> bool:
         """Validate, sample and save as the recipe asks; True when training should stop early."""
         recipe, progress = self.recipe, self.progress
+        self._read_health(wait=True)
+        self.monitor.epoch(progress.epoch)
         progress.epoch += 1
         progress.step_in_epoch = 0
         is_last = progress.step >= self.total_steps
@@ -531,7 +555,7 @@ class Trainer:
                     self.model, self.val_data, self.val_features, autocast=self._autocast, world=self.world
                 )
             self.last_validation = result
-            self.monitor.validation(progress.step, progress.epoch - 1, result, is_last=is_last)
+            self.monitor.validation(progress.step, progress.epoch - 1, result, self.val_data, is_last=is_last)
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
             progress.best_loss = min(progress.best_loss, result.loss)
             watched = result.loss
@@ -574,7 +598,7 @@ class Trainer:
         return learning_rate_at(
             self.progress.step,
             total_steps=self.total_steps,
-            warmup_steps=recipe.warmup_steps,
+            warmup_steps=self.warmup_steps,
             learning_rate=recipe.learning_rate,
             min_lr=recipe.min_lr,
             kind=recipe.scheduler_type if recipe.use_scheduler else "constant",
@@ -585,7 +609,7 @@ class Trainer:
         return self.average.in_model() if self.average is not None else nullcontext()
 
     def _autocast(self) -> Any:
-        return runtime.autocast(self.device, self.recipe.amp_dtype if self.recipe.use_amp else None)
+        return runtime.autocast(self.device, self.recipe.autocast_dtype)
 
     def _head_dtype(self) -> torch.dtype:
         """What the head of the language model computes in."""
@@ -715,43 +739,65 @@ class Trainer:
     def _start_from(self, path: str | Path) -> None:
         """Take the weights of another run, and nothing else of it."""
         content = self.world.from_first(lambda: checkpoints.load_checkpoint(path))
-        checkpoints.check_architecture(content, self.recipe, path)
         checkpoints.restore(self.model, content, path)
         self.say(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
 
-    def _find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to continue and its content; None where `auto` finds nothing."""
-        if str(resume) != AUTO:
-            return self.world.from_first(lambda: find_run(resume, self.say))
-        found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_dir, self.say))
-        if found is None:
-            self.say(f"no checkpoint to resume from in {self.checkpoint_dir}: training starts anew")
-        return found
+    def _find(self, resume: str | Path | None, *, force: bool) -> Found | None:
+        """The checkpoint to continue, which this training can; None for a new run."""
+        resume = self.world.from_first(lambda: resume)
+        if resume is None:
+            if (self.checkpoint_dir / checkpoints.LATEST).is_file():
+                self.say(
+                    f"{self.checkpoint_dir} holds an earlier run; its checkpoints will be replaced "
+                    "(--resume continues it)"
+                )
+            if (start := self.recipe.start_from) is not None:
+                content = self.world.from_first(lambda: checkpoints.load_checkpoint(start))
+                checkpoints.check_architecture(content, self.recipe, start)
+            return None
+        if str(resume) == AUTO:
+            found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_dir, self.say))
+            if found is None:
+                self.say(f"no checkpoint to resume from in {self.checkpoint_dir}: training starts anew")
+                return None
+        else:
+            found = self.world.from_first(lambda: find_run(resume, self.say))
+        path, content = found
+        changes, other_data = check_resume(content, path, self.recipe, self.folder.manifest, force=force)
+        return Found(path, content, changes, other_data)
 
-    def _resume(self, path: Path, content: dict[str, Any], *, force: bool) -> Mapping[str, Any]:
-        """Take over the state of another run; returns its running means."""
-        checkpoints.check_architecture(content, self.recipe, path)
-        training = content.get("training")
-        if training is None and content["format"] == checkpoints.ORIGINAL_FORMAT:
-            checkpoints.restore(self.model, content, path)
-            seed_all(self.recipe.seed)  # of dropout
+    def _resume_original(self, path: Path, content: dict[str, Any]) -> None:
+        """Take over the bridge of a run of the original project, its moments and its place where they fit."""
+        training = content[checkpoints.ORIGINAL_TRAINING]
+        checkpoints.restore(self.model, content, path)
+        seed_all(self.recipe.seed)  # of dropout
+        place, progress = original_run.position(training), self.progress
+        progress.epoch = min(place.epochs, self.recipe.num_epochs)
+        groups = [
+            -(-self.plan.num_batches(epoch) // self.recipe.gradient_accumulation_steps)
+            for epoch in range(progress.epoch)
+        ]
+        progress.step = min(sum(groups), self.total_steps)
+        moments = (
+            "its optimizer" if original_run.take_moments(self.optimizer, training) else "a new optimizer"
+        )
+        self.say(
+            f"resumed {path} of the original project at epoch {progress.epoch + 1}, step {progress.step} of "
+            f"{self.total_steps}, with {moments}; its best loss is not taken, for it counts pads"
+        )
+        if place.step is not None and (place.step, place.total_steps) != (progress.step, self.total_steps):
             self.say(
-                f"took the bridge of {path}, written by the original project; training starts at step 0, for its "
-                "losses counted pads and its data were in another order"
+                f"its schedule stood at step {place.step} of {place.total_steps}: its data or settings are others, "
+                "and the learning rate is this recipe's for the same epoch"
             )
+
+    def _resume(self, found: Found) -> Mapping[str, Any]:
+        """Take over the state of another run; returns its running means."""
+        path, content = found.path, found.content
+        if checkpoints.ORIGINAL_TRAINING in content:
+            self._resume_original(path, content)
             return {}
-        if training is None:
-            raise CheckpointError(
-                f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}"
-            )
-        before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
-        other_data = dataset_changes(before, dataset_facts(self.folder.manifest))
-        changes = other_data + recipe_changes(checkpoints.recipe_of(content, path), self.recipe)
-        if changes and not force:
-            raise CheckpointError(
-                f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what it was, or "
-                "continue all the same with --force)"
-            )
+        training = content["training"]
         if _names_by_group(training["optimizer"]) not in (None, _names_by_group(self.optimizer.state_dict())):
             raise CheckpointError(
                 f"{path} has its optimiser's state for other groups of parameters: keep the patterns under trainable "
@@ -770,7 +816,7 @@ class Trainer:
         if path.resolve() == (self.checkpoint_dir / checkpoints.LATEST).resolve():
             self.latest_holds = replace(self.progress)
         self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
-        self._tell_changes(content, changes, bool(other_data))
+        self._tell_changes(content, found.changes, found.is_other_data)
         return training.get("running", {})
 
     def _tell_changes(self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool) -> None:
@@ -848,7 +894,12 @@ def find_run(path: str | Path, say: Say) -> tuple[Path, dict[str, Any]]:
     return path, checkpoints.load_checkpoint(path)
 
 
-def resumed_recipe(path: str | Path) -> Recipe:
-    """The recipe of the run that ``path`` continues."""
+def resumed_recipe(path: str | Path, say: Say = print) -> Recipe:
+    """The recipe of the run that ``path`` continues; of the original project's, its settings over training-default."""
     _, content = find_run(path, _say_nothing)
-    return replace(checkpoints.recipe_of(content, path), resume_from_checkpoint=str(path))
+    if "recipe" not in content and checkpoints.ORIGINAL_TRAINING in content:
+        settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
+        recipe = published_recipe(settings, str(path), say)
+    else:
+        recipe = checkpoints.recipe_of(content, path)
+    return replace(recipe, resume_from_checkpoint=str(path))
