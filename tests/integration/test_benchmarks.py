@@ -207,3 +207,14 @@ def test_gpu_script_refuses_what_it_does_not_know(repository: Path) -> None:
     )
     assert done.returncode == 2
     assert "unknown option --fast" in done.stderr
+
+
+def test_our_first_losses_are_those_of_the_published_formula(repository: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.published_losses", "--tiny", "--steps", "6"],
+        cwd=repository, env=os.environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    *rows, last = result.stdout.splitlines()[1:]
+    assert len(rows) == 6
+    assert float(last.split("difference ")[1].split()[0]) < 1e-5
