@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,24 +36,16 @@ def png(picture: Image.Image) -> bytes:
 @contextlib.contextmanager
 def served(service: CaptionService, **options) -> Iterator[str]:
     """Serve the page of a service; gives its address."""
-    from vlm_bridge.captioning.demo import build_app, listen, server
+    from vlm_bridge.captioning.demo import Demo
 
-    with listen("127.0.0.1", 0) as listening:
-        web = server(build_app(service, **options))
-        thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        while not web.started:
-            assert thread.is_alive(), "the server ended"
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            web.should_exit = True
-            thread.join(20)
+    demo = Demo(service, **options)
+    try:
+        yield demo.address
+    finally:
+        demo.close()
 
 
 if __name__ == "__main__":  # python demo_server.py VISION_ENCODER LANGUAGE_MODEL: says its address and serves
-    from vlm_bridge.captioning.demo import build_app, serve
+    from vlm_bridge.captioning.demo import Demo, serve
 
-    app = build_app(tiny_service(*map(Path, sys.argv[1:])))
-    serve(app, "127.0.0.1", 0, say=lambda line: print(line, flush=True))
+    serve(Demo(tiny_service(*map(Path, sys.argv[1:]))), say=lambda line: print(line, flush=True))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,15 +22,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
-import uvicorn
-from fastapi import FastAPI
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 from PIL import Image, ImageOps
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.middleware import Middleware
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
+from vlm_bridge.captioning.guard import Guard, close_idle
 from vlm_bridge.captioning.live_run import read_live_run, to_html
 from vlm_bridge.captioning.service import (
     LONGEST,
@@ -36,7 +42,6 @@ from vlm_bridge.captioning.service import (
     CaptionService,
     Request,
     UploadError,
-    too_large,
 )
 from vlm_bridge.errors import UsageError, VLMBridgeError
 
@@ -44,16 +49,7 @@ THUMBNAIL = 480
 REFRESH_SECONDS = 5
 FORGET_SECONDS = 3600
 """Uploads are deleted after this long."""
-FORM_ALLOWANCE = 64 * 1024
-"""Bytes of a multipart request around the picture."""
 QUEUE_SIZE = 100
-CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
-)
-"""The browser itself then refuses whatever the page might fetch from another host."""
-
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 CSS = """
 .gradio-container { --soft: #66707b; --line: #dde1e6;
@@ -89,55 +85,97 @@ LEGEND = (
 Examples = Sequence[tuple[str, Image.Image]]
 
 
-def build_app(
-    service: CaptionService, *, run: Path | None = None, any_run: bool = False, examples: Examples = ()
-) -> FastAPI:
-    """The page at `/` and the endpoint at `/api/caption`, with one worker on the model for both.
+class Demo:
+    """The page at `/` and the endpoint at `/api/caption`, served by threads of their own until closed.
+
+    One worker is on the model for both. Gradio launches the page itself: files that clients name are then read from
+    where their uploads are kept and from nowhere else. `Guard` stands before it.
 
     Args:
+        host: address to listen on.
+        port: 0 takes a free one.
         run: the training run that the page's second tab shows.
-        any_run: let visitors name another folder of this machine.
-        examples: (name, picture) that a visitor may caption with a click.
+        examples: (name, image) that a visitor may caption with a click.
+
+    Raises:
+        UsageError: the address cannot be had.
     """
-    app = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None
-    )  # its own pages load scripts from elsewhere
 
-    @app.middleware("http")
-    async def stay_here(request: HTTPRequest, call_next: Callable[..., Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
+    def __init__(
+        self,
+        service: CaptionService,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        run: Path | None = None,
+        examples: Examples = (),
+    ):
+        self.service = service
+        self._uploads = tempfile.TemporaryDirectory(prefix="vlm-bridge-demo-")
+        os.environ["GRADIO_TEMP_DIR"] = self._uploads.name
+        active: Counter[Any] = Counter()
 
-    @app.post("/api/caption")
-    async def caption(request: HTTPRequest) -> JSONResponse:
+        @asynccontextmanager
+        async def lifespan(_: object) -> AsyncIterator[None]:
+            sweeping = asyncio.create_task(close_idle(active, self._connections))
+            yield
+            sweeping.cancel()
+
+        self.page = build_page(service, Path(self._uploads.name), run=run, examples=examples)
+        self.page.queue(default_concurrency_limit=1, max_size=QUEUE_SIZE, api_open=False)
+        port = port or free_port(host)
         try:
-            answer = await _answer_form(service, request)
+            self.page.launch(
+                server_name=host,
+                server_port=port,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                inbrowser=False,
+                max_file_size=MAX_UPLOAD,
+                ssr_mode=False,
+                footer_links=["settings"],  # light or dark
+                theme=theme(),
+                css=CSS,
+                app_kwargs={
+                    "lifespan": lifespan,
+                    "middleware": [
+                        Middleware(Guard, host=host, uploads=Path(self._uploads.name), active=active)
+                    ],
+                    "routes": [Route("/api/caption", self._caption, methods=["POST"])],
+                    # Its own pages load scripts from elsewhere.
+                    "docs_url": None, "redoc_url": None, "openapi_url": None,
+                },
+            )  # fmt: skip
+        except (OSError, RuntimeError) as error:
+            self._uploads.cleanup()
+            raise UsageError(
+                f"cannot serve on {host}:{port}: {error}; give another --port or --host"
+            ) from error
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def close(self) -> None:
+        """Stop serving, within seconds whatever is being computed, and delete what clients sent."""
+        self.page.close(verbose=False)
+        self._uploads.cleanup()
+
+    def _connections(self) -> Iterable[Any]:
+        return list(self.page.server.server_state.connections)
+
+    async def _caption(self, request: HTTPRequest) -> JSONResponse:
+        try:
+            answer = await _answer_form(self.service, request)
         except VLMBridgeError as error:
             status = error.status if isinstance(error, UploadError) else 422
             return JSONResponse({"error": str(error)}, status_code=status)
         return JSONResponse(answer.to_json())
 
-    page = build_page(service, run=run, any_run=any_run, examples=examples)
-    page.queue(default_concurrency_limit=1, max_size=QUEUE_SIZE, api_open=False)
-    return gr.mount_gradio_app(
-        app,
-        page,
-        "/",
-        max_file_size=MAX_UPLOAD,
-        ssr_mode=False,
-        footer_links=["settings"],  # light or dark
-        theme=gr.themes.Default(  # type: ignore[reportPrivateImportUsage]
-            font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]
-        ).set(
-            # Gradio's own greys are too pale to be read on white (WCAG asks for a contrast of 4.5).
-            block_info_text_color="*neutral_500",
-            block_info_text_color_dark="*neutral_400",
-        ),
-        css=CSS,
-    )
+
+def theme() -> gr.themes.Base:  # type: ignore[reportPrivateImportUsage]
+    """Gradio's own with the system's fonts, and greys that can be read on white (WCAG asks for a contrast of 4.5)."""
+    fonts = {"font": SYSTEM_FONTS, "font_mono": ["ui-monospace", "monospace"]}
+    plain = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
+    return plain.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
 
 
 async def _answer_form(service: CaptionService, request: HTTPRequest) -> Answer:
@@ -145,8 +183,6 @@ async def _answer_form(service: CaptionService, request: HTTPRequest) -> Answer:
     length = request.headers.get("content-length", "")
     if not length.isdigit():
         raise UploadError("send a Content-Length: the size of a picture is checked before it is read", 411)
-    if int(length) > MAX_UPLOAD + FORM_ALLOWANCE:
-        raise too_large("the upload", int(length))
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise UploadError("send multipart/form-data with the picture as the file `image`", 415)
     async with request.form(max_files=1, max_fields=10) as form:
@@ -159,8 +195,10 @@ async def _answer_form(service: CaptionService, request: HTTPRequest) -> Answer:
         return await run_in_threadpool(service.answer, content, upload.filename or "the upload", chosen)
 
 
-def build_page(service: CaptionService, *, run: Path | None, any_run: bool, examples: Examples) -> gr.Blocks:
-    """The page alone, for `build_app` to mount."""
+def build_page(
+    service: CaptionService, uploads: Path, *, run: Path | None = None, examples: Examples = ()
+) -> gr.Blocks:
+    """The page alone, for `Demo` to serve; images are read from the folder ``uploads`` and from nowhere else."""
     start = service.default_request
     with gr.Blocks(
         title="vlm-bridge", analytics_enabled=False, delete_cache=(FORGET_SECONDS, FORGET_SECONDS)
@@ -216,7 +254,7 @@ def build_page(service: CaptionService, *, run: Path | None, any_run: bool, exam
             controls = [pictures, beams, temperature, length_penalty, longest, alternatives]
 
             def respond(chosen: Any, *settings: float) -> Iterator[str]:
-                yield from caption_all(service, chosen, *settings)
+                yield from caption_all(service, uploads, chosen, *settings)
 
             def take(event: gr.SelectData) -> list[Image.Image]:
                 return [examples[event.index][1]]
@@ -232,18 +270,11 @@ def build_page(service: CaptionService, *, run: Path | None, any_run: bool, exam
                     api_visibility="private",
                 )
         with gr.Tab("Training"):
-            folder = gr.Textbox(
-                str(run or ""), label="Folder of a training run", visible=any_run, elem_id="run-folder"
-            )
             live = gr.HTML(elem_id="live")
-
-            def refresh(named: str) -> str:
-                return live_html(Path(named) if any_run and named else run)
-
             gr.on(
-                [page.load, gr.Timer(REFRESH_SECONDS).tick, folder.submit],
-                refresh,
-                folder,
+                [page.load, gr.Timer(REFRESH_SECONDS).tick],
+                lambda: live_html(run),
+                None,
                 live,
                 show_progress="hidden",
                 api_visibility="private",
@@ -253,6 +284,7 @@ def build_page(service: CaptionService, *, run: Path | None, any_run: bool, exam
 
 def caption_all(
     service: CaptionService,
+    uploads: Path,
     chosen: Sequence[tuple[str, Any]] | None,
     beams: float,
     temperature: float,
@@ -260,7 +292,7 @@ def caption_all(
     longest: float,
     alternatives: float,
 ) -> Iterator[str]:
-    """The page's answers to the chosen pictures, (path, ...) each: again after every picture, one card longer."""
+    """The page's answers to the chosen images, (path, ...) each: again after every image, one card longer."""
     if not chosen:
         yield _error_card("no picture: drop one into the box above, or paste it")
         return
@@ -268,10 +300,23 @@ def caption_all(
     for path, *_ in chosen:
         try:
             request = Request(int(beams), temperature, length_penalty, int(longest), int(alternatives))
-            cards.append(_card(service.answer(Path(path), Path(path).name, request, overlays=True)))
+            file = uploaded(path, uploads)
+            cards.append(_card(service.answer(file, file.name, request, overlays=True)))
         except VLMBridgeError as error:
             cards.append(_error_card(str(error)))
         yield "".join(cards) + f'<p class="vb-note"><small>{LEGEND}</small></p>'
+
+
+def uploaded(path: Any, uploads: Path) -> Path:
+    """Return the file of a client's upload.
+
+    Raises:
+        UploadError: it is no regular file in the folder of uploads.
+    """
+    file = Path(path).resolve() if isinstance(path, str) else Path()
+    if not file.is_relative_to(uploads.resolve()) or not file.is_file():
+        raise UploadError("this is no image that was uploaded here: send it again", 422)
+    return file
 
 
 def live_html(run: Path | None) -> str:
@@ -284,35 +329,27 @@ def live_html(run: Path | None) -> str:
         return _error_card(str(error))
 
 
-def serve(app: FastAPI, host: str, port: int, *, say: Callable[[str], None]) -> None:
-    """Serve until interrupted.
-
-    Raises:
-        UsageError: the address cannot be had.
-    """
-    with listen(host, port) as listening:
-        say(f"serving on http://{host}:{listening.getsockname()[1]} (Ctrl-C stops)")
-        server(app).run(sockets=[listening])
-
-
-def server(app: FastAPI) -> uvicorn.Server:
-    """The server of an app, to run on sockets that listen already."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; port 0 takes a free one."""
+def serve(demo: Demo, *, say: Callable[[str], None]) -> None:
+    """Serve until interrupted; then end within seconds, whatever a request is computing."""
+    say(f"serving on {demo.address} (Ctrl-C stops)")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        demo.close()
+        say("stopped")
+        sys.stdout.flush()
+        os._exit(130)  # a thread on the model would keep the process until its caption is done
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on. Raises UsageError where the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return probe.getsockname()[1]
     except OSError as error:
-        raise UsageError(
-            f"cannot serve on {host}:{port}: {error.strerror or error}; give another --port or --host"
-        ) from error
-    return listening
+        raise UsageError(f"cannot serve on {host}: {error.strerror or error}; give another --host") from error
 
 
 def _card(answer: Answer) -> str:

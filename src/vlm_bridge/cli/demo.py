@@ -10,8 +10,6 @@ import typer
 from vlm_bridge import __version__
 from vlm_bridge.errors import UsageError
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def demo(
     checkpoint: Path = typer.Option(
@@ -30,7 +28,7 @@ def demo(
     from vlm_bridge.cli.loading import without_garbage_collection
 
     with without_garbage_collection():
-        from vlm_bridge.captioning.demo import build_app, serve
+        from vlm_bridge.captioning.demo import Demo, serve
         from vlm_bridge.captioning.pipeline import Captioner
         from vlm_bridge.captioning.service import CaptionService
         from vlm_bridge.cli.quiet import quiet_transformers
@@ -40,6 +38,4 @@ def demo(
         captioner = Captioner.from_pretrained(checkpoint, device)
     name = str(checkpoint) if checkpoint is not None else f"bundled with vlm-bridge {__version__}"
     service = CaptionService(captioner, name)
-    # A stranger on the network may watch the run that was named, and read no other folder.
-    app = build_app(service, run=run, any_run=host in LOOPBACK, examples=real_photographs())
-    serve(app, host, port, say=typer.echo)
+    serve(Demo(service, host, port, run=run, examples=real_photographs()), say=typer.echo)
