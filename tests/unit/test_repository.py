@@ -66,7 +66,9 @@ def test_other_packages_are_used_by_their_public_names() -> None:
             if isinstance(node, ast.FunctionDef) and node.name == "_take_apart"
             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
         }
-        found = {name for line, name in private_names(tree) if line not in allowed} - {"_exit"}  # os's is public
+        found = {name for line, name in private_names(tree) if line not in allowed} - {
+            "_exit"
+        }  # os's is public
         assert not found, f"{path.name}: {sorted(found)}"
 
 

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vlm_bridge.data_pipeline.image_structure import (
+    ORIENTATION,
+    Essentials,
+    StructureError,
+    essentials,
+    exif_orientation,
+    kind_of,
+)
 from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
 from vlm_bridge.errors import DataError, ImageError
 
 MAX_PIXELS = 51_000_000
-"""A larger picture is refused from its header, before anything is decoded: 50-megapixel phones (8192 x 6144) fit. A few
-kilobytes can be that many pixels, and decoding them takes seconds and, as WebP, 0.8 GB."""
+"""A larger image is refused from its header, before anything is decoded: 50-megapixel phones (8192 x 6144) fit. A few
+kilobytes can be that many pixels, and decoding them takes seconds and, as WebP, 0.8 GB. `LIMITS` can raise it."""
+
+MAX_JPEG_PIXELS = 178_000_000
+"""A JPEG is read up to here: one above `MAX_PIXELS` at a half, a quarter or an eighth of its size, which costs little."""
+
+MAX_SIDE = 65_535
+"""Pixels; JPEG's own limit. Every row costs memory of its own, however short it is."""
 
 MAX_FILE_BYTES = 300_000_000
 """Of a file: what `MAX_PIXELS` take uncompressed, at six bytes a pixel."""
@@ -25,17 +40,21 @@ MAX_SCAN_PIXELS = 1_500_000_000
 """Pixels of a progressive JPEG times its scans, ten or so by any usual encoder. A scan of nothing takes a hundred bytes
 of the file and a pass over all pixels."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF", "JPEG2000")
 """What is decoded. Pillow knows some forty formats more, down to PostScript, for which it starts another program."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif",
+        ".tiff", ".webp",
+    }
+)  # fmt: skip
 
 # MAX_PIXELS is checked as soon as the header is read: Pillow's warning, below it, only adds noise, and so do the
 # thousands that a file of odd metadata gives. Appended, so that a filter which the program set itself comes first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
-_EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,64 +69,66 @@ _BAND_PIXELS = 1 << 20
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
+@dataclass
+class Limits:
+    """What a user may raise (`--max-pixels`): pixels of an image, 0 for none."""
+
+    max_pixels: int = MAX_PIXELS
+
+
+LIMITS = Limits()
+"""Those of this process."""
+
+
 @dataclass(frozen=True)
 class DecodedImage:
-    """A picture and whether its file already was what training reads (an upright RGB JPEG)."""
+    """An image and whether its file already was what training reads (an upright RGB JPEG)."""
 
     image: Image.Image
     is_plain_jpeg: bool
 
 
 def open_image(path: str | PictureFile) -> Image.Image:
-    """Return the picture at ``path`` (a file, or a place in a tar), upright and RGB (8 bits a channel).
+    """Return the image at ``path`` (a file, or a place in a tar), upright and RGB (8 bits a channel).
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit greyscale is scaled to 8 bits, CMYK is
-    converted, and an animation gives its first frame.
+    EXIF rotation is applied, transparency is laid on white, 16-bit grayscale is scaled to 8 bits, CMYK is
+    converted, an animation gives its first frame, and a JPEG of more than `MAX_PIXELS` is read smaller.
 
     Raises:
-        ImageError: missing, empty, truncated, not a picture, or larger than ``MAX_PIXELS``.
+        ImageError: missing, empty, truncated, no image, or beyond a limit of this module.
     """
     return decode_image(path).image
 
 
 def decode_image(picture: str | PictureFile | bytes) -> DecodedImage:
     """As :func:`open_image`, also of a file's bytes; also says whether the file could be used as it is."""
-    try:
-        with _open_header(picture) as opened:
-            opened.load()
-            is_upright = _UPRIGHT.get(_orientation(opened)) is None
-            is_plain_jpeg = opened.format == "JPEG" and opened.mode == "RGB" and is_upright
-            image = upright_rgb(opened)
-    except ImageError:
-        raise
-    except Exception as error:
-        # Pillow's decoders meet damaged bytes with almost any exception (OSError, SyntaxError, ValueError,
-        # struct.error, ...); one damaged file must never end a run over thousands.
-        raise ImageError(_name(picture), _one_line(error)) from error
-    return DecodedImage(image, is_plain_jpeg)
+    with _opened(picture) as (opened, parts):
+        is_smaller = _shrink_while_read(opened)
+        opened.load()
+        turn = _UPRIGHT.get(parts.orientation)
+        is_plain = parts.is_plain and opened.format == "JPEG" and opened.mode == "RGB"
+        rgb = _to_rgb(opened)
+        image = rgb if turn is None else rgb.transpose(turn)
+    return DecodedImage(image, is_plain and turn is None and not is_smaller)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture that somebody else opened, as :func:`open_image` gives it; Pillow's errors for damaged pixels."""
+    """An image that somebody else opened, as :func:`open_image` gives it; Pillow's errors for damaged pixels."""
     image.load()  # which turns a TIFF, and with it takes away what says so
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = _UPRIGHT.get(_orientation_of(image))
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_image(path: str | PictureFile) -> None:
     """Raise ImageError where :func:`open_image` would. A JPEG is read whole, but at an eighth of its size: quicker."""
-    try:
-        with _open_header(path) as opened:
-            if opened.format == "JPEG":
-                opened.draft(opened.mode, (opened.width // 8, opened.height // 8))
-                opened.load()
-                return
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(str(path), _one_line(error)) from error
-    decode_image(path)
+    with _opened(path) as (opened, _):
+        if opened.format == "JPEG":
+            opened.draft(opened.mode, (opened.width // 8, opened.height // 8))
+            opened.load()
+        else:
+            opened.load()
+            _to_rgb(opened)
 
 
 def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
@@ -118,16 +139,10 @@ def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
     Raises:
         ImageError: as :func:`open_image`, as far as the header tells.
     """
-    try:
-        with _open_header(picture) as opened:
-            width, height = opened.size
-            # Orientations 5 to 8 turn the picture by a quarter.
-            sideways = _orientation(opened) in (5, 6, 7, 8)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(_name(picture), _one_line(error)) from error
-    return (height, width) if sideways else (width, height)
+    with _opened(picture) as (opened, parts):
+        width, height = opened.size
+    # Orientations 5 to 8 turn the image by a quarter.
+    return (height, width) if parts.orientation >= 5 else (width, height)
 
 
 def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
@@ -168,13 +183,44 @@ def _pictures(candidates: Iterable[Path]) -> list[Path]:
     )
 
 
-def _open_header(picture: str | PictureFile | bytes) -> Image.Image:
-    """Open a picture without decoding pixels; the caller closes it."""
+@contextmanager
+def _opened(picture: str | PictureFile | bytes) -> Iterator[tuple[Image.Image, Essentials]]:
+    """Open an image without decoding its pixels; whatever fails within the block is an ImageError of this image."""
     name = _name(picture)
+    try:
+        content = _content(picture, name)
+        kind = kind_of(content)
+        if kind not in FORMATS:
+            raise ImageError(name, f"it is {kind}")
+        parts = essentials(content, kind)
+        if kind == "HEIF":
+            _register_heif()
+        with Image.open(io.BytesIO(parts.content), formats=[kind]) as opened:
+            _check_cost(opened, parts, name)
+            if exif := opened.info.get("exif"):  # of formats that are not walked
+                parts = parts._replace(orientation=exif_orientation(exif))
+            yield opened, parts
+    except ImageError:
+        raise
+    except StructureError as error:
+        raise ImageError(name, f"it has {error}: no camera writes such a file") from error
+    except UnidentifiedImageError:
+        raise ImageError(name, "no image, or a damaged one") from None
+    except Image.DecompressionBombError:
+        # Pillow's own, higher limit strikes while it reads the header.
+        raise ImageError(name, f"more than {MAX_JPEG_PIXELS / 1e6:.0f} million pixels") from None
+    except Exception as error:
+        # Pillow's decoders meet damaged bytes with almost any exception (OSError, SyntaxError, ValueError,
+        # struct.error, ...); one damaged file must never end a run over thousands.
+        raise ImageError(name, _one_line(error)) from error
+
+
+def _content(picture: str | PictureFile | bytes, name: str) -> bytes:
+    """The bytes of an image's file, if it is one and not too large."""
     if isinstance(picture, TarPicture):
         picture = picture.read_bytes()
     if isinstance(picture, bytes):
-        size, file = len(picture), io.BytesIO(picture)
+        size = len(picture)
     else:
         file = Path(picture)
         if file.is_dir():
@@ -188,33 +234,51 @@ def _open_header(picture: str | PictureFile | bytes) -> Image.Image:
         raise ImageError(name, "the file is empty")
     if size > MAX_FILE_BYTES:
         raise ImageError(name, f"it has {size / 1e6:,.0f} MB, more than {MAX_FILE_BYTES / 1e6:.0f}")
-    try:
-        opened = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError(name, "not a picture, or a damaged one") from None
-    except Image.DecompressionBombError:
-        # Pillow's own, higher limit strikes while it reads the header.
-        raise ImageError(name, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
+    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+
+
+def _check_cost(opened: Image.Image, parts: Essentials, name: str) -> None:
+    """Raise ImageError for an image that would take too much memory or time to decode, judged by its header."""
     width, height = opened.size
-    if width * height > MAX_PIXELS:
-        opened.close()
-        raise ImageError(name, f"{width} x {height} is more than {MAX_PIXELS / 1e6:.0f} million pixels")
-    if opened.format in (
-        "JPEG",
-        "MPO",
-    ):  # MPO: the JPEGs of some cameras, with a second picture behind the first
-        content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-        # Entropy-coded data never holds these bytes; metadata may, a few times.
-        if (scans := content.count(_START_OF_SCAN)) * width * height > MAX_SCAN_PIXELS:
-            opened.close()
-            raise ImageError(name, f"{width} x {height} in {scans:,} scans would take minutes to decode")
-    return opened
+    if LIMITS.max_pixels == 0:
+        return
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(name, f"{width} x {height} has a side of more than {MAX_SIDE:,} pixels")
+    is_jpeg = opened.format in ("JPEG", "MPO")
+    most = max(LIMITS.max_pixels, MAX_JPEG_PIXELS) if is_jpeg else LIMITS.max_pixels
+    if width * height > most:
+        raise ImageError(
+            name,
+            f"{width} x {height} is more than {most / 1e6:.0f} million pixels (--max-pixels raises the limit)",
+        )
+    # Entropy-coded data never holds these bytes; metadata may, a few times.
+    scans = parts.content.count(_START_OF_SCAN) if is_jpeg else 1
+    if scans * width * height > max(MAX_SCAN_PIXELS, 10 * LIMITS.max_pixels):
+        raise ImageError(name, f"{width} x {height} in {scans:,} scans would take minutes to decode")
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or the metadata is damaged: pixels may be whole."""
+def _shrink_while_read(opened: Image.Image) -> bool:
+    """Let a JPEG beyond the limit be decoded at a half, a quarter or an eighth of its size; whether it will be."""
+    width, height = opened.size
+    for factor in (1, 2, 4, 8):
+        if LIMITS.max_pixels == 0 or width * height <= LIMITS.max_pixels * factor**2:
+            if factor > 1:
+                opened.draft(opened.mode, (width // factor, height // factor))
+            return factor > 1
+    return False
+
+
+def _register_heif() -> None:
+    """Let Pillow read the photos of iPhones."""
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(thumbnails=False)
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image in memory, 1 (upright) where there is none or the metadata is damaged."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF meets its reader with almost any exception, too
         return 1
 
