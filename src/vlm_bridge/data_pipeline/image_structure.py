@@ -52,7 +52,7 @@ def kind_of(content: bytes) -> str:
         return "an HTML page"
     if b"<svg" in text:
         return "an SVG drawing"
-    return "no image that is known here, or a damaged one"
+    return "no image, or a damaged one"
 
 
 _KINDS = {

@@ -28,7 +28,7 @@ MAX_PIXELS = 51_000_000
 kilobytes can be that many pixels, and decoding them takes seconds and, as WebP, 0.8 GB. `LIMITS` can raise it."""
 
 MAX_JPEG_PIXELS = 178_000_000
-"""A JPEG is read up to here: one above `MAX_PIXELS` at a half, a quarter or an eighth of its size, which costs little."""
+"""A JPEG is read up to here: above `MAX_PIXELS` at a half, a quarter or an eighth of its size, which costs little."""
 
 MAX_SIDE = 65_535
 """Pixels; JPEG's own limit. Every row costs memory of its own, however short it is."""
@@ -186,7 +186,7 @@ def _pictures(candidates: Iterable[Path]) -> list[Path]:
 @contextmanager
 def _opened(picture: str | PictureFile | bytes) -> Iterator[tuple[Image.Image, Essentials]]:
     """Open an image without decoding its pixels; whatever fails within the block is an ImageError of this image."""
-    name = _name(picture)
+    name, kind = name_of(picture), ""
     try:
         content = _content(picture, name)
         kind = kind_of(content)
@@ -205,10 +205,10 @@ def _opened(picture: str | PictureFile | bytes) -> Iterator[tuple[Image.Image, E
     except StructureError as error:
         raise ImageError(name, f"it has {error}: no camera writes such a file") from error
     except UnidentifiedImageError:
-        raise ImageError(name, "no image, or a damaged one") from None
+        raise ImageError(name, f"a damaged {kind} image") from None
     except Image.DecompressionBombError:
         # Pillow's own, higher limit strikes while it reads the header.
-        raise ImageError(name, f"more than {MAX_JPEG_PIXELS / 1e6:.0f} million pixels") from None
+        raise ImageError(name, f"more than {LIMITS.max_pixels / 1e6:.0f} million pixels") from None
     except Exception as error:
         # Pillow's decoders meet damaged bytes with almost any exception (OSError, SyntaxError, ValueError,
         # struct.error, ...); one damaged file must never end a run over thousands.
@@ -283,7 +283,8 @@ def _orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def _name(picture: str | PictureFile | bytes) -> str:
+def name_of(picture: str | PictureFile | bytes) -> str:
+    """What messages call an image."""
     return f"in memory ({len(picture)} bytes)" if isinstance(picture, bytes) else str(picture)
 
 

@@ -15,12 +15,9 @@ import json
 import re
 import shutil
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +39,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
 )
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import decode_image
+from vlm_bridge.data_pipeline.isolated import IsolatedPool
 from vlm_bridge.data_pipeline.sources.base import Picture, Rejected, Source, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import (
     DUPLICATE_PRIORITY,
@@ -419,8 +417,10 @@ def _prepare_pictures(
         )
         for p, picture in zip(remaining, iter_pictures(p.item for p in remaining), strict=True)
     )
-    # Starting a process costs as much as many small pictures.
-    workers = workers if len(remaining) >= 2 * _TASKS_A_CHUNK else 1
+    # Starting a process costs as much as many small images. With several asked for, one is started at any rate: what
+    # a damaged file does, it does there.
+    if workers > 1 and len(remaining) < 2 * _TASKS_A_CHUNK:
+        workers = 1 if all(callable(p.item.picture) for p in remaining) else _ONE_APART
     report = progress or (lambda done, total: None)
     report(len(outcomes), len(planned))
     with journal.writing() as remember, contextlib.closing(_run(tasks, workers)) as finished:
@@ -439,28 +439,22 @@ def _run(tasks: Iterator[_Task], workers: int) -> Generator[_Outcome]:
         yield from map(_make_picture, tasks)
         return
     remaining = _chunks(tasks)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent
-    )
+    pool: IsolatedPool[_Task, _Outcome] = IsolatedPool(_make_picture, workers)
     try:
-        pending: set[Future[list[_Outcome]]] = set()
+        pending: deque[tuple[Any, list[_Task]]] = deque()
         while True:
-            # Bounded, so that a million tasks or gigabytes of pictures do not pile up in the queue.
+            # Bounded, so that a million tasks or gigabytes of images do not pile up in the queue.
             while len(pending) < workers * _CHUNKS_A_WORKER and (chunk := next(remaining, None)):
                 # Submitting starts the processes: they inherit the hold, so Ctrl-C reaches this one alone.
                 with _holding_interrupts():
-                    pending.add(pool.submit(_make_pictures, chunk))
+                    pending.append((pool.submit(chunk), chunk))
             if not pending:
                 return
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield from future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a process was killed (out of memory?): the same command with fewer --workers continues"
-        ) from None
+            yield from pool.result(
+                *pending.popleft(), failed=lambda task, reason: _Outcome(task.image_id, error=reason)
+            )
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.close()
 
 
 def _chunks(tasks: Iterable[_Task]) -> Iterator[list[_Task]]:
@@ -488,14 +482,6 @@ def _holding_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _make_pictures(tasks: Iterable[_Task]) -> list[_Outcome]:
-    return [_make_picture(task) for task in tasks]
 
 
 def _make_picture(task: _Task) -> _Outcome:

@@ -33,6 +33,8 @@ from vlm_bridge.model_architecture.packaged_weights import (
 ENCODE_TOGETHER_ON_CPU = 8
 """Pictures that a CPU encodes at once. The feature maps of more leave its caches: on two cores EfficientNet-Lite0 does
 84 pictures/s in batches of 8, 52 in batches of 32 and 23 in batches of 128 (`benchmarks.features`)."""
+MAX_ASPECT = 20
+"""Of the sides of an image that is resized by its shorter one; of a longer image the middle is."""
 Area = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of a picture."""
 
@@ -271,6 +273,7 @@ class HuggingFaceVisionEncoder(nn.Module):
         )
         if "crop_size" in options:
             options["size"] = {"shortest_edge": self._shortest_edge()}
+            images = [middle_of(image) for image in images]
         return self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
 
     def seen_area(self, size: tuple[int, int]) -> Area:
@@ -377,6 +380,19 @@ class PooledEncoder(nn.Module):
         map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, self.encoder.grid)
         pooled_bnd = F.adaptive_avg_pool2d(map_bdhw, self.grid).flatten(2).transpose(1, 2)
         return torch.cat((before_bnd, pooled_bnd), dim=1)
+
+
+def middle_of(image: Image.Image) -> Image.Image:
+    """An image, or the middle of one that is far longer than wide: what is cut off, a center crop would not show.
+
+    Resized by its short side first, an image of 1 x 10,000 pixels would become one of 224 x 2,240,000.
+    """
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _lite_weights(name: str) -> dict[str, torch.Tensor]:
