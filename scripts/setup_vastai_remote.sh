@@ -119,7 +119,7 @@ install_package() {
     # The tested versions, but for torch and what it brings: a GPU wants the build for its driver.
     mkdir -p build
     grep -vE '^(torch|triton)==|^(nvidia|cuda)-' constraints.txt >build/constraints-gpu.txt
-    "$venv/bin/python" -m pip install --quiet --constraint build/constraints-gpu.txt --editable '.[data,gpu]'
+    "$venv/bin/python" -m pip install --quiet --constraint build/constraints-gpu.txt --editable '.[gpu]'
     if [[ $allow_cpu == no ]]; then
         cuda=$("$venv/bin/python" -c \
             'import sys, torch; print(torch.version.cuda); sys.exit(not torch.cuda.is_available())' 2>/dev/null) ||

@@ -636,7 +636,7 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
     assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
-    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[data,gpu]"), (
+    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[gpu]"), (
         "the tested versions"
     )
 

@@ -61,7 +61,7 @@ def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(python:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     (weights,) = re.findall(r"^WEIGHT_WHEELS := (.+)$", makefile, re.MULTILINE)
     needed = [*PYPROJECT["dependencies"], *weights.split(), "hatchling", "editables"]
-    for extra in ("lite", "data", "photos", "demo", "docs", "dev"):
+    for extra in ("lite", "photos", "demo", "docs", "dev"):
         needed += extras[extra]
     for requirement in map(Requirement, needed):
         version = locked(requirement.name, python, system)
