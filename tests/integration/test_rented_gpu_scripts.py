@@ -636,9 +636,7 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
     assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
-    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[gpu]"), (
-        "the tested versions"
-    )
+    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[gpu]"), "the tested versions"
 
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"

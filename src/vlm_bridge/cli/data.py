@@ -444,12 +444,14 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
     quiet_transformers()
     from transformers import AutoTokenizer
 
+    from vlm_bridge.hub import hub_problem
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, f"cannot load the tokenizer {name!r}: {lines[0]}"
+        why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, f"cannot load the tokenizer {name!r}: {why}"
     return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], ""
 
 
