@@ -115,7 +115,7 @@ def explore_dataset(
     import json
     from dataclasses import asdict
 
-    from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.data_pipeline.data_folder import open_data_folder
     from vlm_bridge.data_pipeline.explore import describe_items, folder_items, plain_caption, sample_items
     from vlm_bridge.data_pipeline.sources import Described, SourceOptions, make_source
@@ -130,7 +130,7 @@ def explore_dataset(
     if data_dir is not None:
         name = data_dir.resolve().name
         set_aside: list[Rejected] = []
-        items = folder_items(open_data_folder(data_dir), set_aside)
+        items = folder_items(open_data_folder(data_dir, note), set_aside)
     else:
         name = (source or SourceName.groundcap).value
         # With their tags, which are counted.
@@ -275,7 +275,7 @@ def inspect_loader(
     import json
     from dataclasses import replace
 
-    from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.data_pipeline.explore import describe_items, find_broken, folder_items, sample_items
@@ -286,7 +286,7 @@ def inspect_loader(
     recipe = load_recipe(config)
     if batch_size is not None:
         recipe = replace(recipe, batch_size=batch_size)
-    folder = open_data_folder(data_dir or recipe.data_dir)
+    folder = open_data_folder(data_dir or recipe.data_dir, note)
     set_aside: list[Rejected] = []
     items = folder_items(folder, set_aside)
     statistics = describe_items(items)
@@ -317,7 +317,7 @@ def inspect_loader(
         _print_statistics(statistics)
         print(f"\n{len(checked)} of {len(items)} pictures decoded, {len(broken)} broken")
         if set_aside:
-            print(f"set aside {len(set_aside):,} samples of shards:")
+            print(f"skipped {len(set_aside):,} samples:")
         for item in (*broken, *set_aside):
             print(f"  {item.id}: {item.reason}")
         if batch:

@@ -37,6 +37,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     CaptionFolderWriter,
     caption_line,
     fingerprint,
+    is_prepared_elsewhere,
     read_manifest,
     write_atomically,
 )
@@ -299,6 +300,11 @@ def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, A
     root = writer.root
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file: choose another --output-dir")
+    if is_prepared_elsewhere(root):
+        raise DataError(
+            f"{root} is a caption folder that other tools prepared: train on it as it is, "
+            "or choose another --output-dir"
+        )
     state = writer.working_dir / "settings.json"
     if (root / MANIFEST_NAME).is_file():
         manifest = read_manifest(root)
