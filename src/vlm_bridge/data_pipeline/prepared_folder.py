@@ -52,7 +52,7 @@ def current_manifest(root: Path, say: Callable[[str], None] = lambda line: None)
     known = [manifest for place in places if (manifest := _read(place)) is not None]
     manifest = next((manifest for manifest in known if manifest.get("state") == state), None)
     if manifest is None:
-        manifest = _make(root, say) | {"state": state}
+        manifest = {**_make(root, say), "state": state}
         why = "has changed since its manifest was made" if known else f"has no {MANIFEST_NAME}"
         say(f"{root} {why}: {_write(manifest, *places)} ({_sizes(manifest['counts'])})")
     if shared := manifest.get("also_in_train"):
