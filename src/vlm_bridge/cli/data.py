@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from vlm_bridge.data_pipeline.data_folder import SplitImages
     from vlm_bridge.data_pipeline.loader import TokenizedImages
     from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
-    from vlm_bridge.data_pipeline.splits import SplitBy
 
 app = typer.Typer(
     name="vlm-data",
@@ -187,13 +186,13 @@ def transform(
     ),
     val_fraction: float = typer.Option(
         None,
-        help="Share for validation, where the source has no splits. (default: groundcap 0.05, conceptual 0.01, "
-        "others 0.1)",
+        help="Share for validation, where the source has no splits. (default: groundcap 0.05, conceptual 0.01 "
+        "(more of fewer than 10,000), others 0.1)",
     ),
     test_fraction: float = typer.Option(
         None,
-        help="Share for testing, where the source has no splits. (default: groundcap 0.15, conceptual 0.01, "
-        "others 0.1)",
+        help="Share for testing, where the source has no splits. (default: groundcap 0.15, conceptual 0.01 "
+        "(more of fewer than 10,000), others 0.1)",
     ),
     image_size: int = typer.Option(640, help="Longest side of a stored picture, in pixels."),
     caption_style: CaptionStyleName = typer.Option(
@@ -402,8 +401,8 @@ def _outlook(source: Source, planning: dict[str, Any], num_rows: int | None) -> 
     else:
         if source.split_rule is not None or getattr(source, "official_split", False):
             raise UsageError("--num-rows knows no official split: leave it out, and the dataset is read")
-        by: SplitBy = planning["split_by"] or source.default_split_rule.by or "image"
-        rule = split_rule(source, by, planning["val_fraction"], planning["test_fraction"])
+        rule = split_rule(source, planning["split_by"], planning["val_fraction"], planning["test_fraction"])
+        rule = rule.resolve([None] * num_rows)
         most = planning["limit"] or num_rows
         captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
     recipe = Recipe()
@@ -557,7 +556,10 @@ def _print_manifest(manifest: dict[str, Any], output_dir: Path) -> None:
     print(f"{output_dir}: {counts}")
     for split in ("train", "val"):
         if not manifest["counts"][split]["images"]:
-            print(f"note: no image is in {split}; training needs some")
+            print(
+                f"note: no image is in {split}, and training needs some: where the source decides no splits, "
+                "--val-fraction and --test-fraction change the shares"
+            )
     if near := manifest["near_duplicates"]:
         print(f"near duplicates: {near['pairs']} pairs, {near['pairs_across_splits']} of them across splits")
     _print_reasons("set aside", manifest["rejected"])

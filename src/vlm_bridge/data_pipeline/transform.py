@@ -194,7 +194,9 @@ def split_rule(
     source: Source, by: SplitBy | None, val_fraction: float | None, test_fraction: float | None
 ) -> SplitRule:
     """Return the source's usual rule with whatever is given in its place; UsageError as :class:`SplitRule`."""
-    given = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    given: dict[str, Any] = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    if any(value is not None for value in given.values()):
+        given["held_out_at_least"] = 0
     return replace(
         source.default_split_rule, **{name: value for name, value in given.items() if value is not None}
     )
