@@ -71,6 +71,13 @@ def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(python:
         )
 
 
+def test_the_default_source_and_the_default_system_need_no_extra() -> None:
+    """`uv sync`, then `vlm-data` on GroundCap and `vlm-training` with its default recipe."""
+    core = {Requirement(requirement).name for requirement in PYPROJECT["dependencies"]}
+    assert {"torch", "transformers", "accelerate", "tensorboard", "pyarrow", "pillow"} <= core
+    assert PYPROJECT["optional-dependencies"]["data"] == [], "the old name of what the core has now"
+
+
 def test_uv_takes_the_versions_of_the_lock() -> None:
     assert UV["constraint-dependencies"] == PINS, "make lock writes both"
 

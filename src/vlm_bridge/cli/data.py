@@ -276,6 +276,7 @@ def inspect_loader(
 
     from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.configuration import load_recipe
+    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.data_pipeline.explore import describe_items, find_broken, folder_items, sample_items
     from vlm_bridge.errors import DataError, UsageError
@@ -293,9 +294,10 @@ def inspect_loader(
     with show_progress("pictures decoded") as report:
         broken = find_broken(checked, report)
     if check_all and not broken and folder.compute_fingerprint() != folder.fingerprint:
-        raise DataError(
-            f"{folder.root} was changed after it was made (its fingerprint differs): make it again"
-        )
+        mend = "make it again"
+        if isinstance(folder, CaptionFolder) and not folder.is_checked:
+            mend = "delete its manifest, and the next start makes another"
+        raise DataError(f"{folder.root} was changed after it was made (its fingerprint differs): {mend}")
 
     batch = None
     if "train" in folder.splits:
