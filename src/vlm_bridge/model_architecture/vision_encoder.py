@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.packaged_weights import (
     EFFICIENTNET_LITE_SIZES,
