@@ -11,6 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from math import isqrt
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ from vlm_bridge.model_architecture.packaged_weights import (
     efficientnet_lite_distribution,
     find_efficientnet_lite_weights,
 )
+from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbamEncoder
+from vlm_bridge.parsing import parse_json
 
 ENCODE_TOGETHER_ON_CPU = 8
 """Pictures that a CPU encodes at once. The feature maps of more leave its caches: on two cores EfficientNet-Lite0 does
@@ -78,8 +81,18 @@ def build_vision_encoder(config: VisionEncoderConfig, *, pooling: int = 1, meta:
 
 
 def _load_encoder(config: VisionEncoderConfig, *, meta: bool) -> nn.Module:
-    is_lite = config.name in EFFICIENTNET_LITE_SIZES
-    return (EfficientNetLiteEncoder if is_lite else HuggingFaceVisionEncoder).load(config, meta=meta)
+    kind = config.name if config.name in ENCODERS else _model_type(config.name)
+    encoder_class: Any = ENCODERS.get(kind, HuggingFaceVisionEncoder)
+    return encoder_class.load(config, meta=meta)
+
+
+def _model_type(folder: str) -> str:
+    """The `model_type` in the config.json of a folder; empty where there is none."""
+    try:
+        config = parse_json((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("model_type", "")) if isinstance(config, dict) else ""
 
 
 class EfficientNetLiteEncoder(nn.Module):
@@ -114,6 +127,8 @@ class EfficientNetLiteEncoder(nn.Module):
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
+        if config.resample is not None:
+            raise ModelError(f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out")
         native_size = EFFICIENTNET_LITE_SIZES[config.name]
         image_size = config.image_size or native_size
         if image_size % 32 and image_size != native_size:
@@ -243,8 +258,9 @@ class HuggingFaceVisionEncoder(nn.Module):
                 processor = None
             else:
                 model = _load_tower(config, whole_config, model_config)
+                resample = {"resample": Image.Resampling[config.resample.upper()]} if config.resample else {}
                 processor = AutoImageProcessor.from_pretrained(
-                    config.name, revision=config.revision, backend="pil"
+                    config.name, revision=config.revision, backend="pil", **resample
                 )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             if problem := hub_problem(error, config.name):
@@ -301,6 +317,13 @@ class HuggingFaceVisionEncoder(nn.Module):
         size, crop = self.processor.size, self.processor.crop_size
         edge = size.get("shortest_edge") or size.get("height")
         return round(self.image_size * edge / crop["height"])
+
+
+ENCODERS: dict[str, Any] = {
+    **dict.fromkeys(EFFICIENTNET_LITE_SIZES, EfficientNetLiteEncoder),
+    PVT_CBAM: PvtCbamEncoder,
+}
+"""A name, or the `model_type` of a folder -> the class that loads it; transformers loads all others."""
 
 
 class SideBySideEncoder(nn.Module):
