@@ -138,9 +138,7 @@ def test_loading_is_loading_the_state_dict_by_hand(
     state: Tensors, tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, tmp_path: Path
 ) -> None:
     write_combined(tmp_path / "c.pth", state)
-    pvt, blip, proj = load_combined_model(
-        tmp_path / "c.pth", "cpu", str(tiny_blip_dir), str(tiny_pvt_v2_dir)
-    )
+    pvt, blip, proj = load_combined_model(tmp_path / "c.pth", "cpu", str(tiny_blip_dir), str(tiny_pvt_v2_dir))
     by_hand = (
         PvtV2Model(AutoConfig.from_pretrained(tiny_pvt_v2_dir)),
         BlipTextLMHeadModel(AutoConfig.from_pretrained(tiny_blip_dir).text_config),
@@ -326,9 +324,7 @@ def test_captioners_that_have_no_place_in_it_are_refused(
     with pytest.raises(CheckpointError, match=r"feature_scale\.mean \(32,\) has no place"):
         combined.to_combined(tiny_captioner(tiny_recipe(tiny_pvt_v2_dir, tiny_blip_dir, "projection")), "it")
     for vision, text in ((tiny_vit_dir, tiny_blip_dir), (tiny_pvt_v2_dir, tiny_bert_dir)):
-        with pytest.raises(
-            CheckpointError, match="holds a PVT and BLIP's text decoder: it has"
-        ):
+        with pytest.raises(CheckpointError, match="holds a PVT and BLIP's text decoder: it has"):
             combined.to_combined(tiny_captioner(tiny_recipe(vision, text, "projection")), "it")
 
 

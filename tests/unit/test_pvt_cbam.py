@@ -112,9 +112,7 @@ def by_the_papers(state: Tensors, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("cbam", KINDS)
 def test_features_follow_the_papers(cbam: Any) -> None:
     model, pixels = tiny(cbam), torch.randn(2, 3, 128, 128)
-    torch.testing.assert_close(
-        model(pixels), by_the_papers(model.state_dict(), pixels), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(model(pixels), by_the_papers(model.state_dict(), pixels), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
