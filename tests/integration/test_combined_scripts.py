@@ -104,13 +104,9 @@ def test_the_guides_commands(
     monkeypatch.syspath_prepend(repository)
     from scripts.load_combined_checkpoint import load_combined_model  # type: ignore[import-not-found]
 
-    pvt, blip, proj = load_combined_model(output, pvt=models[1], blip=models[3], device="cpu")
+    pvt, blip, proj = load_combined_model(output, "cpu", models[3], models[1])
     assert torch.equal(proj.weight, after["visual_proj.weight"])
-    assert [type(part).__name__ for part in (pvt, blip, proj)] == [
-        "PvtV2Model",
-        "BlipTextLMHeadModel",
-        "Linear",
-    ]
+    assert [type(part).__name__ for part in (pvt, blip, proj)] == ["PvtV2Model", "PvtBlip", "Linear"]
 
     again = run_script(*command)
     assert again.returncode == 0 and "at step 4 of 4" in again.stdout, again.stderr
@@ -155,7 +151,7 @@ def test_without_learning_the_output_is_the_input(
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [
-        ({"--checkpoint": "nowhere.pth"}, 1, "no combined file at nowhere.pth"),
+        ({"--checkpoint": "nowhere.pth"}, 1, "no file at nowhere.pth; scripts/save_combined_checkpoint.py makes one"),
         ({"--checkpoint": "evil.pth"}, 1, "holds code; it was not loaded"),
         ({"--output": "start.pth"}, 2, "the output is the checkpoint itself"),
         ({"--output": "out"}, 2, "the output is a file"),
@@ -164,10 +160,16 @@ def test_without_learning_the_output_is_the_input(
         ({"--set": "batch=3"}, 2, "did you mean 'batch_size'"),
         ({"--pvt": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
         ({"--dataset_size": "5"}, 2, "is a caption folder already"),
+        ({"--num-samples": "0"}, 2, "--dataset_size must be at least 1, not 0"),
+        ({"--dataset_size": "-3"}, 2, "--dataset_size must be at least 1, not -3"),
+        ({"--device": "warp", "--checkpoint": "nowhere.pth"}, 2, "device='warp' is unknown"),
+        ({"--dataset": "coco", "--dataset_path": None}, 1, "no dataset at datasets/coco: run vlm-data download coco"),
+        ({"--dataset_path": None}, 2, "--dataset local needs --dataset_path DIR"),
+        ({"--blip": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
     ],
 )  # fmt: skip
 def test_what_can_be_mended_is_one_line(
-    changes: dict[str, str], code: int, says: str, run_script: Run, models: tuple[str, ...], drawn_caption_folder: Path,
+    changes: dict[str, str | None], code: int, says: str, run_script: Run, models: tuple[str, ...], drawn_caption_folder: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -177,7 +179,8 @@ def test_what_can_be_mended_is_one_line(
         "--checkpoint": "start.pth", "--dataset": "local", "--dataset_path": str(drawn_caption_folder),
         "--output": "out.pth", **dict(zip(models[::2], models[1::2], strict=True)), **changes,
     }  # fmt: skip
-    failed = run_script("finetune_combined", *(word for pair in arguments.items() for word in pair))
+    given = {name: value for name, value in arguments.items() if value is not None}
+    failed = run_script("finetune_combined", *(word for pair in given.items() for word in pair))
     assert failed.returncode == code, failed.stderr
     (line,) = failed.stderr.strip().splitlines()
     assert line.startswith("error: ") and says in line
