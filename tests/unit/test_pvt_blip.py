@@ -13,10 +13,10 @@ from transformers import BlipProcessor
 from captioners import tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.combined_files import load_combined_model, write_combined
-from vlm_bridge.configuration import override_recipe, recipe_from_dict
+from vlm_bridge.configuration import load_recipe, override_recipe, recipe_from_dict, shipped_recipe
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.model_architecture.combined import to_combined
-from vlm_bridge.model_architecture.pvt_blip import MapLinear
+from vlm_bridge.model_architecture.pvt_blip import NO_REPEAT_NGRAM_SIZE, PROMPT, MapLinear
 
 ENCODERS = ("tiny_pvt_dir", "tiny_pvt_v2_dir", "tiny_pvt_cbam_dir")
 SIZE = {"height": 64, "width": 64}
@@ -26,6 +26,15 @@ RECIPE = (
     "decode.no_repeat_ngram_size=3",
     "decode.max_new_tokens=12",
 )
+
+
+@pytest.mark.parametrize("name", ["coco", "coco-small", "conceptual", "cpu", "flickr30k"])
+def test_recipes_see_the_pixels_of_blips_processor(name: str) -> None:
+    recipe = load_recipe(shipped_recipe(f"blip-pvt-{name}"))
+    assert recipe.vision_encoder.resample == "bicubic" and recipe.vision_encoder.image_size == 384
+    assert recipe.language_model.prompt == PROMPT
+    assert recipe.decode.no_repeat_ngram_size == NO_REPEAT_NGRAM_SIZE
+    assert recipe.learning_rate == (5e-5 if name in ("coco", "conceptual") else 1e-4)
 
 
 def images() -> list[Image.Image]:

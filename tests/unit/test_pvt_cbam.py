@@ -160,8 +160,10 @@ def test_a_captioner_works_with_it(tiny_pvt_cbam_dir: Path, tiny_blip_dir: Path)
 def _break(folder: Path, how: str) -> None:
     config = json.loads((folder / "config.json").read_bytes())
     weights = load_file(folder / "model.safetensors")
-    if how == "no weights":
-        (folder / "model.safetensors").unlink()
+    if how.startswith("no "):
+        (
+            folder / {"no weights": "model.safetensors", "no processor": "preprocessor_config.json"}[how]
+        ).unlink()
     elif how == "unknown key":
         (folder / "config.json").write_text(json.dumps(config | {"window": 7}))
     elif how == "wider":
@@ -174,7 +176,8 @@ def _break(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("no weights", "model.safetensors is missing|is not whole"),
+        ("no weights", "is not whole: .*model.safetensors"),
+        ("no processor", "preprocessor"),
         ("unknown key", "config.json has unknown keys: window"),
         ("wider", r"stage1\.0\.mlp\.fc1\.bias is \(32,\), not \(64,\)"),
         ("a tensor less", r"stage2\.1\.attn\.q\.bias is missing"),

@@ -59,7 +59,7 @@ def parse(content: Any, where: str | Path) -> CombinedFile:
     layout = "a combined file"
     if isinstance(content.get("pvt"), Mapping):
         layout = "the guide's dict of state dicts"
-        content = _joined(content, where)
+        content = _joined(content)
     if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(f"{where} is not a combined file, which is a dict of tensors alone")
     if is_whole_blip := any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
@@ -115,10 +115,8 @@ def _no_place(state: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _joined(content: Mapping[str, Any], where: str | Path) -> dict[str, torch.Tensor]:
+def _joined(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The guide's three state dicts as one; of a whole model under `blip`, what is not its decoder is left out."""
-    if unknown := sorted(map(str, content.keys() - set(GUIDE_KEYS))):
-        raise CheckpointError(f"{where} has {', '.join(unknown)} beside pvt, blip and projection")
     encoder, blip, projection = (dict(content.get(key) or {}) for key in GUIDE_KEYS)
     whole = any(str(name).startswith("text_decoder.") for name in blip)
     if whole:

