@@ -98,11 +98,13 @@ class PvtBlip(nn.Module):
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """PVT's map [B, D, h/32, w/32] of pixels [B, 3, h, w] that `BlipProcessor` made, renormalized for PVT."""
         encoder = self.visual_encoder
+        # One step with constants of double precision: rounding of pixels grows in the layers.
         clip_mean, clip_std, mean, std = (
-            pixel_values.new_tensor(values)[:, None, None]
+            torch.tensor(values, dtype=torch.float64)[:, None, None]
             for values in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
         )
-        pixels_bchw = (pixel_values * clip_std + clip_mean - mean) / std
+        scale, shift = clip_std / std, (clip_mean - mean) / std
+        pixels_bchw = torch.addcmul(shift.to(pixel_values), pixel_values, scale.to(pixel_values))
         return MAPS[encoder.config.model_type](encoder, pixels_bchw.to(encoder.dtype))
 
     def forward(
