@@ -524,7 +524,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of a recipe that decide what a bridge's weights mean."""
     plain = recipe.to_dict()
     keys = {
-        "vision_encoder": ("name", "revision", "image_size", "layers"),
+        "vision_encoder": ("name", "revision", "image_size", "layers", "resample"),
         "language_model": ("name", "revision", "add_cross_attention"),
         "bridge": [key for key in plain["bridge"] if key != "dropout"],
     }
