@@ -17,7 +17,7 @@ from torch import nn
 from vlm_bridge import runtime
 from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
 from vlm_bridge.configuration import BridgeConfig, Recipe, load_recipe, shipped_recipe
-from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder, is_prepared_elsewhere
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError, ModelError, UsageError
@@ -163,7 +163,7 @@ def finetune_combined(
     projection = parts.proj or _new_projection(parts, recipe.seed, say)
     state |= {f"{PREFIXES[2]}{name}": tensor for name, tensor in projection.state_dict().items()}
     with show_progress("images") as progress:
-        folder = _caption_folder(settings, data, recipe, progress)
+        folder = _caption_folder(settings, data, recipe, progress, say)
     say(f"captions and images: {folder}")
     start = _lay_out(settings, recipe, parts)
     checkpoint_dir = settings.run_dir / "checkpoints"
@@ -200,19 +200,21 @@ def _new_projection(parts: CombinedModel, seed: int, say: Callable[[str], object
     return projection
 
 
-def _caption_folder(settings: FineTuning, path: Path, recipe: Recipe, progress: Progress) -> Path:
+def _caption_folder(
+    settings: FineTuning, path: Path, recipe: Recipe, progress: Progress, say: Callable[[str], None]
+) -> Path:
     """The dataset as a caption folder: itself if it is one, else one beside the output, made or continued if need be.
 
     Raises:
         DataError: the dataset cannot be read, or that folder holds another one.
     """
     dataset = DATASETS[settings.dataset]
-    if (path / MANIFEST_NAME).is_file():
+    if (path / MANIFEST_NAME).is_file() or is_prepared_elsewhere(path):
         if settings.dataset_size is not None:
             raise UsageError(
                 f"{path} is a caption folder already: --dataset_size is for datasets in their own layout"
             )
-        return CaptionFolder.open(path).root.resolve()
+        return CaptionFolder.open(path, say).root.resolve()
     limit = settings.dataset_size or dataset.limit
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name

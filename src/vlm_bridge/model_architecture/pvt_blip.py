@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlm_bridge.errors import ModelError, UsageError
-from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM
 
 PROMPT = "a picture of"

@@ -25,8 +25,8 @@ from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture import interchange
-from vlm_bridge.model_architecture.hub import hub_problem
 
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
