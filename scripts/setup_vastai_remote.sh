@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a rented GPU machine (vast.ai, or any Linux with an NVIDIA driver). Run it there, as often as needed:
-# what is done is not done again, a training that runs is left alone, and one that stopped is continued.
+# what is done is not done again, a training that runs is left alone, and one that stopped is continued. It may be piped
+# into bash: then it clones the repository and goes on with the script in there.
 # docs/rented-gpus.md goes through it step by step.
 set -euo pipefail
 
@@ -12,10 +13,12 @@ unset HF_TOKEN
 
 usage() {
     cat <<'EOF'
-Usage: scripts/setup_vastai_remote.sh [OPTION]...
+Usage: scripts/setup_vastai_remote.sh [OPTION]...                         in a checkout
+       curl -LSsf SCRIPT_URL | bash -s -- REPOSITORY [OPTION]...          anywhere; REPOSITORY is a URL or a path
 
-Checks the GPU, installs vlm-bridge into .venv, stores the Hugging Face token, starts TensorBoard on
-127.0.0.1, then prepares GroundCap and trains inside tmux, where a dropped SSH connection stops nothing.
+Outside a checkout, clones REPOSITORY into ./vlm-bridge, or goes on with what is there. Then it checks the GPU,
+installs vlm-bridge into .venv, stores the Hugging Face token, starts TensorBoard on 127.0.0.1, prepares
+GroundCap and trains inside tmux, where a dropped SSH connection stops nothing.
 
   --config FILE    recipe, as seen from the checkout   [config/training-default.yaml]
   --data-dir DIR   caption folder; GroundCap is prepared into it unless it is finished   [data/groundcap]
@@ -35,10 +38,12 @@ say() { printf '%s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 misuse() { printf 'error: %s (see --help)\n' "$*" >&2; exit 2; }
 
-readonly session=vlm-bridge
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+readonly source=${BASH_SOURCE[0]:-} # empty where the script is piped in
+root=$(cd "$(dirname "$source")/.." && pwd -P)
 readonly root
-readonly script=$root/scripts/${BASH_SOURCE[0]##*/}
+readonly name=setup_vastai_remote.sh
+readonly session=vlm-bridge
+readonly script=$root/scripts/$name
 readonly venv=$root/.venv
 readonly checkpoint_dir=$root/checkpoints
 readonly log_dir=$root/logs
@@ -51,6 +56,36 @@ data_dir=data/groundcap
 watch=10
 allow_cpu=no
 mode=tmux
+
+is_checkout() { [[ -f $1/pyproject.toml && -f $1/scripts/$name ]]; }
+
+# Piped in or fetched alone: goes on with the script of the checkout around or below this folder, which it clones
+# where there is none.
+continue_in_checkout() {
+    local repository='' folder=$PWD message input=/dev/null
+    case ${1:-} in
+        -h | --help) usage && exit 0 ;;
+        '' | -*) ;;
+        *) repository=$1 && shift ;;
+    esac
+    until is_checkout "$folder" || [[ $folder == / ]]; do folder=$(dirname "$folder"); done
+    if [[ $folder == / ]]; then folder=${PWD%/}/vlm-bridge; fi
+    if ! is_checkout "$folder"; then
+        [[ -n $repository ]] ||
+            misuse "no checkout of vlm-bridge here: say which repository to clone: ... | bash -s -- URL_OR_PATH"
+        [[ ! -e $folder ]] || fail "$folder is in the way: it is no checkout of vlm-bridge; move it or go elsewhere"
+        require_tool git git
+        say "cloning into $folder"
+        rm -rf "$folder.unfinished"
+        message=$(git clone --quiet -- "$repository" "$folder.unfinished" 2>&1) ||
+            fail "cannot clone: ${message%%$'\n'*}; check the URL or path of the repository"
+        is_checkout "$folder.unfinished" || fail "the repository is not vlm-bridge: it has no scripts/$name"
+        mv "$folder.unfinished" "$folder"
+    fi
+    # The script came by standard input; the token is asked for on the terminal, where there is one.
+    if (: </dev/tty) 2>/dev/null; then input=/dev/tty; fi
+    HF_TOKEN=$token exec bash "$folder/scripts/$name" "$@" <"$input"
+}
 
 parse_arguments() {
     while (($#)); do
@@ -119,7 +154,7 @@ install_package() {
     # The tested versions, but for torch and what it brings: a GPU wants the build for its driver.
     mkdir -p build
     grep -vE '^(torch|triton)==|^(nvidia|cuda)-' constraints.txt >build/constraints-gpu.txt
-    "$venv/bin/python" -m pip install --quiet --constraint build/constraints-gpu.txt --editable '.[data,gpu]'
+    "$venv/bin/python" -m pip install --quiet --constraint build/constraints-gpu.txt --editable '.[gpu]'
     if [[ $allow_cpu == no ]]; then
         cuda=$("$venv/bin/python" -c \
             'import sys, torch; print(torch.version.cuda); sys.exit(not torch.cuda.is_available())' 2>/dev/null) ||
@@ -178,8 +213,9 @@ train_here() {
     local arguments=(--config "$config" --resume auto)
     exec 9>>"$log_dir/.training.lock"
     flock --nonblock 9 || fail "a training runs already in $root; watch it with: tail -f '$log'"
-    # The manifest is written last; without it, the same command goes on where an earlier one stopped.
-    if [[ ! -f $data_dir/manifest.json ]]; then
+    # The manifest is written last; without it, the same command goes on where an earlier one stopped. The original
+    # project writes none: its folder is used as it is.
+    if [[ ! -f $data_dir/manifest.json && (-d $data_dir/.unfinished || ! -f $data_dir/train/captions.jsonl) ]]; then
         "$venv/bin/vlm-data" transform --source groundcap --output-dir "$data_dir"
     fi
     arguments+=("data_dir=$data_dir" "checkpoint_dir=$checkpoint_dir" "log_dir=$log_dir")
@@ -224,16 +260,22 @@ train_in_tmux() {
     say "training: finished; checkpoints are in $checkpoint_dir"
 }
 
-cd "$root"
-parse_arguments "$@"
-check_gpu
-require_tool flock util-linux
-require_tool rsync rsync # control_vastai_local.sh talks to it
-if [[ $mode == tmux ]]; then require_tool tmux tmux; fi
-install_package
-if [[ $mode == install ]]; then exit; fi
-store_token
-mkdir -p "$log_dir" "$checkpoint_dir"
-start_tensorboard
-if [[ $mode == foreground ]]; then train_here; fi
-train_in_tmux
+main() {
+    if [[ -z $source ]] || ! is_checkout "$root"; then continue_in_checkout "$@"; fi
+    cd "$root"
+    parse_arguments "$@"
+    check_gpu
+    require_tool flock util-linux
+    require_tool rsync rsync # control_vastai_local.sh talks to it
+    if [[ $mode == tmux ]]; then require_tool tmux tmux; fi
+    install_package
+    if [[ $mode == install ]]; then exit; fi
+    store_token
+    mkdir -p "$log_dir" "$checkpoint_dir"
+    start_tensorboard
+    if [[ $mode == foreground ]]; then train_here; fi
+    train_in_tmux
+}
+
+# The last line: of a download that broke off, nothing is run.
+main "$@"

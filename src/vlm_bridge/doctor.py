@@ -227,6 +227,8 @@ def _extras() -> Iterator[Check]:
     unused = set() if torch.cuda.is_available() else {"gpu"}
     for extra in sorted(set(extras()) - unused):
         checks = [_installed(requirement, missing="warn") for requirement in requirements(extra)]
+        if not checks:  # an old name of what the core has now
+            continue
         missing = [check for check in checks if check.status != "ok"]
         detail = ", ".join(f"{check.name} {check.detail}" for check in checks)
         if missing:

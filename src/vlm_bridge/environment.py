@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -120,6 +121,14 @@ def environment() -> dict[str, str]:
     if java := java_version():
         found["java"] = java
     return found
+
+
+def cache_dir() -> Path:
+    """Return the user's cache: ``$VLM_BRIDGE_CACHE``, else ``$XDG_CACHE_HOME/vlm-bridge``, else below ~/.cache."""
+    if explicit := os.environ.get("VLM_BRIDGE_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vlm-bridge"
 
 
 def java_version() -> str | None:

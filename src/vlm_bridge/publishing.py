@@ -11,11 +11,11 @@ import yaml
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.credentials import redact
-from vlm_bridge.data_pipeline.caption_folder import read_manifest, write_atomically
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder, write_atomically
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.evaluation import run_folder
+from vlm_bridge.hub import SITE, hub_problem
 from vlm_bridge.model_architecture import interchange
-from vlm_bridge.model_architecture.hub import SITE, hub_problem
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -228,7 +228,7 @@ def _is_local(name: str) -> bool:
 def _manifest(recipe: Recipe) -> Mapping[str, Any] | None:
     """The manifest of the data a recipe names, if it still lies there."""
     try:
-        return read_manifest(Path(recipe.data_dir))
+        return CaptionFolder.open(recipe.data_dir).manifest
     except (DataError, OSError):
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,3 +152,28 @@ def test_the_output_folder_may_not_hold_something_else(run_cli: RunCLI, tmp_path
     assert done.stderr.strip().splitlines() == [
         "error: out is not empty and no caption folder: choose another --output-dir"
     ]
+
+
+def test_a_folder_of_other_tools_is_inspected(
+    run_here: RunCLI, drawn_caption_folder: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "groundcap"
+    shutil.copytree(drawn_caption_folder, root, ignore=shutil.ignore_patterns(".*", "manifest.json"))
+    with (root / "val" / "captions.jsonl").open("a") as file:
+        file.write("\n")
+    first = run_here("data", "inspect-loader", "--data-dir", root, "--all")
+    assert (first.returncode, len(first.stderr.splitlines())) == (0, 2)  # and the progress
+    assert first.stderr.startswith(
+        f"{root} has no manifest.json: made {root / 'manifest.json'} (train 24 images"
+    )
+    assert "skipped 1 samples:" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
+    explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
+    assert explored.returncode == 0 and "40 images (24 train, 8 val, 8 test)" in explored.stdout
+    image = next((root / "val" / "images").iterdir())
+    content = bytearray(image.read_bytes())
+    content[-3] ^= 1  # of as many bytes: only --all can see it
+    image.write_bytes(content)
+    changed = run_here("data", "inspect-loader", "--data-dir", root, "--all")
+    assert changed.returncode == 1 and "delete its manifest" in changed.stderr
+    (root / "manifest.json").unlink()
+    assert run_here("data", "inspect-loader", "--data-dir", root, "--all").returncode == 0

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytest.importorskip("pyarrow", reason="needs the extra `data`")
-
 from groundcap import write_groundcap
 from vlm_bridge.data_pipeline.caption_folder import UNFINISHED_NAME, CaptionFolder
 

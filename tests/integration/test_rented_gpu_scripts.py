@@ -636,14 +636,122 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
     assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
-    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[data,gpu]"), (
-        "the tested versions"
-    )
+    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[gpu]"), "the tested versions"
 
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"
     assert len([call for call in rented.calls("python") if "pip" in call]) == 1
     assert rented.calls("vlm-training")[1] == training, "from where it stands"
+
+
+def piped(
+    rented: Rented, folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`cat scripts/setup_vastai_remote.sh | bash -s -- ...`, without a terminal that could be asked."""
+    return subprocess.run(
+        ["bash", "-s", "--", *arguments],
+        cwd=folder,
+        env={**rented.environment, **environment},
+        input=SETUP.read_text(encoding="utf-8"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def repository(rented: Rented) -> Path:
+    """The checkout as something that can be cloned."""
+    require("git")
+    git = ["git", "-C", str(rented.root), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    return rented.root
+
+
+def test_piped_in_it_clones_installs_prepares_and_trains(rented: Rented, repository: Path) -> None:
+    rented.root = rented.home / "vlm-bridge"  # where its locks will be
+    first = piped(rented, rented.home, str(repository), "--foreground", HF_TOKEN=TOKEN)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert f"cloning into {rented.root}" in first.stdout
+    assert "Hugging Face token: stored" in first.stdout and TOKEN not in first.stdout
+    (training,) = rented.calls("vlm-training")
+    assert training.endswith(f"checkpoint_dir={rented.root}/checkpoints log_dir={rented.root}/logs")
+    (install,) = (call for call in rented.calls("python") if "pip" in call)
+    assert "--constraint build/constraints-gpu.txt" in install
+
+    # The same line again, there or in the checkout, with or without the URL: it goes on.
+    for folder, arguments in (
+        (rented.home, [str(repository)]), (rented.root, [str(repository)]), (rented.root / "config", []),
+    ):  # fmt: skip
+        again = piped(rented, folder, *arguments, "--foreground")
+        assert (again.returncode, again.stderr) == (0, "")
+        assert "cloning" not in again.stdout
+    assert rented.calls("vlm-training") == [training] * 4
+    assert len(rented.calls("vlm-data")) == 1
+    assert len([call for call in rented.calls("python") if "pip" in call]) == 1
+
+
+def test_fetched_alone_it_clones_too(rented: Rented, repository: Path) -> None:
+    alone = Path(shutil.copy(SETUP, rented.home / "setup.sh"))
+    rented.root = rented.home / "vlm-bridge"
+    result = subprocess.run(
+        ["bash", str(alone), str(repository), "--install-only"],
+        cwd=rented.home, env=rented.environment, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (rented.root / ".venv" / ".installed-gpu").exists()
+
+
+def test_piped_in_without_a_repository_it_says_how_it_is_used(rented: Rented) -> None:
+    for arguments in ([], ["--foreground"]):
+        result = piped(rented, rented.home, *arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "bash -s -- URL_OR_PATH (see --help)" in one_error(result)
+    usage = piped(rented, rented.home, "--help")
+    assert (usage.returncode, usage.stderr) == (0, "") and usage.stdout.startswith("Usage: ")
+
+
+def test_what_cannot_be_cloned_is_one_clear_line(rented: Rented, repository: Path) -> None:
+    result = piped(rented, rented.home, str(rented.home / "nowhere"))
+    assert result.returncode == 1
+    assert "cannot clone: fatal: repository" in one_error(result)
+    (repository / "scripts" / SETUP.name).unlink()
+    subprocess.run(
+        ["git", "-C", repository, "-c", "user.name=a", "-c", "user.email=a@b.example", "commit", "-qam", "b"],
+        check=True,
+    )
+    result = piped(rented, rented.home, str(repository))
+    assert result.returncode == 1
+    assert "the repository is not vlm-bridge" in one_error(result)
+    (rented.home / "vlm-bridge").mkdir()
+    result = piped(rented, rented.home, str(repository))
+    assert result.returncode == 1
+    assert "is in the way" in one_error(result)
+
+
+def test_half_a_download_runs_nothing(rented: Rented) -> None:
+    script = SETUP.read_text(encoding="utf-8")
+    for end in range(0, len(script) - len('main "$@"\n'), 997):
+        result = subprocess.run(
+            ["bash", "-s", "--", "--install-only"], cwd=rented.root, env=rented.environment, text=True,
+            input=script[:end], capture_output=True, timeout=60,
+        )  # fmt: skip
+        assert result.stdout == ""
+    assert not rented.calls("python3") and not rented.calls("nvidia-smi")
+
+
+def test_data_of_the_original_project_are_used_as_they_are(rented: Rented) -> None:
+    folder = rented.root / "data" / "groundcap" / "train"
+    folder.mkdir(parents=True)
+    (folder / "captions.jsonl").touch()
+    assert rented.setup("--foreground").returncode == 0
+    assert not rented.calls("vlm-data") and len(rented.calls("vlm-training")) == 1
+    (folder.parent / ".unfinished").mkdir()
+    assert rented.setup("--foreground").returncode == 0
+    assert len(rented.calls("vlm-data")) == 1, "a transformation of ours that was interrupted"
 
 
 def test_tensorboard_is_for_this_machine_alone(rented: Rented) -> None:

@@ -325,6 +325,25 @@ def test_resuming_is_refused_where_it_could_not_continue(
         Run(make_recipe("run", f"data_dir={changed}"), resume=run.latest)
 
 
+def test_a_folder_without_a_manifest_trains_and_continues_bit_for_bit(
+    make_recipe: MakeRecipe, drawn_caption_folder: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "here", tmp_path / "another machine"]
+    for folder in folders:
+        shutil.copytree(drawn_caption_folder, folder, ignore=shutil.ignore_patterns(".*", "manifest.json"))
+    settings = ("save_every_n_steps=1", "keep_step_checkpoints=99")
+    whole = Run(make_recipe("whole", *settings, f"data_dir={folders[0]}"))
+    assert whole.said("has no manifest.json: made ")
+    step = whole.folder / checkpoints.STEP.format(2)
+    resumed = Run(make_recipe("resumed", *settings, f"data_dir={folders[1]}"), resume=step)
+    assert resumed.said("has no manifest.json: made ")
+    assert_same_training(whole.latest, resumed.latest)
+    captions = folders[1] / "train" / "captions.jsonl"
+    captions.write_text(captions.read_text().replace('"caption": "', '"caption": "Oh ', 1))
+    with pytest.raises(CheckpointError, match="data fingerprint=sha256:"):
+        Run(make_recipe("resumed", *settings, f"data_dir={folders[1]}"), resume=step)
+
+
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

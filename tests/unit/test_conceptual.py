@@ -64,6 +64,21 @@ def test_samples_of_all_shards_become_a_caption_folder(tmp_path: Path) -> None:
     assert image.path.read_bytes() == jpeg(int(image.original_id))
 
 
+def test_a_small_set_gets_validation_images(tmp_path: Path) -> None:
+    """Fifty rows of the training part, and no validation part: a recipe trains on them as they come."""
+    root = tmp_path / "cc"
+    write_tar(root / "train" / "00000.tar", [member for n in range(50) for member in sample(n)])
+    manifest = transform(Conceptual(root), tmp_path / "out")
+    assert [counts["images"] for counts in manifest["counts"].values()] == [40, 5, 5]
+    assert "exactly 0.1 val and 0.1 test" in manifest["split_rule"]
+    asked = transform(Conceptual(root), tmp_path / "asked", val_fraction=0.2, test_fraction=0)
+    assert asked["split_rule"].startswith("hash of (seed, image id), 0.2 val and 0 test")
+    write_tar(root / "val" / "00000.tar", [member for n in range(3) for member in sample(n + 50)])
+    official = transform(Conceptual(root), tmp_path / "official")
+    assert [counts["images"] for counts in official["counts"].values()] == [50, 3, 0]
+    assert official["split_rule"].startswith("the dataset's own parts")
+
+
 def test_processes_interruptions_and_unpacking_do_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

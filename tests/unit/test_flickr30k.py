@@ -1,4 +1,4 @@
-"""Flickr30k in the four caption files and the folders that people have it in."""
+"""Flickr30k in the caption files and the folders that people have it in."""
 
 from __future__ import annotations
 
@@ -110,6 +110,31 @@ def test_the_barred_table_is_read_with_its_broken_line(tmp_path: Path) -> None:
         ("results.csv:17", "no line of name| number| caption")
     ]
     assert source.split_rule is None
+
+
+@pytest.mark.parametrize("folder", ["Images", "flickr30k_images"])
+@pytest.mark.parametrize("header", ["image,caption", "\ufeffimage_name,comment_number,comment"])
+def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path, folder: str, header: str) -> None:
+    write_pictures(tmp_path / folder)
+    number = '"0",' if "number" in header else ""
+    rows = [f'{name},{number}" Two ""young"" guys , with a dog ."' for name in NAMES]
+    rows += [f"{name},{number} A man walks ." for name in NAMES]
+    rows += [f"{NAMES[0]},{number} A man , walking .", f',{number}"No image ."', ""]
+    (tmp_path / "captions.txt").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    source = Flickr30k(tmp_path)
+    items = source.items()
+    assert [item.image_id for item in items] == [name[:-4] for name in NAMES]
+    assert items[0].captions == [' Two "young" guys , with a dog .', " A man walks ."]
+    assert [item.id for item in source.rejected] == ["captions.txt:42", "captions.txt:43"]
+    assert all("stands in double quotes" in item.reason for item in source.rejected)
+    manifest = transform(source, tmp_path / "out")
+    assert sum(counts["captions"] for counts in manifest["counts"].values()) == 40
+
+
+def test_a_quote_that_never_ends_is_named(pictures: Path) -> None:
+    (pictures / "captions.txt").write_text(f'image,caption\n{NAMES[0]},"A man walks .\n')
+    with pytest.raises(DataError, match=r"captions.txt:2: damaged \(unexpected end of data\)"):
+        Flickr30k(pictures).items()
 
 
 @pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images", "Images", "images", "."])

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-
-pytest.importorskip("pyarrow", reason="needs the extra `data`")
 
 from groundcap import frame, make_row, write_groundcap, write_rows
 from vlm_bridge.data_pipeline import parquet
@@ -265,12 +262,6 @@ def test_without_the_hub_the_way_out_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DataError, match=r"cannot get daniel3303/GroundCap.*--source-path") as caught:
         GroundCap().items()
     assert "\n" not in str(caught.value)
-
-
-def test_without_pyarrow_the_extra_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'vlm-bridge\[data\]'"):
-        GroundCap(dataset).items()
 
 
 def test_datasets_reads_what_the_tests_write(dataset: Path) -> None:

@@ -22,8 +22,6 @@ def test_a_reader_takes_or_refuses_whatever_it_is_given(
     reader: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """``pytest --fuzz 10000 tests/unit/test_hostile_inputs.py`` gives each reader that many inputs."""
-    if reader == "parquet":
-        pytest.importorskip("pyarrow")
     tests = Path(__file__).parent.parent
     finished = subprocess.run(
         [sys.executable, tests / "fuzzing.py", reader, str(request.config.getoption("--fuzz")), "0", tmp_path,

@@ -11,9 +11,10 @@ import pytest
 from huggingface_hub import errors
 
 from vlm_bridge.configuration import LanguageModelConfig, VisionEncoderConfig
-from vlm_bridge.errors import CheckpointError, ModelError
+from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
+from vlm_bridge.errors import CheckpointError, DataError, ModelError
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.checkpoint import find_checkpoint
 
@@ -61,6 +62,58 @@ def test_every_refusal_says_why_and_what_to_do(error: Exception, said: list[str]
         assert all(words in line for words in said), line
         assert "\n" not in line
         assert "hf_secret" not in line
+
+
+@pytest.fixture
+def stored_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A token in huggingface_hub's own file, and none in the environment."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "token").write_text("hf_stored")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    return "hf_stored"
+
+
+def test_a_refused_token_is_named_by_its_place(stored_token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = wrapped(refusal(errors.HfHubHTTPError, 401))
+    line = hub_problem(error, GEMMA)
+    assert line is not None
+    assert "refused the token that `hf auth login` stored (401): it is wrong or has expired" in line
+    assert stored_token not in line
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    line = hub_problem(error, GEMMA)
+    assert line is not None
+    assert "refused the token in HF_TOKEN (401)" in line
+    assert "hf_mine" not in line
+    line = hub_problem(refusal(errors.RepositoryNotFoundError, 401), GEMMA)
+    assert line is not None
+    assert line.endswith("(the token in HF_TOKEN may not, or has expired)")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (refusal(errors.HfHubHTTPError, 401), ["refused the token in HF_TOKEN (401)"]),
+        (refusal(errors.GatedRepoError, 403), ["accept its terms on https://huggingface.co/datasets/"]),
+        (refusal(errors.HfHubHTTPError, 403), ["refused access (403)", "/datasets/daniel3303/GroundCap"]),
+        (errors.LocalEntryNotFoundError("not cached"), ["cannot be reached: "]),
+    ],
+)
+def test_groundcap_says_what_the_hub_refused(
+    error: Exception, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(DataError) as caught:
+        GroundCap().items()
+    line = str(caught.value)
+    assert line.startswith("cannot get daniel3303/GroundCap from the Hugging Face hub: ")
+    assert line.endswith("or name a folder of its parquet files with --source-path")
+    assert all(words in line for words in said), line
+    assert "check the network" not in line and "save_pretrained" not in line
 
 
 def test_errors_of_other_origin_and_of_folders_are_left_alone(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture import packaged_weights
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 from vlm_bridge.model_architecture.packaged_weights import (
-    cache_dir,
     find_smollm2_gguf,
     gguf_as_pretrained_folder,
 )

@@ -61,6 +61,15 @@ def test_usual_names_of_splits() -> None:
 
 # --- exact shares ---
 
+
+@pytest.mark.parametrize(
+    ("number", "by", "fraction"), [(50, "image", 0.1), (2_000, "image", 0.05), (10_000, "hash", 0.01)]
+)
+def test_shares_for_large_sets_hold_out_enough_of_small_ones(number: int, by: str, fraction: float) -> None:
+    rule = SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100).resolve([None] * number)
+    assert (rule.by, rule.val_fraction, rule.test_fraction) == (by, fraction, fraction)
+
+
 GROUNDCAP = SplitRule(None, val_fraction=0.05, test_fraction=0.15)
 
 

@@ -61,7 +61,7 @@ def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(python:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     (weights,) = re.findall(r"^WEIGHT_WHEELS := (.+)$", makefile, re.MULTILINE)
     needed = [*PYPROJECT["dependencies"], *weights.split(), "hatchling", "editables"]
-    for extra in ("lite", "data", "photos", "demo", "docs", "dev"):
+    for extra in ("lite", "photos", "demo", "docs", "dev"):
         needed += extras[extra]
     for requirement in map(Requirement, needed):
         version = locked(requirement.name, python, system)
@@ -69,6 +69,13 @@ def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(python:
         assert requirement.specifier.contains(version, prereleases=True), (
             f"{requirement} is locked at {version}: make lock"
         )
+
+
+def test_the_default_source_and_the_default_system_need_no_extra() -> None:
+    """`uv sync`, then `vlm-data` on GroundCap and `vlm-training` with its default recipe."""
+    core = {Requirement(requirement).name for requirement in PYPROJECT["dependencies"]}
+    assert {"torch", "transformers", "accelerate", "tensorboard", "pyarrow", "pillow"} <= core
+    assert PYPROJECT["optional-dependencies"]["data"] == [], "the old name of what the core has now"
 
 
 def test_uv_takes_the_versions_of_the_lock() -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from vlm_bridge.data_pipeline.data_folder import SplitImages
     from vlm_bridge.data_pipeline.loader import TokenizedImages
     from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
-    from vlm_bridge.data_pipeline.splits import SplitBy
 
 app = typer.Typer(
     name="vlm-data",
@@ -115,7 +114,7 @@ def explore_dataset(
     import json
     from dataclasses import asdict
 
-    from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.data_pipeline.data_folder import open_data_folder
     from vlm_bridge.data_pipeline.explore import describe_items, folder_items, plain_caption, sample_items
     from vlm_bridge.data_pipeline.sources import Described, SourceOptions, make_source
@@ -130,7 +129,7 @@ def explore_dataset(
     if data_dir is not None:
         name = data_dir.resolve().name
         set_aside: list[Rejected] = []
-        items = folder_items(open_data_folder(data_dir), set_aside)
+        items = folder_items(open_data_folder(data_dir, note), set_aside)
     else:
         name = (source or SourceName.groundcap).value
         # With their tags, which are counted.
@@ -187,13 +186,13 @@ def transform(
     ),
     val_fraction: float = typer.Option(
         None,
-        help="Share for validation, where the source has no splits. (default: groundcap 0.05, conceptual 0.01, "
-        "others 0.1)",
+        help="Share for validation, where the source has no splits. (default: groundcap 0.05, conceptual 0.01 "
+        "(more of fewer than 10,000), others 0.1)",
     ),
     test_fraction: float = typer.Option(
         None,
-        help="Share for testing, where the source has no splits. (default: groundcap 0.15, conceptual 0.01, "
-        "others 0.1)",
+        help="Share for testing, where the source has no splits. (default: groundcap 0.15, conceptual 0.01 "
+        "(more of fewer than 10,000), others 0.1)",
     ),
     image_size: int = typer.Option(640, help="Longest side of a stored picture, in pixels."),
     caption_style: CaptionStyleName = typer.Option(
@@ -275,8 +274,9 @@ def inspect_loader(
     import json
     from dataclasses import replace
 
-    from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.configuration import load_recipe
+    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.data_pipeline.explore import describe_items, find_broken, folder_items, sample_items
     from vlm_bridge.errors import DataError, UsageError
@@ -286,7 +286,7 @@ def inspect_loader(
     recipe = load_recipe(config)
     if batch_size is not None:
         recipe = replace(recipe, batch_size=batch_size)
-    folder = open_data_folder(data_dir or recipe.data_dir)
+    folder = open_data_folder(data_dir or recipe.data_dir, note)
     set_aside: list[Rejected] = []
     items = folder_items(folder, set_aside)
     statistics = describe_items(items)
@@ -294,9 +294,10 @@ def inspect_loader(
     with show_progress("pictures decoded") as report:
         broken = find_broken(checked, report)
     if check_all and not broken and folder.compute_fingerprint() != folder.fingerprint:
-        raise DataError(
-            f"{folder.root} was changed after it was made (its fingerprint differs): make it again"
-        )
+        mend = "make it again"
+        if isinstance(folder, CaptionFolder) and not folder.is_checked:
+            mend = "delete its manifest, and the next start makes another"
+        raise DataError(f"{folder.root} was changed after it was made (its fingerprint differs): {mend}")
 
     batch = None
     if "train" in folder.splits:
@@ -317,7 +318,7 @@ def inspect_loader(
         _print_statistics(statistics)
         print(f"\n{len(checked)} of {len(items)} pictures decoded, {len(broken)} broken")
         if set_aside:
-            print(f"set aside {len(set_aside):,} samples of shards:")
+            print(f"skipped {len(set_aside):,} samples:")
         for item in (*broken, *set_aside):
             print(f"  {item.id}: {item.reason}")
         if batch:
@@ -402,8 +403,8 @@ def _outlook(source: Source, planning: dict[str, Any], num_rows: int | None) -> 
     else:
         if source.split_rule is not None or getattr(source, "official_split", False):
             raise UsageError("--num-rows knows no official split: leave it out, and the dataset is read")
-        by: SplitBy = planning["split_by"] or source.default_split_rule.by or "image"
-        rule = split_rule(source, by, planning["val_fraction"], planning["test_fraction"])
+        rule = split_rule(source, planning["split_by"], planning["val_fraction"], planning["test_fraction"])
+        rule = rule.resolve([None] * num_rows)
         most = planning["limit"] or num_rows
         captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
     recipe = Recipe()
@@ -444,12 +445,14 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
     quiet_transformers()
     from transformers import AutoTokenizer
 
+    from vlm_bridge.hub import hub_problem
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, f"cannot load the tokenizer {name!r}: {lines[0]}"
+        why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, f"cannot load the tokenizer {name!r}: {why}"
     return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], ""
 
 
@@ -555,7 +558,10 @@ def _print_manifest(manifest: dict[str, Any], output_dir: Path) -> None:
     print(f"{output_dir}: {counts}")
     for split in ("train", "val"):
         if not manifest["counts"][split]["images"]:
-            print(f"note: no image is in {split}; training needs some")
+            print(
+                f"note: no image is in {split}, and training needs some: where the source decides no splits, "
+                "--val-fraction and --test-fraction change the shares"
+            )
     if near := manifest["near_duplicates"]:
         print(f"near duplicates: {near['pairs']} pairs, {near['pairs_across_splits']} of them across splits")
     _print_reasons("set aside", manifest["rejected"])

@@ -75,6 +75,7 @@ def evaluate(
 
     Our own (--checkpoint) or a published one (--model), on the same data with the same decoding and metrics.
     """
+    from vlm_bridge.cli.progress import note
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.errors import UsageError
 
@@ -86,7 +87,7 @@ def evaluate(
         raise UsageError("--revision and --prompt are for a --model")
 
     # Everything that can be wrong with the paths is found before minutes of captioning.
-    folder = open_data_folder(data_dir)
+    folder = open_data_folder(data_dir, note)
     images, set_aside = readable_split(folder, split.value)
     images = images[:limit]
     if json_file:
@@ -150,12 +151,9 @@ def evaluate(
     for failure in evaluation.failures:
         print(f"failed: {failure.image.path}: {failure.error}", file=sys.stderr)
     if len(set_aside):
-        print(
-            f"set aside {len(set_aside):,} of {set_aside.total:,} {set_aside.kind}: {set_aside.summary()}",
-            file=sys.stderr,
-        )
-    for note in evaluation.scores.notes():
-        print(f"note: {note}", file=sys.stderr)
+        note(f"set aside {len(set_aside):,} of {set_aside.total:,} {set_aside.kind}: {set_aside.summary()}")
+    for line in evaluation.scores.notes():
+        note(f"note: {line}")
     _print_scores(evaluation)
     if output_dir:
         print(f"report: {output_dir / 'report.html'}")

@@ -11,6 +11,11 @@ PLAIN_INTERVAL_S = 5.0
 """Seconds between two plain lines: logs stay short, and nobody thinks the command hangs."""
 
 
+def note(line: str) -> None:
+    """Print a line on stderr, beside the results on stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield ``report(done, total)``; ``what`` says what is counted, as in "pictures"."""

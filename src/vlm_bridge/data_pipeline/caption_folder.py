@@ -6,7 +6,8 @@
     ROOT/{train,val,test}/captions.jsonl  {"image_path": "images/x.jpg", "caption": "...", "original_id": "x"}
     ROOT/{train,val,test}/images/*.jpg    upright RGB pictures
 
-An image has one line per caption. A folder without a manifest is unfinished.
+An image has one line per caption. Other tools prepare the same layout without a manifest, as the dinov2-gemma project
+does: such a folder is read too, and its manifest is made on first use (`prepared_folder`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import json
 import mmap
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, overload
@@ -24,6 +25,7 @@ import numpy as np
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
+from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.durable_files import write_bytes_durably
@@ -39,7 +41,9 @@ UNFINISHED_NAME = ".unfinished"
 """Working files of a transformation under way; without a manifest beside them it can be continued."""
 MAX_PATH_CHARACTERS, MAX_NAME_BYTES = 1024, 255
 """Of a picture's path and of each of its parts: what file systems take."""
-_KEYS = ("image_path", "caption", "original_id")
+PREPARED_ELSEWHERE = "prepared by other tools"
+"""The manifest's `source` of a folder that other tools prepared."""
+_KEYS = ("image_path", "caption")
 
 
 @dataclass(frozen=True)
@@ -59,28 +63,35 @@ class CaptionFolder:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, root: str | Path) -> CaptionFolder:
-        """Open the caption folder at ``root``.
+    def open(cls, root: str | Path, say: Callable[[str], None] = lambda line: None) -> CaptionFolder:
+        """Open the caption folder at ``root``; make its manifest where other tools prepared it.
+
+        Args:
+            root: the folder that holds train, val and test.
+            say: told what is worth knowing of a folder that other tools prepared.
 
         Raises:
             DataError: missing, unfinished, damaged or of a newer format; the message says how to mend it.
         """
+        from vlm_bridge.data_pipeline.prepared_folder import current_manifest
+
         root = Path(root)
-        manifest_path = root / MANIFEST_NAME
         if not root.is_dir():
             raise DataError(
                 f"no caption folder at {root}: "
                 f"make one with `vlm-data transform --source ... --output-dir {root}`"
             )
-        if not manifest_path.is_file():
+        if is_prepared_elsewhere(root):
+            return cls(root, current_manifest(root, say))
+        if not (root / MANIFEST_NAME).is_file():
             if (root / UNFINISHED_NAME).is_dir():
                 raise DataError(
                     f"caption folder {root} is unfinished: "
                     "continue it with the same `vlm-data transform` command"
                 )
             raise DataError(
-                f"{root} is not a caption folder (it has no {MANIFEST_NAME}): make one with "
-                "`vlm-data transform --source local --input-dir PICTURES --output-dir NEW_FOLDER`"
+                f"{root} is not a caption folder (it has neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME}): make "
+                "one with `vlm-data transform --source local --input-dir PICTURES --output-dir NEW_FOLDER`"
             )
         folder = cls(root, read_manifest(root))
         for split in folder.splits:
@@ -94,6 +105,11 @@ class CaptionFolder:
     def fingerprint(self) -> str:
         """Hash over every caption line and every picture, as recorded when the folder was made."""
         return self.manifest["fingerprint"]
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether every line was checked when the folder was made; other tools check none."""
+        return self.manifest.get("source") != PREPARED_ELSEWHERE
 
     @property
     def splits(self) -> list[str]:
@@ -113,25 +129,13 @@ class CaptionFolder:
             raise DataError(
                 f"caption folder {self.root} has no {name} images (it has: {', '.join(self.splits)})"
             )
-        return _index_captions(self.root / name, bad)
+        return index_captions(self.root / name, bad)
 
     def compute_fingerprint(self) -> str:
         """Read every file and return the fingerprint: equal to ``fingerprint`` unless one was changed."""
-        images = {
-            split: {
-                f"{IMAGES_NAME}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in (self.root / split / IMAGES_NAME).iterdir()
-            }
-            for split in self.splits
-        }
-        lines = {
-            split: (self.root / split / CAPTIONS_NAME)
-            .read_text(encoding="utf-8")
-            .removesuffix("\n")
-            .split("\n")
-            for split in self.splits
-        }
-        return fingerprint(lines, images)
+        folders = {split: self.root / split for split in self.splits}
+        images = {split: dict(image_digests(folder)) for split, folder in folders.items()}
+        return fingerprint({split: caption_lines(folder) for split, folder in folders.items()}, images)
 
 
 class CaptionedImages(Sequence[CaptionedImage]):
@@ -165,7 +169,7 @@ class CaptionedImages(Sequence[CaptionedImage]):
         image = self._chosen[index]
         records = [self._record(line) for line in range(self._first[image], self._first[image + 1])]
         captions = tuple(record["caption"] for record in records)
-        return CaptionedImage(self.folder / records[0]["image_path"], captions, records[0]["original_id"])
+        return CaptionedImage(self.folder / records[0]["image_path"], captions, _id_of(records[0]))
 
     def take(self, indices: np.ndarray) -> CaptionedImages:
         """A view of some images, in the order of ``indices``."""
@@ -179,6 +183,11 @@ class CaptionedImages(Sequence[CaptionedImage]):
     def path(self, index: int) -> Path:
         """The picture of one image."""
         return self.folder / self._record(int(self._first[self._chosen[index]]))["image_path"]
+
+    @property
+    def num_captions(self) -> int:
+        """The captions of all these images."""
+        return int((self._first[self._chosen + 1] - self._first[self._chosen]).sum())
 
     @property
     def shards(self) -> np.ndarray:
@@ -270,9 +279,44 @@ def fingerprint(lines: Mapping[str, Iterable[str]], images: Mapping[str, Mapping
     return f"sha256:{total.hexdigest()}"
 
 
+def image_digests(split_dir: Path) -> Iterator[tuple[str, str]]:
+    """Read each image file of a split: (path relative to the split, SHA-256)."""
+    for path in image_files(split_dir):
+        with path.open("rb") as file:
+            yield f"{IMAGES_NAME}/{path.name}", hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_files(split_dir: Path) -> list[Path]:
+    """Return the image files of a split by name, without what file managers leave in folders."""
+    folder = split_dir / IMAGES_NAME
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [
+        path
+        for path in found
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+
+
+def caption_lines(split_dir: Path) -> list[str]:
+    """Return the lines of a split's ``captions.jsonl``; bytes that are not UTF-8 are escaped."""
+    text = (split_dir / CAPTIONS_NAME).read_text(encoding="utf-8", errors="backslashreplace")
+    return text.removesuffix("\n").split("\n")
+
+
+def is_prepared_elsewhere(root: Path) -> bool:
+    """Whether a folder has the layout of a caption folder, but its manifest is missing or `prepared_folder`'s."""
+    if (root / UNFINISHED_NAME).is_dir() or not any((root / s / CAPTIONS_NAME).is_file() for s in SPLITS):
+        return False
+    return not (root / MANIFEST_NAME).is_file() or read_manifest(root).get("source") == PREPARED_ELSEWHERE
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read and check ``ROOT/manifest.json``; DataError where it is damaged or of another format."""
-    path = root / MANIFEST_NAME
+    return parse_manifest(root / MANIFEST_NAME)
+
+
+def parse_manifest(path: Path) -> dict[str, Any]:
+    """Read and check a manifest; DataError where it is damaged or of another format."""
     try:
         manifest = parse_json(path.read_bytes())
     except ValueError as error:
@@ -333,7 +377,7 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _index_captions(folder: Path, bad: BadSamples | None) -> CaptionedImages:
+def index_captions(folder: Path, bad: BadSamples | None) -> CaptionedImages:
     """Look at every line of a ``captions.jsonl`` once, and remember where those of each image begin.
 
     The lines of an image usually stand together: a run of them is an image, unless another run has the same name.
@@ -400,10 +444,18 @@ def _read_records(path: Path, bad: BadSamples | None) -> Iterator[tuple[str, int
             bad.set_aside(where, problem)
 
 
+def _id_of(record: Mapping[str, Any]) -> str:
+    """The image's id, or the name of its file where other tools wrote no text for an id."""
+    name = record.get("original_id")
+    return name if is_text(name) else PurePosixPath(record["image_path"]).stem
+
+
 def _parse_record(line: bytes | None) -> tuple[dict[str, str], str]:
     """The record of a line, or what is wrong with it."""
     if line is None:
         return {}, "the line is too long for a caption"
+    if not line.strip():
+        return {}, "a blank line"
     try:
         record = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError:

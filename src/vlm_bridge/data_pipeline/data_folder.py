@@ -11,6 +11,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     UNFINISHED_NAME,
     CaptionedImages,
     CaptionFolder,
+    is_prepared_elsewhere,
 )
 from vlm_bridge.data_pipeline.shard_folder import ShardFolder, ShardImages
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
@@ -22,18 +23,18 @@ SplitImages = CaptionedImages | ShardImages
 
 
 def open_data_folder(path: str | Path, say: Callable[[str], None] = lambda line: None) -> DataFolder:
-    """Open a caption folder or a shard folder; what has a manifest is a caption folder.
+    """Open a caption folder or a shard folder.
 
     Args:
-        say: told how long work on shards goes.
+        say: told how long work goes, and what is worth knowing of a folder that other tools prepared.
 
     Raises:
         DataError: neither of them, or one that cannot be used; says how to mend it.
     """
     root = Path(path)
-    is_caption_folder = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()
-    if is_caption_folder or not root.is_dir():
-        return CaptionFolder.open(root)
+    is_ours = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()
+    if is_ours or not root.is_dir() or is_prepared_elsewhere(root):
+        return CaptionFolder.open(root, say)
     if any(_shards_in(root / split) for split in SPLITS):
         return ShardFolder.open(root, say)
     if _shards_in(root):
@@ -48,15 +49,15 @@ def open_data_folder(path: str | Path, say: Callable[[str], None] = lambda line:
 
 
 def readable_split(folder: DataFolder, split: SplitName) -> tuple[SplitImages, BadSamples]:
-    """The images of a split, and what of its shards cannot be used.
+    """Return the images of a split, and what of its shards or captions was skipped.
 
-    Of a caption folder, which was checked when it was made, the first line that cannot be read is an error.
+    Of a caption folder that was checked when it was made, the first line that cannot be read is an error.
 
     Raises:
         DataError: no such split, a line that cannot be read, or more than `MAX_BAD_SHARE` of a split's samples.
     """
     bad = BadSamples(f"{split} samples")
-    if isinstance(folder, CaptionFolder):
+    if isinstance(folder, CaptionFolder) and folder.is_checked:
         return folder.split(split), bad
     images = folder.split(split, bad)
     bad.check(MAX_BAD_SHARE)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.data_folder import DataFolder
 from vlm_bridge.data_pipeline.images import image_size, open_image
-from vlm_bridge.data_pipeline.shard_folder import ShardFolder
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.data_pipeline.tags import TagCounter, strip_tags
@@ -33,13 +33,13 @@ def folder_items(folder: DataFolder, set_aside: list[Rejected] | None = None) ->
     """Return the images of a caption folder or of shards, all splits, as if it were a source.
 
     Args:
-        set_aside: takes the samples of shards that cannot be used, which are passed over.
+        set_aside: takes the samples that are skipped, of shards and of folders that other tools prepared.
     """
     items: list[SourceItem] = []
     for split in SPLITS:
         if split not in folder.splits:
             continue
-        bad = BadSamples(split) if isinstance(folder, ShardFolder) else None
+        bad = None if isinstance(folder, CaptionFolder) and folder.is_checked else BadSamples(split)
         items += [
             SourceItem(image.original_id, list(image.captions), split, path=image.path)
             for image in folder.split(split, bad)

@@ -111,11 +111,9 @@ def _plain(value: pa.Scalar) -> Any:
 
 
 def _opened(path: Path, *, read_dictionary: Sequence[str] | None = None) -> ParquetFile:
-    try:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise DataError("reading parquet files needs pyarrow: pip install 'vlm-bridge[data]'") from None
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
     try:
         return ParquetFile(
             path, buffer_size=_READ_AHEAD, pre_buffer=False, read_dictionary=list(read_dictionary or ())

@@ -60,6 +60,8 @@ class SplitRule:
             approximate. ``image`` gives exact shares. ``film`` keeps the images of a film together, as near to
             the shares as whole films allow. None is ``film`` where every id names one and ``image`` elsewhere.
         val_fraction, test_fraction: shares of those images, in [0, 1); the rest is for training.
+        held_out_at_least: images that validation and testing get each, for shares made for large sets: a small set
+            is dealt out in exact, larger shares, of a tenth at most. 0 keeps the shares as they are.
 
     Raises:
         UsageError: the fractions leave nothing to train on.
@@ -68,12 +70,16 @@ class SplitRule:
     by: SplitBy | None = "hash"
     val_fraction: float = 0.1
     test_fraction: float = 0.1
+    held_out_at_least: int = 0
 
     def __post_init__(self) -> None:
         check_fractions(self.val_fraction, self.test_fraction)
 
     def resolve(self, films: Sequence[str | None]) -> SplitRule:
-        """Return this rule with ``by`` decided for images of these films (None: the id names no film)."""
+        """Return this rule with all decided for images of these films (None: the id names no film)."""
+        if films and self.held_out_at_least > len(films) * min(self.val_fraction, self.test_fraction):
+            share = round(min(0.1, self.held_out_at_least / len(films)), 4)
+            return SplitRule("image", max(self.val_fraction, share), max(self.test_fraction, share))
         if self.by is not None:
             return self
         by = "film" if films and all(film is not None for film in films) else "image"

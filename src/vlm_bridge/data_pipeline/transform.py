@@ -34,6 +34,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     CaptionFolderWriter,
     caption_line,
     fingerprint,
+    is_prepared_elsewhere,
     read_manifest,
     write_atomically,
 )
@@ -191,7 +192,9 @@ def split_rule(
     source: Source, by: SplitBy | None, val_fraction: float | None, test_fraction: float | None
 ) -> SplitRule:
     """Return the source's usual rule with whatever is given in its place; UsageError as :class:`SplitRule`."""
-    given = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    given: dict[str, Any] = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    if any(value is not None for value in given.values()):
+        given["held_out_at_least"] = 0
     return replace(
         source.default_split_rule, **{name: value for name, value in given.items() if value is not None}
     )
@@ -297,6 +300,11 @@ def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, A
     root = writer.root
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file: choose another --output-dir")
+    if is_prepared_elsewhere(root):
+        raise DataError(
+            f"{root} is a caption folder that other tools prepared: train on it as it is, "
+            "or choose another --output-dir"
+        )
     state = writer.working_dir / "settings.json"
     if (root / MANIFEST_NAME).is_file():
         manifest = read_manifest(root)

@@ -34,8 +34,8 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.evaluation.run import NotMeasurable
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture.generation import Caption, image_keys, search, searched_together
-from vlm_bridge.model_architecture.hub import hub_problem
 from vlm_bridge.training_strategy.validation import Validation, shuffled_images
 
 OUR_MODEL_TYPE = "vlm-bridge-captioner"

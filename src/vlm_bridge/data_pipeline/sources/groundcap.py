@@ -19,6 +19,7 @@ from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOp
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SplitName, SplitRule, normalise_split
 from vlm_bridge.data_pipeline.tags import strip_tags
 from vlm_bridge.errors import DataError
+from vlm_bridge.hub import hub_problem
 
 HUB_NAME = "daniel3303/GroundCap"
 ID, IMAGE, CAPTION, HUMAN = "id", "image", "caption", "human_annotated"
@@ -163,8 +164,9 @@ def _download() -> Path:
         return Path(snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet"))
     except Exception as error:
         # Whatever fails on the way to the hub, in whichever library: the way out is the same.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = hub_problem(error, HUB_NAME, "dataset")
+        why = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"cannot get {HUB_NAME} from the Hugging Face hub ({lines[0]}): check the network, "
-            "or name a folder of its parquet files with --source-path"
+            f"cannot get {HUB_NAME} from the Hugging Face hub: {why}; or name a folder of its parquet files "
+            "with --source-path"
         ) from error
