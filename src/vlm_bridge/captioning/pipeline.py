@@ -118,13 +118,15 @@ class Captioner:
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda done: None,
+        open_image: Callable[[Any], Image.Image] = open_image,
     ) -> list[CaptionResult]:
-        """Caption pictures, in the order given; a picture that cannot be read has an ``error`` instead.
+        """Caption images, in the order given; an image that cannot be read has an ``error`` instead.
 
         Args:
             decode: how to generate; None means the recipe's settings.
-            batch_size: pictures that are encoded and decoded together; it does not change the captions.
-            progress: called with the number of pictures done.
+            batch_size: images that are encoded and decoded together; it does not change the captions.
+            progress: called with the number of images done.
+            open_image: reads a file: in this process, or in others (`data_pipeline.isolated.ImageReader`).
         """
         chosen = decode or self.recipe.decode
         encoder: Any = self.model.vision_encoder
@@ -134,6 +136,7 @@ class Captioner:
             batch_size,
             progress,
             prepare=encoder.preprocess,
+            open_image=open_image,
         )
 
     def candidates(
@@ -271,6 +274,7 @@ def caption_in_batches(
     progress: Callable[[int], None] = lambda done: None,
     *,
     prepare: Callable[[list[Image.Image]], Any] = lambda pictures: pictures,
+    open_image: Callable[[Any], Image.Image] = open_image,
 ) -> list[CaptionResult]:
     """Caption pictures in the order given; a broken one gets an ``error``.
 
@@ -280,11 +284,12 @@ def caption_in_batches(
         caption_batch: RGB pictures as ``prepare`` leaves them -> (caption, mean log-probability per token, whether
             it is finished) of each.
         progress: called with the number of pictures done.
-        prepare: what can be done with the RGB pictures of a batch beside the captioning of another.
+        prepare: what can be done with the RGB images of a batch beside the captioning of another.
+        open_image: reads a file.
     """
 
     def read(batch: list[str | PictureFile | Image.Image]) -> tuple[list[tuple[str, ImageError | None]], Any]:
-        opened = [_open(image) for image in batch]
+        opened = [_open(image, open_image) for image in batch]
         readable = [picture for _, picture in opened if isinstance(picture, Image.Image)]
         outcomes = [(name, picture if isinstance(picture, ImageError) else None) for name, picture in opened]
         return outcomes, prepare(readable) if readable else None
@@ -302,7 +307,9 @@ def caption_in_batches(
     return results
 
 
-def _open(image: str | PictureFile | Image.Image) -> tuple[str, Image.Image | ImageError]:
+def _open(
+    image: str | PictureFile | Image.Image, open_image: Callable[[Any], Image.Image]
+) -> tuple[str, Image.Image | ImageError]:
     if isinstance(image, Image.Image):
         return "<picture>", upright_rgb(image)
     try:

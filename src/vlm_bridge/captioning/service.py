@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from vlm_bridge.captioning.attention_panels import word_overlays
 from vlm_bridge.captioning.explain import WordAttention, explain
 from vlm_bridge.captioning.pipeline import Candidate, Captioner
 from vlm_bridge.configuration import DecodeSettings
-from vlm_bridge.data_pipeline.images import decode_image
+from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.isolated import ImageReader
 from vlm_bridge.errors import ConfigurationError, DataError, ImageError
 
 MEGABYTE = 2**20
@@ -111,12 +112,18 @@ class Request:
 
 
 class CaptionService:
-    """Answers requests one after the other, whichever threads they come from; decodes a picture when its turn comes,
-    so that memory holds one however many clients wait."""
+    """Answers requests one after the other, whichever threads they come from; decodes an image when its turn comes,
+    so that memory holds one however many clients wait.
 
-    def __init__(self, captioner: Captioner, checkpoint: str):
+    Args:
+        checkpoint: what the page calls the captioner's checkpoint.
+        reader: decodes uploads in processes of its own; None decodes them in this one.
+    """
+
+    def __init__(self, captioner: Captioner, checkpoint: str, reader: ImageReader | None = None):
         self.captioner = captioner
         self.checkpoint = checkpoint
+        self.open_image = reader.open_image if reader is not None else open_image
         self.default_request = Request.of(captioner.recipe.decode)
         self._turn = threading.Lock()
 
@@ -133,7 +140,7 @@ class CaptionService:
         """
         with self._turn:
             started = time.perf_counter()
-            picture = open_upload(file, name)
+            picture = open_upload(file, name, self.open_image)
             decode, count = self._decode_settings(request)
             (candidates,) = self.captioner.candidates([picture], count, decode=decode)
             if decode.do_sample:
@@ -187,34 +194,28 @@ class CaptionService:
         return decode, count if sampled else min(count, decode.num_beams)
 
 
-def open_upload(file: Path | bytes, name: str) -> Image.Image:
-    """An uploaded file as an upright RGB picture.
+def open_upload(
+    file: Path | bytes, name: str, open_image: Callable[[Any], Image.Image] = open_image
+) -> Image.Image:
+    """Open an uploaded file as an upright RGB image.
+
+    Args:
+        name: what the client calls the file, for messages.
+        open_image: decodes it: in this process, or in others (`ImageReader`).
 
     Raises:
-        UploadError: larger than `MAX_UPLOAD`, an SVG, not a picture, damaged, or of too many pixels.
+        UploadError: larger than `MAX_UPLOAD`, no image, damaged, or beyond a limit of `data_pipeline.images`.
     """
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     if size > MAX_UPLOAD:
         raise too_large(name, size)
     try:
-        return decode_image(file).image
+        return open_image(file if isinstance(file, bytes) else str(file))
     except ImageError as error:
-        if _is_svg(file):
-            message = f"{name} is an SVG drawing, which has no pixels: save it as PNG"
-        else:
-            message = f"{name}: {error.reason}; send a JPEG, PNG, WebP, GIF, BMP or TIFF"
-        raise UploadError(message, 415) from error
+        remedy = "send a JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or JPEG 2000"
+        raise UploadError(f"{name}: {error.reason}; {remedy}", 415) from error
 
 
 def too_large(name: str, size: int) -> UploadError:
     """The refusal of an upload of so many bytes."""
     return UploadError(f"{name} has {math.ceil(size / MEGABYTE)} MB: send at most {MAX_UPLOAD_MB} MB", 413)
-
-
-def _is_svg(file: Path | bytes) -> bool:
-    if isinstance(file, bytes):
-        start = file[:2000]
-    else:
-        with file.open("rb") as opened:
-            start = opened.read(2000)
-    return b"<svg" in start.lower()

@@ -12,6 +12,7 @@ from vlm_bridge.errors import on_one_line
 
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
+    from vlm_bridge.data_pipeline.isolated import ImageReader
 
 
 def caption(
@@ -43,6 +44,9 @@ def caption(
     explain: Path = typer.Option(
         None, help="Write a PNG for each picture to this folder: where in it each word looked."
     ),
+    max_pixels: int = typer.Option(
+        None, min=0, help="Pixels of an image at most, 0 for no limit. (default: 51,000,000)"
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print a JSON list of {image, caption, score}."),
 ) -> None:
     """Caption pictures, one line each, in the order given. A broken file is one line on stderr (exit code 1)."""
@@ -51,10 +55,13 @@ def caption(
 
     from vlm_bridge.cli.loading import without_garbage_collection
     from vlm_bridge.configuration import load_recipe
-    from vlm_bridge.data_pipeline.images import iter_image_paths
+    from vlm_bridge.data_pipeline import images
+    from vlm_bridge.data_pipeline.isolated import ImageReader
 
     # What can be wrong with the paths is found before the seconds that torch and transformers take.
-    pictures = iter_image_paths(paths)
+    pictures = images.iter_image_paths(paths)
+    if max_pixels is not None:
+        images.LIMITS.max_pixels = max_pixels
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(config) if config else None
@@ -74,8 +81,11 @@ def caption(
         given["num_beams"] = 1
     decode = dataclasses.replace(captioner.recipe.decode, **given)
 
-    results = captioner.caption(pictures, decode=decode, batch_size=batch_size)
-    explanations = _write_explanations(captioner, results, explain) if explain is not None else {}
+    with ImageReader(min(2, len(pictures))) as reader:
+        results = captioner.caption(
+            pictures, decode=decode, batch_size=batch_size, open_image=reader.open_image
+        )
+        explanations = _write_explanations(captioner, results, explain, reader) if explain is not None else {}
     for result in results:
         if result.error is not None:
             typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
@@ -94,12 +104,11 @@ def caption(
 
 
 def _write_explanations(
-    captioner: Captioner, results: list[CaptionResult], folder: Path
+    captioner: Captioner, results: list[CaptionResult], folder: Path, reader: ImageReader
 ) -> dict[int, dict[str, str]]:
     """Write a PNG for each captioned picture, named as the picture is; {index of the result: what JSON says of it}."""
     from vlm_bridge.captioning.attention_panels import attention_panels
     from vlm_bridge.captioning.explain import explain
-    from vlm_bridge.data_pipeline.images import open_image
 
     written: dict[int, dict[str, str]] = {}
     taken: set[str] = set()
@@ -110,7 +119,7 @@ def _write_explanations(
         while (name := stem if number == 1 else f"{stem}-{number}") in taken:  # from another folder
             number += 1
         taken.add(name)
-        picture = open_image(result.image)
+        picture = reader.open_image(result.image)
         path = folder / f"{name}.png"
         attention_panels(explain(captioner, picture, caption=result.caption), picture).save(path)
         written[index] = {"explanation": str(path)}

@@ -203,6 +203,9 @@ def transform(
     near_duplicate_distance: int = typer.Option(
         4, help="Report pictures whose perceptual hashes differ in at most N of 64 bits."
     ),
+    max_pixels: int = typer.Option(
+        None, min=0, help="Pixels of an image at most, 0 for no limit. (default: 51,000,000)"
+    ),
     workers: int = typer.Option(None, help="Processes. (default: one a core, at most 8)"),
     dry_run: bool = typer.Option(False, "--dry-run", help="Only say what the splits would be."),
     num_rows: int = typer.Option(
@@ -214,6 +217,7 @@ def transform(
     import json
 
     from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
     from vlm_bridge.data_pipeline.transform import transform as run
     from vlm_bridge.errors import UsageError
@@ -222,6 +226,8 @@ def transform(
         raise UsageError("give --output-dir, the caption folder to make (or --dry-run)")
     if num_rows is not None and not dry_run:
         raise UsageError("--num-rows goes with --dry-run; for fewer images there is --limit")
+    if max_pixels is not None:
+        images.LIMITS.max_pixels = max_pixels
     opened = make_source(
         source.value,
         SourceOptions(
@@ -330,7 +336,8 @@ def inspect_loader(
 def _default_workers() -> int:
     import os
 
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(2, cores))  # two or more decode apart from this process
 
 
 def _first_batch(images: SplitImages, recipe: Recipe, *, with_tokens: bool) -> dict[str, Any]:

@@ -85,12 +85,9 @@ class ImageReader:
 
     def open_image(self, picture: str | PictureFile | bytes) -> Image.Image:
         """As `images.open_image`, also of a file's bytes. Raises ImageError."""
-        name = images.name_of(picture)
-        (read,) = self._pool.result(
-            self._pool.submit([picture]), [picture], lambda _, reason: ImageError(name, reason)
-        )
-        if isinstance(read, ImageError):
-            raise read
+        (read,) = self._pool.result(self._pool.submit([picture]), [picture], lambda _, reason: reason)
+        if isinstance(read, str):
+            raise ImageError(images.name_of(picture), read)
         size, pixels = read
         return Image.frombytes("RGB", size, pixels)
 
@@ -105,12 +102,12 @@ class ImageReader:
         self.close()
 
 
-def _read(picture: str | PictureFile | bytes) -> tuple[tuple[int, int], bytes] | ImageError:
+def _read(picture: str | PictureFile | bytes) -> tuple[tuple[int, int], bytes] | str:
     """Size and pixels of an image, upright and RGB; or why there are none."""
     try:
         image = images.decode_image(picture).image
     except ImageError as error:
-        return error
+        return error.reason
     return image.size, image.tobytes()
 
 

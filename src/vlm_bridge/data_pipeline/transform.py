@@ -87,7 +87,8 @@ def transform(
     """Write ``source`` as a caption folder and return its manifest.
 
     Args:
-        workers: processes; with several, a script needs the usual ``if __name__ == "__main__":`` guard.
+        workers: processes. With several, images are decoded apart from this process, within `isolated`'s limits of
+            time and memory, and a script needs the usual ``if __name__ == "__main__":`` guard.
         seed: of the splits, for images whose source decides none.
         split_by: of those images, see :class:`SplitRule`; None takes the source's usual.
         val_fraction: likewise.
@@ -425,13 +426,14 @@ def _prepare_pictures(
         )
         for p, picture in zip(remaining, iter_pictures(p.item for p in remaining), strict=True)
     )
-    # Starting a process costs as much as many small images. With several asked for, one is started at any rate: what
-    # a damaged file does, it does there.
-    if workers > 1 and len(remaining) < 2 * _TASKS_A_CHUNK:
-        workers = 1 if all(callable(p.item.picture) for p in remaining) else _ONE_APART
+    # Starting a process costs as much as many small images. Where several are allowed, one is started at any rate for
+    # files: what a damaged one does, it does there.
+    few = len(remaining) < 2 * _TASKS_A_CHUNK
+    is_drawn = all(p.item.draw is not None for p in remaining)
+    processes = 0 if workers == 1 or (few and is_drawn) else 1 if few else workers
     report = progress or (lambda done, total: None)
     report(len(outcomes), len(planned))
-    with journal.writing() as remember, contextlib.closing(_run(tasks, workers)) as finished:
+    with journal.writing() as remember, contextlib.closing(_run(tasks, processes)) as finished:
         for outcome in finished:
             outcomes[outcome.image_id] = outcome
             # A picture that failed is tried again next time: its file may have been mended.
@@ -441,18 +443,18 @@ def _prepare_pictures(
     return outcomes
 
 
-def _run(tasks: Iterator[_Task], workers: int) -> Generator[_Outcome]:
-    """Yield outcomes as they come, from this process or several."""
-    if workers == 1:
+def _run(tasks: Iterator[_Task], processes: int) -> Generator[_Outcome]:
+    """Yield outcomes in order, from this process (0) or others."""
+    if not processes:
         yield from map(_make_picture, tasks)
         return
     remaining = _chunks(tasks)
-    pool: IsolatedPool[_Task, _Outcome] = IsolatedPool(_make_picture, workers)
+    pool: IsolatedPool[_Task, _Outcome] = IsolatedPool(_make_picture, processes)
     try:
         pending: deque[tuple[Any, list[_Task]]] = deque()
         while True:
             # Bounded, so that a million tasks or gigabytes of images do not pile up in the queue.
-            while len(pending) < workers * _CHUNKS_A_WORKER and (chunk := next(remaining, None)):
+            while len(pending) < processes * _CHUNKS_A_WORKER and (chunk := next(remaining, None)):
                 # Submitting starts the processes: they inherit the hold, so Ctrl-C reaches this one alone.
                 with _holding_interrupts():
                     pending.append((pool.submit(chunk), chunk))
