@@ -132,8 +132,8 @@ def test_several_pictures_have_a_card_each_and_a_bad_one_a_message(
     drawing.write_text(SVG)
     _drop(page, picture, words, drawing)
     refused = _until(page, "#answers .vb-error", count=2)
-    assert "words.jpg: not a picture" in refused[0].text
-    assert "SVG" in refused[1].text and "PNG" in refused[1].text
+    assert "words.jpg: it is no image" in refused[0].text
+    assert "it is an SVG drawing" in refused[1].text
     assert len(page.find_elements(By.CSS_SELECTOR, "#answers .vb-caption")) == 1
 
 

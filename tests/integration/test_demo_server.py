@@ -57,8 +57,8 @@ def test_twenty_clients_at_once_get_the_answers_to_their_own_pictures(
 @pytest.mark.parametrize(
     ("content", "name", "status", "says"),
     [
-        (b"just words\n" * 50, "words.jpg", 415, "words.jpg: not a picture"),
-        (SVG, "drawing.svg", 415, "save it as PNG"),
+        (b"just words\n" * 50, "words.jpg", 415, "words.jpg: it is no image"),
+        (SVG, "drawing.svg", 415, "drawing.svg: it is an SVG drawing"),
         (b"", "nothing.jpg", 415, "the file is empty"),
         (bytes(MAX_UPLOAD + 1), "large.jpg", 413, "at most 20 MB"),
         (bytes(60_000_000), "larger.jpg", 413, "at most 20 MB"),

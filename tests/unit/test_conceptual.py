@@ -209,7 +209,7 @@ def test_incomplete_samples_are_rejected_with_their_reason(
         "000000005": "its caption is not UTF-8 text",
         "000000006": "it has several pictures",
         "000000008": "it has several pictures (from http://example.com/8.jpg)",
-        "000000009": "not a picture, or a damaged one",
+        "000000009": "it is no image, or a damaged one",
     }
     images = CaptionFolder.open(tmp_path / "out").split("train")
     assert [image.original_id for image in images] == ["000000007", "000000010"]

@@ -101,7 +101,7 @@ def test_one_pixel_is_a_picture(tmp_path: Path) -> None:
     assert open_image(tmp_path / "dot.png").size == (1, 1)
 
 
-@pytest.mark.parametrize("side", [20_000, 7_142])
+@pytest.mark.parametrize("side", [12_000, 7_142])
 def test_huge_pictures_are_refused_from_their_header(tmp_path: Path, side: int) -> None:
     assert side * side > MAX_PIXELS
     (tmp_path / "huge.png").write_bytes(huge_png(side, side))
@@ -119,7 +119,7 @@ def test_broken_files_name_their_reason(tmp_path: Path) -> None:
     for name, reason in [
         ("missing.jpg", "no such file"),
         ("empty.jpg", "empty"),
-        ("text.jpg", "not a picture"),
+        ("text.jpg", "no image, or a damaged one"),
         ("cut.jpg", "truncated"),
         (".", "folder"),
     ]:

