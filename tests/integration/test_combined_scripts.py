@@ -258,11 +258,11 @@ def write_flickr30k(root: Path) -> Path:
     (root / "flickr30k-images").mkdir(parents=True)
     images = []
     for index in range(8):
-        colour = ("red", "green", "blue", "yellow")[index % 4]
-        image = Image.new("RGB", (80, 60), colour)
+        color = ("red", "green", "blue", "yellow")[index % 4]
+        image = Image.new("RGB", (80, 60), color)
         image.putpixel((index, index), (0, 0, 0))
         image.save(root / "flickr30k-images" / f"{index}.jpg")
-        sentence = {"raw": f"A large {colour} square.", "tokens": [], "imgid": index, "sentid": index}
+        sentence = {"raw": f"A large {color} square.", "tokens": [], "imgid": index, "sentid": index}
         images.append(
             {
                 "filename": f"{index}.jpg", "imgid": index, "sentids": [index], "sentences": [sentence],
