@@ -318,12 +318,15 @@ def bash(commands: str, repository: Path) -> subprocess.CompletedProcess[str]:
 
 
 def caption_by_command(run_here: Run, run: Path) -> str:
-    """The caption of `test_image.jpg` in float32, as long as the snippet's `max_length` allows behind the prompt."""
-    where = checkpoints.find_checkpoint(run)
+    """The caption of `test_image.jpg` in float32, as long as the snippet's `max_length` allows behind the prompt.
+
+    A run's folder alone would stand for its weights in bfloat16.
+    """
+    where = run / "checkpoints" / checkpoints.BEST
     recipe = checkpoints.recipe_of(checkpoints.load_checkpoint(where), where)
     Path("float32.yaml").write_text(replace(recipe, use_amp=False).to_yaml())
     captioned = run_here(
-        "caption", "test_image.jpg", "--checkpoint", run, "--config", "float32.yaml", "--device", "cpu",
+        "caption", "test_image.jpg", "--checkpoint", where, "--config", "float32.yaml", "--device", "cpu",
         "--max-new-tokens", 40,
     )  # fmt: skip
     assert captioned.returncode == 0, captioned.stderr

@@ -291,3 +291,10 @@ def test_what_is_no_combined_file_is_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="does not hold the original's PVT"):
         combine_models(str(tmp_path / "c.pth"), str(tiny_blip_dir))
+
+
+def test_a_bert_decoder_in_the_guides_dict_is_refused(load: Any) -> None:
+    state = bert_captioner()
+    decoder = {n.removeprefix("text_decoder."): x for n, x in state.items() if n.startswith("text_decoder.")}
+    with pytest.raises(CheckpointError, match="decoder is bert-base, not BLIP's"):
+        load({"pvt": small_pvt().state_dict(), "blip": decoder})

@@ -55,25 +55,25 @@ def parse(content: Any, where: str | Path) -> CombinedFile:
         CheckpointError: it is of none of them.
     """
     content = unwrapped(content)
-    _refuse_bert(content, where)
     layout = "a combined file"
     parts = [content.get(key, {}) for key in GUIDE_KEYS]
     if all(isinstance(part, Mapping) for part in parts) and parts[0]:
         layout = "the guide's dict of state dicts"
         content = _joined(parts)
+    _refuse_bert(content, where)
     if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(f"{where} is not a combined file, which is a dict of tensors alone")
-    if is_whole_blip := any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
-        layout = "the original's combined file" if layout == "a combined file" else layout
+    if layout == "a combined file" and any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
+        layout = "the original's combined file"
     has_vit = any(str(name).startswith(_VIT) for name in content)
-    state = {}
-    for name, tensor in content.items():
-        name = _PROJECTION_NAMES.sub("visual_proj.", str(name))
-        if is_whole_blip and name.startswith(_WITHIN_BLIP):
-            name = name.removeprefix("text_decoder.")
-        if not name.startswith(_VIT):
-            state[name] = tensor
+    state = {_our_name(str(name)): x for name, x in content.items() if not str(name).startswith(_VIT)}
     return CombinedFile(state, _described(state, layout, has_vit))
+
+
+def _our_name(name: str) -> str:
+    if name.startswith(_WITHIN_BLIP):
+        return name.removeprefix("text_decoder.")
+    return _PROJECTION_NAMES.sub("visual_proj.", name)
 
 
 def unwrapped(content: Any) -> Mapping[Any, Any]:
