@@ -306,8 +306,8 @@ def guide_folder(
     blip = BlipForConditionalGeneration.from_pretrained(BLIP)
     with torch.no_grad():  # captions that are sure of their words, and end
         for parameter in blip.text_decoder.parameters():
-            parameter.mul_(6 if parameter.ndim > 1 else 1)
-        blip.text_decoder.get_output_embeddings().bias[blip.config.text_config.sep_token_id] += 3
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+        blip.text_decoder.get_output_embeddings().bias[blip.config.text_config.sep_token_id] += 1
     blip.save_pretrained(BLIP)
     with seeded():
         noise = torch.randint(0, 256, (120, 90, 3), dtype=torch.uint8).numpy()
