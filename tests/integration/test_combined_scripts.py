@@ -342,7 +342,6 @@ def caption_by_command(run_here: Run, run: Path) -> str:
 
 def assert_same_caption(one: str, other: str, blip: Any, inputs: Any) -> None:
     """Both searches found one caption, or two that are equally likely: tiny models know many such."""
-    assert one
     if one == other:
         return
     tokenizer = AutoTokenizer.from_pretrained(BLIP)
