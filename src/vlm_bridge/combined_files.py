@@ -21,7 +21,7 @@ from vlm_bridge.model_architecture.combined import (
     build_combined,
     to_combined,
 )
-from vlm_bridge.model_architecture.combined_layouts import Layout, in_layout, parse, part_of
+from vlm_bridge.model_architecture.combined_layouts import Layout, in_layout, parse, part_of, unwrapped
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig, image_processor
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -164,15 +164,14 @@ def _read(path: Path, remedy: str) -> Any:
 def _pvt_of_file(path: Path) -> PvtCbam:
     """The original's PVT of a file of its weights: bare, under `model_state`, or as `visual_encoder.*`."""
     content = _read(path, "--pvt takes a hub name, a folder or a .pth file")
-    content = content.get("model_state", content) if isinstance(content, Mapping) else {}
-    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    tensors = {str(name): x for name, x in unwrapped(content).items() if isinstance(x, torch.Tensor)}
     weights = part_of(tensors, "visual_encoder.") or {
         name: x for name, x in tensors.items() if name.startswith(("patch", "stage", "norm."))
     }
     try:
         model = PvtCbam(PvtCbamConfig.of(weights))
         model.load_state_dict(weights)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} does not hold the original's PVT (patch1.*, stage1.*, ...): {message}"

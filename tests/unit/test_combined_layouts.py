@@ -159,7 +159,7 @@ def test_encoders_without_a_place_there_are_refused(
     kind: Any, tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, tmp_path: Path
 ) -> None:
     state = combine_models(str(tiny_pvt_v2_dir), str(tiny_blip_dir), kind)
-    with pytest.raises(CheckpointError, match=r"original's layout.*: it has PVTv2 of transformers"):
+    with pytest.raises(CheckpointError, match=r"pvt-blip layout.*: it has PVTv2 of transformers"):
         write_combined(tmp_path / "c.pth", state, "original")
     assert not (tmp_path / "c.pth").exists()
     write_combined(tmp_path / "c.pth", state)
@@ -270,3 +270,31 @@ def test_a_decoder_of_another_vocabulary_is_refused(
     write_combined(tmp_path / "c.pth", ours)
     with pytest.raises(CheckpointError, match=r"has 2 layers and that of 'Salesforce/.*-base' 12"):
         load_combined_model(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        3,
+        {"model_state": torch.zeros(2)},
+        {"pvt": torch.zeros(2), "blip": 3},
+        {"pvt": {"patch1.proj.weight": 3}, "blip": {1: torch.zeros(2)}, "projection": {}},
+        {"visual_encoder.patch1.proj.weight": torch.zeros(()), "text_decoder.bert.x": torch.zeros(0)},
+        {"visual_encoder.stage1.0.norm1.weight": torch.zeros(()), "text_decoder.bert.x": torch.zeros(0)},
+    ],
+)
+def test_what_is_no_combined_file_is_one_line(
+    content: Any, load: Any, tiny_blip_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load(content)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="does not hold the original's PVT"):
+        combine_models(str(tmp_path / "c.pth"), str(tiny_blip_dir))
+
+
+def test_a_bert_decoder_in_the_guides_dict_is_refused(load: Any) -> None:
+    state = bert_captioner()
+    decoder = {n.removeprefix("text_decoder."): x for n, x in state.items() if n.startswith("text_decoder.")}
+    with pytest.raises(CheckpointError, match="decoder is bert-base, not BLIP's"):
+        load({"pvt": small_pvt().state_dict(), "blip": decoder})

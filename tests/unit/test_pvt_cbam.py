@@ -166,6 +166,10 @@ def _break(folder: Path, how: str) -> None:
         ).unlink()
     elif how == "unknown key":
         (folder / "config.json").write_text(json.dumps(config | {"window": 7}))
+    elif how == "three stages":
+        (folder / "config.json").write_text(json.dumps(config | {"depths": [1, 1, 1]}))
+    elif how == "other cbam":
+        (folder / "config.json").write_text(json.dumps(config | {"cbam": "both"}))
     elif how == "wider":
         (folder / "config.json").write_text(json.dumps(config | {"mlp_ratio": 8}))
     else:
@@ -179,6 +183,8 @@ def _break(folder: Path, how: str) -> None:
         ("no weights", "is not whole: .*model.safetensors"),
         ("no processor", "preprocessor"),
         ("unknown key", "config.json has unknown keys: window"),
+        ("three stages", "sizes of each kind must be four"),
+        ("other cbam", "cbam is sequence, map or null, not 'both'"),
         ("wider", r"stage1\.0\.mlp\.fc1\.bias is \(32,\), not \(64,\)"),
         ("a tensor less", r"stage2\.1\.attn\.q\.bias is missing"),
     ],

@@ -231,7 +231,7 @@ def _read_sizes(
         raise CheckpointError(
             f"{where} lacks {error.args[0]}, or has other names than transformers: it has {named} ..."
         ) from error
-    except ValueError as error:
+    except (IndexError, ArithmeticError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 

@@ -14,7 +14,7 @@ is BLIP's ViT, which nothing here reads. Translating is renaming; no value chang
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -54,25 +54,34 @@ def parse(content: Any, where: str | Path) -> CombinedFile:
     Raises:
         CheckpointError: it is of none of them.
     """
-    content = content.get("model_state", content) if isinstance(content, Mapping) else {"": content}
-    _refuse_bert(content, where)
+    content = unwrapped(content)
     layout = "a combined file"
-    if isinstance(content.get("pvt"), Mapping):
+    parts = [content.get(key, {}) for key in GUIDE_KEYS]
+    if all(isinstance(part, Mapping) for part in parts) and parts[0]:
         layout = "the guide's dict of state dicts"
-        content = _joined(content)
+        content = _joined(parts)
+    _refuse_bert(content, where)
     if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(f"{where} is not a combined file, which is a dict of tensors alone")
-    if is_whole_blip := any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
-        layout = "the original's combined file" if layout == "a combined file" else layout
+    if layout == "a combined file" and any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
+        layout = "the original's combined file"
     has_vit = any(str(name).startswith(_VIT) for name in content)
-    state = {}
-    for name, tensor in content.items():
-        name = _PROJECTION_NAMES.sub("visual_proj.", str(name))
-        if is_whole_blip and name.startswith(_WITHIN_BLIP):
-            name = name.removeprefix("text_decoder.")
-        if not name.startswith(_VIT):
-            state[name] = tensor
+    state = {_our_name(str(name)): x for name, x in content.items() if not str(name).startswith(_VIT)}
     return CombinedFile(state, _described(state, layout, has_vit))
+
+
+def _our_name(name: str) -> str:
+    if name.startswith(_WITHIN_BLIP):
+        return name.removeprefix("text_decoder.")
+    return _PROJECTION_NAMES.sub("visual_proj.", name)
+
+
+def unwrapped(content: Any) -> Mapping[Any, Any]:
+    """What a file holds, or what it holds under `model_state`; of anything but a dict, a dict without tensors."""
+    if not isinstance(content, Mapping):
+        return {"": content}
+    inner = content.get("model_state")
+    return inner if isinstance(inner, Mapping) else content
 
 
 def part_of(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -93,7 +102,7 @@ def in_layout(
         return dict(state)
     if problem:
         raise CheckpointError(
-            f"{where} cannot be written in the original's layout, which holds PVT-Tiny with CBAM and a linear "
+            f"{where} cannot be written in the original's pvt-blip layout, which holds PVT-Tiny with CBAM and a linear "
             f"projection: it has {problem}; write it in ours (--layout own)"
         )
     return {
@@ -115,9 +124,9 @@ def _no_place(state: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def _joined(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _joined(parts: Sequence[Mapping[Any, Any]]) -> dict[str, Any]:
     """The guide's three state dicts as one; of a whole model under `blip`, what is not its decoder is left out."""
-    encoder, blip, projection = (dict(content.get(key) or {}) for key in GUIDE_KEYS)
+    encoder, blip, projection = parts
     whole = any(str(name).startswith("text_decoder.") for name in blip)
     if whole:
         blip = {

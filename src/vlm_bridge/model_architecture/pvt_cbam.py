@@ -62,6 +62,15 @@ class PvtCbamConfig:
 
     model_type: ClassVar[str] = PVT_CBAM
 
+    def __post_init__(self) -> None:
+        stages = (
+            self.hidden_sizes, self.num_attention_heads, self.depths, self.sr_ratios, self.patch_sizes,
+        )  # fmt: skip
+        if {len(sizes) for sizes in stages} != {4}:
+            raise ValueError("PVT has four stages: sizes of each kind must be four")
+        if self.cbam not in (None, "sequence", "map"):
+            raise ValueError(f"cbam is sequence, map or null, not {self.cbam!r}")
+
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": PVT_CBAM, **dataclasses.asdict(self)}
 
@@ -324,7 +333,7 @@ class PvtCbamEncoder(nn.Module):
             if not meta:
                 _load_weights(model, read_folder(folder)[1], folder)
                 processor = image_processor(folder, config.resample)
-        except (OSError, ValueError, CheckpointError) as error:
+        except (OSError, ValueError, TypeError, CheckpointError) as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"cannot load the vision encoder {config.name!r}: {first_line}") from error
         return cls(model, processor, config.image_size or sizes.image_size)

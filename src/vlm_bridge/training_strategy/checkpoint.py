@@ -491,7 +491,8 @@ def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None =
     if "recipe" not in content:
         raise CheckpointError(
             f"{where} comes from the original project and names no recipe: convert it once with `vlm-bridge export "
-            f"{where} --config config/training-default.yaml --output-dir DIR` (training takes the recipe by --config)"
+            f"{where} --config config/training-default.yaml --output-dir DIR` (training takes its own settings, or "
+            "a recipe by --config)"
         )
     try:
         return recipe_from_dict(content["recipe"], where=str(where))
