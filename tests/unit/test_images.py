@@ -139,6 +139,28 @@ def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
     assert iter_image_paths([str(tmp_path / "**" / "*.PNG")]) == [c]
 
 
+def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) -> None:
+    for name in (
+        "a.jpg",
+        "b.HEIC",
+        "c.avif",
+        "d.jp2",
+        "e.jfif",
+        "f.txt",
+        "g.txt",
+        "h.mov",
+        "README",
+        ".hidden",
+    ):
+        (tmp_path / name).write_bytes(b"x")
+    told: list[str] = []
+    assert len(iter_image_paths([tmp_path], told.append)) == 5
+    assert told == [
+        f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, 1 .mov, 1 no suffix)"
+    ] or told[0].startswith(f"{tmp_path}: skipped 4 files")
+    assert len(told) == 1
+
+
 def test_missing_paths_and_empty_folders_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in ("missing.jpg", "empty", "*.jpg"):

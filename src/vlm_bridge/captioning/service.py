@@ -29,6 +29,7 @@ MAX_UPLOAD = MAX_UPLOAD_MB * MEGABYTE
 MOST_BEAMS, MOST_ALTERNATIVES, LONGEST = 8, 5, 80
 """What one client may ask for, so that the others do not wait long."""
 OVERLAY_SIDE = 160
+DECODE_TOGETHER = 2
 
 
 class UploadError(DataError):
@@ -112,8 +113,8 @@ class Request:
 
 
 class CaptionService:
-    """Answers requests one after the other, whichever threads they come from; decodes an image when its turn comes,
-    so that memory holds one however many clients wait.
+    """Answers requests one after the other, whichever threads they come from; decodes few images at a time, so that
+    memory holds no more however many clients wait, and one that takes long does not keep the others waiting.
 
     Args:
         checkpoint: what the page calls the captioner's checkpoint.
@@ -126,6 +127,7 @@ class CaptionService:
         self.open_image = reader.open_image if reader is not None else open_image
         self.default_request = Request.of(captioner.recipe.decode)
         self._turn = threading.Lock()
+        self._decoding = threading.Semaphore(DECODE_TOGETHER)
 
     def answer(self, file: Path | bytes, name: str, request: Request, *, overlays: bool = False) -> Answer:
         """Caption an uploaded picture, or say why not.
@@ -138,9 +140,12 @@ class CaptionService:
             ConfigurationError: the captioner cannot decode so.
             ModelError: ``overlays`` are asked of a language model that does not return its attention.
         """
-        with self._turn:
-            started = time.perf_counter()
+        with self._decoding:
+            began = time.perf_counter()
             picture = open_upload(file, name, self.open_image)
+            seconds = time.perf_counter() - began
+        with self._turn:
+            started = time.perf_counter() - seconds
             decode, count = self._decode_settings(request)
             (candidates,) = self.captioner.candidates([picture], count, decode=decode)
             if decode.do_sample:

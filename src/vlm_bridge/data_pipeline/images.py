@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,10 +146,15 @@ def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
     return (height, width) if parts.orientation >= 5 else (width, height)
 
 
-def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
+def iter_image_paths(
+    paths: Iterable[str | Path], say: Callable[[str], None] = lambda line: None
+) -> list[Path]:
     """Expand files, folders (recursive, sorted) and glob patterns, in the order given.
 
     A named file keeps its place whatever it holds: a broken one fails later, by itself.
+
+    Args:
+        say: told of each folder or pattern how many of its files are no images by their names, by kind.
 
     Raises:
         DataError: a path does not exist, or a folder or pattern holds no picture.
@@ -160,12 +166,12 @@ def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
             found.append(path)
             continue
         if path.is_dir():
-            matches = _pictures(path.rglob("*"))
+            matches = _images(path.rglob("*"), given, say)
             missing = f"no picture in folder {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
         elif _GLOB_CHARACTERS & set(str(path)):
             # Path.glob takes relative patterns only.
             anchor = Path(path.anchor)
-            matches = _pictures(anchor.glob(str(path.relative_to(anchor))))
+            matches = _images(anchor.glob(str(path.relative_to(anchor))), given, say)
             missing = f"no picture matches the pattern {given}"
         else:
             raise DataError(f"no such picture or folder: {given}")
@@ -175,12 +181,16 @@ def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _pictures(candidates: Iterable[Path]) -> list[Path]:
-    return sorted(
-        path
-        for path in candidates
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _images(candidates: Iterable[Path], given: str | Path, say: Callable[[str], None]) -> list[Path]:
+    files = [path for path in candidates if not path.name.startswith(".") and path.is_file()]
+    others = Counter(path.suffix.lower() or "no suffix" for path in files)
+    for suffix in IMAGE_SUFFIXES:
+        del others[suffix]
+    if others:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
+        more = f" and {len(others) - 5} other kinds" if len(others) > 5 else ""
+        say(f"{given}: skipped {others.total():,} files that are no images by their names ({kinds}{more})")
+    return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 @contextmanager
