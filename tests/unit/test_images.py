@@ -155,10 +155,9 @@ def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) 
         (tmp_path / name).write_bytes(b"x")
     told: list[str] = []
     assert len(iter_image_paths([tmp_path], told.append)) == 5
-    assert told == [
-        f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, 1 .mov, 1 no suffix)"
-    ] or told[0].startswith(f"{tmp_path}: skipped 4 files")
-    assert len(told) == 1
+    (line,) = told
+    assert line.startswith(f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, ")
+    assert "1 .mov" in line and "1 no suffix" in line
 
 
 def test_missing_paths_and_empty_folders_are_errors(tmp_path: Path) -> None:
