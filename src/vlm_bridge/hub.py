@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from vlm_bridge.credentials import TOKEN_VARIABLES
@@ -28,7 +27,7 @@ def hub_problem(error: BaseException, name: str, kind: Literal["model", "dataset
     """
     from huggingface_hub import constants, errors
 
-    if kind == "model" and Path(name).exists():
+    if kind == "model" and os.path.exists(name):  # of a name too long to be a path, False
         return None
     page = f"{SITE}/{name}" if kind == "model" else f"{SITE}/datasets/{name}"
     causes = list(_causes(error))

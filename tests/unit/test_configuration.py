@@ -190,7 +190,7 @@ def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
             "language_model.prompt='yes: no'",
             "data_dir='1e5'",
             "max_steps=7",
-            "gradient_clip_val=.inf",
+            "gradient_clip_val=1e6",
             "vision_encoder.layers=[4, -1]",
             "decode.known_objects=[dog, cup of coffee]",
         ],

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
+from vlm_bridge.configuration import MAX_RETURN_SEQUENCES, BridgeConfig, DecodeSettings, Recipe
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import (
@@ -331,6 +331,10 @@ class CaptionModel(nn.Module):
         return captions
 
     def _check_lengths(self, prompt_ids: Sequence[int], decode: DecodeSettings, per_image: int) -> None:
+        if per_image > MAX_RETURN_SEQUENCES:
+            raise ConfigurationError(
+                f"num_return_sequences must be at most {MAX_RETURN_SEQUENCES}, not {per_image}"
+            )
         is_search = not decode.do_sample or decode.num_beams > 1
         if is_search and per_image > decode.num_beams:
             raise ConfigurationError(

@@ -42,6 +42,8 @@ ORIGINAL_NAMES = {
 _BRIDGE_LITE = f"{_ORIGINAL_PREFIX}bridge_blocks."
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+MAX_CONFIG_BYTES = 1_000_000
+"""A recipe with the versions of what wrote it has about 4,000."""
 _INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
 """Prefixes of the scales of a matrix that `quantized` stores in fewer bits."""
 
@@ -137,6 +139,9 @@ def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 f"quantised weights and their scales do not go together: {shortened(sorted(unpaired))}"
             )
         for name, scale in scales.items():
+            per_row = 1 if dtype is torch.int8 else weights[name].shape[-1] * 2 // GROUP
+            if scale.shape != (*weights[name].shape[:-1], per_row):  # else one number could become gigabytes
+                raise ValueError(f"the scales of {name} are of another shape")
             weights[name] = weights[name] * scale if dtype is torch.int8 else from_int4(weights[name], scale)
     return weights
 
@@ -169,7 +174,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        config = parse_json((folder / CONFIG_NAME).read_bytes())
+        with (folder / CONFIG_NAME).open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{CONFIG_NAME} has more than {MAX_CONFIG_BYTES:,} bytes")
+        config = parse_json(text)
         weights = dequantized(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error
