@@ -178,7 +178,13 @@ class DecodeSettings:
         check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size", "object_bonus", prefix="decode.")
         check_at_least(-MAX_RATE, self, "length_penalty", prefix="decode.")
         check_at_most(
-            MAX_RATE, self, "length_penalty", "repetition_penalty", "temperature", "object_bonus", prefix="decode."
+            MAX_RATE,
+            self,
+            "length_penalty",
+            "repetition_penalty",
+            "temperature",
+            "object_bonus",
+            prefix="decode.",
         )
         check_seed(self, prefix="decode.")
         check_above_zero(self, "temperature", "top_p", "repetition_penalty", prefix="decode.")

@@ -40,6 +40,10 @@ def write_durably(
         check(unfinished)
         with _kept(path) if keep_previous else contextlib.nullcontext():
             take_name(unfinished, path)
+    except OSError as error:
+        if error.filename is None:  # of a write, the system names no file
+            error.filename = str(path)
+        raise
     finally:
         _remove(unfinished)
 
@@ -52,6 +56,22 @@ def write_bytes_durably(path: Path, content: bytes) -> None:
             raise not_as_written(path)
 
     write_durably(path, lambda file: file.write(content), check)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append to a file a whole line or nothing; without the line, a new file is not left. Raises OSError."""
+    size = path.stat().st_size if path.exists() else None
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    except OSError:
+        with contextlib.suppress(OSError):
+            if size is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.truncate(path, size)
+        raise
 
 
 def bring_to_disk(file: IO[bytes]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.parsing import parse_json
 from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
@@ -152,19 +154,27 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
     Raises:
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    had_config = (folder / CONFIG_NAME).exists()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes_durably(folder / CONFIG_NAME, text.encode())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
         shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
         temporary.replace(folder / WEIGHTS_NAME)
-    except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(f"cannot write {folder / WEIGHTS_NAME}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # safetensors' way of saying that the disk is full
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            if not had_config:
+                (folder / CONFIG_NAME).unlink(missing_ok=True)
+            for place in made:
+                place.rmdir()
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from error
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

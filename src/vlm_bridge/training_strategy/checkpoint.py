@@ -27,7 +27,7 @@ from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.model_architecture.hub import hub_problem, reach_hub
 from vlm_bridge.parsing import MAX_YAML_DEPTH, MAX_YAML_VALUES, shown
 from vlm_bridge.training_strategy.checkpoint_limits import (
     MAX_PICKLE_BYTES,
@@ -494,6 +494,7 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
 
     wanted = [interchange.CONFIG_NAME, interchange.WEIGHTS_NAME]
     try:
+        reach_hub(path.as_posix(), revision)
         folder = snapshot_download(path.as_posix(), revision=revision, allow_patterns=wanted)
     except Exception as error:  # the hub's client raises errors of several libraries
         if (problem := hub_problem(error, path.as_posix())) is None:
@@ -560,7 +561,7 @@ def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) 
         ModelError: the configuration of a frozen part cannot be read.
     """
     try:
-        model = build_captioner(recipe, meta=True)
+        model: Any = build_captioner(recipe, meta=True)
     except ConfigurationError as error:
         raise CheckpointError(f"{where}: its recipe cannot be built: {error}") from error
     except (RuntimeError, OverflowError) as error:  # torch's word for a tensor of 2**63 bytes

@@ -98,7 +98,9 @@ def _check_tensor(tensor: torch.Tensor, file_bytes: int) -> None:
         raise ValueError(f"it holds a tensor of type {_name(tensor.dtype)}")
     storage = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > storage or storage > file_bytes:
-        raise ValueError(f"it holds a tensor of shape {list(tensor.shape)} that is larger than what is stored")
+        raise ValueError(
+            f"it holds a tensor of shape {list(tensor.shape)} that is larger than what is stored"
+        )
 
 
 def _name(kind: object) -> str:

@@ -495,7 +495,9 @@ class Trainer:
         if all_finite([*trained, *averaged]):
             return
         last, rate = self.last_sound, f"a learning_rate below {self.recipe.learning_rate:g}"
-        mend = f"resume {last}, the last checkpoint before that, with {rate}" if last else f"start with {rate}"
+        mend = (
+            f"resume {last}, the last checkpoint before that, with {rate}" if last else f"start with {rate}"
+        )
         raise TrainingError(
             f"stopped at step {self.progress.step}: the weights are not finite any more, and were not saved: {mend}"
         )

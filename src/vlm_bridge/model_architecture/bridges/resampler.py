@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from vlm_bridge.limits import check_at_least, check_at_most, check_dropout
 from vlm_bridge.model_architecture.bridges.base import mean_attention_weights
 
-
 MAX_DEPTH = 100
 MAX_SIZE = 100_000
 """Of what else a recipe counts in a bridge: queries, width, heads."""
