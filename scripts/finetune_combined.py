@@ -41,13 +41,21 @@ RECIPE_KEYS = {
 
 def finetune_combined(
     context: typer.Context,
-    checkpoint: Path = typer.Option(..., help="The combined file to start from."),
+    checkpoint: Path = typer.Option(
+        "checkpoints/blip_pvt_combined.pth", help="The combined file to start from, in any layout."
+    ),
     dataset: DatasetName = typer.Option(..., help="Its layout, and the recipe of config/ that is taken."),
     dataset_path: Path = typer.Option(
-        ..., "--dataset_path", "--dataset-path", help="Its folder; or a caption folder, used as it is."
+        None,
+        "--dataset_path",
+        "--dataset-path",
+        help="Its folder; or a caption folder, used as it is. (default: where vlm-data download leaves it)",
     ),
     output: Path = typer.Option(
-        ..., help="The combined file to write; the run goes into a folder of its name."
+        "checkpoints/blip_pvt_combined_finetuned.pth",
+        "--output",
+        "--out",
+        help="The combined file to write; the run goes into a folder of its name.",
     ),
     epochs: int = typer.Option(None, help="(default of this and those below: the recipe's)"),
     batch_size: int = typer.Option(None, "--batch_size", "--batch-size"),
@@ -56,6 +64,8 @@ def finetune_combined(
         None,
         "--dataset_size",
         "--dataset-size",
+        "--num-samples",
+        "--num_samples",
         help="At most N images a split. (default: 1000 for coco_sample)",
     ),
     warmup_steps: int = typer.Option(None, "--warmup_steps", "--warmup-steps"),
@@ -71,7 +81,9 @@ def finetune_combined(
     ),
     blip: str = typer.Option(
         None,
-        help="Name or folder of the decoder's configuration and tokenizer. (default: from the tensors; the recipe's)",
+        "--blip",
+        "--blip-model",
+        help="Name or folder of the decoder's configuration and tokenizer. (default: the recipe's)",
     ),
     overrides: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Any other key of the recipe; again and again."
@@ -110,7 +122,7 @@ def finetune_combined(
         print(f"{interruption}; the same command continues", file=sys.stderr)
         raise typer.Exit(interruption.exit_code) from None
     print(f"done: {result.steps} steps in {result.seconds / 60:.1f} min; wrote {output}")
-    print(f"next: vlm-bridge caption PICTURE --checkpoint {settings.run_dir}")
+    print(f"next: vlm-bridge caption IMAGE --checkpoint {settings.run_dir}")
 
 
 if __name__ == "__main__":

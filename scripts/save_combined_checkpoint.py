@@ -2,6 +2,7 @@
 
 python scripts/save_combined_checkpoint.py --pvt OpenGVLab/pvt_v2_b0 \
     --blip Salesforce/blip-image-captioning-base --projection linear --output checkpoints/blip_pvt_combined.pth
+python scripts/save_combined_checkpoint.py --pvt-checkpoint final_model.pth
 python scripts/save_combined_checkpoint.py --checkpoint runs/blip-pvt-flickr30k --output checkpoints/flickr30k.pth
 """
 
@@ -21,21 +22,41 @@ class Projection(StrEnum):
     conv3x3 = "conv3x3"
 
 
+class LayoutName(StrEnum):
+    auto = "auto"
+    original = "original"
+    own = "own"
+
+
 def save_combined_checkpoint(
-    output: Path = typer.Option(..., help="The combined file to write."),
-    pvt: str = typer.Option("OpenGVLab/pvt_v2_b1", help="The encoder: a hub name or a folder."),
+    output: Path = typer.Option(
+        "checkpoints/blip_pvt_combined.pth", "--output", "--out", help="The combined file to write."
+    ),
+    pvt: str = typer.Option(
+        "OpenGVLab/pvt_v2_b1",
+        "--pvt",
+        "--pvt-checkpoint",
+        help="The encoder: a hub name, a folder, or a .pth file with the original's PVT.",
+    ),
     blip: str = typer.Option(
-        "Salesforce/blip-image-captioning-base", help="Whose text decoder: a hub name or a folder."
+        "Salesforce/blip-image-captioning-base",
+        "--blip",
+        "--blip-model",
+        help="Whose text decoder: a hub name or a folder.",
     ),
     projection: Projection = typer.Option(
-        Projection.conv3x3, help="Between them; its weights are random and must be trained."
+        None,
+        help="Between them; its weights are random and must be trained. (default: conv3x3; linear for a .pth file)",
     ),
     seed: int = typer.Option(0, min=0, help="Of the projection's random weights."),
     checkpoint: Path = typer.Option(
         None, help="A checkpoint or the folder of a run instead: its trained weights."
     ),
+    layout: LayoutName = typer.Option(
+        LayoutName.auto, help="original is what the original's loader reads. (default: that where possible)"
+    ),
 ) -> None:
-    """Write a combined file: visual_encoder.*, text_decoder.* and visual_proj.* in one."""
+    """Write a combined file: the weights of PVT, BLIP's text decoder and the projection in one."""
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.combined_files import combine_checkpoint, combine_models, write_combined
 
@@ -43,8 +64,8 @@ def save_combined_checkpoint(
     if checkpoint is not None:
         state = combine_checkpoint(checkpoint)
     else:
-        state = combine_models(pvt, blip, projection.value, seed=seed)
-    write_combined(output, state)
+        state = combine_models(pvt, blip, projection and projection.value, seed=seed)
+    write_combined(output, state, layout.value)
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, {len(state)} tensors)")
 
 

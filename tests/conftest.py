@@ -128,6 +128,14 @@ def tiny_pvt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_pvt_cbam_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PvtCbam and its image processor: 64 px, a 2x2 grid, width 64."""
+    from tiny_models import save_tiny_pvt_cbam
+
+    return save_tiny_pvt_cbam(tmp_path_factory.mktemp("tiny-pvt-cbam"))
+
+
+@pytest.fixture(scope="session")
 def tiny_dinov2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dinov2Model and its image processor: 56 px, class token and 4x4 patches, width 32."""
     from tiny_models import save_tiny_dinov2

@@ -49,6 +49,7 @@ from transformers import (
 )
 
 from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
+from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig, image_processor
 
 HIDDEN = 32
 VOCABULARY = 320
@@ -247,6 +248,14 @@ def save_tiny_pvt(folder: Path) -> Path:
     with seeded():
         PvtModel(config).save_pretrained(folder)
     PvtImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_pvt_cbam(folder: Path) -> Path:
+    """PVT-Tiny with CBAM at 64 px: a pyramid that ends in a 2x2 grid of width 64, in the published proportions."""
+    with seeded():
+        PvtCbam(PvtCbamConfig((8, 16, 40, 64), cbam="sequence", image_size=64)).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
     return folder
 
 

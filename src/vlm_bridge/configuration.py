@@ -64,12 +64,14 @@ class VisionEncoderConfig:
         name: of several encoders, joined by ` + `, the features are concatenated, on the grid of the first. Each has
             its own size and last layer then.
         layers: which layers' features to concatenate; None means the last one's (see the encoder's class).
+        resample: how images are resized; None is the image processor's own way.
     """
 
     name: str = "efficientnet-lite0"
     revision: str | None = None
     image_size: int | None = None
     layers: tuple[int, ...] | None = None
+    resample: Literal["bilinear", "bicubic"] | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "vision_encoder.name")
@@ -84,7 +86,7 @@ class VisionEncoderConfig:
                 "vision_encoder.layers must name at least one layer; leave it out for the last"
             )
         if len(self.names) > 1:
-            for key in ("revision", "image_size", "layers"):
+            for key in ("revision", "image_size", "layers", "resample"):
                 if getattr(self, key) is not None:
                     raise ConfigurationError(
                         f"vision_encoder.{key} is for one encoder: leave it out beside {self.name!r}"

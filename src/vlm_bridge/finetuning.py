@@ -11,20 +11,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
+from vlm_bridge import runtime
 from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
 from vlm_bridge.configuration import BridgeConfig, Recipe, load_recipe, shipped_recipe
-from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder, is_prepared_elsewhere
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError, ModelError, UsageError
+from vlm_bridge.limits import check_at_least
 from vlm_bridge.model_architecture.bridges.projection import ProjectionOptions
 from vlm_bridge.model_architecture.combined import (
     CombinedModel,
     build_combined,
     from_combined,
+    projection_for,
     projection_kind,
 )
-from vlm_bridge.model_architecture.hub import hub_problem
+from vlm_bridge.model_architecture.combined_layouts import PREFIXES
+from vlm_bridge.model_architecture.pvt_blip import load_tokenizer, why
+from vlm_bridge.model_architecture.pvt_cbam import image_processor
 from vlm_bridge.training_strategy.trainer import AUTO, TrainingResult, train
 
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
@@ -32,19 +40,27 @@ ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 
 
 class Dataset(NamedTuple):
-    """How a dataset of the published guide is read: its source, its recipe in config/, and how many images at most."""
+    """How a dataset of the published guide is read.
+
+    Attributes:
+        source: a name of `vlm-data transform --source`.
+        recipe: a recipe in config/.
+        folder: where `vlm-data download` leaves it; None where nothing can be downloaded.
+        limit: images a split at most.
+    """
 
     source: str
     recipe: str
+    folder: str | None = None
     limit: int | None = None
 
 
 DATASETS = {
-    "flickr30k": Dataset("flickr30k", "blip-pvt-flickr30k"),
-    "coco": Dataset("coco", "blip-pvt-coco"),
-    "coco_sample": Dataset("coco", "blip-pvt-coco-small", 1000),
-    "coco_small": Dataset("coco", "blip-pvt-coco-small", 1000),
-    "conceptual": Dataset("conceptual", "blip-pvt-conceptual"),
+    "flickr30k": Dataset("flickr30k", "blip-pvt-flickr30k", "datasets/flickr30k"),
+    "coco": Dataset("coco", "blip-pvt-coco", "datasets/coco"),
+    "coco_sample": Dataset("coco", "blip-pvt-coco-small", "datasets/coco", 1000),
+    "coco_small": Dataset("coco", "blip-pvt-coco-small", "datasets/coco", 1000),
+    "conceptual": Dataset("conceptual", "blip-pvt-conceptual", "datasets/conceptual/shards"),
     "local": Dataset("local", "blip-pvt-flickr30k"),
 }
 
@@ -56,21 +72,21 @@ class FineTuning:
     Attributes:
         checkpoint: the combined file to start from.
         dataset: a name in `DATASETS`.
-        dataset_path: the dataset in its own layout, or a caption folder that is used as it is.
+        dataset_path: the dataset in its own layout, or a caption folder that is used as it is; None is where
+            `vlm-data download` leaves it.
         output: the combined file to write, ending in .pth; the run's folder has its name without the ending.
         overrides: ``key=value`` changes of the dataset's recipe.
         config: a recipe in the place of the dataset's own.
         dataset_size: at most this many images a split.
-        pvt: whose configuration and preprocessing the encoder has; None reads sizes from the tensors and scales
-            pictures as PVT's, by ImageNet's mean and standard deviation.
-        blip: whose configuration and tokenizer the decoder has; None reads sizes from the tensors and takes the
-            tokenizer of the recipe's decoder.
+        pvt: whose configuration and preprocessing the encoder has; None reads sizes from the tensors and normalizes
+            images as PVT's, by ImageNet's mean and standard deviation.
+        blip: whose configuration and tokenizer the decoder has; None is the recipe's decoder.
         force: continue an interrupted run although its recipe or its data have changed.
     """
 
     checkpoint: Path
     dataset: str
-    dataset_path: Path
+    dataset_path: Path | None
     output: Path
     overrides: Sequence[str] = ()
     config: Path | None = None
@@ -82,10 +98,32 @@ class FineTuning:
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise UsageError(f"unknown dataset {self.dataset!r}: choose from {', '.join(DATASETS)}")
+        check_at_least(1, self, "dataset_size", prefix="--")
         if not self.output.suffix:
             raise UsageError(f"the output is a file: {self.output}.pth, for example")
         if self.output.resolve() == self.checkpoint.resolve():
             raise UsageError(f"the output is the checkpoint itself: choose another file than {self.output}")
+
+    @property
+    def data(self) -> Path:
+        """The folder of the dataset.
+
+        Raises:
+            UsageError: it is not given, and the dataset cannot be downloaded.
+            DataError: there is no such folder.
+        """
+        dataset = DATASETS[self.dataset]
+        if self.dataset_path is None and dataset.folder is None:
+            raise UsageError(f"--dataset {self.dataset} needs --dataset_path DIR")
+        path = self.dataset_path or Path(str(dataset.folder))
+        if path.is_dir():
+            return path
+        if self.dataset_path is not None:
+            raise DataError(f"no such folder: {path} (--dataset_path)")
+        raise DataError(
+            f"no dataset at {path}: run vlm-data download {dataset.source} here and follow its steps, or give "
+            "--dataset_path DIR"
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -110,25 +148,30 @@ def finetune_combined(
     holds the best weights by the recipe's `monitor`.
 
     Args:
-        show_progress: gives what is told of the pictures while the caption folder is made.
+        show_progress: gives what is told of the images while the caption folder is made.
 
     Raises:
         VLMBridgeError: the file, the data or a model cannot be used, or the run's folder holds another training.
         Interrupted: a signal came; the state was saved first.
     """
     recipe = settings.recipe()
-    state = read_combined(settings.checkpoint)
-    parts = build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=settings.blip)
-    with show_progress("pictures") as progress:
-        folder = _caption_folder(settings, recipe, progress)
-    say(f"captions and pictures: {folder}")
+    runtime.resolve_device(recipe.device)
+    data = settings.data
+    state = read_combined(settings.checkpoint, say)
+    blip = settings.blip or recipe.language_model.name
+    parts = build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=blip)
+    projection = parts.proj or _new_projection(parts, recipe.seed, say)
+    state |= {f"{PREFIXES[2]}{name}": tensor for name, tensor in projection.state_dict().items()}
+    with show_progress("images") as progress:
+        folder = _caption_folder(settings, data, recipe, progress, say)
+    say(f"captions and images: {folder}")
     start = _lay_out(settings, recipe, parts)
     checkpoint_dir = settings.run_dir / "checkpoints"
     recipe = replace(
         recipe,
         vision_encoder=replace(recipe.vision_encoder, name=str(start / "vision_encoder"), revision=None),
         language_model=replace(recipe.language_model, name=str(start / "language_model"), revision=None),
-        bridge=_projection(recipe, parts),
+        bridge=_bridge(recipe, projection),
         data_dir=str(folder),
         checkpoint_dir=str(checkpoint_dir),
         log_dir=str(settings.run_dir / "logs"),
@@ -138,28 +181,40 @@ def finetune_combined(
         for name, tensor in from_combined(state, settings.checkpoint).items()
         if name.startswith("bridge.")
     }
-    del state, parts  # the trainer loads the frozen parts and the decoder from their folders
+    del state, parts, projection  # the trainer loads the frozen parts and the decoder from their folders
     resume = AUTO if checkpoint_dir.is_dir() else None
     result = train(recipe, resume=resume, initial_weights=bridge, say=say, force=settings.force)
     write_combined(settings.output, combine_checkpoint(checkpoint_dir))
     return result
 
 
-def _caption_folder(settings: FineTuning, recipe: Recipe, progress: Progress) -> Path:
+def _new_projection(parts: CombinedModel, seed: int, say: Callable[[str], object]) -> nn.Module:
+    """A linear projection with random weights between the encoder and the decoder."""
+    config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        projection = projection_for(config, "linear", width)
+    say(
+        f"no projection in the file: a new linear one, {config.hidden_sizes[-1]} -> {width}, with seed {seed}"
+    )
+    return projection
+
+
+def _caption_folder(
+    settings: FineTuning, path: Path, recipe: Recipe, progress: Progress, say: Callable[[str], None]
+) -> Path:
     """The dataset as a caption folder: itself if it is one, else one beside the output, made or continued if need be.
 
     Raises:
         DataError: the dataset cannot be read, or that folder holds another one.
     """
-    path, dataset = settings.dataset_path, DATASETS[settings.dataset]
-    if not path.is_dir():
-        raise DataError(f"no such folder: {path} (--dataset_path)")
-    if (path / MANIFEST_NAME).is_file():
+    dataset = DATASETS[settings.dataset]
+    if (path / MANIFEST_NAME).is_file() or is_prepared_elsewhere(path):
         if settings.dataset_size is not None:
             raise UsageError(
                 f"{path} is a caption folder already: --dataset_size is for datasets in their own layout"
             )
-        return CaptionFolder.open(path).root.resolve()
+        return CaptionFolder.open(path, say).root.resolve()
     limit = settings.dataset_size or dataset.limit
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name
@@ -189,11 +244,13 @@ def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path
                 "choose another --output, or delete that folder"
             )
         return start
-    processor, tokenizer = _processor(settings.pvt), _tokenizer(settings.blip or recipe.language_model.name)
+    blip = settings.blip or recipe.language_model.name
+    tokenizer = load_tokenizer(blip, remedy="--blip-model names another BLIP or folder")
+    processor = _processor(settings.pvt, recipe.vision_encoder.resample or "bicubic")
     unfinished = start.with_name(".start")
     shutil.rmtree(unfinished, ignore_errors=True)
     for model, its, name in (
-        (parts.pvt, processor, "vision_encoder"), (parts.blip, tokenizer, "language_model"),
+        (parts.pvt, processor, "vision_encoder"), (parts.blip.text_decoder, tokenizer, "language_model"),
     ):  # fmt: skip
         model.save_pretrained(unfinished / name)
         its.save_pretrained(unfinished / name)
@@ -202,11 +259,11 @@ def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path
     return start
 
 
-def _projection(recipe: Recipe, parts: CombinedModel) -> BridgeConfig:
+def _bridge(recipe: Recipe, projection: nn.Module) -> BridgeConfig:
     """A plain projection of the file's kind, else as the recipe's."""
     options = recipe.bridge.options
     options = options if isinstance(options, ProjectionOptions) else ProjectionOptions()
-    kind = projection_kind(parts.proj.state_dict())
+    kind = projection_kind(projection.state_dict())
     return BridgeConfig(
         "projection",
         standardize_features=False,
@@ -214,25 +271,17 @@ def _projection(recipe: Recipe, parts: CombinedModel) -> BridgeConfig:
     )
 
 
-def _processor(name: str | None) -> Any:
-    from transformers import AutoImageProcessor, PvtImageProcessorPil
+def _processor(name: str | None, resample: str) -> Any:
+    from PIL import Image
+    from transformers import AutoImageProcessor
 
     if name is None:
-        return PvtImageProcessorPil()
-    return _loaded("image processor", name, lambda: AutoImageProcessor.from_pretrained(name, backend="pil"))
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
-
-
-def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
+        return image_processor(resample=resample)
     try:
-        return load()
+        return AutoImageProcessor.from_pretrained(
+            name, backend="pil", resample=Image.Resampling[resample.upper()]
+        )
     except (OSError, ValueError, KeyError) as error:
-        why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"cannot load the {what} of {name!r}: {why} (--blip and --pvt name other models or folders)"
+            f"cannot load the image processor of {name!r}: {why(error, name)} (--pvt names another model or folder)"
         ) from error

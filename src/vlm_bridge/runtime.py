@@ -33,6 +33,10 @@ def resolve_device(name: str) -> Any:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigurationError(f"device={name!r}, but torch sees no Apple GPU here")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
             f"device={name!r}, but torch sees no CUDA GPU here (vlm-bridge doctor says more)"

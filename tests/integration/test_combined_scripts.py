@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipImageProcessorPil,
+    BlipProcessor,
+    PvtImageProcessorPil,
+    PvtV2Config,
+    PvtV2Model,
+)
 
-from vlm_bridge.combined_files import combine_models, read_combined, write_combined
+from tiny_models import seeded
+from vlm_bridge.combined_files import (
+    BLIP,
+    combine_models,
+    load_combined_model,
+    read_combined,
+    write_combined,
+)
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
+from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 QUICK = (
@@ -101,16 +123,9 @@ def test_the_guides_commands(
     learnt = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and learnt == {"text_decoder", "visual_proj"}
 
-    monkeypatch.syspath_prepend(repository)
-    from scripts.load_combined_checkpoint import load_combined_model  # type: ignore[import-not-found]
-
-    pvt, blip, proj = load_combined_model(output, pvt=models[1], blip=models[3], device="cpu")
+    pvt, blip, proj = load_combined_model(output, "cpu", models[3], models[1])
     assert torch.equal(proj.weight, after["visual_proj.weight"])
-    assert [type(part).__name__ for part in (pvt, blip, proj)] == [
-        "PvtV2Model",
-        "BlipTextLMHeadModel",
-        "Linear",
-    ]
+    assert [type(part).__name__ for part in (pvt, blip, proj)] == ["PvtV2Model", "PvtBlip", "Linear"]
 
     again = run_script(*command)
     assert again.returncode == 0 and "at step 4 of 4" in again.stdout, again.stderr
@@ -155,7 +170,7 @@ def test_without_learning_the_output_is_the_input(
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [
-        ({"--checkpoint": "nowhere.pth"}, 1, "no combined file at nowhere.pth"),
+        ({"--checkpoint": "nowhere.pth"}, 1, "no file at nowhere.pth; scripts/save_combined_checkpoint.py makes one"),
         ({"--checkpoint": "evil.pth"}, 1, "holds code; it was not loaded"),
         ({"--output": "start.pth"}, 2, "the output is the checkpoint itself"),
         ({"--output": "out"}, 2, "the output is a file"),
@@ -164,11 +179,17 @@ def test_without_learning_the_output_is_the_input(
         ({"--set": "batch=3"}, 2, "did you mean 'batch_size'"),
         ({"--pvt": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
         ({"--dataset_size": "5"}, 2, "is a caption folder already"),
+        ({"--num-samples": "0"}, 2, "--dataset_size must be at least 1, not 0"),
+        ({"--dataset_size": "-3"}, 2, "--dataset_size must be at least 1, not -3"),
+        ({"--device": "warp", "--checkpoint": "nowhere.pth"}, 2, "device='warp' is unknown"),
+        ({"--dataset": "coco", "--dataset_path": None}, 1, "no dataset at datasets/coco: run vlm-data download coco"),
+        ({"--dataset_path": None}, 2, "--dataset local needs --dataset_path DIR"),
+        ({"--blip": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
     ],
 )  # fmt: skip
 def test_what_can_be_mended_is_one_line(
-    changes: dict[str, str], code: int, says: str, run_script: Run, models: tuple[str, ...], drawn_caption_folder: Path,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str | None], code: int, says: str, run_script: Run, models: tuple[str, ...],
+    drawn_caption_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     write_combined("start.pth", combine_models(models[1], models[3], "linear"))
@@ -177,8 +198,179 @@ def test_what_can_be_mended_is_one_line(
         "--checkpoint": "start.pth", "--dataset": "local", "--dataset_path": str(drawn_caption_folder),
         "--output": "out.pth", **dict(zip(models[::2], models[1::2], strict=True)), **changes,
     }  # fmt: skip
-    failed = run_script("finetune_combined", *(word for pair in arguments.items() for word in pair))
+    given = {name: value for name, value in arguments.items() if value is not None}
+    failed = run_script("finetune_combined", *(word for pair in given.items() for word in pair))
     assert failed.returncode == code, failed.stderr
     (line,) = failed.stderr.strip().splitlines()
     assert line.startswith("error: ") and says in line
     assert not Path("out.pth").exists()
+
+
+SCENARIO_1 = r"""
+python scripts/finetune_combined.py \
+--checkpoint checkpoints/blip_pvt_combined.pth \
+--dataset flickr30k \
+--dataset_path ./flickr30k-captions \
+--epochs 5 \
+--batch_size 32 \
+--lr 1e-4 \
+--output checkpoints/blip_pvt_flickr30k_trained.pth
+
+# 3. Test inference
+python - << 'EOF'
+from scripts.load_combined_checkpoint import load_combined_model
+from transformers import BlipProcessor
+from PIL import Image
+
+pvt, blip, proj = load_combined_model('checkpoints/blip_pvt_flickr30k_trained.pth')
+processor = BlipProcessor.from_pretrained("Salesforce/blip-image-captioning-base")
+
+img = Image.open('test_image.jpg')
+inputs = processor(images=[img], return_tensors="pt")
+captions = blip.generate(inputs['pixel_values'], num_beams=5, max_length=50)
+print(processor.decode(captions[0], skip_special_tokens=True))
+EOF
+"""
+"""The guide's commands, letter by letter."""
+SCENARIO_2 = r"""
+python scripts/finetune_combined.py \
+--checkpoint checkpoints/blip_pvt_combined.pth \
+--dataset coco_sample \
+--dataset_size 1000 \
+--epochs 1 \
+--batch_size 8 \
+--output checkpoints/blip_pvt_quick_test.pth
+"""
+SCENARIO_3 = r"""
+python scripts/finetune_combined.py \
+--checkpoint checkpoints/blip_pvt_combined.pth \
+--dataset flickr30k \
+--epochs 5 \
+--batch_size 2 \
+--device cpu \
+--output checkpoints/blip_pvt_cpu_trained.pth
+"""
+"""Without the guide's comment behind a backslash, which ends its command there."""
+
+
+def write_flickr30k(root: Path) -> Path:
+    """6 training and 2 validation images with Karpathy's captions and splits."""
+    (root / "flickr30k-images").mkdir(parents=True)
+    images = []
+    for index in range(8):
+        color = ("red", "green", "blue", "yellow")[index % 4]
+        image = Image.new("RGB", (80, 60), color)
+        image.putpixel((index, index), (0, 0, 0))
+        image.save(root / "flickr30k-images" / f"{index}.jpg")
+        sentence = {"raw": f"A large {color} square.", "tokens": [], "imgid": index, "sentid": index}
+        images.append(
+            {
+                "filename": f"{index}.jpg", "imgid": index, "sentids": [index], "sentences": [sentence],
+                "split": "train" if index < 6 else "val",
+            }
+        )  # fmt: skip
+    content = {"images": images, "dataset": "flickr30k"}
+    (root / "dataset_flickr30k.json").write_text(json.dumps(content))
+    return root
+
+
+def originals_file() -> None:
+    """What the original's save script writes: PVT with CBAM and a whole BLIP, without a projection."""
+    blip = BlipForConditionalGeneration.from_pretrained(BLIP)
+    with seeded():
+        pvt = PvtCbam(PvtCbamConfig((8, 16, 40, 64), cbam="sequence"))
+    parts = {"visual_encoder.": pvt, "text_decoder.": blip}
+    state = {prefix + name: x for prefix, part in parts.items() for name, x in part.state_dict().items()}
+    Path("checkpoints").mkdir()
+    torch.save(state, "checkpoints/blip_pvt_combined.pth")
+
+
+def file_of_pvt_v2() -> None:
+    """A file in our own layout: a thin PVTv2-B1 and a 3x3 projection."""
+    with seeded():
+        PvtV2Model(PvtV2Config(hidden_sizes=[8, 16, 40, 64])).save_pretrained("pvt")
+    PvtImageProcessorPil().save_pretrained("pvt")
+    write_combined("checkpoints/blip_pvt_combined.pth", combine_models("pvt", BLIP))
+
+
+@pytest.fixture
+def guide_folder(
+    repository: Path, tiny_blip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A checkout's folder where hub names are folders of tiny models; images are processed as published."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").symlink_to(repository / "scripts")
+    shutil.copytree(tiny_blip_dir, BLIP)
+    BlipImageProcessorPil().save_pretrained(BLIP)
+    with seeded():
+        noise = torch.randint(0, 256, (120, 90, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save("test_image.jpg")
+    return tmp_path
+
+
+def bash(commands: str, repository: Path) -> subprocess.CompletedProcess[str]:
+    """Run a text as if it were pasted into a shell, where `python` is this one."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(repository / "src")}
+    return subprocess.run(
+        ["bash", "-c", commands], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def caption_by_command(run_here: Run, run: Path) -> str:
+    """The caption of `test_image.jpg` in float32, as long as the snippet's `max_length` allows behind the prompt.
+
+    A run's folder alone would stand for its weights in bfloat16.
+    """
+    where = run / "checkpoints" / checkpoints.BEST
+    recipe = checkpoints.recipe_of(checkpoints.load_checkpoint(where), where)
+    Path("float32.yaml").write_text(replace(recipe, use_amp=False).to_yaml())
+    captioned = run_here(
+        "caption", "test_image.jpg", "--checkpoint", where, "--config", "float32.yaml", "--device", "cpu",
+        "--max-new-tokens", 40,
+    )  # fmt: skip
+    assert captioned.returncode == 0, captioned.stderr
+    return captioned.stdout.strip()
+
+
+def test_the_guides_scenario_1(guide_folder: Path, repository: Path, run_here: Run, run_script: Run) -> None:
+    originals_file()
+    write_flickr30k(guide_folder / "flickr30k-captions")
+    done = bash(SCENARIO_1, repository)
+    assert done.returncode == 0, done.stderr
+    assert "no projection in the file: a new linear one, 64 -> 24" in done.stdout
+    trained = guide_folder / "checkpoints" / "blip_pvt_flickr30k_trained.pth"
+    *_, caption = done.stdout.splitlines()
+    assert caption.strip() == caption_by_command(run_here, trained.with_suffix(""))
+    written = torch.load(trained, weights_only=True)
+    assert any(name.startswith("text_decoder.text_decoder.bert.") for name in written)
+    shown = run_script("load_combined_checkpoint", "--checkpoint", trained, "--device", "cpu")
+    assert shown.returncode == 0, shown.stderr
+    assert "PVT-Tiny with CBAM" in shown.stdout
+    assert [line.strip() for line in shown.stdout.splitlines()[-3:]] == [
+        "- PVT: PvtCbam", "- BLIP: PvtBlip", "- Projection: MapLinear",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", [SCENARIO_2, SCENARIO_3], ids=["2", "3"])
+def test_the_guides_other_scenarios(
+    scenario: str, guide_folder: Path, run_script: Run, run_here: Run
+) -> None:
+    if scenario == SCENARIO_2:
+        write_coco(guide_folder / "datasets" / "coco")
+        file_of_pvt_v2()
+    else:
+        write_flickr30k(guide_folder / "datasets" / "flickr30k")
+        originals_file()
+    program, script, *arguments = shlex.split(scenario.replace("\\\n", " "))
+    assert program == "python"
+    done = run_script(Path(script).stem, *arguments)
+    assert done.returncode == 0, done.stderr
+    output = Path(arguments[-1])
+
+    _, blip, _ = load_combined_model(output)
+    processor: Any = BlipProcessor.from_pretrained(BLIP)
+    inputs = processor(images=[Image.open("test_image.jpg")], return_tensors="pt")
+    captions = blip.generate(inputs["pixel_values"], num_beams=5, max_length=50)
+    caption = processor.decode(captions[0], skip_special_tokens=True)
+    assert caption.strip() == caption_by_command(run_here, output.with_suffix(""))

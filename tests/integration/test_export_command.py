@@ -257,15 +257,15 @@ def test_the_original_layout_and_back(
     captioned = run_here("caption", picture, "--checkpoint", path, "--config", config)
     assert captioned.stdout == run_here("caption", picture, "--checkpoint", run).stdout
 
-    # Training takes its bridge and starts from it.
-    refused = run_here("train", "--resume", path)
-    assert refused.returncode == 1
-    assert "training takes the recipe by --config" in refused.stderr
+    # Training takes its bridge and starts from it; without a recipe, by the file's own settings over the default ones.
+    default = run_here("train", "--resume", path)
+    assert default.returncode == 1
+    assert "facebook/dinov2-large" in default.stderr
     trained = run_here(
         "train", "--config", config, "--resume", path, "learning_rate=0", "min_lr=0", "weight_decay=0"
     )
-    assert "took the bridge of" in trained.stdout
-    assert "training starts at step 0" in trained.stdout
+    assert "of the original project at epoch 1, step 0 of" in trained.stdout
+    assert "with a new optimizer" in trained.stdout
     assert_equal(weights_of(Path(recipe.checkpoint_dir)), weights_of(run))
 
 

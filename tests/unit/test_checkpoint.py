@@ -236,6 +236,16 @@ def test_moved_models_and_settings_of_training_are_no_other_architecture(saved: 
     checkpoints.check_architecture(checkpoints.load_checkpoint(saved), override_recipe(recipe, moved), saved)
 
 
+def test_a_checkpoint_from_before_a_key_means_its_default(saved: Path, recipe: Recipe) -> None:
+    content = checkpoints.load_checkpoint(saved)
+    del content["recipe"]["vision_encoder"]["resample"]
+    checkpoints.check_architecture(content, recipe, saved)
+    with pytest.raises(CheckpointError, match=r"it has vision_encoder\.resample=None, wanted is bicubic"):
+        checkpoints.check_architecture(
+            content, override_recipe(recipe, ["vision_encoder.resample=bicubic"]), saved
+        )
+
+
 def test_a_failed_save_leaves_the_previous_checkpoint(
     saved: Path, recipe: Recipe, model: CaptionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

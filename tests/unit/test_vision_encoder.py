@@ -449,3 +449,22 @@ def test_pooling_is_part_of_the_fingerprint_and_of_the_architecture(folder: Path
     on_meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(folder)), pooling=2, meta=True)
     assert (on_meta.num_tokens, on_meta.grid) == (pooled.num_tokens, pooled.grid)
     assert pooled.seen_area((200, 100)) == load(folder).seen_area((200, 100))
+
+
+def test_resampling_is_the_recipes_or_the_processors(tiny_pvt_v2_dir: Path) -> None:
+    image = odd_pictures()[0]
+    own, bilinear, bicubic = (load(tiny_pvt_v2_dir, resample=how) for how in (None, "bilinear", "bicubic"))
+    pixels = [encoder.preprocess([image]) for encoder in (own, bilinear, bicubic)]
+    assert torch.equal(pixels[0], pixels[2])  # that of the tiny PVT is bicubic
+    assert (pixels[0] - pixels[1]).abs().mean() > 0.05
+    resized = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    by_hand = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(pixels[2][0].permute(1, 2, 0).numpy(), by_hand, atol=1e-5)
+    assert encoder_fingerprint(own) == encoder_fingerprint(bicubic) != encoder_fingerprint(bilinear)
+
+
+def test_resampling_that_cannot_be_chosen_is_refused(tiny_vit_dir: Path) -> None:
+    with pytest.raises(ModelError, match="efficientnet-lite0 always resizes bicubically"):
+        load("efficientnet-lite0", resample="bilinear")
+    with pytest.raises(ConfigurationError, match=r"vision_encoder\.resample is for one encoder"):
+        load(f"{tiny_vit_dir} + {tiny_vit_dir}", resample="bicubic")

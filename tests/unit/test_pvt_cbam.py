@@ -1,0 +1,204 @@
+"""PVT with CBAM: the published sizes and formulas, and an encoder like any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from captioners import tiny_captioner, tiny_recipe
+from tiny_models import seeded
+from vlm_bridge.configuration import VisionEncoderConfig
+from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint
+
+Tensors = dict[str, torch.Tensor]
+KINDS = (None, "sequence", "map")
+
+
+def tiny(cbam: Any) -> PvtCbam:
+    with seeded():
+        return PvtCbam(PvtCbamConfig((8, 16, 40, 64), depths=(1, 2, 1, 1), cbam=cbam, image_size=64)).eval()
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return build_vision_encoder(VisionEncoderConfig(str(folder), **options))
+
+
+def test_the_published_sizes() -> None:
+    with torch.device("meta"):
+        model = PvtCbam(PvtCbamConfig(cbam="sequence"))
+        features = model(torch.empty(1, 3, 384, 384))
+        plain = PvtCbam(PvtCbamConfig())
+    assert features.shape == (1, 256, 12, 12)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_326_160
+    assert 3_326_160 - sum(parameter.numel() for parameter in plain.parameters()) == 48_240
+
+
+@pytest.mark.parametrize("cbam", KINDS)
+def test_tensors_tell_the_sizes(cbam: Any) -> None:
+    model = tiny(cbam)
+    read = PvtCbamConfig.of(model.state_dict())
+    assert read.to_dict() | {"image_size": 64} == model.config.to_dict()
+
+
+def by_the_papers(state: Tensors, x: torch.Tensor) -> torch.Tensor:
+    """The network once more, from its state dict."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        spread = x.var(-1, unbiased=False, keepdim=True)
+        return (x - x.mean(-1, keepdim=True)) / (spread + 1e-5).sqrt() * weight + bias
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0)
+
+    def attention(x: torch.Tensor, name: str, heads: int, side: int) -> torch.Tensor:
+        read = x
+        if f"{name}.sr.weight" in state:
+            kernel = state[f"{name}.sr.weight"]
+            grid = x.transpose(1, 2).reshape(len(x), -1, side, side)
+            grid = F.conv2d(grid, kernel, state[f"{name}.sr.bias"], stride=kernel.shape[-1])
+            read = norm(grid.flatten(2).transpose(1, 2), f"{name}.norm")
+        queries, pairs = linear(x, f"{name}.q"), linear(read, f"{name}.kv")
+        width = x.shape[-1] // heads
+        parts = []
+        for start in range(0, x.shape[-1], width):
+            query = queries[..., start : start + width]
+            key = pairs[..., start : start + width]
+            value = pairs[..., x.shape[-1] + start : x.shape[-1] + start + width]
+            parts.append((query @ key.transpose(1, 2) / width**0.5).softmax(-1) @ value)
+        return linear(torch.cat(parts, -1), f"{name}.proj")
+
+    def cbam(x: torch.Tensor, name: str, side: int) -> torch.Tensor:
+        pooled = [x.mean(1), x.max(1).values]
+        channels = sum(linear(linear(p, f"{name}.ca.fc.0").relu(), f"{name}.ca.fc.2") for p in pooled)
+        x = x * torch.sigmoid(channels)[:, None]
+        kernel = state[f"{name}.sa.conv.weight"]
+        tokens = torch.stack((x.mean(2), x.max(2).values), 1)
+        if kernel.ndim == 4:
+            scores = F.conv2d(tokens.reshape(len(x), 2, side, side), kernel, padding=3).flatten(2)
+        else:
+            scores = F.conv1d(tokens, kernel, padding=3)
+        return x * torch.sigmoid(scores).transpose(1, 2)
+
+    for stage, heads in zip(range(1, 5), (1, 2, 5, 8), strict=True):
+        kernel, bias = (state[f"patch{stage}.proj.{kind}"] for kind in ("weight", "bias"))
+        stride, padding = {7: (4, 3), 3: (2, 1)}[kernel.shape[-1]]
+        grid = F.conv2d(x, kernel, bias, stride, padding)
+        side = grid.shape[-1]
+        x = norm(grid.flatten(2).transpose(1, 2), f"patch{stage}.norm")
+        for block in sorted({n.split(".")[1] for n in state if n.startswith(f"stage{stage}.")}):
+            name = f"stage{stage}.{block}"
+            x = x + attention(norm(x, f"{name}.norm1"), f"{name}.attn", heads, side)
+            hidden = F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
+            x = x + linear(hidden, f"{name}.mlp.fc2")
+            if f"{name}.cbam.sa.conv.weight" in state:
+                x = x + cbam(x, f"{name}.cbam", side)
+        x = x.transpose(1, 2).reshape(len(x), -1, side, side)
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cbam", KINDS)
+def test_features_follow_the_papers(cbam: Any) -> None:
+    model, pixels = tiny(cbam), torch.randn(2, 3, 128, 128)
+    torch.testing.assert_close(model(pixels), by_the_papers(model.state_dict(), pixels), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_folder_is_a_vision_encoder(tiny_pvt_cbam_dir: Path) -> None:
+    encoder = load(tiny_pvt_cbam_dir)
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((90, 40), (1, 1))]
+    pixels = encoder.preprocess(images)
+    resized = [np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) for image in images]
+    by_hand = (torch.tensor(np.stack(resized)) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    torch.testing.assert_close(pixels, by_hand.permute(0, 3, 1, 2).float(), atol=1e-5, rtol=0)
+    features = encoder(pixels)
+    assert features.shape == (2, 4, 64) == (2, encoder.num_tokens, encoder.embed_dim)
+    assert encoder.grid == (2, 2) and encoder.seen_area((90, 40)) == (0, 0, 90, 40)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert torch.equal(features, encoder.model(pixels).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(features[:1], encoder(pixels[:1]), atol=1e-5, rtol=1e-5)
+
+
+def test_size_and_resampling_are_the_recipes(tiny_pvt_cbam_dir: Path) -> None:
+    encoder = load(tiny_pvt_cbam_dir, image_size=128, resample="bilinear")
+    assert encoder.grid == (4, 4)
+    image = Image.effect_noise((50, 50), 80).convert("RGB")
+    assert encoder.preprocess([image]).shape == (1, 3, 128, 128)
+    bicubic = load(tiny_pvt_cbam_dir, image_size=128)
+    assert not torch.equal(bicubic.preprocess([image]), encoder.preprocess([image]))
+    assert encoder_fingerprint(encoder) != encoder_fingerprint(bicubic)
+    assert encoder_fingerprint(bicubic) == encoder_fingerprint(load(tiny_pvt_cbam_dir, image_size=128))
+
+
+def test_it_builds_without_weights(tiny_pvt_cbam_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_pvt_cbam_dir / "config.json", tmp_path)
+    meta: Any = build_vision_encoder(VisionEncoderConfig(str(tmp_path)), meta=True)
+    assert {p.device.type for p in meta.parameters()} == {"meta"} and meta.num_tokens == 4
+
+
+def test_a_captioner_works_with_it(tiny_pvt_cbam_dir: Path, tiny_blip_dir: Path) -> None:
+    model = tiny_captioner(tiny_recipe(tiny_pvt_cbam_dir, tiny_blip_dir, "projection"))
+    features = model.encode_images([Image.new("RGB", (30, 20), "red")])
+    assert features.shape == (1, 4, 64)
+
+
+def _break(folder: Path, how: str) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    if how.startswith("no "):
+        (
+            folder / {"no weights": "model.safetensors", "no processor": "preprocessor_config.json"}[how]
+        ).unlink()
+    elif how == "unknown key":
+        (folder / "config.json").write_text(json.dumps(config | {"window": 7}))
+    elif how == "three stages":
+        (folder / "config.json").write_text(json.dumps(config | {"depths": [1, 1, 1]}))
+    elif how == "other cbam":
+        (folder / "config.json").write_text(json.dumps(config | {"cbam": "both"}))
+    elif how == "wider":
+        (folder / "config.json").write_text(json.dumps(config | {"mlp_ratio": 8}))
+    else:
+        del weights["stage2.1.attn.q.bias"]
+        save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("no weights", "is not whole: .*model.safetensors"),
+        ("no processor", "preprocessor"),
+        ("unknown key", "config.json has unknown keys: window"),
+        ("three stages", "sizes of each kind must be four"),
+        ("other cbam", "cbam is sequence, map or null, not 'both'"),
+        ("wider", r"stage1\.0\.mlp\.fc1\.bias is \(32,\), not \(64,\)"),
+        ("a tensor less", r"stage2\.1\.attn\.q\.bias is missing"),
+    ],
+)
+def test_broken_folders_are_named(how: str, says: str, tiny_pvt_cbam_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_pvt_cbam_dir, tmp_path / "it"))
+    _break(folder, how)
+    with pytest.raises(ModelError, match=says) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_it_does_not_have_is_refused(tiny_pvt_cbam_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"vision_encoder\.layers: PVT with CBAM has its last map only"):
+        load(tiny_pvt_cbam_dir, layers=(1,))
+    with pytest.raises(ModelError, match="image_size=20 does not fit"):
+        load(tiny_pvt_cbam_dir, image_size=20)
