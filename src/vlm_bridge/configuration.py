@@ -635,6 +635,8 @@ def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] |
 def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
     if hint is Any:
         return value
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigurationError(f"{where}: {key} is {shown(value)}, and no setting is beyond 64 bits")
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, key + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
