@@ -74,6 +74,20 @@ def append_line(path: Path, line: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; those that are new and empty go again where the block raises OSError."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError:
+        with contextlib.suppress(OSError):
+            for place in new:
+                place.rmdir()
+        raise
+
+
 def bring_to_disk(file: IO[bytes]) -> None:
     """Flush a file to its disk and forget it in memory, so that who reads it next reads the disk. Raises OSError."""
     file.flush()

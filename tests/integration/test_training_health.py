@@ -210,7 +210,7 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 def test_weights_that_overflow_before_anything_is_saved(make_recipe: MakeRecipe) -> None:
     run = Run(make_recipe("run"))
     explode(run, step=1)
-    with pytest.raises(TrainingError, match="stopped at step 1: .* start with a learning_rate below 0.01"):
+    with pytest.raises(TrainingError, match=r"stopped at step 1: .* start with a learning_rate below 0.01"):
         run.trainer.run()
     assert not Path(run.recipe.checkpoint_dir).exists()
 

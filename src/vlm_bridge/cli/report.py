@@ -14,6 +14,7 @@ def report(
     ),
 ) -> None:
     """Write one HTML file about a run: recipe, curves, scores, pictures, statistics of its captions, environment."""
+    from vlm_bridge.durable_files import made_folder
     from vlm_bridge.errors import DataError
     from vlm_bridge.evaluation.report import write_report
     from vlm_bridge.evaluation.run import REPORT_NAME
@@ -23,8 +24,8 @@ def report(
     path = output or (run if run.is_dir() else run.parent) / REPORT_NAME
     on = f" on {reported.dataset}" if reported.dataset else ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_report(path, [reported], title=f"{reported.name}{on}")
+        with made_folder(path.parent):
+            write_report(path, [reported], title=f"{reported.name}{on}")
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror or error} (free some space, or choose another file with --output)"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlm_bridge.durable_files import write_bytes_durably
+from vlm_bridge.durable_files import made_folder, write_bytes_durably
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.parsing import parse_json
 from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
@@ -154,27 +154,23 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
     Raises:
         OSError: the folder cannot be written.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    had_config = (folder / CONFIG_NAME).exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes_durably(folder / CONFIG_NAME, text.encode())
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
-        temporary.replace(folder / WEIGHTS_NAME)
-    except (OSError, SafetensorError) as error:  # safetensors' way of saying that the disk is full
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            if not had_config:
-                (folder / CONFIG_NAME).unlink(missing_ok=True)
-            for place in made:
-                place.rmdir()
-        if isinstance(error, OSError):
-            raise
-        raise OSError(str(error)) from error
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    temporary, had_config = folder / f".{WEIGHTS_NAME}.tmp", (folder / CONFIG_NAME).exists()
+    with made_folder(folder):
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            write_bytes_durably(folder / CONFIG_NAME, text.encode())
+            shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
+            temporary.replace(folder / WEIGHTS_NAME)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+                if not had_config:
+                    (folder / CONFIG_NAME).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise
+            raise OSError(str(error)) from error  # safetensors' way of saying that the disk is full
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

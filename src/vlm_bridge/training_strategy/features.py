@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ def split_features(
         )
     except CacheUnavailable as reason:
         refusal = str(reason)
+        if recipe.feature_cache == "auto":
+            with suppress(OSError):  # nothing is left in the data where nothing could be cached
+                cache_root(recipe).rmdir()
     world.wait()
     refusal = next(filter(None, world.gather(refusal)), None)
     if cache is not None and refusal is None:

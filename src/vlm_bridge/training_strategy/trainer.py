@@ -830,22 +830,41 @@ class Trainer:
                 f"{path} has its optimiser's state for other groups of parameters: keep the patterns under trainable "
                 "in their order (their learning rates may change)"
             )
-        checkpoints.restore(self.model, content, path)
-        if self.recipe.weight_averaging is not None:
-            self.average = WeightAverage(self.model, self.recipe.weight_averaging)
-        if live := training.get("live_weights"):
-            checkpoints.load_weights(self.model, {**self.model.trained_state_dict(), **live}, path)
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
-        self.early_stopping.load_state_dict(training["early_stopping"])
-        restore_random_states(training, self.device)
-        self.progress = Progress(**training["progress"])
+        try:
+            self._take_state(content, path)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(
+                f"{path} has a state that no training saves ({type(error).__name__}): train on from its weights with "
+                f"start_from={path}"
+            ) from error
         self.last_sound = path
         if path.resolve() == (self.checkpoint_dir / checkpoints.LATEST).resolve():
             self.latest_holds = replace(self.progress)
         self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
         self._tell_changes(content, found.changes, found.is_other_data)
         return training.get("running", {})
+
+    def _take_state(self, content: Mapping[str, Any], path: Path) -> None:
+        """Put a checkpoint's weights, moments, place and randomness into this training."""
+        training = content["training"]
+        checkpoints.restore(self.model, dict(content), path)
+        if self.recipe.weight_averaging is not None:
+            self.average = WeightAverage(self.model, self.recipe.weight_averaging)
+        if live := training.get("live_weights"):
+            if not all_finite(live.values()):
+                raise ValueError("its live weights are not finite")
+            checkpoints.load_weights(self.model, {**self.model.trained_state_dict(), **live}, path)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.early_stopping.load_state_dict(training["early_stopping"])
+        restore_random_states(training, self.device)
+        progress = Progress(**training["progress"])
+        places = (progress.step, progress.epoch, progress.step_in_epoch)
+        if not all(type(place) is int and place >= 0 for place in places):
+            raise ValueError(f"it stands at {places}")
+        self.progress = progress
 
     def _tell_changes(self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool) -> None:
         """Say what keeps a resumed run from being what the interrupted one would have been."""
