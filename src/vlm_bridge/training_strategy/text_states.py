@@ -236,11 +236,7 @@ def _build(
     """
     root = files.folder.parent
     root.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(root).free < files.num_bytes + FREE_SPACE_TO_LEAVE:
-        raise ConfigurationError(
-            f"no room for {as_bytes(files.num_bytes)} of text states below {root}, with "
-            f"{as_bytes(FREE_SPACE_TO_LEAVE)} left for checkpoints: use text_state_cache=false"
-        )
+    _check_room(files, root)
     say(f"text states: {files.num_bytes / 2**20:,.0f} MiB below {root}")
     name = f"{BUILDING}{files.folder.name}-{platform.node()}-{os.getpid()}"
     building = root / world.gather(name)[world.rank - world.local_rank]
@@ -288,6 +284,15 @@ def _build(
             shutil.rmtree(building, ignore_errors=True)
         if lock is not None:
             lock.close()
+
+
+def _check_room(files: StateFiles, root: Path) -> None:
+    """Raise ConfigurationError where the disk has no room for text states."""
+    if shutil.disk_usage(root).free < files.num_bytes + FREE_SPACE_TO_LEAVE:
+        raise ConfigurationError(
+            f"no room for {as_bytes(files.num_bytes)} of text states below {root}, with "
+            f"{as_bytes(FREE_SPACE_TO_LEAVE)} left for checkpoints: use text_state_cache=false"
+        )
 
 
 @torch.no_grad()
