@@ -228,7 +228,7 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
 
     (folder / "best_model.pth").write_bytes(content)
     loaded = load_checkpoint(folder / "best_model.pth")
-    recipe_of(loaded, folder)
+    recipe_of(loaded, folder, to_build=False)  # building reads frozen parts from where a recipe says
 
 
 def read_exported(content: bytes, folder: Path) -> None:
@@ -239,7 +239,7 @@ def read_exported(content: bytes, folder: Path) -> None:
     is_config = content[:1] == b"{"
     (folder / "config.json").write_bytes(content if is_config else config)
     (folder / "model.safetensors").write_bytes(weights if is_config else content)
-    recipe_of(load_checkpoint(folder), folder)
+    recipe_of(load_checkpoint(folder), folder, to_build=False)
 
 
 def read_parquet(content: bytes, folder: Path) -> None:

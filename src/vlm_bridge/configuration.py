@@ -20,7 +20,7 @@ import yaml
 
 from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.limits import check_above_zero, check_at_least
+from vlm_bridge.limits import check_above_zero, check_at_least, check_at_most, check_name, check_seed
 from vlm_bridge.parsing import MAX_YAML_CHARACTERS, parse_yaml, shown
 
 DEFAULT_RECIPE = "training-default"
@@ -41,6 +41,21 @@ PUBLISHED_BUT_IDLE = frozenset({"early_stopping_min_delta", "pin_memory"})
 first says; what goes to a GPU is always pinned here."""
 
 
+MAX_ENCODERS = 8
+MAX_IMAGE_SIZE = 2_048
+"""Pixels a side; encoders in use have 224 to 1,024."""
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_BEAMS = 64
+MAX_NEW_TOKENS = 1_000
+MAX_RETURN_SEQUENCES = 64
+MAX_COUNT = 2**31 - 1
+"""Of steps, images, tokens and the like."""
+MAX_RATE = 1_000.0
+"""Of learning rates, weight decay, temperatures and the like."""
+MAX_CLIP = 1e6
+"""Of the gradient norm: so much clips nothing."""
+
+
 @dataclass(frozen=True)
 class VisionEncoderConfig:
     """The frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name (revision pins it) or folder.
@@ -59,7 +74,13 @@ class VisionEncoderConfig:
     resample: Literal["bilinear", "bicubic"] | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.name, "vision_encoder.name")
         check_at_least(1, self, "image_size", prefix="vision_encoder.")
+        check_at_most(MAX_IMAGE_SIZE, self, "image_size", prefix="vision_encoder.")
+        if len(self.names) > MAX_ENCODERS:
+            raise ConfigurationError(
+                f"vision_encoder.name joins {len(self.names)} encoders; at most {MAX_ENCODERS} go together"
+            )
         if self.layers is not None and not self.layers:
             raise ConfigurationError(
                 "vision_encoder.layers must name at least one layer; leave it out for the last"
@@ -103,6 +124,13 @@ class LanguageModelConfig:
     prompt: str = ""
     add_cross_attention: bool = False
 
+    def __post_init__(self) -> None:
+        check_name(self.name, "language_model.name")
+        if len(self.prompt) > MAX_PROMPT_CHARACTERS:
+            raise ConfigurationError(
+                f"language_model.prompt has {len(self.prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read"
+            )
+
 
 @dataclass(frozen=True)
 class BridgeConfig:
@@ -145,9 +173,22 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "known_objects", tuple(self.known_objects))  # files have lists
         check_at_least(1, self, "num_beams", "max_new_tokens", prefix="decode.")
-        check_at_least(
-            0, self, "min_new_tokens", "no_repeat_ngram_size", "seed", "object_bonus", prefix="decode."
+        check_at_most(MAX_BEAMS, self, "num_beams", prefix="decode.")
+        check_at_most(
+            MAX_NEW_TOKENS, self, "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", prefix="decode."
         )
+        check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size", "object_bonus", prefix="decode.")
+        check_at_least(-MAX_RATE, self, "length_penalty", prefix="decode.")
+        check_at_most(
+            MAX_RATE,
+            self,
+            "length_penalty",
+            "repetition_penalty",
+            "temperature",
+            "object_bonus",
+            prefix="decode.",
+        )
+        check_seed(self, prefix="decode.")
         check_above_zero(self, "temperature", "top_p", "repetition_penalty", prefix="decode.")
         if self.top_p > 1:
             raise ConfigurationError(f"decode.top_p is a probability: at most 1, not {self.top_p}")
@@ -175,7 +216,11 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "steps", "batch_size", "image_size", prefix="distillation.")
+        check_at_most(MAX_COUNT, self, "steps", "batch_size", prefix="distillation.")
+        check_at_most(MAX_IMAGE_SIZE, self, "image_size", prefix="distillation.")
         check_above_zero(self, "learning_rate", prefix="distillation.")
+        check_at_most(MAX_RATE, self, "learning_rate", prefix="distillation.")
+        check_name(self.teacher, "distillation.teacher")
 
 
 @dataclass(frozen=True)
@@ -320,9 +365,11 @@ class Recipe:
         )  # fmt: skip
         check_at_least(
             0, self, "num_workers", "shuffle_buffer", "feature_cache_views", "learning_rate", "min_lr", "weight_decay",
-            "warmup_steps", "seed", "early_stopping_min_delta", "num_validation_samples",
+            "warmup_steps", "early_stopping_min_delta", "num_validation_samples",
         )  # fmt: skip
         check_above_zero(self, "gradient_clip_val", "scst_temperature")
+        check_seed(self)
+        self._check_upper_bounds()
         if secret := _key_of_credential(self.to_dict()):
             raise ConfigurationError(
                 f"{secret} holds a token or a password, and a recipe goes into checkpoints and reports: give the plain "
@@ -347,8 +394,11 @@ class Recipe:
             )
         if not self.trainable:
             raise ConfigurationError("trainable names nothing: `bridge.*: null` trains the bridge")
-        if bad := [pattern for pattern, rate in self.trainable.items() if rate is not None and not rate >= 0]:
-            raise ConfigurationError(f"trainable: the learning rate of {bad[0]!r} must be at least 0")
+        rates = {pattern: rate for pattern, rate in self.trainable.items() if rate is not None}
+        if bad := [pattern for pattern, rate in rates.items() if not 0 <= rate <= MAX_RATE]:
+            raise ConfigurationError(
+                f"trainable: the learning rate of {bad[0]!r} must be at least 0 and at most {MAX_RATE:g}"
+            )
         if self.learning_rate == 0 and any(self.trainable.values()):
             raise ConfigurationError(
                 "trainable has learning rates, which follow the schedule of learning_rate: it must be above 0"
@@ -364,6 +414,19 @@ class Recipe:
                 f"batch_size counts captions: {self.batch_size} is not a multiple of captions_per_image="
                 f"{self.captions_per_image}"
             )
+
+    def _check_upper_bounds(self) -> None:
+        """Refuse what no training means: infinite rates, and counts that no machine integer holds."""
+        check_at_most(
+            MAX_RATE, self, "learning_rate", "min_lr", "weight_decay", "scst_temperature", "early_stopping_min_delta"
+        )  # fmt: skip
+        check_at_most(MAX_CLIP, self, "gradient_clip_val")
+        counts = [
+            field.name
+            for field in dataclasses.fields(self)
+            if type(getattr(self, field.name)) is int and field.name != "seed"
+        ]
+        check_at_most(MAX_COUNT, self, *counts, "save_every_n_minutes")
 
     def _check_scst(self) -> None:
         if self.scst_baseline == "leave_one_out" and self.scst_samples == 1:
@@ -572,11 +635,13 @@ def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] |
 def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
     if hint is Any:
         return value
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigurationError(f"{where}: {key} is {shown(value)}, and no setting is beyond 64 bits")
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, key + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if value in arguments:
+        if any(value == argument and type(value) is type(argument) for argument in arguments):
             return value
         raise ConfigurationError(
             f"{where}: {key}={shown(value)} must be one of {', '.join(map(str, arguments))}"

@@ -40,6 +40,10 @@ def write_durably(
         check(unfinished)
         with _kept(path) if keep_previous else contextlib.nullcontext():
             take_name(unfinished, path)
+    except OSError as error:
+        if error.filename is None:  # of a write, the system names no file
+            error.filename = str(path)
+        raise
     finally:
         _remove(unfinished)
 
@@ -52,6 +56,36 @@ def write_bytes_durably(path: Path, content: bytes) -> None:
             raise not_as_written(path)
 
     write_durably(path, lambda file: file.write(content), check)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append to a file a whole line or nothing; without the line, a new file is not left. Raises OSError."""
+    size = path.stat().st_size if path.exists() else None
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    except OSError:
+        with contextlib.suppress(OSError):
+            if size is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.truncate(path, size)
+        raise
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; those that are new and empty go again where the block raises OSError."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError:
+        with contextlib.suppress(OSError):
+            for place in new:
+                place.rmdir()
+        raise
 
 
 def bring_to_disk(file: IO[bytes]) -> None:

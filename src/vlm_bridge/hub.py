@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from vlm_bridge.credentials import TOKEN_VARIABLES
 
 SITE = "https://huggingface.co"
+PROBE_SECONDS = 5.0
+_REACHED: set[tuple[str, int]] = set()
+"""Hosts and ports that answered; one that did not is asked again."""
 
 
 def hub_problem(error: BaseException, name: str, kind: Literal["model", "dataset"] = "model") -> str | None:
@@ -28,7 +35,7 @@ def hub_problem(error: BaseException, name: str, kind: Literal["model", "dataset
     """
     from huggingface_hub import constants, errors
 
-    if kind == "model" and Path(name).exists():
+    if kind == "model" and os.path.exists(name):  # noqa: PTH110 (Path raises where a name is too long)
         return None
     page = f"{SITE}/{name}" if kind == "model" else f"{SITE}/datasets/{name}"
     causes = list(_causes(error))
@@ -64,12 +71,58 @@ def hub_problem(error: BaseException, name: str, kind: Literal["model", "dataset
     if caused_by(*unreachable) or any(map(_is_transport_error, causes)):
         mend = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
         if kind == "dataset":
-            return f"it is not in the hub's cache, and {SITE} cannot be reached: {mend}"
+            return f"it is not in the hub's cache, and {constants.ENDPOINT} cannot be reached: {mend}"
         return (
-            f"it is neither a folder here nor in the hub's cache, and {SITE} cannot be reached: {mend}, or give a "
-            "folder made by save_pretrained"
+            f"it is neither a folder here nor in the hub's cache, and {constants.ENDPOINT} cannot be reached: {mend}, "
+            "or give a folder made by save_pretrained"
         )
     return None
+
+
+def reach_hub(name: str, revision: str | None = None) -> None:
+    """Ask once, before a download that its client would retry for half a minute, whether the hub can be reached.
+
+    Nothing is asked for a folder or what is in the hub's cache, nor with HF_HUB_OFFLINE.
+
+    Args:
+        name: what will be loaded: a folder or OWNER/NAME.
+        revision: of the repository.
+
+    Raises:
+        ConnectionError: `hub_problem` says it in one line.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or os.path.exists(name):  # noqa: PTH110
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+    except ValueError:  # no name of a repository
+        return
+    host, port = _address_of(constants.ENDPOINT)
+    if (host, port) not in _REACHED:
+        # In a thread: looking a name up has no time limit of its own.
+        attempt = threading.Thread(target=_connect, args=(host, port), daemon=True)
+        attempt.start()
+        attempt.join(PROBE_SECONDS)
+        if (host, port) not in _REACHED:
+            raise ConnectionError(f"{host} does not answer")
+
+
+def _address_of(endpoint: str) -> tuple[str, int]:
+    """Host and port of a site, or of the proxy that leads to it."""
+    site = urlsplit(endpoint)
+    proxies = {} if proxy_bypass(site.hostname or "") else getproxies()
+    proxy = proxies.get(site.scheme) or proxies.get("all")
+    if proxy:
+        site = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return site.hostname or "", site.port or {"http": 80, "socks5": 1080}.get(site.scheme, 443)
+
+
+def _connect(host: str, port: int) -> None:
+    with suppress(OSError), socket.create_connection((host, port), PROBE_SECONDS):
+        _REACHED.add((host, port))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

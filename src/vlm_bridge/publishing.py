@@ -95,7 +95,9 @@ def write_huggingface_folder(
         card = model_card(title, shared, content["weights"], facts, manifest)
         write_atomically(folder / interchange.CARD_NAME, redact(card).encode())
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot write {folder}: {error.strerror or error} (free some space, or choose another folder)"
+        ) from error
 
 
 def model_card(

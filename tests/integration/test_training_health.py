@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from captioners import places_of_run, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
@@ -165,6 +169,71 @@ def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(make_recipe: M
             assert torch.equal(weights[name], value)
     older = checkpoints.load_checkpoint(folder / checkpoints.STEP.format(2))
     assert all(tensor.isfinite().all() for tensor in older["weights"].values())
+
+
+def explode(run: Run, step: int) -> None:
+    """Make the weights infinite in a step whose loss and gradient are finite."""
+    update = run.trainer.guard.step
+
+    def overflows(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
+        skipped = update(optimizer, norm)
+        if run.trainer.progress.step + 1 == step:
+            with torch.no_grad():
+                run.trainer.parameters[0].mul_(torch.inf)
+        return skipped
+
+    run.trainer.guard.step = overflows  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_weights_that_overflow_stop_the_run_and_are_never_saved(
+    make_recipe: MakeRecipe, log_every: int
+) -> None:
+    settings = (
+        "num_epochs=2",
+        "save_every_n_steps=2",
+        f"log_every_n_steps={log_every}",
+        "max_skipped_steps=2",
+    )
+    run = Run(make_recipe("run", *settings))
+    explode(run, step=3)
+    with pytest.raises(TrainingError, match="weights are not finite any more") as stopped:
+        run.trainer.run()
+    folder = Path(run.recipe.checkpoint_dir)
+    kept = folder / checkpoints.STEP.format(2)
+    assert f"resume {kept}, the last checkpoint before that" in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert list(folder.iterdir()) == [kept]
+    checkpoints.load_checkpoint(kept)  # refuses what is not finite
+
+
+def test_weights_that_overflow_before_anything_is_saved(make_recipe: MakeRecipe) -> None:
+    run = Run(make_recipe("run"))
+    explode(run, step=1)
+    with pytest.raises(TrainingError, match=r"stopped at step 1: .* start with a learning_rate below 0.01"):
+        run.trainer.run()
+    assert not Path(run.recipe.checkpoint_dir).exists()
+
+
+def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard's thread fails first, as it does where the disk is full."""
+    run = Run(make_recipe("run"))
+    written = RecordWriter.write
+
+    def full(self: RecordWriter, data: bytes) -> None:
+        if run.trainer.progress.step >= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    hook = threading.excepthook
+    with pytest.raises(TrainingError) as stopped:
+        run.trainer.run()
+    assert str(stopped.value).startswith(f"cannot write {run.recipe.log_dir}: No space left on device (")
+    assert threading.excepthook is hook
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def out_of_memory_above(rows: int) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import yaml
 
 from vlm_bridge.configuration import (
     DEFAULT_RECIPE,
+    MAX_BEAMS,
+    MAX_IMAGE_SIZE,
+    MAX_NEW_TOKENS,
     DecodeSettings,
     Recipe,
     load_recipe,
@@ -178,6 +182,54 @@ def test_another_kind_of_bridge_does_not_take_the_old_ones_options(tmp_path: Pat
     assert load_recipe(None, ["bridge.kind=cross_attention"]).bridge.options.feed_forward_multiplier == 4
 
 
+RATES = (
+    "learning_rate", "min_lr", "weight_decay", "gradient_clip_val", "scst_temperature", "label_smoothing",
+    "max_bad_samples", "weight_averaging", "early_stopping_min_delta", "save_every_n_minutes", "trainable.bridge.*",
+    "decode.temperature", "decode.top_p", "decode.length_penalty", "decode.repetition_penalty", "decode.object_bonus",
+    "bridge.dropout",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", RATES)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e30", "-1e30"])
+def test_a_rate_that_no_training_means_is_refused(key: str, value: str) -> None:
+    message = message_of(f"{key}={value}")
+    assert key.split(".")[0] in message
+    assert "\n" not in message
+
+
+COUNTS = [
+    name
+    for name, hint in typing.get_type_hints(Recipe).items()
+    if hint in (int, int | None) and name != "seed"
+] + ["decode.num_beams", "decode.max_new_tokens", "bridge.depth", "bridge.width", "vision_encoder.image_size"]
+
+
+@pytest.mark.parametrize("key", [*COUNTS, "seed", "decode.seed"])
+def test_a_count_that_no_machine_holds_is_refused(key: str) -> None:
+    for value in (2**63, 2**64, f"0x{'f' * 5000}", -1):
+        message = message_of(f"{key}={value}")
+        assert key in message
+        assert len(message) < 300
+
+
+def test_the_largest_seed_is_below_2_to_the_63() -> None:
+    assert load_recipe(None, [f"seed={2**63 - 1}", f"decode.seed={2**63 - 1}"]).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("override", "limit"),
+    [
+        ("decode.num_beams", MAX_BEAMS),
+        ("decode.max_new_tokens", MAX_NEW_TOKENS),
+        ("vision_encoder.image_size", MAX_IMAGE_SIZE),
+    ],
+)
+def test_the_limits_themselves_are_allowed(override: str, limit: int) -> None:
+    load_recipe(None, [f"{override}={limit}"])
+    assert f"{override} must be at most {limit:,}" in message_of(f"{override}={limit + 1}")
+
+
 @pytest.mark.parametrize("kind", ["prefix", "cross_attention"])
 def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
     recipe = load_recipe(
@@ -190,7 +242,7 @@ def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
             "language_model.prompt='yes: no'",
             "data_dir='1e5'",
             "max_steps=7",
-            "gradient_clip_val=.inf",
+            "gradient_clip_val=1e6",
             "vision_encoder.layers=[4, -1]",
             "decode.known_objects=[dog, cup of coffee]",
         ],

@@ -22,13 +22,16 @@ from vlm_bridge.data_pipeline.feature_cache import (
     CacheUnavailable,
     FeatureCache,
     OnTheFlyPixels,
+    as_bytes,
     cache_key,
     caches_below,
     evict,
+    lock_cache,
     measure_disk,
     measure_reading,
     open_or_build,
     pictures_digest,
+    remove_unfinished,
     remove_unused,
 )
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
@@ -274,6 +277,34 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
     assert not list(folder.glob(".building-*"))
 
 
+def test_what_killed_processes_left_in_other_caches_goes_too_and_what_is_locked_stays(tmp_path: Path) -> None:
+    """Shards lie in their cache; text states are built in whole folders beside theirs."""
+    process = start(build, tmp_path, StopAt(SHARD_IMAGES + 4, signal.SIGKILL))
+    process.join(30)
+    shard = tmp_path / KEYS[0] / ".building-00001"
+    folder, locked = (tmp_path / "text" / f".building-{name}" for name in ("a-host-1", "b-host-2"))
+    for path in (folder, locked):
+        path.mkdir(parents=True)
+        (path / "states").write_bytes(b"half")
+    assert shard.exists()
+    with lock_cache(locked):
+        build(tmp_path, key=KEYS[1]).close()
+        assert not shard.exists()
+        assert not folder.exists()
+        assert (locked / "states").exists()
+    remove_unfinished(tmp_path)
+    assert not locked.exists()
+    assert [path.name for path in (tmp_path / KEYS[0]).iterdir() if "shard" in path.name] == ["shard-00000"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(999, "999 bytes"), (5_000, "4.9 KiB"), (512 * 2**20, "512 MiB"), (3 * 2**40, "3.0 TiB")],
+)
+def test_bytes_have_the_unit_that_fits(count: int, shown: str) -> None:
+    assert as_bytes(count) == shown
+
+
 class Slow(Encode):
     """Takes its time, and writes down what it encoded."""
 
@@ -307,7 +338,9 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_without_room_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CacheUnavailable, match="no room"):
+    with pytest.raises(
+        CacheUnavailable, match=r"no room for .* 1000 bytes|1.0 KiB are free, and 512 MiB are left"
+    ):
         build(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from vlm_bridge import hub
 from vlm_bridge.configuration import LanguageModelConfig, VisionEncoderConfig
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.errors import CheckpointError, DataError, ModelError
-from vlm_bridge.hub import hub_problem
+from vlm_bridge.hub import hub_problem, reach_hub
+from vlm_bridge.model_architecture.captioner import reach_encoders
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.checkpoint import find_checkpoint
@@ -114,6 +118,66 @@ def test_groundcap_says_what_the_hub_refused(
     assert line.endswith("or name a folder of its parquet files with --source-path")
     assert all(words in line for words in said), line
     assert "check the network" not in line and "save_pretrained" not in line
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """As if the network were allowed; returns whom a probe asked, and none answers."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "_connect", lambda host, port: asked.append((host, port)) or time.sleep(2))
+    for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    return asked
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
+    online: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ModelError, match=r"load the language model.*cannot be reached: check the network"):
+        build_language_model(LanguageModelConfig(name="owner/model"))
+    with pytest.raises(CheckpointError, match="cannot be reached: check the network"):
+        find_checkpoint("owner/model")
+    with pytest.raises(ModelError, match=r"load the vision encoder 'owner/model'.*cannot be reached"):
+        reach_encoders(VisionEncoderConfig(name="efficientnet-lite0 + owner/model"))
+    assert time.monotonic() - started < 1.5
+    assert online == [("huggingface.co", 443)] * 3
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://mirror.example:8080")
+    with pytest.raises(ModelError, match=r"http://mirror.example:8080 cannot be reached"):
+        build_language_model(LanguageModelConfig(name="owner/model"))
+    monkeypatch.setenv("http_proxy", "proxy.example:3128")
+    with pytest.raises(ConnectionError, match=r"proxy\.example"):
+        reach_hub("owner/model")
+    assert online[3:] == [("mirror.example", 8080), ("proxy.example", 3128)]
+
+
+def test_nobody_is_asked_for_what_is_here(
+    online: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach_hub(str(tmp_path))
+    reach_hub("no/name/of a repository")
+    reach_encoders(VisionEncoderConfig(name="efficientnet-lite0"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    reach_hub("owner/cached")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    reach_hub("owner/model")
+    assert online == []
+
+
+def test_a_hub_that_answers_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{host}:{port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        reach_hub("owner/model")
+    reach_hub("owner/model")
+    hub._REACHED.clear()
+    with pytest.raises(ConnectionError):
+        reach_hub("owner/model")
 
 
 def test_errors_of_other_origin_and_of_folders_are_left_alone(tmp_path: Path) -> None:

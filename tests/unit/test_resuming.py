@@ -344,3 +344,27 @@ def test_all_randomness_is_kept_and_comes_back(tmp_path: Path) -> None:
     assert draw() == expected
     # Those of an earlier version have torch's alone.
     restore_random_states({"random_state": torch.get_rng_state(), "cuda_random_state": []}, device)
+
+
+def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("run", "max_steps=1")
+    train(recipe, say=lambda line: None)
+    path = Path(recipe.checkpoint_dir) / checkpoints.LATEST
+    sound = checkpoints.read_file(path)
+    nan = {name: tensor * torch.nan for name, tensor in sound["training"]["live_weights"].items()}
+    for changes in (
+        {"progress": {"step": "far"}},
+        {"progress": {"step": -1}},
+        {"progress": {"steps": 1}},
+        {"optimizer": {"param_groups": [{}], "state": []}},
+        {"random_state": torch.zeros(3, dtype=torch.uint8)},
+        {"early_stopping": [1]},
+        {"live_weights": nan},
+    ):
+        content = {**sound, "training": {**sound["training"], **changes}}
+        content["content_hash"] = checkpoints.content_hash(content)
+        torch.save(content, path)
+        with pytest.raises(
+            CheckpointError, match=rf"{path} has a state that no training saves .*start_from="
+        ):
+            train(recipe, resume=path, say=lambda line: None)

@@ -16,8 +16,9 @@ from faulty_disk import DIES, FAULTS, FaultyDisk, PowerCut
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.feature_cache import CacheFiles, CacheUnavailable, open_or_build
 from vlm_bridge.data_pipeline.feature_format import FeatureFormat
-from vlm_bridge.durable_files import previous_of, write_bytes_durably
+from vlm_bridge.durable_files import append_line, previous_of, write_bytes_durably
 from vlm_bridge.errors import CheckpointError
+from vlm_bridge.model_architecture.interchange import write_folder
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.text_states import StateFiles, TextStates
 
@@ -312,6 +313,41 @@ def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
                 # The name may have changed before its folder could be brought to disk.
                 expected = [b"old", *([b"new content"] if disk.operations[number - 1] == "rename" else [])]
         assert path.read_bytes() in expected, (number, fault)
+
+
+@pytest.mark.parametrize("before", [None, b"one\n"])
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, before: bytes | None) -> None:
+    path = tmp_path / "history.jsonl"
+    for fault in ("ENOSPC", "EIO"):
+        for at in (0, 1):
+            path.unlink(missing_ok=True)
+            if before is not None:
+                path.write_bytes(before)
+            with FaultyDisk(tmp_path, at, fault).plugged_in(), contextlib.suppress(OSError):
+                append_line(path, b"another\n")
+            whole = [before, (before or b"") + b"another\n"]
+            assert (path.read_bytes() if path.exists() else None) in whole
+
+
+def test_an_export_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path).plugged_in() as disk:
+        write_folder(tmp_path / "counted", {"x": 1}, {"w": torch.ones(3)})
+    assert len(disk.operations) > 3
+    for number, fault in faults(disk.operations, but=("truncated", *DIES)):
+        folder = tmp_path / "a" / f"{number}-{fault}"
+        with FaultyDisk(tmp_path, number, fault).plugged_in():
+            try:
+                write_folder(folder, {"x": 1}, {"w": torch.ones(3)})
+            except OSError:
+                assert not folder.exists(), (number, fault)
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    for number in (0, 1, 2):
+        with FaultyDisk(tmp_path, number, "ENOSPC").plugged_in(), pytest.raises(OSError) as error:
+            write_bytes_durably(tmp_path / "report.html", b"x")
+        assert error.value.filename == str(tmp_path / "report.html")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_another_process_takes_at_once_is_no_fault(

@@ -452,9 +452,10 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
     quiet_transformers()
     from transformers import AutoTokenizer
 
-    from vlm_bridge.hub import hub_problem
+    from vlm_bridge.hub import hub_problem, reach_hub
 
     try:
+        reach_hub(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.

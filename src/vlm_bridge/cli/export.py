@@ -72,7 +72,8 @@ def export(
         raise UsageError(f"{target} exists; choose another --output-dir, or replace it with --overwrite")
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
-    recipe = checkpoints.recipe_of(content, where, load_recipe(config) if config else None)
+    given = load_recipe(config) if config else None
+    recipe = checkpoints.recipe_of(content, where, given, to_build=False)
     if dtype is not None:
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.value)
     facts = publishing.CardFacts(title, license, dataset)

@@ -14,15 +14,22 @@ def report(
     ),
 ) -> None:
     """Write one HTML file about a run: recipe, curves, scores, pictures, statistics of its captions, environment."""
+    from vlm_bridge.durable_files import made_folder
+    from vlm_bridge.errors import DataError
     from vlm_bridge.evaluation.report import write_report
     from vlm_bridge.evaluation.run import REPORT_NAME
     from vlm_bridge.evaluation.run_folder import read_run
 
     reported = read_run(run)
     path = output or (run if run.is_dir() else run.parent) / REPORT_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     on = f" on {reported.dataset}" if reported.dataset else ""
-    write_report(path, [reported], title=f"{reported.name}{on}")
+    try:
+        with made_folder(path.parent):
+            write_report(path, [reported], title=f"{reported.name}{on}")
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error} (free some space, or choose another file with --output)"
+        ) from error
     for note in reported.notes:
         typer.echo(f"note: {note}", err=True)
     print(f"report: {path}")

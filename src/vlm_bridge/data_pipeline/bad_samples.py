@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError, on_one_line
 
 MAX_BAD_SHARE = 0.01
@@ -73,4 +74,4 @@ def write_listing(path: Path, parts: Sequence[BadSamples]) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    write_bytes_durably(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())

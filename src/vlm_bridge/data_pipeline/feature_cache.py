@@ -50,6 +50,8 @@ from vlm_bridge.errors import DataError
 
 LAYOUT = "vlm-bridge features 2"
 INDEX_NAME, LOCK_NAME = "index.json", ".lock"
+BUILDING = ".building-"
+"""Begins the names of unfinished shards and folders."""
 SHARD_IMAGES = 2048
 ENCODE_BATCH = 32
 """Images encoded together where nobody says otherwise."""
@@ -297,9 +299,9 @@ def open_or_build(
         DataError: features do not fit into the format.
     """
     try:
-        lock = _lock(files.folder / LOCK_NAME, shared=True)
-        assert lock is not None
+        lock = lock_cache(files.folder)
         _touch(files.folder / LOCK_NAME)
+        remove_unfinished(files.folder.parent)
         missing = files.missing()
         damaged = {
             shard: reason
@@ -372,7 +374,7 @@ def _build_missing(
 @contextlib.contextmanager
 def _claimed(files: CacheFiles, shard: int) -> Iterator[IO[bytes] | None]:
     """The file to write a shard to, under a lock; None where another process is writing or has written it."""
-    building = files.folder / f".building-{shard:05}"
+    building = files.folder / f"{BUILDING}{shard:05}"
     file = _lock(building)
     if file is None:
         yield None
@@ -437,9 +439,19 @@ def _check_room(files: CacheFiles) -> None:
     free = shutil.disk_usage(files.folder).free
     if wanted and free < wanted + FREE_SPACE_TO_LEAVE:
         raise CacheUnavailable(
-            f"no room for {wanted / 2**30:.2f} GiB of cached features below {files.folder.parent} "
-            f"({free / 2**30:.2f} GiB are free)"
+            f"no room for {as_bytes(wanted)} of cached features below {files.folder.parent}: {as_bytes(free)} are "
+            f"free, and {as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
         )
+
+
+def as_bytes(count: int) -> str:
+    """A number of bytes for people, in the unit in which it has one to three digits before the point."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1000:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
 
 
 def _unavailable(folder: Path, error: OSError) -> CacheUnavailable:
@@ -539,6 +551,27 @@ def remove_unused(folder: Path) -> bool:
     with lock:
         shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what killed processes left half-built below ``root``: shards of any cache, and whole folders.
+
+    Those that a living process builds are locked, and stay.
+    """
+    for left in (*root.glob(f"{BUILDING}*"), *root.glob(f"*/{BUILDING}*")):
+        with contextlib.suppress(OSError):  # not ours, or gone meanwhile
+            if left.is_dir():
+                remove_unused(left)
+            elif (lock := _lock(left)) is not None:
+                with lock:
+                    left.unlink(missing_ok=True)
+
+
+def lock_cache(folder: Path) -> IO[bytes]:
+    """Hold a folder, made if need be, against `remove_unused` until the file returned is closed. Raises OSError."""
+    lock = _lock(folder / LOCK_NAME, shared=True)
+    assert lock is not None, "a shared lock waits"
+    return lock
 
 
 def _tidy(folder: Path) -> None:

@@ -34,7 +34,7 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.evaluation.run import NotMeasurable
-from vlm_bridge.hub import hub_problem
+from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.generation import Caption, image_keys, search, searched_together
 from vlm_bridge.training_strategy.validation import Validation, shuffled_images
 
@@ -190,6 +190,7 @@ class BaselineCaptioner:
 
         target = runtime.resolve_device(device)
         try:
+            reach_hub(name, revision)
             config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
             model_class, family = _captioning_class(name, config)
             # Old files are pickles: transformers reads those, too, with weights_only=True.

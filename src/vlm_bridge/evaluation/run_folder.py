@@ -144,6 +144,6 @@ def _recipe(root: Path) -> Any:
         return None
     where = checkpoints.checkpoint_path(root)
     try:
-        return checkpoints.recipe_of(checkpoints.load_checkpoint(where), where)
+        return checkpoints.recipe_of(checkpoints.load_checkpoint(where), where, to_build=False)
     except CheckpointError as error:
         return f"No recipe: {error}"

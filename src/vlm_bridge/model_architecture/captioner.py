@@ -15,8 +15,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_bridge.configuration import BridgeConfig, DecodeSettings, Recipe
+from vlm_bridge.configuration import (
+    MAX_RETURN_SEQUENCES,
+    BridgeConfig,
+    DecodeSettings,
+    Recipe,
+    VisionEncoderConfig,
+)
 from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import (
     BRIDGES,
@@ -33,9 +40,11 @@ from vlm_bridge.model_architecture.generation import (
     search,
     searched_together,
 )
+from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
 from vlm_bridge.model_architecture.loss import Kernel, caption_cross_entropy
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
+from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
 from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import ENCODE_TOGETHER_ON_CPU, build_vision_encoder
@@ -331,6 +340,10 @@ class CaptionModel(nn.Module):
         return captions
 
     def _check_lengths(self, prompt_ids: Sequence[int], decode: DecodeSettings, per_image: int) -> None:
+        if per_image > MAX_RETURN_SEQUENCES:
+            raise ConfigurationError(
+                f"num_return_sequences must be at most {MAX_RETURN_SEQUENCES}, not {per_image}"
+            )
         is_search = not decode.do_sample or decode.num_beams > 1
         if is_search and per_image > decode.num_beams:
             raise ConfigurationError(
@@ -407,12 +420,33 @@ def build_bridge(
         raise ConfigurationError(str(error)) from None
 
 
+def reach_encoders(config: VisionEncoderConfig, *, meta: bool = False) -> None:
+    """Refuse encoders that only the hub has, while it cannot be reached, at once.
+
+    Args:
+        meta: no weights will be read, which known architectures need nothing of the hub for.
+
+    Raises:
+        ModelError: the first such encoder.
+    """
+    for name in config.names:
+        if name in EFFICIENTNET_LITE_SIZES or (meta and known_architecture(name)):
+            continue
+        try:
+            reach_hub(name, config.revision)
+        except ConnectionError as error:
+            raise ModelError(
+                f"cannot load the vision encoder {name!r}: {hub_problem(error, name)}"
+            ) from error
+
+
 def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
     """Compose the captioner of a recipe; the bridge is freshly initialised from ``recipe.seed``.
 
     Args:
         meta: build everything on the meta device, without reading weights (for `info`).
     """
+    reach_encoders(recipe.vision_encoder, meta=meta)
     vision_encoder: Any = build_vision_encoder(
         recipe.vision_encoder, pooling=recipe.feature_cache_pooling, meta=meta
     )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
-from vlm_bridge.hub import hub_problem
+from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2, known_architecture
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
@@ -40,6 +40,8 @@ def build_language_model(
     options = {} if meta else _quantization(quantize)
     source = _resolve(config, meta=meta)
     try:
+        if isinstance(source, str):
+            reach_hub(source, config.revision)
         model_config = (
             AutoConfig.from_pretrained(source, revision=config.revision)
             if isinstance(source, str)

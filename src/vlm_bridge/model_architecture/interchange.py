@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlm_bridge.durable_files import made_folder, write_bytes_durably
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.parsing import parse_json
 from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
@@ -42,6 +44,8 @@ ORIGINAL_NAMES = {
 _BRIDGE_LITE = f"{_ORIGINAL_PREFIX}bridge_blocks."
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+MAX_CONFIG_BYTES = 1_000_000
+"""A recipe with the versions of what wrote it has about 4,000."""
 _INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
 """Prefixes of the scales of a matrix that `quantized` stores in fewer bits."""
 
@@ -137,6 +141,9 @@ def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 f"quantised weights and their scales do not go together: {shortened(sorted(unpaired))}"
             )
         for name, scale in scales.items():
+            per_row = 1 if dtype is torch.int8 else weights[name].shape[-1] * 2 // GROUP
+            if scale.shape != (*weights[name].shape[:-1], per_row):  # else one number could become gigabytes
+                raise ValueError(f"the scales of {name} are of another shape")
             weights[name] = weights[name] * scale if dtype is torch.int8 else from_int4(weights[name], scale)
     return weights
 
@@ -147,19 +154,23 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
     Raises:
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
-        temporary.replace(folder / WEIGHTS_NAME)
-    except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(f"cannot write {folder / WEIGHTS_NAME}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    temporary, had_config = folder / f".{WEIGHTS_NAME}.tmp", (folder / CONFIG_NAME).exists()
+    with made_folder(folder):
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            write_bytes_durably(folder / CONFIG_NAME, text.encode())
+            shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
+            temporary.replace(folder / WEIGHTS_NAME)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+                if not had_config:
+                    (folder / CONFIG_NAME).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise
+            raise OSError(str(error)) from error  # safetensors' way of saying that the disk is full
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -169,7 +180,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        config = parse_json((folder / CONFIG_NAME).read_bytes())
+        with (folder / CONFIG_NAME).open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{CONFIG_NAME} has more than {MAX_CONFIG_BYTES:,} bytes")
+        config = parse_json(text)
         weights = dequantized(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error

@@ -25,8 +25,16 @@ from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
-from vlm_bridge.hub import hub_problem
+from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture.captioner import build_captioner
+from vlm_bridge.parsing import MAX_YAML_DEPTH, MAX_YAML_VALUES, shown
+from vlm_bridge.training_strategy.checkpoint_limits import (
+    MAX_PICKLE_BYTES,
+    check_content,
+    check_plain,
+    check_weights,
+)
 
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
@@ -300,7 +308,7 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
         CheckpointError: one is missing or damaged, or they are not of one architecture.
     """
     first, *others = (load_checkpoint(path) for path in paths)
-    recipe = recipe_of(first, paths[0])
+    recipe = recipe_of(first, paths[0], to_build=False)
     mean = {name: tensor.double() for name, tensor in first["weights"].items()}
     for path, content in zip(paths[1:], others, strict=True):
         check_architecture(content, recipe, path)
@@ -333,23 +341,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     content = _read_exported(path) if path.name == interchange.WEIGHTS_NAME else read_file(path)
     if not _is_laid_out(content):
         raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint")
+    _check_version(content, path)
     if interchange.is_original(content):
-        weights = interchange.from_original(content["model_state_dict"], path)
-        recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
-        sizes = interchange.original_sizes(weights)
-        version = content.get("format_version", 1) if recipe else FORMAT_VERSION
-        entries = {key: content[key] for key in ORIGINAL_ENTRIES if key in content}
-        return {
-            "format": ORIGINAL_FORMAT, "format_version": version, "weights": weights, "sizes": sizes, **recipe,
-            ORIGINAL_TRAINING: entries,
-        }  # fmt: skip
-    parts = {"format", "format_version", "recipe", "weights"}
-    if not isinstance(content, dict) or not parts <= content.keys() or content["format"] != FORMAT:
+        content = _from_original(content, path)
+    elif not {"format", "recipe", "weights"} <= content.keys() or content["format"] != FORMAT:
         raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint")
-    if "content_hash" in content and content["content_hash"] != content_hash(content):
+    elif "content_hash" in content and content["content_hash"] != content_hash(content):
         raise DamagedCheckpointError(f"{path} is damaged: its content is not what its hash says")
-    if content["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
+    try:
+        check_weights(content["weights"])
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{path} cannot be used: {error}; use an earlier checkpoint, or train again"
+        ) from None
     return content
 
 
@@ -359,15 +363,43 @@ def _is_laid_out(content: Any) -> bool:
         return False
     tensors = [content[key] for key in ("weights", "model_state_dict") if key in content]
     mappings = [content[key] for key in ("recipe", "sizes", "training") if key in content]
-    return (
-        all(isinstance(part, Mapping) for part in [*tensors, *mappings])
-        and all(
-            isinstance(name, str) and isinstance(value, torch.Tensor)
-            for part in tensors
-            for name, value in part.items()
-        )
-        and isinstance(content.get("format_version", 0), int)
+    try:
+        check_plain([content.get("recipe"), content.get("sizes")], MAX_YAML_VALUES, MAX_YAML_DEPTH)
+    except ValueError:
+        return False
+    return all(isinstance(part, Mapping) for part in [*tensors, *mappings]) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for part in tensors
+        for name, value in part.items()
     )
+
+
+def _check_version(content: Mapping[str, Any], path: Path) -> None:
+    if "format_version" not in content:
+        if "weights" in content:
+            raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint: it has no format_version")
+        return
+    version = content["format_version"]
+    if type(version) is not int or version < 1:  # True is an int, too
+        raise DamagedCheckpointError(
+            f"{path} is not a vlm-bridge checkpoint: its format_version is {shown(version)}, not a whole number from 1"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
+
+
+def _from_original(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint of the original project as `load_checkpoint` returns it."""
+    weights = interchange.from_original(content["model_state_dict"], path)
+    recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
+    return {
+        "format": ORIGINAL_FORMAT,
+        "format_version": content.get("format_version", 1) if recipe else FORMAT_VERSION,
+        "weights": weights,
+        "sizes": interchange.original_sizes(weights),
+        **recipe,
+        ORIGINAL_TRAINING: {key: content[key] for key in ORIGINAL_ENTRIES if key in content},
+    }
 
 
 def read_file(path: Path, *, mmap: bool = False) -> Any:
@@ -377,18 +409,8 @@ def read_file(path: Path, *, mmap: bool = False) -> Any:
         mmap: leave tensors in the file until they are read.
     """
     try:
-        # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor
-        # marked as a folder it does not read at all, and gives whatever lay in memory.
-        with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing and writes every entry once: small files stay small when they are read.
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise zipfile.BadZipFile("its parts are larger than the file")
-            if (damaged := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(damaged)
-            if any(entry.external_attr & _DOS_DIRECTORY for entry in archive.infolist()):
-                raise zipfile.BadZipFile("a tensor is marked as a folder")
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedCheckpointError(
             f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
@@ -397,6 +419,28 @@ def read_file(path: Path, *, mmap: bool = False) -> Any:
         raise DamagedCheckpointError(
             f"{path} is damaged or is not a checkpoint: it cannot be read"
         ) from error
+    try:
+        check_content(content, path.stat().st_size)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint: {error}") from None
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a file whose parts are damaged, or larger than they may be. Raises zipfile.BadZipFile."""
+    # torch leaves the checksums of its own zip format unread, and would load flipped bits as weights. A tensor marked
+    # as a folder it does not read at all, and gives whatever lay in memory.
+    with zipfile.ZipFile(path) as archive:
+        # torch.save compresses nothing and writes every entry once: small files stay small when they are read.
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise zipfile.BadZipFile("its parts are larger than the file")
+        if any(e.filename.endswith(".pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
+            raise zipfile.BadZipFile("its pickle is too large")
+        if any(entry.external_attr & _DOS_DIRECTORY for entry in entries):
+            raise zipfile.BadZipFile("a tensor is marked as a folder")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(damaged)
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
@@ -450,6 +494,7 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
 
     wanted = [interchange.CONFIG_NAME, interchange.WEIGHTS_NAME]
     try:
+        reach_hub(path.as_posix(), revision)
         folder = snapshot_download(path.as_posix(), revision=revision, allow_patterns=wanted)
     except Exception as error:  # the hub's client raises errors of several libraries
         if (problem := hub_problem(error, path.as_posix())) is None:
@@ -476,28 +521,55 @@ def has_checkpoint(path: str | Path) -> bool:
     return True
 
 
-def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None = None) -> Recipe:
+def recipe_of(
+    content: dict[str, Any], where: str | Path, given: Recipe | None = None, *, to_build: bool = True
+) -> Recipe:
     """The recipe a checkpoint was trained with.
 
     Args:
         given: taken in its stead, if its architecture is the checkpoint's (the original project's files name none).
+        to_build: a captioner will be built of it: compare the sizes that it asks for with the weights first.
 
     Raises:
-        CheckpointError: no recipe, one that cannot be understood, or a given one of another architecture.
+        CheckpointError: no recipe, one that cannot be understood, a given one of another architecture, or one of
+            other sizes than the weights.
+        ModelError: the configuration of a frozen part cannot be read.
     """
     if given is not None:
         check_architecture(content, given, where)
-        return given
-    if "recipe" not in content:
+        recipe = given
+    elif "recipe" not in content:
         raise CheckpointError(
             f"{where} comes from the original project and names no recipe: convert it once with `vlm-bridge export "
             f"{where} --config config/training-default.yaml --output-dir DIR` (training takes its own settings, or "
             "a recipe by --config)"
         )
+    else:
+        try:
+            recipe = recipe_from_dict(content["recipe"], where=str(where))
+        except ConfigurationError as error:
+            raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
+    if to_build:
+        _check_sizes(recipe, content, where)
+    return recipe
+
+
+def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) -> None:
+    """Compare the shapes of a recipe's captioner with a checkpoint's weights before any of it is allocated.
+
+    Raises:
+        CheckpointError: the recipe asks for other tensors than the checkpoint holds.
+        ModelError: the configuration of a frozen part cannot be read.
+    """
     try:
-        return recipe_from_dict(content["recipe"], where=str(where))
+        model: Any = build_captioner(recipe, meta=True)
     except ConfigurationError as error:
-        raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
+        raise CheckpointError(f"{where}: its recipe cannot be built: {error}") from error
+    except (RuntimeError, OverflowError) as error:  # torch's word for a tensor of 2**63 bytes
+        raise CheckpointError(f"{where}: its recipe asks for impossible sizes") from error
+    _check_widths(model, content, where)
+    # Without its processor, an encoder may be of another image size.
+    _check_names_and_shapes(model, content["weights"], where, any_size=model.vision_encoder.num_tokens)
 
 
 def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
@@ -507,7 +579,7 @@ def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Pat
         CheckpointError: each key that differs is named, with what the checkpoint has and what is wanted.
     """
     has = (
-        architecture(recipe_of(content, where))
+        architecture(recipe_of(content, where, to_build=False))
         if "recipe" in content
         else interchange.original_architecture(content["weights"])
     )
@@ -570,10 +642,15 @@ def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
             f"{type(model.language_model.causal_lm).__name__} had scaled them; as published, it changes them before "
             "that, and these weights mean something else there: train it again"
         )
+    _check_widths(model, content, where)
+    load_weights(model, content["weights"], where)
+
+
+def _check_widths(model: Any, content: Mapping[str, Any], where: str | Path) -> None:
+    """Raise CheckpointError where the frozen parts are of other widths than those the checkpoint was trained with."""
     wanted = captioner_sizes(model)
     has = content.get("sizes", {})
     _refuse_other({key: has[key] for key in wanted if key in has and has[key] != wanted[key]}, wanted, where)
-    load_weights(model, content["weights"], where)
 
 
 def _refuse_other(has: Mapping[str, Any], wanted: Mapping[str, Any], where: str | Path) -> None:
@@ -592,12 +669,31 @@ def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | P
     Raises:
         CheckpointError: it belongs to another architecture; the first keys that do not fit are named.
     """
+    _check_names_and_shapes(model, weights, where)
+    model.load_state_dict(weights, strict=False)
+
+
+def _check_names_and_shapes(
+    model: Any, weights: Mapping[str, torch.Tensor], where: str | Path, *, any_size: int | None = None
+) -> None:
+    """Compare weights with a captioner's, which may be on the meta device.
+
+    Args:
+        any_size: a dimension of this size in the captioner may have another one.
+
+    Raises:
+        CheckpointError: a name or a shape differs.
+    """
     wanted = model.trained_state_dict()
+
+    def differs(has: torch.Size, wants: torch.Size) -> bool:
+        sizes = zip(has, wants, strict=False)
+        return len(has) != len(wants) or any(h != w and w != any_size for h, w in sizes)
+
     problems = sorted(
         f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
         for name in wanted.keys() & weights.keys()
-        if weights[name].shape != wanted[name].shape
+        if differs(weights[name].shape, wanted[name].shape)
     ) + interchange.wrong_names(weights, wanted)
     if problems:
         raise CheckpointError(f"{where} belongs to another architecture: {interchange.shortened(problems)}")
-    model.load_state_dict(weights, strict=False)

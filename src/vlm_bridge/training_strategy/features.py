@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.shard_folder import ShardFolder, ShardImages
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.captioner import reach_encoders
 from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
@@ -110,6 +112,9 @@ def split_features(
         )
     except CacheUnavailable as reason:
         refusal = str(reason)
+        if recipe.feature_cache == "auto":
+            with suppress(OSError):  # nothing is left in the data where nothing could be cached
+                cache_root(recipe).rmdir()
     world.wait()
     refusal = next(filter(None, world.gather(refusal)), None)
     if cache is not None and refusal is None:
@@ -171,6 +176,7 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
     if recipe.feature_cache == "off":
         raise ConfigurationError("the recipe says feature_cache=off: give feature_cache=auto or a folder")
     folder = open_data_folder(recipe.data_dir, say)
+    reach_encoders(recipe.vision_encoder)
     encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
     splits: tuple[SplitName, ...] = ("train", "val")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,12 @@ class StepGuard:
         if done is not None:
             return done.query()
         return self.device.type == "cpu"  # of other devices nobody can ask without waiting
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether every number of some tensors is finite. Waits for the device once."""
+    flags = [tensor.detach().isfinite().all() for tensor in tensors]
+    return not flags or bool(torch.stack(flags).all())
 
 
 class FrozenParts:

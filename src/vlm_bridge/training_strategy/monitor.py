@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages
+from vlm_bridge.durable_files import append_line
+from vlm_bridge.errors import TrainingError
 from vlm_bridge.evaluation.metrics import regex_tokenize
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
@@ -21,6 +24,8 @@ from vlm_bridge.training_strategy.validation import Validation
 SHOWN_IMAGES = 8
 """Images of a skipped step that the console names."""
 
+EVENTS = "events.out.tfevents.*"
+"""Names of TensorBoard's files."""
 BLIND_VALIDATIONS = 3
 """Validations in a row with a visual gain below `BLIND_BELOW` before a warning: the first ones of a training may be."""
 
@@ -84,6 +89,79 @@ class StepSize(NamedTuple):
         return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
 
 
+class Curves:
+    """TensorBoard's events in a folder; its `SummaryWriter` with failures of the disk as one TrainingError.
+
+    The writer's thread fails without a word to who is writing, and prints a traceback.
+    """
+
+    def __init__(self, log_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.log_dir = log_dir
+        self._others_hook, threading.excepthook = threading.excepthook, self._thread_failed
+        self._failure: OSError | None = None
+        self._before = set(log_dir.glob(EVENTS))
+        self._threads: set[threading.Thread] = set()
+        threads = set(threading.enumerate())
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            self._writer = SummaryWriter(str(log_dir))
+            self._threads = set(threading.enumerate()) - threads
+        except OSError as error:
+            threading.excepthook = self._others_hook
+            self._remove_empty()
+            raise cannot_log(log_dir, error) from error
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """`add_scalar`, `add_text` and `add_image` of the writer."""
+        add = getattr(self._writer, name)
+
+        def written(*arguments: Any, **named: Any) -> None:
+            try:
+                add(*arguments, **named)
+            except OSError as error:
+                self._failure = error
+            self._raise_failure()
+
+        return written
+
+    def close(self) -> None:
+        """Write what waits. Raises TrainingError, unless the failure is known already."""
+        was_known = self._failure is not None
+        try:
+            self._writer.close()
+        except OSError as error:
+            self._failure = error
+        finally:
+            threading.excepthook = self._others_hook
+            self._remove_empty()
+        if not was_known:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise cannot_log(self.log_dir, self._failure) from self._failure
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        if isinstance(failed.exc_value, OSError) and failed.thread in self._threads:
+            self._failure = failed.exc_value
+        else:
+            self._others_hook(failed)
+
+    def _remove_empty(self) -> None:
+        for events in set(self.log_dir.glob(EVENTS)) - self._before:
+            if not events.stat().st_size:
+                events.unlink(missing_ok=True)
+
+
+def cannot_log(path: Path, error: OSError) -> TrainingError:
+    """The error of a log that cannot be written."""
+    return TrainingError(
+        f"cannot write {path}: {error.strerror or error} (free some space, or choose another folder with log_dir=...)"
+    )
+
+
 class SilentMonitor:
     """That of a process beside the one that writes and speaks: told what a `Monitor` is told, it does nothing."""
 
@@ -98,11 +176,8 @@ class Monitor:
     """
 
     def __init__(self, log_dir: Path, say: Callable[[str], None]):
-        from torch.utils.tensorboard import SummaryWriter
-
-        log_dir.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(log_dir))
-        self.history = (log_dir / "history.jsonl").open("a", encoding="utf-8")
+        self.curves = Curves(log_dir)
+        self.history = log_dir / "history.jsonl"
         self.say = say
         self._blind_validations = 0
         self._epoch_loss = self._epoch_steps = 0.0
@@ -110,7 +185,7 @@ class Monitor:
 
     def start(self, recipe: str) -> None:
         """Keep the text of the recipe beside the curves."""
-        self.writer.add_text("training/config", f"```yaml\n{recipe}```", 0)
+        self.curves.add_text("training/config", f"```yaml\n{recipe}```", 0)
 
     def updated(self, loss: float) -> None:
         """Count the loss of a step that was not skipped into the mean of its epoch."""
@@ -120,7 +195,7 @@ class Monitor:
     def epoch(self, epoch: int) -> None:
         """Write the mean loss of an epoch's steps, and begin another."""
         if self._epoch_steps:
-            self.writer.add_scalar("epoch/train_loss", self._epoch_loss / self._epoch_steps, epoch)
+            self.curves.add_scalar("epoch/train_loss", self._epoch_loss / self._epoch_steps, epoch)
         self._epoch_loss = self._epoch_steps = 0.0
 
     def step(self, size: StepSize) -> None:
@@ -160,7 +235,7 @@ class Monitor:
             ("grad_norm_before_clip", gradient_norm),
             *of_objective.items(),
         ):
-            self.writer.add_scalar(f"train/{name}", value, step)
+            self.curves.add_scalar(f"train/{name}", value, step)
         self._record(
             "train",
             step,
@@ -205,7 +280,7 @@ class Monitor:
         scalars = {"loss": result.loss, "perplexity": result.perplexity, "visual_gain": result.visual_gain}
         counted = {"avg_sequence_length": captions.mean_length, "token_diversity": captions.token_diversity}
         for name, value in (scalars | counted).items():
-            self.writer.add_scalar(f"val/{name}", value, step)
+            self.curves.add_scalar(f"val/{name}", value, step)
         self._record("validation", step, epoch=epoch, **scalars)
 
     def decoded(self, step: int, result: DecodedValidation) -> None:
@@ -213,7 +288,7 @@ class Monitor:
             f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | CIDEr {result.cider:.4f}"
         )
         for name, value in (("bleu4", result.bleu4), ("cider", result.cider)):
-            self.writer.add_scalar(f"val/{name}", value, step)
+            self.curves.add_scalar(f"val/{name}", value, step)
         self._record("decoded", step, bleu4=result.bleu4, cider=result.cider, num_images=result.num_images)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -222,15 +297,15 @@ class Monitor:
         for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
             caption, reference = sample.caption, sample.references[0]
             self.say(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
-            self.writer.add_image(f"val/sample_{number}", np.asarray(sample.picture), step, dataformats="HWC")
+            self.curves.add_image(f"val/sample_{number}", np.asarray(sample.picture), step, dataformats="HWC")
             text = f"**{caption}**\n\nreference: {reference}\n\nBLEU-4: {bleu4:.4f}"
-            self.writer.add_text(f"val/sample_{number}", text, step)
+            self.curves.add_text(f"val/sample_{number}", text, step)
         for name, value in (
             ("length_avg", statistics.mean_length),
             ("diversity", statistics.token_diversity),
             ("bleu_avg", statistics.mean_bleu4),
         ):
-            self.writer.add_scalar(f"val/sample_{name}", value, step)
+            self.curves.add_scalar(f"val/sample_{name}", value, step)
         self.say(
             f"  samples: mean length {statistics.mean_length:.1f} tokens | token diversity "
             f"{statistics.token_diversity:.2f} | BLEU-4 {statistics.mean_bleu4:.3f}"
@@ -274,12 +349,14 @@ class Monitor:
         self._epoch_steps = state.get("epoch_steps", 0.0)
 
     def close(self) -> None:
-        self.writer.close()
-        self.history.close()
+        self.curves.close()
 
     def _record(self, event: str, step: int, **values: object) -> None:
-        self.history.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self.history.flush()
+        line = json.dumps({"event": event, "step": step, **values}) + "\n"
+        try:
+            append_line(self.history, line.encode())
+        except OSError as error:
+            raise cannot_log(self.history, error) from error
 
 
 def _duration(seconds: float) -> str:

@@ -47,7 +47,7 @@ def check_resume(
         )
     before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
     other_data = dataset_changes(before, dataset_facts(manifest))
-    changes = other_data + recipe_changes(checkpoints.recipe_of(dict(content), path), recipe)
+    changes = other_data + recipe_changes(checkpoints.recipe_of(dict(content), path, to_build=False), recipe)
     if changes and not force:
         raise CheckpointError(
             f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what it was, or "

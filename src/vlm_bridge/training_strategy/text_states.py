@@ -29,7 +29,13 @@ import numpy as np
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline.feature_cache import cache_key
+from vlm_bridge.data_pipeline.feature_cache import (
+    BUILDING,
+    as_bytes,
+    cache_key,
+    lock_cache,
+    remove_unfinished,
+)
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, whole_rows
 from vlm_bridge.durable_files import bring_to_disk, not_as_written, sync_folder, write_bytes_durably
 from vlm_bridge.errors import ConfigurationError, ModelError
@@ -230,12 +236,9 @@ def _build(
     """
     root = files.folder.parent
     root.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(root).free < files.num_bytes + FREE_SPACE_TO_LEAVE:
-        raise ConfigurationError(
-            f"no room for {files.num_bytes / 2**30:.1f} GiB of text states below {root}: use text_state_cache=false"
-        )
+    _check_room(files, root)
     say(f"text states: {files.num_bytes / 2**20:,.0f} MiB below {root}")
-    name = f".building-{files.folder.name}-{platform.node()}-{os.getpid()}"
+    name = f"{BUILDING}{files.folder.name}-{platform.node()}-{os.getpid()}"
     building = root / world.gather(name)[world.rank - world.local_rank]
     is_maker = world.local_rank == 0
     rows, by_length = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
@@ -264,8 +267,11 @@ def _build(
                     f"text states: {min(done, len(rows))}/{len(rows)} images ({done / (said - started):.0f}/s)"
                 )
 
+    lock = None
     try:
         if is_maker:
+            remove_unfinished(root)
+            lock = lock_cache(building)
             files.create(building)
         world.wait()
         files.fill(building, states())
@@ -276,6 +282,17 @@ def _build(
     finally:
         if is_maker:
             shutil.rmtree(building, ignore_errors=True)
+        if lock is not None:
+            lock.close()
+
+
+def _check_room(files: StateFiles, root: Path) -> None:
+    """Raise ConfigurationError where the disk has no room for text states."""
+    if shutil.disk_usage(root).free < files.num_bytes + FREE_SPACE_TO_LEAVE:
+        raise ConfigurationError(
+            f"no room for {as_bytes(files.num_bytes)} of text states below {root}, with "
+            f"{as_bytes(FREE_SPACE_TO_LEAVE)} left for checkpoints: use text_state_cache=false"
+        )
 
 
 @torch.no_grad()

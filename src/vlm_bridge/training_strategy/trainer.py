@@ -44,7 +44,7 @@ from vlm_bridge.training_strategy.distillation import check_distillation, distil
 from vlm_bridge.training_strategy.distributed import GradientSum, World, joined
 from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.features import SplitFeatures, split_features, usable_images
-from vlm_bridge.training_strategy.health import FrozenParts, StepGuard
+from vlm_bridge.training_strategy.health import FrozenParts, StepGuard, all_finite
 from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
 from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor, StepSize
 from vlm_bridge.training_strategy.optimizer import adamw, gradient_scaler
@@ -260,6 +260,7 @@ class Trainer:
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
         self.latest_holds: Progress | None = None
+        self.last_sound: Path | None = None
 
     def run(self, initial_weights: Mapping[str, torch.Tensor] | None = None) -> TrainingResult:
         started = time.perf_counter()
@@ -418,6 +419,8 @@ class Trainer:
             runtime.return_freed_memory()
         is_log_step = progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps
         skipped_now = self._read_health(wait=is_log_step)
+        if is_log_step:
+            self._check_weights()
         # In a log step all processes know of the same steps.
         if self.guard.gives_up and (is_log_step or self.world.size == 1):
             self._give_up()
@@ -479,7 +482,28 @@ class Trainer:
             )
         return [watched.step for watched in skipped]
 
+    def _check_weights(self) -> None:
+        """Stop if what is trained is no longer finite, though every gradient was: the update itself overflowed.
+
+        Waits for the device: for log steps and saves alone.
+
+        Raises:
+            TrainingError: with the last checkpoint from before; that one stays.
+        """
+        trained = self.model.trained_state_dict().values()
+        averaged = self.average.weights.values() if self.average is not None else ()
+        if all_finite([*trained, *averaged]):
+            return
+        last, rate = self.last_sound, f"a learning_rate below {self.recipe.learning_rate:g}"
+        mend = (
+            f"resume {last}, the last checkpoint before that, with {rate}" if last else f"start with {rate}"
+        )
+        raise TrainingError(
+            f"stopped at step {self.progress.step}: the weights are not finite any more, and were not saved: {mend}"
+        )
+
     def _give_up(self) -> NoReturn:
+        self._check_weights()
         saved_to = self._save(checkpoints.STEP.format(self.progress.step))
         self.world.wait()
         raise TrainingError(
@@ -543,6 +567,7 @@ class Trainer:
         """Validate, sample and save as the recipe asks; True when training should stop early."""
         recipe, progress = self.recipe, self.progress
         self._read_health(wait=True)
+        self._check_weights()
         self.monitor.epoch(progress.epoch)
         progress.epoch += 1
         progress.step_in_epoch = 0
@@ -639,6 +664,7 @@ class Trainer:
         self._save(checkpoints.BEST)
 
     def _save(self, name: str) -> Path:
+        self._check_weights()
         path = self.checkpoint_dir / name
         if not self.world.is_first:
             return path
@@ -665,6 +691,7 @@ class Trainer:
         checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
         if training is not None:
             self.saved_at = time.monotonic()
+            self.last_sound = path
         if name == checkpoints.LATEST:
             self.latest_holds = replace(self.progress)
         return path
@@ -803,21 +830,41 @@ class Trainer:
                 f"{path} has its optimiser's state for other groups of parameters: keep the patterns under trainable "
                 "in their order (their learning rates may change)"
             )
-        checkpoints.restore(self.model, content, path)
-        if self.recipe.weight_averaging is not None:
-            self.average = WeightAverage(self.model, self.recipe.weight_averaging)
-        if live := training.get("live_weights"):
-            checkpoints.load_weights(self.model, {**self.model.trained_state_dict(), **live}, path)
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
-        self.early_stopping.load_state_dict(training["early_stopping"])
-        restore_random_states(training, self.device)
-        self.progress = Progress(**training["progress"])
+        try:
+            self._take_state(content, path)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(
+                f"{path} has a state that no training saves ({type(error).__name__}): train on from its weights with "
+                f"start_from={path}"
+            ) from error
+        self.last_sound = path
         if path.resolve() == (self.checkpoint_dir / checkpoints.LATEST).resolve():
             self.latest_holds = replace(self.progress)
         self.say(f"resumed {path} at step {self.progress.step} of {self.total_steps}")
         self._tell_changes(content, found.changes, found.is_other_data)
         return training.get("running", {})
+
+    def _take_state(self, content: Mapping[str, Any], path: Path) -> None:
+        """Put a checkpoint's weights, moments, place and randomness into this training."""
+        training = content["training"]
+        checkpoints.restore(self.model, dict(content), path)
+        if self.recipe.weight_averaging is not None:
+            self.average = WeightAverage(self.model, self.recipe.weight_averaging)
+        if live := training.get("live_weights"):
+            if not all_finite(live.values()):
+                raise ValueError("its live weights are not finite")
+            checkpoints.load_weights(self.model, {**self.model.trained_state_dict(), **live}, path)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.early_stopping.load_state_dict(training["early_stopping"])
+        restore_random_states(training, self.device)
+        progress = Progress(**training["progress"])
+        places = (progress.step, progress.epoch, progress.step_in_epoch)
+        if not all(type(place) is int and place >= 0 for place in places):
+            raise ValueError(f"it stands at {places}")
+        self.progress = progress
 
     def _tell_changes(self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool) -> None:
         """Say what keeps a resumed run from being what the interrupted one would have been."""

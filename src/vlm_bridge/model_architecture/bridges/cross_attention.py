@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.limits import check_at_least, check_dropout
+from vlm_bridge.limits import check_at_least, check_at_most, check_dropout
 from vlm_bridge.model_architecture.bridges.base import ImageInputs, entered_layer, mean_attention_weights
 from vlm_bridge.model_architecture.text_shape import TextShape
 
@@ -31,6 +31,7 @@ class CrossAttentionOptions:
     def __post_init__(self) -> None:
         check_at_least(0, self, "enter_at_layer", prefix="bridge.")
         check_at_least(1, self, "num_heads", "feed_forward_multiplier", prefix="bridge.")
+        check_at_most(100, self, "feed_forward_multiplier", prefix="bridge.")
         check_dropout(self.dropout, "bridge.dropout")
 
 

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.limits import check_at_least, check_dropout
+from vlm_bridge.limits import check_at_least, check_at_most, check_dropout
 from vlm_bridge.model_architecture.bridges.base import mean_attention_weights
+
+MAX_DEPTH = 100
+MAX_SIZE = 100_000
+"""Of what else a recipe counts in a bridge: queries, width, heads."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ResamplerOptions:
         check_at_least(
             1, self, "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", prefix="bridge."
         )
+        check_at_most(MAX_DEPTH, self, "depth", "feed_forward_multiplier", prefix="bridge.")
+        check_at_most(MAX_SIZE, self, "num_queries", "width", "num_heads", prefix="bridge.")
         check_dropout(self.dropout, "bridge.dropout")
 
 

@@ -1,0 +1,213 @@
+"""Checkpoints made to cost memory or time, or to caption without a word of warning: each is refused by one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from captioners import tiny_captioner, tiny_recipe
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.errors import CheckpointError
+from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture.bridges import resampler
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.checkpoint_limits import MAX_DEPTH, MAX_PICKLE_BYTES, check_content
+
+QUERIES = "bridge.resampler.queries"
+Content = dict[str, Any]
+
+
+@pytest.fixture
+def sound(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path) -> Path:
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir)
+    model = tiny_captioner(recipe)
+    path = tmp_path / "sound.pth"
+    checkpoints.save_checkpoint(
+        path, recipe, model.trained_state_dict(), sizes=checkpoints.captioner_sizes(model)
+    )
+    return path
+
+
+@pytest.fixture
+def changed(sound: Path) -> Callable[[Callable[[Content], object]], Path]:
+    """Write the sound checkpoint with a change, and without its hash."""
+
+    def make(change: Callable[[Content], object]) -> Path:
+        content = torch.load(sound, weights_only=True)
+        del content["content_hash"]
+        change(content)
+        path = sound.with_name("changed.pth")
+        torch.save(content, path)
+        return path
+
+    return make
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match) as error:
+        Captioner.from_pretrained(path, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def laughs(content: Content) -> None:
+    """Ten lists of ten lists of ... : 10**30 values in 300 references."""
+    value: list[Any] = [1]
+    for _ in range(30):
+        value = [value] * 10
+    content["training"] = {"laughs": value}
+
+
+def itself(content: Content) -> None:
+    value: list[Any] = []
+    value.append(value)
+    content["training"] = {"itself": value}
+
+
+def weight(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Content], None]:
+    def change(content: Content) -> None:
+        content["weights"][QUERIES] = make(content["weights"][QUERIES])
+
+    return change
+
+
+def recipe(section: str | None = None, **values: Any) -> Callable[[Content], None]:
+    def change(content: Content) -> None:
+        (content["recipe"][section] if section else content["recipe"]).update(values)
+
+    return change
+
+
+def negative(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.conj(
+        torch.view_as_complex(tensor.reshape(-1, 2))
+    ).imag  # a view that is read with its sign changed
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (laughs, "more than 300,000 values, aliases written out"),
+        (itself, f"more than {MAX_DEPTH} levels"),
+        (lambda content: content.update(training={"step": 2**70}), "more than 64 bits"),
+        (lambda content: content.update(training={"x": {1, 2}}), "holds a set"),
+        (weight(lambda tensor: tensor[:1, :1].expand(10**7, 10**5)), "larger than what is stored"),
+        (weight(lambda tensor: tensor.to("meta")), "without content"),
+        (weight(lambda tensor: tensor.to_sparse()), "layout sparse_coo"),
+        (weight(lambda tensor: tensor.to(torch.complex64)), "type complex64"),
+        (weight(negative), "type float32"),
+        (weight(lambda tensor: tensor.int()), f"{QUERIES} is of type int32"),
+        (weight(lambda tensor: tensor.bool()), f"{QUERIES} is of type bool"),
+        (weight(lambda tensor: tensor * torch.nan), f"{QUERIES} is not finite"),
+        (weight(lambda tensor: tensor / 0), f"{QUERIES} is not finite"),
+        (weight(lambda tensor: tensor.double() * 1e300), f"{QUERIES} is not finite"),
+        (weight(lambda tensor: tensor[:1]), "another architecture"),
+        (recipe("bridge", depth=10**7), "bridge.depth must be at most"),
+        (recipe("bridge", depth=resampler.MAX_DEPTH), "another architecture: .*layers.1.* is missing"),
+        (recipe("bridge", width=resampler.MAX_SIZE), r"another architecture: .* not \(\d+, 100000\)"),
+        (recipe("bridge", num_queries=resampler.MAX_SIZE), r"another architecture: .* not \(100000, 16\)"),
+        (recipe("bridge", num_queries=10**18), "bridge.num_queries must be at most"),
+        (recipe("bridge", num_heads=3), "cannot be built: bridge.num_heads=3 does not divide"),
+        (recipe("bridge", kind="deep_prefix"), "another architecture"),
+        (recipe("decode", num_beams=10**6), "decode.num_beams must be at most"),
+        (recipe("decode", max_new_tokens=10**9), "decode.max_new_tokens must be at most"),
+        (recipe("decode", seed=2**63), "decode.seed must be at least 0 and below"),
+        (recipe("vision_encoder", image_size=10**6), "vision_encoder.image_size must be at most"),
+        (recipe("vision_encoder", name=" + ".join(["x/y"] * 9)), "joins 9 encoders"),
+        (recipe("language_model", name="x" * 2000), "language_model.name must be"),
+        (recipe("language_model", prompt="x" * 20_000), "language_model.prompt has"),
+        (recipe(seed=-1), "seed must be at least 0"),
+        (recipe(feature_cache_pooling=torch.ones(2)), "is not a vlm-bridge checkpoint"),
+        (lambda content: content.update(sizes={"vision_encoder.embed_dim": torch.ones(2)}), "is not a"),
+        (lambda content: content.update(format_version=-1), "format_version is -1"),
+        (lambda content: content.update(format_version=0), "format_version is 0"),
+        (lambda content: content.update(format_version=True), "format_version is True"),
+        (lambda content: content.update(format_version=2.0), "format_version is 2.0"),
+        (lambda content: content.update(format_version=99), "newer vlm-bridge"),
+    ],
+)  # fmt: skip
+def test_a_hostile_checkpoint_is_one_line(
+    changed: Callable[..., Path], change: Callable[[Content], object], match: str
+) -> None:
+    refused(changed(change), match)
+
+
+def test_a_sound_one_is_read_also_where_its_sizes_are_not_named(
+    sound: Path, changed: Callable[..., Path]
+) -> None:
+    Captioner.from_pretrained(sound, "cpu")
+    Captioner.from_pretrained(changed(lambda content: content.pop("sizes")), "cpu")
+
+
+def test_tied_and_cut_tensors_are_sound(tmp_path: Path) -> None:
+    whole = torch.arange(5000.0).reshape(50, 100)
+    path = tmp_path / "tied.pth"
+    torch.save({"a": whole, "b": whole, "c": whole[3:, ::2].T, "d": torch.ones(0, 7)}, path)
+    check_content(torch.load(path, weights_only=True), path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "match"),
+    [
+        (b"]" * 100_000 + b"a" * 99_999 + b".", "more than 50 levels"),
+        (b"]" + b"]a" * (MAX_PICKLE_BYTES // 2) + b".", "cannot be read"),
+        (b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "is not a vlm-bridge checkpoint"),
+    ],
+    ids=["deep", "long", "bytearray"],
+)
+def test_a_pickle_made_by_hand_is_one_line(tmp_path: Path, pickled: bytes, match: str) -> None:
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + pickled)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    refused(path, match)
+
+
+def test_the_original_layout_is_refused_alike(tmp_path: Path) -> None:
+    names = list(interchange.ORIGINAL_NAMES.values())
+    path = tmp_path / "original.pth"
+    torch.save({"model_state_dict": {name: torch.ones(2, 2) * torch.nan for name in names}}, path)
+    refused(path, "is not finite")
+    torch.save({"model_state_dict": {name: torch.ones(1).expand(10**12) for name in names}}, path)
+    refused(path, "larger than what is stored")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_exported_folder_is_refused_alike(sound: Path, tmp_path: Path, bits: int) -> None:
+    content = checkpoints.load_checkpoint(sound)
+    folder = tmp_path / "folder"
+    config = checkpoints.exported_config(content["recipe"], content)
+    interchange.write_folder(folder, config, content["weights"])
+    Captioner.from_pretrained(folder, "cpu")
+    path = folder / interchange.WEIGHTS_NAME
+    weights = load_file(path)
+
+    def put(value: torch.Tensor, **others: torch.Tensor) -> None:
+        save_file({**weights, QUERIES: value, **others}, path)
+
+    put(weights[QUERIES] * torch.nan)
+    refused(folder, "is not finite")
+    put(weights[QUERIES].int())
+    refused(folder, "is of type int32")
+    # A row and a column of scales, multiplied, would be 10**12 numbers.
+    levels = torch.ones(1, 32 if bits == 4 else 10**6, dtype=torch.uint8 if bits == 4 else torch.int8)
+    put(levels, **{f"int{bits}_scale_of.{QUERIES}": torch.ones(10**6, 1)})
+    refused(folder, "scales of .* are of another shape")
+
+    shutil.copy(sound, folder)
+    interchange.write_folder(folder, config, content["weights"])
+    for damage, match in (
+        ({"format_version": True}, "format_version is True"),
+        ({"recipe": {**config["recipe"], "bridge": {"kind": "prefix", "depth": 10**7}}}, "bridge.depth"),
+        ({"x": "x" * interchange.MAX_CONFIG_BYTES}, "more than"),
+    ):
+        (folder / interchange.CONFIG_NAME).write_text(json.dumps({**config, **damage}))
+        refused(path, match)
