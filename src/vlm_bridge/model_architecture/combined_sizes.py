@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vlm_bridge.errors import ModelError
+from vlm_bridge.hub import reach_hub
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT
 from vlm_bridge.model_architecture.pvt_blip import why
@@ -37,6 +38,8 @@ def config_of(name: str, wanted: tuple[str, ...]) -> Any:
         if is_folder and model_type_of(name) == PVT_CBAM:
             config: Any = PvtCbamConfig.from_folder(Path(name))
         else:
+            if known is None:
+                reach_hub(name)
             config = known.config if known else AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the configuration of {name!r}: {why(error, name)}") from error

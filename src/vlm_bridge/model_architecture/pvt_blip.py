@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlm_bridge.errors import ModelError, UsageError
-from vlm_bridge.hub import hub_problem
+from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM
 
 PROMPT = "a picture of"
@@ -216,6 +216,7 @@ def load_tokenizer(name: str, *, remedy: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        reach_hub(name)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the tokenizer of {name!r}: {why(error, name)} ({remedy})") from error
