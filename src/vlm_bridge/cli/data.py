@@ -446,6 +446,7 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
     from transformers import AutoTokenizer
 
     from vlm_bridge.hub import hub_problem
+    from vlm_bridge.model_architecture.plain_text import encode_as_text
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -453,7 +454,7 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
         # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.
         why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         return None, f"cannot load the tokenizer {name!r}: {why}"
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], ""
+    return lambda texts: [len(ids) for ids in encode_as_text(tokenizer, texts)], ""
 
 
 def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path) -> None:
