@@ -10,7 +10,7 @@ import pytest
 
 from vlm_bridge.cli.data import CaptionStyleName, SourceName, SplitByName
 from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
-from vlm_bridge.data_pipeline.sources import SOURCES, SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources import SOURCES, Rejected, SourceOptions, make_source
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.splits import SplitBy
@@ -97,7 +97,7 @@ def test_captions_of_missing_pictures_are_set_aside(pictures: Path) -> None:
     (pictures / "captions.tsv").write_text("a.jpg\tA dog.\nlost.jpg\tA cat.\n")
     source = LocalFolder(pictures)
     assert len(source.items()) == 1
-    assert source.rejected[0].id == "lost.jpg" and "captions.tsv:2" in source.rejected[0].reason
+    assert source.rejected[0] == Rejected("lost.jpg (captions.tsv:2)", "its image is missing")
 
 
 @pytest.mark.parametrize(
@@ -105,22 +105,24 @@ def test_captions_of_missing_pictures_are_set_aside(pictures: Path) -> None:
     [
         ("captions.csv", b"image,caption\na.jpg,caf\xe9\n", r"captions.csv:2: not UTF-8"),
         ("captions.jsonl", b'{"image": "a.jpg", "caption": "caf\xe9"}\n', r"captions.jsonl:1: not UTF-8"),
-        ("captions.tsv", b"a.jpg\tA dog.\n/etc/passwd\tA cat.\n", r"captions.tsv:2: picture path .* inside"),
+        ("captions.tsv", b"/etc/passwd\tA cat.\n", r"captions.tsv:1: picture path .* inside"),
         ("captions.tsv", b"../a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
         ("captions.tsv", b"sub\\..\\..\\a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
         ("captions.tsv", b"C:\\a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
-        ("captions.tsv", b"a.jpg\tA dog.\nb.png A cat.\n", r"captions.tsv:2: expected name<TAB>caption"),
+        ("captions.tsv", b"b.png A cat.\n", r"captions.tsv:1: 1 cells instead of 2"),
         ("captions.csv", b"a.jpg,A dog.\n", r"captions.csv:1: the header must name"),
         ("captions.csv", b"image,caption\na.jpg,A dog, wet.\n", r"captions.csv:2: 3 cells"),
-        ("captions.csv", b'image,caption\na.jpg,"A dog\n', r"captions.csv:2: damaged CSV"),
+        ("captions.csv", b'image,caption\na.jpg,"A dog\n', r"captions.csv:2: a double quote opens here"),
         ("captions.csv", b"image,caption,split\na.jpg,A dog.,fold1\n", r"captions.csv:2: unknown split"),
         ("captions.csv", b"image,caption,split\na.jpg,x,train\na.jpg,y,test\n", r"csv:3: .* several splits"),
         ("captions.jsonl", b'{"image": "a.jpg"}\n', r"captions.jsonl:1: has no caption"),
-        ("captions.jsonl", b'{"caption": "A dog."}\n', r"captions.jsonl:1: names no picture"),
-        ("captions.jsonl", b"[1]\n", r"captions.jsonl:1: not a JSON object"),
+        ("captions.jsonl", b'{"caption": "A dog."}\n', r"captions.jsonl:1: names no image"),
+        ("captions.jsonl", b"[1]\n", r"captions.jsonl: entry 0: not a JSON object"),
+        ("captions.json", b"{", r"captions.json is not JSON"),
+        ("captions.json", b'{"a": 1}', r"captions.json is no caption file"),
         ("captions.jsonl", b"{'a': 1}\n", r"captions.jsonl:1: not a JSON object"),
         ("captions.csv", b"", r"empty"),
-        ("captions.tsv", b"lost.jpg\tA dog.\n", r"none of the 1 pictures"),
+        ("captions.tsv", b"lost.jpg\tA dog.\n", r"1 of 1 images in the caption file are missing"),
     ],
 )  # fmt: skip
 def test_malformed_caption_files_name_file_and_line(
@@ -160,7 +162,7 @@ def test_flickr8k_follows_the_official_lists(flickr: Path) -> None:
     reasons = {item.id: item.reason for item in source.rejected}
     assert reasons.keys() == {"3", "4", "5", "6"}
     assert "no split list" in reasons["3"] and "no caption" in reasons["4"]
-    assert "missing picture" in reasons["5"] and "its picture is missing" in reasons["6"]
+    assert reasons["5"] == reasons["6"] == "its image is missing"
 
 
 def test_flickr8k_refuses_what_it_cannot_trust(flickr: Path) -> None:

@@ -24,7 +24,7 @@ from vlm_bridge.parsing import is_text, parse_json
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 """What img2dataset encodes pictures as."""
 
-CUT_AT_FIRST_DOT = "WebDataset cuts names at their first dot, what stands before it is the key of a sample; rename the members"
+CUT_AT_FIRST_DOT = "the key of a sample ends at the first dot of a name: rename the members"
 MEMBERS_APART = "its members do not stand together: sort the tar by name (tar --sort=name)"
 
 MAX_PICTURE_BYTES = 100_000_000
