@@ -113,6 +113,11 @@ class Source(Protocol):
     @classmethod
     def from_options(cls, options: SourceOptions) -> Source: ...
 
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of what tells that a folder holds this dataset, None where nothing does."""
+        ...
+
     def items(self) -> list[SourceItem]:
         """Read the dataset; DataError with file and line where it is malformed."""
         ...

@@ -58,6 +58,12 @@ class Conceptual:
             raise _needs_shards(given, given.parent)
         return cls(options.require_input_dir(cls.name))
 
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of the first shard below a folder, None where there is none."""
+        shard = next(folder.rglob("*.tar"), None)
+        return shard.relative_to(folder).as_posix() if shard is not None else None
+
     @property
     def default_split_rule(self) -> SplitRule:
         """Held-out shares of 1 %, and 100 images or a tenth of fewer; the official validation part is 0.5 %."""
