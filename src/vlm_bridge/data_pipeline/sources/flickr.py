@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
+from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, BadSamples
 from vlm_bridge.data_pipeline.caption_folder import inside
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import (
@@ -123,7 +123,7 @@ class Flickr8k:
         bad = BadSamples(f"rows of {path.name}")
         for record in read_captions(path, bad):
             captions.setdefault(record.image, []).extend(record.captions)
-        bad.check(MAX_BAD_SHARE)
+        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
         self.rejected += [Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples]
         self.split_rule = None
         return captions, dict.fromkeys(captions)

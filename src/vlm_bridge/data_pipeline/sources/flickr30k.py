@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
+from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, BadSamples
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import (
     Rejected,
@@ -36,9 +36,6 @@ from vlm_bridge.errors import DataError
 CAPTION_FILES = ("flickr_annotations_30k.csv", "results_20130124.token", "results.csv", "captions.txt")
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images", "flickr30k")
 """Names of the folder of images; one of them within another of the same name is a usual accident of unpacking."""
-
-MIN_DAMAGED = 3
-"""Damaged lines that are an error if they are more than `MAX_BAD_SHARE`."""
 
 # A widespread copy of results.csv has one line without its second bar: "2199200615.jpg| 4   A dog runs ...".
 _BARRED_LINE = re.compile(r"(?P<image>[^|]+)\|\s*(?P<number>\d+)(?:\s*\||\s{2,})\s*(?P<caption>.*)")
@@ -93,7 +90,7 @@ class Flickr30k:
         captioned = _read(captions_file, bad)
         if not captioned:
             raise DataError(f"{captions_file} has no captions{f': {bad.summary()}' if bad.samples else ''}")
-        bad.check(MAX_BAD_SHARE, at_least=MIN_DAMAGED)
+        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
         self.rejected += [Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples]
         images = self._images()
         items: list[SourceItem] = []

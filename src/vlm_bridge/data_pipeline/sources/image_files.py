@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -34,7 +33,11 @@ _IMAGE_FOLDERS = ("", "images", "Images")
 
 
 class LeadsOutError(ValueError):
-    """An image's name is that of a link that leads out of the dataset's folder."""
+    """An image's name is that of a link that leads out of the dataset's folder, or of a file behind one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        super().__init__(LEADS_OUT)
 
 
 @dataclass
@@ -52,29 +55,16 @@ class ImageFiles:
     folder: Path | None = None
     follow_links: bool = False
     recursive: bool = True
-    linked_out: list[str] = field(default_factory=list, init=False)
-    """Names of the links that are skipped, once `paths` was asked for."""
 
-    @cached_property
+    @property
     def paths(self) -> dict[str, Path]:
         """The files by their names relative to the folder, with slashes."""
-        folder = self.folder or self.root
-        found: dict[str, Path] = {}
-        seen: set[Path] = set()
-        pending = [folder] if self.allows(folder) else []
-        if not pending:
-            self.linked_out.append(folder.name)
-        while pending:
-            here = pending.pop()
-            if (real := here.resolve()) in seen:  # links in a circle
-                continue
-            seen.add(real)
-            for path, is_folder in self._entries(here):
-                if not is_folder:
-                    found[path.relative_to(folder).as_posix()] = path
-                elif self.recursive and not _is_caption_folder(path):
-                    pending.append(path)
-        return dict(sorted(found.items()))
+        return self._scanned[0]
+
+    @property
+    def linked_out(self) -> list[str]:
+        """The names of the links that are skipped."""
+        return self._scanned[1]
 
     def allows(self, path: Path) -> bool:
         """Whether a file or folder may be read, as far as links are concerned."""
@@ -124,9 +114,20 @@ class ImageFiles:
         return [by_base[near] for near in difflib.get_close_matches(base, by_base, n=3, cutoff=0.3)]
 
     def _checked(self, path: Path, folder: Path) -> Path:
-        if not self.allows(path) and not is_inside(folder.resolve(), path):
-            raise LeadsOutError(LEADS_OUT)
-        return path
+        # The folder of a caption file that the user named elsewhere counts as a root too.
+        is_elsewhere = not folder.is_relative_to(self.root)
+        if self.allows(path) or (is_elsewhere and is_inside(folder.resolve(), path)):
+            return path
+        raise LeadsOutError(path)
+
+    def note_link(self, path: Path) -> None:
+        """Note a file that a link leads out to, unless the link itself is noted."""
+        folder = self.folder or self.root
+        known = {folder / name for name in self.linked_out}
+        if known.isdisjoint((path, *path.parents)):
+            self.linked_out.append(
+                path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+            )
 
     def _similar(self, name: str, beside: Path | None) -> Path | None:
         """Return the one file whose name differs from ``name`` in spelling only, then in its suffix only."""
@@ -164,19 +165,39 @@ class ImageFiles:
     def _resolved(self) -> Path:
         return self.root.resolve()
 
-    def _entries(self, folder: Path) -> Iterator[tuple[Path, bool]]:
-        """Yield the image files and folders (True) in a folder; note the links that lead out."""
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                path = folder / entry.name
-                is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    @cached_property
+    def _scanned(self) -> tuple[dict[str, Path], list[str]]:
+        folder = self.folder or self.root
+        if not self.allows(folder):
+            return {}, [folder.name]
+        found: dict[str, Path] = {}
+        linked_out: list[str] = []
+        seen: set[Path] = set()
+        pending = [folder]
+        while pending:
+            here = pending.pop()
+            if (real := here.resolve()) in seen:  # links in a circle
+                continue
+            seen.add(real)
+            for entry in _entries(here):
+                path = here / entry.name
                 is_folder = self.recursive and entry.is_dir()
-                if entry.name.startswith(".") or not (is_image or is_folder):
+                if not (is_folder or path.suffix.lower() in IMAGE_SUFFIXES):
                     continue
+                name = path.relative_to(folder).as_posix()
                 if entry.is_symlink() and not self.allows(path):
-                    self.linked_out.append(path.relative_to(self.folder or self.root).as_posix())
-                elif is_folder or entry.is_file():
-                    yield path, is_folder
+                    linked_out.append(name)
+                elif not is_folder and entry.is_file():
+                    found[name] = path
+                elif is_folder and not _is_caption_folder(path):
+                    pending.append(path)
+        return dict(sorted(found.items())), linked_out
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder by name, without hidden files."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _folded(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
+from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, BadSamples
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
@@ -27,9 +27,6 @@ CAPTION_FILES = (
     *(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet")),
     "annotations.json",
 )
-MIN_MISSING = 3
-"""Missing images or damaged rows that are an error if they are more than `MAX_BAD_SHARE`: one or two are skipped."""
-
 Place = Path | ParquetPicture
 
 
@@ -87,7 +84,7 @@ class LocalFolder:
         images = ImageFiles(self.input_dir, follow_links=self.follow_links)
         bad = BadSamples("captions in the caption file")
         found, missing = self._match(images, bad)
-        bad.check(MAX_BAD_SHARE, at_least=MIN_MISSING)
+        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
         self._check_missing(images, found, missing)
         captioned = [one for one in found if any(record.captions for record in one.records)]
         if not captioned:
@@ -114,12 +111,12 @@ class LocalFolder:
         """Read all records: those of each image, and those whose image is missing."""
         found: dict[Place, _Found] = {}
         missing: list[CaptionRecord] = []
+        linked: set[Path] = set()
         for record, beside in self._records(images, bad):
             try:
                 path = images.find(record.image, beside) if record.stored is None else None
-            except LeadsOutError:  # `linked_out` names the file
-                if record.image not in images.linked_out:
-                    images.linked_out.append(record.image)
+            except LeadsOutError as error:
+                linked.add(error.path)
                 continue
             except ValueError as error:
                 bad.set_aside(record.where, str(error))
@@ -131,6 +128,8 @@ class LocalFolder:
             name = self._relative(path) if path is not None else record.image
             found.setdefault(place, _Found(name, place)).records.append(record)
             self.rejected += [Rejected(_short(record.where), reason) for reason in record.skipped]
+        for path in sorted(linked):
+            images.note_link(path)
         return list(found.values()), missing
 
     def _records(self, images: ImageFiles, bad: BadSamples) -> Iterator[tuple[CaptionRecord, Path]]:
@@ -181,7 +180,7 @@ class LocalFolder:
         """Raise DataError where more than a few images are missing; name files that look like the first."""
         names = list(dict.fromkeys(record.image for record in missing))
         total = len(names) + len(found)
-        if not names or (found and (len(names) < MIN_MISSING or len(names) <= MAX_BAD_SHARE * total)):
+        if not names or (found and (len(names) < MIN_BAD_ROWS or len(names) <= MAX_BAD_SHARE * total)):
             return
         near = images.nearest(names[0])
         hint = f"the nearest files are {', '.join(near)}" if near else "no file has a similar name"
