@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from vlm_bridge.data_pipeline.bad_samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.shards import ShardLoss, read_shard
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
@@ -109,7 +110,8 @@ class Conceptual:
                     continue
                 items[image_id] = SourceItem(image_id, [sample.caption], split, stored=sample.picture)
         if not items:
-            why = f" (first reason: {self.rejected[0].reason})" if self.rejected else ""
+            causes = by_cause((item.id, item.reason) for item in self.rejected)[:NUM_CAUSES]
+            why = f": {'; '.join(causes)}" if causes else ""
             raise DataError(f"no whole sample in the {len(shards)} shards of {self.input_dir}{why}")
         decided = all(item.split is not None for item in items.values())
         self.split_rule = "the dataset's own parts, from the names of the shards" if decided else None

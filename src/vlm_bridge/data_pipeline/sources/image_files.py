@@ -83,6 +83,9 @@ class ImageFiles:
             LeadsOutError: the file is a link that leads out.
             ValueError: the name leads out of the folder, or several files fit.
         """
+        for start in self._starts(beside):
+            if (known := self._scanned[0].get(f"{start}{name}")) is not None:
+                return known
         folders = [self.folder or self.root]
         if beside is not None and beside != folders[0]:
             folders.insert(0, beside)
@@ -129,17 +132,25 @@ class ImageFiles:
                 path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
             )
 
+    @cached_property
+    def _starts_of(self) -> dict[Path | None, list[str]]:
+        return {}
+
+    def _starts(self, beside: Path | None) -> list[str]:
+        """Return what may stand before a name in `paths`, the folder of the caption file first."""
+        if beside not in self._starts_of:
+            folder = self.folder or self.root
+            starts = [""]
+            if beside is not None and beside != folder and beside.is_relative_to(folder):
+                starts.insert(0, f"{beside.relative_to(folder).as_posix()}/")
+            named = [f"{start}{sub}/" if sub else start for start in starts for sub in _IMAGE_FOLDERS]
+            self._starts_of[beside] = named
+        return self._starts_of[beside]
+
     def _similar(self, name: str, beside: Path | None) -> Path | None:
         """Return the one file whose name differs from ``name`` in spelling only, then in its suffix only."""
         folder = self.folder or self.root
-        starts = [""]
-        if beside is not None and beside.is_relative_to(folder):
-            starts.append(beside.relative_to(folder).as_posix())
-        wanted = [
-            _folded((PurePosixPath(start) / sub / name.replace("\\", "/")).as_posix())
-            for start in dict.fromkeys(starts)
-            for sub in _IMAGE_FOLDERS
-        ]
+        wanted = [_folded(f"{start}{name}".replace("\\", "/")) for start in self._starts(beside)]
         for known in self._by_folded_name:
             fits = sorted({path for spelled in wanted for path in known.get(spelled, ())})
             if len(fits) > 1:

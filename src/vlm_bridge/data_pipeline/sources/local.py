@@ -125,8 +125,9 @@ class LocalFolder:
             if place is None:
                 missing.append(record)
                 continue
-            name = self._relative(path) if path is not None else record.image
-            found.setdefault(place, _Found(name, place)).records.append(record)
+            if place not in found:
+                found[place] = _Found(self._relative(path) if path is not None else record.image, place)
+            found[place].records.append(record)
             self.rejected += [Rejected(_short(record.where), reason) for reason in record.skipped]
         for path in sorted(linked):
             images.note_link(path)
@@ -152,7 +153,7 @@ class LocalFolder:
                         f"{record.where}: {record.image} is in several splits ({record.split} by its row, {of_file} "
                         f"by {path.relative_to(self.input_dir).as_posix()}): correct one of them"
                     )
-                yield replace(record, split=record.split or of_file), path.parent
+                yield record if of_file is None else replace(record, split=of_file), path.parent
 
     def _caption_files(self) -> list[tuple[Path, SplitName | None]]:
         """Return the caption file, or one of each split, or none where text files lie beside the images.
