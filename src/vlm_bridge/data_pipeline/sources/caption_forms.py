@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import read_lines
 from vlm_bridge.data_pipeline.sources.karpathy import karpathy_images
@@ -110,9 +111,16 @@ def _captions_of(fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ..
     texts = [""] if texts == [] else texts
     if not isinstance(texts, list) or not all(is_text(text) or text is None for text in texts):
         raise ValueError("its caption is neither text nor a list of texts")
-    captions = tuple(text for text in texts if text is not None and text.strip().lower() not in _NO_CAPTION)
-    empty = len(texts) - len(captions)
-    return captions, ("an empty caption" if empty == 1 else f"{empty} empty captions",) if empty else ()
+    captions = [text for text in texts if text is not None and text.strip().lower() not in _NO_CAPTION]
+    # Dropped here, since a parquet file holds once what stands in each of its rows.
+    short = tuple(text for text in captions if len(text) <= MAX_CAPTION_CHARACTERS)
+    empty, long = len(texts) - len(captions), len(captions) - len(short)
+    skipped = []
+    if empty:
+        skipped.append("an empty caption" if empty == 1 else f"{empty} empty captions")
+    if long:
+        skipped.append(f"{long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters")
+    return short, tuple(skipped)
 
 
 def _listed(text: str) -> list[str]:
