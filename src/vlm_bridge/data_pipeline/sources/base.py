@@ -1,4 +1,4 @@
-"""What every source gives: pictures with captions, and a plain account of what it had to set aside."""
+"""The contract of sources: images with captions, and what was skipped with the reason."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Source(Protocol):
     """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures, and
     where they are too many to compare every pair."""
     rejected: list[Rejected]
-    """What ``items`` set aside (captions of a missing image, an image without caption ...)."""
+    """What ``items`` skipped (captions of a missing image, an image without caption ...)."""
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> Source: ...

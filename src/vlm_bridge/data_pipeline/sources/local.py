@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, BadSamples
+from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, NUM_CAUSES, BadSamples, by_cause
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
@@ -90,7 +90,9 @@ class LocalFolder:
         if not captioned:
             if images.linked_out:
                 raise DataError(f"the images of {self.input_dir} cannot be used, each is {LEADS_OUT}")
-            why = f": {bad.summary()}" if bad.samples else ""
+            skipped = [(sample.where, sample.reason) for sample in bad.samples]
+            causes = by_cause([*skipped, *((item.id, item.reason) for item in self.rejected)])[:NUM_CAUSES]
+            why = f": {'; '.join(causes)}" if causes else ""
             raise DataError(f"the caption file in {self.input_dir} has no captions{why}")
         self._account(images, {one.place for one in captioned}, bad, missing)
         ids = _image_ids(captioned)
