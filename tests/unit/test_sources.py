@@ -217,6 +217,15 @@ def test_links_that_lead_out_are_read_where_they_are_allowed(tmp_path: Path) -> 
     assert len(LocalFolder(tmp_path / "link").items()) == 2
 
 
+def test_a_link_to_a_folder_within_is_another_name(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    (tmp_path / "images").symlink_to(tmp_path / "photos")
+    (tmp_path / "captions.tsv").write_text("a.jpg\tx\n")
+    source = LocalFolder(tmp_path)
+    assert [item.captions for item in source.items()] == [["x"]] and not source.rejected
+
+
 def test_images_that_are_all_linked_say_how_to_read_them(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "root").mkdir()
@@ -342,6 +351,7 @@ def test_the_source_of_a_folder_is_found_out(tmp_path: Path, flickr: Path) -> No
         "dataset_flickr30k.json": "flickr30k",
         "results.csv": "flickr30k",
         "captions.txt": "local",
+        "metadata.parquet": "local",
         "train/metadata.jsonl": "local",
         "train/00000.tar": "conceptual",
     }
@@ -350,6 +360,9 @@ def test_the_source_of_a_folder_is_found_out(tmp_path: Path, flickr: Path) -> No
         path.parent.mkdir(parents=True)
         path.touch()
         assert find_source(SourceOptions(input_dir=tmp_path / str(index))) == (source, file)
+    (tmp_path / "4" / "images.tar").touch()
+    assert find_source(SourceOptions(input_dir=tmp_path / "4")) == ("local", "metadata.parquet")
+    assert find_source(SourceOptions(captions_file=tmp_path / "mine.csv"))[0] == "local"
     named = SourceOptions(input_dir=tmp_path, captions_file=tmp_path / "mine.json")
     assert find_source(named) == ("local", "mine.json")
     (tmp_path / "empty").mkdir()

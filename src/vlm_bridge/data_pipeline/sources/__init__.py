@@ -50,7 +50,7 @@ def find_source(options: SourceOptions) -> tuple[str, str]:
     """
     folder = options.input_dir
     if folder is None:
-        return GroundCap.name, "the hub"
+        return (LocalFolder.name, "") if options.captions_file is not None else (GroundCap.name, "the hub")
     if folder.is_file():
         return Conceptual.name if folder.suffix.lower() == ".tsv" else GroundCap.name, folder.name
     if not folder.is_dir():

@@ -26,7 +26,7 @@ from vlm_bridge.parsing import is_text, parse_json, shown
 
 SPLIT_FIELD, CONVERSATIONS = "split", "conversations"
 
-_NO_CAPTION = frozenset({"", "nan", "none", "null"})
+_NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
 """Cells that say that there is no caption, in lower case: what pandas and databases write."""
 _QUOTED_ITEM = re.compile(r"""\[\s*["']""")
 

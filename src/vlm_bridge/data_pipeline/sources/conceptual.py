@@ -19,6 +19,9 @@ from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOp
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError, UsageError
 
+_NUMBERED = re.compile(r"(?:^|[-_.])\d{4,}$")
+"""The end of a shard's name, unlike that of ``images.tar`` or ``train2017.tar``."""
+
 
 def shards_command(tsv: Path, shards: Path) -> str:
     """Return the shell line that fetches the pictures of a ``caption<TAB>url`` file, which has no header, as shards.
@@ -61,8 +64,8 @@ class Conceptual:
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of the first shard below a folder, None where there is none."""
-        shard = next(folder.rglob("*.tar"), None)
+        """Return the name of a numbered shard below a folder, None where there is none."""
+        shard = next((path for path in folder.rglob("*.tar") if _NUMBERED.search(path.stem)), None)
         return shard.relative_to(folder).as_posix() if shard is not None else None
 
     @property

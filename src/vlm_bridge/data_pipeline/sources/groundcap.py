@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,9 +60,10 @@ class GroundCap:
     def recognize(cls, folder: Path) -> str | None:
         """Return the name of a parquet file with GroundCap's columns, None where there is none."""
         path = next(folder.rglob("*.parquet"), None)
-        if path is None or not {ID, IMAGE, CAPTION, DETECTIONS} <= set(schema_of(path).names):
-            return None
-        return path.relative_to(folder).as_posix()
+        with suppress(DataError):  # a damaged file tells nothing
+            if path is not None and {ID, IMAGE, CAPTION, DETECTIONS} <= set(schema_of(path).names):
+                return path.relative_to(folder).as_posix()
+        return None
 
     @property
     def default_split_rule(self) -> SplitRule:

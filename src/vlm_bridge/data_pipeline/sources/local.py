@@ -65,8 +65,7 @@ class LocalFolder:
         here = _candidates(folder) or [path for path, _ in _files_of_splits(folder)]
         if here:
             return here[0].relative_to(folder).as_posix()
-        has_sidecar = any(path.with_suffix(".txt").is_file() for path in ImageFiles(folder).paths.values())
-        return "text files beside images" if has_sidecar else None
+        return "text files beside images" if _has_sidecars(ImageFiles(folder)) else None
 
     @property
     def default_split_rule(self) -> SplitRule:
@@ -106,6 +105,11 @@ class LocalFolder:
         for record in missing:
             self.rejected.append(Rejected(f"{record.image} ({_short(record.where)})", "its image is missing"))
         without_caption = [name for name, path in images.paths.items() if path not in captioned]
+        # Captions may name a file by another path, through a link.
+        known = set(images.paths.values())
+        linked = {place.resolve() for place in captioned - known if isinstance(place, Path)}
+        if linked:
+            without_caption = [name for name in without_caption if images.paths[name].resolve() not in linked]
         self.rejected += [Rejected(name, LEADS_OUT) for name in images.linked_out]
         self.rejected += [Rejected(name, "it has no caption") for name in without_caption]
 
@@ -137,7 +141,7 @@ class LocalFolder:
 
     def _records(self, images: ImageFiles, bad: BadSamples) -> Iterator[tuple[CaptionRecord, Path]]:
         """Yield every record with the folder of its file; the split of a folder's own file is the record's."""
-        files = self._caption_files()
+        files = self._caption_files(images)
         if not files:
             for record in read_sidecars(self.input_dir, images.paths, bad):
                 yield record, self.input_dir
@@ -157,7 +161,7 @@ class LocalFolder:
                     )
                 yield record if of_file is None else replace(record, split=of_file), path.parent
 
-    def _caption_files(self) -> list[tuple[Path, SplitName | None]]:
+    def _caption_files(self, images: ImageFiles) -> list[tuple[Path, SplitName | None]]:
         """Return the caption file, or one of each split, or none where text files lie beside the images.
 
         Raises:
@@ -172,7 +176,7 @@ class LocalFolder:
             return [(_only(self.input_dir, here), None)]
         if found := _files_of_splits(self.input_dir):
             return found
-        if self.recognize(self.input_dir) is None:
+        if not _has_sidecars(images):
             raise DataError(
                 f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}, *.parquet, and text "
                 "files beside images): name it with --captions-file"
@@ -196,6 +200,10 @@ class LocalFolder:
         return (
             path.relative_to(self.input_dir).as_posix() if path.is_relative_to(self.input_dir) else path.name
         )
+
+
+def _has_sidecars(images: ImageFiles) -> bool:
+    return any(path.with_suffix(".txt").is_file() for path in images.paths.values())
 
 
 def _candidates(folder: Path) -> list[Path]:
