@@ -91,6 +91,12 @@ def finetune_combined(
     force: bool = typer.Option(
         False, "--force", help="Continue although the recipe or the data have changed."
     ),
+    follow_links: bool = typer.Option(
+        False,
+        "--follow_links",
+        "--follow-links",
+        help="Read images that links outside the dataset's folder lead to.",
+    ),
 ) -> None:
     """Fine-tune a combined file on a dataset; the best weights become another combined file."""
     given = {key: context.params[name] for name, key in RECIPE_KEYS.items()}
@@ -113,6 +119,7 @@ def finetune_combined(
         pvt,
         blip,
         force,
+        follow_links,
     )
     try:
         result = finetuning.finetune_combined(

@@ -167,10 +167,20 @@ def read_local(suffix: str) -> Callable[[bytes, Path], None]:
         source = LocalFolder(folder, captions)
         items = source.items()
         for item in items:
+            if item.stored is not None:
+                continue
             assert item.path is not None and item.path.resolve().is_relative_to(folder.resolve()), item.path
         preview(source)
 
     return read
+
+
+def read_sidecar(content: bytes, folder: Path) -> None:
+    from vlm_bridge.data_pipeline.sources.local import LocalFolder
+
+    (folder / "images" / "a.txt").write_bytes(content)
+    items = LocalFolder(folder).items()
+    assert [item.image_id for item in items] == ["images/a"]
 
 
 def read_token_file(content: bytes, folder: Path) -> None:
@@ -245,8 +255,11 @@ def read_exported(content: bytes, folder: Path) -> None:
 def read_parquet(content: bytes, folder: Path) -> None:
     from vlm_bridge.data_pipeline.sources.base import iter_pictures
     from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
+    from vlm_bridge.data_pipeline.sources.local import LocalFolder
 
     (folder / "train-0.parquet").write_bytes(content)
+    with contextlib.suppress(VLMBridgeError):
+        decode_all(iter_pictures(LocalFolder(folder).items()))
     source = GroundCap(folder)
     source.facts()
     decode_all(iter_pictures(source.items()))
@@ -398,6 +411,23 @@ def table(separator: str, *, header: bool) -> bytes:
 def local_jsonl_seeds() -> list[bytes]:
     rows = [json_line(file_name=name, text="A dog.", split="val") for name in NAMES * 10]
     return [b"".join(rows), b"".join(json_line(image=name, captions=["A.", "B."]) for name in NAMES)]
+
+
+def local_json_seeds() -> list[bytes]:
+    records = [{"image": name, "caption": ["A.", "B."], "split": "val"} for name in NAMES]
+    answers = [{"from": "human", "value": "Describe"}, {"from": "gpt", "value": "A dog."}]
+    coco = {
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(NAMES)],
+        "annotations": [{"id": n, "image_id": n, "caption": "A dog."} for n in range(len(NAMES) + 1)],
+    }
+    karpathy = [{"filename": name, "split": "val", "sentences": [{"raw": "A dog."}]} for name in NAMES]
+    documents = [
+        records,
+        [{"image": name, "conversations": answers} for name in NAMES],
+        coco,
+        {"dataset": "mine", "images": karpathy},
+    ]
+    return [json.dumps(document).encode() for document in documents]
 
 
 def token_seeds() -> list[bytes]:
@@ -629,6 +659,8 @@ READERS = {
     "jsonl": Reader(read_local("jsonl"), local_jsonl_seeds),
     "csv": Reader(read_local("csv"), lambda: [table(",", header=True), table(";", header=True)]),
     "tsv": Reader(read_local("tsv"), lambda: [table("\t", header=True), table("\t", header=False)]),
+    "json": Reader(read_local("json"), local_json_seeds),
+    "sidecar": Reader(read_sidecar, lambda: [b"A dog.\n['a', 'b']\nnan\n", b"A cat."]),
     "token-file": Reader(read_token_file, token_seeds),
     "tags": Reader(read_tags, tag_seeds, TAG_WORDS),
     "recipe": Reader(read_recipe, recipe_seeds, YAML_WORDS),

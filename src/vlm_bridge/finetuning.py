@@ -82,6 +82,7 @@ class FineTuning:
             images as PVT's, by ImageNet's mean and standard deviation.
         blip: whose configuration and tokenizer the decoder has; None is the recipe's decoder.
         force: continue an interrupted run although its recipe or its data have changed.
+        follow_links: read images that links outside the dataset's folder lead to.
     """
 
     checkpoint: Path
@@ -94,6 +95,7 @@ class FineTuning:
     pvt: str | None = None
     blip: str | None = None
     force: bool = False
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -219,7 +221,7 @@ def _caption_folder(
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name
     transform(
-        make_source(dataset.source, SourceOptions(input_dir=path)),
+        make_source(dataset.source, SourceOptions(input_dir=path, follow_links=settings.follow_links)),
         folder,
         workers=max(1, recipe.num_workers),
         limit=limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from dataclasses import dataclass
@@ -94,6 +95,16 @@ def test_lines_name_their_picture_where_there_are_several(trained: Trained, pict
     assert one.exit_code == two.exit_code == 0
     assert two.stdout.splitlines()[0] == f"{pictures[0]}\t{one.stdout.rstrip(chr(10))}"
     assert two.stdout.splitlines()[1].startswith(f"{pictures[1]}\t")
+
+
+def test_names_with_line_breaks_and_tabs_stay_one_line(
+    trained: Trained, pictures: list[Path], tmp_path: Path
+) -> None:
+    odd = [tmp_path / "a\nb.png", tmp_path / "a\tb.png"]
+    for path in odd:
+        shutil.copy(pictures[0], path)
+    lines = caption(trained, *odd).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [f"{tmp_path}/a\\nb.png", f"{tmp_path}/a\\tb.png"]
 
 
 def test_options_reach_the_generation(trained: Trained, pictures: list[Path]) -> None:

@@ -55,6 +55,23 @@ def test_from_a_folder_of_pictures_to_the_first_batch(
     assert len(result["first_batch"]["rows"]) == 2
 
 
+def test_the_source_is_found_out_and_links_are_read_where_they_are_allowed(
+    run_cli: RunCLI, pictures: Path, tmp_path: Path
+) -> None:
+    for n in range(4):
+        (pictures / f"{n}.jpg").rename(tmp_path / f"{n}.jpg")
+        (pictures / f"{n}.jpg").symlink_to(tmp_path / f"{n}.jpg")
+    command = ("data", "transform", "--input-dir", pictures, "--workers", 1)
+    done = run_cli(*command, "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "source: local (captions.tsv)"
+    lines = done.stdout.splitlines()
+    assert sum("--follow-links" in line for line in lines) == 1
+    assert any(line.startswith("  4 times a link that leads out") for line in lines)
+    allowed = run_cli(*command, "--output-dir", tmp_path / "all", "--follow-links", "--json")
+    assert sum(counts["images"] for counts in json.loads(allowed.stdout)["counts"].values()) == 12
+
+
 def test_scenes_need_no_input(run_cli: RunCLI, tmp_path: Path) -> None:
     done = run_cli("data", "transform", *TINY_SCENES, "--output-dir", tmp_path / "out", "--json")
     assert json.loads(done.stdout)["counts"]["train"] == {"images": 4, "captions": 8}
@@ -166,7 +183,7 @@ def test_a_folder_of_other_tools_is_inspected(
     assert first.stderr.startswith(
         f"{root} has no manifest.json: made {root / 'manifest.json'} (train 24 images"
     )
-    assert "skipped 1 samples:" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
+    assert "skipped samples: 1" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
     explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
     assert explored.returncode == 0 and "40 images (24 train, 8 val, 8 test)" in explored.stdout
     image = next((root / "val" / "images").iterdir())

@@ -127,7 +127,7 @@ BAD_INPUT = {
     "official rows": (["transform", "--dry-run", "--num-rows", "5", "--split", "official"], 2, "official split"),
     "bad fraction": (["transform", "--dry-run", "--num-rows", "5", "--val-fraction", "1"], 2, "--val-fraction"),
     "missing folder": (["transform", "--source-path", "missing", "--output-dir", "out"], 1, "no such folder: missing"),
-    "no parquet": (["explore-dataset", "--source-path", "."], 1, "no parquet file in"),
+    "no parquet": (["explore-dataset", "--source-path", "."], 1, "cannot tell which dataset"),
     "two sources": (["explore-dataset", "--source", "local", "--data-dir", "x"], 2, "either --source or --data-dir"),
     "two grids": (["explore-dataset", "--grid", "x.png", "--no-grid"], 2, "either --grid or --no-grid"),
 }  # fmt: skip

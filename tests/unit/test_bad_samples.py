@@ -48,7 +48,8 @@ def test_above_the_share_training_stops_with_the_list(folder: CaptionFolder, tmp
     with pytest.raises(DataError, match=r"12 of 24 train pictures .* max_bad_samples=0.01") as caught:
         usable_images(folder, "train", max_bad_share=0.01, listing=listing)
     message = str(caught.value)
-    assert message.count("train-") == 10 and "and 2 more" in message and str(listing) in message
+    assert message.count("train-") == 3 and "12 times" in message and "and 9 more" in message
+    assert str(listing) in message
     assert "\n" not in message and len(listing.read_text().splitlines()) == 12
 
 
@@ -117,3 +118,16 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ImageError, match="pipe"):
         check_image(tmp_path / "pipe.jpg")
+
+
+def test_a_cause_is_told_once_with_its_count() -> None:
+    bad = BadSamples("rows", total=100)
+    for number in range(20):
+        bad.set_aside(f"a.csv:{number}", f"{number + 3} cells where the header has 2")
+    bad.set_aside("a.csv:50", "not UTF-8 text")
+    assert bad.summary() == (
+        "20 times 3 cells where the header has 2: a.csv:0, a.csv:1, a.csv:2 and 17 more; a.csv:50: not UTF-8 text"
+    )
+    BadSamples("rows", 2, bad.samples[:2]).check(0.01, at_least=3)
+    with pytest.raises(DataError, match="3 of 9 rows"):
+        BadSamples("rows", 9, bad.samples[:3]).check(0.01, at_least=3)

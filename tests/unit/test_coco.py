@@ -148,9 +148,40 @@ def test_missing_pictures_and_captions_are_set_aside(coco2017: Path) -> None:
     source = Coco(coco2017)
     assert len(source.items()) == 6
     assert {entry.id: entry.reason for entry in source.rejected} == {
-        "000000000003": "its picture is missing (train)",
-        "000000000007": "it has no caption (val)",
+        "000000000003": "its image is missing",
+        "000000000007": "it has no caption",
     }
+
+
+def test_an_annotation_of_an_unlisted_image_is_one_skipped_caption(coco2017: Path) -> None:
+    path = coco2017 / "annotations" / "captions_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"].append({"image_id": 99, "id": 4711, "caption": "Of nothing."})
+    path.write_text(json.dumps(content))
+    source = Coco(coco2017)
+    assert len(source.items()) == 9
+    assert [(entry.id, entry.reason) for entry in source.rejected] == [
+        ("captions_val2017.json: annotation 4711", "its image 99 is not among the images listed")
+    ]
+
+
+@pytest.mark.parametrize("folder", ["train2014/train2014", "images/train2014/train2014", "."])
+def test_images_in_nested_folders_or_flat(tmp_path: Path, folder: str) -> None:
+    write_annotations(tmp_path, "train", 2014, {9: ["A meal."]})
+    add_picture(tmp_path / folder / "COCO_train2014_000000000009.jpg", 9)
+    assert [item.image_id for item in Coco(tmp_path).items()] == ["000000000009"]
+
+
+def test_linked_images_need_to_be_allowed(coco2017: Path, tmp_path: Path) -> None:
+    (coco2017 / "train2017").rename(tmp_path / "elsewhere")
+    (coco2017 / "train2017").symlink_to(tmp_path / "elsewhere")
+    source = Coco(coco2017)
+    assert len(source.items()) == 3
+    assert [r.id for r in source.rejected if "--follow-links" in r.reason] == ["train2017"]
+    assert len(Coco(coco2017, follow_links=True).items()) == 9
+    link = tmp_path / "link"
+    link.symlink_to(coco2017)
+    assert len(Coco(link).items()) == 3
 
 
 def test_limit_takes_a_sample(coco2017: Path, tmp_path: Path) -> None:
@@ -162,7 +193,6 @@ BROKEN_ANNOTATIONS = {
     "no JSON": "{",
     "no images": json.dumps({"annotations": []}),
     "a list": "[]",
-    "unknown image": json.dumps({"images": [], "annotations": [{"image_id": 1, "id": 1, "caption": "x"}]}),
     "a number as caption": json.dumps(
         {"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 1, "caption": 5}]}
     ),
@@ -202,5 +232,5 @@ def test_what_is_not_coco_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not COCO.*vlm-data download coco"):
         Coco(tmp_path).items()
     write_annotations(tmp_path, "train", 2017, {1: ["One."]})
-    with pytest.raises(DataError, match=r"none of the 1 captioned pictures.*train2017, val2017"):
+    with pytest.raises(DataError, match=r"none of the 1 captioned images.*train2017, val2017"):
         Coco(tmp_path).items()

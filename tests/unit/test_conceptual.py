@@ -201,14 +201,14 @@ def test_incomplete_samples_are_rejected_with_their_reason(
     manifest = transform(Conceptual(tmp_path / "cc"), tmp_path / "out", val_fraction=0, test_fraction=0)
     reasons = {entry["id"].removeprefix("00000.tar:"): entry["reason"] for entry in manifest["rejected"]}
     assert reasons == {
-        "000000000": "it has no picture (from http://example.com/0.jpg)",
+        "000000000": "it has no image (from http://example.com/0.jpg)",
         "000000001": "it has no caption",
         "000000002": "it has no caption",
         "000000003": "img2dataset says failed_to_download (from http://example.com/3)",
         "000000004": "its .jpg has 0 MB (from http://example.com/4.jpg)",
         "000000005": "its caption is not UTF-8 text",
-        "000000006": "it has several pictures",
-        "000000008": "it has several pictures (from http://example.com/8.jpg)",
+        "000000006": "it has several images (000000006.jpg, 000000006.png)",
+        "000000008": "it has several .jpg (from http://example.com/8.jpg)",
         "000000009": "it is no image, or a damaged one",
     }
     images = CaptionFolder.open(tmp_path / "out").split("train")
@@ -289,7 +289,7 @@ def test_folders_without_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no shard \(\*\.tar\)"):
         Conceptual(tmp_path).items()
     write_tar(tmp_path / "00000.tar", [("readme.md", b"text")])
-    with pytest.raises(DataError, match=r"no whole sample in the 1 shards.*it has no picture"):
+    with pytest.raises(DataError, match=r"no whole sample in the 1 shards.*it has no image"):
         Conceptual(tmp_path).items()
 
 

@@ -124,16 +124,16 @@ def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path, folder
     source = Flickr30k(tmp_path)
     items = source.items()
     assert [item.image_id for item in items] == [name[:-4] for name in NAMES]
-    assert items[0].captions == [' Two "young" guys , with a dog .', " A man walks ."]
+    assert items[0].captions == [' Two "young" guys , with a dog .', "A man walks ."]
     assert [item.id for item in source.rejected] == ["captions.txt:42", "captions.txt:43"]
-    assert all("stands in double quotes" in item.reason for item in source.rejected)
+    assert "in double quotes" in source.rejected[0].reason and "no image" in source.rejected[1].reason
     manifest = transform(source, tmp_path / "out")
     assert sum(counts["captions"] for counts in manifest["counts"].values()) == 40
 
 
 def test_a_quote_that_never_ends_is_named(pictures: Path) -> None:
     (pictures / "captions.txt").write_text(f'image,caption\n{NAMES[0]},"A man walks .\n')
-    with pytest.raises(DataError, match=r"captions.txt:2: damaged \(unexpected end of data\)"):
+    with pytest.raises(DataError, match=r"captions.txt:2: a double quote opens here"):
         Flickr30k(pictures).items()
 
 
@@ -154,8 +154,9 @@ def test_missing_and_extra_pictures_are_set_aside(pictures: Path) -> None:
     source = Flickr30k(pictures)
     assert len(source.items()) == 17
     assert {entry.id: entry.reason for entry in source.rejected} == {
-        NAMES[0][:-4]: "its picture is missing",
-        "secret": "its picture is missing",
+        NAMES[0][:-4]: "its image is missing",
+        "secret": "picture path '../../../secret.jpg' must be relative and stay inside "
+        f"{pictures / 'flickr30k-images'}",
         NAMES[18][:-4]: "it is not in results_20130124.token",
         NAMES[19][:-4]: "it is not in results_20130124.token",
     }
@@ -176,18 +177,18 @@ def test_what_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"results_20130124\.token:1: expected name"):
         Flickr30k(pictures).items()
     write_token_file(pictures / "results_20130124.token", ["other.jpg"])
-    with pytest.raises(DataError, match="none of the 1 pictures"):
+    with pytest.raises(DataError, match="none of the 1 images"):
         Flickr30k(pictures).items()
     (tmp_path / "none").mkdir()
     write_token_file(tmp_path / "none" / "results_20130124.token")
-    with pytest.raises(DataError, match="no folder of pictures"):
+    with pytest.raises(DataError, match="no folder of images"):
         Flickr30k(tmp_path / "none").items()
 
 
 @pytest.mark.parametrize(
-    "row", ["no list,[0],train,1.jpg,0", '"[""x""]",[0],devel,1.jpg,0', '"[1]",[0],train,1.jpg,0']
+    "row", ['"[""x]",[0],train,1.jpg,0', '"[""x""]",[0],devel,1.jpg,0', '"[1]",[0],train,1.jpg,0']
 )
 def test_a_damaged_row_is_named(pictures: Path, row: str) -> None:
     (pictures / "flickr_annotations_30k.csv").write_text(f"raw,sentids,split,filename,img_id\n{row}\n")
-    with pytest.raises(DataError, match=r"flickr_annotations_30k\.csv:2: damaged"):
+    with pytest.raises(DataError, match=r"flickr_annotations_30k\.csv:2: "):
         Flickr30k(pictures).items()

@@ -73,6 +73,47 @@ def test_captions_in_json_png_pictures_and_folders(tmp_path: Path) -> None:
     assert [image.original_id for image in images] == ["part.1/a", "b", "c"]
 
 
+def read_all(root: Path, members: list[tuple[str, bytes]]) -> tuple[dict[str, str], dict[str, str]]:
+    """The captions and the losses of a shard by key."""
+    bad = BadSamples("samples")
+    write_tar(root / "train" / "0.tar", members)
+    images = open_data_folder(root).split("train", bad)
+    return (
+        {image.original_id: image.captions[0] for image in images},
+        {sample.where.rpartition("/")[2]: sample.reason for sample in bad.samples},
+    )
+
+
+def test_the_rest_of_a_name_is_its_extension(tmp_path: Path) -> None:
+    members = [
+        ("a.input.jpg", jpeg(1)), ("a.output.txt", b"of a"),
+        ("b.jpg", jpeg(2)), ("b.mask.png", jpeg(3)), ("b.en.txt", b"not this"), ("b.txt", b"of b"),
+        ("c.input.jpg", jpeg(4)), ("c.meta.json", b'{"caption": "of c"}'),
+    ]  # fmt: skip
+    assert read_all(tmp_path, members) == ({"a": "of a", "b": "of b", "c": "of c"}, {})
+
+
+def test_samples_that_dots_make_one_are_named(tmp_path: Path) -> None:
+    members = [
+        (f"my photo v1.{n}.{kind}", content)
+        for n in range(5)
+        for kind, content in (("jpg", jpeg(n)), ("txt", b"x"))
+    ]
+    captions, losses = read_all(tmp_path, members)
+    assert captions == {} and list(losses) == ["my photo v1"]
+    assert "several images (my photo v1.0.jpg, my photo v1.1.jpg" in losses["my photo v1"]
+    assert "first dot" in losses["my photo v1"]
+
+
+def test_members_that_stand_apart_are_named_with_the_cure(tmp_path: Path) -> None:
+    images = [(f"{n}.jpg", jpeg(n)) for n in range(3)]
+    texts = [(f"{n}.txt", b"x") for n in range(2)]
+    captions, losses = read_all(tmp_path, [*images, *texts])
+    assert captions == {}
+    assert "sort the tar by name" in losses["0"] and losses["0"] == losses["1"]
+    assert losses["2"] == "it has no caption"
+
+
 def test_an_index_is_kept_and_renewed_where_a_tar_changes(root: Path, count_passes: list[Path]) -> None:
     fingerprint = open_data_folder(root).fingerprint
     assert len(count_passes) == 4
@@ -133,10 +174,10 @@ def test_bad_samples_are_set_aside_and_counted(root: Path) -> None:
     assert (len(images), bad.total) == (33, 35)
     shard = root / "train" / "00003.tar"
     assert [(sample.where, sample.reason) for sample in bad.samples] == [
-        (f"{shard}/00040", "it has no caption"),
         (f"{shard}/00042", "a sample with this key came before in this shard"),
+        (f"{shard}/00040", "it has no caption"),
     ]
-    with pytest.raises(DataError, match="00040: it has no caption"):
+    with pytest.raises(DataError, match="00042: a sample with this key came before"):
         open_data_folder(root).split("train")
     lines: list[str] = []
     used = usable_images(open_data_folder(root), "train", max_bad_share=0.1, say=lines.append)

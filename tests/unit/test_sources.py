@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import get_args
 
@@ -10,7 +11,7 @@ import pytest
 
 from vlm_bridge.cli.data import CaptionStyleName, SourceName, SplitByName
 from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
-from vlm_bridge.data_pipeline.sources import SOURCES, SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources import SOURCES, Rejected, SourceOptions, find_source, make_source
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.splits import SplitBy
@@ -97,7 +98,7 @@ def test_captions_of_missing_pictures_are_set_aside(pictures: Path) -> None:
     (pictures / "captions.tsv").write_text("a.jpg\tA dog.\nlost.jpg\tA cat.\n")
     source = LocalFolder(pictures)
     assert len(source.items()) == 1
-    assert source.rejected[0].id == "lost.jpg" and "captions.tsv:2" in source.rejected[0].reason
+    assert source.rejected[0] == Rejected("lost.jpg (captions.tsv:2)", "its image is missing")
 
 
 @pytest.mark.parametrize(
@@ -105,22 +106,24 @@ def test_captions_of_missing_pictures_are_set_aside(pictures: Path) -> None:
     [
         ("captions.csv", b"image,caption\na.jpg,caf\xe9\n", r"captions.csv:2: not UTF-8"),
         ("captions.jsonl", b'{"image": "a.jpg", "caption": "caf\xe9"}\n', r"captions.jsonl:1: not UTF-8"),
-        ("captions.tsv", b"a.jpg\tA dog.\n/etc/passwd\tA cat.\n", r"captions.tsv:2: picture path .* inside"),
+        ("captions.tsv", b"/etc/passwd\tA cat.\n", r"captions.tsv:1: picture path .* inside"),
         ("captions.tsv", b"../a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
         ("captions.tsv", b"sub\\..\\..\\a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
         ("captions.tsv", b"C:\\a.jpg\tA dog.\n", r"captions.tsv:1: picture path .* inside"),
-        ("captions.tsv", b"a.jpg\tA dog.\nb.png A cat.\n", r"captions.tsv:2: expected name<TAB>caption"),
+        ("captions.tsv", b"b.png A cat.\n", r"captions.tsv:1: 1 cells instead of 2"),
         ("captions.csv", b"a.jpg,A dog.\n", r"captions.csv:1: the header must name"),
         ("captions.csv", b"image,caption\na.jpg,A dog, wet.\n", r"captions.csv:2: 3 cells"),
-        ("captions.csv", b'image,caption\na.jpg,"A dog\n', r"captions.csv:2: damaged CSV"),
+        ("captions.csv", b'image,caption\na.jpg,"A dog\n', r"captions.csv:2: a double quote opens here"),
         ("captions.csv", b"image,caption,split\na.jpg,A dog.,fold1\n", r"captions.csv:2: unknown split"),
         ("captions.csv", b"image,caption,split\na.jpg,x,train\na.jpg,y,test\n", r"csv:3: .* several splits"),
         ("captions.jsonl", b'{"image": "a.jpg"}\n', r"captions.jsonl:1: has no caption"),
-        ("captions.jsonl", b'{"caption": "A dog."}\n', r"captions.jsonl:1: names no picture"),
-        ("captions.jsonl", b"[1]\n", r"captions.jsonl:1: not a JSON object"),
+        ("captions.jsonl", b'{"caption": "A dog."}\n', r"captions.jsonl:1: names no image"),
+        ("captions.jsonl", b"[1]\n", r"captions.jsonl: entry 0: not a JSON object"),
+        ("captions.json", b"{", r"captions.json is not JSON"),
+        ("captions.json", b'{"a": 1}', r"captions.json is no caption file"),
         ("captions.jsonl", b"{'a': 1}\n", r"captions.jsonl:1: not a JSON object"),
         ("captions.csv", b"", r"empty"),
-        ("captions.tsv", b"lost.jpg\tA dog.\n", r"none of the 1 pictures"),
+        ("captions.tsv", b"lost.jpg\tA dog.\n", r"1 of 1 images in the caption file are missing"),
     ],
 )  # fmt: skip
 def test_malformed_caption_files_name_file_and_line(
@@ -130,6 +133,115 @@ def test_malformed_caption_files_name_file_and_line(
     with pytest.raises(DataError, match=message) as caught:
         LocalFolder(pictures).items()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (unicodedata.normalize("NFD", "caf\u00e9.jpg"), "caf\u00e9.jpg"),
+        ("IMG_1.JPG", "img_1.jpg"),
+        ("sub/a.jpg", "sub\\a.jpg"),
+        ("images/1000.jpg", "1000"),
+        ("v1.0.png", "v1.0"),
+        ("a.jpg", "a.jpg#0"),
+        ("Images/a b.jpg", "A B#3"),
+    ],
+)
+def test_names_in_another_spelling_find_their_image(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": name, "caption": "x"}))
+    assert [item.path for item in LocalFolder(tmp_path).items()] == [tmp_path / file]
+
+
+def test_a_name_that_fits_several_files_is_skipped(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "captions.tsv").write_text("a\tA dog.\nb\tA cat.\n")
+    source = LocalFolder(tmp_path)
+    assert [item.image_id for item in source.items()] == ["b"]
+    assert "fits several files (a.jpg, a.png)" in source.rejected[0].reason
+
+
+def test_many_missing_images_are_an_error_with_the_nearest_names(tmp_path: Path) -> None:
+    for n in range(10):
+        (tmp_path / f"dog_{n}.jpg").touch()
+
+    def read(missing: int) -> int:
+        names = [f"dog_{n}.jpg" for n in range(10)] + [f"dogs-{n}.jpg" for n in range(missing)]
+        (tmp_path / "captions.tsv").write_text("".join(f"{name}\tx\n" for name in names))
+        return len(LocalFolder(tmp_path).items())
+
+    assert read(missing=2) == 10
+    with pytest.raises(DataError, match=r"3 of 13 images .* dogs-0.jpg \(captions.tsv:11\), .* dog_0.jpg"):
+        read(missing=3)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.jsonl"])
+def test_a_folder_that_is_a_split_decides(tmp_path: Path, name: str) -> None:
+    names = ("train/a.jpg", "images/test/b.jpg", "dev/c.jpg", "other/d.jpg")
+    for file in names:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    lines = [json.dumps({"file_name": file, "text": "x"}) for file in names]
+    (tmp_path / name).write_text("\n".join(lines))
+    assert [item.split for item in LocalFolder(tmp_path).items()] == ["train", "test", "val", None]
+
+
+def test_a_split_that_contradicts_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.jpg").touch()
+    (tmp_path / "captions.csv").write_text("image,caption,split\ntest/a.jpg,x,train\n")
+    with pytest.raises(DataError, match=r"test by its folder test, train by captions.csv:2"):
+        LocalFolder(tmp_path).items()
+    (tmp_path / "captions.csv").rename(tmp_path / "test" / "captions.csv")
+    with pytest.raises(DataError, match=r"captions.csv:2: .* several splits"):
+        LocalFolder(tmp_path).items()
+
+
+def test_links_that_lead_out_are_read_where_they_are_allowed(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root, elsewhere):
+        folder.mkdir()
+    (root / "a.jpg").touch()
+    (elsewhere / "b.jpg").touch()
+    (root / "b.jpg").symlink_to(elsewhere / "b.jpg")
+    (root / "more").symlink_to(elsewhere)
+    (root / "c.jpg").symlink_to(root / "a.jpg")
+    (root / "captions.tsv").write_text("a.jpg\tx\nb.jpg\ty\nmore/b.jpg\tz\nc.jpg\tw\n")
+    source = LocalFolder(root)
+    assert [item.image_id for item in source.items()] == ["a", "c"]
+    assert [r.id for r in source.rejected if "--follow-links" in r.reason] == ["b.jpg", "more"]
+    assert len(LocalFolder(root, follow_links=True).items()) == 4
+    (tmp_path / "link").symlink_to(root)
+    assert len(LocalFolder(tmp_path / "link").items()) == 2
+
+
+def test_a_link_to_a_folder_within_is_another_name(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    (tmp_path / "images").symlink_to(tmp_path / "photos")
+    (tmp_path / "captions.tsv").write_text("a.jpg\tx\n")
+    source = LocalFolder(tmp_path)
+    assert [item.captions for item in source.items()] == [["x"]] and not source.rejected
+
+
+def test_images_that_are_all_linked_say_how_to_read_them(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "x" / "a.jpg").touch()
+    (tmp_path / "root" / "images").symlink_to(tmp_path / "x")
+    (tmp_path / "root" / "captions.tsv").write_text("a.jpg\tx\n")
+    with pytest.raises(DataError, match="give --follow-links"):
+        LocalFolder(tmp_path / "root").items()
+
+
+def test_a_caption_folder_made_inside_is_not_taken_for_images(pictures: Path) -> None:
+    (pictures / "captions.tsv").write_text("a.jpg\tA dog.\nb.png\tx\nsub/c.jpg\ty\n")
+    (pictures / "out" / ".unfinished").mkdir(parents=True)
+    (pictures / "out" / "d.jpg").touch()
+    source = LocalFolder(pictures)
+    assert len(source.items()) == 3 and not source.rejected
 
 
 def test_no_caption_file_or_several(pictures: Path) -> None:
@@ -160,7 +272,38 @@ def test_flickr8k_follows_the_official_lists(flickr: Path) -> None:
     reasons = {item.id: item.reason for item in source.rejected}
     assert reasons.keys() == {"3", "4", "5", "6"}
     assert "no split list" in reasons["3"] and "no caption" in reasons["4"]
-    assert "missing picture" in reasons["5"] and "its picture is missing" in reasons["6"]
+    assert reasons["5"] == reasons["6"] == "its image is missing"
+
+
+def test_flickr8k_as_it_is_on_kaggle(flickr: Path) -> None:
+    for name in ("Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"):
+        (flickr / name).unlink()
+    rows = [f"{n}.jpg,caption {k} of {n} ." for n in (1, 2, 3, 9) for k in (0, 1)]
+    (flickr / "captions.txt").write_text("\n".join(["image,caption", *rows]))
+    source = Flickr8k(flickr)
+    assert [(item.image_id, item.split) for item in source.items()] == [("1", None), ("2", None), ("3", None)]
+    assert source.split_rule is None and source.rejected == [Rejected("9", "its image is missing")]
+
+
+def test_flickr8k_with_karpathys_splits(flickr: Path) -> None:
+    for name in ("Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"):
+        (flickr / name).unlink()
+    images = [
+        {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"of {n}"}]}
+        for n, split in ((1, "train"), (2, "val"), (3, "test"))
+    ]
+    (flickr / "dataset_flickr8k.json").write_text(json.dumps({"dataset": "flickr8k", "images": images}))
+    source = Flickr8k(flickr)
+    assert [item.split for item in source.items()] == ["train", "val", "test"]
+    assert source.split_rule == "Karpathy's splits (dataset_flickr8k.json)"
+
+
+def test_linked_images_of_flickr8k_say_how_to_read_them(flickr: Path, tmp_path: Path) -> None:
+    (flickr / "Images").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    (flickr / "Images").symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    with pytest.raises(DataError, match=r"Images is a link that leads out .* --follow-links"):
+        Flickr8k(flickr).items()
+    assert len(Flickr8k(flickr, follow_links=True).items()) == 2
 
 
 def test_flickr8k_refuses_what_it_cannot_trust(flickr: Path) -> None:
@@ -198,3 +341,32 @@ def test_sources_by_name(tmp_path: Path) -> None:
         make_source("local", SourceOptions())
     with pytest.raises(DataError, match="no such folder"):
         make_source("local", SourceOptions(input_dir=tmp_path / "missing"))
+
+
+def test_the_source_of_a_folder_is_found_out(tmp_path: Path, flickr: Path) -> None:
+    assert find_source(SourceOptions())[0] == "groundcap"
+    assert find_source(SourceOptions(input_dir=flickr)) == ("flickr8k", "Flickr8k.token.txt")
+    folders = {
+        "annotations/captions_val2017.json": "coco",
+        "dataset_flickr30k.json": "flickr30k",
+        "results.csv": "flickr30k",
+        "captions.txt": "local",
+        "metadata.parquet": "local",
+        "train/metadata.jsonl": "local",
+        "train/00000.tar": "conceptual",
+    }
+    for index, (file, source) in enumerate(folders.items()):
+        path = tmp_path / str(index) / file
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert find_source(SourceOptions(input_dir=tmp_path / str(index))) == (source, file)
+    (tmp_path / "4" / "images.tar").touch()
+    assert find_source(SourceOptions(input_dir=tmp_path / "4")) == ("local", "metadata.parquet")
+    assert find_source(SourceOptions(captions_file=tmp_path / "mine.csv"))[0] == "local"
+    named = SourceOptions(input_dir=tmp_path, captions_file=tmp_path / "mine.json")
+    assert find_source(named) == ("local", "mine.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"cannot tell which dataset .* --source"):
+        find_source(SourceOptions(input_dir=tmp_path / "empty"))
+    with pytest.raises(DataError, match="no such folder"):
+        find_source(SourceOptions(input_dir=tmp_path / "none"))

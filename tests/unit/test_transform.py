@@ -266,10 +266,10 @@ def test_limit_takes_a_seeded_sample_of_each_split(dataset: Path, tmp_path: Path
 def test_nothing_usable_leaves_no_manifest(dataset: Path, tmp_path: Path) -> None:
     (dataset / "0.jpg").write_bytes(b"")
     write_captions(dataset, {"0.jpg": "A dog."})
-    with pytest.raises(DataError, match="no usable picture"):
+    with pytest.raises(DataError, match="no usable image"):
         transform(LocalFolder(dataset), tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
-    with pytest.raises(DataError, match="no usable picture"):
+    with pytest.raises(DataError, match="no usable image"):
         transform(Scenes(0, 0, 0), tmp_path / "nothing")
 
 

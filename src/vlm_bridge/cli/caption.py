@@ -49,7 +49,11 @@ def caption(
     ),
     json_output: bool = typer.Option(False, "--json", help="Print a JSON list of {image, caption, score}."),
 ) -> None:
-    """Caption pictures, one line each, in the order given. A broken file is one line on stderr (exit code 1)."""
+    """Caption images in the order given, a line each: NAME<TAB>CAPTION, or the caption alone of a single image.
+
+    Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are. A file that cannot be
+    read is one line on stderr (exit code 1).
+    """
     import dataclasses
     import json
 
@@ -90,7 +94,9 @@ def caption(
         if result.error is not None:
             typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
         elif not json_output:
-            typer.echo(f"{result.image}\t{result.caption}" if len(results) > 1 else result.caption)
+            # A name may hold a line break or a tab: escaped, an image stays one line of two fields.
+            line = on_one_line(result.caption or "")
+            typer.echo(f"{on_one_line(str(result.image))}\t{line}" if len(results) > 1 else line)
     if json_output:
         rows = [
             {"image": redact(str(r.image)), "error": redact(r.error)}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
     from vlm_bridge.data_pipeline.data_folder import SplitImages
     from vlm_bridge.data_pipeline.loader import TokenizedImages
-    from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
+    from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem, SourceOptions
 
 app = typer.Typer(
     name="vlm-data",
@@ -63,7 +63,7 @@ class SplitKind(StrEnum):
     official = "official"
 
 
-_SOURCE_HELP = "A dataset in its own layout."
+_SOURCE_HELP = "A dataset in its own layout. (default: found out; without --input-dir groundcap)"
 _INPUT_DIR = typer.Option(
     None,
     "--input-dir",
@@ -73,6 +73,9 @@ _INPUT_DIR = typer.Option(
 _CAPTIONS_FILE = typer.Option(
     None,
     help="Caption file (local, flickr30k), Karpathy's split file (coco). (default: found in the input folder)",
+)
+_FOLLOW_LINKS = typer.Option(
+    False, "--follow-links", help="Read images that links outside the input folder lead to."
 )
 _YEAR = typer.Option(
     None, help="2014 or 2017: COCO's own splits (coco). (default: Karpathy's, then the newest)"
@@ -88,10 +91,11 @@ _JSON = typer.Option(False, "--json", help="Print JSON.")
 
 @app.command("explore-dataset")
 def explore_dataset(
-    source: SourceName = typer.Option(None, help=f"{_SOURCE_HELP} (default: groundcap)"),
+    source: SourceName = typer.Option(None, help=_SOURCE_HELP),
     data_dir: Path = typer.Option(None, help="A caption folder, instead of a source."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
+    follow_links: bool = _FOLLOW_LINKS,
     year: int = _YEAR,
     restval: bool = _RESTVAL,
     num_train: int = _NUM_TRAIN,
@@ -117,7 +121,7 @@ def explore_dataset(
     from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.data_pipeline.data_folder import open_data_folder
     from vlm_bridge.data_pipeline.explore import describe_items, folder_items, plain_caption, sample_items
-    from vlm_bridge.data_pipeline.sources import Described, SourceOptions, make_source
+    from vlm_bridge.data_pipeline.sources import Described, SourceOptions
     from vlm_bridge.errors import UsageError
 
     if source is not None and data_dir is not None:
@@ -131,13 +135,13 @@ def explore_dataset(
         set_aside: list[Rejected] = []
         items = folder_items(open_data_folder(data_dir, note), set_aside)
     else:
-        name = (source or SourceName.groundcap).value
         # With their tags, which are counted.
         options = SourceOptions(
             input_dir, captions_file, num_train, num_val, num_test, seed, wordings, keep_tags=True,
-            year=year, restval=restval,
+            year=year, restval=restval, follow_links=follow_links,
         )  # fmt: skip
-        opened = make_source(name, options)
+        opened = _open_source(source, options)
+        name = opened.name
         items, set_aside = opened.items(), opened.rejected
         facts = opened.facts() if isinstance(opened, Described) else {}
     with show_progress("pictures measured") as report:
@@ -165,10 +169,11 @@ def explore_dataset(
 
 @app.command("transform")
 def transform(
-    source: SourceName = typer.Option(SourceName.groundcap, help=_SOURCE_HELP),
+    source: SourceName = typer.Option(None, help=_SOURCE_HELP),
     output_dir: Path = typer.Option(None, help="The caption folder to make."),
     input_dir: Path = _INPUT_DIR,
     captions_file: Path = _CAPTIONS_FILE,
+    follow_links: bool = _FOLLOW_LINKS,
     year: int = _YEAR,
     restval: bool = _RESTVAL,
     num_train: int = _NUM_TRAIN,
@@ -218,7 +223,7 @@ def transform(
 
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline import images
-    from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+    from vlm_bridge.data_pipeline.sources import SourceOptions
     from vlm_bridge.data_pipeline.transform import transform as run
     from vlm_bridge.errors import UsageError
 
@@ -228,11 +233,12 @@ def transform(
         raise UsageError("--num-rows goes with --dry-run; for fewer images there is --limit")
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
-    opened = make_source(
-        source.value,
+    opened = _open_source(
+        source,
         SourceOptions(
             input_dir, captions_file, num_train, num_val, num_test, seed, wordings,
             official_split=split is SplitKind.official, keep_tags=keep_tags, year=year, restval=restval,
+            follow_links=follow_links,
         ),
     )  # fmt: skip
     planning: dict[str, Any] = {
@@ -278,7 +284,7 @@ def inspect_loader(
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
     import json
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.configuration import load_recipe
@@ -323,14 +329,25 @@ def inspect_loader(
         print(f"{folder.root}: {folder.manifest.get('source', 'unknown source')}, {folder.fingerprint}")
         _print_statistics(statistics)
         print(f"\n{len(checked)} of {len(items)} pictures decoded, {len(broken)} broken")
-        if set_aside:
-            print(f"skipped {len(set_aside):,} samples:")
-        for item in (*broken, *set_aside):
-            print(f"  {item.id}: {item.reason}")
+        _print_reasons("broken", [asdict(item) for item in broken])
+        _print_reasons("skipped samples", [asdict(item) for item in set_aside])
         if batch:
             _print_batch(batch)
     if broken:
         raise DataError(f"{len(broken)} pictures of {folder.root} cannot be read: make the folder again")
+
+
+def _open_source(name: SourceName | None, options: SourceOptions) -> Source:
+    """Return the source of a name, or the one that the input folder's files tell, which is said in one line."""
+    from vlm_bridge.cli.progress import note
+    from vlm_bridge.data_pipeline.sources import find_source, make_source
+
+    if name is not None:
+        return make_source(name.value, options)
+    found, file = find_source(options)
+    if options.input_dir is not None:
+        note(f"source: {found} ({file})")
+    return make_source(found, options)
 
 
 def _default_workers() -> int:
@@ -453,6 +470,7 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
     from transformers import AutoTokenizer
 
     from vlm_bridge.hub import hub_problem, reach_hub
+    from vlm_bridge.model_architecture.plain_text import encode_as_text
 
     try:
         reach_hub(name)
@@ -461,7 +479,7 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
         # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.
         why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         return None, f"cannot load the tokenizer {name!r}: {why}"
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], ""
+    return lambda texts: [len(ids) for ids in encode_as_text(tokenizer, texts)], ""
 
 
 def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path) -> None:
@@ -517,7 +535,7 @@ def _print_statistics(statistics: dict[str, Any], *, no_tokens: str = "") -> Non
     )
     _print_tags(statistics["tags"])
     _print_reasons("pictures cannot be read", statistics["unreadable"])
-    _print_reasons("set aside by the source", statistics.get("set_aside", []))
+    _print_reasons("skipped by the source", statistics.get("set_aside", []))
     _print_samples(statistics.get("samples", []))
 
 
@@ -572,18 +590,23 @@ def _print_manifest(manifest: dict[str, Any], output_dir: Path) -> None:
             )
     if near := manifest["near_duplicates"]:
         print(f"near duplicates: {near['pairs']} pairs, {near['pairs_across_splits']} of them across splits")
-    _print_reasons("set aside", manifest["rejected"])
+    _print_reasons("skipped", manifest["rejected"])
     print(f"licence: {manifest['licence_note']}")
     print(f"everything else: {output_dir / 'manifest.json'}")
 
 
-def _print_reasons(what: str, items: Sequence[dict[str, str]], shown: int = 5) -> None:
+def _print_reasons(what: str, items: Sequence[dict[str, str]], shown: int = 8) -> None:
+    """Print a line for each cause with its count, so that a thousand equal ones are one line."""
+    from vlm_bridge.data_pipeline.bad_samples import by_cause
+    from vlm_bridge.errors import on_one_line
+
+    causes = by_cause((item["id"], item["reason"]) for item in items)
     if items:
-        print(f"{what}: {len(items)}")
-    for item in items[:shown]:
-        print(f"  {item['id']}: {item['reason']}")
-    if len(items) > shown:
-        print(f"  and {len(items) - shown} more")
+        print(f"{what}: {len(items):,}")
+    for cause in causes[:shown]:
+        print(f"  {on_one_line(cause)}")
+    if len(causes) > shown:
+        print(f"  and {len(causes) - shown:,} more causes")
 
 
 def _print_batch(batch: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
-"""Samples that cannot be used: set aside, counted and listed; where they are too many, the work stops.
+"""Samples that cannot be used: skipped, counted and listed; where they are too many, the work stops.
 
-One damaged picture among a hundred thousand must not end a training, and a damaged disk must not go unnoticed.
+One damaged image among a hundred thousand must not end a training, and a damaged disk must not go unnoticed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,13 +16,20 @@ from vlm_bridge.errors import DataError, on_one_line
 
 MAX_BAD_SHARE = 0.01
 """Where nobody says otherwise."""
-NUM_NAMED = 10
-"""Of the samples set aside, how many a message names."""
+MIN_BAD_ROWS = 3
+"""Skipped rows or missing images of a dataset that are an error above that share: one or two are skipped."""
+NUM_CAUSES = 5
+"""Causes that a message names."""
+NUM_NAMED = 3
+"""Samples that a message names for each cause."""
+
+# What differs from sample to sample within one cause: quoted names, numbers, paths.
+_PARTICULARS = re.compile(r"'[^']*'|\d[\d,.]*|\S*/\S*")
 
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """What is set aside (a file, or "file:line"), and why."""
+    """A skipped sample (a file, or "file:line") and the reason."""
 
     where: str
     reason: str
@@ -29,7 +37,7 @@ class BadSample:
 
 @dataclass
 class BadSamples:
-    """What was set aside among ``total`` samples.
+    """The skipped ones among ``total`` samples.
 
     Attributes:
         kind: what they are, for messages: "train pictures".
@@ -45,14 +53,22 @@ class BadSamples:
     def set_aside(self, where: object, reason: str) -> None:
         self.samples.append(BadSample(str(where), reason))
 
-    def check(self, max_share: float, *, listing: Path | None = None, setting: str | None = None) -> None:
-        """Raise DataError where more than ``max_share`` of the samples are set aside; it names the first ten.
+    def check(
+        self,
+        max_share: float,
+        *,
+        at_least: int = 1,
+        listing: Path | None = None,
+        setting: str | None = None,
+    ) -> None:
+        """Raise DataError where more than ``max_share`` of the samples are skipped; it names the causes.
 
         Args:
+            at_least: so many are needed for an error: one of ten is a large share, but no sign of a system.
             listing: the file that names all of them.
             setting: what the user can raise to go on all the same.
         """
-        if len(self) > max_share * self.total:
+        if len(self) >= at_least and len(self) > max_share * self.total:
             limit = f"{setting}={max_share:g}" if setting else f"{max_share:.3g} of them"
             way_out = f", or raise {setting}" if setting else ""
             raise DataError(
@@ -61,14 +77,34 @@ class BadSamples:
             )
 
     def summary(self, listing: Path | None = None) -> str:
-        """The first ten on one line, and where the others are."""
-        named = on_one_line("; ".join(f"{bad.where}: {bad.reason}" for bad in self.samples[:NUM_NAMED]))
-        more = f"; and {len(self) - NUM_NAMED:,} more" if len(self) > NUM_NAMED else ""
+        """Return the causes on one line, each once with a count and a few samples, and where all are listed."""
+        causes = by_cause((bad.where, bad.reason) for bad in self.samples)
+        named = on_one_line("; ".join(causes[:NUM_CAUSES]))
+        more = f"; and {len(causes) - NUM_CAUSES:,} more causes" if len(causes) > NUM_CAUSES else ""
         return named + more + (f" (all in {listing})" if listing is not None else "")
 
 
+def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each cause, the most frequent first: its count, its first reason and its first samples.
+
+    Args:
+        skipped: (what, reason) of each sample; reasons that differ in numbers and names only are one cause.
+    """
+    causes: dict[str, list[tuple[str, str]]] = {}
+    for what, reason in skipped:
+        causes.setdefault(_PARTICULARS.sub("", reason), []).append((what, reason))
+    lines = []
+    for found in sorted(causes.values(), key=len, reverse=True):
+        (first, reason), names = found[0], ", ".join(what for what, _ in found[:NUM_NAMED])
+        more = f" and {len(found) - NUM_NAMED:,} more" if len(found) > NUM_NAMED else ""
+        lines.append(
+            f"{first}: {reason}" if len(found) == 1 else f"{len(found):,} times {reason}: {names}{more}"
+        )
+    return lines
+
+
 def write_listing(path: Path, parts: Sequence[BadSamples]) -> None:
-    """Write every sample that is set aside as a line of JSON, or remove a listing of nothing."""
+    """Write every skipped sample as a line of JSON, or remove a listing of nothing."""
     records = [{"kind": part.kind, **asdict(bad)} for part in parts for bad in part.samples]
     if not records:
         path.unlink(missing_ok=True)

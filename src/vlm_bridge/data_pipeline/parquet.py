@@ -50,8 +50,15 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, di
     Raises:
         DataError: pyarrow is not installed, or the file is damaged.
     """
+    import pyarrow.types as types
+
     # As dictionaries, and a row at a time: a text that the file holds once may stand in every row.
-    with _opened(path, read_dictionary=columns) as file:
+    is_text = {
+        field.name
+        for field in schema_of(path)
+        if types.is_string(field.type) or types.is_large_string(field.type)
+    }
+    with _opened(path, read_dictionary=[name for name in columns if name in is_text]) as file:
         for row_group in range(file.num_row_groups):
             row = 0
             for batch in _batches(file, row_group, columns, TEXT_ROWS, path):

@@ -41,7 +41,7 @@ from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, parse_json
 
 NOTES_NAME = ".shards"
-LAYOUT = "vlm-bridge shard index 1"
+LAYOUT = "vlm-bridge shard index 2"
 SAY_EVERY_SECONDS = 10.0
 SAMPLE = np.dtype(
     [

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_bridge import __version__
+from vlm_bridge.data_pipeline.bad_samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.caption_folder import (
     FORMAT,
     FORMAT_VERSION,
@@ -130,8 +131,9 @@ def transform(
     kept, doubles, within_split = _drop_duplicates(usable, outcomes)
     rejected += doubles
     if not kept:
-        why = f" (first reason: {rejected[0].reason})" if rejected else ""
-        raise DataError(f"no usable picture in source {source.name}{why}")
+        causes = by_cause((item.id, item.reason) for item in rejected)[:NUM_CAUSES]
+        why = f": {'; '.join(causes)}" if causes else ""
+        raise DataError(f"no usable image in source {source.name}{why}")
 
     lines = {split: _caption_lines(kept, split) for split in SPLITS}
     digests = {

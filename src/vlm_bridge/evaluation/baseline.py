@@ -36,6 +36,7 @@ from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.evaluation.run import NotMeasurable
 from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.generation import Caption, image_keys, search, searched_together
+from vlm_bridge.model_architecture.plain_text import encode_as_text
 from vlm_bridge.training_strategy.validation import Validation, shuffled_images
 
 OUR_MODEL_TYPE = "vlm-bridge-captioner"
@@ -159,7 +160,7 @@ class BaselineCaptioner:
                 f"{'starts' if family.start_id is None else 'ends'} a caption (decoder_start_token_id, eos_token_id)"
             )
         format = CaptionFormat(
-            lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"],
+            lambda texts: encode_as_text(tokenizer, texts),
             start_id=family.start_id,
             eos_id=family.eos_id,
             prompt=(family.prompt if prompt is None else prompt).strip(),

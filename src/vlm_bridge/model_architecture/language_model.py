@@ -17,6 +17,7 @@ from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, states_entering
 from vlm_bridge.model_architecture.body import Body
 from vlm_bridge.model_architecture.loss import LinearHead
+from vlm_bridge.model_architecture.plain_text import encode_as_text
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 BLIP_TEXT = "blip_text_model"
@@ -294,8 +295,8 @@ class LanguageModel(nn.Module):
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without any special token: many at once are many times faster than one by one."""
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        """Return token ids of each text, without any special token, also where a text spells one."""
+        return encode_as_text(self.tokenizer, texts)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; word pieces are joined as English is written."""

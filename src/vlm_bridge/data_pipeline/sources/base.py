@@ -1,4 +1,4 @@
-"""What every source gives: pictures with captions, and a plain account of what it had to set aside."""
+"""The contract of sources: images with captions, and what was skipped with the reason."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ class SourceOptions:
     keep_tags: bool = False
     year: int | None = None
     restval: bool = True
+    follow_links: bool = False
 
     def require_input_dir(self, source: str) -> Path:
         """Return the input folder; UsageError where none was named, DataError where it does not exist."""
@@ -107,10 +108,15 @@ class Source(Protocol):
     """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures, and
     where they are too many to compare every pair."""
     rejected: list[Rejected]
-    """What ``items`` set aside (captions of a missing image, an image without caption ...)."""
+    """What ``items`` skipped (captions of a missing image, an image without caption ...)."""
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> Source: ...
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of what tells that a folder holds this dataset, None where nothing does."""
+        ...
 
     def items(self) -> list[SourceItem]:
         """Read the dataset; DataError with file and line where it is malformed."""
@@ -136,11 +142,14 @@ def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
         yield next(stored) if item.stored is not None else item.path or item.draw
 
 
-def read_lines(path: Path, bad: BadSamples | None = None) -> Iterator[tuple[str, str]]:
+def read_lines(
+    path: Path, bad: BadSamples | None = None, *, keep_blank: bool = False
+) -> Iterator[tuple[str, str]]:
     """Yield ("file:line", text) for every line that is not blank.
 
     Args:
         bad: takes the lines that are not UTF-8 or far too long; without it, the first of them is a DataError.
+        keep_blank: yield blank lines too, and leave it to the caller to count what it makes of the lines.
     """
     for number, _, raw in lines_of(path):
         where = f"{path}:{number}"
@@ -155,8 +164,8 @@ def read_lines(path: Path, bad: BadSamples | None = None) -> Iterator[tuple[str,
             bad.total += 1
             bad.set_aside(where, problem)
             continue
-        if line.strip():
-            if bad is not None:
+        if keep_blank or line.strip():
+            if bad is not None and not keep_blank:
                 bad.total += 1
             yield where, line.rstrip("\r\n")
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from vlm_bridge.data_pipeline.caption_folder import is_inside
+from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.sources.caption_forms import coco_captions
+from vlm_bridge.data_pipeline.sources.image_files import LEADS_OUT, MISSING, ImageFiles
 from vlm_bridge.data_pipeline.sources.karpathy import (
     RESTVAL,
     KarpathyImage,
@@ -23,7 +25,7 @@ from vlm_bridge.data_pipeline.sources.karpathy import (
 )
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError
-from vlm_bridge.parsing import is_text, parse_json, shown
+from vlm_bridge.parsing import parse_json, shown
 
 YEARS = (2017, 2014)
 PARTS: tuple[SplitName, ...] = ("train", "val")
@@ -53,12 +55,27 @@ class Coco:
     """Of COCO's own annotations; None takes the newest there is. Karpathy's file needs none."""
     restval: bool = True
     """Train on Karpathy's restval images too, as papers do: 113,287 training images instead of 82,783."""
+    follow_links: bool = False
     split_rule: str | None = field(default=None, init=False)
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> Coco:
-        return cls(options.require_input_dir(cls.name), options.captions_file, options.year, options.restval)
+        return cls(
+            options.require_input_dir(cls.name),
+            options.captions_file,
+            options.year,
+            options.restval,
+            options.follow_links,
+        )
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of the file that tells COCO, None where there is none."""
+        if karpathy := find_karpathy_file(folder, cls.name):
+            return karpathy.name
+        names = (f"annotations/captions_{part}{year}.json" for year in YEARS for part in PARTS)
+        return next((name for name in names if (folder / name).is_file()), None)
 
     @property
     def default_split_rule(self) -> SplitRule:
@@ -73,20 +90,22 @@ class Coco:
         if karpathy is None and self.year is None:
             karpathy = find_karpathy_file(self.input_dir, self.name)
         captioned = self._of_karpathy(karpathy) if karpathy else self._of_coco()
-        pictures = self._pictures()
+        images, linked_out = self._images()
         items: list[SourceItem] = []
         for coco_id, captions, split in captioned:
             image_id = f"{coco_id:012d}"
-            if coco_id not in pictures:
-                self.rejected.append(Rejected(image_id, f"its picture is missing ({split})"))
+            if coco_id not in images:
+                self.rejected.append(Rejected(image_id, MISSING))
             elif not captions:
-                self.rejected.append(Rejected(image_id, f"it has no caption ({split})"))
+                self.rejected.append(Rejected(image_id, "it has no caption"))
             else:
-                items.append(SourceItem(image_id, captions, split, path=pictures[coco_id]))
+                items.append(SourceItem(image_id, captions, split, path=images[coco_id]))
+        self.rejected += [Rejected(name, LEADS_OUT) for name in linked_out]
         if not items:
+            why = f"; {', '.join(linked_out[:3])} is {LEADS_OUT}" if linked_out else ""
             raise DataError(
-                f"none of the {len(captioned)} captioned pictures is in {self.input_dir} "
-                f"(looked in {', '.join(_PICTURE_FOLDERS)}, images)"
+                f"none of the {len(captioned)} captioned images is in {self.input_dir} "
+                f"(looked in {', '.join(_PICTURE_FOLDERS)}, images){why}"
             )
         return items
 
@@ -116,8 +135,21 @@ class Coco:
         return [
             (coco_id, captions, part)
             for part, path in files.items()
-            for coco_id, captions in _read_annotations(path).items()
+            for coco_id, captions in self._read_annotations(path).items()
         ]
+
+    def _read_annotations(self, path: Path) -> dict[int, list[str]]:
+        """Return the captions of every image by its id, in file order."""
+        unlisted = BadSamples("annotations")
+        try:
+            captions = coco_captions(path, parse_json(path.read_bytes()), unlisted)
+            by_id = {int(coco_id): of_image for coco_id, of_image in captions.items()}
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DataError(
+                f"{path} is damaged or no caption annotations of COCO ({shown(error)}): get it again"
+            ) from None
+        self.rejected += [Rejected(Path(bad.where).name, bad.reason) for bad in unlisted.samples]
+        return by_id
 
     def _annotation_files(self) -> tuple[int, dict[SplitName, Path]]:
         """Return the year and its annotation files by part, at least one."""
@@ -136,39 +168,25 @@ class Coco:
             "(vlm-data download coco gets them)"
         )
 
-    def _pictures(self) -> dict[int, Path]:
-        """Find every picture by its id; of two copies the one of 2017, though they are the same."""
-        pictures: dict[int, Path] = {}
-        roots = (self.input_dir, self.input_dir / "images")
-        folders = [root / name for root in roots for name in _PICTURE_FOLDERS]
-        for folder in (*folders, roots[1]):
+    def _images(self) -> tuple[dict[int, Path], list[str]]:
+        """Find every image by its id, of two copies the one of 2017; and the links that lead out."""
+        found: dict[int, Path] = {}
+        linked_out: list[str] = []
+        tops = (self.input_dir, self.input_dir / "images")
+        # A folder within another of its name is a usual accident of unpacking.
+        folders = [top / name / inner for top in tops for name in _PICTURE_FOLDERS for inner in ("", name)]
+        for folder in (*folders, *reversed(tops)):
             if not folder.is_dir():
                 continue
-            resolved = folder.resolve()
-            for path in folder.iterdir():
-                if (match := _PICTURE_NAME.fullmatch(path.name)) and is_inside(resolved, path):
-                    pictures.setdefault(int(match[1]), path)
-        return pictures
+            images = ImageFiles(self.input_dir, folder, self.follow_links, recursive=False)
+            for name, path in images.paths.items():
+                if match := _PICTURE_NAME.fullmatch(name):
+                    found.setdefault(int(match[1]), path)
+            linked_out += images.linked_out
+        return found, linked_out
 
 
 def _coco_id(image: KarpathyImage, where: str) -> int:
     if not isinstance(image.coco_id, int):
         raise DataError(f"{where}: it has no cocoid")
     return image.coco_id
-
-
-def _read_annotations(path: Path) -> dict[int, list[str]]:
-    """Return the captions of every image by its id, in file order."""
-    try:
-        content: Any = parse_json(path.read_bytes())
-        captions: dict[int, list[str]] = {int(image["id"]): [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            text = annotation["caption"]
-            if not is_text(text):
-                raise TypeError(f"the caption of annotation {annotation.get('id')} is no text")
-            captions[annotation["image_id"]].append(text)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"{path} is damaged or no caption annotations of COCO ({shown(error)}): get it again"
-        ) from None
-    return captions

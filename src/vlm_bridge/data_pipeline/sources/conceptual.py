@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from vlm_bridge.data_pipeline.bad_samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.shards import ShardLoss, read_shard
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError, UsageError
+
+_NUMBERED = re.compile(r"(?:^|[-_.])\d{4,}$")
+"""The end of a shard's name, unlike that of ``images.tar`` or ``train2017.tar``."""
 
 
 def shards_command(tsv: Path, shards: Path) -> str:
@@ -57,6 +61,12 @@ class Conceptual:
         if given is not None and given.suffix.lower() == ".tsv" and given.is_file():
             raise _needs_shards(given, given.parent)
         return cls(options.require_input_dir(cls.name))
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of a numbered shard below a folder, None where there is none."""
+        shard = next((path for path in folder.rglob("*.tar") if _NUMBERED.search(path.stem)), None)
+        return shard.relative_to(folder).as_posix() if shard is not None else None
 
     @property
     def default_split_rule(self) -> SplitRule:
@@ -103,7 +113,8 @@ class Conceptual:
                     continue
                 items[image_id] = SourceItem(image_id, [sample.caption], split, stored=sample.picture)
         if not items:
-            why = f" (first reason: {self.rejected[0].reason})" if self.rejected else ""
+            causes = by_cause((item.id, item.reason) for item in self.rejected)[:NUM_CAUSES]
+            why = f": {'; '.join(causes)}" if causes else ""
             raise DataError(f"no whole sample in the {len(shards)} shards of {self.input_dir}{why}")
         decided = all(item.split is not None for item in items.values())
         self.split_rule = "the dataset's own parts, from the names of the shards" if decided else None

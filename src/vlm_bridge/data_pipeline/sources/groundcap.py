@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlm_bridge.hub import hub_problem
 
 HUB_NAME = "daniel3303/GroundCap"
 ID, IMAGE, CAPTION, HUMAN = "id", "image", "caption", "human_annotated"
+DETECTIONS = "detections"
 
 # IMDb's number of a title, as MovieNet names its films; not the end of another word.
 _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
@@ -53,6 +55,15 @@ class GroundCap:
         if options.input_dir is not None and not options.input_dir.exists():
             raise DataError(f"no such folder: {options.input_dir} (--source-path)")
         return cls(options.input_dir, options.official_split, options.keep_tags)
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of a parquet file with GroundCap's columns, None where there is none."""
+        path = next(folder.rglob("*.parquet"), None)
+        with suppress(DataError):  # a damaged file tells nothing
+            if path is not None and {ID, IMAGE, CAPTION, DETECTIONS} <= set(schema_of(path).names):
+                return path.relative_to(folder).as_posix()
+        return None
 
     @property
     def default_split_rule(self) -> SplitRule:

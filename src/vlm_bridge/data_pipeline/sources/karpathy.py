@@ -31,6 +31,12 @@ class KarpathyImage:
     captions: list[str]
     part: str
     coco_id: int | None = None
+    folder: str = ""
+
+    @property
+    def file_path(self) -> str:
+        """The name with the folder that the file gives for it, as COCO's images have one."""
+        return f"{self.folder}/{self.file_name}" if self.folder else self.file_name
 
     @property
     def split(self) -> SplitName | None:
@@ -58,6 +64,11 @@ def read_karpathy_file(path: Path, dataset: str) -> list[KarpathyImage]:
         raise DataError(f"{path} is not one of Karpathy's split files: it has no list of images")
     if content.get("dataset", dataset) != dataset:
         raise DataError(f"{path} splits {content['dataset']!s:.80}, not {dataset}")
+    return karpathy_images(path, content)
+
+
+def karpathy_images(path: Path, content: dict[str, Any]) -> list[KarpathyImage]:
+    """Return the images of the content of a file, of whichever dataset; DataError as `read_karpathy_file`."""
     return [_image(record, f"{path}: image {number}") for number, record in enumerate(content["images"])]
 
 
@@ -68,12 +79,13 @@ def _image(record: Any, where: str) -> KarpathyImage:
             captions=[sentence["raw"] for sentence in record["sentences"]],
             part=record["split"],
             coco_id=record.get("cocoid"),
+            folder=record.get("filepath") or "",
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where} lacks filename, split or sentences with their raw text ({shown(error)})"
         ) from None
-    if not all(is_text(text) for text in (image.file_name, image.part, *image.captions)):
+    if not all(is_text(text) for text in (image.file_name, image.part, image.folder, *image.captions)):
         raise DataError(f"{where}: filename, split and captions must be texts")
     if image.split is None:
         raise DataError(f"{where}: unknown split {image.part!r}")

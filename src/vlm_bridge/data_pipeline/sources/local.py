@@ -1,67 +1,71 @@
-"""A folder of pictures with captions as CSV, TSV or JSONL, or in Hugging Face's image-folder layout."""
+"""A folder of images with captions in one of the usual forms, or in Hugging Face's image-folder layout."""
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
-from vlm_bridge.data_pipeline.caption_folder import inside, is_inside
+from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, NUM_CAUSES, BadSamples, by_cause
 from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions, read_lines
+from vlm_bridge.data_pipeline.parquet import ParquetPicture
+from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.sources.caption_forms import (
+    READERS,
+    CaptionRecord,
+    read_captions,
+    read_sidecars,
+)
+from vlm_bridge.data_pipeline.sources.image_files import LEADS_OUT, ImageFiles, LeadsOutError
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
-from vlm_bridge.parsing import is_text, parse_json, shown
 
 CAPTION_FILES = (
-    "captions.jsonl",
-    "captions.csv",
-    "captions.tsv",
-    "captions.txt",
-    "metadata.jsonl",
-    "metadata.csv",
+    *(f"captions{suffix}" for suffix in READERS),
+    *(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet")),
+    "annotations.json",
 )
-IMAGE_FIELDS = ("image", "file_name", "filename", "image_path", "image_name", "name", "path", "file")
-CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "description")
-SPLIT_FIELD = "split"
-
-# Where the pictures of a caption file may lie, beside the file itself.
-_PICTURE_FOLDERS = ("", "images", "Images")
+Place = Path | ParquetPicture
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One line of a caption file: ``where`` is "file:line"."""
+@dataclass
+class _Found:
+    """An image with the records that caption it."""
 
-    where: str
-    image: str
-    captions: list[str]
-    split: SplitName | None
+    name: str
+    place: Place
+    records: list[CaptionRecord] = field(default_factory=list)
 
 
 @dataclass
 class LocalFolder:
-    """Your own pictures; splits come from a ``split`` column or folders, otherwise from image ids."""
+    """Your own images; splits come from folders, a ``split`` column or else from image ids."""
 
     name: ClassVar[str] = "local"
-    description: ClassVar[str] = "A folder of pictures with a caption file (CSV, TSV, JSONL, metadata)"
+    description: ClassVar[str] = "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
     licence_note: ClassVar[str] = "Your own pictures and captions: under whatever licence you hold them"
     default_caption_style: ClassVar[CaptionStyle] = "raw"
     finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path
     captions_file: Path | None = None
+    follow_links: bool = False
     split_rule: str | None = field(default=None, init=False)
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> LocalFolder:
-        return cls(options.require_input_dir(cls.name), options.captions_file)
+        return cls(options.require_input_dir(cls.name), options.captions_file, options.follow_links)
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of the caption file of a folder of one's own images, None where it has none."""
+        here = _candidates(folder) or [path for path, _ in _files_of_splits(folder)]
+        if here:
+            return here[0].relative_to(folder).as_posix()
+        return "text files beside images" if _has_sidecars(ImageFiles(folder)) else None
 
     @property
     def default_split_rule(self) -> SplitRule:
@@ -70,221 +74,203 @@ class LocalFolder:
     def items(self) -> list[SourceItem]:
         """Return the images in the order of their first caption.
 
-        Lines that cannot be used are set aside, up to a share of them (`MAX_BAD_SHARE`).
+        Rows that cannot be used and missing images are skipped, up to two of each or a share (`MAX_BAD_SHARE`).
+
+        Raises:
+            DataError: there is no caption file, nothing in it can be used, or more is missing.
         """
         self.rejected = []
-        rows: dict[Path, list[_Row]] = {}
-        missing: list[Rejected] = []
-        bad = BadSamples("lines of the caption file")
-        for captions_file, folder_split in self._caption_files():
-            for row in _read_rows(captions_file, folder_split, bad):
-                try:
-                    path = self._find_picture(captions_file.parent, row)
-                except ValueError as error:
-                    bad.set_aside(row.where, str(error))
-                    continue
-                if path is None:
-                    missing.append(Rejected(row.image, f"its picture is missing ({_short(row.where)})"))
-                else:
-                    rows.setdefault(path, []).append(row)
-        bad.check(MAX_BAD_SHARE)
-        if not rows:
-            if missing:
-                raise DataError(
-                    f"none of the {len(missing)} pictures in the caption file exists under {self.input_dir} "
-                    f"(first: {missing[0].id})"
-                )
-            raise DataError(f"the caption file in {self.input_dir} has no captions")
-        ids = _image_ids(list(rows), self.input_dir)
-        without_caption = sorted(
-            self._relative(path)
-            for path in self.input_dir.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path not in rows
-        )
-        self.rejected = [Rejected(_short(sample.where), sample.reason) for sample in bad.samples]
-        self.rejected += missing + [Rejected(name, "it has no caption") for name in without_caption]
-        return [
-            SourceItem(
-                image_id=ids[path],
-                captions=[caption for row in of_image for caption in row.captions],
-                split=_one_split(of_image),
-                path=path,
-            )
-            for path, of_image in rows.items()
-        ]
+        images = ImageFiles(self.input_dir, follow_links=self.follow_links)
+        bad = BadSamples("captions in the caption file")
+        found, missing = self._match(images, bad)
+        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
+        self._check_missing(images, found, missing)
+        captioned = [one for one in found if any(record.captions for record in one.records)]
+        if not captioned:
+            if images.linked_out:
+                raise DataError(f"the images of {self.input_dir} cannot be used, each is {LEADS_OUT}")
+            skipped = [(sample.where, sample.reason) for sample in bad.samples]
+            causes = by_cause([*skipped, *((item.id, item.reason) for item in self.rejected)])[:NUM_CAUSES]
+            why = f": {'; '.join(causes)}" if causes else ""
+            raise DataError(f"the caption file in {self.input_dir} has no captions{why}")
+        self._account(images, {one.place for one in captioned}, bad, missing)
+        ids = _image_ids(captioned)
+        return [_item(image_id, one) for image_id, one in zip(ids, captioned, strict=True)]
 
-    def _caption_files(self) -> list[tuple[Path, SplitName | None]]:
-        """Find the caption file, or one in each split folder (``train/``, ``validation/`` ...)."""
+    def _account(
+        self, images: ImageFiles, captioned: set[Place], bad: BadSamples, missing: list[CaptionRecord]
+    ) -> None:
+        """Note what is skipped, besides what the records say themselves."""
+        self.rejected += [Rejected(_short(sample.where), sample.reason) for sample in bad.samples]
+        for record in missing:
+            self.rejected.append(Rejected(f"{record.image} ({_short(record.where)})", "its image is missing"))
+        without_caption = [name for name, path in images.paths.items() if path not in captioned]
+        # Captions may name a file by another path, through a link.
+        known = set(images.paths.values())
+        linked = {place.resolve() for place in captioned - known if isinstance(place, Path)}
+        if linked:
+            without_caption = [name for name in without_caption if images.paths[name].resolve() not in linked]
+        self.rejected += [Rejected(name, LEADS_OUT) for name in images.linked_out]
+        self.rejected += [Rejected(name, "it has no caption") for name in without_caption]
+
+    def _match(self, images: ImageFiles, bad: BadSamples) -> tuple[list[_Found], list[CaptionRecord]]:
+        """Read all records: those of each image, and those whose image is missing."""
+        found: dict[Place, _Found] = {}
+        missing: list[CaptionRecord] = []
+        linked: set[Path] = set()
+        for record, beside in self._records(images, bad):
+            try:
+                path = images.find(record.image, beside) if record.stored is None else None
+            except LeadsOutError as error:
+                linked.add(error.path)
+                continue
+            except ValueError as error:
+                bad.set_aside(record.where, str(error))
+                continue
+            place = record.stored or path
+            if place is None:
+                missing.append(record)
+                continue
+            if place not in found:
+                found[place] = _Found(self._relative(path) if path is not None else record.image, place)
+            found[place].records.append(record)
+            self.rejected += [Rejected(_short(record.where), reason) for reason in record.skipped]
+        for path in sorted(linked):
+            images.note_link(path)
+        return list(found.values()), missing
+
+    def _records(self, images: ImageFiles, bad: BadSamples) -> Iterator[tuple[CaptionRecord, Path]]:
+        """Yield every record with the folder of its file; the split of a folder's own file is the record's."""
+        files = self._caption_files(images)
+        if not files:
+            for record in read_sidecars(self.input_dir, images.paths, bad):
+                yield record, self.input_dir
+        for path, of_file in files:
+
+            def is_image(name: str, beside: Path = path.parent) -> bool:
+                try:
+                    return images.find(name, beside) is not None
+                except ValueError:
+                    return True
+
+            for record in read_captions(path, bad, is_image):
+                if of_file is not None and record.split not in (None, of_file):
+                    raise DataError(
+                        f"{record.where}: {record.image} is in several splits ({record.split} by its row, {of_file} "
+                        f"by {path.relative_to(self.input_dir).as_posix()}): correct one of them"
+                    )
+                yield record if of_file is None else replace(record, split=of_file), path.parent
+
+    def _caption_files(self, images: ImageFiles) -> list[tuple[Path, SplitName | None]]:
+        """Return the caption file, or one of each split, or none where text files lie beside the images.
+
+        Raises:
+            DataError: there is nothing of these, or several caption files.
+        """
         if self.captions_file is not None:
             if not self.captions_file.is_file():
                 raise DataError(f"no such caption file: {self.captions_file} (--captions-file)")
             return [(self.captions_file, None)]
         here = _candidates(self.input_dir)
-        if len(here) > 1:
-            names = ", ".join(path.name for path in here)
-            raise DataError(
-                f"{self.input_dir} has several caption files ({names}): choose one with --captions-file"
-            )
         if here:
-            return [(here[0], None)]
-        found: list[tuple[Path, SplitName | None]] = []
-        for folder in sorted(path for path in self.input_dir.iterdir() if path.is_dir()):
-            split = normalise_split(folder.name)
-            if split is not None:
-                found.extend((path, split) for path in _candidates(folder)[:1])
-        if not found:
+            return [(_only(self.input_dir, here), None)]
+        if found := _files_of_splits(self.input_dir):
+            return found
+        if not _has_sidecars(images):
             raise DataError(
-                f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}): "
-                "name it with --captions-file"
+                f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}, *.parquet, and text "
+                "files beside images): name it with --captions-file"
             )
-        return found
+        return []
 
-    def _find_picture(self, beside: Path, row: _Row) -> Path | None:
-        """Return the row's picture: relative to the input folder or its caption file, or in ``images/``.
-
-        Raises:
-            ValueError: the path leads out of these folders, as it is written or by a symbolic link.
-        """
-        for folder in dict.fromkeys((beside, self.input_dir)):
-            for sub in _PICTURE_FOLDERS:
-                path = inside(folder / sub, row.image)
-                if not path.is_file():
-                    continue
-                if not is_inside(folder.resolve(), path):
-                    raise ValueError(f"picture path {shown(row.image)} is a link that leads out of {folder}")
-                return path
-        return None
+    def _check_missing(self, images: ImageFiles, found: list[_Found], missing: list[CaptionRecord]) -> None:
+        """Raise DataError where more than a few images are missing; name files that look like the first."""
+        names = list(dict.fromkeys(record.image for record in missing))
+        total = len(names) + len(found)
+        if not names or (found and (len(names) < MIN_BAD_ROWS or len(names) <= MAX_BAD_SHARE * total)):
+            return
+        near = images.nearest(names[0])
+        hint = f"the nearest files are {', '.join(near)}" if near else "no file has a similar name"
+        raise DataError(
+            f"{len(names):,} of {total:,} images in the caption file are missing under {self.input_dir}; the first is "
+            f"{names[0]} ({_short(missing[0].where)}), {hint}: correct the names or remove these captions"
+        )
 
     def _relative(self, path: Path) -> str:
-        return path.relative_to(self.input_dir).as_posix()
+        return (
+            path.relative_to(self.input_dir).as_posix() if path.is_relative_to(self.input_dir) else path.name
+        )
+
+
+def _has_sidecars(images: ImageFiles) -> bool:
+    return any(path.with_suffix(".txt").is_file() for path in images.paths.values())
 
 
 def _candidates(folder: Path) -> list[Path]:
     return [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
 
 
+def _files_of_splits(folder: Path) -> list[tuple[Path, SplitName | None]]:
+    """Return the caption file of each split folder (``train/``, ``validation/`` ...), or all parquet files."""
+    found: list[tuple[Path, SplitName | None]] = []
+    for below in sorted(path for path in folder.iterdir() if path.is_dir()):
+        split = normalise_split(below.name)
+        if split is not None and (here := _candidates(below)):
+            found.append((_only(below, here), split))
+    if not found:
+        tables = [*sorted(folder.glob("*.parquet")), *sorted((folder / "data").glob("*.parquet"))]
+        found = [(path, normalise_split(path.stem.split("-")[0])) for path in tables]
+    return found
+
+
+def _only(folder: Path, files: list[Path]) -> Path:
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise DataError(f"{folder} has several caption files ({names}): choose one with --captions-file")
+    return files[0]
+
+
+def _item(image_id: str, found: _Found) -> SourceItem:
+    place = found.place
+    return SourceItem(
+        image_id,
+        [caption for record in found.records for caption in record.captions],
+        _one_split(found),
+        path=place if isinstance(place, Path) else None,
+        stored=None if isinstance(place, Path) else place,
+    )
+
+
+def _one_split(found: _Found) -> SplitName | None:
+    """Return the split that an image's folders and records state; DataError where they contradict each other."""
+    stated: dict[SplitName, str] = {}
+    for folder in PurePosixPath(found.name).parts[:-1]:
+        if isinstance(found.place, Path) and (split := normalise_split(folder)) is not None:
+            stated[split] = f"by its folder {folder}"
+            break
+    for record in found.records:
+        if record.split is not None:
+            stated.setdefault(record.split, f"by {_short(record.where)}")
+            if len(stated) > 1:
+                told = ", ".join(f"{split} {by}" for split, by in stated.items())
+                raise DataError(
+                    f"{record.where}: {found.name} is in several splits ({told}): correct one of them"
+                )
+    return next(iter(stated), None)
+
+
 def _short(where: str) -> str:
     return Path(where).name
 
 
-def _one_split(rows: list[_Row]) -> SplitName | None:
-    splits: set[SplitName] = {row.split for row in rows if row.split is not None}
-    if len(splits) > 1:
-        raise DataError(
-            f"{rows[-1].where}: {rows[-1].image} is in several splits ({', '.join(sorted(splits))})"
-        )
-    return splits.pop() if splits else None
-
-
-def _image_ids(paths: list[Path], root: Path) -> dict[Path, str]:
-    """Name images by their path under ``root``, without its suffix unless two would then be alike."""
-
-    def relative(path: Path) -> Path:
-        return path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-
-    def stem(path: Path) -> str:
-        return relative(path).with_suffix("").as_posix()
-
-    uses = Counter(map(stem, paths))
-    return {path: stem(path) if uses[stem(path)] == 1 else relative(path).as_posix() for path in paths}
-
-
-def _read_rows(path: Path, folder_split: SplitName | None, bad: BadSamples) -> Iterator[_Row]:
-    is_json = path.suffix.lower() in (".jsonl", ".json")
-    for where, record in _read_json_lines(path, bad) if is_json else _read_table(path, bad):
-        try:
-            yield _make_row(where, record, folder_split)
-        except ValueError as error:
-            bad.set_aside(where, str(error))
-
-
-def _make_row(where: str, record: dict[str, Any], folder_split: SplitName | None) -> _Row:
-    """The row of a record; ValueError where it lacks something."""
-    image = _first(record, IMAGE_FIELDS)
-    captions = _first(record, CAPTION_FIELDS)
-    if isinstance(captions, str):
-        captions = [captions]
-    if not is_text(image) or not image.strip():
-        raise ValueError(f"names no picture (one of the fields {', '.join(IMAGE_FIELDS)})")
-    if not isinstance(captions, list) or not all(map(is_text, captions)):
-        raise ValueError(f"has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
-    split = folder_split
-    if named := record.get(SPLIT_FIELD):
-        split = normalise_split(str(named))
-        if split is None:
-            raise ValueError(f"unknown split {shown(named)} (train, val or test)")
-    return _Row(where, image.strip(), captions, split)
-
-
-def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def _read_json_lines(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in read_lines(path, bad):
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            bad.set_aside(where, f"not a JSON object ({error})")
-            continue
-        if isinstance(record, dict):
-            yield where, record
+def _image_ids(found: list[_Found]) -> list[str]:
+    """Name images by their path below the input folder, without its suffix unless two would then be alike."""
+    stems = [PurePosixPath(one.name).with_suffix("").as_posix() for one in found]
+    uses, names = Counter(stems), Counter(one.name for one in found)
+    ids = []
+    for number, (one, stem) in enumerate(zip(found, stems, strict=True)):
+        if names[one.name] > 1:  # images within parquet files may share a name
+            ids.append(f"{one.name}-{number:06d}")
         else:
-            bad.set_aside(where, "not a JSON object")
-
-
-def _read_table(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read CSV (a header names the columns) or ``name<TAB>caption`` lines (a header is welcome)."""
-    where, first = next(read_lines(path), ("", ""))
-    if not first:
-        raise DataError(f"{path}: the caption file is empty")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in first else ","
-    if delimiter == "," and ";" in first and "," not in first:
-        delimiter = ";"
-    try:
-        header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter))]
-    except csv.Error as error:
-        raise DataError(f"{where}: damaged header ({error})") from None
-    has_header = bool(set(header) & set(IMAGE_FIELDS)) and bool(set(header) & set(CAPTION_FIELDS))
-    if delimiter == "\t" and not has_header:
-        yield from _read_pairs(path, bad)
-    elif has_header:
-        yield from _read_cells(path, header, delimiter, bad)
-    else:
-        raise DataError(
-            f"{where}: the header must name a picture column ({', '.join(IMAGE_FIELDS)}) "
-            f"and a caption column ({', '.join(CAPTION_FIELDS)})"
-        )
-
-
-def _read_pairs(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in read_lines(path, bad):
-        name, tab, caption = line.partition("\t")
-        if tab:
-            yield where, {"image": name, "caption": caption}
-        else:
-            bad.set_aside(where, "expected name<TAB>caption")
-
-
-def _read_cells(
-    path: Path, header: list[str], delimiter: str, bad: BadSamples
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for _ in read_lines(
-        path
-    ):  # a file that is not UTF-8 is so throughout: said before anything is made of it
-        pass
-    # The file, not its lines: a quoted cell may hold line breaks.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            next(row for row in reader if row)
-            for row in filter(None, reader):
-                bad.total += 1
-                where = f"{path}:{reader.line_num}"
-                if len(row) == len(header):
-                    yield where, dict(zip(header, row, strict=True))
-                else:
-                    reason = f"{len(row)} cells where the header has {len(header)}"
-                    bad.set_aside(where, f"{reason} (captions with commas stand in double quotes)")
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: damaged CSV ({error})") from None
+            ids.append(stem if uses[stem] == 1 else one.name)
+    return ids

@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image, ImageDraw
@@ -285,6 +286,10 @@ class Scenes:
     @classmethod
     def from_options(cls, options: SourceOptions) -> Scenes:
         return cls(options.num_train, options.num_val, options.num_test, options.seed, options.wordings)
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        return None
 
     @property
     def default_split_rule(self) -> SplitRule:
