@@ -208,7 +208,7 @@ def _opened(picture: str | PictureFile | bytes) -> Iterator[tuple[Image.Image, E
         with Image.open(io.BytesIO(parts.content), formats=[kind]) as opened:
             _check_cost(opened, parts, name)
             if exif := opened.info.get("exif"):  # of formats that are not walked
-                parts = parts._replace(orientation=exif_orientation(exif))
+                parts = Essentials(parts.content, exif_orientation(exif), parts.is_plain)
             yield opened, parts
     except ImageError:
         raise
