@@ -281,3 +281,21 @@ def test_impossible_options(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         transform(Scenes(1, 1, 1), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_make_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Scenes(4, 2, 2)
+    refused: list[str] = []
+    make = module._make_folder
+
+    def while_another_begins(*arguments: Any) -> Any:
+        monkeypatch.setattr(module, "_make_folder", make)
+        with pytest.raises(DataError, match="is being made by another process") as error:
+            transform(source, tmp_path / "out")
+        refused.append(str(error.value))
+        return make(*arguments)
+
+    monkeypatch.setattr(module, "_make_folder", while_another_begins)
+    manifest = transform(source, tmp_path / "out")
+    assert refused
+    assert transform(source, tmp_path / "out") == manifest

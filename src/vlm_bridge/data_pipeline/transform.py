@@ -8,6 +8,7 @@ the source and the settings alone, not on the number of processes or on interrup
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import heapq
 import io
@@ -124,7 +125,25 @@ def transform(
     writer = CaptionFolderWriter(Path(output_dir))
     if finished := _claim(writer, identity):
         return finished
-    outcomes = _prepare_pictures(writer, planned, image_size, source.finds_near_duplicates, workers, progress)
+    with _alone(writer):
+        return _make_folder(source, writer, planned, rejected, rule, settings, identity, workers, progress)
+
+
+def _make_folder(
+    source: Source,
+    writer: CaptionFolderWriter,
+    planned: list[_Planned],
+    rejected: list[Rejected],
+    rule: SplitRule,
+    settings: dict[str, Any],
+    identity: dict[str, Any],
+    workers: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Make the images and write what is planned; return the manifest."""
+    outcomes = _prepare_pictures(
+        writer, planned, settings["image_size"], source.finds_near_duplicates, workers, progress
+    )
 
     rejected += [Rejected(p.image_id, o.error) for p in planned if (o := outcomes[p.image_id]).error]
     usable = [p for p in planned if not outcomes[p.image_id].error]
@@ -149,7 +168,7 @@ def transform(
         "licence_note": source.licence_note,
         "counts": {split: {"images": len(digests[split]), "captions": len(lines[split])} for split in SPLITS},
         "split_rule": source.split_rule or rule.describe(),
-        "seed": seed,
+        "seed": identity["seed"],
         "settings": settings,
         "content": identity["content"],
         "duplicates": {
@@ -157,7 +176,7 @@ def transform(
             "set_aside": len(doubles),
             "within_a_split": within_split,
         },
-        "near_duplicates": _near_duplicates(kept, outcomes, near_duplicate_distance)
+        "near_duplicates": _near_duplicates(kept, outcomes, settings["near_duplicate_distance"])
         if source.finds_near_duplicates
         else None,
         "rejected": [asdict(item) for item in rejected],
@@ -324,6 +343,19 @@ def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, A
     writer.prepare()
     write_atomically(state, json.dumps(identity).encode())
     return None
+
+
+@contextlib.contextmanager
+def _alone(writer: CaptionFolderWriter) -> Iterator[None]:
+    """Keep other processes from making the same folder. Raises DataError while one does."""
+    with (writer.working_dir / "lock").open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{writer.root} is being made by another process: wait for it, or choose another --output-dir"
+            ) from None
+        yield
 
 
 def _refuse_other(root: Path, stage: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
