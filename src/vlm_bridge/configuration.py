@@ -45,9 +45,9 @@ MAX_ENCODERS = 8
 MAX_IMAGE_SIZE = 2_048
 """Pixels a side; encoders in use have 224 to 1,024."""
 MAX_PROMPT_CHARACTERS = 10_000
-MAX_BEAMS = 64
+MAX_BEAMS = 1_000
 MAX_NEW_TOKENS = 1_000
-MAX_RETURN_SEQUENCES = 64
+MAX_RETURN_SEQUENCES = 1_000
 MAX_COUNT = 2**31 - 1
 """Of steps, images, tokens and the like."""
 MAX_RATE = 1_000.0

@@ -6,6 +6,7 @@ that a stride of 0 makes a tensor of gigabytes, tensors without storage. Nothing
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -22,7 +23,8 @@ MAX_TIMES_REFERRED = 4
 WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _DTYPES = WEIGHT_DTYPES | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 _PLAIN = (str, int, float, bytes, type(None))
-_DESCRIPTIVE = (torch.dtype, torch.device)
+_DESCRIPTIVE = (torch.dtype, torch.device, argparse.Namespace)
+"""Nothing looks into the last, which the original pvt-blip project keeps beside its weights."""
 
 
 def check_content(content: Any, file_bytes: int) -> None:
