@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoTokenizer,
     BlipForConditionalGeneration,
     BlipImageProcessorPil,
     BlipProcessor,
@@ -324,7 +323,7 @@ def bash(commands: str, repository: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def caption_by_command(run_here: Run, run: Path) -> str:
+def caption_by_command(run_here: Run, run: Path, blip: Any) -> str:
     """The caption of `test_image.jpg` in float32, as long as the snippet's `max_length` allows behind the prompt.
 
     A run's folder alone would stand for its weights in bfloat16.
@@ -334,25 +333,10 @@ def caption_by_command(run_here: Run, run: Path) -> str:
     Path("float32.yaml").write_text(replace(recipe, use_amp=False).to_yaml())
     captioned = run_here(
         "caption", "test_image.jpg", "--checkpoint", where, "--config", "float32.yaml", "--device", "cpu",
-        "--max-new-tokens", 40,
+        "--max-new-tokens", 50 - 1 - len(blip.prompt_ids),
     )  # fmt: skip
     assert captioned.returncode == 0, captioned.stderr
     return captioned.stdout.strip()
-
-
-def assert_same_caption(one: str, other: str, blip: Any, inputs: Any) -> None:
-    """Both searches found one caption, or two that are equally likely: tiny models know many such."""
-    if one == other:
-        return
-    tokenizer = AutoTokenizer.from_pretrained(BLIP)
-    scores = []
-    for caption in (one, other):
-        words = tokenizer(caption, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[blip.text_decoder.config.bos_token_id, *blip.prompt_ids, *words]])
-        with torch.no_grad():
-            logits = blip(inputs["pixel_values"], input_ids=ids).logits[0, :-1]
-        scores.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-len(words) :].mean().item())
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3), (one, other)
 
 
 def test_the_guides_scenario_1(guide_folder: Path, repository: Path, run_here: Run, run_script: Run) -> None:
@@ -364,10 +348,7 @@ def test_the_guides_scenario_1(guide_folder: Path, repository: Path, run_here: R
     trained = guide_folder / "checkpoints" / "blip_pvt_flickr30k_trained.pth"
     *_, caption = done.stdout.splitlines()
     _, blip, _ = load_combined_model(trained)
-    processor: Any = BlipProcessor.from_pretrained(BLIP)
-    inputs = processor(images=[Image.open("test_image.jpg")], return_tensors="pt")
-    by_command = caption_by_command(run_here, trained.with_suffix(""))
-    assert_same_caption(caption.strip(), by_command, blip, inputs)
+    assert caption.strip() == caption_by_command(run_here, trained.with_suffix(""), blip)
     written = torch.load(trained, weights_only=True)
     assert any(name.startswith("text_decoder.text_decoder.bert.") for name in written)
     shown = run_script("load_combined_checkpoint", "--checkpoint", trained, "--device", "cpu")
@@ -399,4 +380,4 @@ def test_the_guides_other_scenarios(
     inputs = processor(images=[Image.open("test_image.jpg")], return_tensors="pt")
     captions = blip.generate(inputs["pixel_values"], num_beams=5, max_length=50)
     caption = processor.decode(captions[0], skip_special_tokens=True)
-    assert_same_caption(caption.strip(), caption_by_command(run_here, output.with_suffix("")), blip, inputs)
+    assert caption.strip() == caption_by_command(run_here, output.with_suffix(""), blip)
