@@ -74,7 +74,12 @@ def _tiny_captioner(system: str) -> CaptionModel:
     elif system == "dinov2-gemma":
         causal_lm = Gemma2ForCausalLM(Gemma2Config(**text, query_pre_attn_scalar=8))
     else:
-        tokens = {"bos_token_id": START, "eos_token_id": EOS, "sep_token_id": EOS, "pad_token_id": 0}
+        tokens: dict[str, Any] = {
+            "bos_token_id": START,
+            "eos_token_id": EOS,
+            "sep_token_id": EOS,
+            "pad_token_id": 0,
+        }
         blip = BlipTextConfig(**sizes, **tokens, vocab_size=16, encoder_hidden_size=16, is_decoder=True)
         causal_lm = BlipTextLMHeadModel(blip)
     vision = ViTModel(ViTConfig(**sizes, image_size=SIDE, patch_size=16))
