@@ -1,4 +1,4 @@
-"""What the demo's server lets in: known hosts and paths, requests from its own page, and bodies of bounded size."""
+"""Limit requests to the demo's server: to known hosts and paths, to its own page, and to bodies of bounded size."""
 
 from __future__ import annotations
 

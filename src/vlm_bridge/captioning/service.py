@@ -213,14 +213,9 @@ def open_upload(
     """
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     if size > MAX_UPLOAD:
-        raise too_large(name, size)
+        raise UploadError(f"{name} has {math.ceil(size / MEGABYTE)} MB: send at most {MAX_UPLOAD_MB} MB", 413)
     try:
         return open_image(file if isinstance(file, bytes) else str(file))
     except ImageError as error:
         remedy = "send a JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or JPEG 2000"
         raise UploadError(f"{name}: {error.reason}; {remedy}", 415) from error
-
-
-def too_large(name: str, size: int) -> UploadError:
-    """The refusal of an upload of so many bytes."""
-    return UploadError(f"{name} has {math.ceil(size / MEGABYTE)} MB: send at most {MAX_UPLOAD_MB} MB", 413)

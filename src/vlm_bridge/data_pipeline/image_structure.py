@@ -1,4 +1,4 @@
-"""What an image file is, and the parts of it that its pixels need.
+"""Tell the kind of an image file, and keep the parts that its pixels need.
 
 Metadata can cost far more than pixels: two thousand EXIF tags that all point at one megabyte, comments without end,
 tables of a million strips. Nobody here reads more of it than the orientation, so files are walked once, part by part,

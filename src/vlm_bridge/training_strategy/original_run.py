@@ -1,4 +1,4 @@
-"""Runs of the dinov2-gemma system's own code: what of their state a training here can go on from."""
+"""Take over the state of runs of the dinov2-gemma system's own code."""
 
 from __future__ import annotations
 

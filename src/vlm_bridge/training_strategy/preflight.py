@@ -1,4 +1,4 @@
-"""What would stop a training later is refused before models are loaded or an image is encoded."""
+"""Refuse a training that would stop later, before models are loaded or an image is encoded."""
 
 from __future__ import annotations
 
