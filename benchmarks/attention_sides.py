@@ -82,7 +82,9 @@ def train_captioner(folder: Path) -> None:
     transform(SideBySide(NUM_DRAWN, 400, 0, seed=SEED), folder / "data", workers=2)
     images = CaptionFolder.open(folder / "data").split("train")
     captions = [caption for image in images for caption in image.captions]
-    write_new_decoder(captions, folder / "decoder", DecoderSize(layers=4, width=128, heads=4), seed=SEED)
+    write_new_decoder(
+        captions, folder / "decoder", DecoderSize(layers=4, width=128, heads=4), seed=SEED
+    )
     train(recipe(folder))
     print(f"{len(images)} scenes, {time.perf_counter() - started:.0f} s with drawing")
 
@@ -139,7 +141,9 @@ def measure(captioner: Captioner, folder: Path) -> None:
         if number < NUM_SHEETS:
             folder.mkdir(parents=True, exist_ok=True)
             attention_panels(explanation, picture).save(folder / f"scene-{number}.png")
-    print(f"object      named   shape word looks to its side   colour word does   (of {len(scenes)} scenes)")
+    print(
+        f"object      named   shape word looks to its side   colour word does   (of {len(scenes)} scenes)"
+    )
     for side, look in looks.items():
         print(f"{side:9} {look.said:7} {look.shape:30} {look.colour:18}")
     print(f"all four words look to their side: {whole} of {len(scenes)} scenes")
@@ -149,7 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, help="measure this captioner instead of training one")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="measure this captioner instead of training one"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/attention-sides"))
     options = parser.parse_args()
     quiet_transformers()

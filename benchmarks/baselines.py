@@ -50,10 +50,13 @@ class CaptionDataset(Dataset):
         self.data = system.data
         self.images = system.features if cached_features else system.pixels
         items = [
-            (image, n) for image, count in enumerate(system.data.captions_per_image) for n in range(count)
+            (image, n)
+            for image, count in enumerate(system.data.captions_per_image)
+            for n in range(count)
         ]
         self.items = [
-            items[place] for place in np.random.default_rng(system.recipe.seed).permutation(len(items))
+            items[place]
+            for place in np.random.default_rng(system.recipe.seed).permutation(len(items))
         ]
 
     def __len__(self) -> int:
@@ -98,15 +101,21 @@ def published_loss(system: System, batch: Batch) -> torch.Tensor:
     if model.feature_scale is not None:
         features = model.feature_scale(features)
     causal_lm = model.language_model.causal_lm
-    with attach(model.language_model, bridge.encode(features.float()), bridge.first_layer) as attached:
+    with attach(
+        model.language_model, bridge.encode(features.float()), bridge.first_layer
+    ) as attached:
         logits = causal_lm(
-            **attached.inputs(batch["input_ids"]), attention_mask=batch["attention_mask"], use_cache=False
+            **attached.inputs(batch["input_ids"]),
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
         ).logits.float()
     return nn.CrossEntropyLoss(ignore_index=IGNORE)(logits.flatten(0, 1), batch["labels"].flatten())
 
 
 def published_step(system: System) -> Callable[[], None]:
-    loader = DataLoader(CaptionDataset(system), batch_size=system.recipe.batch_size, collate_fn=collate)
+    loader = DataLoader(
+        CaptionDataset(system), batch_size=system.recipe.batch_size, collate_fn=collate
+    )
     parameters = list(system.model.bridge.parameters())
     return _loop(system, loader, parameters, lambda batch: published_loss(system, batch))
 
@@ -127,7 +136,9 @@ class ClipCapModel(nn.Module):
             nn.Linear(width * CLIPCAP_PREFIX // 2, width * CLIPCAP_PREFIX),
         )
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, image: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         text = self.causal_lm.get_input_embeddings()(tokens)
         prefix = self.mapper(image).view(len(image), CLIPCAP_PREFIX, -1).to(text.dtype)
         prefix_mask = torch.ones(len(image), CLIPCAP_PREFIX, dtype=mask.dtype, device=mask.device)
@@ -167,7 +178,9 @@ def _loop(
 ) -> Callable[[], None]:
     """The loop of (a) and (c): autocast around the forward pass, backward, clip, step."""
     recipe, device = system.recipe, system.model.device
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
 
     def run() -> None:
         for batch in on_device(loader, device):
@@ -192,7 +205,9 @@ class EncoderConfig(PreTrainedConfig):
         super().__init__(**options)
 
 
-AutoConfig.register(EncoderConfig.model_type, EncoderConfig)  # or VisionEncoderDecoderConfig does not know it
+AutoConfig.register(
+    EncoderConfig.model_type, EncoderConfig
+)  # or VisionEncoderDecoderConfig does not know it
 
 
 class WrappedEncoder(PreTrainedModel):
@@ -236,7 +251,9 @@ def encoder_decoder_step(system: System) -> Callable[[], object]:
         )
     model.to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=recipe.batch_size,

@@ -31,7 +31,14 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Report, Variant
-from benchmarks.systems import EOS, START, as_if_trained, random_captioner, random_configs, recipe_of
+from benchmarks.systems import (
+    EOS,
+    START,
+    as_if_trained,
+    random_captioner,
+    random_configs,
+    recipe_of,
+)
 from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import DECODE_AHEAD, Captioner
 from vlm_bridge.configuration import DecodeSettings
@@ -100,7 +107,9 @@ def plain_generate(subject: Subject, pixels: torch.Tensor, *, use_cache: bool = 
         image = model.image_inputs(features)
         if image.encoder_hidden_states is not None:
             states = image.encoder_hidden_states.to(causal_lm.dtype)
-            rows = causal_lm.generate(prompt, encoder_hidden_states=states, is_decoder=True, **options)
+            rows = causal_lm.generate(
+                prompt, encoder_hidden_states=states, is_decoder=True, **options
+            )
         else:
             with attach(model.language_model, image, model.bridge.first_layer) as attached:  # type: ignore[arg-type]
                 rows = causal_lm.generate(**attached.inputs(prompt), **options)
@@ -126,7 +135,10 @@ def read_twice(subject: Subject, pixels: torch.Tensor) -> Captions:
     eos: Any = model.language_model.eos_id
     longest = max(map(len, captions))
     ids = torch.tensor(
-        [[*subject.prompt_ids, *caption, *[eos] * (longest + 1 - len(caption))] for caption in captions],
+        [
+            [*subject.prompt_ids, *caption, *[eos] * (longest + 1 - len(caption))]
+            for caption in captions
+        ],
         device=model.device,
     )
     with subject.autocast():
@@ -151,7 +163,9 @@ def published_caption(subject: Subject, picture: torch.Tensor) -> list[int]:
             for total, ids in running
             for value, token in likeliest(next_log_probs(subject, picture, ids), 2 * beams)
         ]
-        candidates = sorted(candidates, key=lambda candidate: candidate[0], reverse=True)[: 2 * beams]
+        candidates = sorted(candidates, key=lambda candidate: candidate[0], reverse=True)[
+            : 2 * beams
+        ]
         is_last = length == decode.max_new_tokens
         stops = [is_last or ids[-1] == eos for _, ids in candidates]
         ended += [
@@ -160,7 +174,9 @@ def published_caption(subject: Subject, picture: torch.Tensor) -> list[int]:
             if stop
         ]
         ended = sorted(ended, key=lambda caption: caption[0], reverse=True)[:beams]
-        running = [candidate for candidate, stop in zip(candidates, stops, strict=True) if not stop][:beams]
+        running = [
+            candidate for candidate, stop in zip(candidates, stops, strict=True) if not stop
+        ][:beams]
         best_possible = running[0][0] / length**decode.length_penalty if running else float("-inf")
         if is_last or (len(ended) == beams and best_possible <= ended[-1][0]):
             break
@@ -178,7 +194,9 @@ def next_log_probs(subject: Subject, picture: torch.Tensor, ids: list[int]) -> t
     if (n := decode.no_repeat_ngram_size) > 0:
         text = row[0].tolist()
         said = [text[start : start + n] for start in range(len(text) - n + 1)]
-        log_probs[[words[-1] for words in said if words[:-1] == text[len(text) - n + 1 :]]] = float("-inf")
+        log_probs[[words[-1] for words in said if words[:-1] == text[len(text) - n + 1 :]]] = float(
+            "-inf"
+        )
     if len(ids) < decode.min_new_tokens:
         log_probs[model.language_model.eos_id] = float("-inf")
     return log_probs
@@ -248,21 +266,27 @@ WAYS: dict[str, Way] = {
 def applicable(options: argparse.Namespace) -> list[str]:
     """All variants that are not ours under another name; a step is compiled only when asked for."""
     same = {f"batch {options.batch_size}"}
-    return [name for name in WAYS if name not in same and (options.compile or name != "compiled step")]
+    return [
+        name for name in WAYS if name not in same and (options.compile or name != "compiled step")
+    ]
 
 
 def pictures_of(options: argparse.Namespace, name: str) -> int:
     """How many pictures a call of a variant captions."""
     if name == OURS:
         return options.images
-    return min(options.images, options.baseline_images if WAYS[name].is_slow else options.variant_images)
+    return min(
+        options.images, options.baseline_images if WAYS[name].is_slow else options.variant_images
+    )
 
 
 # Subjects.
 
 
 def build(options: argparse.Namespace, device: torch.device) -> Subject:
-    subject = _random(options, device) if options.tiny or options.system != "lite" else _lite(options)
+    subject = (
+        _random(options, device) if options.tiny or options.system != "lite" else _lite(options)
+    )
     changes = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     given = {key: value for key, value in changes.items() if value is not None}
     return dataclasses.replace(subject, decode=dataclasses.replace(subject.decode, **given))
@@ -271,7 +295,9 @@ def build(options: argparse.Namespace, device: torch.device) -> Subject:
 def _lite(options: argparse.Namespace) -> Subject:
     captioner = Captioner.from_pretrained(options.checkpoint, options.device)
     recipe, encoder = captioner.recipe, captioner.model.vision_encoder
-    paths = [image.path for image in CaptionFolder.open(options.data_dir or recipe.data_dir).split("val")]
+    paths = [
+        image.path for image in CaptionFolder.open(options.data_dir or recipe.data_dir).split("val")
+    ]
     options.images = min(options.images, len(paths))
     return Subject(
         captioner.model,
@@ -293,7 +319,10 @@ def _random(options: argparse.Namespace, device: torch.device) -> Subject:
 
     def load(indices: Sequence[int]) -> torch.Tensor:
         return torch.stack(
-            [torch.randn(3, size, size, generator=torch.Generator().manual_seed(index)) for index in indices]
+            [
+                torch.randn(3, size, size, generator=torch.Generator().manual_seed(index))
+                for index in indices
+            ]
         )
 
     num_beams = {"lite": 3, "dinov2-gemma": 1, "pvt-blip": recipe.decode.num_beams}[options.system]
@@ -310,7 +339,8 @@ def same_captions(subject: Subject, options: argparse.Namespace) -> bool:
     all_same = True
     for precision, one in (("float32", in_float32(subject)), ("as measured", subject)):
         found = {
-            name: WAYS[name].run(one, num_images, options.batch_size) for name in (OURS, PUBLISHED, PLAIN)
+            name: WAYS[name].run(one, num_images, options.batch_size)
+            for name in (OURS, PUBLISHED, PLAIN)
         }
         for name in (PUBLISHED, PLAIN):
             same = sum(a == b for a, b in zip(found[OURS], found[name], strict=True))
@@ -325,7 +355,9 @@ def peak_of(options: argparse.Namespace, device: torch.device) -> harness.Peak:
     subject = way.change(build(options, device))
     gc.collect()
     num_images = pictures_of(options, options.peak_of)
-    return harness.watch_peak(lambda: way.run(subject, num_images, options.batch_size), device, times=1)
+    return harness.watch_peak(
+        lambda: way.run(subject, num_images, options.batch_size), device, times=1
+    )
 
 
 def child_arguments(options: argparse.Namespace, name: str) -> list[str]:
@@ -343,16 +375,26 @@ def child_arguments(options: argparse.Namespace, name: str) -> list[str]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = harness.argument_parser(__doc__, repeats=3)
     parser.add_argument("--system", choices=SYSTEMS, default="lite")
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/lite-flickr8k"), help="of lite")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("runs/lite-flickr8k"), help="of lite"
+    )
     parser.add_argument("--data-dir", type=Path, help="caption folder of lite (its recipe's)")
-    parser.add_argument("--images", type=int, help="pictures that ours captions in a measured call (1000)")
-    parser.add_argument("--variant-images", type=int, default=128, help="pictures of the other variants")
-    parser.add_argument("--baseline-images", type=int, default=24, help="pictures of the slow variants")
+    parser.add_argument(
+        "--images", type=int, help="pictures that ours captions in a measured call (1000)"
+    )
+    parser.add_argument(
+        "--variant-images", type=int, default=128, help="pictures of the other variants"
+    )
+    parser.add_argument(
+        "--baseline-images", type=int, default=24, help="pictures of the slow variants"
+    )
     parser.add_argument("--num-beams", type=int, help="beams (its recipe's; dinov2-gemma: 1)")
     parser.add_argument("--max-new-tokens", type=int, help="longest caption (lite: its recipe's)")
     parser.add_argument("--batch-size", type=int, help="pictures in a batch (32; dinov2-gemma: 64)")
     parser.add_argument("--compile", action="store_true", help="measure the compiled step as well")
-    parser.add_argument("--variants", nargs="+", choices=list(WAYS), help="only these (all that apply)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(WAYS), help="only these (all that apply)"
+    )
     parser.add_argument(
         "--memory", action="store_true", help="measure peaks too, each in a process of its own"
     )
@@ -386,7 +428,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         way, num_images = WAYS[name], pictures_of(options, name)
         changed = way.change(subject)
-        tokens = sum(min(len(ids) + 1, subject.decode.max_new_tokens) for ids in captions[:num_images])
+        tokens = sum(
+            min(len(ids) + 1, subject.decode.max_new_tokens) for ids in captions[:num_images]
+        )
         run = lambda way=way, changed=changed, n=num_images: way.run(changed, n, options.batch_size)  # noqa: E731
         variants.append(Variant(name, run, num_images, tokens))
     report = Report(harness.measure(variants, options.repeats, device), device, options.seed)
@@ -394,7 +438,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del subject, variants, changed, run
         gc.collect()
         for name in names:
-            report.add_peak(name, harness.peak_in_child("benchmarks.caption", child_arguments(options, name)))
+            report.add_peak(
+                name, harness.peak_in_child("benchmarks.caption", child_arguments(options, name))
+            )
     for name in names:
         if OURS in names and name != OURS:
             report.add_ratio(OURS, name)

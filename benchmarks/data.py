@@ -95,7 +95,9 @@ class Task:
         return 1 - self.num_tokens / sum(self.packed())
 
     def _batches(self) -> EpochBatches:
-        return epoch_plan(self.recipe, self.data.captions_per_image, self.data.caption_lengths).batches(0)
+        return epoch_plan(
+            self.recipe, self.data.captions_per_image, self.data.caption_lengths
+        ).batches(0)
 
 
 def run(steps: Iterator[object]) -> None:
@@ -125,7 +127,9 @@ def small_captioner(recipe: Recipe, *, tiny: bool) -> CaptionModel:
         num_attention_heads=4, tie_word_embeddings=True, attn_implementation="eager",
     )  # fmt: skip
     language_model = LanguageModel(LlamaForCausalLM(config).eval(), None)
-    bridge = build_bridge(recipe.bridge, NoEncoder.embed_dim, language_model.shape, NoEncoder.num_tokens)
+    bridge = build_bridge(
+        recipe.bridge, NoEncoder.embed_dim, language_model.shape, NoEncoder.num_tokens
+    )
     model = CaptionModel(NoEncoder(), language_model, bridge, standardize=False)
     choose_trainable(model, recipe.trainable)
     return model.train()
@@ -151,8 +155,12 @@ def _from_folder(data_dir: Path) -> Iterator[CaptionedImage]:
 def _drawn(seed: int) -> Iterator[CaptionedImage]:
     random, number = np.random.default_rng(seed), 0
     while True:
-        lengths = random.normal(WORDS_MEAN, WORDS_STD, CAPTIONS_PER_IMAGE).round().clip(2, 40).astype(int)
-        captions = (" ".join(f"word{word}" for word in random.integers(0, VOCABULARY, n)) for n in lengths)
+        lengths = (
+            random.normal(WORDS_MEAN, WORDS_STD, CAPTIONS_PER_IMAGE).round().clip(2, 40).astype(int)
+        )
+        captions = (
+            " ".join(f"word{word}" for word in random.integers(0, VOCABULARY, n)) for n in lengths
+        )
         yield CaptionedImage(Path(f"{number}.jpg"), tuple(captions), str(number))
         number += 1
 
@@ -160,7 +168,8 @@ def _drawn(seed: int) -> Iterator[CaptionedImage]:
 def encode_words(texts: Sequence[str]) -> list[list[int]]:
     """A token for each word: a number of its own, nearly."""
     return [
-        [EOS + 1 + zlib.crc32(word.encode()) % (VOCABULARY - EOS - 1) for word in t.split()] for t in texts
+        [EOS + 1 + zlib.crc32(word.encode()) % (VOCABULARY - EOS - 1) for word in t.split()]
+        for t in texts
     ]
 
 
@@ -180,7 +189,9 @@ def random_cache(folder: Path, num_images: int) -> FeatureCache:
         def __getitem__(self, indices: np.ndarray) -> np.ndarray:
             return indices % len(drawn)
 
-    return open_or_build(CacheFiles(folder, FORMAT, num_images), Numbers(), lambda numbers: drawn[numbers])
+    return open_or_build(
+        CacheFiles(folder, FORMAT, num_images), Numbers(), lambda numbers: drawn[numbers]
+    )
 
 
 # The two parts.
@@ -193,7 +204,12 @@ def measure_growth(
     tasks = [Task(recipe, model, tokenized(size, options), features) for size in sizes]
     variants = [task.variant(epoch_of(size)) for task, size in zip(tasks, sizes, strict=True)]
     variants += [
-        Variant(plan_of(size), lambda task=task: run(task.packed()), task.data.num_captions, task.num_tokens)
+        Variant(
+            plan_of(size),
+            lambda task=task: run(task.packed()),
+            task.data.num_captions,
+            task.num_tokens,
+        )
         for task, size in zip(tasks, sizes, strict=True)
     ]
     return harness.measure(variants, options.repeats, model.device), tasks
@@ -207,7 +223,9 @@ def plan_of(size: int) -> str:
     return f"plan and pack {size:,} captions"
 
 
-def orders(model: CaptionModel, features: FeatureCache, options: argparse.Namespace) -> dict[str, Task]:
+def orders(
+    model: CaptionModel, features: FeatureCache, options: argparse.Namespace
+) -> dict[str, Task]:
     """The same captions in batches of about as many positions, put together in four ways."""
     data = tokenized(min(ORDER_CAPTIONS, max(sizes_of(options))), options)
     positions = round(BATCH_CAPTIONS * data.caption_lengths.mean())
@@ -219,7 +237,8 @@ def orders(model: CaptionModel, features: FeatureCache, options: argparse.Namesp
     }
     recipe = small_recipe(options.seed)
     return {
-        name: Task(override_recipe(recipe, some), model, data, features) for name, some in overrides.items()
+        name: Task(override_recipe(recipe, some), model, data, features)
+        for name, some in overrides.items()
     }
 
 
@@ -279,19 +298,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         growth, tasks = measure_growth(sizes, model, features, options)
         by_order = orders(model, features, options)
         variants = [task.variant(name) for name, task in by_order.items()]
-        report = Report(growth + harness.measure(variants, options.repeats, device), device, options.seed)
+        report = Report(
+            growth + harness.measure(variants, options.repeats, device), device, options.seed
+        )
         for size in sizes:
-            peak = harness.peak_in_child("benchmarks.data", child_arguments(options, size, features))
+            peak = harness.peak_in_child(
+                "benchmarks.data", child_arguments(options, size, features)
+            )
             report.add_peak(epoch_of(size), peak)
         features.close()
 
     small, large = min(sizes), max(sizes)
-    report.add_ratio(epoch_of(large), epoch_of(small), f"samples/s at {large:,} / {small:,} captions")
+    report.add_ratio(
+        epoch_of(large), epoch_of(small), f"samples/s at {large:,} / {small:,} captions"
+    )
     report.add_memory_ratio(epoch_of(large), epoch_of(small))
     report.ratios[f"planning and packing: share of the {epoch_of(large)}"] = (
         report[plan_of(large)].median_seconds / report[epoch_of(large)].median_seconds
     )
-    report.ratios[f"bytes a caption: {large:,} captions as tokens"] = bytes_of(tasks[-1].data) / large
+    report.ratios[f"bytes a caption: {large:,} captions as tokens"] = (
+        bytes_of(tasks[-1].data) / large
+    )
     first, *others = by_order
     for name in others:
         report.add_ratio(first, name)

@@ -23,7 +23,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from benchmarks.harness import argument_parser, environment, markdown, prepare
-from vlm_bridge.configuration import Recipe, load_recipe, override_recipe, recipe_from_dict, shipped_recipe
+from vlm_bridge.configuration import (
+    Recipe,
+    load_recipe,
+    override_recipe,
+    recipe_from_dict,
+    shipped_recipe,
+)
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
@@ -60,7 +66,9 @@ def variants(base: Recipe, options: argparse.Namespace) -> Iterator[tuple[str, R
             bridge = {"kind": kind, "dropout": bridge["dropout"]}
             changes = {"learning_rate": options.cross_attention_learning_rate}
         for layer in layers:
-            recipe = recipe_from_dict({**plain, **changes, "bridge": {**bridge, "enter_at_layer": layer}})
+            recipe = recipe_from_dict(
+                {**plain, **changes, "bridge": {**bridge, "enter_at_layer": layer}}
+            )
             yield f"{kind} at {layer}", recipe
             if layer:
                 cached = override_recipe(recipe, ["text_state_cache=true"])
@@ -82,7 +90,12 @@ def measure(name: str, recipe: Recipe, seconds: float) -> Result:
     validation = run_steps(recipe, steps).validation
     assert validation is not None, "the last step is validated"
     result = Result(
-        name, seconds_per_step, steps, steps * recipe.batch_size, validation.loss, validation.visual_gain
+        name,
+        seconds_per_step,
+        steps,
+        steps * recipe.batch_size,
+        validation.loss,
+        validation.visual_gain,
     )
     print(f"{name}: {result}", flush=True)
     return result
@@ -103,15 +116,25 @@ def tiny_base(seed: int) -> Iterator[Recipe]:
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
         }
-        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(folder / "text")
-        ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(folder / "vision")
+        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(
+            folder / "text"
+        )
+        ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(
+            folder / "vision"
+        )
         size = {"height": 32, "width": 32}
         ViTImageProcessorPil(size=size).save_pretrained(folder / "vision")
         yield recipe_from_dict(
             {
                 "vision_encoder": {"name": str(folder / "vision")},
                 "language_model": {"name": str(folder / "text")},
-                "bridge": {"kind": "deep_prefix", "num_queries": 4, "depth": 1, "width": 32, "num_heads": 4},
+                "bridge": {
+                    "kind": "deep_prefix",
+                    "num_queries": 4,
+                    "depth": 1,
+                    "width": 32,
+                    "num_heads": 4,
+                },
                 "data_dir": str(folder / "data"),
                 "batch_size": 8,
                 "num_workers": 0,

@@ -67,7 +67,9 @@ def trained(options: argparse.Namespace) -> Subject:
     model, recipe = captioner.model, captioner.recipe
     images = CaptionFolder.open(options.data_dir).split(options.split)[: options.limit]
     batches = in_batches([image.path for image in images], BATCH)
-    features = [model.encode_images([open_image(path) for path in batch]).float().cpu() for batch in batches]
+    features = [
+        model.encode_images([open_image(path) for path in batch]).float().cpu() for batch in batches
+    ]
     return Subject(
         model,
         TokenizedImages(images, captioner.format),
@@ -89,7 +91,9 @@ def random(options: argparse.Namespace, device: torch.device) -> Subject:
         return " ".join(map(str, ids))
 
     references = [
-        [text(system.data.caption(image, number).labels[:-1]) for number in range(count)]  # without EOS
+        [
+            text(system.data.caption(image, number).labels[:-1]) for number in range(count)
+        ]  # without EOS
         for image, count in enumerate(system.data.captions_per_image)
     ]
     features = torch.from_numpy(np.asarray(system.features)).float()
@@ -100,7 +104,9 @@ def random(options: argparse.Namespace, device: torch.device) -> Subject:
 def stored(features_bnd: torch.Tensor, dtype: FeatureDtype) -> torch.Tensor:
     """The same after a cache of this format."""
     format = FeatureFormat(*features_bnd.shape[1:], dtype=dtype)
-    return torch.cat([format.unpack(format.pack(batch)).float() for batch in features_bnd.split(BATCH)])
+    return torch.cat(
+        [format.unpack(format.pack(batch)).float() for batch in features_bnd.split(BATCH)]
+    )
 
 
 def captions_of(subject: Subject, features_bnd: torch.Tensor) -> list[str]:
@@ -118,12 +124,19 @@ def measure(subject: Subject, formats: Sequence[FeatureDtype]) -> list[dict[str,
     references = {str(number): captions for number, captions in enumerate(subject.references)}
     rows: list[dict[str, Any]] = []
     said: dict[str, list[str]] = {}
-    for name, features in {NOT_STORED: exact, **{dtype: stored(exact, dtype) for dtype in formats}}.items():
+    for name, features in {
+        NOT_STORED: exact,
+        **{dtype: stored(exact, dtype) for dtype in formats},
+    }.items():
         said[name] = captions_of(subject, features)
-        scores = score_captions(references, {str(n): caption for n, caption in enumerate(said[name])}).corpus
+        scores = score_captions(
+            references, {str(n): caption for n, caption in enumerate(said[name])}
+        ).corpus
         as_read: Any = np.asarray(features)
         loss = validate(subject.model, subject.data, as_read, autocast=subject.autocast).loss
-        changed = sum(caption != other for caption, other in zip(said[name], said[NOT_STORED], strict=True))
+        changed = sum(
+            caption != other for caption, other in zip(said[name], said[NOT_STORED], strict=True)
+        )
         kept = {metric: scores[metric] for metric in SCORES if metric in scores}
         rows.append({"format": name, **kept, "loss": loss, "captions_changed": changed})
         print(rows[-1], flush=True)
@@ -136,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--checkpoint", help="a trained captioner")
-    subject.add_argument("--tiny", action="store_true", help="small random models: does it run at all?")
+    subject.add_argument(
+        "--tiny", action="store_true", help="small random models: does it run at all?"
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data/flickr8k"))
     parser.add_argument("--split", default="val")
     parser.add_argument("--limit", type=int, help="the first pictures only")
@@ -153,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         markdown(
             {
-                key: [f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key]) for row in rows]
+                key: [
+                    f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key])
+                    for row in rows
+                ]
                 for key in rows[0]
             }
         )

@@ -32,7 +32,12 @@ from transformers import AutoModel, BitImageProcessorPil, Dinov2Config
 from benchmarks.harness import Report, Variant, argument_parser, measure, prepare
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.feature_cache import CacheFiles, FeatureCache, OnTheFlyPixels, open_or_build
+from vlm_bridge.data_pipeline.feature_cache import (
+    CacheFiles,
+    FeatureCache,
+    OnTheFlyPixels,
+    open_or_build,
+)
 from vlm_bridge.data_pipeline.feature_format import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
 from vlm_bridge.model_architecture.known_architectures import known_architecture
@@ -74,7 +79,9 @@ class Work:
     def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
         return self.encoder(pixels_bchw.to(self.device))
 
-    def build(self, name: str, dtype: FeatureDtype = "float16", workers: int | None = None) -> FeatureCache:
+    def build(
+        self, name: str, dtype: FeatureDtype = "float16", workers: int | None = None
+    ) -> FeatureCache:
         format = FeatureFormat(self.encoder.num_tokens, self.encoder.embed_dim, dtype)
         return open_or_build(
             CacheFiles(self.root / name, format, len(self.paths)),
@@ -106,7 +113,9 @@ def decoding(work: Work, pool: ProcessPoolExecutor) -> Iterator[Variant]:
             pass
 
     def in_processes() -> None:
-        for _ in pool.map(_decode, [[work.paths[index] for index in batch] for batch in work.batches]):
+        for _ in pool.map(
+            _decode, [[work.paths[index] for index in batch] for batch in work.batches]
+        ):
             pass
 
     count = len(work.paths)
@@ -213,14 +222,18 @@ def build_encoder(name: str, tiny: bool) -> Any:
         size={"shortest_edge": size * 256 // 224}, crop_size={"height": size, "width": size}
     )
     return (
-        HuggingFaceVisionEncoder(AutoModel.from_config(config), processor, size).requires_grad_(False).eval()
+        HuggingFaceVisionEncoder(AutoModel.from_config(config), processor, size)
+        .requires_grad_(False)
+        .eval()
     )
 
 
 def pictures(options: argparse.Namespace, folder: Path) -> list[Path]:
     """Files of pictures: those of a caption folder's training split, or smooth noise."""
     if options.data_dir is not None:
-        return [image.path for image in CaptionFolder.open(options.data_dir).split("train")][: options.images]
+        return [image.path for image in CaptionFolder.open(options.data_dir).split("train")][
+            : options.images
+        ]
     folder.mkdir(parents=True)
     random = np.random.default_rng(options.seed)
     paths = [folder / f"{number:05}.jpg" for number in range(options.images)]
@@ -236,7 +249,9 @@ def worker_processes(work: Work) -> Iterator[ProcessPoolExecutor]:
     """Processes that decode; the first task finds them started."""
     without_weights = copy.deepcopy(work.encoder).to("meta")  # preprocessing needs none
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(work.workers, context, _start_worker, (without_weights.preprocess,)) as pool:
+    with ProcessPoolExecutor(
+        work.workers, context, _start_worker, (without_weights.preprocess,)
+    ) as pool:
         yield pool
 
 
@@ -250,7 +265,9 @@ def main() -> None:
     parser.add_argument(
         "--cache-dir", type=Path, help="the disk to measure; the temporary folder's otherwise"
     )
-    parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 2), help="that decode")
+    parser.add_argument(
+        "--workers", type=int, default=max(2, os.cpu_count() or 2), help="that decode"
+    )
     options = parser.parse_args()
     if options.tiny:
         options.images = min(options.images, 24)
@@ -262,7 +279,9 @@ def main() -> None:
         encoder = build_encoder(options.encoder, options.tiny).to(device)
         paths = pictures(options, root / "pictures")
         batch = ENCODE_BATCH.get(device.type, ENCODE_BATCH_ELSEWHERE)
-        work = Work(encoder, paths, root, device, options.workers, min(batch, max(1, len(paths) // 4)))
+        work = Work(
+            encoder, paths, root, device, options.workers, min(batch, max(1, len(paths) // 4))
+        )
         with worker_processes(work) as pool:
             variants = [
                 *encoding(work),

@@ -47,9 +47,15 @@ class TensorWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() not in self.weights
+            ):
                 size = tensor.numel() * tensor.element_size()
-                seen = (size, f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} by {func}")
+                seen = (
+                    size,
+                    f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} by {func}",
+                )
                 self.largest = max(self.largest, seen)
                 if tensor.dtype == torch.float32 and tensor.shape[-1:] == (self.vocab_size,):
                     rows = tensor.numel() // self.vocab_size
@@ -102,8 +108,12 @@ def watched_step(model: CaptionModel, batch_size: int, caption_tokens: int) -> l
         for name, parameter in bridge.items()
         if name != "key.bias" and parameter.grad is not None and not parameter.grad.any()
     ]
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
-    print(f"loss                 {loss.item():.3f} nats/token (uniform: {math.log(vocab_size):.3f})")
+    frozen = [
+        name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None
+    ]
+    print(
+        f"loss                 {loss.item():.3f} nats/token (uniform: {math.log(vocab_size):.3f})"
+    )
     print(f"largest tensor       {watch.largest[0] / MIB:.1f} MiB: {watch.largest[1]}")
     print(f"largest allocation   {allocated / MIB:.1f} MiB in one call of {operator} (profiler)")
     print(f"largest logits       {logits}")
@@ -158,7 +168,9 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=0, help="training steps to time as well")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="small random models of the same classes")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small random models of the same classes"
+    )
     options = parser.parse_args()
     caption_tokens = options.caption_tokens or (512 if options.tiny else 64)
 
@@ -174,7 +186,9 @@ def main() -> int:
     print(
         f"torch {torch.__version__}, {model.device}, {torch.get_num_threads()} threads, {parameters:,} parameters"
     )
-    print(f"one batch of {options.batch_size} pictures, captions of {caption_tokens} tokens, bfloat16")
+    print(
+        f"one batch of {options.batch_size} pictures, captions of {caption_tokens} tokens, bfloat16"
+    )
     problems = watched_step(model, options.batch_size, caption_tokens)
     if options.steps:
         timed_steps(model, recipe, options.batch_size, caption_tokens, options.steps)

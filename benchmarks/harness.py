@@ -111,8 +111,12 @@ def argument_parser(description: str | None, *, repeats: int = 7) -> argparse.Ar
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    parser.add_argument("--tiny", action="store_true", help="small random models: does it run at all?")
-    parser.add_argument("--repeats", type=int, default=repeats, help="measured runs of each variant")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small random models: does it run at all?"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="measured runs of each variant"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -133,7 +137,9 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
         "seed": seed,
@@ -176,7 +182,9 @@ def measure(
             say(
                 f"{'warm-up' if repeat < 0 else f'repeat {repeat + 1}/{repeats}'}: {variant.name} {elapsed:.3f} s"
             )
-    return [Measurement(v.name, tuple(seconds[v.name]), v.samples, v.tokens, v.flops) for v in variants]
+    return [
+        Measurement(v.name, tuple(seconds[v.name]), v.samples, v.tokens, v.flops) for v in variants
+    ]
 
 
 def _now(device: torch.device | None) -> float:
@@ -185,7 +193,9 @@ def _now(device: torch.device | None) -> float:
     return time.perf_counter()
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> float:
+def matmul_flops_per_second(
+    device: torch.device, dtype: torch.dtype, *, tiny: bool = False
+) -> float:
     """The fastest matrix product that torch does here, in floating-point operations a second (2 n^3 each).
 
     Square matrices of several sizes, the best of some repeats each: what a perfect step of large products would reach.
@@ -244,7 +254,9 @@ def peak_in_child(module: str, arguments: Sequence[str]) -> Peak:
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{module} {' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}"
+        )
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -292,7 +304,9 @@ class Report:
         return next(m for m in self.measurements if m.variant == variant)
 
     def add_peak(self, variant: str, peak: Peak) -> None:
-        self.measurements = [replace(m, peak=peak) if m.variant == variant else m for m in self.measurements]
+        self.measurements = [
+            replace(m, peak=peak) if m.variant == variant else m for m in self.measurements
+        ]
 
     def add_ratio(self, fast: str, slow: str, name: str | None = None) -> float:
         """How many times as many samples a second ``fast`` does as ``slow``: the median over repeats."""
@@ -344,7 +358,9 @@ class Report:
             "spread": [_cell(m.spread, ".1%") for m in self.measurements],
             "of matmul peak": [_cell(self._share(m), ".1%") for m in self.measurements],
             "peak GiB": [_cell(m.peak and m.peak.absolute / GIB, ".2f") for m in self.measurements],
-            "over models GiB": [_cell(m.peak and m.peak.over_models / GIB, ".2f") for m in self.measurements],
+            "over models GiB": [
+                _cell(m.peak and m.peak.over_models / GIB, ".2f") for m in self.measurements
+            ],
         }
         return markdown({name: cells for name, cells in columns.items() if any(cells)})
 
@@ -377,4 +393,6 @@ def markdown(columns: dict[str, list[str]]) -> str:
         return f"| {' | '.join(aligned)} |"
 
     rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(line(cells) for cells in (list(columns), rules, *zip(*columns.values(), strict=True)))
+    return "\n".join(
+        line(cells) for cells in (list(columns), rules, *zip(*columns.values(), strict=True))
+    )

@@ -32,7 +32,9 @@ OURS = "ours"
 MIB = 2**20
 
 
-def plain(hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead) -> tuple[torch.Tensor, None]:
+def plain(
+    hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead
+) -> tuple[torch.Tensor, None]:
     """As users write it."""
     return F.cross_entropy(head(hidden).float(), labels, reduction="sum"), None
 
@@ -44,7 +46,9 @@ def by_autograd(
     return frozen_head_cross_entropy(hidden, labels, lambda states: head(states))
 
 
-def products_alone(hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead) -> tuple[torch.Tensor, None]:
+def products_alone(
+    hidden: torch.Tensor, labels: torch.Tensor, head: LinearHead
+) -> tuple[torch.Tensor, None]:
     """No loss at all, in chunks of ours."""
     with torch.no_grad():
         size = loss.linear_head_chunk(len(hidden), len(head.weight), hidden)
@@ -85,7 +89,9 @@ def kernels_that_work(head: LinearHead, hidden: torch.Tensor) -> dict[str, Kerne
     return found
 
 
-def variants_of(shape: str, dtype: str, options: argparse.Namespace, device: torch.device) -> list[Variant]:
+def variants_of(
+    shape: str, dtype: str, options: argparse.Namespace, device: torch.device
+) -> list[Variant]:
     """The variants of one head; each call of one computes loss and gradient once."""
     vocabulary, width = map(int, shape.split("x"))
     weight = (torch.randn(vocabulary, width, device=device) * width**-0.5).to(getattr(torch, dtype))
@@ -102,7 +108,10 @@ def variants_of(shape: str, dtype: str, options: argparse.Namespace, device: tor
     def variant(name: str, run: Callable[[], None]) -> Variant:
         return Variant(f"{shape} {dtype} {name}", run, options.positions, options.positions)
 
-    found = [variant(name, partial(step, kernel)) for name, kernel in kernels_that_work(head, hidden).items()]
+    found = [
+        variant(name, partial(step, kernel))
+        for name, kernel in kernels_that_work(head, hidden).items()
+    ]
     for name, values in (("chunk", options.chunk_mib), ("block", options.block_mib)):
         found += [
             variant(
@@ -116,9 +125,13 @@ def variants_of(shape: str, dtype: str, options: argparse.Namespace, device: tor
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--shapes", nargs="+", metavar="VxH", help=f"vocabulary x width: {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="VxH", help=f"vocabulary x width: {', '.join(SHAPES)}"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--positions", type=int, default=512, help="supervised positions of a batch")
+    parser.add_argument(
+        "--positions", type=int, default=512, help="supervised positions of a batch"
+    )
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--chunk-mib", type=int, nargs="*", default=[], help="other chunks to try")
     parser.add_argument("--block-mib", type=int, nargs="*", default=[], help="other blocks to try")
@@ -128,7 +141,9 @@ def main() -> int:
     measurements: list[Measurement] = []
     for dtype in options.dtypes:
         for shape in shapes:  # one head in memory at a time
-            measurements += measure(variants_of(shape, dtype, options, device), options.repeats, device)
+            measurements += measure(
+                variants_of(shape, dtype, options, device), options.repeats, device
+            )
     report = Report(measurements, device, options.seed)
     for m in measurements:
         shape, dtype, name = m.variant.split(" ", 2)

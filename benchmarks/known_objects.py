@@ -20,7 +20,9 @@ from vlm_bridge.model_architecture.object_names import imagenet_objects, plural
 def known_objects(captions: Iterable[str], at_least: int) -> list[str]:
     """Names that, alone or in the plural, at least so many captions use as whole words."""
     counts: Counter[str] = Counter()
-    forms = {form: name for name in set(imagenet_objects().values()) for form in (name, plural(name))}
+    forms = {
+        form: name for name in set(imagenet_objects().values()) for form in (name, plural(name))
+    }
     pattern = re.compile(
         rf"\b({'|'.join(sorted(map(re.escape, forms), key=len, reverse=True))})\b", re.IGNORECASE
     )
@@ -37,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-least", type=int, default=100, help="captions (%(default)s)")
     options = parser.parse_args(arguments)
     images = CaptionFolder.open(options.data_dir).split("train")
-    names = known_objects((caption for image in images for caption in image.captions), options.at_least)
+    names = known_objects(
+        (caption for image in images for caption in image.captions), options.at_least
+    )
     print(f"known_objects: [{', '.join(names)}]")
     return 0
 

@@ -50,7 +50,9 @@ def main() -> None:
     print("layer  width  colour of unseen pairs  shape of unseen pairs")
     for layer in LAYERS:
         encoder = build_vision_encoder(VisionEncoderConfig(layers=(layer,)))
-        train, test = (pooled(encoder, pictures).numpy() for pictures in (train_pictures, test_pictures))
+        train, test = (
+            pooled(encoder, pictures).numpy() for pictures in (train_pictures, test_pictures)
+        )
         scores = []
         for what in ("colour", "shape"):
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))

@@ -52,9 +52,7 @@ def write_folder(root: Path, num_lines: int) -> None:
             else:
                 (images_dir / name).hardlink_to(original)
             for number in range(CAPTIONS_PER_IMAGE):
-                text = (
-                    f"A brown dog number {image} is running through the tall grass, for the {number}th time."
-                )
+                text = f"A brown dog number {image} is running through the tall grass, for the {number}th time."
                 file.write(caption_line(name, text, str(image)) + "\n")
     counts = {"train": {"images": num_images, "captions": num_lines}}
     manifest = {

@@ -56,7 +56,9 @@ def peak_of(options: argparse.Namespace, system: SystemName, batch_size: int, va
     arguments += ["--device", options.device, "--seed", str(options.seed), "--peak-of", variant]
     arguments += ["--data-dir", str(options.data_dir)] if options.data_dir else []
     arguments += ["--tiny"] if options.tiny else []
-    return max(harness.peak_in_child("benchmarks.train_step", arguments) for _ in range(options.repeats))
+    return max(
+        harness.peak_in_child("benchmarks.train_step", arguments) for _ in range(options.repeats)
+    )
 
 
 if __name__ == "__main__":

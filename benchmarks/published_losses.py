@@ -57,7 +57,9 @@ class PublishedBridge(nn.Module):
         self.num_heads = num_heads
         self.vision_projection = nn.Linear(vision_dim, text_dim)
         self.ln1, self.ln2 = nn.LayerNorm(text_dim), nn.LayerNorm(text_dim)
-        self.cross_attention = nn.ModuleDict({f"w_{name}": nn.Linear(text_dim, text_dim) for name in "qkvo"})
+        self.cross_attention = nn.ModuleDict(
+            {f"w_{name}": nn.Linear(text_dim, text_dim) for name in "qkvo"}
+        )
         self.ffn = nn.Sequential(
             nn.Linear(text_dim, 4 * text_dim),
             nn.GELU(),
@@ -81,11 +83,17 @@ class PublishedBridge(nn.Module):
 def save_models(folder: Path, text_dim: int, vision_dim: int) -> None:
     """Random DINOv2 and Gemma 2 of two layers each, and a tokenizer of whole words."""
     vision = Dinov2Config(
-        hidden_size=vision_dim, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
+        hidden_size=vision_dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
     )
     Dinov2Model(vision).save_pretrained(folder / "encoder")
     size = {"height": 56, "width": 56}
-    BitImageProcessorPil(size={"shortest_edge": 56}, crop_size=size).save_pretrained(folder / "encoder")
+    BitImageProcessorPil(size={"shortest_edge": 56}, crop_size=size).save_pretrained(
+        folder / "encoder"
+    )
     tokens = [PAD, EOS, START, *(f"w{number}" for number in range(NUM_WORDS))]
     tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=PAD))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
@@ -110,7 +118,9 @@ def save_data(folder: Path, seed: int) -> list[tuple[Path, str]]:
                 name = f"images/{split}_{number}.jpg"
                 noise = random.integers(0, 255, (56, 56, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(folder / split / name)
-                caption = " ".join(f"w{word}" for word in random.integers(0, NUM_WORDS, CAPTION_WORDS))
+                caption = " ".join(
+                    f"w{word}" for word in random.integers(0, NUM_WORDS, CAPTION_WORDS)
+                )
                 line = {"image_path": name, "caption": caption, "original_id": f"{split}-{number}"}
                 file.write(json.dumps(line) + "\n")
                 if split == "train":
@@ -146,7 +156,8 @@ def formula_losses(recipe: Recipe, pairs: list[tuple[Path, str]]) -> list[float]
     """The losses of the published loop on the same captions, from the bridge that our training starts with."""
     captioner = build_captioner(recipe)
     weights = {
-        name.removeprefix("bridge_module."): x for name, x in to_original(start_of(captioner), "it").items()
+        name.removeprefix("bridge_module."): x
+        for name, x in to_original(start_of(captioner), "it").items()
     }
     text_dim, vision_dim = weights["vision_projection.weight"].shape
     bridge = PublishedBridge(vision_dim, text_dim, recipe.bridge.options.num_heads)
@@ -161,8 +172,12 @@ def formula_losses(recipe: Recipe, pairs: list[tuple[Path, str]]) -> list[float]
     images = [Image.open(path).convert("RGB") for path, _ in pairs]
     with torch.no_grad():
         encoder: Any = Dinov2Model.from_pretrained(recipe.vision_encoder.name)
-        features_bnd = encoder(processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state
-    ids_bt = torch.tensor(tokenizer([f"{START} {caption} {EOS}" for _, caption in pairs])["input_ids"])
+        features_bnd = encoder(
+            processor(images, return_tensors="pt")["pixel_values"]
+        ).last_hidden_state
+    ids_bt = torch.tensor(
+        tokenizer([f"{START} {caption} {EOS}" for _, caption in pairs])["input_ids"]
+    )
     rows_bth = causal_lm.get_input_embeddings().weight[ids_bt[:, :-1]].detach()
 
     causal_lm.requires_grad_(False)
@@ -170,7 +185,9 @@ def formula_losses(recipe: Recipe, pairs: list[tuple[Path, str]]) -> list[float]
         bridge.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     steps = recipe.num_epochs
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=recipe.min_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, T_max=steps, eta_min=recipe.min_lr
+    )
     losses = []
     for _ in range(steps):
         # transformers 4 scaled whatever came in as inputs_embeds; since 5 the caller does.
@@ -199,7 +216,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="widths of 64 and 32 instead of 2304 and 1024")
+    parser.add_argument(
+        "--tiny", action="store_true", help="widths of 64 and 32 instead of 2304 and 1024"
+    )
     return parser.parse_args()
 
 

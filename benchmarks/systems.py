@@ -26,7 +26,13 @@ from transformers import (
     PvtV2Config,
 )
 
-from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, override_recipe, shipped_recipe
+from vlm_bridge.configuration import (
+    DEFAULT_RECIPE,
+    Recipe,
+    load_recipe,
+    override_recipe,
+    shipped_recipe,
+)
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import CaptionFormat, TokenizedImages
@@ -121,10 +127,17 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
         vision = PvtV2Config(
             hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
         )
-        text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        text = {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+        }
         return vision, BlipTextConfig(**text, num_attention_heads=4, encoder_hidden_size=64), 64
     if tiny:
-        vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=14)
+        vision = Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=14
+        )
         sizes: dict[str, Any] = {
             "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16,
@@ -135,7 +148,11 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
     if name == "gemma-like":
         # DINOv2-small, and Gemma 2 cut to 301 M parameters, of which 164 M are the real vocabulary's embeddings.
         vision = Dinov2Config(
-            hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            image_size=518,
+            patch_size=14,
         )
         text = Gemma2Config(
             vocab_size=256_000, hidden_size=640, intermediate_size=2560, num_hidden_layers=21, num_attention_heads=4,
@@ -151,7 +168,9 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
     return encoder.config, decoder.config.get_text_config(), size
 
 
-def random_captioner(recipe: Recipe, vision_config: Any, text_config: Any, image_size: int) -> CaptionModel:
+def random_captioner(
+    recipe: Recipe, vision_config: Any, text_config: Any, image_size: int
+) -> CaptionModel:
     """A captioner of random weights, made on torch's default device; the language model's as the recipe stores them."""
     encoder = HuggingFaceVisionEncoder(AutoModel.from_config(vision_config), None, image_size)
     if isinstance(text_config, BlipTextConfig):
@@ -162,7 +181,9 @@ def random_captioner(recipe: Recipe, vision_config: Any, text_config: Any, image
             text_config, dtype=torch.bfloat16, attn_implementation="eager"
         )
     language_model = LanguageModel(causal_lm.eval(), None)
-    bridge = build_bridge(recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens)
+    bridge = build_bridge(
+        recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens
+    )
     model = CaptionModel(
         encoder.eval(), language_model, bridge, standardize=recipe.bridge.standardize_features
     )
@@ -175,14 +196,18 @@ def as_if_trained(bridge: torch.nn.Module, seed: int) -> None:
     """Give every weight of a bridge a part in its output: a new one passes no gradient on, and does not look."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in bridge.parameters():
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+        parameter.add_(
+            0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        )
 
 
 def encoded(model: CaptionModel, pixels: Features, num_images: int) -> np.ndarray:
     """Features [num_images, N, D] in float16, as a cache holds them."""
     parts = [
         model.features(
-            torch.from_numpy(np.ascontiguousarray(pixels[np.arange(start, min(start + 8, num_images))]))
+            torch.from_numpy(
+                np.ascontiguousarray(pixels[np.arange(start, min(start + 8, num_images))])
+            )
         )
         for start in range(0, num_images, 8)
     ]
@@ -246,12 +271,16 @@ def own_captioner(system: System, **bridge_options: Any) -> System:
     bridge: Any = model.bridge
     if bridge_options:
         options = dataclasses.replace(recipe.bridge.options, **bridge_options)
-        recipe = dataclasses.replace(recipe, bridge=dataclasses.replace(recipe.bridge, options=options))
+        recipe = dataclasses.replace(
+            recipe, bridge=dataclasses.replace(recipe.bridge, options=options)
+        )
         bridge = build_bridge(
             recipe.bridge, vision_encoder.embed_dim, language_model.shape, vision_encoder.num_tokens
         )
         as_if_trained(bridge, recipe.seed)
-    own = CaptionModel(vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features)
+    own = CaptionModel(
+        vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
+    )
     if own.feature_scale is not None and model.feature_scale is not None:
         own.feature_scale.load_state_dict(model.feature_scale.state_dict())
     choose_trainable(own, recipe.trainable)

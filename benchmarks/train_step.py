@@ -114,7 +114,9 @@ def loss_kernel(system: System) -> Kernel | None:
     language_model = system.model.language_model
     with autocast(system):
         dtype = logits_dtype(next(language_model.parameters()).new_empty(0))
-    return choose_kernel(system.recipe.loss_kernel, language_model.linear_head, system.model.device, dtype)
+    return choose_kernel(
+        system.recipe.loss_kernel, language_model.linear_head, system.model.device, dtype
+    )
 
 
 def cached_text_states(system: System) -> TextStates:
@@ -122,7 +124,12 @@ def cached_text_states(system: System) -> TextStates:
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = changed(system, f"feature_cache={folder}")
         return split_text_states(
-            system.model, elsewhere.recipe, "train", system.data, lambda: autocast(system), lambda _: None
+            system.model,
+            elsewhere.recipe,
+            "train",
+            system.data,
+            lambda: autocast(system),
+            lambda _: None,
         )
 
 
@@ -204,14 +211,18 @@ def losses(system: System) -> tuple[float, float]:
         rows = whole_rows(data.captions_per_image)
         for some in in_batches(rows, max(1, recipe.batch_size // recipe.captions_per_image)):
             with autocast(system):
-                ours += summed_loss(model, load_batch(data.pack(some), system.features, model.device))
+                ours += summed_loss(
+                    model, load_batch(data.pack(some), system.features, model.device)
+                )
         supervised = 0
         captions = CaptionDataset(system)
         for some in in_batches(range(len(captions)), recipe.batch_size):
             batch = collate([captions[index] for index in some])
             of_batch = int((batch["labels"] != IGNORE_INDEX).sum())
             with autocast(system):
-                plain += of_batch * published_loss(system, {k: v.to(model.device) for k, v in batch.items()})
+                plain += of_batch * published_loss(
+                    system, {k: v.to(model.device) for k, v in batch.items()}
+                )
             supervised += of_batch
     model.train()
     return ours.item() / supervised, plain.item() / supervised
@@ -226,12 +237,17 @@ def step_flops(system: System) -> float:
     """Of a call of a variant; only what a frozen language model needs (`frozen_training_flops`)."""
     language_model: Any = system.model.language_model
     matrices = sum(p.numel() for p in language_model.parameters() if p.ndim > 1)
-    if language_model.head_module.weight is not language_model.causal_lm.get_input_embeddings().weight:
+    if (
+        language_model.head_module.weight
+        is not language_model.causal_lm.get_input_embeddings().weight
+    ):
         matrices -= language_model.causal_lm.get_input_embeddings().weight.numel()
     below = getattr(system.model.bridge, "first_layer", 0)
     layers = language_model.causal_lm.base_model.layers[:below]
     without_gradient = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
-    return harness.frozen_training_flops(matrices, num_tokens(system), without_gradient=without_gradient)
+    return harness.frozen_training_flops(
+        matrices, num_tokens(system), without_gradient=without_gradient
+    )
 
 
 def build(options: argparse.Namespace, device: torch.device) -> System:
@@ -241,7 +257,9 @@ def build(options: argparse.Namespace, device: torch.device) -> System:
         changes.append(f"batch_size={batch_size}")
         recipe = recipe_of(options.system, tiny=options.tiny)
         if recipe.tokens_per_batch is not None:
-            changes.append(f"tokens_per_batch={recipe.tokens_per_batch * batch_size // recipe.batch_size}")
+            changes.append(
+                f"tokens_per_batch={recipe.tokens_per_batch * batch_size // recipe.batch_size}"
+            )
     changes += options.changes
     captions = options.captions or (
         20 if options.tiny else {"lite": 160, "gemma-like": 32}.get(options.system, 64)
@@ -282,7 +300,14 @@ def write_profile(step: Step, device: torch.device, path: Path) -> None:
 
 def child_arguments(options: argparse.Namespace, variant: str) -> list[str]:
     """The command line of a process that measures the peak of one variant."""
-    arguments = ["--system", options.system, "--device", options.device, "--seed", str(options.seed)]
+    arguments = [
+        "--system",
+        options.system,
+        "--device",
+        options.device,
+        "--seed",
+        str(options.seed),
+    ]
     arguments += ["--peak-of", variant, *options.changes]
     for name in ("data_dir", "batch_size", "captions"):
         if (value := getattr(options, name)) is not None:
@@ -296,11 +321,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data-dir", type=Path, help="caption folder of lite (its recipe's)")
     parser.add_argument("--batch-size", type=int, help="captions in a batch (the recipe's)")
     parser.add_argument("--captions", type=int, help="captions trained in one measured call")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="only these (all that apply)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), help="only these (all that apply)"
+    )
     parser.add_argument(
         "--memory", action="store_true", help="measure peaks too, each in a process of its own"
     )
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write where the time of ours goes")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write where the time of ours goes"
+    )
     parser.add_argument("--peak-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe")
     return parser.parse_args(arguments)

@@ -33,7 +33,9 @@ FUNCTION_WORDS = {
 
 
 def words_of(image: CaptionedImage) -> set[str]:
-    return {word for text in image.captions for word in re.findall("[a-z]+", text.lower())} - FUNCTION_WORDS
+    return {
+        word for text in image.captions for word in re.findall("[a-z]+", text.lower())
+    } - FUNCTION_WORDS
 
 
 def says(images: Sequence[CaptionedImage], words: Sequence[str]) -> np.ndarray:
@@ -47,7 +49,9 @@ def pooled(name: str, images: Sequence[CaptionedImage]) -> tuple[np.ndarray, int
     encoder = build_vision_encoder(VisionEncoderConfig(name))
     parts = []
     for start in range(0, len(images), BATCH):
-        pixels = encoder.preprocess([open_image(image.path) for image in images[start : start + BATCH]])  # type: ignore[operator]
+        pixels = encoder.preprocess(
+            [open_image(image.path) for image in images[start : start + BATCH]]
+        )  # type: ignore[operator]
         with torch.autocast("cpu", torch.bfloat16):
             features = encoder(pixels).float()
         parts.append(torch.cat((features.mean(1), features.amax(1)), dim=1))
@@ -58,8 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("encoders", nargs="+", metavar="ENCODER", help="as a recipe's vision_encoder.name")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/flickr8k"), help="caption folder")
+    parser.add_argument(
+        "encoders", nargs="+", metavar="ENCODER", help="as a recipe's vision_encoder.name"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/flickr8k"), help="caption folder"
+    )
     parser.add_argument("--train-images", type=int, default=2400)
     parser.add_argument("--val-images", type=int, default=800)
     options = parser.parse_args()

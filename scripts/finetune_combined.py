@@ -44,7 +44,9 @@ def finetune_combined(
     checkpoint: Path = typer.Option(
         "checkpoints/blip_pvt_combined.pth", help="The combined file to start from, in any layout."
     ),
-    dataset: DatasetName = typer.Option(..., help="Its layout, and the recipe of config/ that is taken."),
+    dataset: DatasetName = typer.Option(
+        ..., help="Its layout, and the recipe of config/ that is taken."
+    ),
     dataset_path: Path = typer.Option(
         None,
         "--dataset_path",
@@ -70,7 +72,9 @@ def finetune_combined(
     ),
     warmup_steps: int = typer.Option(None, "--warmup_steps", "--warmup-steps"),
     weight_decay: float = typer.Option(None, "--weight_decay", "--weight-decay"),
-    max_length: int = typer.Option(None, "--max_length", "--max-length", help="Tokens of a caption."),
+    max_length: int = typer.Option(
+        None, "--max_length", "--max-length", help="Tokens of a caption."
+    ),
     image_size: int = typer.Option(None, "--image_size", "--image-size", help="Side in pixels."),
     num_workers: int = typer.Option(None, "--num_workers", "--num-workers"),
     seed: int = typer.Option(None),

@@ -35,7 +35,12 @@ def resolve(uv: str, requirements: tuple[str, ...], *arguments: str) -> list[str
         "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links",
     ]  # fmt: skip
     answer = subprocess.run(
-        command, input="\n".join(requirements), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+        command,
+        input="\n".join(requirements),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return answer.stdout.splitlines()
 
@@ -45,7 +50,10 @@ def with_constraints(pyproject: str, pins: list[str]) -> str:
     lines = "".join(f'  "{pin}",\n' for pin in pins)
     block = f"constraint-dependencies = [\n{lines}]\n"
     changed, count = re.subn(
-        r"^constraint-dependencies = \[\n(?:  .*\n)*\]\n", lambda _: block, pyproject, flags=re.MULTILINE
+        r"^constraint-dependencies = \[\n(?:  .*\n)*\]\n",
+        lambda _: block,
+        pyproject,
+        flags=re.MULTILINE,
     )
     assert count == 1, "pyproject.toml has no [tool.uv] constraint-dependencies"
     return changed

@@ -53,7 +53,8 @@ def save_combined_checkpoint(
         None, help="A checkpoint or the folder of a run instead: its trained weights."
     ),
     layout: LayoutName = typer.Option(
-        LayoutName.auto, help="original is what the original's loader reads. (default: that where possible)"
+        LayoutName.auto,
+        help="original is what the original's loader reads. (default: that where possible)",
     ),
 ) -> None:
     """Write a combined file: the weights of PVT, BLIP's text decoder and the projection in one."""

@@ -38,7 +38,8 @@ BRIDGES: dict[str, dict[str, Any]] = {
     "projection": {"kind": "projection", "projection": "mlp", "position_embeddings": True},
 }
 ENTERING_ABOVE = {
-    f"{kind}_above": {**BRIDGES[kind], "enter_at_layer": 1} for kind in ("cross_attention", "deep_prefix")
+    f"{kind}_above": {**BRIDGES[kind], "enter_at_layer": 1}
+    for kind in ("cross_attention", "deep_prefix")
 }
 """Bridges that enter the second of two layers."""
 LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
@@ -54,7 +55,11 @@ SPEAKS_TO = {bridge: "bert" if bridge == "projection" else "llama" for bridge in
 
 
 def tiny_recipe(
-    vision_encoder: Path, language_model: Path, bridge: str = "prefix", dtype: str = "float32", **changes: Any
+    vision_encoder: Path,
+    language_model: Path,
+    bridge: str = "prefix",
+    dtype: str = "float32",
+    **changes: Any,
 ) -> Recipe:
     """A float32 recipe of two folders of tiny models; ``changes`` are keys of the recipe."""
     return recipe_from_dict(
@@ -103,7 +108,9 @@ def random_features(model: CaptionModel, num_images: int) -> torch.Tensor:
 def caption_loss(model: CaptionModel, batch: PackedBatch, features_bnd: torch.Tensor):
     """The loss of a packed batch; ``features_bnd`` holds all images, the batch says which it reads."""
     ids, labels, segments = map(torch.from_numpy, (batch.input_ids, batch.labels, batch.segments))
-    return model.caption_loss(ids, labels, segments, model.image_inputs(features_bnd[batch.image_indices]))
+    return model.caption_loss(
+        ids, labels, segments, model.image_inputs(features_bnd[batch.image_indices])
+    )
 
 
 def generated(
@@ -121,7 +128,11 @@ def what_is_read(image: ImageInputs, width: int = 32, length: int = 4) -> torch.
             text = torch.randn(1, length, width).expand(image.num_images, -1, -1)
         return image.edit(text)
     prefix = image.key_value_prefix
-    found = (image.soft_tokens, image.encoder_hidden_states, None if prefix is None else prefix.states)
+    found = (
+        image.soft_tokens,
+        image.encoder_hidden_states,
+        None if prefix is None else prefix.states,
+    )
     (read,) = (tensor for tensor in found if tensor is not None)
     return read
 

@@ -30,7 +30,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz", type=int, default=200, metavar="N", help="mutated inputs per reader (CI: 200)")
+    parser.addoption(
+        "--fuzz", type=int, default=200, metavar="N", help="mutated inputs per reader (CI: 200)"
+    )
 
 
 def pytest_configure() -> None:
@@ -219,6 +221,8 @@ def run_here(
         with pytest.raises(SystemExit) as exit_:
             run_bridge()
         captured = capsys.readouterr()
-        return subprocess.CompletedProcess(command, exit_.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
+        return subprocess.CompletedProcess(
+            command, exit_.value.code or 0, captured.out, captured.err
+        )  # type: ignore[arg-type]
 
     return run

@@ -17,7 +17,9 @@ from vlm_bridge.captioning.service import CaptionService
 
 
 def tiny_service(vision_encoder: Path, language_model: Path) -> CaptionService:
-    recipe = tiny_recipe(vision_encoder, language_model, decode={"min_new_tokens": 3, "max_new_tokens": 6})
+    recipe = tiny_recipe(
+        vision_encoder, language_model, decode={"min_new_tokens": 3, "max_new_tokens": 6}
+    )
     return CaptionService(Captioner(tiny_captioner(recipe), recipe), "runs/tiny")
 
 
@@ -45,7 +47,9 @@ def served(service: CaptionService, **options) -> Iterator[str]:
         demo.close()
 
 
-if __name__ == "__main__":  # python demo_server.py VISION_ENCODER LANGUAGE_MODEL: says its address and serves
+if (
+    __name__ == "__main__"
+):  # python demo_server.py VISION_ENCODER LANGUAGE_MODEL: says its address and serves
     from vlm_bridge.captioning.demo import Demo, serve
 
     serve(Demo(tiny_service(*map(Path, sys.argv[1:]))), say=lambda line: print(line, flush=True))

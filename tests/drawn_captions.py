@@ -31,11 +31,16 @@ def write_drawn_caption_folder(root: Path) -> Path:
         (folder / "images").mkdir(parents=True)
         lines[split], digests[split] = [], {}
         for index in range(num_images):
-            colour, shape = COLOURS[index % len(COLOURS)], SHAPES[index // len(COLOURS) % len(SHAPES)]
+            colour, shape = (
+                COLOURS[index % len(COLOURS)],
+                SHAPES[index // len(COLOURS) % len(SHAPES)],
+            )
             name = f"{split}-{index:02d}"
             image_path = f"images/{name}.jpg"
             _draw(colour, shape, rng).save(folder / image_path, quality=90)
-            digests[split][image_path] = hashlib.sha256((folder / image_path).read_bytes()).hexdigest()
+            digests[split][image_path] = hashlib.sha256(
+                (folder / image_path).read_bytes()
+            ).hexdigest()
             for caption in (f"A {colour} {shape}.", f"There is a {shape}, and it is {colour}."):
                 record = {"image_path": image_path, "caption": caption, "original_id": name}
                 lines[split].append(json.dumps(record))
@@ -64,5 +69,7 @@ def _draw(colour: str, shape: str, rng: random.Random) -> Image.Image:
     size = rng.randint(20, 36)
     left, top = rng.randint(2, SIDE - size - 2), rng.randint(2, SIDE - size - 2)
     draw = ImageDraw.Draw(picture)
-    (draw.rectangle if shape == "square" else draw.ellipse)((left, top, left + size, top + size), fill=colour)
+    (draw.rectangle if shape == "square" else draw.ellipse)(
+        (left, top, left + size, top + size), fill=colour
+    )
     return picture

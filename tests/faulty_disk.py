@@ -55,7 +55,10 @@ class FaultyDisk:
     @contextmanager
     def plugged_in(self) -> Iterator[FaultyDisk]:
         """Replace the calls inside this block."""
-        patched = [(io, "open", self._open), *((os, name, getattr(self, f"_{name}")) for name in _OF_OS)]
+        patched = [
+            (io, "open", self._open),
+            *((os, name, getattr(self, f"_{name}")) for name in _OF_OS),
+        ]
         originals = [(module, name, getattr(module, name)) for module, name, _ in patched]
         self._real: dict[str, Callable[..., Any]] = {name: call for _, name, call in originals}
         for module, name, call in patched:

@@ -169,7 +169,9 @@ def read_local(suffix: str) -> Callable[[bytes, Path], None]:
         for item in items:
             if item.stored is not None:
                 continue
-            assert item.path is not None and item.path.resolve().is_relative_to(folder.resolve()), item.path
+            assert item.path is not None and item.path.resolve().is_relative_to(folder.resolve()), (
+                item.path
+            )
         preview(source)
 
     return read
@@ -238,7 +240,9 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
 
     (folder / "best_model.pth").write_bytes(content)
     loaded = load_checkpoint(folder / "best_model.pth")
-    recipe_of(loaded, folder, to_build=False)  # building reads frozen parts from where a recipe says
+    recipe_of(
+        loaded, folder, to_build=False
+    )  # building reads frozen parts from where a recipe says
 
 
 def read_exported(content: bytes, folder: Path) -> None:
@@ -348,7 +352,12 @@ def picture_seeds() -> list[bytes]:
         saved(deep, "PNG"),
         saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         saved(rgb, "WEBP", lossless=True),
-        saved(rgb.convert("RGBA"), "WEBP", save_all=True, append_images=[rgb.convert("RGBA").rotate(90)]),
+        saved(
+            rgb.convert("RGBA"),
+            "WEBP",
+            save_all=True,
+            append_images=[rgb.convert("RGBA").rotate(90)],
+        ),
         saved(rgb, "BMP"),
         saved(frames[0], "BMP"),
         saved(float_, "TIFF"),
@@ -404,13 +413,20 @@ def manifest_seeds() -> list[bytes]:
 
 def table(separator: str, *, header: bool) -> bytes:
     rows = [["image", "caption", "split"]] if header else []
-    rows += [[name, f"Caption {n} of it", "train"][: 3 if header else 2] for n in range(20) for name in NAMES]
+    rows += [
+        [name, f"Caption {n} of it", "train"][: 3 if header else 2]
+        for n in range(20)
+        for name in NAMES
+    ]
     return "".join(separator.join(row) + "\n" for row in rows).encode()
 
 
 def local_jsonl_seeds() -> list[bytes]:
     rows = [json_line(file_name=name, text="A dog.", split="val") for name in NAMES * 10]
-    return [b"".join(rows), b"".join(json_line(image=name, captions=["A.", "B."]) for name in NAMES)]
+    return [
+        b"".join(rows),
+        b"".join(json_line(image=name, captions=["A.", "B."]) for name in NAMES),
+    ]
 
 
 def local_json_seeds() -> list[bytes]:
@@ -418,9 +434,13 @@ def local_json_seeds() -> list[bytes]:
     answers = [{"from": "human", "value": "Describe"}, {"from": "gpt", "value": "A dog."}]
     coco = {
         "images": [{"id": n, "file_name": name} for n, name in enumerate(NAMES)],
-        "annotations": [{"id": n, "image_id": n, "caption": "A dog."} for n in range(len(NAMES) + 1)],
+        "annotations": [
+            {"id": n, "image_id": n, "caption": "A dog."} for n in range(len(NAMES) + 1)
+        ],
     }
-    karpathy = [{"filename": name, "split": "val", "sentences": [{"raw": "A dog."}]} for name in NAMES]
+    karpathy = [
+        {"filename": name, "split": "val", "sentences": [{"raw": "A dog."}]} for name in NAMES
+    ]
     documents = [
         records,
         [{"image": name, "conversations": answers} for name in NAMES],
@@ -434,14 +454,20 @@ def token_seeds() -> list[bytes]:
     karpathy = {
         "dataset": "flickr30k",
         "images": [
-            {"filename": Path(name).name, "split": "train", "sentences": [{"raw": "A dog."}, {"raw": "B."}]}
+            {
+                "filename": Path(name).name,
+                "split": "train",
+                "sentences": [{"raw": "A dog."}, {"raw": "B."}],
+            }
             for name in NAMES
         ],
     }
     annotations = b'raw,sentids,split,filename\n"[""A dog."", ""B.""]","[0, 1]",train,a.jpg\n'
     return [
         b"".join(
-            f"{Path(name).name}#{n}\tA dog , number {n} .\n".encode() for name in NAMES for n in range(5)
+            f"{Path(name).name}#{n}\tA dog , number {n} .\n".encode()
+            for name in NAMES
+            for n in range(5)
         ),
         b"image_name| comment_number| comment\n" + b"a.jpg| 0| A dog .\nb.png| 1   A cat .\n" * 5,
         annotations,
@@ -498,7 +524,10 @@ def tiny_checkpoint() -> dict[str, Any]:
 
     from vlm_bridge.configuration import Recipe
 
-    weights = {"bridge.queries": torch.zeros(3, 4), "bridge.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
+    weights = {
+        "bridge.queries": torch.zeros(3, 4),
+        "bridge.norm.weight": torch.ones(4, dtype=torch.bfloat16),
+    }
     return {
         "format": "vlm-bridge checkpoint",
         "format_version": 1,
@@ -506,7 +535,10 @@ def tiny_checkpoint() -> dict[str, Any]:
         "recipe": Recipe().to_dict(),
         "sizes": {"vision_encoder.embed_dim": 4},
         "weights": weights,
-        "training": {"progress": {"step": 3}, "optimizer": {"state": {0: {"step": torch.zeros(())}}}},
+        "training": {
+            "progress": {"step": 3},
+            "optimizer": {"state": {0: {"step": torch.zeros(())}}},
+        },
     }
 
 
@@ -542,7 +574,9 @@ def mend_zip(content: bytes) -> bytes:
     seeds = checkpoint_seeds_once()
     seed = rng.choice(seeds)
     source, target = zipfile.ZipFile(io.BytesIO(seed)), io.BytesIO()
-    pickles = [s.read(next(n for n in s.namelist() if n.endswith("data.pkl"))) for s in map(zip_of, seeds)]
+    pickles = [
+        s.read(next(n for n in s.namelist() if n.endswith("data.pkl"))) for s in map(zip_of, seeds)
+    ]
     with zipfile.ZipFile(target, "w") as archive:
         for name in source.namelist():
             if name.endswith("data.pkl"):
@@ -681,7 +715,15 @@ class Watch:
     """Notes every file that is opened, changed or removed outside ``folder`` while it is on."""
 
     ALLOWED = tuple(
-        {sys.prefix, sys.base_prefix, str(REPOSITORY), "/proc/self", "/usr/lib", "/usr/share", "/dev/null"}
+        {
+            sys.prefix,
+            sys.base_prefix,
+            str(REPOSITORY),
+            "/proc/self",
+            "/usr/lib",
+            "/usr/share",
+            "/dev/null",
+        }
     )
     """Of the interpreter: modules that are imported late."""
     EVENTS = frozenset({"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.listdir",
@@ -701,7 +743,11 @@ class Watch:
             return
         if event in self.FORBIDDEN:
             self.seen.append(f"{event} {arguments}")
-        elif event in self.EVENTS and arguments and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        elif (
+            event in self.EVENTS
+            and arguments
+            and isinstance(arguments[0], (str, bytes, os.PathLike))
+        ):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             if not Path(path).is_relative_to(self.folder) and not path.startswith(self.ALLOWED):
                 self.seen.append(f"{event} {path}")
@@ -757,7 +803,9 @@ def refuse_more_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + MAX_BYTES, now + MAX_BYTES))
 
 
-def main(name: str, count: int, seed: int, folder: Path, corpus: Path | None = None) -> dict[str, Any]:
+def main(
+    name: str, count: int, seed: int, folder: Path, corpus: Path | None = None
+) -> dict[str, Any]:
     """Give a reader the corpus and ``count`` mutations, and report."""
     reader, inner, watch = READERS[name], prepared(folder), Watch(folder / "inner")
     seeds = reader.seeds()

@@ -100,7 +100,8 @@ def compare(root: Path, name: str) -> None:
     """Raise AssertionError where a finished training is not the one that was never killed."""
     for file in COMPARED:
         one, other = (
-            checkpoints.load_checkpoint(root / run / "checkpoints" / file) for run in ("whole", name)
+            checkpoints.load_checkpoint(root / run / "checkpoints" / file)
+            for run in ("whole", name)
         )
         for content in (one, other):
             if "training" in content:
@@ -160,8 +161,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (clocks differ all the same)")
-    parser.add_argument("--folder", type=Path, help="where to work, empty; default: a temporary one")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments (clocks differ all the same)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to work, empty; default: a temporary one"
+    )
     options = parser.parse_args()
     root = options.folder or Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     moments = random.Random(options.seed)

@@ -42,8 +42,12 @@ BEAMS = {"num_beams": 4, "max_new_tokens": 12}
 CASES = {
     "greedy": Case(DecodeSettings(**GREEDY)),
     "greedy, prompt": Case(DecodeSettings(**GREEDY), LONG_PROMPT),
-    "greedy, no repeats, prompt": Case(DecodeSettings(**GREEDY, no_repeat_ngram_size=2), LONG_PROMPT),
-    "greedy, repetition penalty, prompt": Case(DecodeSettings(**GREEDY, repetition_penalty=1.5), LONG_PROMPT),
+    "greedy, no repeats, prompt": Case(
+        DecodeSettings(**GREEDY, no_repeat_ngram_size=2), LONG_PROMPT
+    ),
+    "greedy, repetition penalty, prompt": Case(
+        DecodeSettings(**GREEDY, repetition_penalty=1.5), LONG_PROMPT
+    ),
     "beams": Case(DecodeSettings(**BEAMS)),
     "beams, prompt": Case(DecodeSettings(**BEAMS), LONG_PROMPT),
     "beams, no repeats, prompt": Case(DecodeSettings(**BEAMS, no_repeat_ngram_size=2), LONG_PROMPT),
@@ -51,7 +55,11 @@ CASES = {
     "beams, long": Case(DecodeSettings(**BEAMS, length_penalty=2.0, min_new_tokens=5)),
     "beams, all penalties": Case(
         DecodeSettings(
-            **BEAMS, min_new_tokens=4, no_repeat_ngram_size=2, repetition_penalty=1.3, length_penalty=0.5
+            **BEAMS,
+            min_new_tokens=4,
+            no_repeat_ngram_size=2,
+            repetition_penalty=1.3,
+            length_penalty=0.5,
         )
     ),
     "beams, alternatives": Case(DecodeSettings(**BEAMS), alternatives=3),

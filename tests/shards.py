@@ -38,7 +38,9 @@ def write_shard_folder(root: Path, shards: int = 3, each: int = 10) -> Path:
     """``shards`` tars of ``each`` samples for training, and one of four for validation."""
     for number in range(shards):
         indices = range(number * each, (number + 1) * each)
-        write_tar(root / "train" / f"{number:05d}.tar", [member for n in indices for member in sample(n)])
+        write_tar(
+            root / "train" / f"{number:05d}.tar", [member for n in indices for member in sample(n)]
+        )
     write_tar(root / "val" / "00000.tar", [member for n in range(900, 904) for member in sample(n)])
     return root
 

@@ -56,9 +56,9 @@ def save_tiny_git(folder: Path) -> Path:
     )
     with seeded(3):
         GitForCausalLM(config).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -81,8 +81,12 @@ def save_tiny_vit_gpt2(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**SIZES, **IMAGE), decoder)
-    config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ViTConfig(**SIZES, **IMAGE), decoder
+    )
+    config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = (
+        tokenizer.eos_token_id
+    )
     with seeded(3):
         model = VisionEncoderDecoderModel(config)
     model.generation_config.update(

@@ -163,7 +163,12 @@ def save_tiny_gpt2(folder: Path) -> Path:
     """GPT-2: learned absolute positions (so position ids matter), Conv1D weights, tied embeddings."""
     tokenizer = build_tokenizer()
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128, **SPECIAL_IDS
+        vocab_size=len(tokenizer),
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        **SPECIAL_IDS,
     )
     with seeded():
         GPT2LMHeadModel(config).save_pretrained(folder)
@@ -232,7 +237,10 @@ def save_tiny_blip(folder: Path) -> Path:
 def save_tiny_pvt_v2(folder: Path) -> Path:
     """PVTv2 at 64 px: a pyramid that ends in a 2x2 grid of width 32."""
     config = PvtV2Config(
-        image_size=64, hidden_sizes=[8, 16, 24, HIDDEN], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
+        image_size=64,
+        hidden_sizes=[8, 16, 24, HIDDEN],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 4],
     )
     with seeded():
         PvtV2Model(config).save_pretrained(folder)
@@ -243,7 +251,10 @@ def save_tiny_pvt_v2(folder: Path) -> Path:
 def save_tiny_pvt(folder: Path) -> Path:
     """PVT (the first) at 64 px: the same pyramid, with a class token in its last stage."""
     config = PvtConfig(
-        image_size=64, hidden_sizes=[8, 16, 24, HIDDEN], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4]
+        image_size=64,
+        hidden_sizes=[8, 16, 24, HIDDEN],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 4],
     )
     with seeded():
         PvtModel(config).save_pretrained(folder)
@@ -254,7 +265,9 @@ def save_tiny_pvt(folder: Path) -> Path:
 def save_tiny_pvt_cbam(folder: Path) -> Path:
     """PVT-Tiny with CBAM at 64 px: a pyramid that ends in a 2x2 grid of width 64, in the published proportions."""
     with seeded():
-        PvtCbam(PvtCbamConfig((8, 16, 40, 64), cbam="sequence", image_size=64)).save_pretrained(folder)
+        PvtCbam(PvtCbamConfig((8, 16, 40, 64), cbam="sequence", image_size=64)).save_pretrained(
+            folder
+        )
     image_processor().save_pretrained(folder)
     return folder
 
@@ -272,9 +285,9 @@ def save_tiny_dinov2(folder: Path) -> Path:
     with seeded():
         Dinov2Model(config).save_pretrained(folder)
     # As published: shorter side to a bit more than the crop, then the centre of it.
-    BitImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}).save_pretrained(
-        folder
-    )
+    BitImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}
+    ).save_pretrained(folder)
     return folder
 
 
@@ -295,9 +308,9 @@ def save_tiny_vit(folder: Path) -> Path:
 
 
 def _save_clip_processor(folder: Path) -> None:
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
 
 
 def save_tiny_clip_vision(folder: Path) -> Path:
@@ -360,7 +373,9 @@ def save_tiny_gguf(path: Path) -> Path:
 
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    writer.add_token_types([3 if token in SPECIAL_IDS.values() else 1 for token in range(len(tokenizer))])
+    writer.add_token_types(
+        [3 if token in SPECIAL_IDS.values() else 1 for token in range(len(tokenizer))]
+    )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(SPECIAL_IDS["bos_token_id"])

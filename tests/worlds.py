@@ -193,7 +193,9 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
         )
         captioner = SharedCaptioner(Captioner.from_pretrained(checkpoint, "cpu"), world)
         images = list(of_run.val_images)
-        captions, validation = caption_and_validate(captioner, images, decode=recipe.decode, batch_size=3)
+        captions, validation = caption_and_validate(
+            captioner, images, decode=recipe.decode, batch_size=3
+        )
     return [result, decoded, captions, validation]
 
 

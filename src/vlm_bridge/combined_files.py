@@ -21,7 +21,13 @@ from vlm_bridge.model_architecture.combined import (
     build_combined,
     to_combined,
 )
-from vlm_bridge.model_architecture.combined_layouts import Layout, in_layout, parse, part_of, unwrapped
+from vlm_bridge.model_architecture.combined_layouts import (
+    Layout,
+    in_layout,
+    parse,
+    part_of,
+    unwrapped,
+)
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig, image_processor
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -48,13 +54,17 @@ def read_combined(path: str | Path, say: Say = lambda line: None) -> dict[str, t
     path = Path(path)
     content = _read(path, "scripts/save_combined_checkpoint.py makes one")
     if isinstance(content, dict) and content.get("format") == checkpoints.FORMAT:
-        raise CheckpointError(f"{path} is a checkpoint of a run, not a combined file: {COMBINE.format(path)}")
+        raise CheckpointError(
+            f"{path} is a checkpoint of a run, not a combined file: {COMBINE.format(path)}"
+        )
     file = parse(content, path)
     say(f"{path}: {file.description}")
     return file.state
 
 
-def write_combined(path: str | Path, state: Mapping[str, torch.Tensor], layout: Layout = "auto") -> None:
+def write_combined(
+    path: str | Path, state: Mapping[str, torch.Tensor], layout: Layout = "auto"
+) -> None:
     """Write a combined file, whole or not at all.
 
     Args:
@@ -65,7 +75,9 @@ def write_combined(path: str | Path, state: Mapping[str, torch.Tensor], layout: 
         CheckpointError: the file cannot be written, or the original's layout has no place for a part.
     """
     renamed = in_layout(state, layout, path)
-    checkpoints.write_file(Path(path), {name: tensor.detach().cpu() for name, tensor in renamed.items()})
+    checkpoints.write_file(
+        Path(path), {name: tensor.detach().cpu() for name, tensor in renamed.items()}
+    )
 
 
 def load_combined_model(
@@ -153,7 +165,9 @@ def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _read(path: Path, remedy: str) -> Any:
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, not a combined file; of a run, {COMBINE.format(path)}")
+        raise CheckpointError(
+            f"{path} is a folder, not a combined file; of a run, {COMBINE.format(path)}"
+        )
     if not path.is_file():
         raise CheckpointError(f"no file at {path}; {remedy}")
     # The original's training keeps its arguments beside the weights: a class of plain attributes.
@@ -164,7 +178,9 @@ def _read(path: Path, remedy: str) -> Any:
 def _pvt_of_file(path: Path) -> PvtCbam:
     """The original's PVT of a file of its weights: bare, under `model_state`, or as `visual_encoder.*`."""
     content = _read(path, "--pvt takes a hub name, a folder or a .pth file")
-    tensors = {str(name): x for name, x in unwrapped(content).items() if isinstance(x, torch.Tensor)}
+    tensors = {
+        str(name): x for name, x in unwrapped(content).items() if isinstance(x, torch.Tensor)
+    }
     weights = part_of(tensors, "visual_encoder.") or {
         name: x for name, x in tensors.items() if name.startswith(("patch", "stage", "norm."))
     }
@@ -186,4 +202,6 @@ def _in_full_precision(path: Path) -> Path:
         for folder in (path, path / "checkpoints")
         for name in (checkpoints.BEST, checkpoints.LATEST)
     ]
-    return next((name for name in names if name.is_file()), None) or checkpoints.checkpoint_path(path)
+    return next((name for name in names if name.is_file()), None) or checkpoints.checkpoint_path(
+        path
+    )

@@ -20,7 +20,13 @@ import yaml
 
 from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.limits import check_above_zero, check_at_least, check_at_most, check_name, check_seed
+from vlm_bridge.limits import (
+    check_above_zero,
+    check_at_least,
+    check_at_most,
+    check_name,
+    check_seed,
+)
 from vlm_bridge.parsing import MAX_YAML_CHARACTERS, parse_yaml, shown
 
 DEFAULT_RECIPE = "training-default"
@@ -175,9 +181,16 @@ class DecodeSettings:
         check_at_least(1, self, "num_beams", "max_new_tokens", prefix="decode.")
         check_at_most(MAX_BEAMS, self, "num_beams", prefix="decode.")
         check_at_most(
-            MAX_NEW_TOKENS, self, "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", prefix="decode."
+            MAX_NEW_TOKENS,
+            self,
+            "max_new_tokens",
+            "min_new_tokens",
+            "no_repeat_ngram_size",
+            prefix="decode.",
         )
-        check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size", "object_bonus", prefix="decode.")
+        check_at_least(
+            0, self, "min_new_tokens", "no_repeat_ngram_size", "object_bonus", prefix="decode."
+        )
         check_at_least(-MAX_RATE, self, "length_penalty", prefix="decode.")
         check_at_most(
             MAX_RATE,
@@ -376,7 +389,9 @@ class Recipe:
                 "name or address, and the hub's token in HF_TOKEN"
             )
         if not 0 <= self.max_bad_samples <= 1:
-            raise ConfigurationError(f"max_bad_samples is a share: from 0 to 1, not {self.max_bad_samples}")
+            raise ConfigurationError(
+                f"max_bad_samples is a share: from 0 to 1, not {self.max_bad_samples}"
+            )
         if self.save_every_n_minutes is not None:
             check_above_zero(self, "save_every_n_minutes")
         if not 0 <= self.label_smoothing < 1:
@@ -387,7 +402,9 @@ class Recipe:
             raise ConfigurationError(
                 f"weight_averaging is a decay between 0 and 1, such as 0.999, not {self.weight_averaging}"
             )
-        if self.loss_kernel in ("torch", "liger") and (self.objective == "scst" or self.label_smoothing):
+        if self.loss_kernel in ("torch", "liger") and (
+            self.objective == "scst" or self.label_smoothing
+        ):
             raise ConfigurationError(
                 f"loss_kernel={self.loss_kernel} knows neither weighted nor smoothed losses: use loss_kernel=auto with "
                 "objective=scst or label_smoothing"
@@ -454,7 +471,10 @@ class Recipe:
         plain = dataclasses.asdict(self)
         options = plain["bridge"].pop("options")
         plain["bridge"].update(options or {})
-        return {**plain, **{key: _without_tuples(plain[key]) for key in ("vision_encoder", "decode")}}
+        return {
+            **plain,
+            **{key: _without_tuples(plain[key]) for key in ("vision_encoder", "decode")},
+        }
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -462,7 +482,9 @@ class Recipe:
 
 def _without_tuples(section: dict[str, Any]) -> dict[str, Any]:
     """YAML and JSON have lists."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in section.items()
+    }
 
 
 def load_recipe(
@@ -512,7 +534,11 @@ def _from_published_layout(
 ) -> dict[str, Any]:
     """The default recipe with the values of a flat file put over it."""
     data = _read_yaml(shipped_recipe(DEFAULT_RECIPE))
-    system = [data["vision_encoder"]["name"], data["bridge"]["kind"], data["language_model"]["name"]]
+    system = [
+        data["vision_encoder"]["name"],
+        data["bridge"]["kind"],
+        data["language_model"]["name"],
+    ]
     idle = sorted(PUBLISHED_BUT_IDLE & flat.keys())
     without_meaning = f"; without meaning here: {', '.join(idle)}" if idle else ""
     say(
@@ -567,7 +593,9 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         data["bridge"] = _bridge_layout(data["bridge"], where)
     recipe = _build(Recipe, data, where, prefix="")
     if recipe.bridge.options is None:
-        bridge = _build(BridgeConfig, _bridge_layout({"kind": recipe.bridge.kind}, where), where, "bridge.")
+        bridge = _build(
+            BridgeConfig, _bridge_layout({"kind": recipe.bridge.kind}, where), where, "bridge."
+        )
         recipe = dataclasses.replace(recipe, bridge=bridge)
     return recipe
 
@@ -577,7 +605,9 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
     from vlm_bridge.model_architecture.bridges import BRIDGES
 
     if not isinstance(data, Mapping):
-        raise ConfigurationError(f"{where}: bridge must be a mapping with a `kind`, not {shown(data)}")
+        raise ConfigurationError(
+            f"{where}: bridge must be a mapping with a `kind`, not {shown(data)}"
+        )
     kind = data.get("kind", BridgeConfig.kind)
     if not isinstance(kind, str) or kind not in BRIDGES:
         raise ConfigurationError(
@@ -593,7 +623,9 @@ def _bridge_layout(data: Any, where: str) -> dict[str, Any]:
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigurationError(f"{shown(override)} is not KEY=VALUE (for example learning_rate=1e-4)")
+        raise ConfigurationError(
+            f"{shown(override)} is not KEY=VALUE (for example learning_rate=1e-4)"
+        )
     try:
         value = parse_yaml(text)
     except ValueError:
@@ -612,7 +644,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _build(cls: type, data: Any, where: str, prefix: str, also_known: set[str] | None = None) -> Any:
+def _build(
+    cls: type, data: Any, where: str, prefix: str, also_known: set[str] | None = None
+) -> Any:
     if dataclasses.is_dataclass(data) and isinstance(data, cls):
         return data
     if not isinstance(data, Mapping):
@@ -636,7 +670,9 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
     if hint is Any:
         return value
     if isinstance(value, int) and value.bit_length() > 64:
-        raise ConfigurationError(f"{where}: {key} is {shown(value)}, and no setting is beyond 64 bits")
+        raise ConfigurationError(
+            f"{where}: {key} is {shown(value)}, and no setting is beyond 64 bits"
+        )
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, key + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -653,11 +689,16 @@ def _coerce(value: Any, hint: Any, where: str, key: str) -> Any:
         return _coerce(value, inner, where, key)
     if origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): _coerce(v, arguments[1], where, f"{key}[{shown(k)}]") for k, v in value.items()}
+            return {
+                str(k): _coerce(v, arguments[1], where, f"{key}[{shown(k)}]")
+                for k, v in value.items()
+            }
         raise ConfigurationError(f"{where}: {key}={shown(value)} must be a mapping")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
-            return tuple(_coerce(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(value))
+            return tuple(
+                _coerce(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(value)
+            )
         raise ConfigurationError(f"{where}: {key}={shown(value)} must be a list")
     if hint is float:
         # YAML 1.1 reads 1e-4 (no dot) as text.
@@ -685,4 +726,8 @@ def _key_of_credential(node: Mapping[str, Any], prefix: str = "") -> str | None:
 
 def _suggest(key: str, known: Any) -> str:
     close = difflib.get_close_matches(key, [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(map(str, known)))})"
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else f" (known: {', '.join(sorted(map(str, known)))})"
+    )

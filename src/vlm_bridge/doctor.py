@@ -68,12 +68,16 @@ def run_checks() -> list[Check]:
             checks.extend(examine())
         except Exception as error:
             name = examine.__name__.strip("_").replace("_", " ")
-            checks.append(Check(name, "warn", f"could not be checked: {type(error).__name__}: {error}"))
+            checks.append(
+                Check(name, "warn", f"could not be checked: {type(error).__name__}: {error}")
+            )
     return checks
 
 
 def _packages() -> Iterator[Check]:
-    yield Check("python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
+    yield Check(
+        "python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})"
+    )
     yield Check(DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
     for requirement in requirements():
         yield _installed(requirement, missing="fail")
@@ -109,7 +113,9 @@ def _imports() -> Iterator[Check]:
             __import__(name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                yield Check(f"import {name}", "fail", str(error), f"{_python()} -m pip install {error.name}")
+                yield Check(
+                    f"import {name}", "fail", str(error), f"{_python()} -m pip install {error.name}"
+                )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             action = "uninstall -y" if name == "torchvision" else "install --force-reinstall"
@@ -129,7 +135,10 @@ def _devices() -> Iterator[Check]:
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         fix = f"{_python()} -m pip install --force-reinstall torch"
         yield Check(
-            "cuda", "warn", f"an NVIDIA driver is here but torch {torch.__version__} cannot use it", fix
+            "cuda",
+            "warn",
+            f"an NVIDIA driver is here but torch {torch.__version__} cannot use it",
+            fix,
         )
     bf16 = {
         True: "bf16 in hardware",
@@ -170,7 +179,11 @@ def _disk() -> Iterator[Check]:
         free = shutil.disk_usage(existing).free / GIB
         detail = f"{free:.1f} GiB free in {folder}"
         if free < MIN_DISK_GIB:
-            fix = "hf cache prune" if "cache" in name else "free some space, or work in another folder"
+            fix = (
+                "hf cache prune"
+                if "cache" in name
+                else "free some space, or work in another folder"
+            )
             yield Check(name, "warn", detail, fix)
         else:
             yield Check(name, "ok", detail)
@@ -216,7 +229,10 @@ def _token() -> Iterator[Check]:
         yield Check("hub token", "ok", "there is one")
     else:
         yield Check(
-            "hub token", "warn", "none: gated models such as Gemma cannot be fetched", "hf auth login"
+            "hub token",
+            "warn",
+            "none: gated models such as Gemma cannot be fetched",
+            "hf auth login",
         )
 
 
@@ -232,7 +248,9 @@ def _extras() -> Iterator[Check]:
         missing = [check for check in checks if check.status != "ok"]
         detail = ", ".join(f"{check.name} {check.detail}" for check in checks)
         if missing:
-            wanted = " ".join(check.fix.rpartition(" install ")[2] for check in missing if check.fix)
+            wanted = " ".join(
+                check.fix.rpartition(" install ")[2] for check in missing if check.fix
+            )
             yield Check(f"extra {extra}", "warn", detail, f"{_python()} -m pip install {wanted}")
         else:
             yield Check(f"extra {extra}", "ok", detail)
@@ -276,7 +294,9 @@ def _self_test() -> Iterator[Check]:
             fix = f"{_python()} -m pip install {packages}"
             yield Check(f"self-test {system}", "fail", f"{type(error).__name__}: {reason}", fix)
         else:
-            yield Check(f"self-test {system}", "ok", "a tiny captioner trained one step and captioned")
+            yield Check(
+                f"self-test {system}", "ok", "a tiny captioner trained one step and captioned"
+            )
 
 
 def _python() -> str:

@@ -64,7 +64,9 @@ def requirements(extra: str | None = None) -> list[Requirement]:
     core = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
     if extra is None:
         return core
-    return [r for r in declared if r not in core and r.marker and r.marker.evaluate({"extra": extra})]
+    return [
+        r for r in declared if r not in core and r.marker and r.marker.evaluate({"extra": extra})
+    ]
 
 
 def newest_tested() -> dict[str, str]:
@@ -72,7 +74,9 @@ def newest_tested() -> dict[str, str]:
     package = Path(__file__).parent
     for folder in (package, package.parents[1]):
         if (path := folder / LOCK).is_file():
-            lines = (line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines())
+            lines = (
+                line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines()
+            )
             pins = [Requirement(line) for line in lines if line]
             return {
                 canonicalize_name(pin.name): next(iter(pin.specifier)).version
@@ -114,7 +118,10 @@ def imported_deviations() -> list[Deviation]:
 
 def environment() -> dict[str, str]:
     """Return the versions that results depend on; no names or paths of the machine."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     for name in (DISTRIBUTION, "torch", "transformers", "accelerate", "pillow", "pycocoevalcap"):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)

@@ -17,7 +17,11 @@ from torch import nn
 from vlm_bridge import runtime
 from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
 from vlm_bridge.configuration import BridgeConfig, Recipe, load_recipe, shipped_recipe
-from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder, is_prepared_elsewhere
+from vlm_bridge.data_pipeline.caption_folder import (
+    MANIFEST_NAME,
+    CaptionFolder,
+    is_prepared_elsewhere,
+)
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError, ModelError, UsageError
@@ -104,7 +108,9 @@ class FineTuning:
         if not self.output.suffix:
             raise UsageError(f"the output is a file: {self.output}.pth, for example")
         if self.output.resolve() == self.checkpoint.resolve():
-            raise UsageError(f"the output is the checkpoint itself: choose another file than {self.output}")
+            raise UsageError(
+                f"the output is the checkpoint itself: choose another file than {self.output}"
+            )
 
     @property
     def data(self) -> Path:
@@ -134,7 +140,9 @@ class FineTuning:
 
     def recipe(self) -> Recipe:
         """The dataset's recipe with the overrides; ConfigurationError as `load_recipe`."""
-        return load_recipe(self.config or shipped_recipe(DATASETS[self.dataset].recipe), self.overrides)
+        return load_recipe(
+            self.config or shipped_recipe(DATASETS[self.dataset].recipe), self.overrides
+        )
 
 
 def finetune_combined(
@@ -171,8 +179,12 @@ def finetune_combined(
     checkpoint_dir = settings.run_dir / "checkpoints"
     recipe = replace(
         recipe,
-        vision_encoder=replace(recipe.vision_encoder, name=str(start / "vision_encoder"), revision=None),
-        language_model=replace(recipe.language_model, name=str(start / "language_model"), revision=None),
+        vision_encoder=replace(
+            recipe.vision_encoder, name=str(start / "vision_encoder"), revision=None
+        ),
+        language_model=replace(
+            recipe.language_model, name=str(start / "language_model"), revision=None
+        ),
         bridge=_bridge(recipe, projection),
         data_dir=str(folder),
         checkpoint_dir=str(checkpoint_dir),
@@ -183,7 +195,11 @@ def finetune_combined(
         for name, tensor in from_combined(state, settings.checkpoint).items()
         if name.startswith("bridge.")
     }
-    del state, parts, projection  # the trainer loads the frozen parts and the decoder from their folders
+    del (
+        state,
+        parts,
+        projection,
+    )  # the trainer loads the frozen parts and the decoder from their folders
     resume = AUTO if checkpoint_dir.is_dir() else None
     result = train(recipe, resume=resume, initial_weights=bridge, say=say, force=settings.force)
     write_combined(settings.output, combine_checkpoint(checkpoint_dir))
@@ -221,7 +237,9 @@ def _caption_folder(
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name
     transform(
-        make_source(dataset.source, SourceOptions(input_dir=path, follow_links=settings.follow_links)),
+        make_source(
+            dataset.source, SourceOptions(input_dir=path, follow_links=settings.follow_links)
+        ),
         folder,
         workers=max(1, recipe.num_workers),
         limit=limit,

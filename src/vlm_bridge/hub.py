@@ -19,7 +19,9 @@ _REACHED: set[tuple[str, int]] = set()
 """Hosts and ports that answered; one that did not is asked again."""
 
 
-def hub_problem(error: BaseException, name: str, kind: Literal["model", "dataset"] = "model") -> str | None:
+def hub_problem(
+    error: BaseException, name: str, kind: Literal["model", "dataset"] = "model"
+) -> str | None:
     """Say why the hub did not give ``name`` and how to mend it.
 
     Libraries wrap the hub's errors in errors of their own, so the whole chain of causes is searched. No message
@@ -67,11 +69,18 @@ def hub_problem(error: BaseException, name: str, kind: Literal["model", "dataset
             f"the hub refused access ({status}): set HF_TOKEN to a valid token that may read {page} "
             f"(export HF_TOKEN=hf_...; tokens are made on {SITE}/settings/tokens)"
         )
-    unreachable = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    unreachable = (
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        ConnectionError,
+        TimeoutError,
+    )
     if caused_by(*unreachable) or any(map(_is_transport_error, causes)):
         mend = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
         if kind == "dataset":
-            return f"it is not in the hub's cache, and {constants.ENDPOINT} cannot be reached: {mend}"
+            return (
+                f"it is not in the hub's cache, and {constants.ENDPOINT} cannot be reached: {mend}"
+            )
         return (
             f"it is neither a folder here nor in the hub's cache, and {constants.ENDPOINT} cannot be reached: {mend}, "
             "or give a folder made by save_pretrained"

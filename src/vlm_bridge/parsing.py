@@ -101,7 +101,9 @@ def _check_size(root: yaml.Node) -> None:
 
 def shown(value: Any) -> str:
     """A value for a message: its `repr`, cut where it is long or deep."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to write thousands of digits
+    if (
+        isinstance(value, int) and value.bit_length() > 64
+    ):  # Python refuses to write thousands of digits
         return f"an integer of {value.bit_length():,} bits"
     return _SHORT.repr(value)
 

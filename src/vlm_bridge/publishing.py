@@ -90,7 +90,9 @@ def write_huggingface_folder(
     manifest = _manifest(recipe)
     shared = {key: value for key, value in recipe.to_dict().items() if key not in LOCAL_KEYS}
     try:
-        interchange.write_folder(folder, checkpoints.exported_config(shared, content), content["weights"])
+        interchange.write_folder(
+            folder, checkpoints.exported_config(shared, content), content["weights"]
+        )
         title = facts.title or folder.resolve().name
         card = model_card(title, shared, content["weights"], facts, manifest)
         write_atomically(folder / interchange.CARD_NAME, redact(card).encode())
@@ -113,7 +115,10 @@ def model_card(
         recipe: in the YAML layout.
         manifest: of the caption folder it was trained on, where it is at hand.
     """
-    encoders, language_model = recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]
+    encoders, language_model = (
+        recipe["vision_encoder"]["name"].split(" + "),
+        recipe["language_model"]["name"],
+    )
     frozen = [*encoders, language_model]
     licence = {"license": facts.license} if facts.license else {}
     if facts.license and " " in facts.license:  # no identifier
@@ -178,7 +183,11 @@ def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
         hub.upload_folder(
             repo_id=full_name,
             folder_path=folder,
-            allow_patterns=[interchange.CONFIG_NAME, interchange.WEIGHTS_NAME, interchange.CARD_NAME],
+            allow_patterns=[
+                interchange.CONFIG_NAME,
+                interchange.WEIGHTS_NAME,
+                interchange.CARD_NAME,
+            ],
             commit_message="Upload a vlm-bridge captioner",
         )
     except HFValidationError:
@@ -188,7 +197,9 @@ def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
     except Exception as error:  # the hub's client raises errors of several libraries
         if (problem := hub_problem(error, repo)) is None:
             raise
-        raise CheckpointError(f"{folder} is written, but was not pushed to {repo}: {problem}") from error
+        raise CheckpointError(
+            f"{folder} is written, but was not pushed to {repo}: {problem}"
+        ) from error
     return f"{SITE}/{full_name}"
 
 
@@ -215,11 +226,17 @@ def export_notes(recipe: Recipe, facts: CardFacts, *, original: bool) -> list[st
     if original:
         return notes
     if not facts.license:
-        notes.append(f"the model card names no licence: give --license, or edit {interchange.CARD_NAME}")
+        notes.append(
+            f"the model card names no licence: give --license, or edit {interchange.CARD_NAME}"
+        )
     if not facts.metrics:
-        notes.append("the model card has no scores: evaluate with --output-dir RUN/val before exporting")
+        notes.append(
+            "the model card has no scores: evaluate with --output-dir RUN/val before exporting"
+        )
     if not facts.dataset and _manifest(recipe) is None:
-        notes.append(f"the model card cannot say what it was trained on: {recipe.data_dir} is not here")
+        notes.append(
+            f"the model card cannot say what it was trained on: {recipe.data_dir} is not here"
+        )
     return notes
 
 
@@ -274,7 +291,11 @@ def _limits_section(manifest: Mapping[str, Any] | None, recipe: Mapping[str, Any
 
 
 def _licence_section(license: str | None, frozen: list[str]) -> str:
-    own = f"The bridge: {license}." if license else "**The bridge's licence has not been chosen yet.**"
+    own = (
+        f"The bridge: {license}."
+        if license
+        else "**The bridge's licence has not been chosen yet.**"
+    )
     known = [f"`{name}`: {KNOWN_LICENCES[name]}" for name in frozen if name in KNOWN_LICENCES]
     theirs = f" ({'; '.join(known)})" if known else ""
     return f"{own} The frozen parts{theirs} and the training data keep licences of their own."

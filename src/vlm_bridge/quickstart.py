@@ -105,7 +105,10 @@ def real_photographs() -> list[tuple[str, Any]]:
 
         for name in ("china.jpg", "flower.jpg"):
             photographs.append(
-                (f"scikit-learn {name.removesuffix('.jpg')}", Image.fromarray(load_sample_image(name)))
+                (
+                    f"scikit-learn {name.removesuffix('.jpg')}",
+                    Image.fromarray(load_sample_image(name)),
+                )
             )
     except Exception:
         pass

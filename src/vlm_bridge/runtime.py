@@ -32,7 +32,9 @@ def resolve_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)") from None
+        raise ConfigurationError(
+            f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)"
+        ) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -82,7 +84,9 @@ def usable_cores() -> int:
 def _siblings(cpu: int) -> str:
     """The hyper-threads of a logical processor's core."""
     try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(
+            "ascii"
+        )
     except OSError:
         return str(cpu)
 
@@ -147,7 +151,9 @@ class DeviceCopy:
         if self.done is not None:
             current = torch.cuda.current_stream(self.tensors[0].device)
             current.wait_event(self.done)
-            for tensor in self.tensors:  # or their memory could be given to the next copy while it is read
+            for (
+                tensor
+            ) in self.tensors:  # or their memory could be given to the next copy while it is read
                 tensor.record_stream(current)
         return self.tensors
 

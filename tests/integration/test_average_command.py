@@ -22,7 +22,8 @@ def runs(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path) -> dict[str, 
             tiny_recipe(tiny_vit_dir, tiny_llama_dir, seed=seed), [f"bridge.num_queries={queries}"]
         )
         weights = {
-            key: tensor * (1 + seed) for key, tensor in tiny_captioner(recipe).trained_state_dict().items()
+            key: tensor * (1 + seed)
+            for key, tensor in tiny_captioner(recipe).trained_state_dict().items()
         }
         folders[name] = tmp_path / name
         path = folders[name] / "checkpoints" / checkpoints.BEST_WEIGHTS
@@ -80,5 +81,8 @@ def test_an_earlier_average_stays_unless_told(runs, tmp_path: Path, run_here) ->
     assert run_here(*command).returncode == 0
     before = weights_of(out)
     assert run_here(*command).returncode == 2
-    assert run_here("average", *[runs["second"]] * 2, "--output-dir", out, "--overwrite").returncode == 0
+    assert (
+        run_here("average", *[runs["second"]] * 2, "--output-dir", out, "--overwrite").returncode
+        == 0
+    )
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights_of(out).items())

@@ -41,7 +41,8 @@ class TestHarness:
 
         # The second repeat was disturbed for both; the ratio does not see it.
         report = Report(
-            [Measurement("fast", (1.0, 9.0, 1.0), 10), Measurement("slow", (2.0, 18.0, 2.0), 5)], CPU
+            [Measurement("fast", (1.0, 9.0, 1.0), 10), Measurement("slow", (2.0, 18.0, 2.0), 5)],
+            CPU,
         )
         assert report.add_ratio("fast", "slow") == 4.0
         assert report["fast"].samples_per_second == 10.0
@@ -75,13 +76,17 @@ class TestHarness:
         from benchmarks.harness import Measurement, Peak, Report
 
         report = Report(
-            [Measurement("a", (), 10, peak=Peak(5, 3)), Measurement("b", (), 10, peak=Peak(10, 4))], CPU
+            [Measurement("a", (), 10, peak=Peak(5, 3)), Measurement("b", (), 10, peak=Peak(10, 4))],
+            CPU,
         )
         report.add_memory_ratio("a", "b")
         report.finish(tmp_path / "figures.json")
         content = json.loads((tmp_path / "figures.json").read_text())
         assert content["rows"][0]["samples_per_second"] is content["rows"][0]["spread"] is None
-        assert content["ratios"] == {"a / b: peak memory": 0.5, "a / b: peak memory over models": 0.75}
+        assert content["ratios"] == {
+            "a / b: peak memory": 0.5,
+            "a / b: peak memory over models": 0.75,
+        }
 
     def test_operations_of_frozen_training(self) -> None:
         from benchmarks.harness import frozen_training_flops
@@ -112,15 +117,30 @@ def test_training_steps_of_tiny_models(
 
     figures, profile = tmp_path / "figures.json", tmp_path / "profile.txt"
     code = train_step.main(
-        ["--tiny", "--system", system, "--repeats", "1", "--json", str(figures), "--profile", str(profile)]
+        [
+            "--tiny",
+            "--system",
+            system,
+            "--repeats",
+            "1",
+            "--json",
+            str(figures),
+            "--profile",
+            str(profile),
+        ]
     )
     assert code == 0
     content = json.loads(figures.read_text())
     variants = [row["variant"] for row in content["rows"]]
     assert all(row.keys() == ROW for row in content["rows"])
-    assert {"ours", "full-logits", "no-feature-cache", "published", "encoder-decoder", "clipcap"} <= set(
-        variants
-    )
+    assert {
+        "ours",
+        "full-logits",
+        "no-feature-cache",
+        "published",
+        "encoder-decoder",
+        "clipcap",
+    } <= set(variants)
     assert ("no-packing" in variants) is ("enter-at-layer-0" in variants) is (system == "lite")
     ratios = {f"ours / {variant}: samples/s" for variant in variants if variant != "ours"}
     assert content["ratios"].keys() == ratios | {"ours: share of matmul peak"}
@@ -145,7 +165,9 @@ def test_the_published_step_learns_what_ours_learns(system: str) -> None:
     from benchmarks import train_step
     from benchmarks.systems import build_system
 
-    subject = build_system(system, CPU, num_captions=10, seed=0, tiny=True, changes=["bridge.dropout=0"])  # type: ignore[arg-type]
+    subject = build_system(
+        system, CPU, num_captions=10, seed=0, tiny=True, changes=["bridge.dropout=0"]
+    )  # type: ignore[arg-type]
     subject.model.language_model.float()
     images = list(range(len(subject.data)))
     batch = train_step.collate(list(train_step.CaptionDataset(subject)))  # type: ignore[arg-type]
@@ -159,11 +181,15 @@ def test_the_published_step_learns_what_ours_learns(system: str) -> None:
     full = train_step.full_logits_loss(subject.model, loaded) / packed.num_supervised
     torch.testing.assert_close(plain, ours, rtol=1e-5, atol=0)
     torch.testing.assert_close(full, ours, rtol=1e-5, atol=0)
-    gradients = [torch.autograd.grad(loss, list(parameters.values())) for loss in (ours, plain, full)]
+    gradients = [
+        torch.autograd.grad(loss, list(parameters.values())) for loss in (ours, plain, full)
+    ]
     for name, of_ours, of_plain, of_full in zip(parameters, *gradients, strict=True):
         scale = of_ours.abs().max().item()
         for other in (of_plain, of_full):
-            torch.testing.assert_close(other, of_ours, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name)
+            torch.testing.assert_close(
+                other, of_ours, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name
+            )
 
 
 def test_peaks_come_from_processes_of_their_own(tmp_path: Path) -> None:
@@ -171,7 +197,16 @@ def test_peaks_come_from_processes_of_their_own(tmp_path: Path) -> None:
 
     figures = tmp_path / "figures.json"
     code = memory.main(
-        ["--tiny", "--systems", "gemma-like", "--batch-sizes", "--variants", "ours", "--json", str(figures)]
+        [
+            "--tiny",
+            "--systems",
+            "gemma-like",
+            "--batch-sizes",
+            "--variants",
+            "ours",
+            "--json",
+            str(figures),
+        ]
     )
     assert code == 0
     (row,) = json.loads(figures.read_text())["rows"]
@@ -187,7 +222,9 @@ def test_a_child_that_fails_says_why() -> None:
 
 
 @pytest.mark.timeout(900)  # five programs, one after another
-def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(repository: Path, tmp_path: Path) -> None:
+def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(
+    repository: Path, tmp_path: Path
+) -> None:
     done = subprocess.run(
         ["bash", "benchmarks/gpu.sh", "--tiny", "--device", "cpu", "--output-dir", str(tmp_path)],
         cwd=repository, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False,
@@ -203,7 +240,11 @@ def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(repository: Path, tm
 
 def test_gpu_script_refuses_what_it_does_not_know(repository: Path) -> None:
     done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--fast"], cwd=repository, capture_output=True, text=True, check=False
+        ["bash", "benchmarks/gpu.sh", "--fast"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "unknown option --fast" in done.stderr

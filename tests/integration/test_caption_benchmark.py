@@ -37,4 +37,6 @@ def test_all_variants_find_the_same_captions(system: str, repository: Path, tmp_
         }
         assert row["samples_per_second"] > 0
         assert row["tokens_per_second"] > row["samples_per_second"]
-    assert found["ratios"].keys() == {f"ours / {name}: samples/s" for name in names if name != "ours"}
+    assert found["ratios"].keys() == {
+        f"ours / {name}: samples/s" for name in names if name != "ours"
+    }

@@ -31,7 +31,8 @@ def jpeg(index: int) -> bytes:
 
 def sentences(index: int) -> list[dict[str, Any]]:
     return [
-        {"tokens": [], "raw": f"Thing {index} , wording {n} .", "imgid": index, "sentid": n} for n in range(5)
+        {"tokens": [], "raw": f"Thing {index} , wording {n} .", "imgid": index, "sentid": n}
+        for n in range(5)
     ]
 
 
@@ -46,7 +47,9 @@ def write_flickr30k(root: Path) -> None:
     names = {index: f"{1000092795 + index}.jpg" for index in range(32)}
     write_pictures(root / "flickr30k-images", names)
     captions = [
-        f"{name}#{n}\tThing {index} , wording {n} .\n" for index, name in names.items() for n in range(5)
+        f"{name}#{n}\tThing {index} , wording {n} .\n"
+        for index, name in names.items()
+        for n in range(5)
     ]
     (root / "results_20130124.token").write_text("".join(captions))
     splits = ["train"] * 24 + ["val"] * 4 + ["test"] * 4
@@ -60,7 +63,9 @@ def write_flickr30k(root: Path) -> None:
         }
         for index, split in enumerate(splits)
     ]
-    (root / "dataset_flickr30k.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    (root / "dataset_flickr30k.json").write_text(
+        json.dumps({"images": images, "dataset": "flickr30k"})
+    )
 
 
 def write_coco(root: Path) -> None:
@@ -135,7 +140,9 @@ DATASETS = {
 
 
 @pytest.fixture(params=DATASETS)
-def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def source(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """The name of a dataset that lies in datasets/NAME of the current folder."""
     monkeypatch.chdir(tmp_path)
     DATASETS[request.param][0](tmp_path / "datasets" / request.param)

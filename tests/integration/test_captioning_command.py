@@ -31,7 +31,9 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_vit_dir: Path, tiny_llama_dir: Path) -> Trained:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> Trained:
     folder = tmp_path_factory.mktemp("run")
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"num_beams": 2, "max_new_tokens": 5})
     weights = tiny_captioner(recipe).trained_state_dict()
@@ -47,7 +49,8 @@ def pictures(drawn_caption_folder: Path) -> list[Path]:
 def caption(trained: Trained, *arguments: object) -> Result:
     """The command inside this process (starting one costs seconds)."""
     return CliRunner().invoke(
-        app, ["caption", *map(str, arguments), "--checkpoint", str(trained.folder), "--device", "cpu"]
+        app,
+        ["caption", *map(str, arguments), "--checkpoint", str(trained.folder), "--device", "cpu"],
     )
 
 
@@ -73,7 +76,9 @@ def test_order_is_kept_over_files_folders_and_globs(
     assert names == ["test-03.jpg", "a.jpg", "b.png", "test-01.jpg", "test-04.jpg", "test-05.jpg"]
 
 
-def test_json_has_image_caption_and_score(trained: Trained, pictures: list[Path], tmp_path: Path) -> None:
+def test_json_has_image_caption_and_score(
+    trained: Trained, pictures: list[Path], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     result = caption(trained, pictures[0], broken, pictures[1], "--json")
@@ -89,7 +94,9 @@ def test_json_has_image_caption_and_score(trained: Trained, pictures: list[Path]
     assert result.stderr == f"{broken}: {error['error']}\n"
 
 
-def test_lines_name_their_picture_where_there_are_several(trained: Trained, pictures: list[Path]) -> None:
+def test_lines_name_their_picture_where_there_are_several(
+    trained: Trained, pictures: list[Path]
+) -> None:
     one = caption(trained, pictures[0])
     two = caption(trained, *pictures[:2], "--batch-size", "1")
     assert one.exit_code == two.exit_code == 0
@@ -104,7 +111,10 @@ def test_names_with_line_breaks_and_tabs_stay_one_line(
     for path in odd:
         shutil.copy(pictures[0], path)
     lines = caption(trained, *odd).stdout.splitlines()
-    assert [line.split("\t")[0] for line in lines] == [f"{tmp_path}/a\\nb.png", f"{tmp_path}/a\\tb.png"]
+    assert [line.split("\t")[0] for line in lines] == [
+        f"{tmp_path}/a\\nb.png",
+        f"{tmp_path}/a\\tb.png",
+    ]
 
 
 def test_options_reach_the_generation(trained: Trained, pictures: list[Path]) -> None:
@@ -151,7 +161,9 @@ def hostile_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(good["rotated.jpg"], exif=exif)
-    picture.save(good["animated.gif"], save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
+    picture.save(
+        good["animated.gif"], save_all=True, append_images=[picture.rotate(90), picture.rotate(180)]
+    )
     Image.new("RGB", (1, 1), "red").save(good["dot.png"])
     picture.convert("RGBA").save(good["glass.png"])
     picture.convert("1").save(good["bits.png"])
@@ -174,7 +186,12 @@ def hostile_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
 def png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+    )
 
 
 def test_hostile_pictures_cost_one_line_each(trained: Trained, tmp_path: Path, run_cli) -> None:
@@ -185,7 +202,9 @@ def test_hostile_pictures_cost_one_line_each(trained: Trained, tmp_path: Path, r
     assert result.returncode == 1
     captioned = json.loads(result.stdout)
     assert [row["image"] for row in captioned] == [str(path) for path in given]
-    assert [row["image"] for row in captioned if "error" in row] == [str(path) for path in bad.values()]
+    assert [row["image"] for row in captioned if "error" in row] == [
+        str(path) for path in bad.values()
+    ]
     lines = result.stderr.splitlines()
     assert len(lines) == len(bad)
     for line, path in zip(lines, bad.values(), strict=True):
@@ -214,7 +233,11 @@ def test_explain_writes_a_png_for_each_picture(
     given = [pictures[0], broken, elsewhere, pictures[2]]
     plain = caption(trained, *given)
     explained = caption(trained, *given, "--explain", sheets)
-    assert (explained.exit_code, explained.stdout, explained.stderr) == (1, plain.stdout, plain.stderr)
+    assert (explained.exit_code, explained.stdout, explained.stderr) == (
+        1,
+        plain.stdout,
+        plain.stderr,
+    )
 
     names = [f"{pictures[0].stem}.png", f"{pictures[0].stem}-2.png", f"{pictures[2].stem}.png"]
     assert sorted(path.name for path in sheets.iterdir()) == sorted(names)
@@ -230,7 +253,9 @@ def test_explain_writes_a_png_for_each_picture(
     ]  # fmt: skip
 
 
-def test_explain_shows_what_was_sampled(trained: Trained, pictures: list[Path], tmp_path: Path) -> None:
+def test_explain_shows_what_was_sampled(
+    trained: Trained, pictures: list[Path], tmp_path: Path
+) -> None:
     options = ("--explain", tmp_path, "--do-sample", "--temperature", "2.0", "--seed", "3")
     assert (
         caption(trained, *pictures[:3], *options).stdout
@@ -245,13 +270,17 @@ def test_a_folder_that_cannot_be_made_costs_no_captions(
     trained: Trained, pictures: list[Path], tmp_path: Path, run_here
 ) -> None:
     (tmp_path / "file").touch()
-    result = run_here("caption", pictures[0], "--checkpoint", trained.folder, "--explain", tmp_path / "file")
+    result = run_here(
+        "caption", pictures[0], "--checkpoint", trained.folder, "--explain", tmp_path / "file"
+    )
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.splitlines() == [f"error: File exists ({tmp_path / 'file'})"]
 
 
-def test_mistakes_are_one_line(trained: Trained, pictures: list[Path], tmp_path: Path, run_here) -> None:
+def test_mistakes_are_one_line(
+    trained: Trained, pictures: list[Path], tmp_path: Path, run_here
+) -> None:
     missing = run_here("caption", pictures[0], "--checkpoint", "nowhere")
     assert missing.returncode == 1
     assert missing.stdout == ""
@@ -272,11 +301,17 @@ def test_mistakes_are_one_line(trained: Trained, pictures: list[Path], tmp_path:
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(
-    trained: Trained, pictures: list[Path], tmp_path: Path, tiny_dinov2_dir: Path, tiny_gpt2_dir: Path
+    trained: Trained,
+    pictures: list[Path],
+    tmp_path: Path,
+    tiny_dinov2_dir: Path,
+    tiny_gpt2_dir: Path,
 ) -> None:
     content = checkpoints.load_checkpoint(trained.folder)
     other = Trained(tmp_path, tiny_recipe(tiny_dinov2_dir, tiny_gpt2_dir, "cross_attention"))
-    checkpoints.save_checkpoint(tmp_path / checkpoints.BEST_WEIGHTS, other.recipe, content["weights"])
+    checkpoints.save_checkpoint(
+        tmp_path / checkpoints.BEST_WEIGHTS, other.recipe, content["weights"]
+    )
     result = caption(other, pictures[0])
     assert result.exit_code == 1
     assert "belongs to another architecture: bridge." in str(result.exception)

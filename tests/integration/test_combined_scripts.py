@@ -49,7 +49,9 @@ QUICK = (
 
 
 @pytest.fixture
-def run_script(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run_script(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
     """``python scripts/NAME.py ARGUMENTS`` inside this process, without its seconds of imports."""
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -59,7 +61,9 @@ def run_script(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         with pytest.raises(SystemExit) as exit_:
             runpy.run_path(command[0], run_name="__main__")
         captured = capsys.readouterr()
-        return subprocess.CompletedProcess(command, exit_.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
+        return subprocess.CompletedProcess(
+            command, exit_.value.code or 0, captured.out, captured.err
+        )  # type: ignore[arg-type]
 
     return run
 
@@ -87,7 +91,9 @@ def write_coco(root: Path, colours: tuple[str, ...] = ("red", "green", "blue", "
             picture.putpixel((index, index), (0, 0, 0))
             picture.save(root / f"{part}2017" / name)
             images.append({"id": index, "file_name": name})
-            annotations.append({"image_id": index, "id": index, "caption": f"A large {colour} square."})
+            annotations.append(
+                {"image_id": index, "id": index, "caption": f"A large {colour} square."}
+            )
         content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
         (root / "annotations" / f"captions_{part}2017.json").write_text(json.dumps(content))
     return root
@@ -102,7 +108,9 @@ def test_the_guides_commands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start, output = tmp_path / "start.pth", tmp_path / "out" / "tuned.pth"
-    saved = run_script("save_combined_checkpoint", *models, "--projection", "linear", "--output", start)
+    saved = run_script(
+        "save_combined_checkpoint", *models, "--projection", "linear", "--output", start
+    )
     assert saved.returncode == 0, saved.stderr
     coco = write_coco(tmp_path / "coco")
     command = (
@@ -120,27 +128,45 @@ def test_the_guides_commands(
     }  # fmt: skip
 
     before, after = read_combined(start), read_combined(output)
-    learnt = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    learnt = {
+        name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])
+    }
     assert before.keys() == after.keys() and learnt == {"text_decoder", "visual_proj"}
 
     pvt, blip, proj = load_combined_model(output, "cpu", models[3], models[1])
     assert torch.equal(proj.weight, after["visual_proj.weight"])
-    assert [type(part).__name__ for part in (pvt, blip, proj)] == ["PvtV2Model", "PvtBlip", "Linear"]
+    assert [type(part).__name__ for part in (pvt, blip, proj)] == [
+        "PvtV2Model",
+        "PvtBlip",
+        "Linear",
+    ]
 
     again = run_script(*command)
     assert again.returncode == 0 and "at step 4 of 4" in again.stdout, again.stderr
     assert same(read_combined(output), after)
     changed = run_script(*command, "--lr", 5e-3)
-    assert changed.returncode == 1 and "learning_rate" in changed.stderr and "--force" in changed.stderr
+    assert (
+        changed.returncode == 1
+        and "learning_rate" in changed.stderr
+        and "--force" in changed.stderr
+    )
     forced = run_script(*command, "--lr", 5e-3, "--force")
-    assert forced.returncode == 0 and "changed by --force: learning_rate" in forced.stdout, forced.stderr
+    assert forced.returncode == 0 and "changed by --force: learning_rate" in forced.stdout, (
+        forced.stderr
+    )
 
     picture = next((coco / "val2017").iterdir())
-    captioned = run_here("caption", picture, "--checkpoint", output.with_suffix(""), "--device", "cpu")
+    captioned = run_here(
+        "caption", picture, "--checkpoint", output.with_suffix(""), "--device", "cpu"
+    )
     assert captioned.returncode == 0, captioned.stderr
 
     saved = run_script(
-        "save_combined_checkpoint", "--checkpoint", output.with_suffix(""), "--output", tmp_path / "s.pth"
+        "save_combined_checkpoint",
+        "--checkpoint",
+        output.with_suffix(""),
+        "--output",
+        tmp_path / "s.pth",
     )
     assert saved.returncode == 0 and same(read_combined(tmp_path / "s.pth"), after), saved.stderr
 
@@ -154,7 +180,9 @@ def test_without_learning_the_output_is_the_input(
 ) -> None:
     """Every weight that training starts from is the file's, not that of the models it was made of."""
     state = combine_models(models[1], models[3], "conv3x3")
-    write_combined(tmp_path / "start.pth", state | {n: t + 0.1 for n, t in state.items() if t.ndim == 1})
+    write_combined(
+        tmp_path / "start.pth", state | {n: t + 0.1 for n, t in state.items() if t.ndim == 1}
+    )
     tuned = run_script(
         "finetune_combined", "--checkpoint", tmp_path / "start.pth", "--dataset", "local",
         "--dataset_path", drawn_caption_folder, "--epochs", 1, "--lr", 0, "--image_size", 64, "--num_workers", 1,
@@ -262,7 +290,12 @@ def write_flickr30k(root: Path) -> Path:
         image = Image.new("RGB", (80, 60), color)
         image.putpixel((index, index), (0, 0, 0))
         image.save(root / "flickr30k-images" / f"{index}.jpg")
-        sentence = {"raw": f"A large {color} square.", "tokens": [], "imgid": index, "sentid": index}
+        sentence = {
+            "raw": f"A large {color} square.",
+            "tokens": [],
+            "imgid": index,
+            "sentid": index,
+        }
         images.append(
             {
                 "filename": f"{index}.jpg", "imgid": index, "sentids": [index], "sentences": [sentence],
@@ -280,7 +313,9 @@ def originals_file() -> None:
     with seeded():
         pvt = PvtCbam(PvtCbamConfig((8, 16, 40, 64), cbam="sequence"))
     parts = {"visual_encoder.": pvt, "text_decoder.": blip}
-    state = {prefix + name: x for prefix, part in parts.items() for name, x in part.state_dict().items()}
+    state = {
+        prefix + name: x for prefix, part in parts.items() for name, x in part.state_dict().items()
+    }
     Path("checkpoints").mkdir()
     torch.save(state, "checkpoints/blip_pvt_combined.pth")
 
@@ -339,7 +374,9 @@ def caption_by_command(run_here: Run, run: Path, blip: Any) -> str:
     return captioned.stdout.strip()
 
 
-def test_the_guides_scenario_1(guide_folder: Path, repository: Path, run_here: Run, run_script: Run) -> None:
+def test_the_guides_scenario_1(
+    guide_folder: Path, repository: Path, run_here: Run, run_script: Run
+) -> None:
     originals_file()
     write_flickr30k(guide_folder / "flickr30k-captions")
     done = bash(SCENARIO_1, repository)

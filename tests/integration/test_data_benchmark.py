@@ -46,10 +46,14 @@ def test_growth_and_pads_are_reported(
     assert all(0 <= share < 1 for share in pads.values())
     if source == "drawn":  # captions of the drawn folder are nearly of one length
         assert pads["an image a row, by positions"] < pads["an image a row, by captions"]
-        assert pads["a caption a row, by positions"] < pads["a caption a row, padded to the longest"]
+        assert (
+            pads["a caption a row, by positions"] < pads["a caption a row, padded to the longest"]
+        )
 
 
-def test_many_captions_are_opened(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_captions_are_opened(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(repository))
     from benchmarks import harness, many_captions
 

@@ -36,7 +36,9 @@ def test_from_a_folder_of_pictures_to_the_first_batch(
     run_cli: RunCLI, pictures: Path, tmp_path: Path
 ) -> None:
     (pictures / "3.jpg").write_bytes(b"")
-    explored = run_cli("data", "explore-dataset", "--source", "local", "--input-dir", pictures, "--json")
+    explored = run_cli(
+        "data", "explore-dataset", "--source", "local", "--input-dir", pictures, "--json"
+    )
     statistics = json.loads(explored.stdout)
     assert (statistics["images"], statistics["captions"]) == (12, 12)
     assert statistics["picture_width"] == {"min": 30, "median": 30, "p95": 30, "max": 30}
@@ -44,12 +46,23 @@ def test_from_a_folder_of_pictures_to_the_first_batch(
 
     out = tmp_path / "out"
     done = run_cli(
-        "data", "transform", "--source", "local", "--input-dir", pictures, "--output-dir", out, "--workers", 2
+        "data",
+        "transform",
+        "--source",
+        "local",
+        "--input-dir",
+        pictures,
+        "--output-dir",
+        out,
+        "--workers",
+        2,
     )
     assert done.returncode == 0, done.stderr
     assert "3: the file is empty" in done.stdout and "pictures: 12 of 12" in done.stderr
 
-    inspected = run_cli("data", "inspect-loader", "--data-dir", out, "--all", "--batch-size", 2, "--json")
+    inspected = run_cli(
+        "data", "inspect-loader", "--data-dir", out, "--all", "--batch-size", 2, "--json"
+    )
     result = json.loads(inspected.stdout)
     assert result["pictures_decoded"] == 11 and not result["broken"]
     assert len(result["first_batch"]["rows"]) == 2
@@ -145,7 +158,10 @@ BAD_INPUT = {
     "no folder": (["--source", "local"], 2),
     "empty folder": (["--source", "local", "--input-dir", "empty"], 1),
     "not Flickr8k": (["--source", "flickr8k", "--input-dir", "empty"], 1),
-    "missing captions": (["--source", "local", "--input-dir", "empty", "--captions-file", "no.csv"], 1),
+    "missing captions": (
+        ["--source", "local", "--input-dir", "empty", "--captions-file", "no.csv"],
+        1,
+    ),
     "bad fraction": (["--source", "local", "--input-dir", "empty", "--val-fraction", "2"], 2),
     "unknown source": (["--source", "flickr9k"], 2),
 }
@@ -175,7 +191,9 @@ def test_a_folder_of_other_tools_is_inspected(
     run_here: RunCLI, drawn_caption_folder: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "groundcap"
-    shutil.copytree(drawn_caption_folder, root, ignore=shutil.ignore_patterns(".*", "manifest.json"))
+    shutil.copytree(
+        drawn_caption_folder, root, ignore=shutil.ignore_patterns(".*", "manifest.json")
+    )
     with (root / "val" / "captions.jsonl").open("a") as file:
         file.write("\n")
     first = run_here("data", "inspect-loader", "--data-dir", root, "--all")
@@ -183,7 +201,9 @@ def test_a_folder_of_other_tools_is_inspected(
     assert first.stderr.startswith(
         f"{root} has no manifest.json: made {root / 'manifest.json'} (train 24 images"
     )
-    assert "skipped samples: 1" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
+    assert (
+        "skipped samples: 1" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
+    )
     explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
     assert explored.returncode == 0 and "40 images (24 train, 8 val, 8 test)" in explored.stdout
     image = next((root / "val" / "images").iterdir())

@@ -76,7 +76,9 @@ def functions(address: str) -> dict[int, int]:
 
 
 def uploaded(address: str, content: bytes) -> str:
-    response = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", content)}, timeout=60)
+    response = httpx.post(
+        f"{address}/gradio_api/upload", files={"files": ("a.png", content)}, timeout=60
+    )
     assert response.status_code == 200, response.text
     return response.json()[0]
 
@@ -127,7 +129,14 @@ def status(address: str, host: str, path: str = "/") -> int:
 
 def test_only_names_of_this_server_are_answered(address: str) -> None:
     port = urlsplit(address).port
-    for host in ("evil.example", f"evil.example:{port}", f"localhost.evil.example:{port}", "", "[::1", "a b"):
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        f"localhost.evil.example:{port}",
+        "",
+        "[::1",
+        "a b",
+    ):
         assert status(address, host) == 400, host
         assert status(address, host, "/config") == 400, host
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", "[::1]:80"):
@@ -152,9 +161,13 @@ def test_requests_of_other_pages_are_refused(address: str) -> None:
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ):
-        assert httpx.post(f"{address}/api/caption", headers=headers, **form).status_code == 403, headers
+        assert httpx.post(f"{address}/api/caption", headers=headers, **form).status_code == 403, (
+            headers
+        )
         call = {"data": [], "fn_index": 0, "session_hash": "x"}
-        joined = httpx.post(f"{address}/gradio_api/queue/join", json=call, headers=headers, timeout=60)
+        joined = httpx.post(
+            f"{address}/gradio_api/queue/join", json=call, headers=headers, timeout=60
+        )
         assert joined.status_code == 403, headers
     own = {"Origin": address, "Sec-Fetch-Site": "same-origin"}
     assert httpx.post(f"{address}/api/caption", headers=own, **form).status_code == 200
@@ -182,23 +195,33 @@ def test_bodies_are_bounded_said_or_not(address: str, monkeypatch: pytest.Monkey
     unsaid = httpx.post(f"{address}/gradio_api/queue/join", content=without_end(), timeout=60)
     assert unsaid.status_code in (400, 413)  # the first where a framework on the way tells it so
     monkeypatch.setattr(guard, "MAX_STORED", 10)
-    full = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", png(noise(1)))}, timeout=60)
+    full = httpx.post(
+        f"{address}/gradio_api/upload", files={"files": ("a.png", png(noise(1)))}, timeout=60
+    )
     assert full.status_code == 503
     assert "come back later" in full.json()["error"]
 
 
-def test_a_request_that_does_not_arrive_is_given_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_does_not_arrive_is_given_up(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
     parts = urlsplit(address)
     head = f"POST /api/caption HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: 1000\r\n"
-    assert " 408 " in sent(address, f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x")
+    assert " 408 " in sent(
+        address, f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x"
+    )
 
 
-def test_idle_connections_are_closed(service: CaptionService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_closed(
+    service: CaptionService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guard, "IDLE_SECONDS", 1)
     with served(service) as address:
         parts = urlsplit(address)
-        idle = [socket.create_connection((parts.hostname, parts.port), timeout=20) for _ in range(50)]
+        idle = [
+            socket.create_connection((parts.hostname, parts.port), timeout=20) for _ in range(50)
+        ]
         assert httpx.get(address, timeout=60).status_code == 200
         for one in idle:
             assert one.recv(1) == b""  # the other side has closed
@@ -206,7 +229,9 @@ def test_idle_connections_are_closed(service: CaptionService, monkeypatch: pytes
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
-def test_an_interrupted_server_ends_whatever_it_computes(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_an_interrupted_server_ends_whatever_it_computes(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     program = (
         "import sys, time; from pathlib import Path; from demo_server import tiny_service\n"
         "from vlm_bridge.captioning.demo import Demo, serve\n"
@@ -224,7 +249,9 @@ def test_an_interrupted_server_ends_whatever_it_computes(tiny_vit_dir: Path, tin
         line = next(line for line in process.stdout if "serving on" in line)
         address = line.split("serving on ")[1].split()[0]
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/api/caption", files={"image": ("a.png", png(noise(0)))}, timeout=2)
+            httpx.post(
+                f"{address}/api/caption", files={"image": ("a.png", png(noise(0)))}, timeout=2
+            )
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("gradio", reason="the demo page needs gradio: pip install 'vlm-bridge[demo]'")
-pytest.importorskip("selenium", reason="driving a browser needs selenium: pip install 'vlm-bridge[dev]'")
+pytest.importorskip(
+    "selenium", reason="driving a browser needs selenium: pip install 'vlm-bridge[dev]'"
+)
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -44,7 +46,9 @@ def service(tiny_vit_dir: Path, tiny_llama_dir: Path) -> CaptionService:
 @pytest.fixture(scope="module")
 def address(service: CaptionService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run = tmp_path_factory.mktemp("run")
-    with served(service, run=run, examples=[(f"noise {seed}", noise(seed)) for seed in (98, 99)]) as address:
+    with served(
+        service, run=run, examples=[(f"noise {seed}", noise(seed)) for seed in (98, 99)]
+    ) as address:
         yield address
 
 
@@ -108,7 +112,11 @@ def test_a_dropped_picture_is_captioned_with_alternatives_and_overlays(
     assert caption.text == expected.caption
     alternatives = page.find_elements(By.CSS_SELECTOR, "#answers .vb-alternatives li")
     assert len(alternatives) == len(expected.alternatives) > 1
-    assert len(page.find_elements(By.CSS_SELECTOR, "#answers .vb-words img")) == len(expected.overlays) > 0
+    assert (
+        len(page.find_elements(By.CSS_SELECTOR, "#answers .vb-words img"))
+        == len(expected.overlays)
+        > 0
+    )
     _screenshot(page, "wide")
 
 
@@ -120,7 +128,9 @@ def test_fewer_beams_give_fewer_alternatives(page: Any, picture: Path) -> None:
     number.send_keys("1", Keys.TAB)
     page.find_element(By.CSS_SELECTOR, "#caption").click()
     WebDriverWait(page, PATIENCE).until(
-        lambda driver: len(driver.find_elements(By.CSS_SELECTOR, "#answers .vb-alternatives li")) == 1
+        lambda driver: (
+            len(driver.find_elements(By.CSS_SELECTOR, "#answers .vb-alternatives li")) == 1
+        )
     )
 
 
@@ -175,8 +185,11 @@ def test_the_browser_asks_no_other_host(page: Any, address: str) -> None:
     requested = [
         message["params"]["request"]["url"]
         for entry in page.get_log("performance")
-        if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
+        if (message := json.loads(entry["message"])["message"])["method"]
+        == "Network.requestWillBeSent"
     ]
     assert any(url.startswith(address) for url in requested)
-    elsewhere = {url for url in requested if not url.startswith((address, "data:", "blob:", "chrome"))}
+    elsewhere = {
+        url for url in requested if not url.startswith((address, "data:", "blob:", "chrome"))
+    }
     assert not elsewhere

@@ -31,7 +31,9 @@ def address(service: CaptionService) -> Iterator[str]:
 
 def post(address: str, content: bytes, name: str = "photo.png", **fields: object) -> httpx.Response:
     data = {key: str(value) for key, value in fields.items()}
-    return httpx.post(f"{address}/api/caption", files={"image": (name, content)}, data=data, timeout=120)
+    return httpx.post(
+        f"{address}/api/caption", files={"image": (name, content)}, data=data, timeout=120
+    )
 
 
 def test_twenty_clients_at_once_get_the_answers_to_their_own_pictures(
@@ -39,7 +41,9 @@ def test_twenty_clients_at_once_get_the_answers_to_their_own_pictures(
 ) -> None:
     pictures = [noise(seed) for seed in range(20)]
     with ThreadPoolExecutor(20) as clients:
-        responses = list(clients.map(lambda picture: post(address, png(picture), num_beams=4), pictures))
+        responses = list(
+            clients.map(lambda picture: post(address, png(picture), num_beams=4), pictures)
+        )
     assert [response.status_code for response in responses] == [200] * 20
     told = [response.json() for response in responses]
     for picture, answer in zip(pictures, told, strict=True):
@@ -50,7 +54,9 @@ def test_twenty_clients_at_once_get_the_answers_to_their_own_pictures(
             c.caption for c in alone.alternatives
         ]
         scores = [candidate.score for candidate in alone.alternatives]
-        assert [other["score"] for other in answer["alternatives"]] == pytest.approx(scores, abs=1e-5)
+        assert [other["score"] for other in answer["alternatives"]] == pytest.approx(
+            scores, abs=1e-5
+        )
     assert len({answer["alternatives"][0]["score"] for answer in told}) == 20
 
 

@@ -48,7 +48,12 @@ def vlm_training(
     """Run ``vlm-training ARGUMENTS`` in a fresh folder on tiny models and a drawn dataset; return what it said."""
     monkeypatch.chdir(tmp_path)
     models = (f"vision_encoder.name={tiny_dinov2_dir}", f"language_model.name={tiny_gemma2_dir}")
-    sizes = ("vision_encoder.image_size=56", "decode.max_new_tokens=6", "num_workers=0", "device=cpu")
+    sizes = (
+        "vision_encoder.image_size=56",
+        "decode.max_new_tokens=6",
+        "num_workers=0",
+        "device=cpu",
+    )
     places = (f"data_dir={drawn_caption_folder}", "feature_cache=features", "log_every_n_steps=1")
 
     def run(*arguments: str) -> str:
@@ -85,7 +90,9 @@ def test_the_published_commands(vlm_training: Callable[..., str], tmp_path: Path
     assert f"resumed {latest} at step 12 of 18" in both
     assert [event["step"] for event in events("train")] == list(range(1, 19))
 
-    config = vlm_training("--config", "original.yaml", "num_epochs=1", "gradient_checkpointing=true")
+    config = vlm_training(
+        "--config", "original.yaml", "num_epochs=1", "gradient_checkpointing=true"
+    )
     assert "resumed" not in config
     assert "done: 6 steps" in config
     first, *_, last = events("train")[-6:]
@@ -118,7 +125,9 @@ def sample(caption: str, token_ids: list[int], *references: str) -> Sample:
 
 
 def test_sample_statistics() -> None:
-    exact = sample("A dog runs on the grass.", [5, 6, 7, 8], "Nothing alike", "a dog runs on the grass")
+    exact = sample(
+        "A dog runs on the grass.", [5, 6, 7, 8], "Nothing alike", "a dog runs on the grass"
+    )
     other = sample("Cats", [5, 5], "a bird in a tree at night")
     statistics = sample_statistics([exact, other])
     assert statistics.mean_length == 3
@@ -149,7 +158,9 @@ def test_gradients_are_scaled_in_float16_alone(settings: list[str], scales: bool
 def test_info_of_the_published_system(run_cli, repository: Path, tmp_path: Path) -> None:
     # Nothing cached, and no hub: names and sizes are known without.
     environment = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
-    shown = run_cli("info", "--config", repository / "config/training-default.yaml", env=environment)
+    shown = run_cli(
+        "info", "--config", repository / "config/training-default.yaml", env=environment
+    )
     assert shown.returncode == 0, shown.stderr
     for mention in (
         "304,368,640", "2,614,341,888", "66,092,544", "2.21%", "[B, 257, 1024]",
@@ -170,10 +181,17 @@ def test_the_memory_benchmark_checks_itself_on_tiny_models(repository: Path) -> 
     assert "all checks hold" in result.stdout
 
 
-def test_a_run_of_the_original_project_goes_on(vlm_training: Callable[..., str], tmp_path: Path) -> None:
+def test_a_run_of_the_original_project_goes_on(
+    vlm_training: Callable[..., str], tmp_path: Path
+) -> None:
     """Its weights, moments and place are taken: the rest of the training is what ours would have been."""
     (tmp_path / "flat.yaml").write_text(FLAT, encoding="utf-8")
-    settings = ("bridge.num_heads=4", "bridge.dropout=0", "use_amp=false", "num_validation_samples=0")
+    settings = (
+        "bridge.num_heads=4",
+        "bridge.dropout=0",
+        "use_amp=false",
+        "num_validation_samples=0",
+    )
     whole = vlm_training(
         "--config", "flat.yaml", "save_every_n_steps=1", "keep_step_checkpoints=99", *settings
     )
@@ -188,7 +206,9 @@ def test_a_run_of_the_original_project_goes_on(vlm_training: Callable[..., str],
         content["training"]["optimizer"]["param_groups"],
     )
     number = {
-        name: i for group in groups for name, i in zip(group["param_names"], group["params"], strict=True)
+        name: i
+        for group in groups
+        for name, i in zip(group["param_names"], group["params"], strict=True)
     }
     order = list(interchange.ORIGINAL_NAMES)
     assert len(names) == len(order)
@@ -213,7 +233,11 @@ def test_a_run_of_the_original_project_goes_on(vlm_training: Callable[..., str],
     assert rest == pytest.approx(losses[2 * per_epoch :], rel=1e-5)
 
     torch.save(
-        {**original, "optimizer_state_dict": {}, "scheduler_state_dict": {"T_max": 9, "last_epoch": 6}},
+        {
+            **original,
+            "optimizer_state_dict": {},
+            "scheduler_state_dict": {"T_max": 9, "last_epoch": 6},
+        },
         "o.pth",
     )
     said = vlm_training("--resume", "o.pth", *settings)

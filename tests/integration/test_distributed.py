@@ -99,7 +99,9 @@ def step(recipe: Recipe, number: int) -> Path:
     return Path(recipe.checkpoint_dir, checkpoints.STEP.format(number))
 
 
-def assert_same_numbers(some: list[dict[str, Any]], others: list[dict[str, Any]], *names: str) -> None:
+def assert_same_numbers(
+    some: list[dict[str, Any]], others: list[dict[str, Any]], *names: str
+) -> None:
     assert [event["step"] for event in some] == [event["step"] for event in others]
     for event, other in zip(some, others, strict=True):
         for name in names:
@@ -158,8 +160,12 @@ def test_two_processes_continue_as_four_and_these_as_one(
 
 
 @pytest.mark.parametrize("by", ["batch_size=4", "tokens_per_batch=60"])
-def test_micro_batches_are_shared_and_some_shares_are_empty(make_recipe: MakeRecipe, by: str) -> None:
-    alone, of_three = (make_recipe(by, "gradient_accumulation_steps=3", "max_steps=6") for _ in range(2))
+def test_micro_batches_are_shared_and_some_shares_are_empty(
+    make_recipe: MakeRecipe, by: str
+) -> None:
+    alone, of_three = (
+        make_recipe(by, "gradient_accumulation_steps=3", "max_steps=6") for _ in range(2)
+    )
     trained(alone, 1)
     trained(of_three, 3)
     told, told_together = events(alone, "train"), events(of_three, "train")
@@ -167,7 +173,12 @@ def test_micro_batches_are_shared_and_some_shares_are_empty(make_recipe: MakeRec
 
 
 def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeRecipe) -> None:
-    settings = ("bridge.dropout=0.3", "num_epochs=2", "save_every_n_steps=2", "gradient_accumulation_steps=2")
+    settings = (
+        "bridge.dropout=0.3",
+        "num_epochs=2",
+        "save_every_n_steps=2",
+        "gradient_accumulation_steps=2",
+    )
     whole, resumed = make_recipe(*settings), make_recipe(*settings)
     first, second = together(2, trained_weights, whole)
     assert not set(first["seeds"]) & set(second["seeds"])
@@ -205,7 +216,9 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
             bridge="deep_prefix_above",
         )
         trained(recipe, size)
-        files = [path for path in caches.rglob("*") if path.name == "states" or "shard-" in path.name]
+        files = [
+            path for path in caches.rglob("*") if path.name == "states" or "shard-" in path.name
+        ]
         contents.append({path.relative_to(caches): path.read_bytes() for path in files})
     assert len(contents[0]) == 3  # features of two splits, and text states
     assert contents[0] == contents[1]
@@ -233,7 +246,9 @@ def test_a_process_with_another_recipe_or_other_data_is_refused(
     assert other.error is not None
     assert "process 1 of 2 has learning_rate=0.5, not 0.005 as the first one" in other.error
 
-    elsewhere = shutil.copytree(drawn_caption_folder, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    elsewhere = shutil.copytree(
+        drawn_caption_folder, tmp_path / "data", ignore=shutil.ignore_patterns(".*")
+    )
     next((elsewhere / "train" / "images").iterdir()).write_bytes(b"no picture")
     lenient = override_recipe(recipe, ["max_bad_samples=0.5"])
     _, other = run_world(2, train_otherwise, lenient, 1, f"data_dir={elsewhere}")
@@ -246,7 +261,9 @@ def test_a_signal_to_one_process_ends_all_in_the_same_step(make_recipe: MakeReci
     recipe = make_recipe("num_workers=2")
     latest = Path(recipe.checkpoint_dir, checkpoints.LATEST)
     outcomes = run_world(2, train_until, recipe, 1, 3, "signal")
-    assert [outcome.error for outcome in outcomes] == [f"Interrupted: interrupted; saved {latest}"] * 2
+    assert [outcome.error for outcome in outcomes] == [
+        f"Interrupted: interrupted; saved {latest}"
+    ] * 2
     assert checkpoints.load_checkpoint(latest)["training"]["progress"]["step"] == 4
 
 
@@ -279,7 +296,9 @@ def test_two_machines_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> N
         for machine in (0, 1)
     ]
     try:
-        (said, complaints), (said_elsewhere, _) = (run.communicate(timeout=600) for run in launchers)
+        (said, complaints), (said_elsewhere, _) = (
+            run.communicate(timeout=600) for run in launchers
+        )
     finally:
         for launcher in launchers:
             launcher.terminate()  # and with it its process
@@ -291,4 +310,6 @@ def test_two_machines_train_as_one(make_recipe: MakeRecipe, tmp_path: Path) -> N
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     weights, others = one["weights"], other["weights"]
-    return weights.keys() == others.keys() and all((weights[name] == others[name]).all() for name in weights)
+    return weights.keys() == others.keys() and all(
+        (weights[name] == others[name]).all() for name in weights
+    )

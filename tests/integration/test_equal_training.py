@@ -36,7 +36,9 @@ def recipe(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Recipe:
 
 def plain_loss(model: CaptionModel, data: TokenizedImages, features: torch.Tensor) -> torch.Tensor:
     """As users write it: a row a caption, padded to the longest, all logits in float32, `nn.CrossEntropyLoss`."""
-    captions = [(image, data.caption(image, number)) for image in range(len(data)) for number in range(3)]
+    captions = [
+        (image, data.caption(image, number)) for image in range(len(data)) for number in range(3)
+    ]
     length = max(len(caption.labels) for _, caption in captions)
     ids = torch.zeros(len(captions), length, dtype=torch.long)
     labels = torch.full_like(ids, -100)
@@ -104,7 +106,9 @@ def test_every_step_in_16_bits_is_the_plain_one(recipe: Recipe) -> None:
             ours, gradient = loss_and_gradient(our_loss, model, data, features)
         assert ours == pytest.approx(plain, rel=1e-2)
         # Where 16 bits leave more than 1e-2 of the plain step itself, nothing can be nearer to it than they allow.
-        assert distance(gradient, plain_gradient) < max(1e-2, distance(plain_gradient, exact_gradient))
+        assert distance(gradient, plain_gradient) < max(
+            1e-2, distance(plain_gradient, exact_gradient)
+        )
         optimizer.step()
 
 
@@ -152,7 +156,9 @@ def losses(recipe: Recipe, folder: Path, *overrides: str) -> tuple[list[float], 
     return [loss for _, loss in curves["train/loss"]], lines
 
 
-def test_200_steps_from_cached_features_are_those_without(long_recipe: Recipe, tmp_path: Path) -> None:
+def test_200_steps_from_cached_features_are_those_without(
+    long_recipe: Recipe, tmp_path: Path
+) -> None:
     cache = f"feature_cache={tmp_path / 'cache'}"
     plain, _ = losses(long_recipe, tmp_path / "plain")
     assert len(plain) == 200
@@ -162,7 +168,9 @@ def test_200_steps_from_cached_features_are_those_without(long_recipe: Recipe, t
         assert cached == pytest.approx(plain, rel=within)
 
 
-def test_200_steps_from_cached_text_states_are_those_without(long_recipe: Recipe, tmp_path: Path) -> None:
+def test_200_steps_from_cached_text_states_are_those_without(
+    long_recipe: Recipe, tmp_path: Path
+) -> None:
     cache, text = f"feature_cache={tmp_path / 'cache'}", "text_state_cache=true"
     plain, _ = losses(long_recipe, tmp_path / "plain", cache)
     cached, lines = losses(long_recipe, tmp_path / "cached", cache, text)
@@ -173,7 +181,12 @@ def test_200_steps_from_cached_text_states_are_those_without(long_recipe: Recipe
     _, lines = losses(long_recipe, tmp_path / "again", cache, text, "max_steps=2")
     assert not any("text states" in line for line in lines), "what is there was computed again"
     _, lines = losses(
-        long_recipe, tmp_path / "other", cache, text, "max_steps=2", "language_model.prompt=A picture"
+        long_recipe,
+        tmp_path / "other",
+        cache,
+        text,
+        "max_steps=2",
+        "language_model.prompt=A picture",
     )
     assert any("text states" in line for line in lines), "other tokens have other states"
 

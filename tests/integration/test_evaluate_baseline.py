@@ -26,7 +26,9 @@ def _no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_vit_dir: Path, tiny_llama_dir: Path) -> Path:
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> Path:
     path = tmp_path_factory.mktemp("run") / "ours" / "checkpoints" / checkpoints.BEST_WEIGHTS
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir)
     checkpoints.save_checkpoint(path, recipe, tiny_captioner(recipe).trained_state_dict())
@@ -35,7 +37,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_vit_dir: Path, tin
 
 def keys(content: Any) -> Any:
     """The keys of a JSON object, nested ones too."""
-    return {key: keys(value) for key, value in content.items()} if isinstance(content, dict) else None
+    return (
+        {key: keys(value) for key, value in content.items()} if isinstance(content, dict) else None
+    )
 
 
 def test_a_published_captioner_is_scored_like_our_own(
@@ -46,7 +50,15 @@ def test_a_published_captioner_is_scored_like_our_own(
     records, predictions = {}, {}
     for name, subject in subjects.items():
         out = tmp_path / "out" / name
-        arguments = ("--data-dir", drawn_caption_folder, *DECODING, "--batch-size", 3, "--device", "cpu")
+        arguments = (
+            "--data-dir",
+            drawn_caption_folder,
+            *DECODING,
+            "--batch-size",
+            3,
+            "--device",
+            "cpu",
+        )
         result = run_here("evaluate", *subject, *arguments, "--output-dir", out)
         assert result.returncode == 0, result.stderr
         records[name] = json.loads((out / "metrics.json").read_text())
@@ -78,7 +90,12 @@ def test_a_published_captioner_is_scored_like_our_own(
     result = run_here("compare", *outs, "--reference", "tiny-blip", "--json")
     assert result.returncode == 0, result.stderr
     comparison = json.loads(result.stdout)
-    assert [run["name"] for run in comparison["runs"]] == ["ours", "tiny-blip", "tiny-git", "tiny-vit-gpt2"]
+    assert [run["name"] for run in comparison["runs"]] == [
+        "ours",
+        "tiny-blip",
+        "tiny-git",
+        "tiny-vit-gpt2",
+    ]
     # Untrained captioners may score nothing, of which there is no share; test_compare has the shares of others.
     reference = records["blip"]["BLEU-1"]
     share = records["ours"]["BLEU-1"] / reference if reference >= SHOWN_AS_ZERO else None
@@ -92,13 +109,18 @@ def test_scores_of_other_images_are_refused_in_one_line(
     model = SAVE["git"](tmp_path / "git")
     for name, options in {"some": ("--limit", 4), "test": ("--split", "test")}.items():
         arguments = ("--data-dir", drawn_caption_folder, *DECODING, *options)
-        result = run_here("evaluate", "--model", model, *arguments, "--json", tmp_path / f"{name}.json")
+        result = run_here(
+            "evaluate", "--model", model, *arguments, "--json", tmp_path / f"{name}.json"
+        )
         assert result.returncode == 0, result.stderr
     result = run_here("compare", tmp_path / "some.json", tmp_path / "test.json")
     assert result.returncode == 1 and result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: these scores cannot be compared")
-    assert run_here("compare", tmp_path / "some.json", tmp_path / "test.json", "--force").returncode == 0
+    assert (
+        run_here("compare", tmp_path / "some.json", tmp_path / "test.json", "--force").returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,8 +128,14 @@ def test_scores_of_other_images_are_refused_in_one_line(
     [
         ((), "either --checkpoint"),
         (("--checkpoint", "run", "--model", "blip"), "either --checkpoint"),
-        (("--model", "blip", "--config", "recipe.yaml"), "--config is the recipe of a --checkpoint"),
-        (("--checkpoint", "run", "--revision", "main"), "--revision and --prompt are for a --model"),
+        (
+            ("--model", "blip", "--config", "recipe.yaml"),
+            "--config is the recipe of a --checkpoint",
+        ),
+        (
+            ("--checkpoint", "run", "--revision", "main"),
+            "--revision and --prompt are for a --model",
+        ),
     ],
 )
 def test_wrong_usage(arguments: tuple, said: str, drawn_caption_folder: Path, run_here) -> None:

@@ -71,15 +71,20 @@ def test_a_folder_for_the_hub_captions_as_the_run_does(
     run: Path, recipe: Recipe, tmp_path: Path, drawn_caption_folder: Path, run_here
 ) -> None:
     picture = CaptionFolder.open(drawn_caption_folder).split("test")[0].path
-    (run / "metrics.json").write_text(json.dumps({"CIDEr": 0.5, "num_images": 8, "decode": {"num_beams": 3}}))
+    (run / "metrics.json").write_text(
+        json.dumps({"CIDEr": 0.5, "num_images": 8, "decode": {"num_beams": 3}})
+    )
     folder = tmp_path / "my-captioner"
-    result = run_here("export", run, "--output-dir", folder, "--license", "mit", "--dataset", "me/drawings")
+    result = run_here(
+        "export", run, "--output-dir", folder, "--license", "mit", "--dataset", "me/drawings"
+    )
     assert result.returncode == 0, result.stderr
     assert f"wrote {folder / 'model.safetensors'}" in result.stdout
     assert {path.name for path in folder.iterdir()} == FILES
     assert_equal(weights_of(folder), weights_of(run))
     captions = [
-        run_here("caption", picture, "--checkpoint", path, "--device", "cpu") for path in (run, folder)
+        run_here("caption", picture, "--checkpoint", path, "--device", "cpu")
+        for path in (run, folder)
     ]
     assert captions[0].stdout == captions[1].stdout
     assert captions[0].returncode == 0
@@ -107,11 +112,22 @@ def test_a_folder_for_the_hub_captions_as_the_run_does(
     assert "secret-place" not in card
 
 
-def test_half_precision_is_what_the_captioner_computes_with(run: Path, tmp_path: Path, run_here) -> None:
+def test_half_precision_is_what_the_captioner_computes_with(
+    run: Path, tmp_path: Path, run_here
+) -> None:
     folder = tmp_path / "half"
     terms = "non-commercial research use"
     result = run_here(
-        "export", run, "--output-dir", folder, "--dtype", "float16", "--title", "See", "--license", terms
+        "export",
+        run,
+        "--output-dir",
+        folder,
+        "--dtype",
+        "float16",
+        "--title",
+        "See",
+        "--license",
+        terms,
     )
     assert result.returncode == 0, result.stderr
     stored, original = weights_of(folder), weights_of(run)
@@ -125,8 +141,12 @@ def test_half_precision_is_what_the_captioner_computes_with(run: Path, tmp_path:
     assert "# See\n" in card and f"The bridge: {terms}." in card
 
 
-def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_path: Path, run_here) -> None:
-    half, small = (export_as(dtype, run, tmp_path / dtype, run_here) for dtype in ("float16", "int8"))
+def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(
+    run: Path, tmp_path: Path, run_here
+) -> None:
+    half, small = (
+        export_as(dtype, run, tmp_path / dtype, run_here) for dtype in ("float16", "int8")
+    )
     original = {name: tensor.float() for name, tensor in weights_of(run).items()}
     restored = Captioner.from_pretrained(small, "cpu").model.trained_state_dict()
     assert restored.keys() == original.keys()
@@ -138,25 +158,33 @@ def test_int8_rounds_each_row_and_takes_half_the_room_of_float16(run: Path, tmp_
     assert (small / "model.safetensors").stat().st_mode == (
         small / "config.json"
     ).stat().st_mode  # for all to read
-    saved = (half / "model.safetensors").stat().st_size - (small / "model.safetensors").stat().st_size
+    saved = (half / "model.safetensors").stat().st_size - (
+        small / "model.safetensors"
+    ).stat().st_size
     assert saved > 0.7 * matrices  # one of two bytes of each, less the scales of very short rows
 
 
 def test_int4_rounds_to_sixteen_levels_what_it_can_and_takes_less_room(
     run: Path, tmp_path: Path, run_here
 ) -> None:
-    small, smaller = (export_as(dtype, run, tmp_path / dtype, run_here) for dtype in ("int8", "int4"))
+    small, smaller = (
+        export_as(dtype, run, tmp_path / dtype, run_here) for dtype in ("int8", "int4")
+    )
     original = {name: tensor.float() for name, tensor in weights_of(run).items()}
     restored = Captioner.from_pretrained(smaller, "cpu").model.trained_state_dict()
     assert restored.keys() == original.keys()
     packed = 0
     for name, tensor in original.items():
         if tensor.ndim > 1 and tensor.shape[-1] % GROUP == 0:
-            groups, error = (x.unflatten(-1, (-1, GROUP)) for x in (tensor, (restored[name] - tensor).abs()))
+            groups, error = (
+                x.unflatten(-1, (-1, GROUP)) for x in (tensor, (restored[name] - tensor).abs())
+            )
             assert (error <= groups.abs().amax(-1, keepdim=True) / 8 * 1.01).all(), name
             assert torch.cosine_similarity(restored[name], tensor, -1).mean() > 0.98, name
             packed += tensor.numel()
-    saved = (small / "model.safetensors").stat().st_size - (smaller / "model.safetensors").stat().st_size
+    saved = (small / "model.safetensors").stat().st_size - (
+        smaller / "model.safetensors"
+    ).stat().st_size
     assert packed and saved > 0.3 * packed
     size = sum(tensor.numel() for name, tensor in original.items() if name.startswith("bridge."))
     assert f"bridge of {size:,} parameters" in (smaller / "README.md").read_text()
@@ -170,7 +198,10 @@ def test_quantised_weights_without_their_scales_are_refused(
     stored = load_file(folder / "model.safetensors")
     prefix = f"{dtype}_scale_of."
     lost = next(name for name in stored if name.startswith(prefix))
-    save_file({name: tensor for name, tensor in stored.items() if name != lost}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in stored.items() if name != lost},
+        folder / "model.safetensors",
+    )
     with pytest.raises(CheckpointError, match=f"do not go together: {lost.removeprefix(prefix)}"):
         Captioner.from_pretrained(folder, "cpu")
 
@@ -195,7 +226,9 @@ def test_the_original_layout_has_no_quantised_weights(
     assert f"no {dtype}" in result.stderr
 
 
-def test_weights_too_large_for_a_dtype_are_named(recipe: Recipe, run: Path, tmp_path: Path, run_here) -> None:
+def test_weights_too_large_for_a_dtype_are_named(
+    recipe: Recipe, run: Path, tmp_path: Path, run_here
+) -> None:
     path = run / "checkpoints" / checkpoints.BEST_WEIGHTS
     weights = weights_of(path)
     name = next(iter(weights))
@@ -239,7 +272,10 @@ def test_the_original_layout_and_back(
     assert "construct its FullModel with bridge_num_heads=4" in result.stderr
     path = tmp_path / "original" / checkpoints.BEST_WEIGHTS
     content = torch.load(path, weights_only=True)
-    assert content["model_state_dict"]["bridge_module.cross_attention.w_q.weight"].dtype == torch.bfloat16
+    assert (
+        content["model_state_dict"]["bridge_module.cross_attention.w_q.weight"].dtype
+        == torch.bfloat16
+    )
     assert_equal(weights_of(path), weights_of(run))
 
     # As the original project writes it, without our recipe.
@@ -262,14 +298,23 @@ def test_the_original_layout_and_back(
     assert default.returncode == 1
     assert "facebook/dinov2-large" in default.stderr
     trained = run_here(
-        "train", "--config", config, "--resume", path, "learning_rate=0", "min_lr=0", "weight_decay=0"
+        "train",
+        "--config",
+        config,
+        "--resume",
+        path,
+        "learning_rate=0",
+        "min_lr=0",
+        "weight_decay=0",
     )
     assert "of the original project at epoch 1, step 0 of" in trained.stdout
     assert "with a new optimizer" in trained.stdout
     assert_equal(weights_of(Path(recipe.checkpoint_dir)), weights_of(run))
 
 
-def test_mistakes_are_one_line_and_nothing_is_overwritten(run: Path, tmp_path: Path, run_here) -> None:
+def test_mistakes_are_one_line_and_nothing_is_overwritten(
+    run: Path, tmp_path: Path, run_here
+) -> None:
     out = tmp_path / "out"
     assert run_here("export", run, "--output-dir", out).returncode == 0
     for arguments, code, mention in (
@@ -280,7 +325,11 @@ def test_mistakes_are_one_line_and_nothing_is_overwritten(run: Path, tmp_path: P
             2,
             "leave --format out",
         ),
-        (["--output-dir", tmp_path, "--metrics", tmp_path / "none.json"], 1, "cannot read the scores"),
+        (
+            ["--output-dir", tmp_path, "--metrics", tmp_path / "none.json"],
+            1,
+            "cannot read the scores",
+        ),
     ):
         result = run_here("export", run, *arguments)
         assert result.returncode == code
@@ -300,7 +349,9 @@ class FakeHub:
         self.calls.append({"repo_id": repo_id, **options})
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **options: Any) -> None:
+    def upload_folder(
+        self, *, folder_path: Path, allow_patterns: list[str], **options: Any
+    ) -> None:
         self.calls.append(
             {"files": set(allow_patterns) & {path.name for path in Path(folder_path).iterdir()}}
         )
@@ -313,7 +364,13 @@ def test_pushing_uploads_the_folder_and_shows_no_token(
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     result = run_here(
-        "export", run, "--output-dir", tmp_path / "out", "--push-to-hub", "me/captioner", "--private"
+        "export",
+        run,
+        "--output-dir",
+        tmp_path / "out",
+        "--push-to-hub",
+        "me/captioner",
+        "--private",
     )
     assert result.returncode == 0, result.stderr
     assert "pushed to https://huggingface.co/me/captioner" in result.stdout

@@ -9,7 +9,10 @@ import pytest
 
 
 def test_every_format_is_compared_with_features_that_were_not_stored(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(str(repository))
     monkeypatch.setenv("PATH", str(tmp_path))  # Java takes seconds

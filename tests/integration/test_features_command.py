@@ -104,11 +104,15 @@ def test_no_room_is_one_line(run_here, recipe_file: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def pooled_recipe(data: Path, tiny_dinov2_dir: Path, tiny_llama_dir: Path, tmp_path: Path) -> Recipe:
+def pooled_recipe(
+    data: Path, tiny_dinov2_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> Recipe:
     settings: dict[str, Any] = {"feature_cache_pooling": 2, "feature_cache_dtype": "int8"}
     places = {"checkpoint_dir": str(tmp_path / "run"), "log_dir": str(tmp_path / "logs")}
     options: dict[str, Any] = {"max_steps": 2, "decode": {"num_beams": 1, "max_new_tokens": 5}}
-    return tiny_recipe(tiny_dinov2_dir, tiny_llama_dir, data_dir=str(data), **settings, **places, **options)
+    return tiny_recipe(
+        tiny_dinov2_dir, tiny_llama_dir, data_dir=str(data), **settings, **places, **options
+    )
 
 
 def test_a_checkpoint_brings_its_pooling(pooled_recipe: Recipe, data: Path) -> None:
@@ -122,7 +126,9 @@ def test_a_checkpoint_brings_its_pooling(pooled_recipe: Recipe, data: Path) -> N
     encoded_bnd = captioner.model.features(pictures)
     cached_bnd = trainer.val_features[np.arange(len(images))]
     assert cached_bnd.shape == encoded_bnd.shape == (8, 5, encoder.embed_dim)
-    assert ((cached_bnd - encoded_bnd).abs() <= encoded_bnd.abs().amax(-1, keepdim=True) / 250).all()
+    assert (
+        (cached_bnd - encoded_bnd).abs() <= encoded_bnd.abs().amax(-1, keepdim=True) / 250
+    ).all()
     assert captioner.caption([images[0].path])[0].caption is not None
 
 
@@ -146,17 +152,25 @@ def test_training_sees_the_same_views_with_a_cache_and_without(
             num_validation_samples=0,
         )
         Trainer(recipe, lambda line: None).run()
-        events = map(json.loads, (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines())
+        events = map(
+            json.loads, (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines()
+        )
         losses.append([event["loss"] for event in events if event["event"] == "train"])
     assert len(losses[0]) == 9
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_bridge_of_other_pooling_is_another_architecture(pooled_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_bridge_of_other_pooling_is_another_architecture(
+    pooled_recipe: Recipe, tmp_path: Path
+) -> None:
     model = tiny_captioner(pooled_recipe)
     path = tmp_path / checkpoints.LATEST
     checkpoints.save_checkpoint(
-        path, pooled_recipe, model.trained_state_dict(), None, sizes=checkpoints.captioner_sizes(model)
+        path,
+        pooled_recipe,
+        model.trained_state_dict(),
+        None,
+        sizes=checkpoints.captioner_sizes(model),
     )
     with pytest.raises(CheckpointError, match="feature_cache_pooling=2, wanted is 1"):
         checkpoints.check_architecture(

@@ -15,7 +15,10 @@ TINY_ENCODERS = {
     "facebook/dinov2-large": ("tiny_dinov2_dir", 56),
     "OpenGVLab/pvt_v2_b0": ("tiny_pvt_v2_dir", 64),
     "OpenGVLab/pvt_v2_b1": ("tiny_pvt_v2_dir", 64),
-    "efficientnet-lite0": (None, 64),  # the real one: 4.6 M weights, and batch norms that must not learn
+    "efficientnet-lite0": (
+        None,
+        64,
+    ),  # the real one: 4.6 M weights, and batch norms that must not learn
 }
 TINY_LANGUAGE_MODELS = {
     "google/gemma-2-2b": "tiny_gemma2_dir",
@@ -65,7 +68,9 @@ def test_what_a_recipe_freezes_stays_as_it_is(
     measured = {name for name in everything if name.startswith("feature_scale.")}
     assert changed <= trained | measured
     assert any(name.startswith("bridge.") for name in changed)
-    assert any(name.startswith("language_model.") for name in trained) == (len(recipe.trainable) > 1)
+    assert any(name.startswith("language_model.") for name in trained) == (
+        len(recipe.trainable) > 1
+    )
     # What was watched while training is all the rest.
     assert set(trainer.frozen_parts.names) == everything.keys() - model.trained_state_dict().keys()
     assert any(name.startswith("vision_encoder.") for name in trainer.frozen_parts.names)

@@ -36,7 +36,9 @@ def test_the_published_numbers_without_any_data(run_here: Run) -> None:
     assert done.returncode == 0, done.stderr
     assert "41,880 / 2,618 / 7,852 of 52,350 images" in done.stdout
     assert "5,235 steps per epoch at batch size 8" in done.stdout
-    outlook = json.loads(run_here("data", "transform", "--dry-run", "--num-rows", 52350, "--json").stdout)
+    outlook = json.loads(
+        run_here("data", "transform", "--dry-run", "--num-rows", 52350, "--json").stdout
+    )
     assert outlook["images"] == {"train": 41880, "val": 2618, "test": 7852}
     assert not list(Path().iterdir())
 
@@ -51,27 +53,49 @@ def test_from_parquet_to_the_first_batch(run_here: Run, dataset: Path) -> None:
         assert grid.format == "PNG"
 
     done = run_here(
-        "data", "transform", "--source-path", dataset, "--output-dir", "data/groundcap", "--workers", 2
+        "data",
+        "transform",
+        "--source-path",
+        dataset,
+        "--output-dir",
+        "data/groundcap",
+        "--workers",
+        2,
     )
     assert done.returncode == 0, done.stderr
-    assert "train 400 images / 400 captions, val 25 images / 25 captions, test 75 images" in done.stdout
+    assert (
+        "train 400 images / 400 captions, val 25 images / 25 captions, test 75 images"
+        in done.stdout
+    )
     assert "CC-BY-4.0" in done.stdout and "pictures: 500 of 500" in done.stderr
     caption = CaptionFolder.open("data/groundcap").split("train")[0].captions[0]
     assert "<" not in caption and "&amp;" not in caption
 
-    inspected = run_here("data", "inspect-loader", "--data-dir", "data/groundcap", "--all", "--json")
+    inspected = run_here(
+        "data", "inspect-loader", "--data-dir", "data/groundcap", "--all", "--json"
+    )
     assert inspected.returncode == 0, inspected.stderr
     result = json.loads(inspected.stdout)
     assert result["pictures_decoded"] == 500 and not result["broken"]
-    assert result["first_batch"]["batches_per_epoch"] == 50 and len(result["first_batch"]["rows"]) == 8
+    assert (
+        result["first_batch"]["batches_per_epoch"] == 50 and len(result["first_batch"]["rows"]) == 8
+    )
 
 
-def test_a_dry_run_of_the_files_says_what_the_transformation_makes(run_here: Run, dataset: Path) -> None:
+def test_a_dry_run_of_the_files_says_what_the_transformation_makes(
+    run_here: Run, dataset: Path
+) -> None:
     arguments = ("data", "transform", "--source-path", dataset, "--dry-run", "--json")
-    assert json.loads(run_here(*arguments).stdout)["images"] == {"train": 400, "val": 25, "test": 75}
+    assert json.loads(run_here(*arguments).stdout)["images"] == {
+        "train": 400,
+        "val": 25,
+        "test": 75,
+    }
     official = json.loads(run_here(*arguments, "--split", "official").stdout)
     assert official["images"]["test"] == 100 and official["images"]["val"] > 0
-    by_image = json.loads(run_here(*arguments, "--split-by", "image", "--test-fraction", 0.2).stdout)
+    by_image = json.loads(
+        run_here(*arguments, "--split-by", "image", "--test-fraction", 0.2).stdout
+    )
     assert by_image["images"] == {"train": 375, "val": 25, "test": 100}
 
 
@@ -83,7 +107,10 @@ def test_tokens_are_counted_with_a_tokenizer_and_skipped_without(
     assert counted["tokens_per_caption"]["min"] > counted["words_per_caption"]["min"]
     missing = run_here(*arguments, "--tokenizer", "no/such-tokenizer", "--samples", 0)
     assert missing.returncode == 0
-    assert "tokens per caption: not counted; cannot load the tokenizer 'no/such-tokenizer'" in missing.stdout
+    assert (
+        "tokens per caption: not counted; cannot load the tokenizer 'no/such-tokenizer'"
+        in missing.stdout
+    )
     assert not list(Path().iterdir())
 
 
@@ -110,7 +137,9 @@ def test_killed_then_the_same_command_continues(tmp_path: Path, dataset: Path) -
     assert not (out / "manifest.json").exists()
     journal = (out / UNFINISHED_NAME / "journal.jsonl").read_text().splitlines()
     ids = [json.loads(line)["image_id"] for line in journal[1:-1]]
-    finished = {path: path.stat().st_mtime_ns for name in ids for path in out.glob(f"*/images/{name}.jpg")}
+    finished = {
+        path: path.stat().st_mtime_ns for name in ids for path in out.glob(f"*/images/{name}.jpg")
+    }
     assert len(finished) == len(ids) > 0
 
     subprocess.run(command, check=True, capture_output=True, timeout=250)

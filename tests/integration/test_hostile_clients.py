@@ -61,7 +61,10 @@ def server(tiny_vit_dir: Path, tiny_llama_dir: Path) -> Iterator[tuple[str, int]
     assert process.stdout is not None
     try:
         lines = iter(process.stdout.readline, "")
-        yield next(match[0] for line in lines if (match := re.search(r"http://[\d.:]+", line))), process.pid
+        yield (
+            next(match[0] for line in lines if (match := re.search(r"http://[\d.:]+", line))),
+            process.pid,
+        )
     finally:
         process.terminate()
         process.wait(30)
@@ -75,13 +78,17 @@ def memory_mb(process_id: int) -> int:
 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-def test_a_tenth_of_200_requests_is_hostile_and_nobody_else_notices(server: tuple[str, int]) -> None:
+def test_a_tenth_of_200_requests_is_hostile_and_nobody_else_notices(
+    server: tuple[str, int],
+) -> None:
     address, process_id = server
     uploads = [png(noise(client)) for client in range(NUM_CLIENTS)]
 
     def caption(upload: bytes) -> tuple[str, float]:
         files = {"image": ("photo.png", upload)}
-        response = httpx.post(f"{address}/api/caption", files=files, data={"num_beams": "2"}, timeout=300)
+        response = httpx.post(
+            f"{address}/api/caption", files=files, data={"num_beams": "2"}, timeout=300
+        )
         assert response.status_code == 200, response.text
         answer = response.json()
         return answer["caption"], answer["alternatives"][0]["score"]
@@ -103,7 +110,9 @@ def test_a_tenth_of_200_requests_is_hostile_and_nobody_else_notices(server: tupl
         return answers, refusal
 
     alone = [caption(upload) for upload in uploads]
-    assert len({score for _, score in alone}) == NUM_CLIENTS, "the pictures can be told apart by their scores"
+    assert len({score for _, score in alone}) == NUM_CLIENTS, (
+        "the pictures can be told apart by their scores"
+    )
     for number in range(len(HOSTILE)):
         attack(number)
     before = memory_mb(process_id)
@@ -113,7 +122,9 @@ def test_a_tenth_of_200_requests_is_hostile_and_nobody_else_notices(server: tupl
     for number, (answers, refusal) in enumerate(results):
         text, score = alone[number]
         assert [answer for answer, _ in answers] == [text] * (REQUESTS_PER_CLIENT - 1)
-        assert [s for _, s in answers] == pytest.approx([score] * (REQUESTS_PER_CLIENT - 1), abs=1e-5)
+        assert [s for _, s in answers] == pytest.approx(
+            [score] * (REQUESTS_PER_CLIENT - 1), abs=1e-5
+        )
         assert refusal in (400, 411, 413, 415, 422), (number, refusal)
     print(f"{NUM_CLIENTS * REQUESTS_PER_CLIENT} requests: {before} MB before, {after} MB after")
     assert after - before < MORE_MEMORY_MB

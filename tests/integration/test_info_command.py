@@ -18,14 +18,22 @@ def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir
     recipe = tiny_recipe(tiny_dinov2_dir, tiny_gemma2_dir, "cross_attention")
     config.write_text(recipe.to_yaml(), encoding="utf-8")
     # Weights are not needed: only the folders' configuration is read.
-    result = CliRunner().invoke(app, ["info", "--config", str(config), "--json", "bridge.num_heads=8"])
+    result = CliRunner().invoke(
+        app, ["info", "--config", str(config), "--json", "bridge.num_heads=8"]
+    )
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert {"components", "trainable_share", "features_shape", "memory"} <= shown.keys()
-    assert [c["role"] for c in shown["components"]] == ["vision_encoder", "bridge", "language_model"]
+    assert [c["role"] for c in shown["components"]] == [
+        "vision_encoder",
+        "bridge",
+        "language_model",
+    ]
     for component in shown["components"]:
         assert component.keys() == {"name", "role", "pretrained", "parameters", "trainable"}
-        assert component["trainable"] == (component["parameters"] if component["role"] == "bridge" else 0)
+        assert component["trainable"] == (
+            component["parameters"] if component["role"] == "bridge" else 0
+        )
     total = sum(component["parameters"] for component in shown["components"])
     assert shown["trainable_share"] == pytest.approx(shown["components"][1]["parameters"] / total)
     assert shown["features_shape"] == [17, 32]
@@ -37,7 +45,14 @@ def test_table_for_people(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Pa
     config.write_text(tiny_recipe(tiny_vit_dir, tiny_llama_dir).to_yaml(), encoding="utf-8")
     result = CliRunner().invoke(app, ["info", "--config", str(config)])
     assert result.exit_code == 0, result.output
-    for mention in ("vision_encoder", "language_model", "bridge", "10 tokens x 32", "trainable share", "GiB"):
+    for mention in (
+        "vision_encoder",
+        "language_model",
+        "bridge",
+        "10 tokens x 32",
+        "trainable share",
+        "GiB",
+    ):
         assert mention in result.stdout
 
 
@@ -46,7 +61,9 @@ def test_the_lite_models_need_no_weights(tmp_path: Path, run_cli) -> None:
     config = tmp_path / "recipe.yaml"
     config.write_text(load_recipe(None).to_yaml(), encoding="utf-8")
     # An empty cache, and no SmolLM2 to convert into it.
-    result = run_cli("info", "--config", config, "--json", env={"VLM_BRIDGE_CACHE": str(tmp_path / "cache")})
+    result = run_cli(
+        "info", "--config", config, "--json", env={"VLM_BRIDGE_CACHE": str(tmp_path / "cache")}
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     shown = json.loads(result.stdout)

@@ -20,7 +20,10 @@ from vlm_bridge.training_strategy.checkpoint import FORMAT, FORMAT_VERSION, save
 
 TOKEN = "hf_" + "PlantedForTheTest" * 2
 PASSWORD = "open-sesame-1234"
-ADDRESSES = (f"https://user:{TOKEN}@huggingface.co/me/model", f"https://{TOKEN}@hub.example/me/model")
+ADDRESSES = (
+    f"https://user:{TOKEN}@huggingface.co/me/model",
+    f"https://{TOKEN}@hub.example/me/model",
+)
 
 
 def forms_of(secret: str) -> list[bytes]:
@@ -106,7 +109,11 @@ def test_no_error_repeats_it(
     export = ("export", checkpoint, "--output-dir", tmp_path / "exported", "--overwrite")
     keys = ("vision_encoder.name", "language_model.name", "data_dir", "nonsense", "learning_rate")
     for command in (
-        *(("train", "--config", config, f"{key}={address}") for address in ADDRESSES for key in keys),
+        *(
+            ("train", "--config", config, f"{key}={address}")
+            for address in ADDRESSES
+            for key in keys
+        ),
         ("caption", picture, "--checkpoint", ADDRESSES[0]),
         ("caption", ADDRESSES[0], "--checkpoint", checkpoint),
         ("caption", ADDRESSES[1], "--checkpoint", checkpoint, "--json"),
@@ -118,7 +125,9 @@ def test_no_error_repeats_it(
         assert run_clean(*command).returncode != 0, command
 
 
-def test_no_traceback_has_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_traceback_has_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["vlm-bridge", "--debug"])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
 
@@ -133,7 +142,9 @@ def test_no_traceback_has_it(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert_clean("a traceback", said.encode())
 
 
-def test_a_recipe_refuses_it_and_names_the_key(run_clean: Callable[..., CompletedProcess[str]]) -> None:
+def test_a_recipe_refuses_it_and_names_the_key(
+    run_clean: Callable[..., CompletedProcess[str]],
+) -> None:
     for value in (*ADDRESSES, f"https://user:{PASSWORD}@example.com/model", TOKEN):
         refused = run_clean("train", f"language_model.name={value}")
         assert refused.returncode == 2
@@ -164,6 +175,14 @@ def test_redaction_leaves_the_rest_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert redact(said) == "GET https://***@host/x?token=*** and ***: 401; mail me@example.com"
     assert holds_credential(said)
     monkeypatch.setenv("HF_TOKEN", "")
-    for harmless in ("google/gemma-2-2b", "https://huggingface.co/me/model", "runs/a@b", "hf_models/x", ""):
+    for harmless in (
+        "google/gemma-2-2b",
+        "https://huggingface.co/me/model",
+        "runs/a@b",
+        "hf_models/x",
+        "",
+    ):
         assert redact(harmless) == harmless
-    assert json.loads(redact(json.dumps({"name": "https://u:p@host/"}))) == {"name": "https://***@host/"}
+    assert json.loads(redact(json.dumps({"name": "https://u:p@host/"}))) == {
+        "name": "https://***@host/"
+    }

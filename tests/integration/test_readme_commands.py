@@ -73,8 +73,12 @@ def left_out(words: list[str]) -> str | None:
 def test_every_readme_command_is_run_or_left_out_for_a_reason() -> None:
     commands = [words for code in code_blocks(README, "bash") for words in shell_commands(code)]
     foreign = [words for words in commands if words[0] not in PROGRAMS or left_out(words)]
-    assert [shlex.join(words) for words in foreign if not left_out(words)] == [], "neither run nor explained"
-    assert {left_out(words) for words in foreign} == LEFT_OUT.keys(), "explained, but no longer in README.md"
+    assert [shlex.join(words) for words in foreign if not left_out(words)] == [], (
+        "neither run nor explained"
+    )
+    assert {left_out(words) for words in foreign} == LEFT_OUT.keys(), (
+        "explained, but no longer in README.md"
+    )
     assert {block.language for block in fenced_blocks(README)} <= {"", "bash", "python"}
 
 
@@ -97,7 +101,9 @@ def clone(
     recipes.mkdir()
     for recipe in (repository / "config").glob("*.yaml"):
         write_tiny_recipe(recipe, recipes / recipe.name, tiny_vit_dir, tiny_llama_dir)
-    monkeypatch.setattr("vlm_bridge.configuration.shipped_recipe", lambda name: recipes / f"{name}.yaml")
+    monkeypatch.setattr(
+        "vlm_bridge.configuration.shipped_recipe", lambda name: recipes / f"{name}.yaml"
+    )
     for constant, number in QUICKSTART_SCENES.items():
         monkeypatch.setattr(f"vlm_bridge.quickstart.{constant}", number)
 
@@ -123,7 +129,9 @@ def clone(
     return tmp_path
 
 
-def write_tiny_recipe(shipped: Path, tiny: Path, vision_encoder: Path, language_model: Path) -> None:
+def write_tiny_recipe(
+    shipped: Path, tiny: Path, vision_encoder: Path, language_model: Path
+) -> None:
     """Copy a recipe with its models replaced, its bridge narrow and its training cut to two steps."""
     recipe = yaml.safe_load(shipped.read_text(encoding="utf-8"))
     recipe["vision_encoder"] = {"name": str(vision_encoder)}
@@ -147,7 +155,10 @@ def write_flickr8k(splits: dict[str, list[CaptionedImage]], root: Path) -> None:
         for image in images:
             shutil.copy(image.path, root / "Images")
             thing = image.captions[0].lower().removesuffix(".")
-            lines += [f"{image.path.name}#{n}\t{words.format(thing)}\n" for n, words in enumerate(WORDINGS)]
+            lines += [
+                f"{image.path.name}#{n}\t{words.format(thing)}\n"
+                for n, words in enumerate(WORDINGS)
+            ]
         names = "".join(f"{image.path.name}\n" for image in images)
         (root / f"Flickr_8k.{FLICKR8K_SPLITS[split]}Images.txt").write_text(names, encoding="utf-8")
     (root / "Flickr8k.token.txt").write_text("".join(lines), encoding="utf-8")
@@ -190,7 +201,9 @@ def commands_of_make_captioner(repository: Path) -> list[list[str]]:
         [make, "-n", "captioner"], cwd=repository, capture_output=True, text=True, check=True
     )
     lines = [shlex.split(line) for line in printed.stdout.replace("\\\n", " ").splitlines()]
-    return [[Path(line[0]).name, *line[1:]] for line in lines if line and Path(line[0]).name in PROGRAMS]
+    return [
+        [Path(line[0]).name, *line[1:]] for line in lines if line and Path(line[0]).name in PROGRAMS
+    ]
 
 
 def test_readme_runs_from_top_to_bottom(

@@ -48,7 +48,9 @@ TOKEN = "hf_" + "x9" * 17
 
 def require(*tools: str) -> None:
     """Skip the test where a program is missing."""
-    missing = [tool for tool in tools if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    missing = [
+        tool for tool in tools if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
     if missing:
         pytest.skip(
             f"needs {', '.join(missing)} (Debian: openssh-server openssh-client rsync tmux shellcheck)"
@@ -122,7 +124,13 @@ class Machine:
 
     @property
     def address(self) -> list[str]:
-        return [f"{pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1", "-p", str(self.port), "-i", str(self.key)]
+        return [
+            f"{pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1",
+            "-p",
+            str(self.port),
+            "-i",
+            str(self.key),
+        ]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -226,7 +234,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         user, *_ = machine.address
         knock = ["-o", "StrictHostKeyChecking=no", "-p", str(port), "-i", str(key), user, "true"]
         subprocess.run([commands / "ssh", *knock], capture_output=True, timeout=120)
-        if refusal := re.search(r"User .* not allowed because .*", (folder / "sshd.log").read_text()):
+        if refusal := re.search(
+            r"User .* not allowed because .*", (folder / "sshd.log").read_text()
+        ):
             pytest.skip(f"sshd lets nobody in here: {refusal[0]}")
         known_hosts.unlink(missing_ok=True)
         yield machine
@@ -268,7 +278,9 @@ def test_shellcheck_is_content(script: Path) -> None:
 
 
 @pytest.mark.parametrize(("verb", "name"), DOWNLOADS.items())
-def test_each_download_brings_its_file(machine: Machine, tmp_path: Path, verb: str, name: str) -> None:
+def test_each_download_brings_its_file(
+    machine: Machine, tmp_path: Path, verb: str, name: str
+) -> None:
     contents = {name: write_checkpoint(machine, name) for name in DOWNLOADS.values()}
     target = tmp_path / "my models"
     result = machine.control(verb, *machine.address, "-d", target, cwd=tmp_path)
@@ -285,11 +297,17 @@ def test_download_all_brings_checkpoints_and_logs(machine: Machine, tmp_path: Pa
     result = machine.control("download-all", *machine.address, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     target = tmp_path / "runs" / "remote"
-    found = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(target)): path.read_bytes()
+        for path in target.rglob("*")
+        if path.is_file()
+    }
     assert found == {**contents, "logs/events.out": b"curve"}
 
 
-def test_a_file_that_is_here_is_not_fetched_again_until_it_changes(machine: Machine, tmp_path: Path) -> None:
+def test_a_file_that_is_here_is_not_fetched_again_until_it_changes(
+    machine: Machine, tmp_path: Path
+) -> None:
     write_checkpoint(machine, "best_model.pth")
     arguments = ("download-best", *machine.address, "-d", "models")
     machine.control(*arguments, cwd=tmp_path)
@@ -332,7 +350,9 @@ def test_a_download_outlives_a_broken_connection(machine: Machine, tmp_path: Pat
         machine,
         f'[ -e "{marker}" ] || set -- --bwlimit=200 "$@"\ntouch "{marker}"\nexec RSYNC "$@"\n',
     )
-    download = machine.start_control("download-best", *machine.address, "-d", "models", cwd=tmp_path)
+    download = machine.start_control(
+        "download-best", *machine.address, "-d", "models", cwd=tmp_path
+    )
     part = tmp_path / "models" / ".best_model.pth.part"
     wait_until(lambda: part.exists() and part.stat().st_size > 300_000, "the download is under way")
     machine.drop_connections()
@@ -389,7 +409,9 @@ def dashboard(machine: Machine) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("loss", ["the tunnel's ssh is killed", "the machine drops the connection"])
-def test_the_tunnel_comes_back(machine: Machine, tmp_path: Path, dashboard: bytes, loss: str) -> None:
+def test_the_tunnel_comes_back(
+    machine: Machine, tmp_path: Path, dashboard: bytes, loss: str
+) -> None:
     monitor = machine.start_control("monitor", *machine.address, cwd=tmp_path)
     assert monitor.stdout is not None
 
@@ -443,7 +465,9 @@ def test_a_key_that_others_may_read_is_one_clear_line(machine: Machine, tmp_path
     assert f"chmod 600 '{machine.key}'" in one_error(result)
 
 
-def test_another_machine_at_the_same_address_is_one_clear_line(machine: Machine, tmp_path: Path) -> None:
+def test_another_machine_at_the_same_address_is_one_clear_line(
+    machine: Machine, tmp_path: Path
+) -> None:
     write_checkpoint(machine, "best_model.pth")
     machine.control("download-best", *machine.address, cwd=tmp_path)
     known_hosts = tmp_path / "machine" / "known_hosts"
@@ -494,7 +518,17 @@ def test_a_quoted_tilde_is_still_home(machine: Machine, tmp_path: Path) -> None:
     shutil.copytree(machine.key.parent, home / "keys")
     user, _, port, *_ = machine.address
     result = subprocess.run(
-        [str(CONTROL), "download-best", user, "-p", port, "-i", "~/keys/it's a key", "-d", "~/models"],
+        [
+            str(CONTROL),
+            "download-best",
+            user,
+            "-p",
+            port,
+            "-i",
+            "~/keys/it's a key",
+            "-d",
+            "~/models",
+        ],
         cwd=tmp_path,
         env={**machine.environment, "HOME": str(home)},
         capture_output=True,
@@ -560,7 +594,10 @@ class Rented:
 
     def tmux(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["tmux", "-L", "vlm-bridge", *arguments], env=self.environment, capture_output=True, text=True
+            ["tmux", "-L", "vlm-bridge", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
         )
 
     def is_held(self, lock: str) -> bool:
@@ -593,11 +630,17 @@ def rented(tmp_path: Path) -> Iterator[Rented]:
         commands / "python3",
         STUB + f'if [ "$2" = venv ]; then mkdir -p "$3" && cp -r {programs} "$3/bin"; fi\n',
     )
-    write_program(commands / "nvidia-smi", STUB + "echo 'NVIDIA GeForce RTX 4090, 24564 MiB, 570.86.15'\n")
+    write_program(
+        commands / "nvidia-smi", STUB + "echo 'NVIDIA GeForce RTX 4090, 24564 MiB, 570.86.15'\n"
+    )
     # A socket's path may have about a hundred characters, and tmp_path has more.
     with tempfile.TemporaryDirectory(prefix="tmux") as sockets:
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TMUX"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("HF_", "TMUX"))
+            },
             "PATH": f"{commands}:{os.environ['PATH']}",
             "HOME": str(home),
             "XDG_CACHE_HOME": str(home / ".cache"),
@@ -631,12 +674,16 @@ def test_setup_installs_prepares_and_trains_once(rented: Rented) -> None:
     first = rented.setup("--foreground")
     assert first.returncode == 0, first.stderr
     assert "GPU: NVIDIA GeForce RTX 4090, 24564 MiB, 570.86.15" in first.stdout
-    assert rented.calls("vlm-data") == ["vlm-data transform --source groundcap --output-dir data/groundcap"]
+    assert rented.calls("vlm-data") == [
+        "vlm-data transform --source groundcap --output-dir data/groundcap"
+    ]
     folders = f"data_dir=data/groundcap checkpoint_dir={rented.root}/checkpoints log_dir={rented.root}/logs"
     training = f"vlm-training --config config/training-default.yaml --resume auto {folders}"
     assert rented.calls("vlm-training") == [training]
     (install,) = (call for call in rented.calls("python") if "pip" in call)
-    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[gpu]"), "the tested versions"
+    assert install.endswith("--constraint build/constraints-gpu.txt --editable .[gpu]"), (
+        "the tested versions"
+    )
 
     assert rented.setup("--foreground").returncode == 0
     assert len(rented.calls("vlm-data")) == 1, "finished data are not made again"
@@ -720,7 +767,18 @@ def test_what_cannot_be_cloned_is_one_clear_line(rented: Rented, repository: Pat
     assert "cannot clone: fatal: repository" in one_error(result)
     (repository / "scripts" / SETUP.name).unlink()
     subprocess.run(
-        ["git", "-C", repository, "-c", "user.name=a", "-c", "user.email=a@b.example", "commit", "-qam", "b"],
+        [
+            "git",
+            "-C",
+            repository,
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b.example",
+            "commit",
+            "-qam",
+            "b",
+        ],
         check=True,
     )
     result = piped(rented, rented.home, str(repository))
@@ -779,7 +837,10 @@ def test_a_second_run_starts_no_second_training(rented: Rented) -> None:
     # A training outside tmux counts as well.
     rented.tmux("send-keys", "-t", "vlm-bridge", "C-c")
     wait_until(lambda: not rented.trains(), "Ctrl-c ends the training")
-    wait_until(lambda: rented.log.endswith("saved\nended with exit code 130\n"), "its last words are logged")
+    wait_until(
+        lambda: rented.log.endswith("saved\nended with exit code 130\n"),
+        "its last words are logged",
+    )
     outside = subprocess.Popen(
         [str(rented.script), "--foreground"],
         env=rented.environment,
@@ -851,7 +912,9 @@ def test_the_token_is_in_its_file_and_nowhere_else(rented: Rented) -> None:
     assert TOKEN not in result.stdout + result.stderr
     assert TOKEN not in rented.tmux("show-environment", "-g").stdout
     file = rented.home / ".cache" / "huggingface" / "token"
-    assert token_traces(rented) == [file], "neither in logs nor in the environment of what was started"
+    assert token_traces(rented) == [file], (
+        "neither in logs nor in the environment of what was started"
+    )
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     read = subprocess.run(
         [sys.executable, "-c", "from huggingface_hub import get_token; print(get_token())"],
@@ -889,7 +952,9 @@ def test_the_token_is_asked_for_without_echo(rented: Rented) -> None:
     assert (rented.home / ".cache" / "huggingface" / "token").read_text() == TOKEN
     assert len(token_traces(rented)) == 1
 
-    assert "Hugging Face token: found" in rented.setup("--foreground").stdout, "it is asked for once"
+    assert "Hugging Face token: found" in rented.setup("--foreground").stdout, (
+        "it is asked for once"
+    )
 
 
 @pytest.mark.parametrize(
@@ -904,7 +969,17 @@ def test_bad_usage_of_setup_exits_with_2(rented: Rented, arguments: str) -> None
 # --- skypilot.yaml and the guide ----------------------------------------------------------------------------------
 
 # SkyPilot's task fields (docs.skypilot.co, "SkyPilot YAML"; version 0.14), those that this task may come to need.
-TASK_FIELDS = {"name", "workdir", "num_nodes", "resources", "file_mounts", "setup", "run", "envs", "secrets"}
+TASK_FIELDS = {
+    "name",
+    "workdir",
+    "num_nodes",
+    "resources",
+    "file_mounts",
+    "setup",
+    "run",
+    "envs",
+    "secrets",
+}
 RESOURCE_FIELDS = {
     "infra", "accelerators", "cpus", "memory", "instance_type", "use_spot", "disk_size", "image_id", "ports",
     "labels", "autostop", "any_of", "ordered", "job_recovery", "max_hourly_cost",

@@ -60,7 +60,9 @@ class Run:
     def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
         self.lines: list[str] = []
         self.folder = Path(recipe.checkpoint_dir)
-        self.result: TrainingResult = train(recipe, resume=resume, force=force, say=self.lines.append)
+        self.result: TrainingResult = train(
+            recipe, resume=resume, force=force, say=self.lines.append
+        )
 
     def checkpoint(self, name: str = checkpoints.LATEST) -> dict[str, Any]:
         return checkpoints.load_checkpoint(self.folder / name)
@@ -93,7 +95,9 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["", "decode.do_sample=true"])
-def test_resuming_inside_an_epoch_is_never_having_stopped(make_recipe: MakeRecipe, sampling: str) -> None:
+def test_resuming_inside_an_epoch_is_never_having_stopped(
+    make_recipe: MakeRecipe, sampling: str
+) -> None:
     settings = (*BY_STEPS, *filter(None, [sampling]), "keep_step_checkpoints=9")
     whole = Run(make_recipe("whole", *settings))
     assert {step(4), step(8), step(12)} <= whole.names()
@@ -106,7 +110,9 @@ def test_resuming_inside_an_epoch_is_never_having_stopped(make_recipe: MakeRecip
         assert_same(whole.checkpoint(), resumed.checkpoint())
         expected = [event for event in whole.events("train") if event["step"] > number]
         assert [e["loss"] for e in resumed.events("train")] == [e["loss"] for e in expected]
-        assert [e["learning_rate"] for e in resumed.events("train")] == [e["learning_rate"] for e in expected]
+        assert [e["learning_rate"] for e in resumed.events("train")] == [
+            e["learning_rate"] for e in expected
+        ]
         # Even a run that stopped after its last step validates, and says how it captions.
         assert resumed.result.validation == whole.result.validation
         assert resumed.result.decoded == whole.result.decoded
@@ -136,7 +142,9 @@ def test_every_trained_part_learns_at_its_rate_and_the_rest_stays(make_recipe: M
         assert ratio == pytest.approx(0.1 if in_decoder else 1.0)
 
 
-def test_the_weights_only_file_captions_alike(make_recipe: MakeRecipe, drawn_caption_folder: Path) -> None:
+def test_the_weights_only_file_captions_alike(
+    make_recipe: MakeRecipe, drawn_caption_folder: Path
+) -> None:
     run = Run(make_recipe("run", "num_epochs=4", "monitor=loss"))
     pictures = [image.path for image in CaptionFolder.open(drawn_caption_folder).split("test")]
     whole = Captioner.from_pretrained(run.folder / checkpoints.BEST, "cpu").caption(pictures)
@@ -180,7 +188,11 @@ def test_training_stops_early_by_score(make_recipe: MakeRecipe, monitor: str) ->
     )
     run = Run(
         make_recipe(
-            "run", *still, f"monitor={monitor}", "use_early_stopping=true", "early_stopping_patience=2"
+            "run",
+            *still,
+            f"monitor={monitor}",
+            "use_early_stopping=true",
+            "early_stopping_patience=2",
         )
     )
     assert run.result.steps == 3 * 6
@@ -206,19 +218,25 @@ def test_resuming_other_patterns_is_refused(make_recipe: MakeRecipe) -> None:
         decoder = "".join(f", language_model.*{name}*: {rate}" for name in names)
         return f"trainable={{bridge.*: null{decoder}}}"
 
-    run = Run(make_recipe("run", patterns("crossattention", "query"), "num_epochs=1", "monitor=loss"))
+    run = Run(
+        make_recipe("run", patterns("crossattention", "query"), "num_epochs=1", "monitor=loss")
+    )
     latest = run.folder / checkpoints.LATEST
     with pytest.raises(CheckpointError, match="another architecture: it has trainable="):
         Run(make_recipe("run", patterns("crossattention")), latest)
     # The queries of cross-attention are of both patterns: whichever comes first decides.
     with pytest.raises(CheckpointError, match="keep the patterns under trainable in their order"):
         Run(make_recipe("run", patterns("query", "crossattention")), latest, force=True)
-    slower = Run(make_recipe("run", patterns("crossattention", "query", rate="null")), latest, force=True)
+    slower = Run(
+        make_recipe("run", patterns("crossattention", "query", rate="null")), latest, force=True
+    )
     assert slower.result.steps == 12
     assert any("follows another schedule" in line and "trainable" in line for line in slower.lines)
 
 
-def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_accumulating_four_times_two_is_a_batch_of_eight(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     from tiny_models import save_tiny_bert
 
     # Dropout draws other numbers for other batches: without it, the two must agree.
@@ -234,7 +252,9 @@ def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe
         "monitor=loss",
     )
     at_once = Run(make_recipe("at-once", *settings, "batch_size=8"))
-    in_parts = Run(make_recipe("in-parts", *settings, "batch_size=2", "gradient_accumulation_steps=4"))
+    in_parts = Run(
+        make_recipe("in-parts", *settings, "batch_size=2", "gradient_accumulation_steps=4")
+    )
     for event, other in zip(at_once.events("train"), in_parts.events("train"), strict=True):
         assert event["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert event["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)

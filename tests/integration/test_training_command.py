@@ -58,7 +58,9 @@ class Run:
     def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
         self.lines: list[str] = []
         self.folder = Path(recipe.checkpoint_dir)
-        self.result: TrainingResult = train(recipe, resume=resume, force=force, say=self.lines.append)
+        self.result: TrainingResult = train(
+            recipe, resume=resume, force=force, say=self.lines.append
+        )
 
     @property
     def latest(self) -> Path:
@@ -195,7 +197,9 @@ def test_a_run_under_a_budget_continues_inside_an_epoch(make_recipe: MakeRecipe)
         Run(make_recipe("resumed", *settings, "tokens_per_batch=81"), resume=step)
 
 
-@pytest.mark.parametrize(("bridge", "checkpointing"), [("prefix", "true"), ("deep_prefix", "false")])
+@pytest.mark.parametrize(
+    ("bridge", "checkpointing"), [("prefix", "true"), ("deep_prefix", "false")]
+)
 def test_compiling_changes_no_loss_and_no_name(
     make_recipe: MakeRecipe, bridge: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +221,9 @@ def test_compiling_changes_no_loss_and_no_name(
     assert 0 < num_graphs < plain.result.steps  # not one for each length
     for event, other in zip(plain.events("train"), compiled.events("train"), strict=True):
         assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    names, others = (checkpoints.load_checkpoint(run.latest)["weights"].keys() for run in (plain, compiled))
+    names, others = (
+        checkpoints.load_checkpoint(run.latest)["weights"].keys() for run in (plain, compiled)
+    )
     assert names == others
 
 
@@ -232,7 +238,11 @@ def test_without_a_compiler_training_says_so_and_goes_on(
 
 def test_computing_layers_again_changes_nothing(make_recipe: MakeRecipe) -> None:
     kept, again = (
-        Run(make_recipe(name, "num_epochs=1", f"gradient_checkpointing={name}", bridge="deep_prefix"))
+        Run(
+            make_recipe(
+                name, "num_epochs=1", f"gradient_checkpointing={name}", bridge="deep_prefix"
+            )
+        )
         for name in ("false", "true")
     )
     assert [e["loss"] for e in kept.events("train")] == [e["loss"] for e in again.events("train")]
@@ -250,16 +260,22 @@ def test_the_seed_decides_everything(make_recipe: MakeRecipe) -> None:
 
 
 @pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
-def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe, bridge: str) -> None:
+def test_accumulating_four_times_two_is_a_batch_of_eight(
+    make_recipe: MakeRecipe, bridge: str
+) -> None:
     settings = ("num_epochs=1", "captions_per_image=1", "gradient_clip_val=1e6", "max_steps=2")
     at_once = Run(make_recipe("at-once", *settings, "batch_size=8", bridge=bridge))
     in_parts = Run(
-        make_recipe("in-parts", *settings, "batch_size=2", "gradient_accumulation_steps=4", bridge=bridge)
+        make_recipe(
+            "in-parts", *settings, "batch_size=2", "gradient_accumulation_steps=4", bridge=bridge
+        )
     )
     for event, other in zip(at_once.events("train"), in_parts.events("train"), strict=True):
         assert event["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert event["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
-    first, second = (checkpoints.load_checkpoint(run.latest)["training"] for run in (at_once, in_parts))
+    first, second = (
+        checkpoints.load_checkpoint(run.latest)["training"] for run in (at_once, in_parts)
+    )
     # The optimiser's first moment is the gradient; AdamW's own step would blow up differences near zero.
     for key, state in first["optimizer"]["state"].items():
         torch.testing.assert_close(
@@ -269,7 +285,9 @@ def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe
 
 def test_pictures_can_be_encoded_in_every_step(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     cached = Run(make_recipe("cached", "num_epochs=1"))
-    on_the_fly = Run(make_recipe("on-the-fly", "num_epochs=1", "feature_cache=off", "num_workers=2"))
+    on_the_fly = Run(
+        make_recipe("on-the-fly", "num_epochs=1", "feature_cache=off", "num_workers=2")
+    )
     assert on_the_fly.said("sample 1:")
     for event, other in zip(cached.events("train"), on_the_fly.events("train"), strict=True):
         assert event["loss"] == pytest.approx(other["loss"], abs=2e-2)
@@ -293,7 +311,9 @@ def test_training_stops_early_when_nothing_improves(make_recipe: MakeRecipe) -> 
 
 
 def test_a_captioner_that_ignores_its_images_is_told_on(make_recipe: MakeRecipe) -> None:
-    blind = make_recipe("blind", "learning_rate=0", "min_lr=0", "num_epochs=3", bridge="cross_attention")
+    blind = make_recipe(
+        "blind", "learning_rate=0", "min_lr=0", "num_epochs=3", bridge="cross_attention"
+    )
     run = Run(blind)
     assert run.events("validation")[0]["visual_gain"] == pytest.approx(0, abs=1e-6)
     assert run.said("WARNING: the captioner is ignoring the image: after 3 validations in a row")
@@ -302,7 +322,9 @@ def test_a_captioner_that_ignores_its_images_is_told_on(make_recipe: MakeRecipe)
 def test_a_warm_up_is_a_tenth_of_a_short_run(make_recipe: MakeRecipe) -> None:
     settings = ("warmup_steps=500", "scheduler_type=constant", "num_epochs=9", "max_steps=25")
     run = Run(make_recipe("run", *settings, "log_every_n_steps=1"))
-    assert [event["learning_rate"] for event in run.events("train")] == pytest.approx([0.005] + [0.01] * 24)
+    assert [event["learning_rate"] for event in run.events("train")] == pytest.approx(
+        [0.005] + [0.01] * 24
+    )
     assert run.said("warm-up takes 2 steps, a tenth of 25, and not warmup_steps=500")
 
 
@@ -317,7 +339,9 @@ def test_resuming_is_refused_where_it_could_not_continue(
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         Run(make_recipe("run"), resume=tmp_path / "nothing.pth")
 
-    changed = shutil.copytree(drawn_caption_folder, tmp_path / "changed", ignore=shutil.ignore_patterns(".*"))
+    changed = shutil.copytree(
+        drawn_caption_folder, tmp_path / "changed", ignore=shutil.ignore_patterns(".*")
+    )
     manifest = json.loads((changed / "manifest.json").read_text())
     manifest["fingerprint"] = "sha256:changed"
     (changed / "manifest.json").write_text(json.dumps(manifest))
@@ -330,7 +354,9 @@ def test_a_folder_without_a_manifest_trains_and_continues_bit_for_bit(
 ) -> None:
     folders = [tmp_path / "here", tmp_path / "another machine"]
     for folder in folders:
-        shutil.copytree(drawn_caption_folder, folder, ignore=shutil.ignore_patterns(".*", "manifest.json"))
+        shutil.copytree(
+            drawn_caption_folder, folder, ignore=shutil.ignore_patterns(".*", "manifest.json")
+        )
     settings = ("save_every_n_steps=1", "keep_step_checkpoints=99")
     whole = Run(make_recipe("whole", *settings, f"data_dir={folders[0]}"))
     assert whole.said("has no manifest.json: made ")
@@ -377,7 +403,13 @@ def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
     make_recipe: MakeRecipe, tmp_path: Path, run_cli
 ) -> None:
     # 48 steps an epoch: the signal strikes somewhere inside the second one.
-    settings = ("batch_size=1", "captions_per_image=1", "num_epochs=3", "bridge.dropout=0.1", "num_workers=2")
+    settings = (
+        "batch_size=1",
+        "captions_per_image=1",
+        "num_epochs=3",
+        "bridge.dropout=0.1",
+        "num_workers=2",
+    )
     whole = Run(make_recipe("whole", *settings))
     assert whole.result.steps == 144
 
@@ -412,7 +444,10 @@ def test_mistakes_on_the_command_line_are_one_line(
     config.write_text(make_recipe("run").to_yaml(), encoding="utf-8")
     unknown = run_cli("train", "--config", config, "learning_rat=1e-3")
     assert unknown.returncode == 2
-    assert unknown.stderr == f"error: {config}: unknown key learning_rat; did you mean 'learning_rate'?\n"
+    assert (
+        unknown.stderr
+        == f"error: {config}: unknown key learning_rat; did you mean 'learning_rate'?\n"
+    )
     for arguments, exit_code, mention in (
         (["data_dir=nowhere"], 1, "no caption folder at nowhere"),
         (["batch_size=many"], 2, "batch_size='many' must be of type int"),

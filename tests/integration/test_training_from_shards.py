@@ -24,7 +24,9 @@ def shards(drawn_caption_folder: Path, tmp_path: Path) -> Path:
     return shards_of(CaptionFolder.open(drawn_caption_folder), tmp_path / "shards")
 
 
-def recipe_of(data: Path, root: Path, name: str, models: tuple[Path, Path], *overrides: str) -> Recipe:
+def recipe_of(
+    data: Path, root: Path, name: str, models: tuple[Path, Path], *overrides: str
+) -> Recipe:
     recipe = tiny_recipe(
         *models,
         **places_of_run(root, name, data),
@@ -65,7 +67,9 @@ def with_one_caption(folder: CaptionFolder, root: Path) -> Path:
 def test_commands_train_resume_and_evaluate(
     run_here, shards: Path, tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
 ) -> None:
-    recipe = recipe_of(shards, tmp_path, "whole", (tiny_vit_dir, tiny_llama_dir), "feature_cache=off")
+    recipe = recipe_of(
+        shards, tmp_path, "whole", (tiny_vit_dir, tiny_llama_dir), "feature_cache=off"
+    )
     (file := tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     trained = run_here("train", "--config", file)
     assert trained.returncode == 0, trained.stderr
@@ -75,7 +79,9 @@ def test_commands_train_resume_and_evaluate(
     places = (f"checkpoint_dir={tmp_path / 'again'}", f"log_dir={tmp_path / 'again' / 'logs'}")
     resumed = run_here("train", "--config", file, "--resume", step, *places)
     assert resumed.returncode == 0, resumed.stderr
-    first, second = (weights(folder / checkpoints.LATEST) for folder in (checkpoint_dir, tmp_path / "again"))
+    first, second = (
+        weights(folder / checkpoints.LATEST) for folder in (checkpoint_dir, tmp_path / "again")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     # A sample that cannot be used, of a hundred: it is set aside and told.
@@ -88,7 +94,9 @@ def test_commands_train_resume_and_evaluate(
     assert scored.returncode == 0, scored.stderr
     assert "num_images\t8" in scored.stdout
     assert "set aside 1 of 119 val samples" in scored.stderr
-    assert "are not where they were evaluated" not in (tmp_path / "scores" / "report.html").read_text()
+    assert (
+        "are not where they were evaluated" not in (tmp_path / "scores" / "report.html").read_text()
+    )
     assert "data:image/jpeg" in (tmp_path / "scores" / "report.html").read_text()
 
     looked = run_here("data", "inspect-loader", "--data-dir", shards, "--all", "--json")
@@ -107,7 +115,11 @@ def test_commands_train_resume_and_evaluate(
 
 
 def test_shards_teach_what_the_same_files_teach(
-    drawn_caption_folder: Path, shards: Path, tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
+    drawn_caption_folder: Path,
+    shards: Path,
+    tmp_path: Path,
+    tiny_vit_dir: Path,
+    tiny_llama_dir: Path,
 ) -> None:
     files = with_one_caption(CaptionFolder.open(drawn_caption_folder), tmp_path / "files")
     taught = []
@@ -117,7 +129,9 @@ def test_shards_teach_what_the_same_files_teach(
         Trainer(recipe, lambda line: None).run()
         taught.append(weights(Path(recipe.checkpoint_dir) / checkpoints.LATEST))
     assert all(torch.equal(taught[0][name], taught[1][name]) for name in taught[0])
-    assert len(list((tmp_path / "features").glob("*/index.json"))) == 2  # a cache of each split, for both
+    assert (
+        len(list((tmp_path / "features").glob("*/index.json"))) == 2
+    )  # a cache of each split, for both
     step = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
     other = override_recipe(recipe, ["shuffle_buffer=8"])
     with pytest.raises(CheckpointError, match="shuffle_buffer=8, was 0"):

@@ -113,7 +113,9 @@ class Run:
     def images_of_step(self, step: int) -> list[int]:
         batches = self.trainer.plan.batches(0)
         each = self.recipe.gradient_accumulation_steps
-        return [row.image for index in range(step * each, (step + 1) * each) for row in batches[index]]
+        return [
+            row.image for index in range(step * each, (step + 1) * each) for row in batches[index]
+        ]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,9 @@ def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
     assert skipped["images"] == [paths[index].name for index in run.images_of_step(2)]
     assert any(paths[image].name in line and "step 3 skipped" in line for line in run.lines)
     assert [event["step"] for event in run.events("train")] == [1, 2, 4, 5, 6]
-    assert all(np.isfinite(value) for event in run.events("train") for value in list(event.values())[1:])
+    assert all(
+        np.isfinite(value) for event in run.events("train") for value in list(event.values())[1:]
+    )
     content = checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / checkpoints.LATEST)
     assert content["training"]["progress"]["skipped_steps"] == 1
 
@@ -210,7 +214,9 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 def test_weights_that_overflow_before_anything_is_saved(make_recipe: MakeRecipe) -> None:
     run = Run(make_recipe("run"))
     explode(run, step=1)
-    with pytest.raises(TrainingError, match=r"stopped at step 1: .* start with a learning_rate below 0.01"):
+    with pytest.raises(
+        TrainingError, match=r"stopped at step 1: .* start with a learning_rate below 0.01"
+    ):
         run.trainer.run()
     assert not Path(run.recipe.checkpoint_dir).exists()
 
@@ -231,7 +237,9 @@ def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
     hook = threading.excepthook
     with pytest.raises(TrainingError) as stopped:
         run.trainer.run()
-    assert str(stopped.value).startswith(f"cannot write {run.recipe.log_dir}: No space left on device (")
+    assert str(stopped.value).startswith(
+        f"cannot write {run.recipe.log_dir}: No space left on device ("
+    )
     assert threading.excepthook is hook
     assert "Traceback" not in capfd.readouterr().err
 
@@ -242,7 +250,9 @@ def out_of_memory_above(rows: int) -> Callable[..., Any]:
 
     def loss(model: Any, batch: Any, *arguments: Any) -> Any:
         if len(batch.packed.image_indices) > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"
+            )
         return batch_loss(model, batch, *arguments)
 
     return loss
@@ -278,7 +288,9 @@ def test_a_resumed_run_keeps_its_halved_batches(
     assert not [line for line in resumed.lines if "out of memory" in line]
 
 
-def test_sampled_captions_are_halved_too(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_captions_are_halved_too(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
     run = Run(make_recipe("run", *SCST, "halve_batch_on_oom=true"))
     assert run.trainer.run().steps == 6
@@ -321,7 +333,9 @@ def test_a_frozen_part_that_changes_is_named(make_recipe: MakeRecipe) -> None:
     run = Run(make_recipe("run"))
     language_model: Any = run.trainer.model.language_model
     run.trainer._show_samples = lambda: language_model.causal_lm.model.norm.weight.data.mul_(1.01)  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"language_model\.causal_lm\.model\.norm\.weight changed"):
+    with pytest.raises(
+        TrainingError, match=r"language_model\.causal_lm\.model\.norm\.weight changed"
+    ):
         run.trainer.run()
 
 
@@ -334,10 +348,14 @@ def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path
     def alarms(*results: Validation, is_last: bool = False) -> int:
         lines.clear()
         for number, result in enumerate(results):
-            monitor.validation(number, number, result, read, is_last=is_last and result is results[-1])
+            monitor.validation(
+                number, number, result, read, is_last=is_last and result is results[-1]
+            )
         return sum("ignoring the image" in line for line in lines)
 
-    assert alarms(*[blind] * (BLIND_VALIDATIONS - 1), seeing, *[blind] * (BLIND_VALIDATIONS - 1)) == 0
+    assert (
+        alarms(*[blind] * (BLIND_VALIDATIONS - 1), seeing, *[blind] * (BLIND_VALIDATIONS - 1)) == 0
+    )
     assert alarms(blind, blind, blind) == 1
     assert alarms(seeing, blind, is_last=True) == 0  # too few to call it a fault
     assert "does not look at its images yet" in lines[-1]
@@ -348,4 +366,6 @@ def test_halving_is_for_one_process(make_recipe: MakeRecipe) -> None:
     from vlm_bridge.training_strategy.distributed import World
 
     with pytest.raises(ConfigurationError, match="one process"):
-        Trainer(make_recipe("run", "halve_batch_on_oom=true"), print, World(torch.device("cpu"), size=2))
+        Trainer(
+            make_recipe("run", "halve_batch_on_oom=true"), print, World(torch.device("cpu"), size=2)
+        )

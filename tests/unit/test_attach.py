@@ -36,7 +36,9 @@ def attached_to(model: CaptionModel, image: int):
 
 def logits_of(model: CaptionModel, attached: Attached) -> torch.Tensor:
     """The language model's own forward pass."""
-    return model.language_model.causal_lm(**attached.inputs(IDS), use_cache=False).logits[:, -IDS.shape[1] :]
+    return model.language_model.causal_lm(**attached.inputs(IDS), use_cache=False).logits[
+        :, -IDS.shape[1] :
+    ]
 
 
 @torch.no_grad()
@@ -76,10 +78,14 @@ def test_another_language_model_sees_nothing(model: CaptionModel) -> None:
 def tiny_captioner_like(model: CaptionModel) -> CaptionModel:
     """Another captioner of the same kind, with a language model of its own."""
     causal_lm = type(model.language_model.causal_lm)(
-        model.language_model.text_config.__class__.from_dict(model.language_model.text_config.to_dict())
+        model.language_model.text_config.__class__.from_dict(
+            model.language_model.text_config.to_dict()
+        )
     ).eval()
     language_model = LanguageModel(causal_lm, model.language_model.tokenizer)
-    return CaptionModel(model.vision_encoder, language_model, model.bridge, standardize=False).eval()
+    return CaptionModel(
+        model.vision_encoder, language_model, model.bridge, standardize=False
+    ).eval()
 
 
 @torch.no_grad()
@@ -124,7 +130,9 @@ def test_threads_generate_captions_of_different_images(model: CaptionModel) -> N
 def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.Tensor]:
     """Of the bridge; back-propagated after the block has ended, as on CUDA in a thread that it does not know."""
     model.zero_grad(set_to_none=True)
-    loss = model.caption_loss(IDS, IDS, SEGMENTS, model.image_inputs(random_features(model, 1))).total
+    loss = model.caption_loss(
+        IDS, IDS, SEGMENTS, model.image_inputs(random_features(model, 1))
+    ).total
     if in_a_thread:
         thread = threading.Thread(target=loss.backward)
         thread.start()

@@ -28,7 +28,9 @@ def cut(folder: CaptionFolder, number: int) -> Path:
     return path
 
 
-def test_bad_pictures_are_set_aside_named_and_never_replaced(folder: CaptionFolder, tmp_path: Path) -> None:
+def test_bad_pictures_are_set_aside_named_and_never_replaced(
+    folder: CaptionFolder, tmp_path: Path
+) -> None:
     whole = folder.split("train")
     expected = [image for n, image in enumerate(whole) if n not in (3, 7)]
     broken = [cut(folder, 3), cut(folder, 7)]
@@ -38,14 +40,20 @@ def test_bad_pictures_are_set_aside_named_and_never_replaced(folder: CaptionFold
     assert list(images) == expected
     assert list(images.paths) == [image.path for image in expected]
     assert len(said) == 1 and said[0].startswith("set aside 2 of 24 train pictures")
-    assert [json.loads(line)["where"] for line in listing.read_text().splitlines()] == list(map(str, broken))
+    assert [json.loads(line)["where"] for line in listing.read_text().splitlines()] == list(
+        map(str, broken)
+    )
 
 
-def test_above_the_share_training_stops_with_the_list(folder: CaptionFolder, tmp_path: Path) -> None:
+def test_above_the_share_training_stops_with_the_list(
+    folder: CaptionFolder, tmp_path: Path
+) -> None:
     for number in range(12):
         cut(folder, number)
     listing = tmp_path / "set_aside.jsonl"
-    with pytest.raises(DataError, match=r"12 of 24 train pictures .* max_bad_samples=0.01") as caught:
+    with pytest.raises(
+        DataError, match=r"12 of 24 train pictures .* max_bad_samples=0.01"
+    ) as caught:
         usable_images(folder, "train", max_bad_share=0.01, listing=listing)
     message = str(caught.value)
     assert message.count("train-") == 3 and "12 times" in message and "and 9 more" in message
@@ -89,14 +97,18 @@ def test_bad_captions_are_set_aside_and_the_others_stay(
         folder.split("train")
 
 
-@pytest.mark.parametrize("caption", ["مرحبا بالعالم", "👩‍🚀 waves", "<b>bold</b> &amp; more", "a\0b"])
+@pytest.mark.parametrize(
+    "caption", ["مرحبا بالعالم", "👩‍🚀 waves", "<b>bold</b> &amp; more", "a\0b"]
+)
 def test_text_of_any_script_is_read_as_it_is(folder: CaptionFolder, caption: str) -> None:
     record = {"image_path": "images/train-00.jpg", "caption": caption, "original_id": "x"}
     (folder.root / "train" / "captions.jsonl").write_text(json.dumps(record) + "\n")
     assert folder.split("train")[0].captions == (caption,)
 
 
-def test_the_outcome_is_remembered_until_a_picture_is_touched(folder: CaptionFolder, tmp_path: Path) -> None:
+def test_the_outcome_is_remembered_until_a_picture_is_touched(
+    folder: CaptionFolder, tmp_path: Path
+) -> None:
     path = cut(folder, 5)
     paths = folder.split("train").paths
     assert list(check_pictures(paths, tmp_path / "kept")) == [5]

@@ -49,9 +49,13 @@ def load(folder: Path, **options: Any) -> BaselineCaptioner:
     return BaselineCaptioner.from_pretrained(str(folder), "cpu", **options)
 
 
-def captions(captioner: BaselineCaptioner, images: list[CaptionedImage], batch_size: int = 5, **decode: Any):
+def captions(
+    captioner: BaselineCaptioner, images: list[CaptionedImage], batch_size: int = 5, **decode: Any
+):
     settings = DecodeSettings(**{"num_beams": 2, "max_new_tokens": 8, **decode})
-    return captioner.caption([image.path for image in images], decode=settings, batch_size=batch_size)
+    return captioner.caption(
+        [image.path for image in images], decode=settings, batch_size=batch_size
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +75,9 @@ def test_captions_are_those_of_transformers(
         expected.append(captioner.tokenizer.decode(kept, skip_special_tokens=True).strip())
     results = captions(captioner, images, num_beams=num_beams)
     assert [result.caption for result in results] == expected
-    assert len(set(expected)) > 1, "the model must tell pictures apart for this test to mean anything"
+    assert len(set(expected)) > 1, (
+        "the model must tell pictures apart for this test to mean anything"
+    )
     assert all(result.score is not None and result.score < 0 for result in results)
 
 
@@ -93,7 +99,9 @@ def test_loss_is_that_of_transformers(
             labels = ids.clone()
             labels[:, : len(captioner.format.prompt_ids)] = -100
             if name == "vit-gpt2":
-                loss = model(pixel_values=pixels, decoder_input_ids=ids[:, :-1], labels=labels[:, 1:]).loss
+                loss = model(
+                    pixel_values=pixels, decoder_input_ids=ids[:, :-1], labels=labels[:, 1:]
+                ).loss
             else:
                 loss = model(pixel_values=pixels, input_ids=ids, labels=labels).loss
             total, count = total + supervised * loss.item(), count + supervised
@@ -103,7 +111,9 @@ def test_loss_is_that_of_transformers(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batching_changes_nothing(name: str, folders: dict[str, Path], images: list[CaptionedImage]) -> None:
+def test_batching_changes_nothing(
+    name: str, folders: dict[str, Path], images: list[CaptionedImage]
+) -> None:
     captioner = load(folders[name])
     together, alone = captions(captioner, images), captions(captioner, images, batch_size=1)
     assert [result.caption for result in together] == [result.caption for result in alone]
@@ -135,7 +145,9 @@ def test_the_prompt_is_the_familys_own_unless_given(
     # Never supervised and never part of the caption.
     assert prompted.validate(images).num_tokens == bare.validate(images).num_tokens
     assert not any("picture" in str(result.caption) for result in captions(prompted, images))
-    assert [r.caption for r in captions(prompted, images)] != [r.caption for r in captions(bare, images)]
+    assert [r.caption for r in captions(prompted, images)] != [
+        r.caption for r in captions(bare, images)
+    ]
 
 
 def test_a_broken_picture_costs_only_its_own_caption(
@@ -149,7 +161,9 @@ def test_a_broken_picture_costs_only_its_own_caption(
     assert [first.caption, last.caption] == [r.caption for r in captions(captioner, images[:2])]
 
 
-def test_captions_must_fit_into_the_decoder(folders: dict[str, Path], images: list[CaptionedImage]) -> None:
+def test_captions_must_fit_into_the_decoder(
+    folders: dict[str, Path], images: list[CaptionedImage]
+) -> None:
     for folder in folders.values():
         with pytest.raises(UsageError, match=f"has {MAX_POSITIONS}: ask for fewer"):
             captions(load(folder), images, max_new_tokens=MAX_POSITIONS + 1)

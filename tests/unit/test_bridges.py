@@ -16,10 +16,18 @@ from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 def bridge_of(
-    kind: str, vision_dim: int = 12, text_dim: int = 32, num_tokens: int = 6, *, meta: bool = False, **options
+    kind: str,
+    vision_dim: int = 12,
+    text_dim: int = 32,
+    num_tokens: int = 6,
+    *,
+    meta: bool = False,
+    **options,
 ):
     recipe = recipe_from_dict({"bridge": {"kind": kind, **options}})
-    text = TextShape(text_dim, num_layers=6, num_key_value_heads=2, head_dim=8, cross_attention_width=24)
+    text = TextShape(
+        text_dim, num_layers=6, num_key_value_heads=2, head_dim=8, cross_attention_width=24
+    )
     return build_bridge(recipe.bridge, vision_dim, text, num_tokens, meta=meta)
 
 
@@ -83,7 +91,9 @@ def test_dropout_acts_in_training_only(kind: str, dropout: float) -> None:
 def test_prefix_starts_at_the_size_of_text_embeddings() -> None:
     bridge = bridge_of("prefix", text_dim=64)
     bridge.set_output_scale(0.05)
-    assert what_is_read(bridge.encode(torch.randn(4, 9, 12))).std().item() == pytest.approx(0.05, rel=0.1)
+    assert what_is_read(bridge.encode(torch.randn(4, 9, 12))).std().item() == pytest.approx(
+        0.05, rel=0.1
+    )
 
 
 @torch.no_grad()
@@ -131,11 +141,15 @@ def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
     options_class, bridge_class = BRIDGES[kind]
     assert recipe.bridge.options == options_class()
     without = replace(recipe.bridge, options=None)
-    text = TextShape(576, num_layers=30, num_key_value_heads=3, head_dim=64, cross_attention_width=24)
+    text = TextShape(
+        576, num_layers=30, num_key_value_heads=3, head_dim=64, cross_attention_width=24
+    )
     assert isinstance(build_bridge(without, 12, text, 6, meta=True), bridge_class)
 
 
-def projection_of(vision_dim: int, width: int, num_tokens: int, projection: str, *, meta: bool = True):
+def projection_of(
+    vision_dim: int, width: int, num_tokens: int, projection: str, *, meta: bool = True
+):
     recipe = recipe_from_dict({"bridge": {"kind": "projection", "projection": projection}})
     text = TextShape(768, 12, 12, 64, cross_attention_width=width)
     return build_bridge(recipe.bridge, vision_dim, text, num_tokens, meta=meta)
@@ -149,7 +163,9 @@ def projection_of(vision_dim: int, width: int, num_tokens: int, projection: str,
         ("mlp", 512, 512 * 768 + 768 + 768 * 768 + 768),
     ],
 )
-def test_projections_have_the_published_sizes(projection: str, vision_dim: int, parameters: int) -> None:
+def test_projections_have_the_published_sizes(
+    projection: str, vision_dim: int, parameters: int
+) -> None:
     bridge = projection_of(vision_dim, 768, 144, projection)
     assert sum(parameter.numel() for parameter in bridge.parameters()) == parameters
     if projection == "linear":

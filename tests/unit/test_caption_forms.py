@@ -56,7 +56,9 @@ def test_a_quote_that_stays_open_swallows_no_rows(tmp_path: Path, end: str) -> N
     assert list(bad) == ["a.csv:3"] and "opens here" in bad["a.csv:3"]
 
 
-def test_a_quote_that_is_open_at_the_end_of_the_file_is_named_where_it_opens(tmp_path: Path) -> None:
+def test_a_quote_that_is_open_at_the_end_of_the_file_is_named_where_it_opens(
+    tmp_path: Path,
+) -> None:
     captions, bad = read(tmp_path / "a.csv", table(*ROWS[:2], 'p2.jpg,"a man', *["no row"] * 300))
     assert list(captions) == ["p0.jpg", "p1.jpg"]
     assert "opens here" in bad["a.csv:4"] and len(bad) == 301
@@ -64,13 +66,18 @@ def test_a_quote_that_is_open_at_the_end_of_the_file_is_named_where_it_opens(tmp
 
 def test_a_quoted_cell_may_hold_lines_blank_lines_and_commas(tmp_path: Path) -> None:
     captions, bad = read(tmp_path / "a.csv", table('p0.jpg,"one,\n\ntwo ""x"", three"', ROWS[1]))
-    assert captions == {"p0.jpg": ('one,\n\ntwo "x", three',), "p1.jpg": ("a dog number 1",)} and not bad
+    assert (
+        captions == {"p0.jpg": ('one,\n\ntwo "x", three',), "p1.jpg": ("a dog number 1",)}
+        and not bad
+    )
 
 
 def test_blanks_before_a_quote_and_empty_cells_at_the_end_are_read(tmp_path: Path) -> None:
     content = 'image, caption\np0.jpg, "a dog, fast"\np1.jpg,  a cat\np2.jpg,"x",,\n'
     captions, bad = read(tmp_path / "a.csv", content)
-    assert captions == {"p0.jpg": ("a dog, fast",), "p1.jpg": ("a cat",), "p2.jpg": ("x",)} and not bad
+    assert (
+        captions == {"p0.jpg": ("a dog, fast",), "p1.jpg": ("a cat",), "p2.jpg": ("x",)} and not bad
+    )
 
 
 @pytest.mark.parametrize("header", [[], ["image", "caption"]])
@@ -85,7 +92,12 @@ def test_tabs_with_and_without_a_header_say_the_same(tmp_path: Path, header: lis
 
 
 def test_quotes_in_tabs_that_nobody_quoted_are_text(tmp_path: Path) -> None:
-    lines = ['p0.jpg\t"Stop" says the sign', 'p1.jpg\t"open', 'p2.jpg\ta "wet", dog', "p3.jpg\tone\ttwo"]
+    lines = [
+        'p0.jpg\t"Stop" says the sign',
+        'p1.jpg\t"open',
+        'p2.jpg\ta "wet", dog',
+        "p3.jpg\tone\ttwo",
+    ]
     captions, bad = read(tmp_path / "a.tsv", "\n".join(lines))
     assert [texts[0] for texts in captions.values()] == [
         '"Stop" says the sign', '"open', 'a "wet", dog', "one\ttwo",
@@ -109,7 +121,9 @@ def test_quotes_in_tabs_that_nobody_quoted_are_text(tmp_path: Path) -> None:
         ("[SEP] a dog [MASK]", ("[SEP] a dog [MASK]",)),
     ],
 )
-def test_a_cell_is_a_caption_several_or_none(tmp_path: Path, cell: str, captions: tuple[str, ...]) -> None:
+def test_a_cell_is_a_caption_several_or_none(
+    tmp_path: Path, cell: str, captions: tuple[str, ...]
+) -> None:
     read_captions_, bad = read(tmp_path / "a.csv", table(f"p0.jpg,{cell}"))
     assert read_captions_ == {"p0.jpg": captions} and not bad
 
@@ -124,7 +138,8 @@ def test_a_list_that_is_damaged_is_no_caption(tmp_path: Path, cell: str) -> None
 
 def conversation(*answers: str) -> list[dict[str, str]]:
     turns = [
-        ({"from": "human", "value": "<image>\nDescribe"}, {"from": "gpt", "value": text}) for text in answers
+        ({"from": "human", "value": "<image>\nDescribe"}, {"from": "gpt", "value": text})
+        for text in answers
     ]
     return [turn for pair in turns for turn in pair]
 
@@ -174,11 +189,15 @@ def test_lines_of_json_by_either_suffix(tmp_path: Path) -> None:
 def test_an_annotation_of_an_unlisted_image_is_skipped_with_its_id(tmp_path: Path) -> None:
     content = {
         "images": [{"id": 1, "file_name": "p.jpg"}],
-        "annotations": [{"id": n, "image_id": image, "caption": "a"} for n, image in ((10, 1), (11, 2))],
+        "annotations": [
+            {"id": n, "image_id": image, "caption": "a"} for n, image in ((10, 1), (11, 2))
+        ],
     }
     captions, bad = read(tmp_path / "a.json", json.dumps(content))
     assert captions == {"p.jpg": ("a",)}
-    assert list(bad) == ["a.json: annotation 11"] and "image 2 is not" in bad["a.json: annotation 11"]
+    assert (
+        list(bad) == ["a.json: annotation 11"] and "image 2 is not" in bad["a.json: annotation 11"]
+    )
 
 
 def test_further_answers_of_a_conversation_are_told(tmp_path: Path) -> None:
@@ -195,7 +214,9 @@ def test_metadata_in_parquet_names_files(tmp_path: Path) -> None:
     rows = {"file_name": ["a.jpg", "a.jpg"], "text": ["one", None], "split": ["val", "val"]}
     pq.write_table(pa.table(rows), tmp_path / "metadata.parquet")
     source = LocalFolder(tmp_path)
-    assert [(item.image_id, item.captions, item.split) for item in source.items()] == [("a", ["one"], "val")]
+    assert [(item.image_id, item.captions, item.split) for item in source.items()] == [
+        ("a", ["one"], "val")
+    ]
     assert source.rejected[0].reason == "an empty caption"
 
 
@@ -237,7 +258,11 @@ def test_text_files_beside_images(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", '{"images": [], "annotations": [{"caption": 1}]}', "is damaged or no caption annotations"),
+        (
+            "a.json",
+            '{"images": [], "annotations": [{"caption": 1}]}',
+            "is damaged or no caption annotations",
+        ),
         ("a.json", '{"images": [{"filename": 1}]}', "image 0 lacks filename"),
         ("a.parquet", "no parquet", "is damaged or no parquet file"),
         ("a.csv", b"\xff\xfei\0m\0a\0g\0e\0", "a.csv:1: not UTF-8 text; save the file as UTF-8"),

@@ -91,9 +91,13 @@ def test_the_image_changes_the_logits(model: CaptionModel) -> None:
 
 
 @torch.no_grad()
-def test_a_row_of_several_captions_is_worth_as_many_rows(model: CaptionModel, data: TokenizedImages) -> None:
+def test_a_row_of_several_captions_is_worth_as_many_rows(
+    model: CaptionModel, data: TokenizedImages
+) -> None:
     packed = data.pack([Row(0, (0, 1, 2)), Row(1, (2, 0))])
-    alone = [data.pack([Row(0, (c,))]) for c in (0, 1, 2)] + [data.pack([Row(1, (c,))]) for c in (2, 0)]
+    alone = [data.pack([Row(0, (c,))]) for c in (0, 1, 2)] + [
+        data.pack([Row(1, (c,))]) for c in (2, 0)
+    ]
     expected = [losses_of_each_caption(model, data, batch)[0] for batch in alone]
     found = losses_of_each_caption(model, data, packed)
     assert len(found) == len(expected)
@@ -113,7 +117,9 @@ def test_training_sees_what_generation_sees(model: CaptionModel, data: Tokenized
 
 
 @torch.no_grad()
-def test_captions_of_a_row_do_not_see_each_other(model: CaptionModel, data: TokenizedImages) -> None:
+def test_captions_of_a_row_do_not_see_each_other(
+    model: CaptionModel, data: TokenizedImages
+) -> None:
     batch = data.pack([Row(0, (0, 1, 2))])
     before = losses_of_each_caption(model, data, batch)
     first = batch.segments[0] == 1
@@ -128,7 +134,10 @@ def test_captions_of_a_row_do_not_see_each_other(model: CaptionModel, data: Toke
 def test_pads_change_nothing(model: CaptionModel, data: TokenizedImages) -> None:
     short = data.pack([Row(0, (1,))])
     padded = data.pack([Row(0, (1,)), Row(1, (2,))])
-    one, other = losses_of_each_caption(model, data, short)[0], losses_of_each_caption(model, data, padded)[0]
+    one, other = (
+        losses_of_each_caption(model, data, short)[0],
+        losses_of_each_caption(model, data, padded)[0],
+    )
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
     filled = data.pack([Row(0, (1,)), Row(1, (2,))])
@@ -172,7 +181,9 @@ def test_untrained_cross_attention_is_the_bare_language_model(
     model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention"))
     ids = torch.randint(3, 300, (2, 12))
     logits = model(ids, model.image_inputs(random_features(model, 2)))
-    torch.testing.assert_close(logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("use_amp", [False, True])
@@ -205,7 +216,9 @@ def test_trains_and_captions_in_every_precision(
     assert len(captions) == 1
 
 
-def test_features_are_standardised_by_what_was_measured(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_features_are_standardised_by_what_was_measured(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     model = build_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir))
     scale = model.feature_scale
     assert scale is not None

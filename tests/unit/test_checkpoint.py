@@ -57,7 +57,9 @@ def test_half_the_bytes_hold_the_bridge_but_whole_the_feature_statistics(
     for name, tensor in captioner.model.trained_state_dict().items():
         assert tensor.dtype == torch.float32
         is_statistic = name.startswith("feature_scale.")
-        assert torch.equal(tensor, trained[name] if is_statistic else trained[name].bfloat16().float()), name
+        assert torch.equal(
+            tensor, trained[name] if is_statistic else trained[name].bfloat16().float()
+        ), name
 
 
 def test_frozen_weights_stay_out(saved: Path, model: CaptionModel) -> None:
@@ -71,7 +73,9 @@ def test_frozen_weights_stay_out(saved: Path, model: CaptionModel) -> None:
 def test_names_and_revisions_of_the_frozen_parts_are_kept(
     recipe: Recipe, model: CaptionModel, tmp_path: Path
 ) -> None:
-    pinned = override_recipe(recipe, ["language_model.revision=abc123", "vision_encoder.revision=main"])
+    pinned = override_recipe(
+        recipe, ["language_model.revision=abc123", "vision_encoder.revision=main"]
+    )
     checkpoints.save_checkpoint(tmp_path / "c.pth", pinned, model.trained_state_dict())
     read = checkpoints.recipe_of(checkpoints.load_checkpoint(tmp_path / "c.pth"), "c.pth")
     assert (read.language_model.revision, read.vision_encoder.revision) == ("abc123", "main")
@@ -145,7 +149,9 @@ class _Payload:
         return os.mkdir, (str(self.evidence),)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))]
+)
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, save) -> None:
     evidence, path = tmp_path / "evidence", tmp_path / "evil.pth"
     save({"format": checkpoints.FORMAT, "format_version": 1, "weights": _Payload(evidence)}, path)
@@ -156,28 +162,41 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, save) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
-    for content in ({"model": torch.zeros(3)}, [1, 2], torch.zeros(2), {"format": checkpoints.FORMAT}):
+    for content in (
+        {"model": torch.zeros(3)},
+        [1, 2],
+        torch.zeros(2),
+        {"format": checkpoints.FORMAT},
+    ):
         torch.save(content, path)
         with pytest.raises(CheckpointError):
             checkpoints.load_checkpoint(path)
     path.write_text("words")
     with pytest.raises(CheckpointError):
         checkpoints.load_checkpoint(path)
-    torch.save({"format": checkpoints.FORMAT, "format_version": 99, "recipe": {}, "weights": {}}, path)
+    torch.save(
+        {"format": checkpoints.FORMAT, "format_version": 99, "recipe": {}, "weights": {}}, path
+    )
     with pytest.raises(CheckpointError, match="newer vlm-bridge"):
         checkpoints.load_checkpoint(path)
 
 
-def test_another_architecture_is_refused_and_its_keys_are_named(saved: Path, recipe: Recipe) -> None:
+def test_another_architecture_is_refused_and_its_keys_are_named(
+    saved: Path, recipe: Recipe
+) -> None:
     weights = checkpoints.load_checkpoint(saved)["weights"]
     other = "cross_attention" if recipe.bridge.kind == "prefix" else "prefix"
     other_model = build_captioner(
         tiny_recipe(Path(recipe.vision_encoder.name), Path(recipe.language_model.name), other)
     )
-    with pytest.raises(CheckpointError, match=r"another architecture: bridge\.\S+ is .* and \d+ more"):
+    with pytest.raises(
+        CheckpointError, match=r"another architecture: bridge\.\S+ is .* and \d+ more"
+    ):
         checkpoints.load_weights(other_model, weights, saved)
     before = {name: tensor.clone() for name, tensor in other_model.state_dict().items()}
-    assert all(torch.equal(before[name], tensor) for name, tensor in other_model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in other_model.state_dict().items()
+    )
 
 
 def test_other_sizes_and_missing_statistics_are_refused(saved: Path, recipe: Recipe) -> None:
@@ -195,7 +214,9 @@ def test_an_encoder_of_another_width_is_refused_by_name(
 ) -> None:
     sizes = checkpoints.captioner_sizes(model) | {"vision_encoder.embed_dim": 1024}
     checkpoints.save_checkpoint(saved, recipe, model.trained_state_dict(), sizes=sizes)
-    with pytest.raises(CheckpointError, match=r"it has vision_encoder\.embed_dim=1024, wanted is 32"):
+    with pytest.raises(
+        CheckpointError, match=r"it has vision_encoder\.embed_dim=1024, wanted is 32"
+    ):
         Captioner.from_pretrained(saved, "cpu")
 
 
@@ -209,7 +230,9 @@ def test_an_encoder_of_another_width_is_refused_by_name(
         "bridge.standardize_features=false",
     ],
 )
-def test_a_recipe_of_other_parts_is_refused_by_key(saved: Path, recipe: Recipe, override: str) -> None:
+def test_a_recipe_of_other_parts_is_refused_by_key(
+    saved: Path, recipe: Recipe, override: str
+) -> None:
     key, _, value = override.partition("=")
     content = checkpoints.load_checkpoint(saved)
     with pytest.raises(CheckpointError) as caught:
@@ -220,27 +243,35 @@ def test_a_recipe_of_other_parts_is_refused_by_key(saved: Path, recipe: Recipe, 
 
 
 def test_another_option_of_the_bridge_is_refused_by_key(saved: Path, recipe: Recipe) -> None:
-    key, value = ("projection", "linear") if recipe.bridge.kind == "projection" else ("num_heads", "2")
+    key, value = (
+        ("projection", "linear") if recipe.bridge.kind == "projection" else ("num_heads", "2")
+    )
     other = override_recipe(recipe, [f"bridge.{key}={value}"])
     with pytest.raises(CheckpointError, match=rf"it has bridge\.{key}=\w+, wanted is {value};"):
         checkpoints.check_architecture(checkpoints.load_checkpoint(saved), other, saved)
 
 
-def test_moved_models_and_settings_of_training_are_no_other_architecture(saved: Path, recipe: Recipe) -> None:
+def test_moved_models_and_settings_of_training_are_no_other_architecture(
+    saved: Path, recipe: Recipe
+) -> None:
     moved = [
         f"vision_encoder.name=elsewhere/{Path(recipe.vision_encoder.name).name}",
         "language_model.revision=abc",
         "bridge.dropout=0.5",
         "learning_rate=1",
     ]
-    checkpoints.check_architecture(checkpoints.load_checkpoint(saved), override_recipe(recipe, moved), saved)
+    checkpoints.check_architecture(
+        checkpoints.load_checkpoint(saved), override_recipe(recipe, moved), saved
+    )
 
 
 def test_a_checkpoint_from_before_a_key_means_its_default(saved: Path, recipe: Recipe) -> None:
     content = checkpoints.load_checkpoint(saved)
     del content["recipe"]["vision_encoder"]["resample"]
     checkpoints.check_architecture(content, recipe, saved)
-    with pytest.raises(CheckpointError, match=r"it has vision_encoder\.resample=None, wanted is bicubic"):
+    with pytest.raises(
+        CheckpointError, match=r"it has vision_encoder\.resample=None, wanted is bicubic"
+    ):
         checkpoints.check_architecture(
             content, override_recipe(recipe, ["vision_encoder.resample=bicubic"]), saved
         )
@@ -280,7 +311,9 @@ def test_captioners_load_from_a_run_folder(
     captioner = Captioner.from_pretrained(tmp_path / "run", device="cpu")
     assert captioner.recipe == recipe
     weights = captioner.model.trained_state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.trained_state_dict().items())
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in model.trained_state_dict().items()
+    )
     # The recipe a resumed run takes, and where it continues from.
     assert resumed_recipe(saved).resume_from_checkpoint == str(saved)
 

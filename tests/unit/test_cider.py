@@ -21,7 +21,8 @@ def test_equals_the_reference_implementation() -> None:
 
     sentences = drawn_sentences(90, seed=0)
     references = [
-        sentences[start : start + size] for start, size in zip(range(0, 90, 5), [5, 3, 1] * 6, strict=True)
+        sentences[start : start + size]
+        for start, size in zip(range(0, 90, 5), [5, 3, 1] * 6, strict=True)
     ]
     captions = drawn_sentences(len(references), seed=1)
     captions[0], captions[1], captions[2] = references[0][0], "", "words that nobody wrote"

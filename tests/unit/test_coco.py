@@ -86,7 +86,10 @@ def test_coco_decides_train_and_val_and_test_is_empty(coco2017: Path, tmp_path: 
     assert {split: counts["images"] for split, counts in manifest["counts"].items()} == {
         "train": 6, "val": 3, "test": 0,
     }  # fmt: skip
-    assert manifest["split_rule"].startswith("COCO 2017's own") and "test is empty" in manifest["split_rule"]
+    assert (
+        manifest["split_rule"].startswith("COCO 2017's own")
+        and "test is empty" in manifest["split_rule"]
+    )
     assert "CC BY 4.0" in manifest["licence_note"] and not manifest["rejected"]
     image = CaptionFolder.open(tmp_path / "out").split("val")[0]
     assert image.original_id == "000000000007" and image.captions == ("Picture 7.", "Number 7.")
@@ -115,7 +118,8 @@ def test_the_newest_year_is_read_unless_one_is_named(coco2017: Path) -> None:
 
 def test_karpathy_names_2014_and_the_pictures_of_2017_are_found(coco2017: Path) -> None:
     images = [
-        karpathy_image(n, split) for n, split in enumerate(["train", "restval", "val", "test"], start=1)
+        karpathy_image(n, split)
+        for n, split in enumerate(["train", "restval", "val", "test"], start=1)
     ]
     images.append(karpathy_image(7, "test"))
     write_karpathy(coco2017 / "dataset_coco.json", images)
@@ -209,9 +213,15 @@ def test_damaged_annotations_are_named(coco2017: Path, case: str) -> None:
 BROKEN_KARPATHY = {
     "no JSON": ("{", "is damaged"),
     "no images": ("{}", "no list of images"),
-    "another dataset": (json.dumps({"dataset": "flickr8k", "images": []}), "splits flickr8k, not coco"),
+    "another dataset": (
+        json.dumps({"dataset": "flickr8k", "images": []}),
+        "splits flickr8k, not coco",
+    ),
     "no sentences": (json.dumps({"images": [{"filename": "a", "split": "val"}]}), "image 0 lacks"),
-    "unknown split": (json.dumps({"images": [karpathy_image(1, "devel")]}), "unknown split 'devel'"),
+    "unknown split": (
+        json.dumps({"images": [karpathy_image(1, "devel")]}),
+        "unknown split 'devel'",
+    ),
     "no id": (json.dumps({"images": [karpathy_image(1, "val") | {"cocoid": None}]}), "no cocoid"),
     "a number as text": (
         json.dumps({"images": [karpathy_image(1, "val") | {"filename": 3}]}),

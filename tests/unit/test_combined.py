@@ -41,7 +41,8 @@ PROJECTIONS = ("linear", "mlp", "conv3x3")
 
 def equal(one: Tensors, other: Tensors) -> bool:
     return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
+        for name, tensor in one.items()
     )
 
 
@@ -119,7 +120,10 @@ def test_a_head_with_weights_of_its_own_keeps_them(tmp_path: Path) -> None:
 def test_the_layout_is_the_guides() -> None:
     """PVTv2-B0 and a linear projection to BLIP's 768; the decoder is transformers' own."""
     with torch.device("meta"):
-        pvt, blip = PvtV2Model(PvtV2Config()), BlipTextLMHeadModel(BlipTextConfig(num_attention_heads=12))
+        pvt, blip = (
+            PvtV2Model(PvtV2Config()),
+            BlipTextLMHeadModel(BlipTextConfig(num_attention_heads=12)),
+        )
         published = [
             PvtBlip(pvt, blip, combined.new_projection(kind, width, 768), None).state_dict()
             for kind, width in (("linear", 256), ("conv3x3", 512))
@@ -129,7 +133,9 @@ def test_the_layout_is_the_guides() -> None:
     )
     assert linear == {"visual_proj.weight": (768, 256), "visual_proj.bias": (768,)}
     assert conv == {"visual_proj.weight": (768, 512, 3, 3), "visual_proj.bias": (768,)}
-    assert sum(t.numel() for n, t in published[1].items() if n.startswith("visual_proj.")) == 3_539_712
+    assert (
+        sum(t.numel() for n, t in published[1].items() if n.startswith("visual_proj.")) == 3_539_712
+    )
     names = {name.partition(".")[0] for name in published[0]}
     assert names == {"visual_encoder", "text_decoder", "visual_proj"}
 
@@ -138,14 +144,18 @@ def test_loading_is_loading_the_state_dict_by_hand(
     state: Tensors, tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, tmp_path: Path
 ) -> None:
     write_combined(tmp_path / "c.pth", state)
-    pvt, blip, proj = load_combined_model(tmp_path / "c.pth", "cpu", str(tiny_blip_dir), str(tiny_pvt_v2_dir))
+    pvt, blip, proj = load_combined_model(
+        tmp_path / "c.pth", "cpu", str(tiny_blip_dir), str(tiny_pvt_v2_dir)
+    )
     by_hand = (
         PvtV2Model(AutoConfig.from_pretrained(tiny_pvt_v2_dir)),
         BlipTextLMHeadModel(AutoConfig.from_pretrained(tiny_blip_dir).text_config),
         nn.Linear(32, 24),
     )
     content = torch.load(tmp_path / "c.pth", weights_only=True)
-    for prefix, module in zip(("visual_encoder.", "text_decoder.", "visual_proj."), by_hand, strict=True):
+    for prefix, module in zip(
+        ("visual_encoder.", "text_decoder.", "visual_proj."), by_hand, strict=True
+    ):
         module.load_state_dict(
             {n.removeprefix(prefix): t for n, t in content.items() if n.startswith(prefix)}
         )
@@ -188,7 +198,10 @@ def test_tensors_tell_the_sizes_of_the_published_decoder() -> None:
     assert published is not None
     with torch.device("meta"):
         model = BlipTextLMHeadModel(published.config.text_config)
-    assert combined_sizes.text_config(model.state_dict()).to_dict() == published.config.text_config.to_dict()
+    assert (
+        combined_sizes.text_config(model.state_dict()).to_dict()
+        == published.config.text_config.to_dict()
+    )
 
 
 def test_heads_that_no_tensor_tells_are_asked_for(
@@ -201,7 +214,9 @@ def test_heads_that_no_tensor_tells_are_asked_for(
         load_combined_model(tmp_path / "c.pth", blip_model_name=None, pvt=str(tiny_pvt_v2_dir))
 
 
-def test_names_of_other_models_are_refused(state: Tensors, tiny_blip_dir: Path, tmp_path: Path) -> None:
+def test_names_of_other_models_are_refused(
+    state: Tensors, tiny_blip_dir: Path, tmp_path: Path
+) -> None:
     write_combined(tmp_path / "c.pth", state)
     with pytest.raises(ModelError, match="is a blip, not a pvt or pvt_v2"):
         load_combined_model(tmp_path / "c.pth", pvt=str(tiny_blip_dir))
@@ -268,7 +283,9 @@ class Payload:
 
 def test_code_in_a_combined_file_is_not_run(tmp_path: Path) -> None:
     evidence, path = tmp_path / "evidence", tmp_path / "evil.pth"
-    torch.save({"visual_proj.weight": torch.zeros(2, 2), "visual_proj.bias": Payload(evidence)}, path)
+    torch.save(
+        {"visual_proj.weight": torch.zeros(2, 2), "visual_proj.bias": Payload(evidence)}, path
+    )
     with pytest.raises(CheckpointError, match="holds code; it was not loaded") as caught:
         load_combined_model(path)
     assert not evidence.exists() and "\n" not in str(caught.value)
@@ -282,7 +299,8 @@ def test_other_files_are_refused(tmp_path: Path, recipe: Recipe) -> None:
         read_combined(tmp_path / "numbers.pth")
     checkpoints.save_checkpoint(tmp_path / "run.pth", recipe, {})
     with pytest.raises(
-        CheckpointError, match=r"is a checkpoint of a run, not a combined file: .* --checkpoint \S+run\.pth"
+        CheckpointError,
+        match=r"is a checkpoint of a run, not a combined file: .* --checkpoint \S+run\.pth",
     ):
         read_combined(tmp_path / "run.pth")
     write_combined(tmp_path / "c.pth", small_published_state())
@@ -311,8 +329,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
 def test_a_run_becomes_a_file_in_full_precision(recipe: Recipe, tmp_path: Path) -> None:
     model, run = tiny_captioner(recipe), tmp_path / "run" / "checkpoints"
     trained = model.trained_state_dict()
-    checkpoints.save_checkpoint(run / checkpoints.BEST_WEIGHTS, recipe, checkpoints.in_bfloat16(trained))
-    checkpoints.save_checkpoint(run / checkpoints.LATEST, recipe, {n: t + 1 for n, t in trained.items()})
+    checkpoints.save_checkpoint(
+        run / checkpoints.BEST_WEIGHTS, recipe, checkpoints.in_bfloat16(trained)
+    )
+    checkpoints.save_checkpoint(
+        run / checkpoints.LATEST, recipe, {n: t + 1 for n, t in trained.items()}
+    )
     checkpoints.save_checkpoint(run / checkpoints.BEST, recipe, trained)
     assert equal(combine_checkpoint(tmp_path / "run"), combined.to_combined(model, "it"))
     assert equal(combine_checkpoint(run / checkpoints.BEST), combined.to_combined(model, "it"))
@@ -322,7 +344,9 @@ def test_captioners_that_have_no_place_in_it_are_refused(
     tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, tiny_vit_dir: Path, tiny_bert_dir: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=r"feature_scale\.mean \(32,\) has no place"):
-        combined.to_combined(tiny_captioner(tiny_recipe(tiny_pvt_v2_dir, tiny_blip_dir, "projection")), "it")
+        combined.to_combined(
+            tiny_captioner(tiny_recipe(tiny_pvt_v2_dir, tiny_blip_dir, "projection")), "it"
+        )
     for vision, text in ((tiny_vit_dir, tiny_blip_dir), (tiny_pvt_v2_dir, tiny_bert_dir)):
         with pytest.raises(CheckpointError, match="holds a PVT and BLIP's text decoder: it has"):
             combined.to_combined(tiny_captioner(tiny_recipe(vision, text, "projection")), "it")

@@ -19,7 +19,12 @@ from transformers import (
 )
 
 from tiny_models import seeded
-from vlm_bridge.combined_files import combine_models, load_combined_model, read_combined, write_combined
+from vlm_bridge.combined_files import (
+    combine_models,
+    load_combined_model,
+    read_combined,
+    write_combined,
+)
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture.pvt_blip import PvtBlip
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
@@ -28,7 +33,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def equal(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(x, other[name]) for name, x in one.items()
+    )
 
 
 def small_pvt(cbam: Any = "sequence") -> PvtCbam:
@@ -78,7 +85,9 @@ def by_the_originals_loader(
     pvt.load_state_dict(part("visual_encoder."))
     blip = BlipForConditionalGeneration(AutoConfig.from_pretrained(tiny_blip_dir)).eval()
     found = blip.load_state_dict(part("text_decoder."), strict=False)
-    assert not found.unexpected_keys and all(key.startswith("vision_model.") for key in found.missing_keys)
+    assert not found.unexpected_keys and all(
+        key.startswith("vision_model.") for key in found.missing_keys
+    )
     if not (weights := part("visual_proj.")):
         return pvt, blip, None
     width, dim = weights["weight"].shape
@@ -101,7 +110,9 @@ def test_the_originals_files_load(
     model = load(state)
     (line,) = capsys.readouterr().err.splitlines()
     assert "the original's combined file: PVT-Tiny with CBAM, BLIP's decoder of 2 layers" in line
-    assert ("its ViT is left out" in line) is has_vit and ("no projection" in line) is (projection is None)
+    assert ("its ViT is left out" in line) is has_vit and ("no projection" in line) is (
+        projection is None
+    )
     assert equal(model.pvt.state_dict(), dict(small_pvt().state_dict()))
     assert equal(model.blip.text_decoder.state_dict(), dict(blip.text_decoder.state_dict()))
     ids, states = torch.tensor([[320, 7, 9]]), torch.randn(1, 4, 24)
@@ -115,7 +126,9 @@ def test_the_originals_files_load(
 
 
 @torch.no_grad()
-def test_ours_load_in_the_originals_loader(ours: Tensors, tiny_blip_dir: Path, tmp_path: Path) -> None:
+def test_ours_load_in_the_originals_loader(
+    ours: Tensors, tiny_blip_dir: Path, tmp_path: Path
+) -> None:
     write_combined(tmp_path / "c.pth", ours)
     written = torch.load(tmp_path / "c.pth", weights_only=True)
     theirs = by_the_originals_loader(written, tiny_blip_dir)
@@ -128,7 +141,9 @@ def test_ours_load_in_the_originals_loader(ours: Tensors, tiny_blip_dir: Path, t
     ours_logits = model.blip(input_ids=ids, encoder_hidden_states=model.proj(features)).logits
     decoder: Any = theirs[1].text_decoder
     assert theirs[2] is not None
-    torch.testing.assert_close(ours_logits, decoder(ids, encoder_hidden_states=theirs[2](tokens)).logits)
+    torch.testing.assert_close(
+        ours_logits, decoder(ids, encoder_hidden_states=theirs[2](tokens)).logits
+    )
     assert equal(read_combined(tmp_path / "c.pth"), ours)
 
 
@@ -146,8 +161,16 @@ def test_both_layouts_hold_the_same(ours: Tensors, tmp_path: Path) -> None:
 def test_the_guides_three_state_dicts_load(
     form: str, ours: Tensors, blip: Any, proj: nn.Linear, load: Any, capsys: Any
 ) -> None:
-    blips = {"whole BLIP": blip.state_dict(), "decoder": blip.text_decoder.state_dict(), "ours": ours}
-    content = {"pvt": small_pvt().state_dict(), "blip": blips[form], "projection": proj.state_dict()}
+    blips = {
+        "whole BLIP": blip.state_dict(),
+        "decoder": blip.text_decoder.state_dict(),
+        "ours": ours,
+    }
+    content = {
+        "pvt": small_pvt().state_dict(),
+        "blip": blips[form],
+        "projection": proj.state_dict(),
+    }
     assert equal(load(content).blip.state_dict(), ours)
     assert "the guide's dict of state dicts" in capsys.readouterr().err
     without = load({"pvt": content["pvt"], "blip": content["blip"]})
@@ -209,23 +232,33 @@ def test_the_originals_captioners_are_refused_and_their_pvt_is_taken(
             for name, x in state.items()
             if not name.startswith("feature_normalizer.")
         }
-    with pytest.raises(CheckpointError, match=r"decoder is bert-base, not BLIP's: .*--pvt-checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"decoder is bert-base, not BLIP's: .*--pvt-checkpoint"
+    ):
         load(content)
     combined = combine_models(str(tmp_path / "c.pth"), str(tiny_blip_dir))
-    taken = {n.removeprefix("visual_encoder."): x for n, x in combined.items() if n.startswith("visual_enc")}
+    taken = {
+        n.removeprefix("visual_encoder."): x
+        for n, x in combined.items()
+        if n.startswith("visual_enc")
+    }
     assert equal(taken, dict(small_pvt().state_dict()))
     assert combined["visual_proj.weight"].shape == (24, 64)
 
 
 @pytest.mark.parametrize("form", ["bare", "model_state", "prefixed"])
-def test_weights_of_the_originals_pvt_are_an_encoder(form: str, tiny_blip_dir: Path, tmp_path: Path) -> None:
+def test_weights_of_the_originals_pvt_are_an_encoder(
+    form: str, tiny_blip_dir: Path, tmp_path: Path
+) -> None:
     weights = dict(small_pvt().state_dict())
     forms: dict[str, Any] = {
         "bare": weights, "model_state": {"model_state": weights}, "prefixed": prefixed("visual_encoder.", weights)
     }  # fmt: skip
     torch.save(forms[form], tmp_path / "pvt.pth")
     combined = combine_models(str(tmp_path / "pvt.pth"), str(tiny_blip_dir))
-    assert equal({n: x for n, x in combined.items() if "visual_e" in n}, prefixed("visual_encoder.", weights))
+    assert equal(
+        {n: x for n, x in combined.items() if "visual_e" in n}, prefixed("visual_encoder.", weights)
+    )
 
 
 def test_other_files_are_no_encoder(tiny_blip_dir: Path, tmp_path: Path) -> None:
@@ -237,7 +270,9 @@ def test_other_files_are_no_encoder(tiny_blip_dir: Path, tmp_path: Path) -> None
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is a folder, not a combined file; of a run, .*--checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"is a folder, not a combined file; of a run, .*--checkpoint"
+    ):
         load_combined_model(tmp_path)
 
 
@@ -254,7 +289,9 @@ def test_a_device_is_refused_before_anything_is_read(tmp_path: Path) -> None:
         ("layer.1.", "has 1 layers and that of '.*' 2: layers are missing"),
     ],
 )
-def test_a_decoder_with_a_layer_missing_is_refused(missing: str, says: str, ours: Tensors, load: Any) -> None:
+def test_a_decoder_with_a_layer_missing_is_refused(
+    missing: str, says: str, ours: Tensors, load: Any
+) -> None:
     with pytest.raises(CheckpointError, match=says):
         load({name: x for name, x in ours.items() if missing not in name})
 
@@ -265,7 +302,9 @@ def test_a_decoder_of_another_vocabulary_is_refused(
     text = AutoConfig.from_pretrained(tiny_blip_dir).text_config
     text.vocab_size += 8
     longer = prefixed("text_decoder.", BlipTextLMHeadModel(text).state_dict())
-    with pytest.raises(CheckpointError, match=r"vocabulary of 330 and that of '.*' 322: name the BLIP"):
+    with pytest.raises(
+        CheckpointError, match=r"vocabulary of 330 and that of '.*' 322: name the BLIP"
+    ):
         load(ours | longer)
     write_combined(tmp_path / "c.pth", ours)
     with pytest.raises(CheckpointError, match=r"has 2 layers and that of 'Salesforce/.*-base' 12"):
@@ -279,8 +318,14 @@ def test_a_decoder_of_another_vocabulary_is_refused(
         {"model_state": torch.zeros(2)},
         {"pvt": torch.zeros(2), "blip": 3},
         {"pvt": {"patch1.proj.weight": 3}, "blip": {1: torch.zeros(2)}, "projection": {}},
-        {"visual_encoder.patch1.proj.weight": torch.zeros(()), "text_decoder.bert.x": torch.zeros(0)},
-        {"visual_encoder.stage1.0.norm1.weight": torch.zeros(()), "text_decoder.bert.x": torch.zeros(0)},
+        {
+            "visual_encoder.patch1.proj.weight": torch.zeros(()),
+            "text_decoder.bert.x": torch.zeros(0),
+        },
+        {
+            "visual_encoder.stage1.0.norm1.weight": torch.zeros(()),
+            "text_decoder.bert.x": torch.zeros(0),
+        },
     ],
 )
 def test_what_is_no_combined_file_is_one_line(
@@ -295,6 +340,10 @@ def test_what_is_no_combined_file_is_one_line(
 
 def test_a_bert_decoder_in_the_guides_dict_is_refused(load: Any) -> None:
     state = bert_captioner()
-    decoder = {n.removeprefix("text_decoder."): x for n, x in state.items() if n.startswith("text_decoder.")}
+    decoder = {
+        n.removeprefix("text_decoder."): x
+        for n, x in state.items()
+        if n.startswith("text_decoder.")
+    }
     with pytest.raises(CheckpointError, match="decoder is bert-base, not BLIP's"):
         load({"pvt": small_pvt().state_dict(), "blip": decoder})

@@ -74,8 +74,14 @@ def test_no_share_where_it_would_mean_nothing(pair: list[Path], write: Write) ->
     comparison = compare([write("zero.json", **{"CIDEr": 0.0, "BLEU-4": 3.1e-9}), *pair])
     for run in comparison.runs:
         assert comparison.share(run, "CIDEr") is None and comparison.share(run, "BLEU-4") is None
-        assert comparison.share(run, "perplexity") is None and comparison.share(run, "visual_gain") is None
-    assert "METEOR" not in comparison.metrics and comparison.metrics[-2:] == ["perplexity", "visual_gain"]
+        assert (
+            comparison.share(run, "perplexity") is None
+            and comparison.share(run, "visual_gain") is None
+        )
+    assert "METEOR" not in comparison.metrics and comparison.metrics[-2:] == [
+        "perplexity",
+        "visual_gain",
+    ]
     assert any("only between models of one tokenizer" in note for note in comparison.notes)
 
 
@@ -98,10 +104,18 @@ def test_what_cannot_be_compared_is_refused(changes: dict, reason: str, write: W
 
 
 def test_other_settings_are_said(write: Write) -> None:
-    lite = {"model": {"name": "lite"}, "decode": {"num_beams": 5, "max_new_tokens": 40}, "num_failures": 2}
-    notes = compare([write("a.json"), write("b.json", data={"fingerprint": "sha256:g"}, **lite)]).notes
+    lite = {
+        "model": {"name": "lite"},
+        "decode": {"num_beams": 5, "max_new_tokens": 40},
+        "num_failures": 2,
+    }
+    notes = compare(
+        [write("a.json"), write("b.json", data={"fingerprint": "sha256:g"}, **lite)]
+    ).notes
     assert "lite and Salesforce/blip were decoded differently: num_beams 5 and 3" in notes
-    assert any("caption folders of lite and Salesforce/blip are not the same" in note for note in notes)
+    assert any(
+        "caption folders of lite and Salesforce/blip are not the same" in note for note in notes
+    )
     assert any("2 picture(s) of lite" in note for note in notes)
 
 
@@ -145,7 +159,9 @@ def test_the_digest_is_of_ids_and_references_alone() -> None:
     moved = CaptionedImage(Path("y/a.jpg"), ("two", "one"), "a")
     assert references_digest([a, b]) == references_digest([b, moved])
     assert references_digest([a, b]) != references_digest([a])
-    assert references_digest([a]) != references_digest([CaptionedImage(a.path, ("one", "three"), "a")])
+    assert references_digest([a]) != references_digest(
+        [CaptionedImage(a.path, ("one", "three"), "a")]
+    )
 
 
 class TestCommand:

@@ -54,7 +54,9 @@ def cut(path: Path, at: int) -> None:
 
 
 def test_samples_of_all_shards_become_a_caption_folder(tmp_path: Path) -> None:
-    manifest = transform(Conceptual(write_shards(tmp_path / "cc")), tmp_path / "out", val_fraction=0.2)
+    manifest = transform(
+        Conceptual(write_shards(tmp_path / "cc")), tmp_path / "out", val_fraction=0.2
+    )
     assert sum(counts["images"] for counts in manifest["counts"].values()) == 40
     assert manifest["rejected"] == [] and manifest["near_duplicates"] is None
     assert manifest["split_rule"].startswith("hash of (seed, image id), 0.2 val and 0.01 test")
@@ -107,7 +109,9 @@ def test_processes_interruptions_and_unpacking_do_not_matter(
 def test_a_tar_cut_off_at_any_byte_gives_its_whole_samples(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [member for n in range(4) for member in sample(n)])
     with tarfile.open(whole) as tar:
-        ends = {m.name[:9]: m.offset_data + m.size for m in tar.getmembers()}  # of each sample's last member
+        ends = {
+            m.name[:9]: m.offset_data + m.size for m in tar.getmembers()
+        }  # of each sample's last member
     content = whole.read_bytes()
     archive_end = max(ends.values()) // 512 * 512 + 512
     part = tmp_path / "part.tar"
@@ -158,7 +162,12 @@ def test_what_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_members_that_lead_out_and_odd_ones_are_rejected(tmp_path: Path) -> None:
-    members = [*sample(0), ("../000000009.jpg", jpeg(9)), ("/etc/000000008.txt", b"x"), ("C:\\x.jpg", b"x")]
+    members = [
+        *sample(0),
+        ("../000000009.jpg", jpeg(9)),
+        ("/etc/000000008.txt", b"x"),
+        ("C:\\x.jpg", b"x"),
+    ]
     path = write_tar(tmp_path / "cc" / "00000.tar", members + sample(1, key="./000000001"))
     with tarfile.open(path, "a") as tar:
         for kind, name in ((tarfile.SYMTYPE, "000000002.jpg"), (tarfile.LNKTYPE, "000000003.jpg")):
@@ -183,7 +192,9 @@ def test_incomplete_samples_are_rejected_with_their_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "MAX_PICTURE_BYTES", 5000)
-    failed = json.dumps({"status": "failed_to_download", "url": "http://example.com/3", "caption": "c"})
+    failed = json.dumps(
+        {"status": "failed_to_download", "url": "http://example.com/3", "caption": "c"}
+    )
     members = [
         *sample(0)[1:],  # no picture
         ("000000001.jpg", jpeg(1)),  # no caption
@@ -198,8 +209,12 @@ def test_incomplete_samples_are_rejected_with_their_reason(
         *sample(9, picture=b"no picture"),
     ]  # fmt: skip
     write_tar(tmp_path / "cc" / "00000.tar", members)
-    manifest = transform(Conceptual(tmp_path / "cc"), tmp_path / "out", val_fraction=0, test_fraction=0)
-    reasons = {entry["id"].removeprefix("00000.tar:"): entry["reason"] for entry in manifest["rejected"]}
+    manifest = transform(
+        Conceptual(tmp_path / "cc"), tmp_path / "out", val_fraction=0, test_fraction=0
+    )
+    reasons = {
+        entry["id"].removeprefix("00000.tar:"): entry["reason"] for entry in manifest["rejected"]
+    }
     assert reasons == {
         "000000000": "it has no image (from http://example.com/0.jpg)",
         "000000001": "it has no caption",
@@ -226,19 +241,24 @@ def test_parts_come_from_names_and_keys_may_repeat_in_folders(tmp_path: Path) ->
     assert source.split_rule is not None and "names of the shards" in source.split_rule
     assert [entry.id for entry in source.rejected] == ["train/00001.tar:000000001"]
     write_tar(tmp_path / "cc" / "00005.tar", sample(7))
-    assert {item.split for item in source.items()} == {"train", "val", None} and source.split_rule is None
+    assert {item.split for item in source.items()} == {
+        "train",
+        "val",
+        None,
+    } and source.split_rule is None
 
 
 def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
     noise = bytes(range(256)) * 4000  # 1 MB
     write_tar(
-        tmp_path / "cc" / "00000.tar", [member for n in range(40) for member in sample(n, picture=noise)]
+        tmp_path / "cc" / "00000.tar",
+        [member for n in range(40) for member in sample(n, picture=noise)],
     )
     tracemalloc.start()
     items = Conceptual(tmp_path / "cc").items()
-    assert sum(len(picture) for picture in iter_pictures(items) if isinstance(picture, bytes)) == 40 * len(
-        noise
-    )
+    assert sum(
+        len(picture) for picture in iter_pictures(items) if isinstance(picture, bytes)
+    ) == 40 * len(noise)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5 * len(noise)
@@ -260,7 +280,9 @@ def test_a_list_of_urls_says_how_to_get_shards(tmp_path: Path) -> None:
     table.parent.mkdir()
     table.write_text("a very typical bus station\thttp://example.com/1.jpg\n")
     for given in (table, table.parent):
-        with pytest.raises(UsageError, match=r"lists pictures by URL.*img2dataset --url_list") as caught:
+        with pytest.raises(
+            UsageError, match=r"lists pictures by URL.*img2dataset --url_list"
+        ) as caught:
             make_source("conceptual", SourceOptions(input_dir=given)).items()
         assert "\n" not in str(caught.value)
 

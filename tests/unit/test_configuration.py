@@ -49,8 +49,17 @@ def message_of(*overrides: str, recipe: Path | None = None) -> str:
 
 def test_defaults_are_the_published_ones() -> None:
     recipe = load_recipe(None)
-    assert (recipe.learning_rate, recipe.min_lr, recipe.num_epochs, recipe.batch_size) == (1e-5, 1e-6, 12, 8)
-    assert (recipe.gradient_clip_val, recipe.weight_decay, recipe.early_stopping_patience) == (0.3, 0.01, 3)
+    assert (recipe.learning_rate, recipe.min_lr, recipe.num_epochs, recipe.batch_size) == (
+        1e-5,
+        1e-6,
+        12,
+        8,
+    )
+    assert (recipe.gradient_clip_val, recipe.weight_decay, recipe.early_stopping_patience) == (
+        0.3,
+        0.01,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,13 +67,18 @@ def test_defaults_are_the_published_ones() -> None:
     [
         ("learning_rat=1e-4", ["unknown key learning_rat", "did you mean 'learning_rate'?"]),
         ("bridge.num_querys=4", ["unknown key bridge.num_querys", "'num_queries'"]),
-        ("bridge.standardise_features=true", ["bridge.standardise_features", "'standardize_features'"]),
+        (
+            "bridge.standardise_features=true",
+            ["bridge.standardise_features", "'standardize_features'"],
+        ),
         ("decode.beams=4", ["unknown key decode.beams", "num_beams"]),
         ("language_model.xyz=1", ["unknown key language_model.xyz", "known: "]),
         ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "did you mean 'prefix'?"]),
     ],
 )
-def test_unknown_keys_are_named_with_their_nearest_neighbour(override: str, mentions: list[str]) -> None:
+def test_unknown_keys_are_named_with_their_nearest_neighbour(
+    override: str, mentions: list[str]
+) -> None:
     message = message_of(override)
     for mention in mentions:
         assert mention in message
@@ -179,7 +193,10 @@ def test_another_kind_of_bridge_does_not_take_the_old_ones_options(tmp_path: Pat
     assert "unknown key bridge.num_queries" in message
     assert "num_heads" in message
     # Without leftovers the switch is a matter of one override.
-    assert load_recipe(None, ["bridge.kind=cross_attention"]).bridge.options.feed_forward_multiplier == 4
+    assert (
+        load_recipe(None, ["bridge.kind=cross_attention"]).bridge.options.feed_forward_multiplier
+        == 4
+    )
 
 
 RATES = (
@@ -202,7 +219,13 @@ COUNTS = [
     name
     for name, hint in typing.get_type_hints(Recipe).items()
     if hint in (int, int | None) and name != "seed"
-] + ["decode.num_beams", "decode.max_new_tokens", "bridge.depth", "bridge.width", "vision_encoder.image_size"]
+] + [
+    "decode.num_beams",
+    "decode.max_new_tokens",
+    "bridge.depth",
+    "bridge.width",
+    "vision_encoder.image_size",
+]
 
 
 @pytest.mark.parametrize("key", [*COUNTS, "seed", "decode.seed"])
@@ -294,7 +317,11 @@ class TestTrainingDefault:
         assert recipe.vision_encoder.name == "facebook/dinov2-large"
         assert recipe.language_model.name == "google/gemma-2-2b"
         assert (recipe.bridge.kind, recipe.bridge.options.dropout) == ("cross_attention", 0.1)
-        assert (recipe.use_amp, recipe.amp_dtype, recipe.gradient_clip_val) == (True, "bfloat16", 0.3)
+        assert (recipe.use_amp, recipe.amp_dtype, recipe.gradient_clip_val) == (
+            True,
+            "bfloat16",
+            0.3,
+        )
         assert (recipe.use_early_stopping, recipe.early_stopping_patience) == (True, 3)
         assert (recipe.early_stopping_min_delta, recipe.weight_decay) == (0.0, 0.01)
         assert (recipe.val_every_n_epochs, recipe.save_every_n_epochs) == (1, 1)
@@ -325,13 +352,22 @@ class TestTrainingDefault:
 
     def test_every_key_is_there_with_a_comment(self) -> None:
         text = shipped_recipe(DEFAULT_RECIPE).read_text(encoding="utf-8")
-        left_out = {"max_steps", "max_validation_images"}  # limits that a whole training does without
-        assert yaml.safe_load(text).keys() == {f.name for f in dataclasses.fields(Recipe)} - left_out
+        left_out = {
+            "max_steps",
+            "max_validation_images",
+        }  # limits that a whole training does without
+        assert (
+            yaml.safe_load(text).keys() == {f.name for f in dataclasses.fields(Recipe)} - left_out
+        )
         commented = {
-            line.split(":")[0].strip() for line in text.splitlines() if re.search(r": +[^ #].* # ", line)
+            line.split(":")[0].strip()
+            for line in text.splitlines()
+            if re.search(r": +[^ #].* # ", line)
         }
         keys = {
-            line.split(":")[0].strip() for line in text.splitlines() if re.match(r" *[\w.*]+: +[^ #]", line)
+            line.split(":")[0].strip()
+            for line in text.splitlines()
+            if re.match(r" *[\w.*]+: +[^ #]", line)
         }
         assert keys == commented
 
@@ -380,7 +416,9 @@ class TestOriginalLayout:
         assert said[0].endswith("without meaning here: early_stopping_min_delta")
 
     @pytest.mark.parametrize("off", ["use_amp: false", "amp_dtype: float32"])
-    def test_without_mixed_precision_all_is_float32_as_there(self, tmp_path: Path, off: str) -> None:
+    def test_without_mixed_precision_all_is_float32_as_there(
+        self, tmp_path: Path, off: str
+    ) -> None:
         recipe = load_recipe(written(tmp_path, f"batch_size: 8\n{off}\n"))
         assert recipe.autocast_dtype is None
         assert (recipe.language_model.dtype, recipe.feature_cache_dtype) == ("float32", "float32")
@@ -394,7 +432,10 @@ class TestOriginalLayout:
         )
         said: list[str] = []
         recipe = load_recipe(written(tmp_path, flat), ["bridge.dropout=0.3"], say=said.append)
-        assert (recipe.vision_encoder.name, recipe.language_model.name) == ("some/encoder", "some/model")
+        assert (recipe.vision_encoder.name, recipe.language_model.name) == (
+            "some/encoder",
+            "some/model",
+        )
         assert (recipe.bridge.options.num_heads, recipe.bridge.options.dropout) == (4, 0.3)
         assert recipe.max_caption_tokens == 64
         assert said[0].endswith("without meaning here: pin_memory")
@@ -405,7 +446,9 @@ class TestOriginalLayout:
 
     def test_a_recipe_that_names_a_model_is_not_taken_for_it(self, tmp_path: Path) -> None:
         said: list[str] = []
-        recipe = load_recipe(written(tmp_path, "vision_encoder: {name: x}\nbatch_size: 4\n"), say=said.append)
+        recipe = load_recipe(
+            written(tmp_path, "vision_encoder: {name: x}\nbatch_size: 4\n"), say=said.append
+        )
         assert not said
         assert recipe.language_model == load_recipe(None).language_model
         assert "unknown key max_length" in message_of(

@@ -27,7 +27,9 @@ PROMPT = "a picture of"
 
 
 def load(name: object, **options: Any) -> LanguageModel:
-    return build_language_model(LanguageModelConfig(name=str(name), **{"dtype": "float32", **options}))
+    return build_language_model(
+        LanguageModelConfig(name=str(name), **{"dtype": "float32", **options})
+    )
 
 
 @pytest.fixture(params=CROSS_ATTENDING)
@@ -44,16 +46,23 @@ def test_the_parts_make_the_whole(folder: Path) -> None:
     found = model.head(model.hidden_states(ids, encoder_hidden_states=states))
     torch.testing.assert_close(found, expected)
     other = model.causal_lm(ids, encoder_hidden_states=states + 1).logits
-    assert not torch.allclose(expected, other, atol=1e-2), "a decoder that does not look shows nothing"
+    assert not torch.allclose(expected, other, atol=1e-2), (
+        "a decoder that does not look shows nothing"
+    )
 
 
 def test_captions_start_and_end_with_the_decoders_own_tokens(
     tiny_blip_dir: Path, tiny_bert_dir: Path, tiny_cross_gpt2_dir: Path
 ) -> None:
     blip, bert, gpt2 = load(tiny_blip_dir), load(tiny_bert_dir), load(tiny_cross_gpt2_dir)
-    assert blip.start_id == blip.text_config.bos_token_id >= len(blip.tokenizer)  # [DEC], no word of BERT's
+    assert (
+        blip.start_id == blip.text_config.bos_token_id >= len(blip.tokenizer)
+    )  # [DEC], no word of BERT's
     assert blip.eos_id == blip.tokenizer.sep_token_id
-    assert (bert.start_id, bert.eos_id) == (bert.tokenizer.cls_token_id, bert.tokenizer.sep_token_id)
+    assert (bert.start_id, bert.eos_id) == (
+        bert.tokenizer.cls_token_id,
+        bert.tokenizer.sep_token_id,
+    )
     assert (gpt2.start_id, gpt2.eos_id) == (1, 2)
 
 
@@ -72,10 +81,14 @@ def test_published_blip_starts_with_dec_and_ends_with_sep() -> None:
 
 
 @pytest.mark.parametrize("decoder", ["blip", "bert"])
-def test_captions_are_decoded_as_english_is_written(decoder: str, request: pytest.FixtureRequest) -> None:
+def test_captions_are_decoded_as_english_is_written(
+    decoder: str, request: pytest.FixtureRequest
+) -> None:
     model = load(request.getfixturevalue(f"tiny_{decoder}_dir"))
     texts = ("a man is riding a bike.", "two dogs, a boy and a girl!", "the boy's dog isn't here.")
-    model.tokenizer = word_piece_tokenizer(texts, 100)  # that of the folder was made from other letters
+    model.tokenizer = word_piece_tokenizer(
+        texts, 100
+    )  # that of the folder was made from other letters
     for text in texts:
         ids = model.encode(text)
         assert not set(ids) & {model.start_id, *model.tokenizer.all_special_ids}
@@ -87,12 +100,17 @@ def test_captions_are_decoded_as_english_is_written(decoder: str, request: pytes
 
 def test_the_prompt_stands_behind_the_start_token(tiny_blip_dir: Path, tiny_vit_dir: Path) -> None:
     model = load(tiny_blip_dir)
-    recipe = recipe_from_dict({"language_model": {"name": str(tiny_blip_dir), "prompt": f"{PROMPT} "}})
+    recipe = recipe_from_dict(
+        {"language_model": {"name": str(tiny_blip_dir), "prompt": f"{PROMPT} "}}
+    )
     format = caption_format(model, recipe)
     assert format.prompt_ids == [model.start_id, *model.encode(PROMPT)]
     tokens = format.tokenize("a dog")
     assert list(tokens.input_ids) == [*format.prompt_ids, *model.encode("a dog")]
-    assert [label for label in tokens.labels if label != -100] == [*model.encode("a dog"), model.eos_id]
+    assert [label for label in tokens.labels if label != -100] == [
+        *model.encode("a dog"),
+        model.eos_id,
+    ]
 
 
 def test_a_decoder_comes_alone_or_in_a_whole_blip(tiny_blip_dir: Path, tmp_path: Path) -> None:
@@ -103,7 +121,11 @@ def test_a_decoder_comes_alone_or_in_a_whole_blip(tiny_blip_dir: Path, tmp_path:
     alone, within = load(tmp_path), load(tiny_blip_dir)
     assert not alone.fresh_parameters
     assert not within.fresh_parameters
-    assert (alone.start_id, alone.eos_id, alone.shape) == (within.start_id, within.eos_id, within.shape)
+    assert (alone.start_id, alone.eos_id, alone.shape) == (
+        within.start_id,
+        within.eos_id,
+        within.shape,
+    )
     for model in (alone, within):
         for name, tensor in whole.text_decoder.state_dict().items():
             assert torch.equal(model.causal_lm.state_dict()[name], tensor), name
@@ -114,9 +136,13 @@ def test_weights_that_a_blip_lacks_are_no_silent_noise(
 ) -> None:
     folder = shutil.copytree(tiny_blip_dir, tmp_path / "blip")
     weights = load_file(folder / "model.safetensors")
-    lost = [name for name in weights if name.startswith("text_decoder.") and "crossattention" in name]
+    lost = [
+        name for name in weights if name.startswith("text_decoder.") and "crossattention" in name
+    ]
     save_file(
-        {n: w for n, w in weights.items() if n not in lost}, folder / "model.safetensors", {"format": "pt"}
+        {n: w for n, w in weights.items() if n not in lost},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     assert load(folder).fresh_parameters == {name.removeprefix("text_decoder.") for name in lost}
     with pytest.raises(ConfigurationError, match=f"{len(lost)} parameters start at random"):
@@ -175,7 +201,9 @@ def test_an_image_gets_its_keys_once_per_caption(
     for name, module in model.language_model.named_modules():
         if name.endswith(CROSS_KEYS[decoder]):
             calls[name] = 0
-            module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+            module.register_forward_hook(
+                lambda *_, name=name: calls.update({name: calls[name] + 1})
+            )
     decode = DecodeSettings(num_beams=num_beams, max_new_tokens=9, min_new_tokens=9)
     start = model.language_model.start_id
     assert start is not None
@@ -211,7 +239,11 @@ class TestBlipIsBlip:
             {
                 "vision_encoder": {"name": str(blip_dir)},
                 "language_model": {"name": str(blip_dir), "dtype": "float32", "prompt": PROMPT},
-                "bridge": {"kind": "projection", "projection": "linear", "standardize_features": False},
+                "bridge": {
+                    "kind": "projection",
+                    "projection": "linear",
+                    "standardize_features": False,
+                },
                 "use_amp": False,
             }
         )
@@ -230,13 +262,22 @@ class TestBlipIsBlip:
 
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_captions(
-        self, model: CaptionModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path, num_beams: int
+        self,
+        model: CaptionModel,
+        recipe: Recipe,
+        blip: Any,
+        drawn_caption_folder: Path,
+        num_beams: int,
     ) -> None:
         images = CaptionFolder.open(drawn_caption_folder).split("test")
         pictures = [open_image(image.path) for image in images]
         encoder: Any = model.vision_encoder
         tokenizer = model.language_model.tokenizer
-        prompt = [tokenizer.cls_token_id, *model.language_model.encode(PROMPT), tokenizer.sep_token_id]
+        prompt = [
+            tokenizer.cls_token_id,
+            *model.language_model.encode(PROMPT),
+            tokenizer.sep_token_id,
+        ]
         rows = blip.generate(
             pixel_values=encoder.preprocess(pictures),
             input_ids=torch.tensor([prompt] * len(pictures)),
@@ -247,14 +288,20 @@ class TestBlipIsBlip:
         start = len(prompt) - 1
         assert rows[0, :start].tolist() == format.prompt_ids
         end = tokenizer.sep_token_id
-        expected = [row[: row.index(end)] if end in row else row for row in rows[:, start:].tolist()]
+        expected = [
+            row[: row.index(end)] if end in row else row for row in rows[:, start:].tolist()
+        ]
         decode = DecodeSettings(num_beams=num_beams, max_new_tokens=12)
         found, _ = generated(model, model.encode_images(pictures), format.prompt_ids, decode)
         assert found == expected
-        assert len(set(map(tuple, found))) > 1, "the model must tell pictures apart for this to mean anything"
+        assert len(set(map(tuple, found))) > 1, (
+            "the model must tell pictures apart for this to mean anything"
+        )
 
     @torch.no_grad()
-    def test_loss(self, model: CaptionModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path) -> None:
+    def test_loss(
+        self, model: CaptionModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path
+    ) -> None:
         (image, *_) = CaptionFolder.open(drawn_caption_folder).split("test")
         encoder: Any = model.vision_encoder
         pixels = encoder.preprocess([open_image(image.path)])

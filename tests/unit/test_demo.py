@@ -10,7 +10,13 @@ from PIL import Image
 
 from demo_server import noise, png, tiny_service
 from vlm_bridge.captioning.live_run import read_live_run, to_html
-from vlm_bridge.captioning.service import MAX_UPLOAD, CaptionService, Request, UploadError, open_upload
+from vlm_bridge.captioning.service import (
+    MAX_UPLOAD,
+    CaptionService,
+    Request,
+    UploadError,
+    open_upload,
+)
 from vlm_bridge.errors import ConfigurationError, DataError
 
 
@@ -43,7 +49,9 @@ def test_a_large_upload_is_refused_before_it_is_read(tmp_path: Path) -> None:
 # Requests.
 
 
-def test_a_request_begins_with_the_recipe_and_takes_what_a_form_says(service: CaptionService) -> None:
+def test_a_request_begins_with_the_recipe_and_takes_what_a_form_says(
+    service: CaptionService,
+) -> None:
     start = service.default_request
     assert start.max_new_tokens == 6
     changed = start.updated({"num_beams": "5", "temperature": "0.7"})
@@ -53,7 +61,9 @@ def test_a_request_begins_with_the_recipe_and_takes_what_a_form_says(service: Ca
 @pytest.mark.parametrize(
     "given", [{"num_beams": "0"}, {"temperature": "-1"}, {"max_new_tokens": "1e3"}, {"x": "1"}]
 )
-def test_a_form_with_impossible_fields_is_refused(service: CaptionService, given: dict[str, str]) -> None:
+def test_a_form_with_impossible_fields_is_refused(
+    service: CaptionService, given: dict[str, str]
+) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(given))):
         service.default_request.updated(given)
 
@@ -71,8 +81,12 @@ def test_an_answer_is_the_captioners(service: CaptionService) -> None:
     assert set(answer.to_json()) == {"caption", "alternatives", "seconds"}
 
 
-def test_alternatives_are_distinct_and_the_likeliest_draw_comes_first(service: CaptionService) -> None:
-    request = Request(num_beams=1, temperature=1.5, length_penalty=1, max_new_tokens=6, num_alternatives=5)
+def test_alternatives_are_distinct_and_the_likeliest_draw_comes_first(
+    service: CaptionService,
+) -> None:
+    request = Request(
+        num_beams=1, temperature=1.5, length_penalty=1, max_new_tokens=6, num_alternatives=5
+    )
     answer = service.answer(png(noise(2)), "a.png", request)
     captions = [other.caption for other in answer.alternatives]
     assert len(set(captions)) == len(captions) > 1
@@ -81,14 +95,19 @@ def test_alternatives_are_distinct_and_the_likeliest_draw_comes_first(service: C
 
 
 def test_a_search_gives_no_more_alternatives_than_beams(service: CaptionService) -> None:
-    request = Request(num_beams=2, temperature=0, length_penalty=1, max_new_tokens=6, num_alternatives=5)
+    request = Request(
+        num_beams=2, temperature=0, length_penalty=1, max_new_tokens=6, num_alternatives=5
+    )
     assert len(service.answer(png(noise(2)), "a.png", request).alternatives) <= 2
 
 
 def test_every_word_has_an_overlay(service: CaptionService) -> None:
-    pictures = (png(noise(seed)) for seed in range(20))  # a tiny captioner has nothing to say of some
+    pictures = (
+        png(noise(seed)) for seed in range(20)
+    )  # a tiny captioner has nothing to say of some
     answers = (
-        service.answer(picture, "a.png", service.default_request, overlays=True) for picture in pictures
+        service.answer(picture, "a.png", service.default_request, overlays=True)
+        for picture in pictures
     )
     answer = next(answer for answer in answers if len(answer.caption.split()) > 1)
     assert answer.overlays
@@ -96,13 +115,17 @@ def test_every_word_has_an_overlay(service: CaptionService) -> None:
     assert all(max(image.size) == 160 for _, image in answer.overlays)
 
 
-def test_the_facts_name_all_parts(service: CaptionService, tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_the_facts_name_all_parts(
+    service: CaptionService, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     facts = service.facts()
     assert facts["Vision encoder"] == tiny_vit_dir.name
     assert facts["Language model"] == tiny_llama_dir.name
     assert facts["Bridge"].startswith("prefix bridge of ")
     assert facts["Checkpoint"] == "runs/tiny"
-    assert all(facts[part] in service.summary() for part in ("Vision encoder", "Bridge", "Language model"))
+    assert all(
+        facts[part] in service.summary() for part in ("Vision encoder", "Bridge", "Language model")
+    )
 
 
 # A training run.
@@ -124,7 +147,12 @@ VALIDATION = {
     "perplexity": 12.2,
     "visual_gain": 0.4,
 }
-SAMPLES = {"event": "samples", "step": 20, "captions": [["a <b> dog", "A dog & a cat."]], "mean_length": 3.0}
+SAMPLES = {
+    "event": "samples",
+    "step": 20,
+    "captions": [["a <b> dog", "A dog & a cat."]],
+    "mean_length": 3.0,
+}
 
 
 def test_a_run_is_shown_with_curves_samples_and_visual_gain(tmp_path: Path) -> None:
@@ -143,7 +171,9 @@ def test_a_run_is_shown_with_curves_samples_and_visual_gain(tmp_path: Path) -> N
 def test_samples_of_before_a_resume_are_replaced(tmp_path: Path) -> None:
     again = {**SAMPLES, "captions": [["a cat", "A cat."]]}
     run = read_live_run(write_log(tmp_path, TRAIN, SAMPLES, {**SAMPLES, "step": 30}, again))
-    assert [(sample.step, sample.captions) for sample in run.samples] == [(20, [("a cat", "A cat.")])]
+    assert [(sample.step, sample.captions) for sample in run.samples] == [
+        (20, [("a cat", "A cat.")])
+    ]
 
 
 def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:

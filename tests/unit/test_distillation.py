@@ -37,7 +37,12 @@ def make_recipe(
             num_epochs=1,
             generate_samples_every_n_epochs=9,
             num_validation_samples=0,
-            distillation={"teacher": str(tiny_blip_dir), "steps": 40, "batch_size": 8, "learning_rate": 1e-2},
+            distillation={
+                "teacher": str(tiny_blip_dir),
+                "steps": 40,
+                "batch_size": 8,
+                "learning_rate": 1e-2,
+            },
         )
         return override_recipe(recipe, overrides)
 
@@ -76,7 +81,9 @@ def test_the_seed_decides_and_threads_do_not(make_recipe: MakeRecipe) -> None:
     assert one != other
 
 
-def test_half_precision_of_the_captions_does_not_reach_the_distillation(make_recipe: MakeRecipe) -> None:
+def test_half_precision_of_the_captions_does_not_reach_the_distillation(
+    make_recipe: MakeRecipe,
+) -> None:
     few = ("distillation.steps=3",)
     assert distil(make_recipe(*few, "use_amp=true"))[1] == distil(make_recipe(*few))[1]
 
@@ -97,7 +104,9 @@ def test_what_cannot_be_distilled_is_refused_before_features_are_computed(
     tmp_path: Path,
 ) -> None:
     narrow = make_recipe(f"distillation.teacher={tiny_vit_dir}")
-    with pytest.raises(ConfigurationError, match=r"teacher has features of width 32, .* output is 24"):
+    with pytest.raises(
+        ConfigurationError, match=r"teacher has features of width 32, .* output is 24"
+    ):
         Trainer(narrow, print)
     with pytest.raises(ModelError, match="cannot load the vision encoder"):
         Trainer(make_recipe("distillation.teacher=nowhere/at-all"), print)
@@ -110,7 +119,11 @@ def test_what_cannot_be_distilled_is_refused_before_features_are_computed(
     with pytest.raises(ConfigurationError, match=r"it needs bridge\.kind=projection"):
         Trainer(prefix, print)
     assert not (tmp_path / "features").exists()
-    for override in ("distillation.steps=0", "distillation.learning_rate=0", "distillation.batch_size=0"):
+    for override in (
+        "distillation.steps=0",
+        "distillation.learning_rate=0",
+        "distillation.batch_size=0",
+    ):
         with pytest.raises(ConfigurationError, match=override.split("=")[0]):
             make_recipe(override)
 
@@ -133,5 +146,7 @@ def test_it_comes_before_the_first_step_and_not_after_a_resume(
     assert not any("distillation" in line for line in said)
     again = checkpoints.load_checkpoint(latest)["weights"]
     assert all(torch.equal(tensor, again[name]) for name, tensor in distilled.items())
-    events = [json.loads(line) for line in (tmp_path / "logs" / "history.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (tmp_path / "logs" / "history.jsonl").read_text().splitlines()
+    ]
     assert [event["step"] for event in events if event["event"] == "validation"] == [6, 12]

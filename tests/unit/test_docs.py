@@ -47,7 +47,9 @@ def without_code(page: str) -> str:
 def anchors(page: str) -> set[str]:
     """The ids that Python-Markdown gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
-    plain = [re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings]
+    plain = [
+        re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings
+    ]
     return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
 
 
@@ -90,7 +92,9 @@ def test_commands_and_their_options_and_recipes_exist(name: str) -> None:
     keys = {field.name for field in dataclasses.fields(Recipe)}
     for words in commands(PAGES[name]):
         command, rest = command_of(words)
-        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        known = {
+            name for option in command.params for name in (*option.opts, *option.secondary_opts)
+        }
         given = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
         assert given <= known | ANYWHERE, shlex.join(words)
         for word in rest:
@@ -117,7 +121,9 @@ def test_what_the_api_page_names_is_there_and_documented(name: str) -> None:
     thing = getattr(importlib.import_module(module), member, None) or importlib.import_module(name)
     documentation = (thing.__doc__ or "").strip()
     assert documentation
-    assert not documentation.startswith(f"{member}("), "dataclasses writes that where there is no docstring"
+    assert not documentation.startswith(f"{member}("), (
+        "dataclasses writes that where there is no docstring"
+    )
 
 
 def test_what_the_examples_import_is_on_the_api_page() -> None:

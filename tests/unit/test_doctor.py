@@ -73,7 +73,9 @@ def test_required_packages(line: str, status: str) -> None:
 
 
 def test_versions_that_are_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "newest_tested", lambda: {"transformers": "5.24.0", "timm": "1.0.2"})
+    monkeypatch.setattr(
+        environment, "newest_tested", lambda: {"transformers": "5.24.0", "timm": "1.0.2"}
+    )
     version = metadata.version
     installed = {"transformers": "5.30.0", "timm": "1.1"}
     monkeypatch.setattr(metadata, "version", lambda name: installed.get(name) or version(name))
@@ -87,13 +89,17 @@ def test_versions_that_are_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
 
     installed["transformers"] = "4.9"
     older = by_name(run_checks())["transformers"]
-    assert older.status == "fail" and older.detail.startswith("4.9 is older than the lowest tested, 5")
+    assert older.status == "fail" and older.detail.startswith(
+        "4.9 is older than the lowest tested, 5"
+    )
     assert ">=" in str(older.fix) and "transformers" in str(older.fix)
 
 
 def test_hub_that_never_answers_costs_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"https://user:{SECRET}@mirror.example")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", f"https://user:{SECRET}@mirror.example"
+    )
     monkeypatch.setattr(doctor, "HUB_TIMEOUT", 0.05)
     monkeypatch.setattr(doctor, "_ask_hub", lambda: time.sleep(2))
     started = time.monotonic()

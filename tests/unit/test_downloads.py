@@ -21,7 +21,14 @@ import pytest
 
 from vlm_bridge.cli.download import DatasetName
 from vlm_bridge.data_pipeline import downloads
-from vlm_bridge.data_pipeline.downloads import DATASETS, RemoteFile, download, fetch, remote_size, unpack
+from vlm_bridge.data_pipeline.downloads import (
+    DATASETS,
+    RemoteFile,
+    download,
+    fetch,
+    remote_size,
+    unpack,
+)
 from vlm_bridge.data_pipeline.sources import SOURCES
 from vlm_bridge.errors import DataError, UsageError
 
@@ -101,7 +108,14 @@ def site() -> Iterator[Site]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "FIRST_WAIT_S", 0)
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -135,7 +149,9 @@ def test_a_broken_connection_goes_on_where_it_stopped(site: Site, tmp_path: Path
     assert [asked for _, asked in site.asked] == ["", *(f"bytes={n}00000-" for n in range(1, 6))]
 
 
-def test_a_later_run_goes_on_too(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_run_goes_on_too(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(downloads, "MAX_FAILURES", 1)
     site.break_after = 300_000
     with pytest.raises(
@@ -145,7 +161,10 @@ def test_a_later_run_goes_on_too(site: Site, tmp_path: Path, monkeypatch: pytest
     assert "\n" not in str(caught.value) and not (tmp_path / "data.bin").exists()
     site.break_after = None
     fetch(data_file(site), tmp_path / "data.bin")
-    assert (tmp_path / "data.bin").read_bytes() == CONTENT and site.asked[-1] == ("GET", "bytes=300000-")
+    assert (tmp_path / "data.bin").read_bytes() == CONTENT and site.asked[-1] == (
+        "GET",
+        "bytes=300000-",
+    )
 
 
 def interrupted(site: Site, target: Path, at: int = 300_000) -> None:
@@ -165,7 +184,9 @@ def test_versions_are_not_mixed(site: Site, tmp_path: Path) -> None:
     assert (tmp_path / "data.bin").read_bytes() == CONTENT[::-1]
 
 
-def test_another_size_is_not_mixed_in_where_the_server_has_no_tags(site: Site, tmp_path: Path) -> None:
+def test_another_size_is_not_mixed_in_where_the_server_has_no_tags(
+    site: Site, tmp_path: Path
+) -> None:
     site.etags["/data.bin"] = 'W/"weak"'
     interrupted(site, tmp_path / "data.bin")
     site.files["/data.bin"] = CONTENT[::-1] + b"more"
@@ -228,7 +249,9 @@ def test_an_unreachable_host_is_named(tmp_path: Path) -> None:
 
 
 def test_changed_and_damaged_files_are_named(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 512,000 bytes, where 7 are known: it was changed at its source"):
+    with pytest.raises(
+        DataError, match="has 512,000 bytes, where 7 are known: it was changed at its source"
+    ):
         fetch(data_file(site, size=7), tmp_path / "data.bin")
     with pytest.raises(DataError, match=r"SHA-256 is [0-9a-f]{64}, not 00.*fetches it anew"):
         fetch(data_file(site, sha256="0" * 64), tmp_path / "data.bin")
@@ -260,7 +283,11 @@ def test_a_full_disk_is_named(site: Site, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_archive_is_unpacked_once_and_removed(site: Site, tmp_path: Path) -> None:
-    members = {"annotations/captions_val.json": b"{}", "annotations/instances.json": b"[]", "readme": b"x"}
+    members = {
+        "annotations/captions_val.json": b"{}",
+        "annotations/instances.json": b"[]",
+        "readme": b"x",
+    }
     site.files["/a.zip"] = zipped(members)
     file = RemoteFile(f"{site.url}/a.zip", "captions", members=("annotations/captions_*.json",))
     (done,) = download([file], tmp_path)
@@ -337,7 +364,12 @@ def test_what_is_offered_is_a_source_and_fully_described() -> None:
 def test_parts_and_years_are_chosen() -> None:
     coco = DATASETS["coco"]
     names = [file.name for file in coco.choose()]
-    assert names == ["caption_datasets.zip", "annotations_trainval2017.zip", "val2017.zip", "train2017.zip"]
+    assert names == [
+        "caption_datasets.zip",
+        "annotations_trainval2017.zip",
+        "val2017.zip",
+        "train2017.zip",
+    ]
     assert [file.name for file in coco.choose(["val"], 2014)] == ["val2014.zip"]
     with pytest.raises(UsageError, match="--part test: choose from captions, val, train"):
         coco.choose(["test"])

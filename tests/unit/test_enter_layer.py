@@ -56,7 +56,9 @@ def test_layers_below_run_without_a_graph(model: CaptionModel) -> None:
     needs_gradient = []
     layers = model.language_model.body.layers()
     for layer in layers:
-        layer.register_forward_hook(lambda _m, _i, output: needs_gradient.append(output.requires_grad))
+        layer.register_forward_hook(
+            lambda _m, _i, output: needs_gradient.append(output.requires_grad)
+        )
     model.text_states(torch.randint(3, 300, (1, 5)), model.image_inputs(random_features(model, 1)))
     assert needs_gradient == [False, True]
 
@@ -102,7 +104,9 @@ def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: Cap
 
 
 @pytest.mark.parametrize("from_states", [False, True])
-def test_checkpointed_activations_change_no_gradient(model: CaptionModel, from_states: bool) -> None:
+def test_checkpointed_activations_change_no_gradient(
+    model: CaptionModel, from_states: bool
+) -> None:
     ids, labels = packed_rows()
     states = model.text_at_bridge(ids, SEGMENTS) if from_states else None
 
@@ -142,7 +146,9 @@ def test_a_compiled_body_reads_every_image_anew(
     expected = all_gradients()
     model.language_model.compile_body()
     for one, other in zip(all_gradients(), expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # its norms are transformers' own
+        torch.testing.assert_close(
+            one, other, atol=1e-5, rtol=1e-5
+        )  # its norms are transformers' own
     assert counter.frame_count == 1, "another length or image compiled the body anew"
 
 
@@ -155,7 +161,9 @@ def test_untrained_it_is_the_bare_language_model(
     model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention_above"))
     ids = torch.randint(3, 300, (2, 12))
     logits = model(ids, model.image_inputs(random_features(model, 2)))
-    torch.testing.assert_close(logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits, model.language_model.causal_lm(ids).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -176,7 +184,9 @@ def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Pat
         atol=0,
         rtol=0,
     )
-    assert not torch.allclose(above.text_states(ids, image), model.text_states(ids, image), atol=1e-3)
+    assert not torch.allclose(
+        above.text_states(ids, image), model.text_states(ids, image), atol=1e-3
+    )
 
 
 def test_a_layer_that_is_not_there_is_named() -> None:

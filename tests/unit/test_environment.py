@@ -46,7 +46,9 @@ def test_the_lock_of_a_checkout_is_read() -> None:
     assert f"torch=={newest_tested()['torch']}" in lock.read_text(encoding="utf-8")
 
 
-def test_the_lock_in_a_wheel_is_read_for_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_in_a_wheel_is_read_for_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "site" / "vlm_bridge"
     package.mkdir(parents=True)
     monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))

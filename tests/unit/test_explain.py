@@ -50,7 +50,9 @@ def test_each_word_has_a_map_of_the_grid(captioner: Captioner, picture: Image.Im
         assert (word.map >= 0).all()
     assert not np.allclose(explanation.words[1].map, explanation.words[7].map, atol=1e-4)
     again = explain(captioner, picture, caption=CAPTION)
-    assert all(np.array_equal(a.map, b.map) for a, b in zip(explanation.words, again.words, strict=True))
+    assert all(
+        np.array_equal(a.map, b.map) for a, b in zip(explanation.words, again.words, strict=True)
+    )
 
 
 def test_what_is_explained_is_the_caption(captioner: Captioner, picture: Image.Image) -> None:
@@ -109,11 +111,15 @@ def test_image_tokens_that_are_alike_share_the_look(
             module.positions.zero_()
     features = random_features(model, 1)[:, :1].expand(-1, 10, -1)
     attention = image_attention(model, features, torch.randint(5, 100, (1, 4)))
-    torch.testing.assert_close(attention, attention[..., :1].expand_as(attention), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        attention, attention[..., :1].expand_as(attention), atol=1e-6, rtol=1e-4
+    )
 
 
 @torch.no_grad()
-def test_cross_attention_looks_where_its_keys_point(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_cross_attention_looks_where_its_keys_point(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     """Keys that are the features themselves and queries that are each token's normalised embedding."""
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention"))
     bridge = model.bridge
@@ -147,14 +153,18 @@ def test_prefix_follows_the_queries_to_the_image(tiny_vit_dir: Path, tiny_llama_
     resampler.vision_norm.bias.zero_()
     resampler.positions.zero_()
     # What a key of ones is made from: the query of every head points there.
-    resampler.positions[6] = 50 * torch.linalg.lstsq(layer.key_value.weight[:16], torch.ones(16)).solution
+    resampler.positions[6] = (
+        50 * torch.linalg.lstsq(layer.key_value.weight[:16], torch.ones(16)).solution
+    )
     attention = image_attention(model, random_features(model, 1), torch.randint(5, 100, (1, 4)))[0]
     assert attention.argmax(-1).tolist() == [6] * 4
     assert (attention.max(-1).values / attention.sum(-1) > 0.95).all()
 
 
 @torch.no_grad()
-def test_rollout_of_one_layer_is_half_its_attention(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_rollout_of_one_layer_is_half_its_attention(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "prefix"))
     resampler = model.bridge.resampler
     features = random_features(model, 2)
@@ -232,7 +242,9 @@ def test_a_centre_crop_is_all_that_is_seen(
     encoder = captioner.model.vision_encoder
     outside = np.asarray(picture).copy()
     outside[:, :8] = outside[:, -8:] = 255 - outside[:, :8]
-    assert torch.equal(encoder.preprocess([picture]), encoder.preprocess([Image.fromarray(outside)]))
+    assert torch.equal(
+        encoder.preprocess([picture]), encoder.preprocess([Image.fromarray(outside)])
+    )
 
 
 # Words.
@@ -303,7 +315,9 @@ def test_panels_are_bright_where_the_word_looked() -> None:
     grid[0, 3] = 1
     words = [WordAttention("sun", grid), WordAttention("everywhere", np.full((2, 4), 1 / 8))]
     picture = Image.new("RGB", (400, 200), (90, 90, 90))
-    sheet = np.asarray(attention_panels(Explanation("sun, everywhere", words, (0, 0, 400, 200)), picture))
+    sheet = np.asarray(
+        attention_panels(Explanation("sun, everywhere", words, (0, 0, 400, 200)), picture)
+    )
     yellow = (sheet[..., 0] > 150) & (sheet[..., 1] > 150) & (sheet[..., 2] < 120)
     rows, columns = np.nonzero(yellow)
     width = 208 + 18

@@ -77,7 +77,9 @@ def files_in(root: Path, key: str = KEYS[0], dtype="float16") -> CacheFiles:
 
 
 def build(root: Path, encode=None, key: str = KEYS[0], **options) -> FeatureCache:
-    return open_or_build(files_in(root, key), Numbers(), encode or Encode(), batch_images=3, **options)
+    return open_or_build(
+        files_in(root, key), Numbers(), encode or Encode(), batch_images=3, **options
+    )
 
 
 def check(cache: FeatureCache) -> None:
@@ -90,7 +92,9 @@ def check(cache: FeatureCache) -> None:
 def test_every_image_is_encoded_once_and_found_again(tmp_path: Path, num_workers: int) -> None:
     encode, again = Encode(), Encode()
     done: list[tuple[int, int]] = []
-    first = build(tmp_path, encode, num_workers=num_workers, progress=lambda *counts: done.append(counts))
+    first = build(
+        tmp_path, encode, num_workers=num_workers, progress=lambda *counts: done.append(counts)
+    )
     assert encode.encoded == list(range(NUM_IMAGES))
     assert done[-1] == (NUM_IMAGES, NUM_IMAGES)
     check(first)
@@ -149,7 +153,9 @@ def test_a_missing_picture_is_named(tmp_path: Path) -> None:
 
 def test_pixels_are_those_of_the_pictures(drawn_caption_folder: Path) -> None:
     images = CaptionFolder.open(drawn_caption_folder).split("val")
-    pixels = OnTheFlyPixels([image.path for image in images], lambda pictures: [p.size for p in pictures])
+    pixels = OnTheFlyPixels(
+        [image.path for image in images], lambda pictures: [p.size for p in pictures]
+    )
     assert len(pixels) == len(images)
     assert pixels[np.array([1, 1, 0])] == [(64, 64)] * 3
 
@@ -197,7 +203,9 @@ def test_a_damaged_shard_is_encoded_anew_and_no_other(tmp_path: Path, damage) ->
     assert damage is remove or "shard-00001 is damaged" in said[0]
 
 
-def test_a_sample_of_every_shard_is_compared_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_every_shard_is_compared_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(tmp_path).close()
     flip_a_byte(files_in(tmp_path))
     monkeypatch.setattr(feature_cache, "RECORDS_CHECKED", 300)  # of 8: all of them
@@ -220,7 +228,9 @@ def test_the_index_is_written_anew_without_encoding(tmp_path: Path, content: str
 
 
 def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"pictures 0 to 2 do not fit into float16.*feature_cache=off"):
+    with pytest.raises(
+        DataError, match=r"pictures 0 to 2 do not fit into float16.*feature_cache=off"
+    ):
         build(tmp_path, Encode(scale=1e6))
     assert list(tmp_path.iterdir()) == []
 
@@ -277,7 +287,9 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
     assert not list(folder.glob(".building-*"))
 
 
-def test_what_killed_processes_left_in_other_caches_goes_too_and_what_is_locked_stays(tmp_path: Path) -> None:
+def test_what_killed_processes_left_in_other_caches_goes_too_and_what_is_locked_stays(
+    tmp_path: Path,
+) -> None:
     """Shards lie in their cache; text states are built in whole folders beside theirs."""
     process = start(build, tmp_path, StopAt(SHARD_IMAGES + 4, signal.SIGKILL))
     process.join(30)
@@ -294,7 +306,9 @@ def test_what_killed_processes_left_in_other_caches_goes_too_and_what_is_locked_
         assert (locked / "states").exists()
     remove_unfinished(tmp_path)
     assert not locked.exists()
-    assert [path.name for path in (tmp_path / KEYS[0]).iterdir() if "shard" in path.name] == ["shard-00000"]
+    assert [path.name for path in (tmp_path / KEYS[0]).iterdir() if "shard" in path.name] == [
+        "shard-00000"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +359,9 @@ def test_without_room_there_is_no_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_whole_cache_opens_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_cache_opens_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(tmp_path).close()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     check(build(tmp_path))
@@ -388,7 +404,9 @@ def keys_in(root: Path) -> list[str]:
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
-    size = max(used_at(tmp_path, key, when) for key, when in zip(KEYS, (30, 10, 40, 20), strict=True))
+    size = max(
+        used_at(tmp_path, key, when) for key, when in zip(KEYS, (30, 10, 40, 20), strict=True)
+    )
     assert keys_in(tmp_path) == [KEYS[1], KEYS[3], KEYS[0], KEYS[2]]
     removed = evict(tmp_path, 2 * size)
     assert [cache.folder.name for cache in removed] == [KEYS[1], KEYS[3]]

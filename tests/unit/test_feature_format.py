@@ -29,7 +29,9 @@ def test_floats_are_stored_as_they_are(dtype: str) -> None:
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_int8_is_off_by_half_a_step_of_each_token(scale: float) -> None:
-    values = features(scale) * torch.logspace(-3, 3, TOKENS)[:, None]  # tokens of very different size
+    values = (
+        features(scale) * torch.logspace(-3, 3, TOKENS)[:, None]
+    )  # tokens of very different size
     restored = round_trip(values, "int8")
     half_a_step = values.abs().amax(-1, keepdim=True) / 127 / 2
     assert restored.dtype == torch.float32
@@ -43,7 +45,9 @@ def test_a_token_of_zeros_stays_one() -> None:
 
 
 def test_int8_takes_half_the_room() -> None:
-    halves, whole, bytes_ = (FeatureFormat(49, 1280, d).record_bytes for d in ("float16", "float32", "int8"))
+    halves, whole, bytes_ = (
+        FeatureFormat(49, 1280, d).record_bytes for d in ("float16", "float32", "int8")
+    )
     assert halves == 49 * 1280 * 2
     assert whole == 2 * halves
     assert bytes_ == 49 * (1280 + 4)

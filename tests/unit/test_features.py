@@ -36,7 +36,9 @@ class Split:
         self.images = CaptionFolder.open(data).split(name)  # type: ignore[arg-type]
         self.said: list[str] = []
 
-    def recipe(self, *, vision: Path | None = None, image_size: int | None = None, **changes: Any) -> Recipe:
+    def recipe(
+        self, *, vision: Path | None = None, image_size: int | None = None, **changes: Any
+    ) -> Recipe:
         settings = {"feature_cache": str(self.cache_dir), "data_dir": str(self.data), **changes}
         recipe = tiny_recipe(vision or self.vision, NO_LANGUAGE_MODEL, **settings)
         return replace(recipe, vision_encoder=replace(recipe.vision_encoder, image_size=image_size))
@@ -46,7 +48,9 @@ class Split:
 
     def features(self, **changes: Any) -> SplitFeatures:
         recipe = self.recipe(**changes)
-        return split_features(self.encoder(recipe), recipe, self.name, self.images, self.said.append)
+        return split_features(
+            self.encoder(recipe), recipe, self.name, self.images, self.said.append
+        )
 
     @torch.no_grad()
     def read(self, epoch: int = 0, **changes: Any) -> torch.Tensor:
@@ -78,7 +82,9 @@ def test_cached_features_are_the_encoders(split: Split, dtype: str, pooling: int
     if dtype == "int8":
         assert ((cached - encoded).abs() <= encoded.abs().amax(-1, keepdim=True) / 254 * 1.01).all()
     else:
-        torch.testing.assert_close(cached, encoded, rtol=torch.finfo(getattr(torch, dtype)).eps, atol=1e-6)
+        torch.testing.assert_close(
+            cached, encoded, rtol=torch.finfo(getattr(torch, dtype)).eps, atol=1e-6
+        )
 
 
 @torch.no_grad()
@@ -131,7 +137,9 @@ def test_the_key_follows_everything_that_features_depend_on(
     )
     other = Split(changed, train_split.vision, train_split.cache_dir, "train")
     other.features()
-    assert other.num_caches == len(changes), "the same pictures in another place have the same features"
+    assert other.num_caches == len(changes), (
+        "the same pictures in another place have the same features"
+    )
     pictures = [image.path for image in other.images]
     pictures[0].write_bytes(pictures[1].read_bytes())
     other.features()
@@ -139,7 +147,13 @@ def test_the_key_follows_everything_that_features_depend_on(
 
 
 def test_what_features_do_not_depend_on_does_not_matter(split: Split) -> None:
-    for change in ({}, {"batch_size": 2}, {"learning_rate": 1.0}, {"seed": 5}, {"feature_cache_views": 3}):
+    for change in (
+        {},
+        {"batch_size": 2},
+        {"learning_rate": 1.0},
+        {"seed": 5},
+        {"feature_cache_views": 3},
+    ):
         split.features(**change)  # validation has no views
     assert split.num_caches == 1
 
@@ -213,7 +227,9 @@ def test_a_cache_that_would_be_slower_is_not_made(
     assert isinstance(in_data_dir.features(feature_cache="auto").items, OnTheFlyPixels)
     assert in_data_dir.num_caches == 0
     assert "encoding them gives" in in_data_dir.said[-1]
-    assert isinstance(in_data_dir.features(feature_cache=str(in_data_dir.cache_dir)).items, FeatureCache)
+    assert isinstance(
+        in_data_dir.features(feature_cache=str(in_data_dir.cache_dir)).items, FeatureCache
+    )
 
 
 def test_a_cache_that_is_slower_is_not_read(in_data_dir: Split, speeds: dict[str, float]) -> None:
@@ -243,7 +259,9 @@ def test_measuring_is_real(in_data_dir: Split) -> None:
     assert "pictures/s" in in_data_dir.said[-1]
 
 
-def test_without_room_training_is_told_and_goes_on(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_training_is_told_and_goes_on(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     read = split.features()
     assert read[np.array([0, 1])].shape == (2, 3, 48, 48)

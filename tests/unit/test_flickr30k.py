@@ -33,13 +33,23 @@ def write_pictures(folder: Path, names: list[str] = NAMES) -> None:
 
 
 def write_token_file(path: Path, names: list[str] = NAMES) -> None:
-    lines = [f"{name}#{n}\tPicture {name[:-4]} , wording {n} .\n" for name in names for n in range(5)]
+    lines = [
+        f"{name}#{n}\tPicture {name[:-4]} , wording {n} .\n" for name in names for n in range(5)
+    ]
     path.write_text("".join(lines), encoding="utf-8")
 
 
 def karpathy_image(name: str, split: str) -> dict[str, Any]:
-    sentences = [{"tokens": ["a"], "raw": f"Raw {name[:-4]} .", "imgid": 0, "sentid": n} for n in range(5)]
-    return {"sentids": [0, 1, 2, 3, 4], "imgid": 0, "sentences": sentences, "split": split, "filename": name}
+    sentences = [
+        {"tokens": ["a"], "raw": f"Raw {name[:-4]} .", "imgid": 0, "sentid": n} for n in range(5)
+    ]
+    return {
+        "sentids": [0, 1, 2, 3, 4],
+        "imgid": 0,
+        "sentences": sentences,
+        "split": split,
+        "filename": name,
+    }
 
 
 def write_karpathy(path: Path, splits: list[str]) -> None:
@@ -62,7 +72,9 @@ def test_the_datasets_own_captions_are_split_by_hash(pictures: Path, tmp_path: P
     assert manifest["split_rule"].startswith("hash of (seed, image id)")
     assert "non-commercial" in manifest["licence_note"] and not manifest["rejected"]
     assert sum(counts["captions"] for counts in manifest["counts"].values()) == 100
-    images = {image.original_id: image for image in CaptionFolder.open(tmp_path / "out").split("train")}
+    images = {
+        image.original_id: image for image in CaptionFolder.open(tmp_path / "out").split("train")
+    }
     some = next(iter(images))
     assert images[some].captions[3] == f"Picture {some}, wording 3."
 
@@ -73,7 +85,9 @@ def test_karpathys_splits_are_official(pictures: Path, tmp_path: Path) -> None:
     manifest = transform(Flickr30k(pictures), tmp_path / "out", val_fraction=0.5)
     assert [counts["images"] for counts in manifest["counts"].values()] == [14, 2, 3]
     assert manifest["split_rule"] == "Karpathy's splits (dataset_flickr30k.json)"
-    assert manifest["rejected"] == [{"id": NAMES[19][:-4], "reason": "it is not in dataset_flickr30k.json"}]
+    assert manifest["rejected"] == [
+        {"id": NAMES[19][:-4], "reason": "it is not in dataset_flickr30k.json"}
+    ]
 
 
 @pytest.mark.parametrize("folder", ["", "karpathy", "annotations", "caption_datasets"])
@@ -114,7 +128,9 @@ def test_the_barred_table_is_read_with_its_broken_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["Images", "flickr30k_images"])
 @pytest.mark.parametrize("header", ["image,caption", "\ufeffimage_name,comment_number,comment"])
-def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path, folder: str, header: str) -> None:
+def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(
+    tmp_path: Path, folder: str, header: str
+) -> None:
     write_pictures(tmp_path / folder)
     number = '"0",' if "number" in header else ""
     rows = [f'{name},{number}" Two ""young"" guys , with a dog ."' for name in NAMES]
@@ -126,7 +142,9 @@ def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path, folder
     assert [item.image_id for item in items] == [name[:-4] for name in NAMES]
     assert items[0].captions == [' Two "young" guys , with a dog .', "A man walks ."]
     assert [item.id for item in source.rejected] == ["captions.txt:42", "captions.txt:43"]
-    assert "in double quotes" in source.rejected[0].reason and "no image" in source.rejected[1].reason
+    assert (
+        "in double quotes" in source.rejected[0].reason and "no image" in source.rejected[1].reason
+    )
     manifest = transform(source, tmp_path / "out")
     assert sum(counts["captions"] for counts in manifest["counts"].values()) == 40
 
@@ -137,7 +155,9 @@ def test_a_quote_that_never_ends_is_named(pictures: Path) -> None:
         Flickr30k(pictures).items()
 
 
-@pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images", "Images", "images", "."])
+@pytest.mark.parametrize(
+    "folder", ["flickr30k-images", "flickr30k_images", "Images", "images", "."]
+)
 def test_folders_of_pictures(tmp_path: Path, folder: str) -> None:
     if folder == ".":
         for index, name in enumerate(NAMES):
@@ -171,7 +191,9 @@ def test_a_caption_file_may_lie_elsewhere(pictures: Path, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not Flickr30k: it has none of dataset_flickr30k\.json"):
+    with pytest.raises(
+        DataError, match=r"is not Flickr30k: it has none of dataset_flickr30k\.json"
+    ):
         Flickr30k(pictures).items()
     (pictures / "results_20130124.token").write_text("1.jpg A man.\n")
     with pytest.raises(DataError, match=r"results_20130124\.token:1: expected name"):
@@ -189,6 +211,8 @@ def test_what_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
     "row", ['"[""x]",[0],train,1.jpg,0', '"[""x""]",[0],devel,1.jpg,0', '"[1]",[0],train,1.jpg,0']
 )
 def test_a_damaged_row_is_named(pictures: Path, row: str) -> None:
-    (pictures / "flickr_annotations_30k.csv").write_text(f"raw,sentids,split,filename,img_id\n{row}\n")
+    (pictures / "flickr_annotations_30k.csv").write_text(
+        f"raw,sentids,split,filename,img_id\n{row}\n"
+    )
     with pytest.raises(DataError, match=r"flickr_annotations_30k\.csv:2: "):
         Flickr30k(pictures).items()

@@ -60,7 +60,11 @@ def test_a_batch_is_captioned_as_its_images_alone(bridge: str, decode: DecodeSet
 @pytest.mark.parametrize(("bridge", "language_model"), SYSTEMS)
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_cache_changes_nothing(
-    tiny_vit_dir: Path, language_model: str, bridge: str, num_beams: int, request: pytest.FixtureRequest
+    tiny_vit_dir: Path,
+    language_model: str,
+    bridge: str,
+    num_beams: int,
+    request: pytest.FixtureRequest,
 ) -> None:
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
@@ -121,7 +125,9 @@ def test_several_draws_differ_and_a_search_gives_no_more_than_its_beams(bridge: 
 
 
 @torch.inference_mode()
-def every_caption(model: CaptionModel, one: torch.Tensor, limit: int) -> dict[tuple[int, ...], float]:
+def every_caption(
+    model: CaptionModel, one: torch.Tensor, limit: int
+) -> dict[tuple[int, ...], float]:
     """The log-probability of each caption of at most ``limit`` tokens: ended by EOS, or cut at the limit."""
     vocabulary = model.language_model.vocab_size
     others = [token for token in range(vocabulary) if token != TOY_EOS]
@@ -145,7 +151,9 @@ def test_beam_search_finds_the_best_of_all_captions(bridge: str) -> None:
         one = features[index : index + 1]
         captions = every_caption(model, one, limit)
         assert sum(map(math.exp, captions.values())) == pytest.approx(1, abs=1e-4)
-        normalised = {tokens: total / len(tokens) ** length_penalty for tokens, total in captions.items()}
+        normalised = {
+            tokens: total / len(tokens) ** length_penalty for tokens, total in captions.items()
+        }
         best = max(normalised, key=normalised.__getitem__)
         (found,), (score,) = generated(model, one, [TOY_START], decode)
         assert found == [token for token in best if token != TOY_EOS]
@@ -167,21 +175,31 @@ def test_score_is_the_mean_log_probability_with_the_end(bridge: str) -> None:
 
 @torch.inference_mode()
 def scores_read_again(
-    model: CaptionModel, features: torch.Tensor, prompt: list[int], captions: list[list[int]], limit: int
+    model: CaptionModel,
+    features: torch.Tensor,
+    prompt: list[int],
+    captions: list[list[int]],
+    limit: int,
 ) -> list[float]:
     """The mean log-probability per token of captions that the whole model reads once more, from their first token."""
     scores = []
     for one, ids in zip(features.split(1), captions, strict=True):
         tokens = [*ids, model.language_model.eos_id] if len(ids) < limit else ids
         row = torch.tensor([[*prompt, *tokens]])
-        log_probs = model(row[:, :-1], model.image_inputs(one)).log_softmax(-1)[:, len(prompt) - 1 :]
+        log_probs = model(row[:, :-1], model.image_inputs(one)).log_softmax(-1)[
+            :, len(prompt) - 1 :
+        ]
         scores.append(log_probs.gather(-1, row[:, len(prompt) :, None]).mean().item())
     return scores
 
 
 @torch.inference_mode()
 def plainly_generated(
-    model: CaptionModel, features: torch.Tensor, prompt: list[int], decode: DecodeSettings, **options: Any
+    model: CaptionModel,
+    features: torch.Tensor,
+    prompt: list[int],
+    decode: DecodeSettings,
+    **options: Any,
 ) -> list[list[int]]:
     """Captions by the language model's own `generate` alone, with its own options."""
     language_model = model.language_model
@@ -191,7 +209,9 @@ def plainly_generated(
         inputs = attached.inputs(rows)
         found = language_model.causal_lm.generate(
             **(inputs | {"input_ids": rows}),
-            attention_mask=torch.ones(inputs.get("inputs_embeds", rows).shape[:2], dtype=torch.long),
+            attention_mask=torch.ones(
+                inputs.get("inputs_embeds", rows).shape[:2], dtype=torch.long
+            ),
             num_beams=decode.num_beams,
             max_new_tokens=decode.max_new_tokens,
             pad_token_id=eos,
@@ -217,16 +237,22 @@ def test_beams_read_the_prefix_of_their_image(
         torch.testing.assert_close(model.text_states(ids, shared), model.text_states(ids, repeated))
 
 
-@pytest.mark.parametrize("bridge", [bridge for bridge in BRIDGES if SPEAKS_TO[bridge] not in CROSS_ATTENDING])
+@pytest.mark.parametrize(
+    "bridge", [bridge for bridge in BRIDGES if SPEAKS_TO[bridge] not in CROSS_ATTENDING]
+)
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_static_cache_and_a_compiled_model_take_the_same_captions(bridge: str, num_beams: int) -> None:
+def test_a_static_cache_and_a_compiled_model_take_the_same_captions(
+    bridge: str, num_beams: int
+) -> None:
     model = toy_captioner(bridge)
     features, decode = random_features(model, NUM_IMAGES), replace(BEAMS, num_beams=num_beams)
     expected, _ = generated(model, features, [TOY_START], decode)
     causal_lm = model.language_model.causal_lm
     model.language_model.is_compiled = True
     torch._dynamo.reset()  # it compiles a function so many times, for all models together
-    counter = CompileCounter()  # traces as always and runs the graphs as they are: no minutes in a compiler
+    counter = (
+        CompileCounter()
+    )  # traces as always and runs the graphs as they are: no minutes in a compiler
     causal_lm.forward = torch.compile(causal_lm.forward, backend=counter)
     static = {"cache_implementation": "static"}
     for some in (features, features[:3]):
@@ -249,14 +275,18 @@ def test_sampling_repeats_with_its_seed(bridge: str, num_beams: int) -> None:
     features = random_features(model, NUM_IMAGES)
 
     def captions(seed: int) -> list[list[int]]:
-        return generated(model, features, [TOY_START], replace(SAMPLE, num_beams=num_beams, seed=seed))[0]
+        return generated(
+            model, features, [TOY_START], replace(SAMPLE, num_beams=num_beams, seed=seed)
+        )[0]
 
     assert captions(1) == captions(1)
     assert captions(1) != captions(2)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_draws_belong_to_the_image_whatever_the_batch_and_its_order(bridge: str, num_beams: int) -> None:
+def test_draws_belong_to_the_image_whatever_the_batch_and_its_order(
+    bridge: str, num_beams: int
+) -> None:
     model = toy_captioner(bridge)
     features, decode = random_features(model, NUM_IMAGES), replace(SAMPLE, num_beams=num_beams)
     together, _ = generated(model, features, [TOY_START], decode, 2)
@@ -272,7 +302,9 @@ def test_draws_belong_to_the_image_whatever_the_batch_and_its_order(bridge: str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_lone_image_is_captioned_from_features_of_any_type(bridge: str, dtype: torch.dtype) -> None:
+def test_a_lone_image_is_captioned_from_features_of_any_type(
+    bridge: str, dtype: torch.dtype
+) -> None:
     """As caches keep them, under the autocast that they are read in."""
     model = toy_captioner(bridge)
     features = random_features(model, 1).to(dtype)
@@ -321,7 +353,9 @@ class TestCaptioner:
     def test_every_image_is_encoded_once(self, captioner: Captioner, pictures: list[Path]) -> None:
         encoded: list[int] = []
         bridged: list[int] = []
-        captioner.model.vision_encoder.register_forward_hook(lambda *args: encoded.append(len(args[2])))
+        captioner.model.vision_encoder.register_forward_hook(
+            lambda *args: encoded.append(len(args[2]))
+        )
         encode = captioner.model.bridge.encode
         captioner.model.bridge.encode = lambda x: bridged.append(len(x)) or encode(x)
         captioner.caption(pictures, batch_size=3)
@@ -387,8 +421,12 @@ class TestCaptioner:
         recipe = tiny_recipe(
             tiny_vit_dir, language_model_dir, bridge, decode={"num_beams": 1, "max_new_tokens": 6}
         )
-        prompted = replace(recipe, language_model=replace(recipe.language_model, prompt="The black dog"))
-        bare, asked = (Captioner(tiny_captioner(r), r).caption(pictures[:1])[0] for r in (recipe, prompted))
+        prompted = replace(
+            recipe, language_model=replace(recipe.language_model, prompt="The black dog")
+        )
+        bare, asked = (
+            Captioner(tiny_captioner(r), r).caption(pictures[:1])[0] for r in (recipe, prompted)
+        )
         assert asked.score != bare.score
         assert asked.caption is not None
         assert "The black dog" not in asked.caption

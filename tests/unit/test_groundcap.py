@@ -62,7 +62,9 @@ def test_row_groups_without_a_wanted_picture_are_not_read(
     assert read == [0, 2]
 
 
-def test_films_stay_together_and_parts_are_as_near_as_they_allow(dataset: Path, tmp_path: Path) -> None:
+def test_films_stay_together_and_parts_are_as_near_as_they_allow(
+    dataset: Path, tmp_path: Path
+) -> None:
     manifest = transform(GroundCap(dataset), tmp_path / "out")
     folder = CaptionFolder.open(tmp_path / "out")
     films = {
@@ -75,7 +77,9 @@ def test_films_stay_together_and_parts_are_as_near_as_they_allow(dataset: Path, 
         "train": 225, "val": 25, "test": 50,
     }  # fmt: skip
     assert manifest["settings"]["split_by"] == "film"
-    assert manifest["split_rule"].startswith("whole films") and "CC-BY-4.0" in manifest["licence_note"]
+    assert (
+        manifest["split_rule"].startswith("whole films") and "CC-BY-4.0" in manifest["licence_note"]
+    )
 
 
 def test_by_image_counts_are_exact_also_by_default_where_ids_name_no_film(
@@ -90,7 +94,9 @@ def test_by_image_counts_are_exact_also_by_default_where_ids_name_no_film(
 
 def test_the_official_test_part_stays_and_validation_comes_out_of_training(dataset: Path) -> None:
     official = {
-        item.image_id for item in GroundCap(dataset, official_split=True).items() if item.split == "test"
+        item.image_id
+        for item in GroundCap(dataset, official_split=True).items()
+        if item.split == "test"
     }
     assert len(official) == 60
     captions, rule = preview(GroundCap(dataset, official_split=True), split_by="image")
@@ -109,7 +115,9 @@ def test_rows_of_one_id_are_one_image(tmp_path: Path) -> None:
 
     source = GroundCap(tmp_path / "all", official_split=True)
     items = {item.image_id: item for item in source.items()}
-    assert items[rows[0]["id"]].split == "test" and items[rows[0]["id"]].captions == ["Another caption."]
+    assert items[rows[0]["id"]].split == "test" and items[rows[0]["id"]].captions == [
+        "Another caption."
+    ]
     assert [entry.reason for entry in source.rejected] == ["train: the same id as an image of test"]
 
 
@@ -184,10 +192,14 @@ def test_kept_tags_reach_the_caption_folder(dataset: Path, tmp_path: Path) -> No
 
 def test_statistics_count_words_without_tags_and_the_tags(dataset: Path) -> None:
     statistics = describe_items(
-        GroundCap(dataset, keep_tags=True).items(), count_tokens=lambda texts: [len(text) for text in texts]
+        GroundCap(dataset, keep_tags=True).items(),
+        count_tokens=lambda texts: [len(text) for text in texts],
     )
     assert statistics["films"] == 12 and statistics["images_per_film"]["max"] == 25
-    assert statistics["words_per_caption"]["max"] == 10 and statistics["tokens_per_caption"]["min"] >= 40
+    assert (
+        statistics["words_per_caption"]["max"] == 10
+        and statistics["tokens_per_caption"]["min"] >= 40
+    )
     assert statistics["tags"]["kinds"]["gda"]["ids_per_tag"] == {1: 300}
     assert statistics["tags"]["kinds"]["gdo"]["classes"] == 3
     assert statistics["picture_width"] == {"min": 48, "median": 48, "p95": 48, "max": 48}
@@ -224,7 +236,9 @@ def test_what_is_not_groundcap_is_named(dataset: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "text": ["b"]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="no column caption"):
         GroundCap(tmp_path / "other.parquet").items()
-    pq.write_table(pa.table({"id": ["a"], "caption": ["b"], "image": ["c"]}), tmp_path / "odd.parquet")
+    pq.write_table(
+        pa.table({"id": ["a"], "caption": ["b"], "image": ["c"]}), tmp_path / "odd.parquet"
+    )
     with pytest.raises(DataError, match="its column image is string"):
         GroundCap(tmp_path / "odd.parquet").items()
     train = next(dataset.rglob("train-*.parquet"))
@@ -242,7 +256,9 @@ def test_a_file_cut_short_is_named(dataset: Path, tmp_path: Path) -> None:
         list(read_pictures(item.stored for item in source.items() if item.stored))
 
 
-def test_the_hub_is_asked_for_parquet_files_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_parquet_files_alone(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, object] = {}
 
     def snapshot_download(name: str, **options: object) -> str:
@@ -256,10 +272,14 @@ def test_the_hub_is_asked_for_parquet_files_alone(dataset: Path, monkeypatch: py
     }  # fmt: skip
 
 
-def test_without_the_hub_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_the_way_out_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot get daniel3303/GroundCap.*--source-path") as caught:
+    with pytest.raises(
+        DataError, match=r"cannot get daniel3303/GroundCap.*--source-path"
+    ) as caught:
         GroundCap().items()
     assert "\n" not in str(caught.value)
 
@@ -267,7 +287,9 @@ def test_without_the_hub_the_way_out_is_named(tmp_path: Path, monkeypatch: pytes
 def test_datasets_reads_what_the_tests_write(dataset: Path) -> None:
     """The schema of the fixtures is the one that Hugging Face datasets means by its features."""
     datasets = pytest.importorskip("datasets")
-    loaded = datasets.Dataset.from_parquet(str(next(dataset.rglob("test-*.parquet"))), keep_in_memory=True)
+    loaded = datasets.Dataset.from_parquet(
+        str(next(dataset.rglob("test-*.parquet"))), keep_in_memory=True
+    )
     assert isinstance(loaded.features["image"], datasets.Image)
     assert loaded[0]["image"].size == Image.open(io.BytesIO(frame(0))).size
     assert Counter(loaded["human_annotated"])[True] == sum(

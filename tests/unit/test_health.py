@@ -31,7 +31,10 @@ def test_a_step_without_a_finite_gradient_changes_neither_weights_nor_moments(no
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     weight.grad = torch.ones(3)
     assert StepGuard.step(optimizer, torch.tensor(1.0)) == 0
-    before = {"weight": weight.detach().clone(), **{k: v.clone() for k, v in optimizer.state[weight].items()}}
+    before = {
+        "weight": weight.detach().clone(),
+        **{k: v.clone() for k, v in optimizer.state[weight].items()},
+    }
     assert not torch.equal(before["weight"], torch.ones(3))
 
     weight.grad = torch.full((3,), norm)
@@ -92,7 +95,9 @@ def test_with_a_scaler_a_skipped_step_lowers_the_scale() -> None:
     assert optimizer.state[weight]["step"] == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool]
+)
 def test_a_fingerprint_depends_on_every_bit_and_on_the_shape(dtype: torch.dtype) -> None:
     tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
     assert fingerprint(tensor) == fingerprint(tensor.clone())

@@ -19,7 +19,11 @@ from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.bridges import resampler
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.checkpoint_limits import MAX_DEPTH, MAX_PICKLE_BYTES, check_content
+from vlm_bridge.training_strategy.checkpoint_limits import (
+    MAX_DEPTH,
+    MAX_PICKLE_BYTES,
+    check_content,
+)
 
 QUERIES = "bridge.resampler.queries"
 Content = dict[str, Any]
@@ -198,7 +202,9 @@ def test_an_exported_folder_is_refused_alike(sound: Path, tmp_path: Path, bits: 
     put(weights[QUERIES].int())
     refused(folder, "is of type int32")
     # A row and a column of scales, multiplied, would be 10**12 numbers.
-    levels = torch.ones(1, 32 if bits == 4 else 10**6, dtype=torch.uint8 if bits == 4 else torch.int8)
+    levels = torch.ones(
+        1, 32 if bits == 4 else 10**6, dtype=torch.uint8 if bits == 4 else torch.int8
+    )
     put(levels, **{f"int{bits}_scale_of.{QUERIES}": torch.ones(10**6, 1)})
     refused(folder, "scales of .* are of another shape")
 
@@ -206,7 +212,10 @@ def test_an_exported_folder_is_refused_alike(sound: Path, tmp_path: Path, bits: 
     interchange.write_folder(folder, config, content["weights"])
     for damage, match in (
         ({"format_version": True}, "format_version is True"),
-        ({"recipe": {**config["recipe"], "bridge": {"kind": "prefix", "depth": 10**7}}}, "bridge.depth"),
+        (
+            {"recipe": {**config["recipe"], "bridge": {"kind": "prefix", "depth": 10**7}}},
+            "bridge.depth",
+        ),
         ({"x": "x" * interchange.MAX_CONFIG_BYTES}, "more than"),
     ):
         (folder / interchange.CONFIG_NAME).write_text(json.dumps({**config, **damage}))

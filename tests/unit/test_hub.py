@@ -49,7 +49,10 @@ def wrapped(error: Exception) -> Exception:
             refusal(errors.GatedRepoError, 401),
             ["accept its terms on https://huggingface.co/google/gemma-2-2b"],
         ),
-        (refusal(errors.GatedRepoError, 403), ["set HF_TOKEN", "export HF_TOKEN=", "settings/tokens"]),
+        (
+            refusal(errors.GatedRepoError, 403),
+            ["set HF_TOKEN", "export HF_TOKEN=", "settings/tokens"],
+        ),
         (refusal(errors.HfHubHTTPError, 401), ["refused access (401)", "export HF_TOKEN="]),
         (refusal(errors.HfHubHTTPError, 403), ["refused access (403)", "export HF_TOKEN="]),
         (refusal(errors.RepositoryNotFoundError, 401), ["no public model", "HF_TOKEN"]),
@@ -78,7 +81,9 @@ def stored_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hf_stored"
 
 
-def test_a_refused_token_is_named_by_its_place(stored_token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_token_is_named_by_its_place(
+    stored_token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error = wrapped(refusal(errors.HfHubHTTPError, 401))
     line = hub_problem(error, GEMMA)
     assert line is not None
@@ -98,8 +103,14 @@ def test_a_refused_token_is_named_by_its_place(stored_token: str, monkeypatch: p
     ("error", "said"),
     [
         (refusal(errors.HfHubHTTPError, 401), ["refused the token in HF_TOKEN (401)"]),
-        (refusal(errors.GatedRepoError, 403), ["accept its terms on https://huggingface.co/datasets/"]),
-        (refusal(errors.HfHubHTTPError, 403), ["refused access (403)", "/datasets/daniel3303/GroundCap"]),
+        (
+            refusal(errors.GatedRepoError, 403),
+            ["accept its terms on https://huggingface.co/datasets/"],
+        ),
+        (
+            refusal(errors.HfHubHTTPError, 403),
+            ["refused access (403)", "/datasets/daniel3303/GroundCap"],
+        ),
         (errors.LocalEntryNotFoundError("not cached"), ["cannot be reached: "]),
     ],
 )
@@ -126,7 +137,9 @@ def online(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     asked: list[tuple[str, int]] = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(hub, "_connect", lambda host, port: asked.append((host, port)) or time.sleep(2))
+    monkeypatch.setattr(
+        hub, "_connect", lambda host, port: asked.append((host, port)) or time.sleep(2)
+    )
     for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
     return asked
@@ -136,11 +149,15 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
     online: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = time.monotonic()
-    with pytest.raises(ModelError, match=r"load the language model.*cannot be reached: check the network"):
+    with pytest.raises(
+        ModelError, match=r"load the language model.*cannot be reached: check the network"
+    ):
         build_language_model(LanguageModelConfig(name="owner/model"))
     with pytest.raises(CheckpointError, match="cannot be reached: check the network"):
         find_checkpoint("owner/model")
-    with pytest.raises(ModelError, match=r"load the vision encoder 'owner/model'.*cannot be reached"):
+    with pytest.raises(
+        ModelError, match=r"load the vision encoder 'owner/model'.*cannot be reached"
+    ):
         reach_encoders(VisionEncoderConfig(name="efficientnet-lite0 + owner/model"))
     assert time.monotonic() - started < 1.5
     assert online == [("huggingface.co", 443)] * 3
@@ -159,7 +176,9 @@ def test_nobody_is_asked_for_what_is_here(
     reach_hub(str(tmp_path))
     reach_hub("no/name/of a repository")
     reach_encoders(VisionEncoderConfig(name="efficientnet-lite0"))
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json"
+    )
     reach_hub("owner/cached")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
@@ -201,7 +220,9 @@ def test_gemma_without_access_names_the_page_and_the_token(monkeypatch: pytest.M
 
 
 def test_gemma_offline_has_a_line_of_its_own() -> None:
-    with pytest.raises(ModelError, match=r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"):
+    with pytest.raises(
+        ModelError, match=r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"
+    ):
         build_language_model(LanguageModelConfig(name=GEMMA))
 
 
@@ -230,7 +251,9 @@ class TestCheckpointsOnTheHub:
     @pytest.mark.parametrize(
         "name", ["nowhere", "runs/mine", "mine/run", "a/b/c", "../x", "me/latest_checkpoint.pth"]
     )
-    def test_paths_are_not(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_paths_are_not(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(
             huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
         )
@@ -241,7 +264,8 @@ class TestCheckpointsOnTheHub:
 
     def test_what_is_not_there_is_one_line(self) -> None:
         with pytest.raises(
-            CheckpointError, match=r"no checkpoint at me/captioner, and none from the hub: .*reached"
+            CheckpointError,
+            match=r"no checkpoint at me/captioner, and none from the hub: .*reached",
         ):
             find_checkpoint("me/captioner")
 

@@ -74,7 +74,10 @@ def test_pixels_are_those_of_the_whole_file(name: str) -> None:
     content = FILES[name]()
     kind = kind_of(content)
     lean = essentials(content, kind).content
-    with Image.open(io.BytesIO(content)) as whole, Image.open(io.BytesIO(lean), formats=[kind]) as stripped:
+    with (
+        Image.open(io.BytesIO(content)) as whole,
+        Image.open(io.BytesIO(lean), formats=[kind]) as stripped,
+    ):
         assert stripped.mode == whole.mode
         assert stripped.convert("RGBA").tobytes() == whole.convert("RGBA").tobytes()
     assert open_image_of(content).size == image_size(content)
@@ -131,7 +134,9 @@ def exif_of_many(tags: int, size: int = MEGABYTE) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4) + bytes(size)
 
 
-def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: int | None = None) -> bytes:
+def png(
+    *chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: int | None = None
+) -> bytes:
     pixels = (b"\0" + bytes(3 * size[0])) * (size[1] if rows is None else rows)
     header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
@@ -194,7 +199,10 @@ def test_hostile_metadata_costs_neither_time_nor_memory() -> None:
     """Together they hold some 100 MB; each would have cost gigabytes or minutes."""
     tests = Path(__file__).parent
     told = subprocess.run(
-        [sys.executable, "-c", MEASURE, tests, tests.parent], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, tests, tests.parent],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     rows = [line.split("\t") for line in told.stdout.splitlines()]
     assert [name for name, *_ in rows] == list(HOSTILE)

@@ -61,7 +61,12 @@ def test_cmyk_keeps_its_colour(tmp_path: Path) -> None:
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 257 * 64, 257 * 128, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    assert [open_image(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(4)] == [0, 64, 128, 255]
+    assert [open_image(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(4)] == [
+        0,
+        64,
+        128,
+        255,
+    ]
 
 
 def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path: Path) -> None:
@@ -135,7 +140,10 @@ def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     a, b, c = tmp_path / "a.jpg", tmp_path / "b.png", tmp_path / "sub/c.PNG"
     assert iter_image_paths([b, tmp_path]) == [b, a, b, c]
-    assert iter_image_paths([str(tmp_path / "*.png"), tmp_path / "notes.txt"]) == [b, tmp_path / "notes.txt"]
+    assert iter_image_paths([str(tmp_path / "*.png"), tmp_path / "notes.txt"]) == [
+        b,
+        tmp_path / "notes.txt",
+    ]
     assert iter_image_paths([str(tmp_path / "**" / "*.PNG")]) == [c]
 
 
@@ -156,7 +164,9 @@ def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) 
     told: list[str] = []
     assert len(iter_image_paths([tmp_path], told.append)) == 5
     (line,) = told
-    assert line.startswith(f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, ")
+    assert line.startswith(
+        f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, "
+    )
     assert "1 .mov" in line and "1 no suffix" in line
 
 

@@ -33,7 +33,9 @@ class OriginalBlock(nn.Module):
         super().__init__()
         self.vision_projection = nn.Linear(vision_dim, text_dim)
         self.ln1, self.ln2 = nn.LayerNorm(text_dim), nn.LayerNorm(text_dim)
-        self.cross_attention = nn.ModuleDict({f"w_{n}": nn.Linear(text_dim, text_dim) for n in "qkvo"})
+        self.cross_attention = nn.ModuleDict(
+            {f"w_{n}": nn.Linear(text_dim, text_dim) for n in "qkvo"}
+        )
         self.ffn = nn.Sequential(
             nn.Linear(text_dim, 4 * text_dim),
             nn.GELU(),
@@ -58,7 +60,9 @@ class OriginalBlock(nn.Module):
         """What the original project saves after an epoch."""
         return {
             "epoch": 3,
-            "model_state_dict": {f"bridge_module.{name}": t for name, t in self.state_dict().items()},
+            "model_state_dict": {
+                f"bridge_module.{name}": t for name, t in self.state_dict().items()
+            },
             "optimizer_state_dict": torch.optim.AdamW(self.parameters()).state_dict(),
             "best_val_loss": 2.5,
             "config": {"learning_rate": 1e-5, "num_epochs": 12, "device": None},
@@ -76,7 +80,9 @@ def original_block(vision_dim: int = 32, text_dim: int = 32) -> OriginalBlock:
 @pytest.fixture
 def recipe(tiny_dinov2_dir: Path, tiny_gemma2_dir: Path) -> Recipe:
     recipe = tiny_recipe(tiny_dinov2_dir, tiny_gemma2_dir, "cross_attention")
-    return override_recipe(recipe, [f"bridge.num_heads={HEADS}", "bridge.standardize_features=false"])
+    return override_recipe(
+        recipe, [f"bridge.num_heads={HEADS}", "bridge.standardize_features=false"]
+    )
 
 
 @pytest.fixture
@@ -89,7 +95,8 @@ def original(tmp_path: Path) -> Path:
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
+        for name, tensor in one.items()
     )
 
 
@@ -100,7 +107,9 @@ def test_the_published_bridge_has_the_published_names_and_size() -> None:
     state = interchange.to_original(weights, "it")
     with torch.device("meta"):
         published = OriginalBlock(1024, 2304).checkpoint()["model_state_dict"]
-    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in published.items()}
+    assert {name: t.shape for name, t in state.items()} == {
+        name: t.shape for name, t in published.items()
+    }
     assert sum(tensor.numel() for tensor in state.values()) == 66_092_544
     half = checkpoints.in_bfloat16(weights)
     assert sum(tensor.numel() * tensor.element_size() for tensor in half.values()) == 132_185_088
@@ -135,16 +144,22 @@ def test_logits_and_loss_are_those_of_the_published_formula(
 ) -> None:
     recipe = override_recipe(
         tiny_recipe(
-            tiny_dinov2_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), "cross_attention"
+            tiny_dinov2_dir,
+            request.getfixturevalue(f"tiny_{language_model}_dir"),
+            "cross_attention",
         ),
         [f"bridge.num_heads={HEADS}", "bridge.standardize_features=false"],
     )
     model = tiny_captioner(recipe)
     features = random_features(model, 2)
-    checkpoints.save_original(tmp_path / "c.pth", recipe, {"weights": model.trained_state_dict()}, "it")
+    checkpoints.save_original(
+        tmp_path / "c.pth", recipe, {"weights": model.trained_state_dict()}, "it"
+    )
     state = torch.load(tmp_path / "c.pth", weights_only=True)["model_state_dict"]
     block = OriginalBlock(32, 32).eval()
-    block.load_state_dict({name.removeprefix("bridge_module."): tensor for name, tensor in state.items()})
+    block.load_state_dict(
+        {name.removeprefix("bridge_module."): tensor for name, tensor in state.items()}
+    )
 
     ids = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
     expected = original_logits(block, model, features, ids)
@@ -153,7 +168,9 @@ def test_logits_and_loss_are_those_of_the_published_formula(
     assert not torch.allclose(expected, model.language_model.causal_lm(ids).logits, atol=0.1)
 
     labels = ids[:, 1:]
-    loss = model.caption_loss(ids[:, :-1], labels, torch.ones_like(labels), image).token_losses.mean()
+    loss = model.caption_loss(
+        ids[:, :-1], labels, torch.ones_like(labels), image
+    ).token_losses.mean()
     assert loss.item() == pytest.approx(
         F.cross_entropy(expected[:, :-1].flatten(0, 1), labels.flatten()).item(), rel=1e-5
     )
@@ -181,7 +198,9 @@ def test_a_checkpoint_from_before_embeddings_were_edited_unscaled_is_refused(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: torch.dtype) -> None:
-    state = {name: t.to(dtype) for name, t in original_block().checkpoint()["model_state_dict"].items()}
+    state = {
+        name: t.to(dtype) for name, t in original_block().checkpoint()["model_state_dict"].items()
+    }
     weights = interchange.from_original(state, "it")
     assert equal(interchange.to_original(weights, "it"), state)
 
@@ -224,13 +243,17 @@ def test_a_recipe_of_another_bridge_is_refused_by_name(
 
 
 def test_another_kind_is_refused_by_name(original: Path, recipe: Recipe) -> None:
-    prefix = tiny_recipe(Path(recipe.vision_encoder.name), Path(recipe.language_model.name), "prefix")
+    prefix = tiny_recipe(
+        Path(recipe.vision_encoder.name), Path(recipe.language_model.name), "prefix"
+    )
     with pytest.raises(CheckpointError, match=r"bridge\.kind=cross_attention, wanted is prefix"):
         Captioner.from_pretrained(original, "cpu", recipe=prefix)
 
 
 def test_other_widths_are_refused_by_name(tmp_path: Path, recipe: Recipe) -> None:
-    torch.save(original_block(vision_dim=48, text_dim=64).checkpoint(), path := tmp_path / "wide.pth")
+    torch.save(
+        original_block(vision_dim=48, text_dim=64).checkpoint(), path := tmp_path / "wide.pth"
+    )
     with pytest.raises(CheckpointError) as caught:
         Captioner.from_pretrained(path, "cpu", recipe=recipe)
     assert "it has vision_encoder.embed_dim=48, wanted is 32" in str(caught.value)
@@ -297,7 +320,9 @@ def test_a_bridge_that_enters_above_layer_0_has_no_original_layout(
 ) -> None:
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
     published, above = (
-        override_recipe(recipe, ["bridge.standardize_features=false", f"bridge.enter_at_layer={layer}"])
+        override_recipe(
+            recipe, ["bridge.standardize_features=false", f"bridge.enter_at_layer={layer}"]
+        )
         for layer in (0, 1)
     )
     content = {"weights": tiny_captioner(published).trained_state_dict()}
@@ -313,12 +338,17 @@ def test_a_bridge_that_enters_above_layer_0_has_no_original_layout(
 
 def test_exported_folders_are_read_whole_or_refused(tmp_path: Path, recipe: Recipe) -> None:
     weights = checkpoints.in_bfloat16(tiny_captioner(recipe).trained_state_dict())
-    config = checkpoints.exported_config(recipe.to_dict(), {"sizes": {"language_model.embed_dim": 32}})
+    config = checkpoints.exported_config(
+        recipe.to_dict(), {"sizes": {"language_model.embed_dim": 32}}
+    )
     interchange.write_folder(tmp_path, config, weights)
     content = checkpoints.load_checkpoint(tmp_path)
     assert equal(content["weights"], weights)
     assert checkpoints.recipe_of(content, tmp_path) == recipe
-    assert {path.name for path in tmp_path.iterdir()} == {interchange.CONFIG_NAME, interchange.WEIGHTS_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        interchange.CONFIG_NAME,
+        interchange.WEIGHTS_NAME,
+    }
 
     whole = (tmp_path / interchange.WEIGHTS_NAME).read_bytes()
     for damaged in (b"", whole[:-9], b"\xff" * 40 + whole[40:]):

@@ -20,7 +20,14 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from captioners import BRIDGES, LANGUAGE_MODELS, generated, random_features, tiny_captioner, tiny_recipe
+from captioners import (
+    BRIDGES,
+    LANGUAGE_MODELS,
+    generated,
+    random_features,
+    tiny_captioner,
+    tiny_recipe,
+)
 from tiny_models import seeded
 from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig
 from vlm_bridge.data_pipeline.loader import CaptionFormat
@@ -37,7 +44,9 @@ from vlm_bridge.model_architecture.language_model import (
 
 
 def load(name: object, **options) -> LanguageModel:
-    return build_language_model(LanguageModelConfig(name=str(name), **{"dtype": "float32", **options}))
+    return build_language_model(
+        LanguageModelConfig(name=str(name), **{"dtype": "float32", **options})
+    )
 
 
 @pytest.fixture(params=LANGUAGE_MODELS)
@@ -77,10 +86,14 @@ def test_encoding_adds_nothing_and_loses_nothing(folder: Path) -> None:
     assert (model.start_id, model.eos_id) == (1, 2)
 
 
-def test_without_a_start_token_captions_start_with_the_end_token(tiny_gpt2_dir: Path, tmp_path: Path) -> None:
+def test_without_a_start_token_captions_start_with_the_end_token(
+    tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_gpt2_dir, tmp_path / "no-bos")
     path = folder / "tokenizer_config.json"
-    settings = {key: value for key, value in json.loads(path.read_text()).items() if key != "bos_token"}
+    settings = {
+        key: value for key, value in json.loads(path.read_text()).items() if key != "bos_token"
+    }
     path.write_text(json.dumps(settings))
     model = load(folder)
     assert (model.start_id, model.eos_id) == (2, 2)
@@ -89,7 +102,9 @@ def test_without_a_start_token_captions_start_with_the_end_token(tiny_gpt2_dir: 
 def test_without_an_end_token_captions_could_not_end(tiny_gpt2_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_gpt2_dir, tmp_path / "no-eos")
     path = folder / "tokenizer_config.json"
-    settings = {key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}
+    settings = {
+        key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"
+    }
     path.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="has no EOS token"):
         load(folder)
@@ -157,7 +172,9 @@ def test_the_scale_of_embeddings_is_found_in_every_family(
 @torch.no_grad()
 def test_embeddings_that_are_no_scaled_matrix_are_refused(tiny_llama_dir: Path) -> None:
     model = load(tiny_llama_dir)
-    model.causal_lm.get_input_embeddings().register_forward_hook(lambda _module, _args, text: text + 1)
+    model.causal_lm.get_input_embeddings().register_forward_hook(
+        lambda _module, _args, text: text + 1
+    )
     with pytest.raises(ModelError, match=r"no scaled matrix.*bridge\.enter_at_layer=1"):
         model.check_embedding_scale()
 
@@ -172,7 +189,9 @@ class TestGemma2:
         weight = model.causal_lm.get_input_embeddings().weight
         torch.testing.assert_close(model.embed(ids), weight[ids] * model.embed_dim**0.5)
         assert torch.equal(model.token_vectors(ids), weight[ids])
-        assert model.embedding_std() == pytest.approx(model.embed(torch.arange(320)).std().item(), rel=1e-2)
+        assert model.embedding_std() == pytest.approx(
+            model.embed(torch.arange(320)).std().item(), rel=1e-2
+        )
 
     @torch.no_grad()
     def test_attention_scores_are_soft_capped(self, tiny_gemma2_dir: Path) -> None:
@@ -207,7 +226,14 @@ class TestGemma2:
         folder = shutil.copytree(
             tiny_gemma2_dir, tmp_path / "gemma", ignore=shutil.ignore_patterns("*token*")
         )
-        pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        pieces = [
+            "<pad>",
+            "<eos>",
+            "<bos>",
+            "<unk>",
+            "<mask>",
+            *(f"<0x{byte:02X}>" for byte in range(256)),
+        ]
         pieces += ["\u2581", *"adgo.", "do", "dog", "\u2581dog"]
         vocabulary = {piece: number for number, piece in enumerate(pieces)}
         merges = [("d", "o"), ("do", "g"), ("\u2581", "dog")]
@@ -231,7 +257,9 @@ def loss_and_gradients(model: CaptionModel) -> tuple[torch.Tensor, dict[str, tor
     segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
     labels = ids.masked_fill(segments == 0, -100)
     model.bridge.zero_grad()
-    loss = model.caption_loss(ids, labels, segments, model.image_inputs(random_features(model, 2))).total
+    loss = model.caption_loss(
+        ids, labels, segments, model.image_inputs(random_features(model, 2))
+    ).total
     loss.backward()
     return loss.detach(), {
         name: p.grad.clone() for name, p in model.bridge.named_parameters() if p.grad is not None
@@ -240,7 +268,9 @@ def loss_and_gradients(model: CaptionModel) -> tuple[torch.Tensor, dict[str, tor
 
 class TestGradientCheckpointing:
     @pytest.mark.parametrize("bridge", sorted(BRIDGES.keys() - {"projection"}))
-    def test_loss_and_gradients_are_the_same(self, tiny_vit_dir: Path, folder: Path, bridge: str) -> None:
+    def test_loss_and_gradients_are_the_same(
+        self, tiny_vit_dir: Path, folder: Path, bridge: str
+    ) -> None:
         model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
         attended = []
         for module in model.language_model.modules():
@@ -250,7 +280,9 @@ class TestGradientCheckpointing:
         times = len(attended)
         model.language_model.checkpoint_activations()
         loss, gradients = loss_and_gradients(model)
-        assert len(attended) == 3 * times  # once before, and twice now: forward, and again for backward
+        assert (
+            len(attended) == 3 * times
+        )  # once before, and twice now: forward, and again for backward
         assert torch.equal(loss, plain_loss)
         assert gradients.keys() == plain.keys()
         assert all(torch.equal(gradients[name], plain[name]) for name in plain)
@@ -291,7 +323,9 @@ class TestQuantization:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
+            importlib.util,
+            "find_spec",
+            lambda name: None if name == "bitsandbytes" else find_spec(name),
         )
         with pytest.raises(ModelError, match=r"pip install 'vlm-bridge\[gpu\]'"):
             build_language_model(LanguageModelConfig(name=str(tiny_llama_dir)), quantize="nf4")
@@ -303,14 +337,20 @@ class TestQuantization:
     ) -> None:
         pytest.importorskip("bitsandbytes")
         recipe = tiny_recipe(
-            tiny_vit_dir, tiny_gemma2_dir, "cross_attention", "bfloat16", quantize_language_model=choice
+            tiny_vit_dir,
+            tiny_gemma2_dir,
+            "cross_attention",
+            "bfloat16",
+            quantize_language_model=choice,
         )
         model = tiny_captioner(recipe).to("cuda")
         ids = torch.randint(3, 300, (2, 9), device="cuda")
         image = model.image_inputs(random_features(model, 2))
         with torch.autocast("cuda", torch.bfloat16):
             model.caption_loss(ids, ids, torch.ones_like(ids), image).total.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.bridge.parameters())
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() for p in model.bridge.parameters()
+        )
 
 
 def test_architecture_without_weights(folder: Path) -> None:
@@ -379,7 +419,16 @@ class TestPackedRows:
 
     def test_captions_see_soft_tokens_and_their_own_past(self) -> None:
         seen = self.allowed(num_soft=2)
-        assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6], [7]]
+        assert seen == [
+            [0],
+            [0, 1],
+            [0, 1, 2],
+            [0, 1, 2, 3],
+            [0, 1, 4],
+            [0, 1, 4, 5],
+            [0, 1, 4, 5, 6],
+            [7],
+        ]
 
     def test_without_soft_tokens(self) -> None:
         assert self.allowed(num_soft=0) == [[0], [0, 1], [2], [2, 3], [2, 3, 4], [5]]

@@ -42,7 +42,8 @@ def caption_format(**changes: object) -> CaptionFormat:
 
 def tokenized(*captions_of_images: tuple[str, ...], **changes: object) -> TokenizedImages:
     images = [
-        CaptionedImage(Path(f"{n}.jpg"), captions, str(n)) for n, captions in enumerate(captions_of_images)
+        CaptionedImage(Path(f"{n}.jpg"), captions, str(n))
+        for n, captions in enumerate(captions_of_images)
     ]
     return TokenizedImages(images, caption_format(**changes))
 
@@ -61,7 +62,9 @@ def test_the_prompt_is_read_but_not_supervised() -> None:
     assert list(caption.input_ids[:3]) == format.prompt_ids
 
 
-@pytest.mark.parametrize(("limit", "labels"), [(1, "a"), (2, "ab"), (3, "abc"), (4, "abc$"), (9, "abc$")])
+@pytest.mark.parametrize(
+    ("limit", "labels"), [(1, "a"), (2, "ab"), (3, "abc"), (4, "abc$"), (9, "abc$")]
+)
 def test_a_cut_caption_has_not_ended(limit: int, labels: str) -> None:
     caption = caption_format(max_caption_tokens=limit).tokenize("abc")
     assert list(caption.labels) == [EOS if c == "$" else ord(c) for c in labels]
@@ -102,12 +105,16 @@ CAPTIONS = (("abcd", "x"), ("ab",), ("a longer one", "", "abc"))
 
 
 @pytest.mark.parametrize("prompt", ["", "P:"])
-def test_stored_captions_are_those_tokenised_one_by_one(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_captions_are_those_tokenised_one_by_one(
+    prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vlm_bridge.data_pipeline.loader.TOKENIZE_TOGETHER", 4)
     changes = {"prompt": prompt, "max_caption_tokens": 8}
     data, format = tokenized(*CAPTIONS, **changes), caption_format(**changes)
     expected = [[format.tokenize(caption) for caption in captions] for captions in CAPTIONS]
-    found = [[data.caption(i, j) for j in range(len(captions))] for i, captions in enumerate(CAPTIONS)]
+    found = [
+        [data.caption(i, j) for j in range(len(captions))] for i, captions in enumerate(CAPTIONS)
+    ]
     assert found == expected
     lengths = [[len(caption.input_ids) for caption in captions] for captions in expected]
     assert data.caption_lengths.tolist() == [length for some in lengths for length in some]
@@ -123,12 +130,16 @@ def test_a_token_takes_four_bytes() -> None:
 
 def test_supervised_positions_are_those_with_a_label() -> None:
     batch = tokenized(*CAPTIONS, prompt="P:").pack([Row(0, (1, 0)), Row(1, (0,))])
-    assert np.array_equal(batch.labels.ravel()[batch.supervised], batch.labels[batch.labels != IGNORE_INDEX])
+    assert np.array_equal(
+        batch.labels.ravel()[batch.supervised], batch.labels[batch.labels != IGNORE_INDEX]
+    )
     assert batch.num_positions == batch.input_ids.size
 
 
 def assert_once_per_epoch(batches: Sequence[list[Row]], counts: Sequence[int] | np.ndarray) -> None:
-    seen = Counter((row.image, caption) for rows in batches for row in rows for caption in row.captions)
+    seen = Counter(
+        (row.image, caption) for rows in batches for row in rows for caption in row.captions
+    )
     assert seen == Counter((image, c) for image, count in enumerate(counts) for c in range(count))
 
 
@@ -136,7 +147,9 @@ class TestEpochPlan:
     counts = (5, 1, 3, 2, 5, 4, 0, 2)
 
     def plan(self, row_captions: int = 2, batch_captions: int = 6, seed: int = 0) -> EpochPlan:
-        return EpochPlan(self.counts, row_captions=row_captions, batch_captions=batch_captions, seed=seed)
+        return EpochPlan(
+            self.counts, row_captions=row_captions, batch_captions=batch_captions, seed=seed
+        )
 
     @pytest.mark.parametrize("row_captions", [1, 2, 5])
     def test_every_caption_comes_once_per_epoch(self, row_captions: int) -> None:
@@ -172,7 +185,9 @@ class TestTokenBudget:
 
     def plan(self, row_captions: int = 2, seed: int = 0, budget: int | None = budget) -> EpochPlan:
         chosen = TokenBudget(budget, self.lengths) if budget else None
-        return EpochPlan(self.counts, row_captions=row_captions, batch_captions=8, seed=seed, budget=chosen)
+        return EpochPlan(
+            self.counts, row_captions=row_captions, batch_captions=8, seed=seed, budget=chosen
+        )
 
     def row_lengths(self, batch: list[Row]) -> list[int]:
         first = np.concatenate(([0], np.cumsum(self.counts)))

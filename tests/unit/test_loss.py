@@ -54,7 +54,9 @@ def test_equals_plain_cross_entropy(length: int, softcap: float | None) -> None:
     (plain.sum() / 7).backward()
 
     torch.testing.assert_close(total, plain.sum(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(token_losses, plain[labels.flatten() != IGNORE_INDEX], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        token_losses, plain[labels.flatten() != IGNORE_INDEX], atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(hidden.grad, reference.grad, atol=1e-5, rtol=1e-5)
 
 
@@ -86,9 +88,13 @@ def test_works_without_gradients_and_without_supervision() -> None:
     assert len(losses) == 0
 
 
-def linear_head(softcap: float | None = None, bias: bool = False, dtype=torch.float32) -> LinearHead:
+def linear_head(
+    softcap: float | None = None, bias: bool = False, dtype=torch.float32
+) -> LinearHead:
     weight = 3 * torch.randn(VOCABULARY, WIDTH)
-    return LinearHead(weight.to(dtype), torch.randn(VOCABULARY).to(dtype) if bias else None, softcap)
+    return LinearHead(
+        weight.to(dtype), torch.randn(VOCABULARY).to(dtype) if bias else None, softcap
+    )
 
 
 def plain_loss(
@@ -116,7 +122,9 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_the_formula_of_a_linear_head_is_its_gradient(chunks: str, softcap: float | None, bias: bool) -> None:
+def test_the_formula_of_a_linear_head_is_its_gradient(
+    chunks: str, softcap: float | None, bias: bool
+) -> None:
     head = linear_head(softcap, bias)
     hidden, labels = hidden_and_labels(4, 17)
     total, token_losses = caption_cross_entropy(hidden, labels, head)
@@ -174,7 +182,9 @@ def test_a_linear_head_holds_no_more_logits_than_it_may(monkeypatch: pytest.Monk
     hidden, labels = hidden_and_labels(5, 30)
     caption_cross_entropy(hidden, labels, linear_head())[0].backward()
     assert max(sizes) == MIN_CHUNK_POSITIONS
-    assert sum(sizes) == (labels != IGNORE_INDEX).sum()  # every supervised position once, and no other
+    assert (
+        sum(sizes) == (labels != IGNORE_INDEX).sum()
+    )  # every supervised position once, and no other
 
 
 def test_known_positions_of_a_linear_head_give_the_same_loss() -> None:
@@ -228,7 +238,9 @@ def test_a_trained_head_gets_the_gradients_of_plain_cross_entropy(length: int) -
     )
     (plain.sum() / 7).backward()
     torch.testing.assert_close(total, plain.sum(), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(token_losses, plain[labels.flatten() != IGNORE_INDEX], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        token_losses, plain[labels.flatten() != IGNORE_INDEX], atol=1e-5, rtol=1e-5
+    )
     assert not token_losses.requires_grad
     torch.testing.assert_close(hidden.grad, reference.grad, atol=1e-5, rtol=1e-5)
     for gradient, parameter in zip(gradients, head.parameters(), strict=True):
@@ -247,7 +259,9 @@ def test_a_trained_head_never_makes_nor_keeps_the_whole_logits() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         total, _ = caption_cross_entropy(hidden, labels, head, head_is_trained=True)
-    assert not any(shape[-1:] == (VOCABULARY,) for shape in kept), "logits wait for the backward pass"
+    assert not any(shape[-1:] == (VOCABULARY,) for shape in kept), (
+        "logits wait for the backward pass"
+    )
     total.backward()
     assert max(head.calls) <= CHUNK_POSITIONS < supervised
     assert sum(head.calls) == 2 * supervised  # once forward, once again on the way back
@@ -288,7 +302,12 @@ def test_weights_and_smoothing_are_in_the_sum_and_its_gradient(
     supervised = labels.flatten() != IGNORE_INDEX
     weights = torch.randn(int(supervised.sum())) if weighted else None  # of either sign
     total, losses = caption_cross_entropy(
-        hidden, labels, head, head_is_trained=is_trained, weights_v=weights, label_smoothing=smoothing
+        hidden,
+        labels,
+        head,
+        head_is_trained=is_trained,
+        weights_v=weights,
+        label_smoothing=smoothing,
     )
     (total / 7).backward()
 
@@ -309,13 +328,19 @@ def test_a_kernel_is_not_asked_for_what_it_does_not_know() -> None:
     head = linear_head()
     asked: list[int] = []
 
-    def kernel(states: torch.Tensor, targets: torch.Tensor, _: LinearHead) -> tuple[torch.Tensor, None]:
+    def kernel(
+        states: torch.Tensor, targets: torch.Tensor, _: LinearHead
+    ) -> tuple[torch.Tensor, None]:
         asked.append(len(targets))
         return states.sum(), None
 
     caption_cross_entropy(hidden, labels, head, kernel=kernel, label_smoothing=0.1)
     caption_cross_entropy(
-        hidden, labels, head, kernel=kernel, weights_v=torch.ones(int((labels != IGNORE_INDEX).sum()))
+        hidden,
+        labels,
+        head,
+        kernel=kernel,
+        weights_v=torch.ones(int((labels != IGNORE_INDEX).sum())),
     )
     assert not asked
     caption_cross_entropy(hidden, labels, head, kernel=kernel)

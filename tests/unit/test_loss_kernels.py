@@ -18,7 +18,11 @@ from vlm_bridge.model_architecture.loss import (
     caption_cross_entropy,
     frozen_head_cross_entropy,
 )
-from vlm_bridge.model_architecture.loss_kernels import QuickestKernel, choose_kernel, liger_cross_entropy
+from vlm_bridge.model_architecture.loss_kernels import (
+    QuickestKernel,
+    choose_kernel,
+    liger_cross_entropy,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HEAD = LinearHead(torch.linspace(-1, 1, 50 * 8).reshape(50, 8).sin())

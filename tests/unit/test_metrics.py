@@ -12,7 +12,12 @@ import psutil
 import pytest
 
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.metrics import CaptionScores, ptb_tokenize, regex_tokenize, score_captions
+from vlm_bridge.evaluation.metrics import (
+    CaptionScores,
+    ptb_tokenize,
+    regex_tokenize,
+    score_captions,
+)
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -105,7 +110,9 @@ class TestWithoutJava:
             ({"x": ["a"], "dots": [".", " "]}, {"x": "a", "dots": "b"}, "dots"),
         ],
     )
-    def test_ids_that_do_not_match_are_named(self, references: dict, hypotheses: dict, words: str) -> None:
+    def test_ids_that_do_not_match_are_named(
+        self, references: dict, hypotheses: dict, words: str
+    ) -> None:
         with pytest.raises(DataError, match=words):
             score_captions(references, hypotheses)
 
@@ -138,7 +145,13 @@ def test_ptb_tokens_equal_pycocoevalcap(capfd: pytest.CaptureFixture[str]) -> No
 
 @needs_java
 def test_line_breaks_and_empty_captions_do_not_shift_ptb_lines() -> None:
-    assert ptb_tokenize(["a\nb\r\nc", "", "d\u2028e\x85f", " ", "g"]) == ["a b c", "", "d e f", "", "g"]
+    assert ptb_tokenize(["a\nb\r\nc", "", "d\u2028e\x85f", " ", "g"]) == [
+        "a b c",
+        "",
+        "d e f",
+        "",
+        "g",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +170,10 @@ def test_scores_equal_pycocoevalcap(scores: CaptionScores) -> None:
     res = {image_id: ptb_tokenize([text]) for image_id, text in HYPOTHESES.items()}
     assert scores.tokenizer == "ptb"
     bleus, bleus_per_image = Bleu(4).compute_score(gts, res, verbose=0)
-    expected = {f"BLEU-{n}": pair for n, pair in enumerate(zip(bleus, bleus_per_image, strict=True), start=1)}
+    expected = {
+        f"BLEU-{n}": pair
+        for n, pair in enumerate(zip(bleus, bleus_per_image, strict=True), start=1)
+    }
     expected |= {
         name: scorer.compute_score(gts, res)
         for name, scorer in {"METEOR": Meteor(), "ROUGE-L": Rouge(), "CIDEr": Cider()}.items()

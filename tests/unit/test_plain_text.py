@@ -23,12 +23,19 @@ TEXTS = [
 
 
 def control_ids(tokenizer: Any) -> set[int]:
-    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.sep_token_id}
+    ends = {
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.sep_token_id,
+    }
     return (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}) | (ends - {None})
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert", "blip"])
-def test_a_language_model_reads_control_tokens_as_text(family: str, request: pytest.FixtureRequest) -> None:
+def test_a_language_model_reads_control_tokens_as_text(
+    family: str, request: pytest.FixtureRequest
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(f"tiny_{family}_dir"))
     encoded = encode_as_text(tokenizer, TEXTS)
     assert all(ids and control_ids(tokenizer).isdisjoint(ids) for ids in encoded)
@@ -54,7 +61,12 @@ def test_tokens_that_were_added_later_are_text_too() -> None:
 
 
 def test_a_vocabulary_with_control_tokens_as_pieces_gives_none() -> None:
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((sign, -5.0) for sign in "Amansit<>/s\u2581")]
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *((sign, -5.0) for sign in "Amansit<>/s\u2581"),
+    ]
     unigram = Tokenizer(models.Unigram(pieces, 0, False))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
     unigram.decoder = decoders.Metaspace()  # type: ignore[assignment]
@@ -72,7 +84,10 @@ def test_a_tokenizer_in_python_reads_control_tokens_as_text(tmp_path: Path) -> N
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CTRLTokenizer(
-        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), unk_token="<unk>", eos_token="</s>"
+        str(tmp_path / "vocab.json"),
+        str(tmp_path / "merges.txt"),
+        unk_token="<unk>",
+        eos_token="</s>",
     )
     assert tokenizer.eos_token_id in tokenizer("man </s>", add_special_tokens=False)["input_ids"]
     (ids,) = encode_as_text(tokenizer, ["man </s> sits"])

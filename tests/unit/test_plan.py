@@ -18,7 +18,21 @@ from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import batch_loss, load_batch
 
-WORDS = ["a", "small", "red", "square", "and", "two", "dogs", "near", "the", "water", "of", "green", "pool"]
+WORDS = [
+    "a",
+    "small",
+    "red",
+    "square",
+    "and",
+    "two",
+    "dogs",
+    "near",
+    "the",
+    "water",
+    "of",
+    "green",
+    "pool",
+]
 
 
 @pytest.fixture
@@ -33,7 +47,9 @@ def captioned_images(count: int) -> list[CaptionedImage]:
         return " ".join(random.choice(WORDS, random.integers(1, 12)))
 
     return [
-        CaptionedImage(Path(f"{n}.jpg"), tuple(caption() for _ in range(random.integers(1, 4))), str(n))
+        CaptionedImage(
+            Path(f"{n}.jpg"), tuple(caption() for _ in range(random.integers(1, 4))), str(n)
+        )
         for n in range(count)
     ]
 
@@ -49,7 +65,10 @@ def test_a_budget_changes_the_order_and_nothing_else(recipe: Recipe) -> None:
         batches = epoch_plan(changed, data.captions_per_image, data.caption_lengths).batches(1)
         packed = [data.pack(rows) for rows in batches]
         sums.append(
-            sum(batch_loss(model, load_batch(batch, features, model.device)).total for batch in packed)
+            sum(
+                batch_loss(model, load_batch(batch, features, model.device)).total
+                for batch in packed
+            )
         )
         supervised.append(sum(batch.num_supervised for batch in packed))
     assert supervised[0] == supervised[1]

@@ -24,7 +24,9 @@ def load(folder: Path, attention: str = "eager") -> LanguageModel:
     return build_language_model(config)
 
 
-def random_prefix(model: LanguageModel, batch: int, first_layer: int = 0, length: int = 3) -> KeyValuePrefix:
+def random_prefix(
+    model: LanguageModel, batch: int, first_layer: int = 0, length: int = 3
+) -> KeyValuePrefix:
     shape = model.shape
     layers = shape.num_layers - first_layer
     states = torch.randn(batch, layers, 2, shape.num_key_value_heads, length, shape.head_dim)
@@ -80,7 +82,9 @@ def test_layers_below_the_first_do_not_see_the_image(folder: Path) -> None:
     assert not torch.allclose(one[2], other[2], atol=1e-4)
 
 
-def test_nothing_is_back_propagated_below_the_first_layer(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+def test_nothing_is_back_propagated_below_the_first_layer(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix_above"))
     needs_gradient = []
     for layer in model.language_model.causal_lm.base_model.layers:
@@ -97,10 +101,15 @@ def test_nothing_is_back_propagated_below_the_first_layer(tiny_vit_dir: Path, ti
 def test_an_untrained_bridge_adds_no_values(tiny_llama_dir: Path) -> None:
     model = load(tiny_llama_dir)
     bridge = build_bridge(
-        recipe_from_dict({"bridge": {"kind": "deep_prefix", "width": 16}}).bridge, 12, model.shape, 6
+        recipe_from_dict({"bridge": {"kind": "deep_prefix", "width": 16}}).bridge,
+        12,
+        model.shape,
+        6,
     )
     one, other = bridge.encode(torch.randn(2, 6, 12)).key_value_prefix.states
-    assert not torch.allclose(one[:, 0], other[:, 0])  # keys differ, or no gradient would tell queries apart
+    assert not torch.allclose(
+        one[:, 0], other[:, 0]
+    )  # keys differ, or no gradient would tell queries apart
     assert not one[:, 1].any()
 
 

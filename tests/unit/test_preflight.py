@@ -66,17 +66,25 @@ def test_a_folder_that_cannot_be_made(make_recipe: MakeRecipe, tmp_path: Path, k
     (tmp_path / "file").touch()
     recipe = make_recipe(f"{key}={tmp_path / 'file' / 'run'}")
     refused(
-        recipe, ConfigurationError, f"cannot write into {key}=.*Not a directory.*another folder with {key}="
+        recipe,
+        ConfigurationError,
+        f"cannot write into {key}=.*Not a directory.*another folder with {key}=",
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(preflight.os, "fsync", full)
-    refused(make_recipe(), ConfigurationError, "checkpoint_dir=.*No space left on device.*free some space")
+    refused(
+        make_recipe(),
+        ConfigurationError,
+        "checkpoint_dir=.*No space left on device.*free some space",
+    )
     assert not (tmp_path / "run").exists()
 
 

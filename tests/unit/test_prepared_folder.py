@@ -32,7 +32,11 @@ def write_split(folder: Path, ids: Mapping[str, int]) -> None:
     lines = []
     for name, number in ids.items():
         write_image(folder / "images" / f"{name}.jpg", number)
-        record = {"image_path": f"images/{name}.jpg", "caption": f"Scene {number}.", "original_id": name}
+        record = {
+            "image_path": f"images/{name}.jpg",
+            "caption": f"Scene {number}.",
+            "original_id": name,
+        }
         lines.append(json.dumps(record, ensure_ascii=False))
     (folder / CAPTIONS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -75,7 +79,9 @@ def test_a_manifest_is_made_once_and_said_once(root: Path) -> None:
     )
     assert folder.splits == ["train", "val", "test"]
     images, skipped = readable_split(folder, "train")
-    assert [image.original_id for image in images] == [f"tt{number:07}_frame" for number in range(4)]
+    assert [image.original_id for image in images] == [
+        f"tt{number:07}_frame" for number in range(4)
+    ]
     assert images[0].captions == ("Scene 0.",) and not len(skipped)
     assert folder.compute_fingerprint() == folder.fingerprint
     again = open_data_folder(root, said.append)

@@ -50,7 +50,11 @@ def captioner(pvt: Path, blip: Path, projection: str = "linear") -> Captioner:
     recipe = recipe_from_dict(
         {
             **tiny_recipe(pvt, blip, "projection").to_dict(),
-            "bridge": {"kind": "projection", "projection": projection, "standardize_features": False},
+            "bridge": {
+                "kind": "projection",
+                "projection": projection,
+                "standardize_features": False,
+            },
         }
     )
     recipe = override_recipe(recipe, RECIPE)
@@ -101,7 +105,9 @@ def _with_beams(captioner: Captioner, beams: int) -> Any:
 
 @pytest.fixture
 def model(tiny_pvt_cbam_dir: Path, tiny_blip_dir: Path, tmp_path: Path) -> Any:
-    return loaded(captioner(tiny_pvt_cbam_dir, tiny_blip_dir), tiny_pvt_cbam_dir, tiny_blip_dir, tmp_path)
+    return loaded(
+        captioner(tiny_pvt_cbam_dir, tiny_blip_dir), tiny_pvt_cbam_dir, tiny_blip_dir, tmp_path
+    )
 
 
 def test_the_decoders_options_are_transformers(model: Any) -> None:
@@ -124,9 +130,13 @@ def test_the_guides_training_step(model: Any) -> None:
     states = proj(pvt(images))
     assert isinstance(proj, MapLinear) and states.shape == (2, 24, 2, 2)
     blip.eval()
-    loss = blip(pixel_values=images, input_ids=tokens, labels=tokens, encoder_hidden_states=states).loss
+    loss = blip(
+        pixel_values=images, input_ids=tokens, labels=tokens, encoder_hidden_states=states
+    ).loss
     as_tokens = states.flatten(2).transpose(1, 2)
-    assert torch.equal(loss, blip(input_ids=tokens, labels=tokens, encoder_hidden_states=as_tokens).loss)
+    assert torch.equal(
+        loss, blip(input_ids=tokens, labels=tokens, encoder_hidden_states=as_tokens).loss
+    )
     logits = blip(input_ids=tokens, encoder_hidden_states=states).logits
     log_probs = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
     by_hand = -log_probs[tokens[:, 1:] != 0].mean()
@@ -134,12 +144,16 @@ def test_the_guides_training_step(model: Any) -> None:
     loss.backward()
     assert proj.weight.grad.abs().sum() > 0 and all(p.grad is None for p in pvt.parameters())
     made = blip(pixel_values=images, input_ids=tokens).logits
-    torch.testing.assert_close(made, blip(input_ids=tokens, encoder_hidden_states=blip.encode(images)).logits)
+    torch.testing.assert_close(
+        made, blip(input_ids=tokens, encoder_hidden_states=blip.encode(images)).logits
+    )
     with pytest.raises(UsageError, match="give pixel_values, or encoder_hidden_states"):
         blip(input_ids=tokens)
 
 
-def test_without_a_projection_it_asks_for_training(model: Any, tiny_blip_dir: Path, tmp_path: Path) -> None:
+def test_without_a_projection_it_asks_for_training(
+    model: Any, tiny_blip_dir: Path, tmp_path: Path
+) -> None:
     state = {n: x for n, x in model.blip.state_dict().items() if not n.startswith("visual_proj.")}
     write_combined(tmp_path / "n.pth", state)
     _, blip, proj = load_combined_model(tmp_path / "n.pth", blip_model_name=str(tiny_blip_dir))
@@ -150,7 +164,9 @@ def test_without_a_projection_it_asks_for_training(model: Any, tiny_blip_dir: Pa
 
 def test_a_tokenizer_that_cannot_be_had_is_named(model: Any) -> None:
     model.blip.tokenizer_name = "nobody/nothing"
-    with pytest.raises(ModelError, match=r"tokenizer of 'nobody/nothing': .*blip_model_name names another"):
+    with pytest.raises(
+        ModelError, match=r"tokenizer of 'nobody/nothing': .*blip_model_name names another"
+    ):
         model.blip.generate(torch.zeros(1, 3, 64, 64))
     model.blip.tokenizer_name = None
     with pytest.raises(ModelError, match="load the file with blip_model_name"):
@@ -162,5 +178,7 @@ def test_position_embeddings_of_another_size_are_named(
 ) -> None:
     ours = captioner(tiny_pvt_dir, tiny_blip_dir)
     blip = loaded(ours, tiny_pvt_dir, tiny_blip_dir, tmp_path).blip
-    with pytest.raises(UsageError, match=r"have 128 px and this PVT's position embeddings 64: fine-tune"):
+    with pytest.raises(
+        UsageError, match=r"have 128 px and this PVT's position embeddings 64: fine-tune"
+    ):
         blip.generate(torch.zeros(1, 3, 128, 128))

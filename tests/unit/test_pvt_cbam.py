@@ -27,7 +27,9 @@ KINDS = (None, "sequence", "map")
 
 def tiny(cbam: Any) -> PvtCbam:
     with seeded():
-        return PvtCbam(PvtCbamConfig((8, 16, 40, 64), depths=(1, 2, 1, 1), cbam=cbam, image_size=64)).eval()
+        return PvtCbam(
+            PvtCbamConfig((8, 16, 40, 64), depths=(1, 2, 1, 1), cbam=cbam, image_size=64)
+        ).eval()
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -81,7 +83,9 @@ def by_the_papers(state: Tensors, x: torch.Tensor) -> torch.Tensor:
 
     def cbam(x: torch.Tensor, name: str, side: int) -> torch.Tensor:
         pooled = [x.mean(1), x.max(1).values]
-        channels = sum(linear(linear(p, f"{name}.ca.fc.0").relu(), f"{name}.ca.fc.2") for p in pooled)
+        channels = sum(
+            linear(linear(p, f"{name}.ca.fc.0").relu(), f"{name}.ca.fc.2") for p in pooled
+        )
         x = x * torch.sigmoid(channels)[:, None]
         kernel = state[f"{name}.sa.conv.weight"]
         tokens = torch.stack((x.mean(2), x.max(2).values), 1)
@@ -112,19 +116,23 @@ def by_the_papers(state: Tensors, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("cbam", KINDS)
 def test_features_follow_the_papers(cbam: Any) -> None:
     model, pixels = tiny(cbam), torch.randn(2, 3, 128, 128)
-    torch.testing.assert_close(model(pixels), by_the_papers(model.state_dict(), pixels), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(pixels), by_the_papers(model.state_dict(), pixels), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_a_folder_is_a_vision_encoder(tiny_pvt_cbam_dir: Path) -> None:
     encoder = load(tiny_pvt_cbam_dir)
     random = np.random.default_rng(0)
-    images = [Image.fromarray(random.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((90, 40), (1, 1))]
+    images = [
+        Image.fromarray(random.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((90, 40), (1, 1))
+    ]
     pixels = encoder.preprocess(images)
     resized = [np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) for image in images]
-    by_hand = (torch.tensor(np.stack(resized)) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    )
+    by_hand = (
+        torch.tensor(np.stack(resized)) / 255 - torch.tensor([0.485, 0.456, 0.406])
+    ) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(pixels, by_hand.permute(0, 3, 1, 2).float(), atol=1e-5, rtol=0)
     features = encoder(pixels)
     assert features.shape == (2, 4, 64) == (2, encoder.num_tokens, encoder.embed_dim)
@@ -142,7 +150,9 @@ def test_size_and_resampling_are_the_recipes(tiny_pvt_cbam_dir: Path) -> None:
     bicubic = load(tiny_pvt_cbam_dir, image_size=128)
     assert not torch.equal(bicubic.preprocess([image]), encoder.preprocess([image]))
     assert encoder_fingerprint(encoder) != encoder_fingerprint(bicubic)
-    assert encoder_fingerprint(bicubic) == encoder_fingerprint(load(tiny_pvt_cbam_dir, image_size=128))
+    assert encoder_fingerprint(bicubic) == encoder_fingerprint(
+        load(tiny_pvt_cbam_dir, image_size=128)
+    )
 
 
 def test_it_builds_without_weights(tiny_pvt_cbam_dir: Path, tmp_path: Path) -> None:
@@ -162,7 +172,8 @@ def _break(folder: Path, how: str) -> None:
     weights = load_file(folder / "model.safetensors")
     if how.startswith("no "):
         (
-            folder / {"no weights": "model.safetensors", "no processor": "preprocessor_config.json"}[how]
+            folder
+            / {"no weights": "model.safetensors", "no processor": "preprocessor_config.json"}[how]
         ).unlink()
     elif how == "unknown key":
         (folder / "config.json").write_text(json.dumps(config | {"window": 7}))
@@ -189,7 +200,9 @@ def _break(folder: Path, how: str) -> None:
         ("a tensor less", r"stage2\.1\.attn\.q\.bias is missing"),
     ],
 )
-def test_broken_folders_are_named(how: str, says: str, tiny_pvt_cbam_dir: Path, tmp_path: Path) -> None:
+def test_broken_folders_are_named(
+    how: str, says: str, tiny_pvt_cbam_dir: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_pvt_cbam_dir, tmp_path / "it"))
     _break(folder, how)
     with pytest.raises(ModelError, match=says) as caught:
@@ -198,7 +211,9 @@ def test_broken_folders_are_named(how: str, says: str, tiny_pvt_cbam_dir: Path, 
 
 
 def test_what_it_does_not_have_is_refused(tiny_pvt_cbam_dir: Path) -> None:
-    with pytest.raises(ModelError, match=r"vision_encoder\.layers: PVT with CBAM has its last map only"):
+    with pytest.raises(
+        ModelError, match=r"vision_encoder\.layers: PVT with CBAM has its last map only"
+    ):
         load(tiny_pvt_cbam_dir, layers=(1,))
     with pytest.raises(ModelError, match="image_size=20 does not fit"):
         load(tiny_pvt_cbam_dir, image_size=20)

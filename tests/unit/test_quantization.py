@@ -29,7 +29,10 @@ def test_int4_packs_two_a_byte_and_keeps_the_largest_of_each_group(values: torch
     assert (scales.shape, scales.dtype) == ((3, 4), torch.bfloat16)
     restored = from_int4(packed, scales)
     assert restored.shape == values.shape
-    groups, errors = values.unflatten(-1, (-1, GROUP)), (restored - values).abs().unflatten(-1, (-1, GROUP))
+    groups, errors = (
+        values.unflatten(-1, (-1, GROUP)),
+        (restored - values).abs().unflatten(-1, (-1, GROUP)),
+    )
     assert (errors <= scales.float().abs()[..., None] * 1.01).all()
     largest = groups.abs().argmax(-1, keepdim=True)
     kept = restored.unflatten(-1, (-1, GROUP)).gather(-1, largest)

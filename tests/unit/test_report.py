@@ -23,7 +23,14 @@ from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.caption_statistics import caption_statistics
-from vlm_bridge.evaluation.contact_sheet import BROKEN, GAP, TILE_HEIGHT, TILE_WIDTH, SheetItem, contact_sheet
+from vlm_bridge.evaluation.contact_sheet import (
+    BROKEN,
+    GAP,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    SheetItem,
+    contact_sheet,
+)
 from vlm_bridge.evaluation.history import read_curves
 from vlm_bridge.evaluation.predictions import (
     Prediction,
@@ -74,7 +81,9 @@ class TestContactSheet:
         contact_sheet([SheetItem(path, "x") for path in chosen], tmp_path / "sheet.png")
         with Image.open(tmp_path / "sheet.png") as sheet:
             middles = [
-                sheet.getpixel((GAP + column * (TILE_WIDTH + GAP) + TILE_WIDTH // 2, GAP + TILE_HEIGHT // 4))
+                sheet.getpixel(
+                    (GAP + column * (TILE_WIDTH + GAP) + TILE_WIDTH // 2, GAP + TILE_HEIGHT // 4)
+                )
                 for column in range(3)
             ]
         assert middles[0] == (255, 0, 0) and middles[2] == (0, 0, 255)
@@ -194,14 +203,24 @@ class TestReport:
             assert html.count("&lt;script&gt;") >= 12
 
     def test_series_of_one_quantity_share_a_chart(self, tmp_path: Path) -> None:
-        curves = {"train/loss": [(0, 3.0), (9, 2.0)], "validation/loss": [(9, 2.5)], "train/lr": [(0, 0.1)]}
+        curves = {
+            "train/loss": [(0, 3.0), (9, 2.0)],
+            "validation/loss": [(9, 2.5)],
+            "train/lr": [(0, 0.1)],
+        }
         html = self.write(tmp_path / "report.html", ReportedRun("lite", curves=curves))
         assert html.count("<svg") == 2
         assert html.count(">train</text>") == html.count(">validation</text>") == 1
 
     @pytest.mark.parametrize(
         "curve",
-        [[], [(0, float("nan"))], [(0, 0.0)], [(5, -1e-9), (6, 1e-9)], [(i, i**3) for i in range(5000)]],
+        [
+            [],
+            [(0, float("nan"))],
+            [(0, 0.0)],
+            [(5, -1e-9), (6, 1e-9)],
+            [(i, i**3) for i in range(5000)],
+        ],
     )
     def test_curves_of_any_shape(self, curve: list, tmp_path: Path) -> None:
         html = self.write(tmp_path / "report.html", ReportedRun("lite", curves={"train/x": curve}))
@@ -228,7 +247,11 @@ class TestReport:
         assert [float(row["CIDEr"]) for row in page.rows("CIDEr").values()] == [0.4, 0.6]
         assert "150.0%" in html and "Percentages are shares of what one has." in html
         assert "two: its note" in html
-        assert html.count("<p><small>one</small>one says") == html.count("<p><small>two</small>two says") == 8
+        assert (
+            html.count("<p><small>one</small>one says")
+            == html.count("<p><small>two</small>two says")
+            == 8
+        )
         differing = next(table for table in page.tables if ["learning_rate", "0.4", "0.6"] in table)
         assert not any("seed" in row for row in differing)
 
@@ -237,11 +260,15 @@ def test_published_scores_are_fractions_with_a_source() -> None:
     for system in PUBLISHED:
         assert system in published_on(system.dataset)
         assert re.search(r"20\d\d, arXiv:\d{4}\.\d{5}", system.source)
-        assert all(0 < value < (10 if metric == "CIDEr" else 1) for metric, value in system.scores.items())
+        assert all(
+            0 < value < (10 if metric == "CIDEr" else 1) for metric, value in system.scores.items()
+        )
     assert published_on("Flickr8k-clean") == published_on("flickr8k") and not published_on("mine")
 
 
-def predicted(path: Path, caption: str, *, cider: float = 0.5, reference: str = "a cat") -> Prediction:
+def predicted(
+    path: Path, caption: str, *, cider: float = 0.5, reference: str = "a cat"
+) -> Prediction:
     image = CaptionedImage(path, (reference,), path.stem)
     return Prediction(image, caption, -1.0, None, {"CIDEr": cider}, finished=True)
 
@@ -260,14 +287,19 @@ class TestStatistics:
 
     def test_nothing_said(self) -> None:
         statistics = caption_statistics(["", ""])
-        assert (statistics.vocabulary, statistics.mean_length, statistics.unfinished) == (0, 0, None)
+        assert (statistics.vocabulary, statistics.mean_length, statistics.unfinished) == (
+            0,
+            0,
+            None,
+        )
 
 
 class TestCurves:
     def test_what_a_continued_run_wrote_twice_holds_as_written_last(self, tmp_path: Path) -> None:
         events = [(1, 3.0), (2, 2.5), (3, 9.0), (2, 2.4), (4, 2.0)]
         lines = [
-            json.dumps({"event": "train", "step": s, "loss": v, "samples_per_second": 1}) for s, v in events
+            json.dumps({"event": "train", "step": s, "loss": v, "samples_per_second": 1})
+            for s, v in events
         ]
         lines.append(json.dumps({"event": "decoded", "step": 4, "cider": 0.3, "num_images": 5}))
         (tmp_path / "history.jsonl").write_text("\n".join([*lines, '{"event": "tr']))
@@ -318,7 +350,9 @@ class FakeCaptioner:
         return [
             FakeResult(str(path), None, None, "damaged")
             if path.stem == "broken"
-            else FakeResult(str(path), f"a {path.stem.split('-')[0]} square on the wall", -1.5, None)
+            else FakeResult(
+                str(path), f"a {path.stem.split('-')[0]} square on the wall", -1.5, None
+            )
             for path in images
         ]
 
@@ -389,8 +423,12 @@ class TestEvaluation:
             "report.html",
         ]
         assert json.loads((folder / "metrics.json").read_text())["visual_gain"] is None
-        records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        assert [record["original_id"] for record in records] == [image.original_id for image in images]
+        records = [
+            json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()
+        ]
+        assert [record["original_id"] for record in records] == [
+            image.original_id for image in images
+        ]
         assert records[0]["caption"] == "a red square on the wall"
         assert records[0]["scores"]["BLEU-1"] == pytest.approx(1)
         assert records[-1]["error"] == "damaged"
@@ -411,7 +449,9 @@ class TestReportOfARun:
         folder = tmp_path / "runs" / "lite"
         (folder / "logs").mkdir(parents=True)
         events = [{"event": "train", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
-        (folder / "logs" / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        (folder / "logs" / "history.jsonl").write_text(
+            "".join(json.dumps(event) + "\n" for event in events)
+        )
         evaluation = evaluate_captioner(
             FakeCaptioner(),  # type: ignore[arg-type]
             images,
@@ -446,7 +486,9 @@ class TestReportOfARun:
             assert float(scores[metric.replace("num_", "")]) == metrics[metric]
         assert float(scores["visual gain"]) == metrics["visual_gain"]
         assert "METEOR" not in scores or scores["METEOR"] == "-"
-        decode = next(dict(table) for table in page.tables if any(row[0] == "num_beams" for row in table))
+        decode = next(
+            dict(table) for table in page.tables if any(row[0] == "num_beams" for row in table)
+        )
         assert decode["num_beams"] == str(metrics["decode"]["num_beams"])
         predictions = read_predictions(run / "val" / "predictions.jsonl")
         captions = page.rows(PEOPLE)
@@ -485,7 +527,9 @@ class TestReportOfARun:
         predictions, log = run / "val" / "predictions.jsonl", run / "logs" / "history.jsonl"
         first = predictions.read_text(encoding="utf-8").splitlines()[0]
         for broken in ("{", "[]", '{"image": "x.jpg"}', first.replace('"CIDEr"', '"other"')):
-            html = shown(predictions, f"{first}\n{broken}\n", "predictions.jsonl:2 is not a prediction")
+            html = shown(
+                predictions, f"{first}\n{broken}\n", "predictions.jsonl:2 is not a prediction"
+            )
             assert html.count("<svg") == 1 and "<h2>Scores</h2>" in html and "<img" not in html
         assert "<img" in shown(log, "{\n{", "history.jsonl:1 is not an event")
         html = shown(run / "val" / "metrics.json", "{", "cannot read the scores in")
@@ -498,7 +542,10 @@ class TestReportOfARun:
 
     def test_no_run(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        for path, words in ((tmp_path / "none", "no run at"), (tmp_path / "empty", "holds neither")):
+        for path, words in (
+            (tmp_path / "none", "no run at"),
+            (tmp_path / "empty", "holds neither"),
+        ):
             with pytest.raises(DataError, match=words):
                 read_run(path)
         (tmp_path / "empty" / "metrics.json").write_text("{")
@@ -535,8 +582,24 @@ def test_evaluate_command(
     program = typer.Typer()
     program.command()(evaluate)
     scores, out = tmp_path / "new" / "scores.json", tmp_path / "out"
-    arguments = ["--checkpoint", "best.pth", "--data-dir", str(drawn_caption_folder), "--split", "test"]
-    arguments += ["--limit", "6", "--num-beams", "2", "--json", str(scores), "--output-dir", str(out)]
+    arguments = [
+        "--checkpoint",
+        "best.pth",
+        "--data-dir",
+        str(drawn_caption_folder),
+        "--split",
+        "test",
+    ]
+    arguments += [
+        "--limit",
+        "6",
+        "--num-beams",
+        "2",
+        "--json",
+        str(scores),
+        "--output-dir",
+        str(out),
+    ]
     result = CliRunner().invoke(program, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     content = json.loads(scores.read_text())

@@ -108,7 +108,9 @@ def test_every_readme_command_is_understood(words: list[str]) -> None:
     if name == "train" and parameters.get("config"):
         from vlm_bridge.configuration import load_recipe
 
-        overrides = next((value for value in parameters.values() if isinstance(value, list | tuple)), ())
+        overrides = next(
+            (value for value in parameters.values() if isinstance(value, list | tuple)), ()
+        )
         load_recipe(REPOSITORY / str(parameters["config"]), list(overrides))
 
 
@@ -148,7 +150,9 @@ def test_command_line_starts_without_heavy_imports() -> None:
         "heavy = 'torch transformers accelerate numpy scipy imagehash pycocoevalcap tensorboard'\n"
         "print(*sorted(set(heavy.split()) & set(sys.modules)))\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert result.stdout.split() == []
 
 
@@ -205,16 +209,22 @@ def test_docstrings_describe_parameters_that_there_are() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            section = re.search(r"^Args:\n((?: .*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE)
+            section = re.search(
+                r"^Args:\n((?: .*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE
+            )
             entries = re.findall(r"^ {4}(\S.*?):", section[1], re.MULTILINE) if section else []
             arguments = [*ast.walk(node.args)]
             names = {argument.arg for argument in arguments if isinstance(argument, ast.arg)}
-            wrong += [f"{path.name}: {node.name}: {entry}" for entry in entries if entry not in names]
+            wrong += [
+                f"{path.name}: {node.name}: {entry}" for entry in entries if entry not in names
+            ]
     assert not wrong
 
 
 def test_no_tracked_file_names_a_developer_machine() -> None:
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True
+    )
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
     # Somebody's home or build folder; paths that a container or a rented machine always has are fine.

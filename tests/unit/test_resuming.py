@@ -195,7 +195,8 @@ def test_what_may_break_off_does_not_begin_after_a_signal() -> None:
 
 def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: MakeRecipe) -> None:
     whole, recipe = (
-        make_recipe(name, "save_every_n_steps=1", "keep_step_checkpoints=9") for name in ("whole", "run")
+        make_recipe(name, "save_every_n_steps=1", "keep_step_checkpoints=9")
+        for name in ("whole", "run")
     )
     lines: list[str] = []
     train(whole, resume=AUTO, say=lines.append)
@@ -225,7 +226,9 @@ def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: Ma
 
 
 def test_a_run_that_stopped_early_stays_stopped(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run", "early_stopping_patience=1", "early_stopping_min_delta=99", "num_epochs=4")
+    recipe = make_recipe(
+        "run", "early_stopping_patience=1", "early_stopping_min_delta=99", "num_epochs=4"
+    )
     assert train(recipe, say=lambda line: None).steps == 6
     assert train(recipe, resume=AUTO, say=lambda line: None).steps == 6
     patient = override_recipe(recipe, ["early_stopping_patience=9"])
@@ -239,7 +242,9 @@ def test_a_folder_means_its_newest_checkpoint(make_recipe: MakeRecipe) -> None:
     for given in (folder, folder.parent):
         assert find_run(given, print)[0] == folder / checkpoints.LATEST
     assert resumed_recipe(folder).learning_rate == recipe.learning_rate
-    assert find_run(folder / checkpoints.STEP.format(4), print)[0].name == checkpoints.STEP.format(4)
+    assert find_run(folder / checkpoints.STEP.format(4), print)[0].name == checkpoints.STEP.format(
+        4
+    )
     for name in (checkpoints.LATEST, checkpoints.BEST):
         (folder / name).unlink()
     assert find_run(folder, print)[0] == folder / checkpoints.STEP.format(6)
@@ -251,7 +256,9 @@ def test_the_latest_is_saved_every_so_many_minutes(
     saved: list[int] = []
     save = checkpoints.save_checkpoint
 
-    def watched(path: Path, recipe: Recipe, weights: Any, training: Any = None, **named: Any) -> None:
+    def watched(
+        path: Path, recipe: Recipe, weights: Any, training: Any = None, **named: Any
+    ) -> None:
         save(path, recipe, weights, training, **named)
         if path.name == checkpoints.LATEST:
             saved.append(training["progress"]["step"])
@@ -274,13 +281,21 @@ def test_other_settings_are_said_field_by_field_and_need_force(
 ) -> None:
     recipe = make_recipe("run", "num_epochs=1", "save_every_n_steps=2")
     train(recipe, say=lambda line: None)
-    changed = shutil.copytree(drawn_caption_folder, tmp_path / "other", ignore=shutil.ignore_patterns(".*"))
+    changed = shutil.copytree(
+        drawn_caption_folder, tmp_path / "other", ignore=shutil.ignore_patterns(".*")
+    )
     manifest = json.loads((changed / "manifest.json").read_text())
     manifest["fingerprint"] = "sha256:other"
     (changed / "manifest.json").write_text(json.dumps(manifest))
     other = override_recipe(
         recipe,
-        ["learning_rate=0.5", "num_epochs=2", "bridge.dropout=0.3", f"data_dir={changed}", "num_workers=1"],
+        [
+            "learning_rate=0.5",
+            "num_epochs=2",
+            "bridge.dropout=0.3",
+            f"data_dir={changed}",
+            "num_workers=1",
+        ],
     )
     inside = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
     with pytest.raises(CheckpointError) as caught:
@@ -311,17 +326,27 @@ def test_what_decides_nothing_may_change(make_recipe: MakeRecipe) -> None:
         f"vision_encoder.name=moved/{Path(recipe.vision_encoder.name).name}",
     ]  # fmt: skip
     assert recipe_changes(recipe, override_recipe(recipe, free)) == []
-    changed = override_recipe(recipe, ["seed=5", "trainable.language_model.*=1e-3", "decode.num_beams=2"])
+    changed = override_recipe(
+        recipe, ["seed=5", "trainable.language_model.*=1e-3", "decode.num_beams=2"]
+    )
     keys = [change.partition("=")[0] for change in recipe_changes(recipe, changed)]
     assert sorted(keys) == ["decode.num_beams", "seed", "trainable.language_model.*"]
 
 
 def test_datasets_are_compared_by_what_their_manifests_say() -> None:
-    manifest = {"source": "coco", "counts": {"train": {"images": 5}}, "fingerprint": "a", "rejected": [1]}
+    manifest = {
+        "source": "coco",
+        "counts": {"train": {"images": 5}},
+        "fingerprint": "a",
+        "rejected": [1],
+    }
     before = dataset_facts(manifest)
     assert before == {"source": "coco", "counts.train.images": 5, "fingerprint": "a"}
     now = dataset_facts({**manifest, "counts": {"train": {"images": 6}}, "fingerprint": "b"})
-    assert dataset_changes(before, now) == ["data counts.train.images=6, was 5", "data fingerprint=b, was a"]
+    assert dataset_changes(before, now) == [
+        "data counts.train.images=6, was 5",
+        "data fingerprint=b, was a",
+    ]
     assert dataset_changes({"fingerprint": "a"}, before) == []
 
 

@@ -30,7 +30,9 @@ def test_hyper_threads_are_not_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.usable_cores() == 1
 
 
-@pytest.mark.parametrize(("limit", "cores"), [("max 100000", 8), ("250000 100000", 3), ("10000 100000", 1)])
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("max 100000", 8), ("250000 100000", 3), ("10000 100000", 1)]
+)
 def test_a_container_has_no_more_cores_than_it_is_given(
     limit: str, cores: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -52,7 +54,9 @@ def test_threads_are_those_of_the_environment_or_the_cores(
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/c++" if name == "c++" else None)
+    monkeypatch.setattr(
+        runtime.shutil, "which", lambda name: "/usr/bin/c++" if name == "c++" else None
+    )
     monkeypatch.delenv("CXX", raising=False)
     assert runtime.missing_compiler(CPU) is None
     monkeypatch.setattr(runtime, "find_spec", lambda name: None)
@@ -82,7 +86,9 @@ def test_memory_between_tensors_that_stay_is_given_back() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    tensors = [torch.ones(2**14) for _ in range(4000)]  # 64 KiB each, of which every other one stays
+    tensors = [
+        torch.ones(2**14) for _ in range(4000)
+    ]  # 64 KiB each, of which every other one stays
     del tensors[::2]
     held = resident()
     runtime.return_freed_memory()

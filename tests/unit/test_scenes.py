@@ -32,10 +32,15 @@ SCENES = [make_scene(0, "train", index) for index in range(300)]
 
 def all_facts() -> list[SceneFacts]:
     equal = [
-        SceneFacts((kind,), count, size) for kind in ALL_PAIRS for count in (1, 2, 3, 4) for size in SIZES
+        SceneFacts((kind,), count, size)
+        for kind in ALL_PAIRS
+        for count in (1, 2, 3, 4)
+        for size in SIZES
     ]
     pairs = list(combinations(ALL_PAIRS, 2))[::7]
-    return equal + [SceneFacts(pair, 2, relation=relation) for pair in pairs for relation in RELATIONS]
+    return equal + [
+        SceneFacts(pair, 2, relation=relation) for pair in pairs for relation in RELATIONS
+    ]
 
 
 def test_every_caption_of_every_scene_states_its_facts() -> None:
@@ -52,7 +57,9 @@ def test_every_caption_of_every_scene_states_its_facts() -> None:
 
 def test_captions_read_like_english() -> None:
     assert describe(SceneFacts((Kind("red", "circle"),), 1, "large"))[0] == "A large red circle."
-    assert describe(SceneFacts((Kind("blue", "cross"),), 3, "small"))[0] == "Three small blue crosses."
+    assert (
+        describe(SceneFacts((Kind("blue", "cross"),), 3, "small"))[0] == "Three small blue crosses."
+    )
     relation = SceneFacts((Kind("green", "star"), Kind("orange", "heart")), 2, relation="above")
     assert describe(relation) == [
         "A green star above an orange heart.",
@@ -62,7 +69,11 @@ def test_captions_read_like_english() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["three small blue squares", "There are 3 small blue squares!", "  THREE SMALL BLUE SQUARES . "],
+    [
+        "three small blue squares",
+        "There are 3 small blue squares!",
+        "  THREE SMALL BLUE SQUARES . ",
+    ],
 )
 def test_parsing_is_tolerant(text: str) -> None:
     assert parse_caption(text) == SceneFacts((Kind("blue", "square"),), 3, "small")
@@ -105,7 +116,12 @@ def test_objects_are_what_the_caption_says() -> None:
             continue
         (x1, y1), (x2, y2) = (item.centre for item in scene.objects)
         across, down = x2 - x1, y2 - y1
-        expected = {"above": down, "below": -down, "to the left of": across, "to the right of": -across}
+        expected = {
+            "above": down,
+            "below": -down,
+            "to the left of": across,
+            "to the right of": -across,
+        }
         assert expected[scene.facts.relation] > 80
         # No other relation could be meant.
         assert sorted((abs(across), abs(down)))[0] < 30
@@ -113,7 +129,8 @@ def test_objects_are_what_the_caption_says() -> None:
 
 def test_small_and_large_never_meet() -> None:
     diameters = {
-        size: [i.diameter for s in SCENES for i in s.objects if s.facts.size == size] for size in SIZES
+        size: [i.diameter for s in SCENES for i in s.objects if s.facts.size == size]
+        for size in SIZES
     }
     assert max(diameters["small"]) * 1.4 < min(diameters["large"])
 
@@ -142,7 +159,11 @@ def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
     item = Scenes(3, 0, 0, seed=5).items()[2]
     assert item.draw is not None
     travelled = pickle.loads(pickle.dumps(item))
-    assert travelled.draw().tobytes() == item.draw().tobytes() == make_scene(5, "train", 2).draw().tobytes()
+    assert (
+        travelled.draw().tobytes()
+        == item.draw().tobytes()
+        == make_scene(5, "train", 2).draw().tobytes()
+    )
     assert make_scene(6, "train", 2) != make_scene(5, "train", 2) != make_scene(5, "val", 2)
 
 

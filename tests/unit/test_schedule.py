@@ -11,7 +11,9 @@ from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.schedule import learning_rate_at, warmup_within
 
 
-def rates(kind: str, total_steps: int = 100, warmup_steps: int = 10, steps: int | None = None) -> list[float]:
+def rates(
+    kind: str, total_steps: int = 100, warmup_steps: int = 10, steps: int | None = None
+) -> list[float]:
     return [
         learning_rate_at(
             step,

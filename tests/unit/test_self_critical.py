@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from captioners import generated, places_of_run, random_features, tiny_captioner, tiny_recipe, toy_captioner
+from captioners import (
+    generated,
+    places_of_run,
+    random_features,
+    tiny_captioner,
+    tiny_recipe,
+    toy_captioner,
+)
 from vlm_bridge.configuration import DecodeSettings, Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -142,13 +149,19 @@ def test_the_loss_is_the_policy_gradient(make_recipe: MakeRecipe, baseline: str)
     segments = packed.segments.ravel()[packed.supervised]
     rows = packed.supervised // packed.segments.shape[1]
     of_caption = np.array(
-        [weights.numpy()[(rows == row) & (segments == n)][0] for row in range(6) for n in range(1, 5)]
+        [
+            weights.numpy()[(rows == row) & (segments == n)][0]
+            for row in range(6)
+            for n in range(1, 5)
+        ]
     )
     np.testing.assert_allclose(of_caption[4 * rows + segments - 1], weights)
     if baseline == "leave_one_out":
         np.testing.assert_allclose(of_caption.reshape(6, 4).sum(1), 0, atol=1e-5)
     statistics = trainer.self_critical.statistics()
-    assert statistics["reward"] - statistics["baseline"] == pytest.approx(of_caption.mean(), abs=1e-6)
+    assert statistics["reward"] - statistics["baseline"] == pytest.approx(
+        of_caption.mean(), abs=1e-6
+    )
     again = trainer.self_critical.sampled(images, step=0, number=0)
     assert torch.equal(again.weights, weights)
 
@@ -181,7 +194,9 @@ def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
     assert result.decoded is not None
     rewards = [event["reward"] for event in events(recipe, "train")]
     assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.05
-    assert {"baseline", "entropy", "sample_length", "unfinished_share"} <= events(recipe, "train")[0].keys()
+    assert {"baseline", "entropy", "sample_length", "unfinished_share"} <= events(recipe, "train")[
+        0
+    ].keys()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +229,9 @@ def test_averaged_weights_are_what_is_validated_and_saved(make_recipe: MakeRecip
     assert any(not torch.equal(live[name], other["weights"][name]) for name in live)
     losses = [events(recipe, "validation")[-1]["loss"] for recipe in (plain, averaged)]
     assert losses[0] != losses[1]
-    best = checkpoints.load_checkpoint(Path(averaged.checkpoint_dir) / checkpoints.BEST_WEIGHTS)["weights"]
+    best = checkpoints.load_checkpoint(Path(averaged.checkpoint_dir) / checkpoints.BEST_WEIGHTS)[
+        "weights"
+    ]
     for name in live:
         torch.testing.assert_close(best[name].float(), other["weights"][name], atol=1e-2, rtol=1e-2)
 
@@ -230,7 +247,11 @@ def test_smoothing_is_of_the_training_loss_alone(make_recipe: MakeRecipe) -> Non
 def test_a_run_starts_from_the_weights_of_another(make_recipe: MakeRecipe) -> None:
     run(first := make_recipe("first"))
     still = ("learning_rate=0", "min_lr=0", "weight_decay=0")
-    run(second := make_recipe("second", f"start_from={first.checkpoint_dir}/{checkpoints.LATEST}", *still))
+    run(
+        second := make_recipe(
+            "second", f"start_from={first.checkpoint_dir}/{checkpoints.LATEST}", *still
+        )
+    )
     for name, tensor in latest(first)["weights"].items():
         assert torch.equal(tensor, latest(second)["weights"][name]), name
     assert latest(second)["training"]["progress"]["step"] == 6

@@ -38,7 +38,9 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The tars whose headers were read."""
     passes: list[Path] = []
     index = shard_folder.index_shard
-    monkeypatch.setattr(shard_folder, "index_shard", lambda path: passes.append(path) or index(path))
+    monkeypatch.setattr(
+        shard_folder, "index_shard", lambda path: passes.append(path) or index(path)
+    )
     return passes
 
 
@@ -58,7 +60,9 @@ def test_samples_are_read_from_where_they_lie(root: Path) -> None:
     assert [path.name for path in images.paths[28:]] == ["00028.jpg", "00029.jpg"]
     assert images.shards.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert images.take(np.array([25, 1])).shards.tolist() == [2, 0]
-    assert {path for path in root.rglob("*") if path.is_file() and path.suffix != ".index"} == before
+    assert {
+        path for path in root.rglob("*") if path.is_file() and path.suffix != ".index"
+    } == before
 
 
 def test_captions_in_json_png_pictures_and_folders(tmp_path: Path) -> None:
@@ -69,7 +73,11 @@ def test_captions_in_json_png_pictures_and_folders(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_tar(tmp_path / "train" / "0.tar", members)
     images = open_data_folder(tmp_path).split("train")
-    assert [image.captions[0] for image in images] == ["in json", "json, for the text is empty", "text wins"]
+    assert [image.captions[0] for image in images] == [
+        "in json",
+        "json, for the text is empty",
+        "text wins",
+    ]
     assert [image.original_id for image in images] == ["part.1/a", "b", "c"]
 
 
@@ -114,7 +122,9 @@ def test_members_that_stand_apart_are_named_with_the_cure(tmp_path: Path) -> Non
     assert losses["2"] == "it has no caption"
 
 
-def test_an_index_is_kept_and_renewed_where_a_tar_changes(root: Path, count_passes: list[Path]) -> None:
+def test_an_index_is_kept_and_renewed_where_a_tar_changes(
+    root: Path, count_passes: list[Path]
+) -> None:
     fingerprint = open_data_folder(root).fingerprint
     assert len(count_passes) == 4
     count_passes.clear()
@@ -151,8 +161,12 @@ def test_a_damaged_index_is_made_again(root: Path, damage: str, count_passes: li
     assert kept.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(root: Path, count_passes: list[Path]) -> None:
-    (root / ".shards").write_text("a file, where nothing can be kept")  # permissions do not stop root
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(
+    root: Path, count_passes: list[Path]
+) -> None:
+    (root / ".shards").write_text(
+        "a file, where nothing can be kept"
+    )  # permissions do not stop root
     for passes in (4, 8):
         folder = open_data_folder(root)
         assert folder.manifest["counts"]["train"]["images"] == 30
@@ -183,7 +197,9 @@ def test_bad_samples_are_set_aside_and_counted(root: Path) -> None:
     used = usable_images(open_data_folder(root), "train", max_bad_share=0.1, say=lines.append)
     assert [image.original_id for image in used][-2:] == ["00042", "00043"]
     assert any("set aside 1 of 33 train pictures" in line and "00041.jpg" in line for line in lines)
-    with pytest.raises(DataError, match="2 of 35 train captions cannot be used, more than max_bad_samples"):
+    with pytest.raises(
+        DataError, match="2 of 35 train captions cannot be used, more than max_bad_samples"
+    ):
         usable_images(open_data_folder(root), "train", max_bad_share=0.01)
     with pytest.raises(DataError, match="2 of 35 train samples"):
         readable_split(open_data_folder(root), "train")
@@ -264,7 +280,9 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
         ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is damaged"),
     ],
 )
-def test_other_folders_are_refused_in_a_line(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+def test_other_folders_are_refused_in_a_line(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -323,7 +341,11 @@ def plan(
     buffer: int, *, seed: int = 0, budget: int | None = None, shards: np.ndarray | None = SHARDS
 ) -> EpochPlan:
     counts = np.random.default_rng(5).integers(1, 5, len(SHARDS))
-    chosen = TokenBudget(budget, np.random.default_rng(6).integers(3, 20, counts.sum())) if budget else None
+    chosen = (
+        TokenBudget(budget, np.random.default_rng(6).integers(3, 20, counts.sum()))
+        if budget
+        else None
+    )
     return EpochPlan(
         counts,
         row_captions=2,
@@ -350,22 +372,30 @@ def test_every_caption_comes_once_and_the_order_is_a_function_of_seed_and_epoch(
     for epoch in (1, 0):
         batches = list(one.batches(epoch))
         assert batches == list(again.batches(epoch))
-        read = sorted((row.image, caption) for batch in batches for row in batch for caption in row.captions)
-        assert read == [(image, caption) for image, count in enumerate(counts) for caption in range(count)]
+        read = sorted(
+            (row.image, caption) for batch in batches for row in batch for caption in row.captions
+        )
+        assert read == [
+            (image, caption) for image, count in enumerate(counts) for caption in range(count)
+        ]
     assert list(one.batches(0)) != list(one.batches(1))
     assert list(one.batches(0)) != list(plan(buffer, seed=1, budget=budget).batches(0))
 
 
 @pytest.mark.parametrize("budget", [None, 90])
 @pytest.mark.parametrize("shards", [SHARDS, None])
-def test_images_stay_within_windows_of_the_stream(shards: np.ndarray | None, budget: int | None) -> None:
+def test_images_stay_within_windows_of_the_stream(
+    shards: np.ndarray | None, budget: int | None
+) -> None:
     buffer = 16
     of_image = SHARDS if shards is not None else np.zeros_like(SHARDS)
     orders = set()
     for epoch in range(4):
         order = images_in_order(plan(buffer, budget=budget, shards=shards), epoch)
         # Shards follow one another in some order: recovered from where most of each is read.
-        turn = sorted(set(of_image.tolist()), key=lambda s: np.mean(np.flatnonzero(of_image[order] == s)))
+        turn = sorted(
+            set(of_image.tolist()), key=lambda s: np.mean(np.flatnonzero(of_image[order] == s))
+        )
         stream = [image for shard in turn for image in np.flatnonzero(of_image == shard).tolist()]
         place = {image: number for number, image in enumerate(stream)}
         distances = [abs(place[image] - number) for number, image in enumerate(order)]

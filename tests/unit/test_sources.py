@@ -11,7 +11,13 @@ import pytest
 
 from vlm_bridge.cli.data import CaptionStyleName, SourceName, SplitByName
 from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
-from vlm_bridge.data_pipeline.sources import SOURCES, Rejected, SourceOptions, find_source, make_source
+from vlm_bridge.data_pipeline.sources import (
+    SOURCES,
+    Rejected,
+    SourceOptions,
+    find_source,
+    make_source,
+)
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.splits import SplitBy
@@ -173,7 +179,9 @@ def test_many_missing_images_are_an_error_with_the_nearest_names(tmp_path: Path)
         return len(LocalFolder(tmp_path).items())
 
     assert read(missing=2) == 10
-    with pytest.raises(DataError, match=r"3 of 13 images .* dogs-0.jpg \(captions.tsv:11\), .* dog_0.jpg"):
+    with pytest.raises(
+        DataError, match=r"3 of 13 images .* dogs-0.jpg \(captions.tsv:11\), .* dog_0.jpg"
+    ):
         read(missing=3)
 
 
@@ -258,7 +266,9 @@ def flickr(tmp_path: Path) -> Path:
     (tmp_path / "Images").mkdir()
     for name in ("1.jpg", "2.jpg", "3.jpg", "4.jpg"):
         (tmp_path / "Images" / name).touch()
-    captions = [f"{image}.jpg#{n}\tcaption {n} of {image} ." for image in (1, 2, 3, 5) for n in (0, 1)]
+    captions = [
+        f"{image}.jpg#{n}\tcaption {n} of {image} ." for image in (1, 2, 3, 5) for n in (0, 1)
+    ]
     (tmp_path / "Flickr8k.token.txt").write_text("\n".join(captions) + "\n")
     (tmp_path / "Flickr_8k.trainImages.txt").write_text("2.jpg\n4.jpg\n6.jpg\n")
     (tmp_path / "Flickr_8k.devImages.txt").write_text("1.jpg\n")
@@ -267,7 +277,10 @@ def flickr(tmp_path: Path) -> Path:
 
 def test_flickr8k_follows_the_official_lists(flickr: Path) -> None:
     source = Flickr8k(flickr)
-    assert [(item.image_id, item.split) for item in source.items()] == [("2", "train"), ("1", "val")]
+    assert [(item.image_id, item.split) for item in source.items()] == [
+        ("2", "train"),
+        ("1", "val"),
+    ]
     assert source.items()[0].captions == ["caption 0 of 2 .", "caption 1 of 2 ."]
     reasons = {item.id: item.reason for item in source.rejected}
     assert reasons.keys() == {"3", "4", "5", "6"}
@@ -281,7 +294,11 @@ def test_flickr8k_as_it_is_on_kaggle(flickr: Path) -> None:
     rows = [f"{n}.jpg,caption {k} of {n} ." for n in (1, 2, 3, 9) for k in (0, 1)]
     (flickr / "captions.txt").write_text("\n".join(["image,caption", *rows]))
     source = Flickr8k(flickr)
-    assert [(item.image_id, item.split) for item in source.items()] == [("1", None), ("2", None), ("3", None)]
+    assert [(item.image_id, item.split) for item in source.items()] == [
+        ("1", None),
+        ("2", None),
+        ("3", None),
+    ]
     assert source.split_rule is None and source.rejected == [Rejected("9", "its image is missing")]
 
 
@@ -292,7 +309,9 @@ def test_flickr8k_with_karpathys_splits(flickr: Path) -> None:
         {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"of {n}"}]}
         for n, split in ((1, "train"), (2, "val"), (3, "test"))
     ]
-    (flickr / "dataset_flickr8k.json").write_text(json.dumps({"dataset": "flickr8k", "images": images}))
+    (flickr / "dataset_flickr8k.json").write_text(
+        json.dumps({"dataset": "flickr8k", "images": images})
+    )
     source = Flickr8k(flickr)
     assert [item.split for item in source.items()] == ["train", "val", "test"]
     assert source.split_rule == "Karpathy's splits (dataset_flickr8k.json)"
@@ -324,7 +343,9 @@ def test_flickr8k_refuses_what_it_cannot_trust(flickr: Path) -> None:
 
 def test_an_image_in_two_lists_is_refused(flickr: Path) -> None:
     (flickr / "Flickr_8k.testImages.txt").write_text("2.jpg\n")
-    with pytest.raises(DataError, match=r"testImages.txt:1: 2.jpg is listed twice \(also in train\)"):
+    with pytest.raises(
+        DataError, match=r"testImages.txt:1: 2.jpg is listed twice \(also in train\)"
+    ):
         Flickr8k(flickr).items()
 
 
@@ -333,7 +354,8 @@ def test_sources_by_name(tmp_path: Path) -> None:
     assert set(CAPTION_STYLES) == {name.value for name in CaptionStyleName}
     assert set(get_args(SplitBy)) == {name.value for name in SplitByName}
     assert (
-        make_source("scenes", SourceOptions(num_train=1, num_val=2, num_test=3)).items()[-1].split == "test"
+        make_source("scenes", SourceOptions(num_train=1, num_val=2, num_test=3)).items()[-1].split
+        == "test"
     )
     with pytest.raises(UsageError, match="unknown source"):
         make_source("flickr9k", SourceOptions())

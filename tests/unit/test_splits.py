@@ -36,12 +36,16 @@ def test_the_seed_matters_and_nothing_else_does() -> None:
 
 def test_this_id_stays_in_its_split_for_ever() -> None:
     # A changed hash would silently move test images into people's training data.
-    expected = "train train val train train val train train train val val train test train train train"
+    expected = (
+        "train train val train train val train train train val val train test train train train"
+    )
     assert " ".join(split_of(name) for name in "ijklmnopqrstuvwx") == expected
 
 
 def test_zero_fractions_leave_all_to_train() -> None:
-    assert {assign_split(str(i), seed=0, val_fraction=0, test_fraction=0) for i in range(100)} == {"train"}
+    assert {assign_split(str(i), seed=0, val_fraction=0, test_fraction=0) for i in range(100)} == {
+        "train"
+    }
 
 
 @pytest.mark.parametrize("fractions", [(-0.1, 0), (0, 1), (0.5, 0.5)])
@@ -63,10 +67,15 @@ def test_usual_names_of_splits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "by", "fraction"), [(50, "image", 0.1), (2_000, "image", 0.05), (10_000, "hash", 0.01)]
+    ("number", "by", "fraction"),
+    [(50, "image", 0.1), (2_000, "image", 0.05), (10_000, "hash", 0.01)],
 )
-def test_shares_for_large_sets_hold_out_enough_of_small_ones(number: int, by: str, fraction: float) -> None:
-    rule = SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100).resolve([None] * number)
+def test_shares_for_large_sets_hold_out_enough_of_small_ones(
+    number: int, by: str, fraction: float
+) -> None:
+    rule = SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100).resolve(
+        [None] * number
+    )
     assert (rule.by, rule.val_fraction, rule.test_fraction) == (by, fraction, fraction)
 
 
@@ -89,7 +98,10 @@ def test_sizes_add_up_and_are_as_near_as_whole_images_allow(
 ) -> None:
     sizes = SplitRule("image", *fractions).sizes(number)
     assert sum(sizes.values()) == number
-    assert abs(sizes["val"] - fractions[0] * number) < 1 and abs(sizes["test"] - fractions[1] * number) < 1
+    assert (
+        abs(sizes["val"] - fractions[0] * number) < 1
+        and abs(sizes["test"] - fractions[1] * number) < 1
+    )
 
 
 def test_by_image_gives_exact_shares_in_any_order() -> None:
@@ -111,7 +123,9 @@ def test_a_film_never_spans_two_splits_and_counts_come_near() -> None:
         splits = GROUNDCAP.assign(ids, films, seed=seed)
         assert len(set(zip(films, splits, strict=True))) == len(sizes)
         assert Counter(splits) == wanted, "77 films allow the exact numbers"
-        chosen.add(frozenset(film for film, split in zip(films, splits, strict=True) if split == "test"))
+        chosen.add(
+            frozenset(film for film, split in zip(films, splits, strict=True) if split == "test")
+        )
     assert len(chosen) == 3, "the seed decides which films"
 
 
@@ -148,4 +162,6 @@ def test_the_nearest_subset_equals_trying_all() -> None:
             for some in itertools.combinations(sizes, count)
         ]
         assert 1 <= len(chosen) <= len(sizes) - leave and len(set(chosen)) == len(chosen)
-        assert abs(sum(sizes[k] for k in chosen) - target) == min(abs(total - target) for total in sums)
+        assert abs(sum(sizes[k] for k in chosen) - target) == min(
+            abs(total - target) for total in sums
+        )

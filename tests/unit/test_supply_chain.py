@@ -56,7 +56,9 @@ def test_every_line_of_the_lock_is_one_exact_version_and_names_no_place() -> Non
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("system", ["Linux", "Darwin"])
-def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(python: str, system: str) -> None:
+def test_the_lock_has_all_that_is_installed_in_versions_that_are_allowed(
+    python: str, system: str
+) -> None:
     extras = PYPROJECT["optional-dependencies"]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     (weights,) = re.findall(r"^WEIGHT_WHEELS := (.+)$", makefile, re.MULTILINE)
@@ -96,7 +98,11 @@ def test_pip_installs_from_the_lock_wherever_it_installs() -> None:
 def constant(module: Path, name: str) -> object:
     """The literal that a module or one of its classes assigns to a name; without an import."""
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.value is not None
+        ):
             pairs = [(node.target, node.value)]
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             pairs = [(node.targets[0], node.value)]
@@ -119,7 +125,9 @@ def test_the_limits_of_the_security_page_are_the_codes(number: str, module: str,
 def test_the_security_page_lists_limits_and_remote_code_is_never_trusted() -> None:
     assert len(LIMITS) >= 15
     assert not [
-        path for path in PACKAGE.rglob("*.py") if "trust_remote_code" in path.read_text(encoding="utf-8")
+        path
+        for path in PACKAGE.rglob("*.py")
+        if "trust_remote_code" in path.read_text(encoding="utf-8")
     ]
 
 
@@ -133,9 +141,13 @@ def test_the_wheel_has_the_package_its_types_and_the_recipes_and_no_tests(tmp_pa
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    sources = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    sources = [
+        path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     expected = {f"vlm_bridge/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
-    expected |= {f"vlm_bridge/config/{path.name}" for path in (REPOSITORY / "config").glob("*.yaml")}
+    expected |= {
+        f"vlm_bridge/config/{path.name}" for path in (REPOSITORY / "config").glob("*.yaml")
+    }
     expected.add("vlm_bridge/constraints.txt")
     assert "vlm_bridge/py.typed" in expected
     information = {name for name in names if name.split("/")[0].endswith(".dist-info")}

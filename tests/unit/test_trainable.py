@@ -58,10 +58,16 @@ def test_the_first_pattern_that_matches_decides(recipe: Recipe) -> None:
     assert {pattern for _, _, pattern in found} == patterns.keys()
     for name, _, pattern in found:
         expected = (
-            "bridge.*" if "bridge" in name else CROSS_ATTENTION if "crossatt" in name else "language_model.*"
+            "bridge.*"
+            if "bridge" in name
+            else CROSS_ATTENTION
+            if "crossatt" in name
+            else "language_model.*"
         )
         assert pattern == expected
-    with pytest.raises(ConfigurationError, match=r"no parameter is left for the pattern .*crossattention"):
+    with pytest.raises(
+        ConfigurationError, match=r"no parameter is left for the pattern .*crossattention"
+    ):
         trained(recipe, {"bridge.*": None, "language_model.*": 1e-4, CROSS_ATTENTION: 1e-3})
 
 
@@ -95,7 +101,9 @@ def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
 
 def test_rates_of_nothing_are_nothing(recipe: Recipe) -> None:
     patterns: dict[str, float | None] = {"bridge.*": 0.0}
-    still = recipe_from_dict({**recipe.to_dict(), "learning_rate": 0.0, "min_lr": 0.0, "trainable": patterns})
+    still = recipe_from_dict(
+        {**recipe.to_dict(), "learning_rate": 0.0, "min_lr": 0.0, "trainable": patterns}
+    )
     _, relative = adamw(trained_parameters(build_captioner(still), patterns), still)
     assert set(relative) == {0.0}
 
@@ -144,11 +152,15 @@ def test_impossible_rates_are_refused(recipe: Recipe, trainable: Any, message: s
     with pytest.raises(ConfigurationError, match=message):
         recipe_from_dict({**recipe.to_dict(), "trainable": trainable})
     with pytest.raises(ConfigurationError, match="must be above 0"):
-        recipe_from_dict({**recipe.to_dict(), "learning_rate": 0.0, "trainable": {"bridge.*": 1e-3}})
+        recipe_from_dict(
+            {**recipe.to_dict(), "learning_rate": 0.0, "trainable": {"bridge.*": 1e-3}}
+        )
 
 
 def test_patterns_may_be_given_on_the_command_line(recipe: Recipe) -> None:
-    changed = override_recipe(recipe, ("trainable.language_model.*=2e-5", "trainable.bridge.*=1e-3"))
+    changed = override_recipe(
+        recipe, ("trainable.language_model.*=2e-5", "trainable.bridge.*=1e-3")
+    )
     assert changed.trainable == {"bridge.*": 1e-3, "language_model.*": 2e-5}
     whole = override_recipe(recipe, ("trainable={bridge.*: null}",))
     assert whole.trainable == {"bridge.*": None}
@@ -161,7 +173,11 @@ def test_new_cross_attention_must_be_trained(
 ) -> None:
     from tiny_models import save_tiny_bert
 
-    folder = tiny_gpt2_dir if family == "gpt2" else save_tiny_bert(tmp_path / "bert", cross_attention=False)
+    folder = (
+        tiny_gpt2_dir
+        if family == "gpt2"
+        else save_tiny_bert(tmp_path / "bert", cross_attention=False)
+    )
     added = {"name": str(folder), "dtype": "float32", "add_cross_attention": True}
     recipe = recipe_from_dict(
         {
@@ -200,9 +216,13 @@ def test_dropout_acts_where_it_is_trained_and_nowhere_else(recipe: Recipe) -> No
         model = trained(recipe, {"bridge.*": None, **patterns})
         model.train()
         dropouts = {
-            name for name, m in model.language_model.named_modules() if isinstance(m, torch.nn.Dropout)
+            name
+            for name, m in model.language_model.named_modules()
+            if isinstance(m, torch.nn.Dropout)
         }
-        expected = {f"language_model.{name}" for name in dropouts if where is not None and where in name}
+        expected = {
+            f"language_model.{name}" for name in dropouts if where is not None and where in name
+        }
         assert active_dropout(model) == expected
         assert model.bridge.training
         assert not any(module.training for module in model.vision_encoder.modules())
@@ -214,7 +234,9 @@ def test_dropout_of_a_frozen_decoder_changes_no_loss(recipe: Recipe) -> None:
     images = [CaptionedImage(Path("0.jpg"), ("two dogs run on the grass.",), "0")]
     for patterns, changes in (({}, False), ({"language_model.*": None}, True)):
         model = trained(recipe, {"bridge.*": None, **patterns}).train()
-        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack([Row(0, (0,))])
+        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack(
+            [Row(0, (0,))]
+        )
         features = random_features(model, 1)
         one, other = (caption_loss(model, batch, features).total.item() for _ in range(2))
         assert (one != other) == changes
@@ -227,7 +249,9 @@ def test_activation_checkpointing_draws_the_same_dropout(recipe: Recipe) -> None
         model = trained(recipe, {"bridge.*": None, "language_model.*": None}).train()
         if checkpointing:
             model.language_model.checkpoint_activations()
-        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack([Row(0, (0, 1))])
+        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack(
+            [Row(0, (0, 1))]
+        )
         torch.manual_seed(7)
         caption_loss(model, batch, random_features(model, 1)).total.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

@@ -46,7 +46,9 @@ def dataset(tmp_path: Path) -> Path:
     return root
 
 
-def write_captions(root: Path, captions: dict[str, str], split: dict[str, str] | None = None) -> None:
+def write_captions(
+    root: Path, captions: dict[str, str], split: dict[str, str] | None = None
+) -> None:
     rows = [f"{name},{caption},{(split or {}).get(name, '')}" for name, caption in captions.items()]
     (root / "captions.csv").write_text("image,caption,split\n" + "\n".join(rows) + "\n")
 
@@ -83,9 +85,13 @@ def test_an_interrupted_run_continues_to_the_same_result(
 
     made: list[str] = []
     make = module._make_picture
-    monkeypatch.setattr(module, "_make_picture", lambda task: made.append(task.image_id) or make(task))
+    monkeypatch.setattr(
+        module, "_make_picture", lambda task: made.append(task.image_id) or make(task)
+    )
     transform(LocalFolder(dataset), out)
-    assert len(made) == 40 - 14, "the 15 finished pictures are not made again, except the one cut short"
+    assert len(made) == 40 - 14, (
+        "the 15 finished pictures are not made again, except the one cut short"
+    )
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -155,7 +161,10 @@ def test_hostile_pictures_are_made_upright_rgb_or_set_aside(tmp_path: Path) -> N
     reasons = {entry["id"]: entry["reason"] for entry in manifest["rejected"]}
     assert reasons.keys() == bad.keys()
     assert all(bad[name] in reasons[name] for name in bad)
-    images = {image.original_id: image.path for image in CaptionFolder.open(tmp_path / "out").split("train")}
+    images = {
+        image.original_id: image.path
+        for image in CaptionFolder.open(tmp_path / "out").split("train")
+    }
     for path in images.values():
         with Image.open(path) as stored:
             assert (stored.format, stored.mode, max(stored.size) <= 640) == ("JPEG", "RGB", True)
@@ -206,7 +215,10 @@ def test_near_duplicates_are_reported_and_kept(tmp_path: Path) -> None:
 def test_near_pairs_equal_the_obvious_double_loop() -> None:
     rng = random.Random(0)
     centres = [rng.getrandbits(64) for _ in range(40)]
-    hashes = [rng.choice(centres) ^ (1 << rng.randrange(64)) ^ (1 << rng.randrange(64)) for _ in range(150)]
+    hashes = [
+        rng.choice(centres) ^ (1 << rng.randrange(64)) ^ (1 << rng.randrange(64))
+        for _ in range(150)
+    ]
     expected = {
         (i, j, (hashes[i] ^ hashes[j]).bit_count())
         for i in range(len(hashes))
@@ -224,9 +236,13 @@ def test_near_pairs_cross_block_borders() -> None:
     assert (first.tolist(), second.tolist(), bits.tolist()) == ([0], [4999], [0])
 
 
-def test_empty_captions_are_counted_and_images_without_any_left_out(dataset: Path, tmp_path: Path) -> None:
+def test_empty_captions_are_counted_and_images_without_any_left_out(
+    dataset: Path, tmp_path: Path
+) -> None:
     write_captions(dataset, {"0.jpg": "A dog .", "1.jpg": " . "})
-    manifest = transform(LocalFolder(dataset), tmp_path / "out", caption_style="sentence", val_fraction=0)
+    manifest = transform(
+        LocalFolder(dataset), tmp_path / "out", caption_style="sentence", val_fraction=0
+    )
     assert {"id": "1", "reason": "1 of 1 captions without words"} in manifest["rejected"]
     folder = CaptionFolder.open(tmp_path / "out")
     assert [i.captions for split in folder.splits for i in folder.split(split)] == [("A dog.",)]
@@ -247,7 +263,14 @@ def test_ids_become_portable_file_names(tmp_path: Path) -> None:
 
 def test_limit_takes_a_seeded_sample_of_each_split(dataset: Path, tmp_path: Path) -> None:
     def chosen(name: str, seed: int) -> set[str]:
-        transform(LocalFolder(dataset), tmp_path / name, limit=5, seed=seed, val_fraction=0, test_fraction=0)
+        transform(
+            LocalFolder(dataset),
+            tmp_path / name,
+            limit=5,
+            seed=seed,
+            val_fraction=0,
+            test_fraction=0,
+        )
         return {image.original_id for image in CaptionFolder.open(tmp_path / name).split("train")}
 
     first = chosen("first", seed=0)
@@ -275,7 +298,13 @@ def test_nothing_usable_leaves_no_manifest(dataset: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "options",
-    [{"workers": 0}, {"image_size": 0}, {"limit": 0}, {"val_fraction": 1.0}, {"near_duplicate_distance": 65}],
+    [
+        {"workers": 0},
+        {"image_size": 0},
+        {"limit": 0},
+        {"val_fraction": 1.0},
+        {"near_duplicate_distance": 65},
+    ],
 )
 def test_impossible_options(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
@@ -283,7 +312,9 @@ def test_impossible_options(tmp_path: Path, options: dict[str, Any]) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_do_not_make_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_do_not_make_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Scenes(4, 2, 2)
     refused: list[str] = []
     make = module._make_folder

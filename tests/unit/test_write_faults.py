@@ -161,7 +161,12 @@ def test_the_hash_is_over_everything(saved: Path) -> None:
 
 
 def test_the_newest_sound_one_is_found_and_broken_ones_are_named(tmp_path: Path) -> None:
-    names = (checkpoints.BEST, checkpoints.STEP.format(2), checkpoints.STEP.format(10), checkpoints.LATEST)
+    names = (
+        checkpoints.BEST,
+        checkpoints.STEP.format(2),
+        checkpoints.STEP.format(10),
+        checkpoints.LATEST,
+    )
     for step, name in enumerate(names, start=1):
         save(tmp_path, step)
         if name != checkpoints.LATEST:
@@ -216,7 +221,9 @@ def build(root: Path, key: str) -> list[int]:
     cache = open_or_build(files, Numbers(), encode, batch_images=2, check_all=True)
     features = cache[np.arange(NUM_IMAGES)]
     cache.close()
-    assert torch.equal(features.float(), torch.arange(NUM_IMAGES).float()[:, None, None].expand(-1, 2, 3))
+    assert torch.equal(
+        features.float(), torch.arange(NUM_IMAGES).float()[:, None, None].expand(-1, 2, 3)
+    )
     return encoded
 
 
@@ -229,7 +236,10 @@ def test_a_feature_cache_survives_every_fault_of_every_write(tmp_path: Path) -> 
     for number, fault in faults(disk.operations):
         root = shutil.copytree(tmp_path / "old", tmp_path / f"{number}-{fault}")
         where = f"operation {number} ({disk.operations[number]}), {fault}"
-        with FaultyDisk(root, number, fault).plugged_in(), contextlib.suppress(CacheUnavailable, PowerCut):
+        with (
+            FaultyDisk(root, number, fault).plugged_in(),
+            contextlib.suppress(CacheUnavailable, PowerCut),
+        ):
             assert build(root, NEW) == list(range(NUM_IMAGES)), where
         left = build(root, NEW)  # checks what is read
         is_room_made = fault == "ENOSPC"
@@ -263,7 +273,9 @@ def build_states(root: Path, key: str = NEW) -> bool:
         files.fill(root / "building", states_of(files))
         files.finish(root / "building")
     states = TextStates(files.folder / "states", files.shape, files.dtype)
-    assert np.array_equal(states.array, np.repeat([0, 1, 2], files.image_lengths)[:, None].repeat(4, 1))
+    assert np.array_equal(
+        states.array, np.repeat([0, 1, 2], files.image_lengths)[:, None].repeat(4, 1)
+    )
     return was_there
 
 
@@ -311,7 +323,10 @@ def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
                 expected = [b"old", b"new content"]
             except OSError:
                 # The name may have changed before its folder could be brought to disk.
-                expected = [b"old", *([b"new content"] if disk.operations[number - 1] == "rename" else [])]
+                expected = [
+                    b"old",
+                    *([b"new content"] if disk.operations[number - 1] == "rename" else []),
+                ]
         assert path.read_bytes() in expected, (number, fault)
 
 

@@ -15,7 +15,9 @@ TITLE_SIZE, WORD_SIZE, NOTE_SIZE = 24, 20, 14
 BACKGROUND, INK, GREY = "#ffffff", "#212529", "#6c757d"
 
 # Five of viridis' colours (van der Walt & Smith 2015), even in lightness and told apart with any colour vision.
-HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+HEAT = np.array(
+    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64
+)
 FAINTEST, STRONGEST = 0.45, 0.75
 """How much the heat map covers the picture, from its coldest to its hottest place."""
 EVEN_SCALE = 3.0
@@ -24,7 +26,9 @@ word that looks everywhere must not seem to look somewhere."""
 NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
 
 
-def word_overlays(explanation: Explanation, picture: Image.Image, side: int = PANEL) -> list[Image.Image]:
+def word_overlays(
+    explanation: Explanation, picture: Image.Image, side: int = PANEL
+) -> list[Image.Image]:
     """A picture under the heat map of each word, in order; the longer side of each has ``side`` pixels.
 
     Args:
@@ -70,12 +74,16 @@ def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Im
     return sheet
 
 
-def _overlay(shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]) -> Image.Image:
+def _overlay(
+    shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]
+) -> Image.Image:
     """The picture in grey under the word's heat map; what the encoder does not see stays grey."""
     left, top, right, bottom = area
     ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
     values = Image.fromarray((word.map / ceiling).astype(np.float32))
-    heat_hw = np.asarray(values.resize((right - left, bottom - top), Image.Resampling.BICUBIC)).clip(0, 1)
+    heat_hw = np.asarray(
+        values.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    ).clip(0, 1)
     stops = np.linspace(0, 1, len(HEAT))
     colours_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
     cover_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]

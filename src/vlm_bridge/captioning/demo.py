@@ -175,14 +175,18 @@ def theme() -> gr.themes.Base:  # type: ignore[reportPrivateImportUsage]
     """Gradio's own with the system's fonts, and greys that can be read on white (WCAG asks for a contrast of 4.5)."""
     fonts = {"font": SYSTEM_FONTS, "font_mono": ["ui-monospace", "monospace"]}
     plain = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
-    return plain.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
+    return plain.set(
+        block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400"
+    )
 
 
 async def _answer_form(service: CaptionService, request: HTTPRequest) -> Answer:
     """Caption the picture in a multipart form: field `image`, and any field of `Request`."""
     length = request.headers.get("content-length", "")
     if not length.isdigit():
-        raise UploadError("send a Content-Length: the size of a picture is checked before it is read", 411)
+        raise UploadError(
+            "send a Content-Length: the size of a picture is checked before it is read", 411
+        )
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise UploadError("send multipart/form-data with the picture as the file `image`", 415)
     async with request.form(max_files=1, max_fields=10) as form:
@@ -192,7 +196,9 @@ async def _answer_form(service: CaptionService, request: HTTPRequest) -> Answer:
         given = {name: value for name, value in form.items() if isinstance(value, str)}
         chosen = service.default_request.updated(given)
         content = await upload.read()
-        return await run_in_threadpool(service.answer, content, upload.filename or "the upload", chosen)
+        return await run_in_threadpool(
+            service.answer, content, upload.filename or "the upload", chosen
+        )
 
 
 def build_page(
@@ -230,12 +236,24 @@ def build_page(
                     elem_id="examples",
                 )
             with gr.Column(scale=1, min_width=280):
-                beams = gr.Slider(1, MOST_BEAMS, start.num_beams, step=1, label="Beams", elem_id="beams")
+                beams = gr.Slider(
+                    1, MOST_BEAMS, start.num_beams, step=1, label="Beams", elem_id="beams"
+                )
                 temperature = gr.Slider(
-                    0, 2, start.temperature, step=0.05, label="Temperature", info="0 searches with beams"
+                    0,
+                    2,
+                    start.temperature,
+                    step=0.05,
+                    label="Temperature",
+                    info="0 searches with beams",
                 )
                 length_penalty = gr.Slider(
-                    -2, 4, start.length_penalty, step=0.1, label="Length penalty", info="higher: longer"
+                    -2,
+                    4,
+                    start.length_penalty,
+                    step=0.1,
+                    label="Length penalty",
+                    info="higher: longer",
                 )
                 longest = gr.Slider(
                     1, LONGEST, start.max_new_tokens, step=1, label="Longest caption, in tokens"
@@ -299,7 +317,9 @@ def caption_all(
     cards: list[str] = []
     for path, *_ in chosen:
         try:
-            request = Request(int(beams), temperature, length_penalty, int(longest), int(alternatives))
+            request = Request(
+                int(beams), temperature, length_penalty, int(longest), int(alternatives)
+            )
             file = uploaded(path, uploads)
             cards.append(_card(service.answer(file, file.name, request, overlays=True)))
         except VLMBridgeError as error:
@@ -349,13 +369,16 @@ def free_port(host: str) -> int:
             probe.bind(address)
             return probe.getsockname()[1]
     except OSError as error:
-        raise UsageError(f"cannot serve on {host}: {error.strerror or error}; give another --host") from error
+        raise UsageError(
+            f"cannot serve on {host}: {error.strerror or error}; give another --host"
+        ) from error
 
 
 def _card(answer: Answer) -> str:
     """A picture with its caption, the alternatives and the overlays of its words."""
     alternatives = "".join(
-        f"<li>{escape(other.caption)}<data>{other.score:.3f}</data></li>" for other in answer.alternatives
+        f"<li>{escape(other.caption)}<data>{other.score:.3f}</data></li>"
+        for other in answer.alternatives
     )
     words = "".join(
         f'<figure><img src="{_data_uri(image)}" alt=""><figcaption>{escape(word.word)} '
@@ -377,7 +400,9 @@ def _error_card(message: str) -> str:
 
 
 def _facts(facts: dict[str, str]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()
+    )
     return f'<details open><summary>What answers here</summary><dl class="vb-facts">{rows}</dl></details>'
 
 

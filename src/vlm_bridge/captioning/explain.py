@@ -91,7 +91,9 @@ def explain(
     return Explanation(caption, maps, encoder.seen_area(image.size))
 
 
-def group_words(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[tuple[str, list[int]]]:
+def group_words(
+    ids: Sequence[int], decode: Callable[[list[int]], str]
+) -> list[tuple[str, list[int]]]:
     """The words of tokens and, of each, the indices of its tokens; punctuation around a word is not part of it.
 
     Tokens are placed by decoding what stands before them, so that any kind of tokenizer will do: byte pairs with their

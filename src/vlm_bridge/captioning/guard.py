@@ -116,7 +116,8 @@ class Guard:
         host = headers.get("host", "")
         if not is_trusted(host, self.host):
             raise Refused(
-                400, f"this server is not {host[:100]!r}: open it by its address, or start it with --host"
+                400,
+                f"this server is not {host[:100]!r}: open it by its address, or start it with --host",
             )
         path = scope["path"]
         if path != "/" and not path.startswith(PAGE_PATHS):
@@ -148,7 +149,9 @@ class Guard:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise Refused(408, f"the request took longer than {BODY_SECONDS} s to arrive") from None
+                raise Refused(
+                    408, f"the request took longer than {BODY_SECONDS} s to arrive"
+                ) from None
             size += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             self._check_size(path, size, limit)
@@ -159,13 +162,21 @@ class Guard:
     def _check_size(self, path: str, size: int, limit: int) -> None:
         if size > limit:
             megabytes = max(limit // MEGABYTE, 1)
-            raise Refused(413, f"the request has {size / MEGABYTE:.0f} MB: send at most {megabytes} MB")
-        if path.startswith(UPLOAD_PATHS) and size and stored_bytes(self.uploads) + size > MAX_STORED:
+            raise Refused(
+                413, f"the request has {size / MEGABYTE:.0f} MB: send at most {megabytes} MB"
+            )
+        if (
+            path.startswith(UPLOAD_PATHS)
+            and size
+            and stored_bytes(self.uploads) + size > MAX_STORED
+        ):
             raise Refused(503, "too many images are waiting here: come back later")
 
     @staticmethod
     def _answer(refused: Refused) -> JSONResponse:
-        return JSONResponse({"error": refused.message}, refused.status, {**HEADERS, "Connection": "close"})
+        return JSONResponse(
+            {"error": refused.message}, refused.status, {**HEADERS, "Connection": "close"}
+        )
 
 
 def is_trusted(host: str, listens_on: str) -> bool:

@@ -49,7 +49,8 @@ def read_live_run(folder: Path) -> LiveRun:
         DataError: there is no log, it is empty yet, or it is damaged.
     """
     log = next(
-        (log for log in (folder / HISTORY_NAME, folder / "logs" / HISTORY_NAME) if log.is_file()), None
+        (log for log in (folder / HISTORY_NAME, folder / "logs" / HISTORY_NAME) if log.is_file()),
+        None,
     )
     if log is None:
         raise DataError(f"{folder} has no logs/{HISTORY_NAME}: give the folder of a training run")
@@ -72,7 +73,9 @@ def _samples(log: Path) -> list[SampleCaptions]:
         if event["event"] == "validation":
             epochs[step] = event["epoch"] + 1
         elif event["event"] == "samples":
-            for later in [other for other in found if other >= step]:  # of before the run was resumed
+            for later in [
+                other for other in found if other >= step
+            ]:  # of before the run was resumed
                 del found[later]
             found[step] = [(caption, reference) for caption, reference in event["captions"]]
     return [SampleCaptions(step, epochs.get(step), captions) for step, captions in found.items()]
@@ -83,11 +86,17 @@ def to_html(run: LiveRun) -> str:
     charts = []
     for number, (title, names) in enumerate(CHARTS.items()):
         lines = [
-            Line(name, run.curves[name], colour) for colour, name in enumerate(names) if run.curves.get(name)
+            Line(name, run.curves[name], colour)
+            for colour, name in enumerate(names)
+            if run.curves.get(name)
         ]
         if lines:
-            legend = len(names) > 1  # of two curves, the one that is there already must say which it is
-            chart = line_chart(title, lines, x_label="training step", key=f"live{number}", legend=legend)
+            legend = (
+                len(names) > 1
+            )  # of two curves, the one that is there already must say which it is
+            chart = line_chart(
+                title, lines, x_label="training step", key=f"live{number}", legend=legend
+            )
             charts.append(chart)
     gain = run.curves.get("validation/visual_gain")
     last = f"Step {run.last_step:,}"

@@ -102,7 +102,9 @@ class Captioner:
         recipe = checkpoints.recipe_of(content, where, recipe)
         require_weights([*recipe.vision_encoder.names, recipe.language_model.name])
         target = runtime.resolve_device(device)
-        if target.type != "cuda":  # quantised weights need a GPU; without one, use those that they stand for
+        if (
+            target.type != "cuda"
+        ):  # quantised weights need a GPU; without one, use those that they stand for
             recipe = replace(recipe, quantize_language_model="none")
         model = build_captioner(recipe)
         checkpoints.restore(model, content, where)
@@ -178,7 +180,9 @@ class Captioner:
         single = isinstance(images, str | PictureFile | Image.Image)
         answers: list[Any] = []
         for batch in in_batches([images] if single else list(images), batch_size):
-            pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in batch]
+            pictures = [
+                image if isinstance(image, Image.Image) else open_image(image) for image in batch
+            ]
             for found in self.candidates(pictures, num_return_sequences, decode=decode):
                 answers.append([{"generated_text": candidate.caption} for candidate in found])
         return answers[0] if single else answers
@@ -202,7 +206,9 @@ class Captioner:
             content, self.recipe, Path(folder), facts or publishing.CardFacts()
         )
 
-    def push_to_hub(self, repo: str, *, private: bool = False, facts: CardFacts | None = None) -> str:
+    def push_to_hub(
+        self, repo: str, *, private: bool = False, facts: CardFacts | None = None
+    ) -> str:
         """Upload to a model repository (``owner/model``), made if need be; returns its address.
 
         Raises:
@@ -232,12 +238,17 @@ class Captioner:
         world = world or World(self.model.device)
         data = TokenizedImages(images, self.format)
         encoder: Any = self.model.vision_encoder
-        pixels = OnTheFlyPixels([image.path for image in images], lambda x: encoder.preprocess(x).numpy())
+        pixels = OnTheFlyPixels(
+            [image.path for image in images], lambda x: encoder.preprocess(x).numpy()
+        )
         features: Any = pixels
         if len(images) * encoder.num_tokens * encoder.embed_dim * 4 <= VALIDATION_MEMORY:
             # Every image is read twice, with its own captions and with another's: encode it once.
             parts = [
-                self.model.features(torch.from_numpy(pixels[np.array(indices)])).float().cpu().numpy()
+                self.model.features(torch.from_numpy(pixels[np.array(indices)]))
+                .float()
+                .cpu()
+                .numpy()
                 for indices in world.share(in_batches(range(len(images)), batch_size))
             ]
             features = np.concatenate(world.interleave(parts))
@@ -258,7 +269,9 @@ class Captioner:
         with self._autocast():
             # Draws follow from pixels: features round differently in batches of another size.
             keys = image_keys(pixels) if decode.do_sample else None
-            captions = self.model.generate(features, self.format.prompt_ids, decode, per_image, keys)
+            captions = self.model.generate(
+                features, self.format.prompt_ids, decode, per_image, keys
+            )
         text_of = self.model.language_model.decode
         # EOS is one of the new tokens, and cut off.
         return [(text_of(ids), score, len(ids) < decode.max_new_tokens) for ids, score in captions]
@@ -288,10 +301,14 @@ def caption_in_batches(
         open_image: reads a file.
     """
 
-    def read(batch: list[str | PictureFile | Image.Image]) -> tuple[list[tuple[str, ImageError | None]], Any]:
+    def read(
+        batch: list[str | PictureFile | Image.Image],
+    ) -> tuple[list[tuple[str, ImageError | None]], Any]:
         opened = [_open(image, open_image) for image in batch]
         readable = [picture for _, picture in opened if isinstance(picture, Image.Image)]
-        outcomes = [(name, picture if isinstance(picture, ImageError) else None) for name, picture in opened]
+        outcomes = [
+            (name, picture if isinstance(picture, ImageError) else None) for name, picture in opened
+        ]
         return outcomes, prepare(readable) if readable else None
 
     results: list[CaptionResult] = []

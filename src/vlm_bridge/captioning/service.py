@@ -58,7 +58,11 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         alternatives = [dataclasses.asdict(candidate) for candidate in self.alternatives]
-        return {"caption": self.caption, "alternatives": alternatives, "seconds": round(self.seconds, 3)}
+        return {
+            "caption": self.caption,
+            "alternatives": alternatives,
+            "seconds": round(self.seconds, 3),
+        }
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class CaptionService:
         self._turn = threading.Lock()
         self._decoding = threading.Semaphore(DECODE_TOGETHER)
 
-    def answer(self, file: Path | bytes, name: str, request: Request, *, overlays: bool = False) -> Answer:
+    def answer(
+        self, file: Path | bytes, name: str, request: Request, *, overlays: bool = False
+    ) -> Answer:
         """Caption an uploaded picture, or say why not.
 
         Args:
@@ -156,14 +162,14 @@ class CaptionService:
                 explanation = explain(self.captioner, picture, caption=distinct[0].caption)
                 images = word_overlays(explanation, picture, OVERLAY_SIDE)
                 shown = list(zip(explanation.words, images, strict=True))
-            return Answer(distinct[0].caption, distinct, shown, picture, time.perf_counter() - started)
+            return Answer(
+                distinct[0].caption, distinct, shown, picture, time.perf_counter() - started
+            )
 
     def summary(self) -> str:
         """What answers, on one line."""
         facts = self.facts()
-        return (
-            f"{facts['Vision encoder']} → {facts['Bridge']} → {facts['Language model']}, on {facts['Device']}"
-        )
+        return f"{facts['Vision encoder']} → {facts['Bridge']} → {facts['Language model']}, on {facts['Device']}"
 
     def facts(self) -> dict[str, str]:
         """What answers: the parts, the checkpoint, the device and how captions are generated."""
@@ -213,7 +219,9 @@ def open_upload(
     """
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     if size > MAX_UPLOAD:
-        raise UploadError(f"{name} has {math.ceil(size / MEGABYTE)} MB: send at most {MAX_UPLOAD_MB} MB", 413)
+        raise UploadError(
+            f"{name} has {math.ceil(size / MEGABYTE)} MB: send at most {MAX_UPLOAD_MB} MB", 413
+        )
     try:
         return open_image(file if isinstance(file, bytes) else str(file))
     except ImageError as error:

@@ -9,7 +9,8 @@ import typer
 
 def average(
     checkpoint: list[str] = typer.Argument(
-        ..., help="Checkpoints, folders of runs, or models on the hub: two or more of one architecture."
+        ...,
+        help="Checkpoints, folders of runs, or models on the hub: two or more of one architecture.",
     ),
     output_dir: Path = typer.Option(..., help="Folder of the averaged run; made if need be."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier average."),
@@ -26,7 +27,9 @@ def average(
         raise UsageError("an average wants two checkpoints or more")
     target = output_dir / "checkpoints" / checkpoints.BEST_WEIGHTS
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists; choose another --output-dir, or replace it with --overwrite")
+        raise UsageError(
+            f"{target} exists; choose another --output-dir, or replace it with --overwrite"
+        )
     paths = [checkpoints.find_checkpoint(name) for name in checkpoint]
     checkpoints.save_average(target, paths)
     typer.echo(f"wrote {target}, the mean of {', '.join(map(str, paths))}")

@@ -23,7 +23,10 @@ def caption(
         help="A checkpoint, or the folder of a training run. (default: the bundled captioner)",
     ),
     config: Path = typer.Option(
-        None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
+        None,
+        "--config",
+        "-c",
+        help="Recipe of a checkpoint that names none (the original project's).",
     ),
     num_beams: int = typer.Option(None, min=1, help="Beams; 1 is greedy. Default: the recipe's."),
     max_new_tokens: int = typer.Option(
@@ -39,7 +42,9 @@ def caption(
     batch_size: int = typer.Option(32, min=1, help="Pictures captioned together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1, mps."),
     compile: bool = typer.Option(
-        False, "--compile", help="Compile the step that makes a token: for NVIDIA GPUs and many pictures."
+        False,
+        "--compile",
+        help="Compile the step that makes a token: for NVIDIA GPUs and many pictures.",
     ),
     explain: Path = typer.Option(
         None, help="Write a PNG for each picture to this folder: where in it each word looked."
@@ -47,7 +52,9 @@ def caption(
     max_pixels: int = typer.Option(
         None, min=0, help="Pixels of an image at most, 0 for no limit. (default: 51,000,000)"
     ),
-    json_output: bool = typer.Option(False, "--json", help="Print a JSON list of {image, caption, score}."),
+    json_output: bool = typer.Option(
+        False, "--json", help="Print a JSON list of {image, caption, score}."
+    ),
 ) -> None:
     """Caption images in the order given, a line each: NAME<TAB>CAPTION, or the caption alone of a single image.
 
@@ -63,7 +70,9 @@ def caption(
     from vlm_bridge.data_pipeline.isolated import ImageReader
 
     # What can be wrong with the paths is found before the seconds that torch and transformers take.
-    pictures = images.iter_image_paths(paths, lambda line: typer.echo(redact(on_one_line(line)), err=True))
+    pictures = images.iter_image_paths(
+        paths, lambda line: typer.echo(redact(on_one_line(line)), err=True)
+    )
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
     if explain is not None:
@@ -89,7 +98,9 @@ def caption(
         results = captioner.caption(
             pictures, decode=decode, batch_size=batch_size, open_image=reader.open_image
         )
-        explanations = _write_explanations(captioner, results, explain, reader) if explain is not None else {}
+        explanations = (
+            _write_explanations(captioner, results, explain, reader) if explain is not None else {}
+        )
     for result in results:
         if result.error is not None:
             typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
@@ -101,7 +112,12 @@ def caption(
         rows = [
             {"image": redact(str(r.image)), "error": redact(r.error)}
             if r.error is not None
-            else {"image": r.image, "caption": r.caption, "score": r.score, **explanations.get(i, {})}
+            else {
+                "image": r.image,
+                "caption": r.caption,
+                "score": r.score,
+                **explanations.get(i, {}),
+            }
             for i, r in enumerate(results)
         ]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -21,7 +21,9 @@ def compare(
         None, help="What the others are a share of: a name or path of these. (default: the first)"
     ),
     force: bool = typer.Option(
-        False, "--force", help="Show side by side what should not be compared; the reasons become notes."
+        False,
+        "--force",
+        help="Show side by side what should not be compared; the reasons become notes.",
     ),
     json_output: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
     html: Path | None = typer.Option(

@@ -83,7 +83,9 @@ _YEAR = typer.Option(
 _RESTVAL = typer.Option(True, help="Train on Karpathy's restval images too (coco).")
 _NUM_TRAIN = typer.Option(10_000, min=0, help="Pictures to draw (scenes).")
 _NUM_VAL = typer.Option(500, min=0, help="Pictures to draw (scenes).")
-_NUM_TEST = typer.Option(1_000, min=0, help="Pictures of unseen colour-shape pairs to draw (scenes).")
+_NUM_TEST = typer.Option(
+    1_000, min=0, help="Pictures of unseen colour-shape pairs to draw (scenes)."
+)
 _WORDINGS = typer.Option(2, min=1, max=2, help="Captions a picture (scenes).")
 _SEED = typer.Option(0, help="Seed of the splits (local) or of the drawing (scenes).")
 _JSON = typer.Option(False, "--json", help="Print JSON.")
@@ -111,7 +113,9 @@ def explore_dataset(
     tokenizer: str = typer.Option(
         None, help="Hub name or folder: also counts captions in its language model's tokens."
     ),
-    keep_tags: bool = typer.Option(False, "--keep-tags", help="Show captions with their grounding tags."),
+    keep_tags: bool = typer.Option(
+        False, "--keep-tags", help="Show captions with their grounding tags."
+    ),
     json_output: bool = _JSON,
 ) -> None:
     """Show sizes, fields, caption lengths, vocabulary, tags and a few samples of a source or a caption folder."""
@@ -120,7 +124,12 @@ def explore_dataset(
 
     from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.data_pipeline.data_folder import open_data_folder
-    from vlm_bridge.data_pipeline.explore import describe_items, folder_items, plain_caption, sample_items
+    from vlm_bridge.data_pipeline.explore import (
+        describe_items,
+        folder_items,
+        plain_caption,
+        sample_items,
+    )
     from vlm_bridge.data_pipeline.sources import Described, SourceOptions
     from vlm_bridge.errors import UsageError
 
@@ -151,12 +160,18 @@ def explore_dataset(
     statistics["dataset"] = facts
     statistics["set_aside"] = [asdict(item) for item in set_aside]
     statistics["samples"] = [
-        {"id": item.image_id, "split": item.split, "captions": [text_of(text) for text in item.captions]}
+        {
+            "id": item.image_id,
+            "split": item.split,
+            "captions": [text_of(text) for text in item.captions],
+        }
         for item in shown
     ]
     picture_grid = None if no_grid or not shown else grid or Path("runs/explore") / f"{name}.png"
     if picture_grid is not None:
-        captions = [sample["captions"][0] if sample["captions"] else "" for sample in statistics["samples"]]
+        captions = [
+            sample["captions"][0] if sample["captions"] else "" for sample in statistics["samples"]
+        ]
         _write_grid(shown, captions, picture_grid)
     if json_output:
         print(json.dumps(statistics, indent=2, ensure_ascii=False))
@@ -203,8 +218,12 @@ def transform(
     caption_style: CaptionStyleName = typer.Option(
         None, help="sentence tidies captions into sentences. (default: the source's)"
     ),
-    keep_tags: bool = typer.Option(False, "--keep-tags", help="Keep grounding tags in captions (groundcap)."),
-    limit: int = typer.Option(None, help="A sample of at most N images a split, for a quick trial."),
+    keep_tags: bool = typer.Option(
+        False, "--keep-tags", help="Keep grounding tags in captions (groundcap)."
+    ),
+    limit: int = typer.Option(
+        None, help="A sample of at most N images a split, for a quick trial."
+    ),
     near_duplicate_distance: int = typer.Option(
         4, help="Report pictures whose perceptual hashes differ in at most N of 64 bits."
     ),
@@ -276,10 +295,16 @@ def transform(
 @app.command("inspect-loader")
 def inspect_loader(
     data_dir: Path = typer.Option(None, help="A caption folder. (default: the recipe's)"),
-    config: Path = typer.Option(None, help="A recipe: also shows the batch as its language model's tokens."),
-    batch_size: int = typer.Option(None, min=1, help="Captions in a batch. (default: the recipe's)"),
+    config: Path = typer.Option(
+        None, help="A recipe: also shows the batch as its language model's tokens."
+    ),
+    batch_size: int = typer.Option(
+        None, min=1, help="Captions in a batch. (default: the recipe's)"
+    ),
     check: int = typer.Option(256, min=0, help="Pictures to decode as a check."),
-    check_all: bool = typer.Option(False, "--all", help="Decode every picture and compare the fingerprint."),
+    check_all: bool = typer.Option(
+        False, "--all", help="Decode every picture and compare the fingerprint."
+    ),
     json_output: bool = _JSON,
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
@@ -290,7 +315,12 @@ def inspect_loader(
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
-    from vlm_bridge.data_pipeline.explore import describe_items, find_broken, folder_items, sample_items
+    from vlm_bridge.data_pipeline.explore import (
+        describe_items,
+        find_broken,
+        folder_items,
+        sample_items,
+    )
     from vlm_bridge.errors import DataError, UsageError
 
     if data_dir is None and config is None:
@@ -309,11 +339,15 @@ def inspect_loader(
         mend = "make it again"
         if isinstance(folder, CaptionFolder) and not folder.is_checked:
             mend = "delete its manifest, and the next start makes another"
-        raise DataError(f"{folder.root} was changed after it was made (its fingerprint differs): {mend}")
+        raise DataError(
+            f"{folder.root} was changed after it was made (its fingerprint differs): {mend}"
+        )
 
     batch = None
     if "train" in folder.splits:
-        batch = _first_batch(readable_split(folder, "train")[0], recipe, with_tokens=config is not None)
+        batch = _first_batch(
+            readable_split(folder, "train")[0], recipe, with_tokens=config is not None
+        )
     if json_output:
         result = {
             "data_dir": str(folder.root),
@@ -326,7 +360,9 @@ def inspect_loader(
         }
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        print(f"{folder.root}: {folder.manifest.get('source', 'unknown source')}, {folder.fingerprint}")
+        print(
+            f"{folder.root}: {folder.manifest.get('source', 'unknown source')}, {folder.fingerprint}"
+        )
         _print_statistics(statistics)
         print(f"\n{len(checked)} of {len(items)} pictures decoded, {len(broken)} broken")
         _print_reasons("broken", [asdict(item) for item in broken])
@@ -334,7 +370,9 @@ def inspect_loader(
         if batch:
             _print_batch(batch)
     if broken:
-        raise DataError(f"{len(broken)} pictures of {folder.root} cannot be read: make the folder again")
+        raise DataError(
+            f"{len(broken)} pictures of {folder.root} cannot be read: make the folder again"
+        )
 
 
 def _open_source(name: SourceName | None, options: SourceOptions) -> Source:
@@ -353,7 +391,9 @@ def _open_source(name: SourceName | None, options: SourceOptions) -> Source:
 def _default_workers() -> int:
     import os
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(8, max(2, cores))  # two or more decode apart from this process
 
 
@@ -390,7 +430,9 @@ def _language_model(recipe: Recipe) -> Any:
     return build_language_model(recipe.language_model)
 
 
-def _tokenized(images: Sequence[CaptionedImage], recipe: Recipe, language_model: Any) -> TokenizedImages:
+def _tokenized(
+    images: Sequence[CaptionedImage], recipe: Recipe, language_model: Any
+) -> TokenizedImages:
     from vlm_bridge.data_pipeline.loader import TokenizedImages
     from vlm_bridge.training_strategy.trainer import caption_format
 
@@ -426,8 +468,12 @@ def _outlook(source: Source, planning: dict[str, Any], num_rows: int | None) -> 
         captions, rule = preview(source, **planning)
     else:
         if source.split_rule is not None or getattr(source, "official_split", False):
-            raise UsageError("--num-rows knows no official split: leave it out, and the dataset is read")
-        rule = split_rule(source, planning["split_by"], planning["val_fraction"], planning["test_fraction"])
+            raise UsageError(
+                "--num-rows knows no official split: leave it out, and the dataset is read"
+            )
+        rule = split_rule(
+            source, planning["split_by"], planning["val_fraction"], planning["test_fraction"]
+        )
         rule = rule.resolve([None] * num_rows)
         most = planning["limit"] or num_rows
         captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
@@ -455,7 +501,9 @@ def _print_outlook(outlook: dict[str, Any]) -> None:
     print(
         f"{outlook['source']}, train / val / test: {about}{images} of {sum(outlook['images'].values()):,} images"
     )
-    print(f"{about}{outlook['steps_per_epoch']:,} steps per epoch at batch size {outlook['batch_size']}")
+    print(
+        f"{about}{outlook['steps_per_epoch']:,} steps per epoch at batch size {outlook['batch_size']}"
+    )
     print(f"split rule: {outlook['split_rule']}")
     print("nothing was written (--dry-run)")
 
@@ -477,7 +525,10 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # A missing folder, gated access, no network, a damaged file: none of them is worth the statistics.
-        why = hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = (
+            hub_problem(error, name)
+            or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        )
         return None, f"cannot load the tokenizer {name!r}: {why}"
     return lambda texts: [len(ids) for ids in encode_as_text(tokenizer, texts)], ""
 
@@ -491,7 +542,9 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
 
     with tempfile.TemporaryDirectory() as unpacked:
         tiles = []
-        for index, (picture, caption) in enumerate(zip(iter_pictures(items), captions, strict=True)):
+        for index, (picture, caption) in enumerate(
+            zip(iter_pictures(items), captions, strict=True)
+        ):
             file = Path(unpacked) / f"{index}.png"
             if callable(picture):
                 picture().save(file)
@@ -515,7 +568,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 
 def _print_statistics(statistics: dict[str, Any], *, no_tokens: str = "") -> None:
-    per_split = ", ".join(f"{count} {split}" for split, count in statistics["images_per_split"].items())
+    per_split = ", ".join(
+        f"{count} {split}" for split, count in statistics["images_per_split"].items()
+    )
     print(f"{statistics['images']} images ({per_split}), {statistics['captions']} captions", end="")
     print(f", {statistics['films']} films" if statistics["films"] else "")
     print(f"{'':20}{'min':>8}{'median':>8}{'p95':>8}{'max':>8}")
@@ -589,7 +644,9 @@ def _print_manifest(manifest: dict[str, Any], output_dir: Path) -> None:
                 "--val-fraction and --test-fraction change the shares"
             )
     if near := manifest["near_duplicates"]:
-        print(f"near duplicates: {near['pairs']} pairs, {near['pairs_across_splits']} of them across splits")
+        print(
+            f"near duplicates: {near['pairs']} pairs, {near['pairs_across_splits']} of them across splits"
+        )
     _print_reasons("skipped", manifest["rejected"])
     print(f"licence: {manifest['licence_note']}")
     print(f"everything else: {output_dir / 'manifest.json'}")

@@ -17,7 +17,11 @@ def doctor(
 
     checks = run_checks()
     if as_json:
-        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                [dataclasses.asdict(check) for check in checks], indent=2, ensure_ascii=False
+            )
+        )
     else:
         from rich.console import Console
         from rich.text import Text
@@ -26,7 +30,9 @@ def doctor(
         colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         width = max(len(check.name) for check in checks)
         for check in checks:
-            line = Text.assemble((f"{check.status:<5}", colours[check.status]), f"{check.name:<{width}}  ")
+            line = Text.assemble(
+                (f"{check.status:<5}", colours[check.status]), f"{check.name:<{width}}  "
+            )
             console.print(line.append(check.detail, "default" if check.status == "ok" else "bold"))
             if check.fix:
                 console.print(Text(f"{'':<{width + 7}}mend: {check.fix}", "cyan"))

@@ -28,7 +28,9 @@ def download(
         None, help="Only this part: captions, val or train; may be given again. (default: all)"
     ),
     year: int = typer.Option(None, help="2014 or 2017 (coco). (default: 2017)"),
-    keep_archives: bool = typer.Option(False, "--keep-archives", help="Keep archives after unpacking them."),
+    keep_archives: bool = typer.Option(
+        False, "--keep-archives", help="Keep archives after unpacking them."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Only list what would be fetched."),
     json_output: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -67,7 +69,9 @@ def download(
     if not json_output:
         _print_offer(summary)
     if dry_run:
-        print(json.dumps(summary, indent=2)) if json_output else print("nothing was fetched (--dry-run)")
+        print(json.dumps(summary, indent=2)) if json_output else print(
+            "nothing was fetched (--dry-run)"
+        )
         return
     try:
         fetched = run(files, folder, keep_archives=keep_archives, show_progress=show_progress)

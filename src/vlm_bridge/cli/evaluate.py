@@ -26,24 +26,35 @@ class Split(StrEnum):
 
 
 def evaluate(
-    checkpoint: Path | None = typer.Option(None, help="Trained bridge: a checkpoint file or folder."),
+    checkpoint: Path | None = typer.Option(
+        None, help="Trained bridge: a checkpoint file or folder."
+    ),
     model: str | None = typer.Option(
         None,
         metavar="NAME_OR_FOLDER",
         help="Instead: a BLIP, GIT or vision-encoder-decoder captioner, on the hub or in a folder.",
     ),
-    data_dir: Path = typer.Option(..., help="Caption folder, as `vlm-data transform` writes it, or shards."),
-    config: Path | None = typer.Option(
-        None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
+    data_dir: Path = typer.Option(
+        ..., help="Caption folder, as `vlm-data transform` writes it, or shards."
     ),
-    revision: str | None = typer.Option(None, help="Branch, tag or commit of a --model on the hub."),
+    config: Path | None = typer.Option(
+        None,
+        "--config",
+        "-c",
+        help="Recipe of a checkpoint that names none (the original project's).",
+    ),
+    revision: str | None = typer.Option(
+        None, help="Branch, tag or commit of a --model on the hub."
+    ),
     prompt: str | None = typer.Option(
         None, help="Text that a --model continues. (default: BLIP 'a picture of', others none)"
     ),
     split: Split = typer.Option(Split.val, help="Which images to caption."),
     limit: int | None = typer.Option(None, min=1, help="Only the first N images."),
     batch_size: int = typer.Option(32, min=1, help="Images captioned together."),
-    num_beams: int | None = typer.Option(None, min=1, help="Beams; 1 is greedy. (default: the recipe's)"),
+    num_beams: int | None = typer.Option(
+        None, min=1, help="Beams; 1 is greedy. (default: the recipe's)"
+    ),
     max_new_tokens: int | None = typer.Option(
         None, min=1, help="Longest caption, in tokens. (default: the recipe's)"
     ),
@@ -64,8 +75,12 @@ def evaluate(
         min=0,
         help="Nats for naming what the encoder's classifier recognises; 0 is off. (default: the recipe's)",
     ),
-    spice: bool = typer.Option(False, "--spice", help="Also SPICE: slow, needs Java and the CoreNLP models."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write the scores to this JSON file."),
+    spice: bool = typer.Option(
+        False, "--spice", help="Also SPICE: slow, needs Java and the CoreNLP models."
+    ),
+    json_file: Path | None = typer.Option(
+        None, "--json", help="Write the scores to this JSON file."
+    ),
     output_dir: Path | None = typer.Option(
         None, help="Write predictions with their scores, a contact sheet and report.html here."
     ),
@@ -80,7 +95,9 @@ def evaluate(
     from vlm_bridge.errors import UsageError
 
     if (checkpoint is None) == (model is None):
-        raise UsageError("give either --checkpoint (a trained bridge) or --model (a published captioner)")
+        raise UsageError(
+            "give either --checkpoint (a trained bridge) or --model (a published captioner)"
+        )
     if model is not None and config is not None:
         raise UsageError("--config is the recipe of a --checkpoint; a --model has none")
     if model is None and (revision is not None or prompt is not None):
@@ -151,7 +168,9 @@ def evaluate(
     for failure in evaluation.failures:
         print(f"failed: {failure.image.path}: {failure.error}", file=sys.stderr)
     if len(set_aside):
-        note(f"set aside {len(set_aside):,} of {set_aside.total:,} {set_aside.kind}: {set_aside.summary()}")
+        note(
+            f"set aside {len(set_aside):,} of {set_aside.total:,} {set_aside.kind}: {set_aside.summary()}"
+        )
     for line in evaluation.scores.notes():
         note(f"note: {line}")
     _print_scores(evaluation)
@@ -225,11 +244,22 @@ def _print_scores(evaluation: Evaluation) -> None:
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A function that takes the number of images done so far: a bar on a terminal, plain lines elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("captioning"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("captioning", total=total)
             yield lambda done: bar.update(task, completed=done)

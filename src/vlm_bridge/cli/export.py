@@ -27,19 +27,28 @@ class Dtype(StrEnum):
 
 
 def export(
-    checkpoint: str = typer.Argument(..., help="A checkpoint, the folder of a run, or a model on the hub."),
+    checkpoint: str = typer.Argument(
+        ..., help="A checkpoint, the folder of a run, or a model on the hub."
+    ),
     output_dir: Path = typer.Option(..., help="Where to write; made if need be."),
     format: Layout = typer.Option(
         Layout.huggingface,
         help="A Hugging Face folder, or a .pth of the original project's layout.",
     ),
     config: Path = typer.Option(
-        None, "--config", "-c", help="Recipe of a checkpoint that names none (the original project's)."
+        None,
+        "--config",
+        "-c",
+        help="Recipe of a checkpoint that names none (the original project's).",
     ),
-    dtype: Dtype = typer.Option(None, help="How to store the weights. (default: as the checkpoint does)"),
+    dtype: Dtype = typer.Option(
+        None, help="How to store the weights. (default: as the checkpoint does)"
+    ),
     title: str = typer.Option(None, help="Title of the model card. (default: the folder's name)"),
     license: str = typer.Option(None, help="Licence for the model card, e.g. mit."),
-    dataset: str = typer.Option(None, help="Training data for the model card, e.g. daniel3303/GroundCap."),
+    dataset: str = typer.Option(
+        None, help="Training data for the model card, e.g. daniel3303/GroundCap."
+    ),
     metrics: Path = typer.Option(
         None, help="Scores for the model card. (default: the last evaluation in the run's folder)"
     ),
@@ -69,7 +78,9 @@ def export(
     quiet_transformers()
     target = output_dir / (checkpoints.BEST_WEIGHTS if original else WEIGHTS_NAME)
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists; choose another --output-dir, or replace it with --overwrite")
+        raise UsageError(
+            f"{target} exists; choose another --output-dir, or replace it with --overwrite"
+        )
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
     given = load_recipe(config) if config else None

@@ -12,8 +12,12 @@ UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def features(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Recipe overrides."),
-    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML); training-default without it."),
-    verify: bool = typer.Option(False, "--verify", help="Compare the checksum of every cached image."),
+    config: Path = typer.Option(
+        None, "--config", "-c", help="Recipe (YAML); training-default without it."
+    ),
+    verify: bool = typer.Option(
+        False, "--verify", help="Compare the checksum of every cached image."
+    ),
     evict_to: str = typer.Option(
         None,
         "--evict-to",
@@ -37,7 +41,9 @@ def features(
     from vlm_bridge.errors import UsageError
 
     if cache_dir is not None and evict_to is None:
-        raise UsageError("--cache-dir says where --evict-to looks; a recipe's own place is feature_cache=DIR")
+        raise UsageError(
+            "--cache-dir says where --evict-to looks; a recipe's own place is feature_cache=DIR"
+        )
     max_bytes = _bytes_of(evict_to) if evict_to is not None else None
     if max_bytes is None or cache_dir is None:
         recipe = load_recipe(config or shipped_recipe(DEFAULT_RECIPE), overrides or ())
@@ -57,7 +63,9 @@ def features(
         if json_output:
             facts = {
                 "cache_dir": str(cache_dir),
-                "removed": [{"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in removed],
+                "removed": [
+                    {"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in removed
+                ],
                 "kept": [{"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in kept],
             }
             typer.echo(json.dumps(facts, indent=2))
@@ -79,7 +87,11 @@ def features(
         typer.echo(json.dumps(facts, indent=2))
         return
     for cache in built:
-        rate = f", encoded at {cache.images_per_second:.1f} images/s" if cache.images_per_second else ""
+        rate = (
+            f", encoded at {cache.images_per_second:.1f} images/s"
+            if cache.images_per_second
+            else ""
+        )
         state = "was there" if cache.was_there else f"made in {cache.seconds:.0f} s"
         typer.echo(
             f"{cache.split}: {cache.num_images:,} images, {_size(cache.num_bytes)} in {cache.folder}: {state}{rate}"

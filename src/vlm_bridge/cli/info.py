@@ -9,7 +9,9 @@ import typer
 
 def info(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Recipe overrides."),
-    config: Path = typer.Option(None, "--config", "-c", help="Recipe (YAML); training-default without it."),
+    config: Path = typer.Option(
+        None, "--config", "-c", help="Recipe (YAML); training-default without it."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
 ) -> None:
     """Show what a recipe is made of: parameters, trainable share, feature shape, memory. Reads no weights."""
@@ -29,7 +31,9 @@ def info(
         return
     table = Table("component", "role", "pretrained", "trainable", "parameters")
     for part in budget.components:
-        trained = "no" if not part.trainable else "all" if part.trainable == part.parameters else None
+        trained = (
+            "no" if not part.trainable else "all" if part.trainable == part.parameters else None
+        )
         table.add_row(
             part.name,
             part.role,

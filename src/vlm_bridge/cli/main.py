@@ -36,11 +36,11 @@ from vlm_bridge.errors import VLMBridgeError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HELP = (
-    "Caption images by training a small bridge between a frozen vision encoder and a frozen language model."
-)
+HELP = "Caption images by training a small bridge between a frozen vision encoder and a frozen language model."
 
-app = typer.Typer(name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False
+)
 app.command("quickstart")(quickstart.quickstart)
 app.command("caption")(caption.caption)
 app.command("evaluate")(evaluate.evaluate)
@@ -66,7 +66,11 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _global_options(
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version and exit.",
     ),
 ) -> None:
     """Options that stand before every command (`--debug`, anywhere on the line, shows full tracebacks)."""

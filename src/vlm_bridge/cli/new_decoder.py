@@ -8,12 +8,16 @@ import typer
 
 
 def new_decoder(
-    data_dir: Path = typer.Option(..., help="Caption folder whose training captions give the word pieces."),
+    data_dir: Path = typer.Option(
+        ..., help="Caption folder whose training captions give the word pieces."
+    ),
     output_dir: Path = typer.Option(
         ..., help="Where to write it; `language_model.name` then names this folder."
     ),
     layers: int = typer.Option(6, min=1, help="Layers."),
-    width: int = typer.Option(256, min=1, help="Width; feed-forward layers are four times as wide."),
+    width: int = typer.Option(
+        256, min=1, help="Width; feed-forward layers are four times as wide."
+    ),
     heads: int = typer.Option(4, min=1, help="Attention heads; they must divide the width."),
     vocabulary: int = typer.Option(6000, min=100, help="Word pieces at most."),
     dropout: float = typer.Option(0.1, min=0.0, max=0.9, help="Dropout in training."),

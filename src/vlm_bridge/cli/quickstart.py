@@ -32,7 +32,10 @@ def quickstart(
     recipe = load_recipe(shipped_recipe("quickstart"), [*located, *(overrides or ())])
     with exit_when_interrupted():
         result = first_minutes.run(
-            recipe, output_dir, workers=os.cpu_count() or 1, say=lambda line: print(line, flush=True)
+            recipe,
+            output_dir,
+            workers=os.cpu_count() or 1,
+            say=lambda line: print(line, flush=True),
         )
     metrics = result.metrics
     print()
@@ -41,7 +44,9 @@ def quickstart(
             f"  {prediction.image.path.name}: {prediction.caption}   (a reference: {prediction.image.captions[0]})"
         )
     print()
-    print(f"On {metrics['num_images']} scenes made of colour-shape pairs that training never showed:")
+    print(
+        f"On {metrics['num_images']} scenes made of colour-shape pairs that training never showed:"
+    )
     print(f"  colour and shape right   {metrics['colour_shape_accuracy']:.1%}")
     print(f"  relation right           {metrics['relation_accuracy']:.1%}")
     print(f"  visual gain              {metrics['visual_gain']:.2f} nats per token")

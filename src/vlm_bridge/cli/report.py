@@ -8,9 +8,14 @@ import typer
 
 
 def report(
-    run: Path = typer.Argument(..., help="Run folder, an evaluation's folder, or a JSON file of scores."),
+    run: Path = typer.Argument(
+        ..., help="Run folder, an evaluation's folder, or a JSON file of scores."
+    ),
     output: Path | None = typer.Option(
-        None, "--output", "-o", help="HTML file to write. (default: report.html in the run's folder)"
+        None,
+        "--output",
+        "-o",
+        help="HTML file to write. (default: report.html in the run's folder)",
     ),
 ) -> None:
     """Write one HTML file about a run: recipe, curves, scores, pictures, statistics of its captions, environment."""

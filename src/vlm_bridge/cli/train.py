@@ -30,7 +30,12 @@ def train(
     """Train the bridge of a recipe: `--config`'s, with `--resume` alone the checkpoint's own, else training-default."""
     from vlm_bridge import runtime
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, override_recipe, shipped_recipe
+    from vlm_bridge.configuration import (
+        DEFAULT_RECIPE,
+        load_recipe,
+        override_recipe,
+        shipped_recipe,
+    )
 
     # Of several processes the first one speaks.
     echo = typer.echo if runtime.process_rank() == 0 else lambda line: None
@@ -56,7 +61,11 @@ def train(
     decoded = result.decoded
     echo(
         f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}"
-        + (f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}" if decoded else "")
+        + (
+            f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}"
+            if decoded
+            else ""
+        )
         + f"; checkpoints in {result.checkpoint_dir}"
     )
     echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")

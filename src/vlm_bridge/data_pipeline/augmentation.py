@@ -32,7 +32,9 @@ class Views:
         aspect = math.exp(random.uniform(*np.log(CROP_ASPECT)))
         width = min(image.width, max(1, round(math.sqrt(area * aspect))))
         height = min(image.height, max(1, round(math.sqrt(area / aspect))))
-        left, top = (int(random.integers(room + 1)) for room in (image.width - width, image.height - height))
+        left, top = (
+            int(random.integers(room + 1)) for room in (image.width - width, image.height - height)
+        )
         cropped = image.crop((left, top, left + width, top + height))
         return ImageOps.mirror(cropped) if random.random() < FLIP_PROBABILITY else cropped
 

@@ -98,7 +98,9 @@ def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
         (first, reason), names = found[0], ", ".join(what for what, _ in found[:NUM_NAMED])
         more = f" and {len(found) - NUM_NAMED:,} more" if len(found) > NUM_NAMED else ""
         lines.append(
-            f"{first}: {reason}" if len(found) == 1 else f"{len(found):,} times {reason}: {names}{more}"
+            f"{first}: {reason}"
+            if len(found) == 1
+            else f"{len(found):,} times {reason}: {names}{more}"
         )
     return lines
 

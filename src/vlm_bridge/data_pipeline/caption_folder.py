@@ -63,7 +63,9 @@ class CaptionFolder:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, root: str | Path, say: Callable[[str], None] = lambda line: None) -> CaptionFolder:
+    def open(
+        cls, root: str | Path, say: Callable[[str], None] = lambda line: None
+    ) -> CaptionFolder:
         """Open the caption folder at ``root``; make its manifest where other tools prepared it.
 
         Args:
@@ -114,7 +116,9 @@ class CaptionFolder:
     @property
     def splits(self) -> list[str]:
         """The splits that hold at least one image, in the order train, val, test."""
-        return [split for split in SPLITS if self.manifest["counts"].get(split, {}).get("images", 0) > 0]
+        return [
+            split for split in SPLITS if self.manifest["counts"].get(split, {}).get("images", 0) > 0
+        ]
 
     def split(self, name: SplitName, bad: BadSamples | None = None) -> CaptionedImages:
         """Return the images of one split with their captions, in the order of the file.
@@ -135,7 +139,9 @@ class CaptionFolder:
         """Read every file and return the fingerprint: equal to ``fingerprint`` unless one was changed."""
         folders = {split: self.root / split for split in self.splits}
         images = {split: dict(image_digests(folder)) for split, folder in folders.items()}
-        return fingerprint({split: caption_lines(folder) for split, folder in folders.items()}, images)
+        return fingerprint(
+            {split: caption_lines(folder) for split, folder in folders.items()}, images
+        )
 
 
 class CaptionedImages(Sequence[CaptionedImage]):
@@ -146,7 +152,12 @@ class CaptionedImages(Sequence[CaptionedImage]):
     """
 
     def __init__(
-        self, folder: Path, text: mmap.mmap | bytes, lines: np.ndarray, first: np.ndarray, chosen: np.ndarray
+        self,
+        folder: Path,
+        text: mmap.mmap | bytes,
+        lines: np.ndarray,
+        first: np.ndarray,
+        chosen: np.ndarray,
     ):
         self.folder = folder
         self._text = text
@@ -173,7 +184,9 @@ class CaptionedImages(Sequence[CaptionedImage]):
 
     def take(self, indices: np.ndarray) -> CaptionedImages:
         """A view of some images, in the order of ``indices``."""
-        return CaptionedImages(self.folder, self._text, self._lines, self._first, self._chosen[indices])
+        return CaptionedImages(
+            self.folder, self._text, self._lines, self._first, self._chosen[indices]
+        )
 
     @property
     def paths(self) -> Pictures:
@@ -200,7 +213,9 @@ class CaptionedImages(Sequence[CaptionedImage]):
         try:
             return parse_json(self._text[start : end if end >= 0 else len(self._text)])
         except ValueError:
-            raise DataError(f"{self.folder / CAPTIONS_NAME} was changed while it was read") from None
+            raise DataError(
+                f"{self.folder / CAPTIONS_NAME} was changed while it was read"
+            ) from None
 
 
 class HasPictures(Protocol):
@@ -249,7 +264,9 @@ class CaptionFolderWriter:
 
     def write_captions(self, split: str, lines: Iterable[str]) -> None:
         """Write ``captions.jsonl`` of one split from lines made by :func:`caption_line`."""
-        write_atomically(self.root / split / CAPTIONS_NAME, _encoded("".join(f"{line}\n" for line in lines)))
+        write_atomically(
+            self.root / split / CAPTIONS_NAME, _encoded("".join(f"{line}\n" for line in lines))
+        )
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, which makes the folder whole."""
@@ -259,7 +276,11 @@ class CaptionFolderWriter:
 
 def caption_line(file_name: str, caption: str, original_id: str) -> str:
     """Return one line of ``captions.jsonl``, without its newline."""
-    record = {"image_path": f"{IMAGES_NAME}/{file_name}", "caption": caption, "original_id": original_id}
+    record = {
+        "image_path": f"{IMAGES_NAME}/{file_name}",
+        "caption": caption,
+        "original_id": original_id,
+    }
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -293,7 +314,9 @@ def image_files(split_dir: Path) -> list[Path]:
     return [
         path
         for path in found
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
     ]
 
 
@@ -305,9 +328,14 @@ def caption_lines(split_dir: Path) -> list[str]:
 
 def is_prepared_elsewhere(root: Path) -> bool:
     """Whether a folder has the layout of a caption folder, but its manifest is missing or `prepared_folder`'s."""
-    if (root / UNFINISHED_NAME).is_dir() or not any((root / s / CAPTIONS_NAME).is_file() for s in SPLITS):
+    if (root / UNFINISHED_NAME).is_dir() or not any(
+        (root / s / CAPTIONS_NAME).is_file() for s in SPLITS
+    ):
         return False
-    return not (root / MANIFEST_NAME).is_file() or read_manifest(root).get("source") == PREPARED_ELSEWHERE
+    return (
+        not (root / MANIFEST_NAME).is_file()
+        or read_manifest(root).get("source") == PREPARED_ELSEWHERE
+    )
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -349,7 +377,9 @@ def inside(folder: Path, name: str) -> Path:
     Windows forms are refused everywhere: a caption file that is harmless here must not become harmful there.
     """
     windows = PureWindowsPath(name)
-    climbs = PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts
+    climbs = (
+        PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts
+    )
     if climbs or "\0" in name or not name.strip():
         raise ValueError(f"picture path {shown(name)} must be relative and stay inside {folder}")
     if len(name) > MAX_PATH_CHARACTERS or any(
@@ -426,7 +456,9 @@ def _picture_problem(folder: Path, name: str, resolved: Path) -> str:
         return str(error)
     if not path.is_file():
         return f"picture {path} is missing"
-    return "" if is_inside(resolved, path) else f"picture {path} is a link that leads out of {folder}"
+    return (
+        "" if is_inside(resolved, path) else f"picture {path} is a link that leads out of {folder}"
+    )
 
 
 def _read_records(path: Path, bad: BadSamples | None) -> Iterator[tuple[str, int, dict[str, str]]]:

@@ -22,7 +22,9 @@ SplitImages = CaptionedImages | ShardImages
 """The images of a split: a sequence with `take`, `paths` and `shards`."""
 
 
-def open_data_folder(path: str | Path, say: Callable[[str], None] = lambda line: None) -> DataFolder:
+def open_data_folder(
+    path: str | Path, say: Callable[[str], None] = lambda line: None
+) -> DataFolder:
     """Open a caption folder or a shard folder.
 
     Args:

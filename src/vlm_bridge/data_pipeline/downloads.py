@@ -203,7 +203,9 @@ def download(
     for file in files:
         key = f"{file.name} {' '.join(file.members)}".strip()
         if earlier := receipts.get(key):
-            done.append(Fetched(file.name, file.url, earlier["bytes"], earlier["unpacked"], was_there=True))
+            done.append(
+                Fetched(file.name, file.url, earlier["bytes"], earlier["unpacked"], was_there=True)
+            )
             continue
         target = folder / file.name
         was_there = target.is_file()
@@ -287,7 +289,10 @@ def fetch(file: RemoteFile, target: Path, progress: Progress = lambda done, tota
 
 
 def unpack(
-    archive: Path, folder: Path, members: Sequence[str], progress: Progress = lambda done, total: None
+    archive: Path,
+    folder: Path,
+    members: Sequence[str],
+    progress: Progress = lambda done, total: None,
 ) -> int:
     """Unpack what matches the patterns, checking every CRC; return the number of files. Files that are there stay.
 
@@ -302,9 +307,13 @@ def unpack(
                 if not info.is_dir() and any(fnmatch(info.filename, pattern) for pattern in members)
             ]
             if not wanted:
-                raise DataError(f"{archive} holds no {' or '.join(members)}: it was changed at its source")
+                raise DataError(
+                    f"{archive} holds no {' or '.join(members)}: it was changed at its source"
+                )
             missing = [info for info in wanted if _size(_place(folder, info)) != info.file_size]
-            _check_room(folder, sum(info.file_size for info in missing), f"what is in {archive.name}")
+            _check_room(
+                folder, sum(info.file_size for info in missing), f"what is in {archive.name}"
+            )
             for number, info in enumerate(missing, start=1 + len(wanted) - len(missing)):
                 _unpack_member(opened, info, _place(folder, info))
                 progress(number, len(wanted))
@@ -374,7 +383,9 @@ def _transfer(file: RemoteFile, partial: Path, progress: Progress) -> int | None
     return total
 
 
-def _open(url: str, headers: dict[str, str], method: str = "GET", timeout: float = TIMEOUT_S) -> Any:
+def _open(
+    url: str, headers: dict[str, str], method: str = "GET", timeout: float = TIMEOUT_S
+) -> Any:
     identity = {"User-Agent": f"vlm-bridge/{__version__}", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, headers=identity | headers, method=method)
     return urllib.request.urlopen(request, timeout=timeout)
@@ -403,8 +414,12 @@ def _version_file(partial: Path) -> Path:
 def _write_version(partial: Path, answer: Any, size: int | None) -> None:
     etag = answer.headers.get("ETag", "")
     # A weak tag promises the same meaning, not the same bytes.
-    validator = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
-    _version_file(partial).write_text(json.dumps({"validator": validator, "size": size}), encoding="utf-8")
+    validator = (
+        etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
+    )
+    _version_file(partial).write_text(
+        json.dumps({"validator": validator, "size": size}), encoding="utf-8"
+    )
 
 
 def _read_version(partial: Path) -> dict[str, Any]:
@@ -463,7 +478,9 @@ def _read_receipts(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise DataError(f"{path} is damaged: remove it, and what is missing is fetched again") from None
+        raise DataError(
+            f"{path} is damaged: remove it, and what is missing is fetched again"
+        ) from None
 
 
 def _size(path: Path) -> int:

@@ -68,7 +68,9 @@ def describe_items(
     tags = TagCounter()
     num_words: list[int] = []
     num_tokens: list[int] = []
-    for captions in _batches((caption for item in items for caption in item.captions), _CAPTIONS_AT_ONCE):
+    for captions in _batches(
+        (caption for item in items for caption in item.captions), _CAPTIONS_AT_ONCE
+    ):
         plain = [plain_caption(caption) for caption in captions]
         for caption, text in zip(captions, plain, strict=True):
             tags.add(caption[:MAX_CAPTION_CHARACTERS])
@@ -83,7 +85,9 @@ def describe_items(
     return {
         "images": len(items),
         "captions": sum(len(item.captions) for item in items),
-        "images_per_split": {split: splits[split] for split in (*SPLITS, UNDECIDED) if splits[split]},
+        "images_per_split": {
+            split: splits[split] for split in (*SPLITS, UNDECIDED) if splits[split]
+        },
         "films": len(films),
         "images_per_film": distribution(films.values()),
         "captions_per_image": distribution(len(item.captions) for item in items),

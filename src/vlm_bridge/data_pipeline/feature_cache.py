@@ -135,9 +135,13 @@ def pictures_digest(paths: Sequence[PictureFile], root: Path) -> str:
         with contextlib.suppress(OSError):
             return remembered.read_text(encoding="ascii")
         with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(lambda path: hashlib.blake2b(path.read_bytes()).hexdigest(), paths))
+            digests = list(
+                pool.map(lambda path: hashlib.blake2b(path.read_bytes()).hexdigest(), paths)
+            )
     except FileNotFoundError as error:
-        raise DataError(f"picture {error.filename} is missing; make the caption folder again") from None
+        raise DataError(
+            f"picture {error.filename} is missing; make the caption folder again"
+        ) from None
     content = cache_key(*digests)
     with contextlib.suppress(OSError):  # a read-only folder remembers nothing
         root.mkdir(parents=True, exist_ok=True)
@@ -154,7 +158,9 @@ class MappedRecords:
     def __init__(self, path: Path, count: int, record_bytes: int):
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._records = np.frombuffer(self._map, np.uint8, count * record_bytes).reshape(count, record_bytes)
+        self._records = np.frombuffer(self._map, np.uint8, count * record_bytes).reshape(
+            count, record_bytes
+        )
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         # Announced, the records come from the disk side by side, each in one piece; else page fault by page fault.
@@ -184,7 +190,9 @@ class CacheFiles:
         return -(-self.num_images // self.shard_images)
 
     def images_of(self, shard: int) -> range:
-        return range(shard * self.shard_images, min((shard + 1) * self.shard_images, self.num_images))
+        return range(
+            shard * self.shard_images, min((shard + 1) * self.shard_images, self.num_images)
+        )
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05}"
@@ -196,7 +204,9 @@ class CacheFiles:
         """The records of a shard, mapped into memory."""
         return MappedRecords(self.path(shard), len(self.images_of(shard)), self.format.record_bytes)
 
-    def damage(self, shard: int, *, check_all: bool = False, path: Path | None = None) -> str | None:
+    def damage(
+        self, shard: int, *, check_all: bool = False, path: Path | None = None
+    ) -> str | None:
         """What is wrong with a shard that is there, if anything: its size, or the checksum of a record.
 
         Args:
@@ -316,7 +326,9 @@ def open_or_build(
             files.path(shard).unlink(missing_ok=True)
         if missing or damaged or files.read_index() is None:
             _check_room(files)
-            encoded, seconds = _build_missing(files, pixels, encode, batch_images, num_workers, progress, say)
+            encoded, seconds = _build_missing(
+                files, pixels, encode, batch_images, num_workers, progress, say
+            )
             speed = {"images_per_second": round(encoded / seconds, 2)} if encoded else {}
             files.write_index({**(facts or {}), **speed})
         return FeatureCache(files, lock)
@@ -409,7 +421,9 @@ def _write_shard(
 
     batches = in_batches(files.images_of(shard), batch_images)
     loaded = prefetch(batches, lambda indices: pixels[np.array(indices)], num_workers)
-    with ThreadPoolExecutor(max_workers=1) as writer:  # writes a batch while the next one is encoded
+    with ThreadPoolExecutor(
+        max_workers=1
+    ) as writer:  # writes a batch while the next one is encoded
         written: list[Future[None]] = []
         for indices, batch in zip(batches, loaded, strict=True):
             try:
@@ -461,7 +475,9 @@ def _unavailable(folder: Path, error: OSError) -> CacheUnavailable:
 # How quickly features can be read.
 
 
-def measure_reading(read: Callable[[np.ndarray], object], count: int, seconds: float = 0.5) -> float:
+def measure_reading(
+    read: Callable[[np.ndarray], object], count: int, seconds: float = 0.5
+) -> float:
     """Images a second that ``read`` gives, in batches of 8 of at most 256 random images out of ``count``."""
     chosen = np.random.default_rng().permutation(count)[:256]
     started, done = time.perf_counter(), 0

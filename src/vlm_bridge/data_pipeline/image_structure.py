@@ -123,8 +123,12 @@ def _jpeg(content: bytes) -> Essentials:
         data = content[place + 4 : place + 2 + length]
         if marker == 0xE1 and data.startswith(b"Exif\0\0") and orientation == 1:
             orientation = exif_orientation(data)
-        is_plain &= not (marker == 0xE2 and data.startswith(b"MPF\0"))  # a second image behind the first
-        if not (0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)):  # JFIF and Adobe tell the colours
+        is_plain &= not (
+            marker == 0xE2 and data.startswith(b"MPF\0")
+        )  # a second image behind the first
+        if not (
+            0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)
+        ):  # JFIF and Adobe tell the colours
             kept.append(content[place : place + 2 + length])
         place += 2 + max(length, 2)
     return Essentials(b"".join([*kept, content[place:]]), orientation, is_plain)
@@ -244,7 +248,10 @@ def _tiff(content: bytes) -> Essentials:
     try:
         (start,) = struct.unpack_from(order + layout.offset, content, header)
         (count,) = struct.unpack_from(order + layout.count, content, start)
-        place, step = start + struct.calcsize(order + layout.count), struct.calcsize(order + layout.entry)
+        place, step = (
+            start + struct.calcsize(order + layout.count),
+            struct.calcsize(order + layout.entry),
+        )
         if count > MAX_PARTS:
             raise StructureError(f"{count:,} tags")
         for number in range(count):
@@ -267,7 +274,8 @@ def _tiff(content: bytes) -> Essentials:
     rest = content[header + len(pointer) :]
     no_other = bytes(len(pointer))
     return Essentials(
-        content[:header] + pointer + rest + directory + no_other, orientation if 1 <= orientation <= 8 else 1
+        content[:header] + pointer + rest + directory + no_other,
+        orientation if 1 <= orientation <= 8 else 1,
     )
 
 

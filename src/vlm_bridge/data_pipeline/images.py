@@ -167,7 +167,9 @@ def iter_image_paths(
             continue
         if path.is_dir():
             matches = _images(path.rglob("*"), given, say)
-            missing = f"no picture in folder {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+            missing = (
+                f"no picture in folder {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
         elif _GLOB_CHARACTERS & set(str(path)):
             # Path.glob takes relative patterns only.
             anchor = Path(path.anchor)
@@ -181,7 +183,9 @@ def iter_image_paths(
     return found
 
 
-def _images(candidates: Iterable[Path], given: str | Path, say: Callable[[str], None]) -> list[Path]:
+def _images(
+    candidates: Iterable[Path], given: str | Path, say: Callable[[str], None]
+) -> list[Path]:
     files = [path for path in candidates if not path.name.startswith(".") and path.is_file()]
     others = Counter(path.suffix.lower() or "no suffix" for path in files)
     for suffix in IMAGE_SUFFIXES:
@@ -189,7 +193,9 @@ def _images(candidates: Iterable[Path], given: str | Path, say: Callable[[str], 
     if others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
         more = f" and {len(others) - 5} other kinds" if len(others) > 5 else ""
-        say(f"{given}: skipped {others.total():,} files that are no images by their names ({kinds}{more})")
+        say(
+            f"{given}: skipped {others.total():,} files that are no images by their names ({kinds}{more})"
+        )
     return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -264,7 +270,9 @@ def _check_cost(opened: Image.Image, parts: Essentials, name: str) -> None:
     # Entropy-coded data never holds these bytes; metadata may, a few times.
     scans = parts.content.count(_START_OF_SCAN) if is_jpeg else 1
     if scans * width * height > max(MAX_SCAN_PIXELS, 10 * LIMITS.max_pixels):
-        raise ImageError(name, f"{width} x {height} in {scans:,} scans would take minutes to decode")
+        raise ImageError(
+            name, f"{width} x {height} in {scans:,} scans would take minutes to decode"
+        )
 
 
 def _shrink_while_read(opened: Image.Image) -> bool:

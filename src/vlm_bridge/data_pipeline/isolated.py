@@ -85,7 +85,9 @@ class ImageReader:
 
     def open_image(self, picture: str | PictureFile | bytes) -> Image.Image:
         """As `images.open_image`, also of a file's bytes. Raises ImageError."""
-        (read,) = self._pool.result(self._pool.submit([picture]), [picture], lambda _, reason: reason)
+        (read,) = self._pool.result(
+            self._pool.submit([picture]), [picture], lambda _, reason: reason
+        )
         if isinstance(read, str):
             raise ImageError(images.name_of(picture), read)
         size, pixels = read
@@ -119,7 +121,9 @@ def _begin(max_pixels: int, memory: int) -> None:
     """Set up a process: its limits, and Ctrl-C left to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     images.LIMITS.max_pixels = max_pixels
-    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # Windows; macOS counts otherwise
+    with contextlib.suppress(
+        ImportError, OSError, ValueError, IndexError
+    ):  # Windows; macOS counts otherwise
         import resource
 
         if max_pixels:

@@ -62,7 +62,9 @@ class CaptionFormat:
     @cached_property
     def prompt_ids(self) -> list[int]:
         """What generation starts from, the same tokens as in training."""
-        return [self.start_id, *self.encode_all([self.prompt])[0]] if self.prompt else [self.start_id]
+        return (
+            [self.start_id, *self.encode_all([self.prompt])[0]] if self.prompt else [self.start_id]
+        )
 
     def tokenize(self, caption: str) -> TokenizedCaption:
         return self.with_targets(self.targets([caption])[0])
@@ -71,12 +73,15 @@ class CaptionFormat:
         """The tokens to predict for each caption: its words and EOS, cut at ``max_caption_tokens``."""
         # Behind a prompt, words begin with a space as in running text.
         texts = [f" {caption}" if self.prompt else caption for caption in captions]
-        return [[*words, self.eos_id][: self.max_caption_tokens] for words in self.encode_all(texts)]
+        return [
+            [*words, self.eos_id][: self.max_caption_tokens] for words in self.encode_all(texts)
+        ]
 
     def with_targets(self, targets: Sequence[int]) -> TokenizedCaption:
         prompt = self.prompt_ids
         return TokenizedCaption(
-            input_ids=(*prompt, *targets[:-1]), labels=(*[IGNORE_INDEX] * (len(prompt) - 1), *targets)
+            input_ids=(*prompt, *targets[:-1]),
+            labels=(*[IGNORE_INDEX] * (len(prompt) - 1), *targets),
         )
 
 
@@ -140,7 +145,10 @@ class TokenizedImages:
         """Lay the captions of each row one behind the other and pad the rows to one length."""
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
         first_places = [
-            [int(self._first_place[self._first_caption[row.image] + number]) for number in row.captions]
+            [
+                int(self._first_place[self._first_caption[row.image] + number])
+                for number in row.captions
+            ]
             for row in rows
         ]
         return pack_rows([row.image for row in rows], chosen, first_places)
@@ -199,7 +207,10 @@ def pack_rows(
         images: [B], whose features each row reads.
         first_places: where each caption begins among all positions of the split; None for captions that no split has.
     """
-    shape = len(images), max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows)
+    shape = (
+        len(images),
+        max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows),
+    )
     input_ids, segments, places = (np.zeros(shape, np.int64) for _ in range(3))
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     for b, captions in enumerate(captions_of_rows):
@@ -312,7 +323,9 @@ class EpochPlan:
         runs = zip(np.append(0, ends[:-1]).tolist(), ends.tolist(), strict=True)
         # Images with equally many captions are shuffled together: Flickr's and COCO's nearly all have five.
         shuffled = [
-            random.permuted(np.tile(np.arange(int(counts[start])), (end - start, 1)), axis=1).ravel()
+            random.permuted(
+                np.tile(np.arange(int(counts[start])), (end - start, 1)), axis=1
+            ).ravel()
             for start, end in runs
         ]
         return np.concatenate(shuffled)
@@ -322,7 +335,11 @@ class EpochBatches(Sequence[list[Row]]):
     """The batches of an epoch; their rows are made when they are asked for."""
 
     def __init__(
-        self, batches: list[np.ndarray], row_image: np.ndarray, row_start: np.ndarray, captions: np.ndarray
+        self,
+        batches: list[np.ndarray],
+        row_image: np.ndarray,
+        row_start: np.ndarray,
+        captions: np.ndarray,
     ):
         self._batches = batches
         self._row_image, self._row_start, self._captions = row_image, row_start, captions

@@ -63,7 +63,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, di
             row = 0
             for batch in _batches(file, row_group, columns, TEXT_ROWS, path):
                 for values in zip(*batch.columns, strict=True):
-                    yield row_group, row, dict(zip(batch.schema.names, map(_plain, values), strict=True))
+                    yield (
+                        row_group,
+                        row,
+                        dict(zip(batch.schema.names, map(_plain, values), strict=True)),
+                    )
                     row += 1
 
 
@@ -77,7 +81,9 @@ def read_pictures(pictures: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
     """
     for path, of_file in groupby(pictures, key=lambda picture: picture.file):
         with _opened(path) as file:
-            for (row_group, column), wanted in groupby(of_file, key=lambda p: (p.row_group, p.column)):
+            for (row_group, column), wanted in groupby(
+                of_file, key=lambda p: (p.row_group, p.column)
+            ):
                 rows = _picture_rows(file, row_group, column, path)
                 position, content = -1, None
                 for picture in wanted:
@@ -123,7 +129,10 @@ def _opened(path: Path, *, read_dictionary: Sequence[str] | None = None) -> Parq
 
     try:
         return ParquetFile(
-            path, buffer_size=_READ_AHEAD, pre_buffer=False, read_dictionary=list(read_dictionary or ())
+            path,
+            buffer_size=_READ_AHEAD,
+            pre_buffer=False,
+            read_dictionary=list(read_dictionary or ()),
         )
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
@@ -138,10 +147,14 @@ def _batches(
 
     try:
         # One thread: decoding pictures is what takes time, and the other processes do that.
-        yield from file.iter_batches(rows, row_groups=[row_group], columns=list(columns), use_threads=False)
+        yield from file.iter_batches(
+            rows, row_groups=[row_group], columns=list(columns), use_threads=False
+        )
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged or no parquet file ({' '.join(str(error).split())}): get it again")
+    return DataError(
+        f"{path} is damaged or no parquet file ({' '.join(str(error).split())}): get it again"
+    )

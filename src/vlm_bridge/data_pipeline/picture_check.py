@@ -79,7 +79,9 @@ def check_pictures(
     remembered = remember_in / f".checked-{_state_of(paths)}" if remember_in is not None else None
     if remembered is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return {int(index): str(reason) for index, reason in parse_json(remembered.read_bytes())}
+            return {
+                int(index): str(reason) for index, reason in parse_json(remembered.read_bytes())
+            }
     bad: dict[int, str] = {}
     done, said = 0, time.monotonic()
     parts = [

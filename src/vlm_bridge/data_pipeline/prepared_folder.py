@@ -86,7 +86,9 @@ def _make(root: Path, say: Callable[[str], None]) -> dict[str, Any]:
                 said = time.monotonic()
                 say(f"{split}: hashed {len(digests[split]):,} of about {len(images):,} images")
     if not counts:
-        raise DataError(f"the {CAPTIONS_NAME} files in {root} have no lines: prepare the folder again")
+        raise DataError(
+            f"the {CAPTIONS_NAME} files in {root} have no lines: prepare the folder again"
+        )
     train = set(digests.get("train", {}).values())
     shared = {s: len(train & set(digests[s].values())) for s in counts if s != "train"}
     return {
@@ -96,7 +98,9 @@ def _make(root: Path, say: Callable[[str], None]) -> dict[str, Any]:
         "source": PREPARED_ELSEWHERE,
         "counts": counts,
         "also_in_train": {split: number for split, number in shared.items() if number},
-        "fingerprint": fingerprint({split: caption_lines(root / split) for split in counts}, digests),
+        "fingerprint": fingerprint(
+            {split: caption_lines(root / split) for split in counts}, digests
+        ),
     }
 
 
@@ -131,7 +135,9 @@ def _state(root: Path) -> str:
         folder = root / split
         if (folder / CAPTIONS_NAME).is_file():
             with (folder / CAPTIONS_NAME).open("rb") as file:
-                digest.update(f"{split}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+                digest.update(
+                    f"{split}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode()
+                )
             for path in image_files(folder):
                 line = f"{path.name}\0{path.stat().st_size}\0"
                 digest.update(line.encode(errors="surrogateescape"))

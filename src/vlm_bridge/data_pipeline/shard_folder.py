@@ -51,8 +51,19 @@ SAMPLE = np.dtype(
 )  # fmt: skip
 """Of a sample: where its picture and its caption lie in the tar, and where the picture's name ends among all names."""
 _SAMPLE = struct.Struct("<qiqi?i")
-_COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip -S .tgz", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
-_MAGIC = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+_COMPRESSED = {
+    ".gz": "gunzip",
+    ".tgz": "gunzip -S .tgz",
+    ".bz2": "bunzip2",
+    ".xz": "unxz",
+    ".zst": "unzstd",
+}
+_MAGIC = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
 
 Say = Callable[[str], None]
 
@@ -84,14 +95,18 @@ class ShardIndex:
     def caption(self, number: int) -> str:
         """Read a caption from the tar. DataError where it is not what was indexed."""
         sample = self.samples[number]
-        place = CaptionPlace(int(sample["caption"]), int(sample["caption_size"]), bool(sample["is_json"]))
+        place = CaptionPlace(
+            int(sample["caption"]), int(sample["caption_size"]), bool(sample["is_json"])
+        )
         with contextlib.suppress(OSError, UnicodeDecodeError):
             with self.path.open("rb") as file:
                 content = read_at(file, place.offset, place.size)
             caption = place.caption_in(content)
             if len(content) == place.size and is_text(caption) and caption.strip():
                 return caption
-        raise DataError(f"shard {self.path} was changed after it was indexed: run the same command again")
+        raise DataError(
+            f"shard {self.path} was changed after it was indexed: run the same command again"
+        )
 
     @property
     def content(self) -> bytes:
@@ -120,7 +135,9 @@ class ShardFolder:
         root = Path(root)
         shards: dict[str, list[Path]] = {}
         for split in SPLITS:
-            found = [path for path in sorted((root / split).glob("*")) if not path.name.startswith(".")]
+            found = [
+                path for path in sorted((root / split).glob("*")) if not path.name.startswith(".")
+            ]
             for path in found:
                 _refuse_compressed(path)
             if tars := [path for path in found if path.suffix == ".tar" and path.is_file()]:
@@ -159,7 +176,10 @@ class ShardFolder:
     def manifest(self) -> dict[str, Any]:
         """What a caption folder's manifest says, as far as shards tell it."""
         counts = {
-            split: {"images": sum(len(index.samples) for index in self._indices(split)), "shards": len(tars)}
+            split: {
+                "images": sum(len(index.samples) for index in self._indices(split)),
+                "shards": len(tars),
+            }
             for split, tars in self.shards.items()
         }
         return {"source": "shards", "counts": counts, "fingerprint": self.fingerprint}
@@ -269,7 +289,12 @@ def known_index(path: Path, kept: Path) -> ShardIndex:
         status = path.stat()
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror or error}") from None
-    of_tar = {"layout": LAYOUT, "name": path.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    of_tar = {
+        "layout": LAYOUT,
+        "name": path.name,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
     if (index := _read_kept(kept, path, of_tar)) is not None:
         return index
     index = index_shard(path)
@@ -311,11 +336,18 @@ def index_shard(path: Path) -> ShardIndex:
             names += found.picture.member.encode(errors="surrogateescape")
             place = found.caption_place
             samples += _SAMPLE.pack(
-                found.picture.offset, found.picture.size, place.offset, place.size, place.is_json, len(names)
+                found.picture.offset,
+                found.picture.size,
+                place.offset,
+                place.size,
+                place.is_json,
+                len(names),
             )
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror or error}") from None
-    return ShardIndex(path, np.frombuffer(bytes(samples), SAMPLE), bytes(names), tuple(losses), size)
+    return ShardIndex(
+        path, np.frombuffer(bytes(samples), SAMPLE), bytes(names), tuple(losses), size
+    )
 
 
 def _read_kept(kept: Path, path: Path, of_tar: dict[str, Any]) -> ShardIndex | None:
@@ -360,7 +392,9 @@ def _fingerprint(indices: dict[str, list[ShardIndex]]) -> str:
     total = hashlib.sha256()
     for split, of_split in indices.items():
         for index in of_split:
-            total.update(f"{split}/{index.path.name}\t{index.size}\t{_checksum(index.content)}\n".encode())
+            total.update(
+                f"{split}/{index.path.name}\t{index.size}\t{_checksum(index.content)}\n".encode()
+            )
     return f"sha256:{total.hexdigest()}"
 
 

@@ -47,7 +47,11 @@ class CaptionPlace(NamedTuple):
 
     def caption_in(self, content: bytes) -> object:
         """What is written there, if it is text; ``content`` is the member's. Raises UnicodeDecodeError."""
-        return _parse_object(content).get("caption") if self.is_json else content.decode("utf-8").strip()
+        return (
+            _parse_object(content).get("caption")
+            if self.is_json
+            else content.decode("utf-8").strip()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,9 @@ def _members(file: BinaryIO, file_size: int) -> Iterator[tarfile.TarInfo]:
         tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[arg-type] # noqa: SIM115 - it holds only `file`
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] - it would keep every header of the file
-            if member.size < 0 or tar.offset <= reached:  # sizes below zero lead back, and round for ever
+            if (
+                member.size < 0 or tar.offset <= reached
+            ):  # sizes below zero lead back, and round for ever
                 raise tarfile.ReadError("a member before the last one")
             reached = tar.offset
             if member.offset_data + member.size > file_size:
@@ -219,7 +225,11 @@ class _Parts:
         captions, records = _of_kind(self.texts, "txt"), _of_kind(self.texts, "json")
         metadata = _parse_object(self.texts[records[0]][1]) if records else {}
         images = _of_kind(self.images, *PICTURE_EXTENSIONS)
-        if problem := self.problem or self._several("images", images) or self._several("texts", captions):
+        if (
+            problem := self.problem
+            or self._several("images", images)
+            or self._several("texts", captions)
+        ):
             return self._loss(problem, metadata)
         if (status := metadata.get("status", "success")) != "success":
             return self._loss(f"img2dataset says {status}", metadata)
@@ -250,12 +260,16 @@ class _Parts:
         """Return the problem of a sample with several members that could be the one."""
         if len(extensions) < 2:
             return ""
-        names = ", ".join(f"{self.key.rpartition('/')[2]}.{extension}" for extension in extensions[:3])
+        names = ", ".join(
+            f"{self.key.rpartition('/')[2]}.{extension}" for extension in extensions[:3]
+        )
         more = ", ..." if len(extensions) > 3 else ""
         why = f": {CUT_AT_FIRST_DOT}" if any("." in extension for extension in extensions) else ""
         return f"it has several {what} ({names}{more}){why}"
 
-    def _loss(self, reason: str, metadata: dict[str, Any], *, incomplete: bool = False) -> ShardLoss:
+    def _loss(
+        self, reason: str, metadata: dict[str, Any], *, incomplete: bool = False
+    ) -> ShardLoss:
         url = metadata.get("url")
         return ShardLoss(self.key, f"{reason} (from {url})" if url else reason, incomplete)
 

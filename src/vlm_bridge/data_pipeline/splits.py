@@ -77,7 +77,9 @@ class SplitRule:
 
     def resolve(self, films: Sequence[str | None]) -> SplitRule:
         """Return this rule with all decided for images of these films (None: the id names no film)."""
-        if films and self.held_out_at_least > len(films) * min(self.val_fraction, self.test_fraction):
+        if films and self.held_out_at_least > len(films) * min(
+            self.val_fraction, self.test_fraction
+        ):
             share = round(min(0.1, self.held_out_at_least / len(films)), 4)
             return SplitRule("image", max(self.val_fraction, share), max(self.test_fraction, share))
         if self.by is not None:
@@ -85,7 +87,9 @@ class SplitRule:
         by = "film" if films and all(film is not None for film in films) else "image"
         return SplitRule(by, self.val_fraction, self.test_fraction)
 
-    def assign(self, image_ids: Sequence[str], films: Sequence[str | None], *, seed: int) -> list[SplitName]:
+    def assign(
+        self, image_ids: Sequence[str], films: Sequence[str | None], *, seed: int
+    ) -> list[SplitName]:
         """Return the split of every image; the order of the images does not matter.
 
         Raises:
@@ -95,7 +99,9 @@ class SplitRule:
             case "film":
                 return self._assign_films(image_ids, films, seed)
             case "image":
-                ranked = sorted(image_ids, key=lambda image_id: (_position(image_id, seed), image_id))
+                ranked = sorted(
+                    image_ids, key=lambda image_id: (_position(image_id, seed), image_id)
+                )
                 sizes = self.sizes(len(ranked))
                 dealt: list[SplitName] = [s for s in (*_HELD_OUT, "train") for _ in range(sizes[s])]
                 split_of = dict(zip(ranked, dealt, strict=True))
@@ -134,7 +140,9 @@ class SplitRule:
     ) -> list[SplitName]:
         for image_id, film in zip(image_ids, films, strict=True):
             if film is None:
-                raise DataError(f"image id {image_id!r} names no film (tt and digits): use --split-by image")
+                raise DataError(
+                    f"image id {image_id!r} names no film (tt and digits): use --split-by image"
+                )
         images_of = Counter(film for film in films if film is not None)
         wanted = self.sizes(len(image_ids))
         to_fill: list[SplitName] = [split for split in _HELD_OUT if wanted[split]]
@@ -197,7 +205,9 @@ def nearest_subset(sizes: Sequence[int], target: int, *, leave: int) -> list[int
     return chosen[::-1]
 
 
-def assign_split(image_id: str, *, seed: int, val_fraction: float, test_fraction: float) -> SplitName:
+def assign_split(
+    image_id: str, *, seed: int, val_fraction: float, test_fraction: float
+) -> SplitName:
     """Return the split of an image: a hash of (seed, id), so adding images never moves the others."""
     position = _position(image_id, seed)
     if position < test_fraction:

@@ -83,7 +83,9 @@ class TagCounter:
             ids = _IDS.findall(tag, opening.end())
             ids_of_caption.update(ids)
             self._tags[kind] += 1
-            self._classes[kind][(opening["double"] or opening["single"] or opening["bare"] or "(none)")] += 1
+            self._classes[kind][
+                (opening["double"] or opening["single"] or opening["bare"] or "(none)")
+            ] += 1
             self._ids_per_tag[kind][len(ids)] += 1
         self._unbalanced += opened != closed
         if opened or closed:

@@ -55,9 +55,13 @@ class TarPicture:
             with self.file.open("rb") as file:
                 content = read_at(file, self.offset, self.size)
         except OSError as error:
-            raise ImageError(self, f"its shard cannot be read ({error.strerror or error})") from None
+            raise ImageError(
+                self, f"its shard cannot be read ({error.strerror or error})"
+            ) from None
         if len(content) < self.size:
-            raise ImageError(self, "its shard became shorter after it was indexed: fetch the shard again")
+            raise ImageError(
+                self, "its shard became shorter after it was indexed: fetch the shard again"
+            )
         return content
 
     @classmethod

@@ -43,7 +43,13 @@ from vlm_bridge.data_pipeline.caption_folder import (
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import decode_image
 from vlm_bridge.data_pipeline.isolated import IsolatedPool
-from vlm_bridge.data_pipeline.sources.base import Picture, Rejected, Source, SourceItem, iter_pictures
+from vlm_bridge.data_pipeline.sources.base import (
+    Picture,
+    Rejected,
+    Source,
+    SourceItem,
+    iter_pictures,
+)
 from vlm_bridge.data_pipeline.splits import (
     DUPLICATE_PRIORITY,
     SPLITS,
@@ -108,7 +114,9 @@ def transform(
     rule = split_rule(source, split_by, val_fraction, test_fraction)
     _check_at_least_one(workers=workers, image_size=image_size, limit=limit)
     if not 0 <= near_duplicate_distance <= 64:
-        raise UsageError(f"--near-duplicate-distance must be from 0 to 64, not {near_duplicate_distance}")
+        raise UsageError(
+            f"--near-duplicate-distance must be from 0 to 64, not {near_duplicate_distance}"
+        )
     style = caption_style or source.default_caption_style
     planned, rejected, rule = _plan(source, style, rule, seed, limit)
     settings = {
@@ -120,13 +128,20 @@ def transform(
         "limit": limit,
         "near_duplicate_distance": near_duplicate_distance,
     }
-    identity = {"source": source.name, "seed": seed, **settings, "content": _content_digest(planned)}
+    identity = {
+        "source": source.name,
+        "seed": seed,
+        **settings,
+        "content": _content_digest(planned),
+    }
 
     writer = CaptionFolderWriter(Path(output_dir))
     if finished := _claim(writer, identity):
         return finished
     with _alone(writer):
-        return _make_folder(source, writer, planned, rejected, rule, settings, identity, workers, progress)
+        return _make_folder(
+            source, writer, planned, rejected, rule, settings, identity, workers, progress
+        )
 
 
 def _make_folder(
@@ -145,7 +160,9 @@ def _make_folder(
         writer, planned, settings["image_size"], source.finds_near_duplicates, workers, progress
     )
 
-    rejected += [Rejected(p.image_id, o.error) for p in planned if (o := outcomes[p.image_id]).error]
+    rejected += [
+        Rejected(p.image_id, o.error) for p in planned if (o := outcomes[p.image_id]).error
+    ]
     usable = [p for p in planned if not outcomes[p.image_id].error]
     kept, doubles, within_split = _drop_duplicates(usable, outcomes)
     rejected += doubles
@@ -156,7 +173,11 @@ def _make_folder(
 
     lines = {split: _caption_lines(kept, split) for split in SPLITS}
     digests = {
-        split: {f"{IMAGES_NAME}/{p.file_name}": outcomes[p.image_id].sha256 for p in kept if p.split == split}
+        split: {
+            f"{IMAGES_NAME}/{p.file_name}": outcomes[p.image_id].sha256
+            for p in kept
+            if p.split == split
+        }
         for split in SPLITS
     }
     manifest = {
@@ -166,13 +187,17 @@ def _make_folder(
         "source": source.name,
         "description": source.description,
         "licence_note": source.licence_note,
-        "counts": {split: {"images": len(digests[split]), "captions": len(lines[split])} for split in SPLITS},
+        "counts": {
+            split: {"images": len(digests[split]), "captions": len(lines[split])}
+            for split in SPLITS
+        },
         "split_rule": source.split_rule or rule.describe(),
         "seed": identity["seed"],
         "settings": settings,
         "content": identity["content"],
         "duplicates": {
-            "rule": "equal pixels across splits: kept in the first of " + ", ".join(DUPLICATE_PRIORITY),
+            "rule": "equal pixels across splits: kept in the first of "
+            + ", ".join(DUPLICATE_PRIORITY),
             "set_aside": len(doubles),
             "within_a_split": within_split,
         },
@@ -206,7 +231,9 @@ def preview(
     """
     rule = split_rule(source, split_by, val_fraction, test_fraction)
     _check_at_least_one(limit=limit)
-    planned, _, rule = _plan(source, caption_style or source.default_caption_style, rule, seed, limit)
+    planned, _, rule = _plan(
+        source, caption_style or source.default_caption_style, rule, seed, limit
+    )
     return {split: [len(p.captions) for p in planned if p.split == split] for split in SPLITS}, rule
 
 
@@ -218,7 +245,8 @@ def split_rule(
     if any(value is not None for value in given.values()):
         given["held_out_at_least"] = 0
     return replace(
-        source.default_split_rule, **{name: value for name, value in given.items() if value is not None}
+        source.default_split_rule,
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -243,7 +271,9 @@ def _plan(
     items = source.items()
     # Names of files that are no text cannot be written into captions.jsonl.
     rejected = [
-        Rejected(item.image_id, "its name is not UTF-8") for item in items if not is_text(item.image_id)
+        Rejected(item.image_id, "its name is not UTF-8")
+        for item in items
+        if not is_text(item.image_id)
     ]
     if rejected:
         items = [item for item in items if is_text(item.image_id)]
@@ -252,7 +282,9 @@ def _plan(
     rule = rule.resolve(films)
     split_of = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
     if limit is not None:
-        items = _sample(items, [item.split or split_of[item.image_id] for item in items], limit, seed)
+        items = _sample(
+            items, [item.split or split_of[item.image_id] for item in items], limit, seed
+        )
     planned: list[_Planned] = []
     rejected = [*source.rejected, *rejected]
     taken_names: set[str] = set()
@@ -265,25 +297,35 @@ def _plan(
         cleaned = [clean_caption(caption, style) for caption in short]
         captions = tuple(filter(None, cleaned))
         if empty := len(cleaned) - len(captions):
-            rejected.append(Rejected(item.image_id, f"{empty} of {len(cleaned)} captions without words"))
+            rejected.append(
+                Rejected(item.image_id, f"{empty} of {len(cleaned)} captions without words")
+            )
         if not captions:
             continue
-        planned.append(_Planned(item.image_id, captions, split, _file_name(item.image_id, taken_names), item))
+        planned.append(
+            _Planned(item.image_id, captions, split, _file_name(item.image_id, taken_names), item)
+        )
     repeated = [image_id for image_id, n in Counter(p.image_id for p in planned).items() if n > 1]
     if repeated:
         raise DataError(f"the source names image {repeated[0]} more than once")
     return planned, rejected, rule
 
 
-def _sample(items: list[SourceItem], splits: list[SplitName], limit: int, seed: int) -> list[SourceItem]:
+def _sample(
+    items: list[SourceItem], splits: list[SplitName], limit: int, seed: int
+) -> list[SourceItem]:
     """Return ``limit`` items of each split in their own order, chosen by a hash of (seed, id)."""
 
     def rank(index: int) -> bytes:
         # Apart from the hash that splits: a sample of one split must not depend on the shares.
-        return hashlib.blake2b(f"sample/{seed}/{items[index].image_id}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(
+            f"sample/{seed}/{items[index].image_id}".encode(), digest_size=16
+        ).digest()
 
     of_split = {split: [i for i, its in enumerate(splits) if its == split] for split in SPLITS}
-    chosen = sorted(i for indices in of_split.values() for i in heapq.nsmallest(limit, indices, key=rank))
+    chosen = sorted(
+        i for indices in of_split.values() for i in heapq.nsmallest(limit, indices, key=rank)
+    )
     return [items[index] for index in chosen]
 
 
@@ -495,7 +537,8 @@ def _run(tasks: Iterator[_Task], processes: int) -> Generator[_Outcome]:
             if not pending:
                 return
             yield from pool.result(
-                *pending.popleft(), failed=lambda task, reason: _Outcome(task.image_id, error=reason)
+                *pending.popleft(),
+                failed=lambda task, reason: _Outcome(task.image_id, error=reason),
             )
     finally:
         pool.close()
@@ -588,12 +631,16 @@ def _drop_duplicates(
             kept.append(p)
         else:
             doubles.append(
-                Rejected(p.image_id, f"{p.split}: same picture as {first.image_id} in {first.split}")
+                Rejected(
+                    p.image_id, f"{p.split}: same picture as {first.image_id} in {first.split}"
+                )
             )
     return kept, doubles, len(kept) - len(home)
 
 
-def _near_duplicates(kept: list[_Planned], outcomes: dict[str, _Outcome], distance: int) -> dict[str, Any]:
+def _near_duplicates(
+    kept: list[_Planned], outcomes: dict[str, _Outcome], distance: int
+) -> dict[str, Any]:
     """Report pairs of pictures that look alike; those across splits first, then the most alike."""
     hashes = np.array([int(outcomes[p.image_id].looks, 16) for p in kept], dtype=np.uint64)
     pairs = near_pairs(hashes, distance)
@@ -608,7 +655,10 @@ def _near_duplicates(kept: list[_Planned], outcomes: dict[str, _Outcome], distan
         "pairs_across_splits": int(across.sum()),
         "listed": [
             {
-                "images": [f"{kept[i].split}/{kept[i].image_id}", f"{kept[j].split}/{kept[j].image_id}"],
+                "images": [
+                    f"{kept[i].split}/{kept[i].image_id}",
+                    f"{kept[j].split}/{kept[j].image_id}",
+                ],
                 "distance": int(bits[n]),
             }
             for n in order

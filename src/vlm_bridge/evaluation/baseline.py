@@ -63,7 +63,9 @@ class Family(Protocol):
         """[B, 3, h, w] -> what the decoder reads of each image [B, ...]."""
         ...
 
-    def inputs(self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> dict[str, Any]: ...
+    def inputs(
+        self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor
+    ) -> dict[str, Any]: ...
 
 
 class Blip:
@@ -83,7 +85,9 @@ class Blip:
     def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
         return self.encoder(pixel_values=pixels_bchw).last_hidden_state
 
-    def inputs(self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> dict[str, Any]:
+    def inputs(
+        self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor
+    ) -> dict[str, Any]:
         return {"input_ids": ids_bt, "attention_mask": mask_bt, "encoder_hidden_states": state}
 
 
@@ -103,7 +107,9 @@ class Git:
     def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
         return pixels_bchw
 
-    def inputs(self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> dict[str, Any]:
+    def inputs(
+        self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor
+    ) -> dict[str, Any]:
         return {"input_ids": ids_bt, "attention_mask": mask_bt, "pixel_values": state}
 
 
@@ -124,7 +130,9 @@ class VisionEncoderDecoder:
     def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
         return self.encoder(pixel_values=pixels_bchw).last_hidden_state
 
-    def inputs(self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> dict[str, Any]:
+    def inputs(
+        self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: torch.Tensor
+    ) -> dict[str, Any]:
         from transformers.modeling_outputs import BaseModelOutput
 
         return {
@@ -149,7 +157,9 @@ class BaselineCaptioner:
     with is said by :class:`DecodeSettings` alone, so that models are compared and not their settings.
     """
 
-    def __init__(self, model: Any, processor: Any, tokenizer: Any, family: Family, prompt: str | None = None):
+    def __init__(
+        self, model: Any, processor: Any, tokenizer: Any, family: Family, prompt: str | None = None
+    ):
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = tokenizer
@@ -176,7 +186,12 @@ class BaselineCaptioner:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, device: str = "auto", *, revision: str | None = None, prompt: str | None = None
+        cls,
+        name: str,
+        device: str = "auto",
+        *,
+        revision: str | None = None,
+        prompt: str | None = None,
     ) -> BaselineCaptioner:
         """Load a captioning model of `transformers` from a folder or the Hugging Face hub.
 
@@ -259,7 +274,9 @@ class BaselineCaptioner:
             NotMeasurable: a position of the decoder sees what it should predict: a loss would mean nothing.
         """
         data = TokenizedImages(images, self.format)
-        pixels = OnTheFlyPixels([image.path for image in images], lambda x: self._preprocess(x).numpy())
+        pixels = OnTheFlyPixels(
+            [image.path for image in images], lambda x: self._preprocess(x).numpy()
+        )
         self._check_causality(data, pixels)
 
         wrong_image = shuffled_images(len(data))
@@ -313,7 +330,9 @@ class BaselineCaptioner:
     def _encode(self, pixels_bchw: np.ndarray) -> torch.Tensor:
         return self.family.encode(torch.from_numpy(pixels_bchw).to(self.model.device))
 
-    def _logits(self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: Any = None) -> torch.Tensor:
+    def _logits(
+        self, state: torch.Tensor, ids_bt: torch.Tensor, mask_bt: Any = None
+    ) -> torch.Tensor:
         """Logits [B, T, vocabulary] of the text positions, whatever stands before the text."""
         mask_bt = torch.ones_like(ids_bt) if mask_bt is None else mask_bt
         output = self.family.decoder(**self.family.inputs(state, ids_bt, mask_bt), use_cache=False)
@@ -339,7 +358,9 @@ class BaselineCaptioner:
         if ids.shape[1] < 2:
             return
         other = ids.clone()
-        other[:, -1] = self.format.start_id if ids[0, -1] != self.format.start_id else self.format.eos_id
+        other[:, -1] = (
+            self.format.start_id if ids[0, -1] != self.format.start_id else self.format.eos_id
+        )
         state = self._encode(pixels[np.array([0])])
         before, after = (self._logits(state, rows)[:, :-1] for rows in (ids, other))
         if not torch.allclose(before, after, atol=1e-3, rtol=1e-3):

@@ -45,7 +45,9 @@ def caption_statistics(
 ) -> CaptionStatistics:
     """Count over captions, at least one; ``finished`` says of each whether it came to its end, where known."""
     sentences = [sentence.split() for sentence in regex_tokenize(captions)]
-    phrases = Counter(phrase for words in sentences for phrase in dict.fromkeys(_ngrams(words, PHRASE)))
+    phrases = Counter(
+        phrase for words in sentences for phrase in dict.fromkeys(_ngrams(words, PHRASE))
+    )
     known = [end for end in finished if end is not None]
     total = len(sentences)
     return CaptionStatistics(
@@ -62,7 +64,9 @@ def caption_statistics(
 
 def _repeats(words: Sequence[str]) -> bool:
     ngrams = _ngrams(words, REPEATED)
-    return len(set(ngrams)) < len(ngrams) or any(first == second for first, second in pairwise(words))
+    return len(set(ngrams)) < len(ngrams) or any(
+        first == second for first, second in pairwise(words)
+    )
 
 
 def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:

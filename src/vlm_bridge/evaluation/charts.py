@@ -61,7 +61,9 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, key: str, leg
     return _svg(figure, axes, legend, title, key)
 
 
-def histogram(title: str, counts: Mapping[str, Mapping[int, float]], *, x_label: str, key: str) -> str:
+def histogram(
+    title: str, counts: Mapping[str, Mapping[int, float]], *, x_label: str, key: str
+) -> str:
     """Shares of whole numbers as steps, one outline a series, so that they can be seen behind each other."""
     figure, axes = _axes(title, x_label)
     for number, (name, by_value) in enumerate(counts.items()):
@@ -70,7 +72,9 @@ def histogram(title: str, counts: Mapping[str, Mapping[int, float]], *, x_label:
         heights = [by_value.get(value, 0) for value in range(first, last + 1)]
         colour = _SERIES[number % SERIES]
         label = name.replace("$", r"\$")
-        axes.stairs(heights, edges, label=label, edgecolor=colour, facecolor=colour, alpha=0.18, fill=True)
+        axes.stairs(
+            heights, edges, label=label, edgecolor=colour, facecolor=colour, alpha=0.18, fill=True
+        )
         axes.stairs(heights, edges, edgecolor=colour, linewidth=1.6)
     axes.set_ylim(bottom=0)
     return _svg(figure, axes, len(counts) > 1, title, key)
@@ -98,7 +102,9 @@ def _svg(figure: Any, axes: Any, legend: bool, title: str, key: str) -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # Text stays text, to be read aloud and found; ids depend on content alone, so that a report can be compared.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "axes.unicode_minus": False}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": key, "axes.unicode_minus": False}
+    ):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

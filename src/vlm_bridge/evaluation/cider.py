@@ -32,7 +32,9 @@ def caption_tokens(sentence: str) -> str:
     It parts clitics as PTB does (`n't`, `'s`); of PTB's other habits (abbreviations, fractions, brackets) it knows
     nothing. The same tokens as `ptb_tokenize` for 99.9% of Flickr8k's 30,000 training captions.
     """
-    return " ".join(match.group() for match in _TOKEN.finditer(sentence.lower().replace("\u2019", "'")))
+    return " ".join(
+        match.group() for match in _TOKEN.finditer(sentence.lower().replace("\u2019", "'"))
+    )
 
 
 def reference_tokens(captions: Sequence[str], say: Callable[[str], object]) -> list[str]:
@@ -98,7 +100,9 @@ class CiderD:
                     other = of_reference[phrase]
                     similarity[len(phrase) - 1] += min(weight, other) * other
             penalty = math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
-            for value, norm, other_norm in zip(similarity, caption.norms, reference.norms, strict=True):
+            for value, norm, other_norm in zip(
+                similarity, caption.norms, reference.norms, strict=True
+            ):
                 if norm and other_norm:
                     total += penalty * value / (norm * other_norm)
         return 10.0 * total / (MAX_N * len(references))
@@ -107,5 +111,7 @@ class CiderD:
 def _phrases(words: Sequence[str]) -> list[Phrase]:
     """All runs of 1 to `MAX_N` words, as often as they occur."""
     return [
-        tuple(words[start : start + n]) for n in range(1, MAX_N + 1) for start in range(len(words) - n + 1)
+        tuple(words[start : start + n])
+        for n in range(1, MAX_N + 1)
+        for start in range(len(words) - n + 1)
     ]

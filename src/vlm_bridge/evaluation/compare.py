@@ -82,7 +82,9 @@ class Comparison:
                     "name": run.name,
                     "path": str(run.path),
                     "scores": {metric: run.value(metric) for metric in self.metrics},
-                    "share_of_reference": {metric: self.share(run, metric) for metric in self.metrics},
+                    "share_of_reference": {
+                        metric: self.share(run, metric) for metric in self.metrics
+                    },
                     "decode": run.content.get("decode"),
                     "num_images": run.content["num_images"],
                 }
@@ -91,7 +93,9 @@ class Comparison:
         }
 
 
-def compare(paths: Sequence[Path], *, reference: str | None = None, force: bool = False) -> Comparison:
+def compare(
+    paths: Sequence[Path], *, reference: str | None = None, force: bool = False
+) -> Comparison:
     """Read the scores in files or folders and put them side by side.
 
     Args:
@@ -108,7 +112,9 @@ def compare(paths: Sequence[Path], *, reference: str | None = None, force: bool 
     chosen = runs[0] if reference is None else _named(reference, runs, paths)
     obstacles = [line for run in runs if run is not chosen for line in _obstacles(run, chosen)]
     if obstacles and not force:
-        raise DataError(f"these scores cannot be compared: {obstacles[0]} (--force shows them all the same)")
+        raise DataError(
+            f"these scores cannot be compared: {obstacles[0]} (--force shows them all the same)"
+        )
     return Comparison(runs, chosen, (*obstacles, *_notes(runs, chosen)))
 
 
@@ -152,7 +158,9 @@ def _with_unique_names(runs: Sequence[Scores]) -> list[Scores]:
     """Two checkpoints of one run, or two settings of one model, are told apart by where their scores lie."""
     names = [run.name for run in runs]
     return [
-        Scores(f"{run.name} ({run.path})", run.path, run.content) if names.count(run.name) > 1 else run
+        Scores(f"{run.name} ({run.path})", run.path, run.content)
+        if names.count(run.name) > 1
+        else run
         for run in runs
     ]
 
@@ -193,9 +201,13 @@ def _notes(runs: Sequence[Scores], reference: Scores) -> list[str]:
     lines = []
     for run in runs:
         if run.fact("data", "references") is None:
-            lines.append(f"{run.path} does not say which data it was scored on: evaluate again to be sure")
+            lines.append(
+                f"{run.path} does not say which data it was scored on: evaluate again to be sure"
+            )
         if failures := run.content.get("num_failures"):
-            lines.append(f"{failures} picture(s) of {run.name} could not be captioned and count as empty")
+            lines.append(
+                f"{failures} picture(s) of {run.name} could not be captioned and count as empty"
+            )
         if run is reference:
             continue
         fingerprints = [scores.fact("data", "fingerprint") for scores in (run, reference)]
@@ -219,7 +231,9 @@ def _notes(runs: Sequence[Scores], reference: Scores) -> list[str]:
 def _other_settings(run: Scores, reference: Scores) -> str:
     own, others = run.content.get("decode") or {}, reference.content.get("decode") or {}
     return ", ".join(
-        f"{key} {own[key]} and {others[key]}" for key in own if key in others and own[key] != others[key]
+        f"{key} {own[key]} and {others[key]}"
+        for key in own
+        if key in others and own[key] != others[key]
     )
 
 

@@ -33,7 +33,9 @@ class SheetItem:
     score: float | None = None
 
 
-def contact_sheet(items: Sequence[SheetItem], path: Path, *, columns: int = 4, title: str = "") -> None:
+def contact_sheet(
+    items: Sequence[SheetItem], path: Path, *, columns: int = 4, title: str = ""
+) -> None:
     """Write a PNG of the pictures in rows of ``columns``, each above its caption, first reference and score.
 
     A picture that cannot be read becomes a grey tile, so that one broken file does not cost the sheet.
@@ -44,7 +46,11 @@ def contact_sheet(items: Sequence[SheetItem], path: Path, *, columns: int = 4, t
     columns = max(1, min(columns, len(items)))
     tiles = [_tile(item) for item in items]
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    heading = _text_block([(title, 22, INK)], GAP + columns * (TILE_WIDTH + GAP) - 2 * GAP) if title else None
+    heading = (
+        _text_block([(title, 22, INK)], GAP + columns * (TILE_WIDTH + GAP) - 2 * GAP)
+        if title
+        else None
+    )
 
     width = GAP + columns * (TILE_WIDTH + GAP)
     top = GAP + (heading.height + GAP if heading else 0)
@@ -79,7 +85,9 @@ def _tile(item: SheetItem) -> Image.Image:
     picture = thumbnail(item.image, (TILE_WIDTH, TILE_HEIGHT))
     tile.paste(MAT if picture else BROKEN, (0, 0, TILE_WIDTH, TILE_HEIGHT))
     if picture:
-        tile.paste(picture, ((TILE_WIDTH - picture.width) // 2, (TILE_HEIGHT - picture.height) // 2))
+        tile.paste(
+            picture, ((TILE_WIDTH - picture.width) // 2, (TILE_HEIGHT - picture.height) // 2)
+        )
     else:
         draw = ImageDraw.Draw(tile)
         centre = (TILE_WIDTH // 2, TILE_HEIGHT // 2)
@@ -114,9 +122,15 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
             line = ""
         line = f"{line} {word}" if line else word
         while font.getlength(line) > width:
-            room = bisect_right(range(1, len(line) + 1), width, key=lambda n: font.getlength(line[:n]))
+            room = bisect_right(
+                range(1, len(line) + 1), width, key=lambda n: font.getlength(line[:n])
+            )
             fitting = max(1, room)
             lines.append(line[:fitting])
             line = line[fitting:]
     lines.append(line)
-    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1][:-3] + "..."]
+    return (
+        lines
+        if len(lines) <= MAX_LINES
+        else [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1][:-3] + "..."]
+    )

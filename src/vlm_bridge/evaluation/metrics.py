@@ -122,11 +122,16 @@ def score_captions(
     return CaptionScores(corpus, per_image, skipped, tokenizer)
 
 
-def score_without_java(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> dict[str, float]:
+def score_without_java(
+    references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+) -> dict[str, float]:
     """BLEU-4 and CIDEr of one caption per image, on tokens of a simple rule: quick, and not comparable with papers."""
     gts = {str(index): regex_tokenize(captions) for index, captions in enumerate(references)}
     res = {str(index): regex_tokenize([caption]) for index, caption in enumerate(hypotheses)}
-    return {name: float(scorer(gts, res)[name][0]) for name, scorer in (("BLEU-4", _bleu), ("CIDEr", _cider))}
+    return {
+        name: float(scorer(gts, res)[name][0])
+        for name, scorer in (("BLEU-4", _bleu), ("CIDEr", _cider))
+    }
 
 
 def _check_ids(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> None:
@@ -155,19 +160,29 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     # One sentence is one line to the jar: any line break inside a caption would shift all that follow.
     lines = [" ".join(sentence.split()) for sentence in sentences]
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    arguments = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    arguments = [
+        "-cp",
+        str(jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
     with _java(arguments, timeout=PTB_TIMEOUT) as process:
         output, _ = process.communicate("".join(f"{line}\n" for line in lines))
         tokenized = output.split("\n")[:-1]
         if process.returncode or len(tokenized) != len(lines):
             raise EOFError(f"the PTB tokenizer answered {len(tokenized)} of {len(lines)} lines")
     punctuation = set(ptbtokenizer.PUNCTUATIONS)
-    return [" ".join(word for word in line.split() if word not in punctuation) for line in tokenized]
+    return [
+        " ".join(word for word in line.split() if word not in punctuation) for line in tokenized
+    ]
 
 
 def regex_tokenize(sentences: Sequence[str]) -> list[str]:
     """Runs of letters and digits in lower case, with inner hyphens and apostrophes: near PTB, not equal."""
-    return [" ".join(re.findall(r"\w+(?:[-'\u2019]\w+)*", sentence.lower())) for sentence in sentences]
+    return [
+        " ".join(re.findall(r"\w+(?:[-'\u2019]\w+)*", sentence.lower())) for sentence in sentences
+    ]
 
 
 def _tokenize(
@@ -179,14 +194,18 @@ def _tokenize(
 
     References left without a token are dropped: ROUGE-L would give an empty caption full marks for them.
     """
-    sentences = [text for image_id, refs in references.items() for text in (hypotheses[image_id], *refs)]
+    sentences = [
+        text for image_id, refs in references.items() for text in (hypotheses[image_id], *refs)
+    ]
     tokenized = iter(tokenize(sentences))
     gts, res = {}, {}
     for image_id, refs in references.items():
         res[image_id] = [next(tokenized)]
         gts[image_id] = [tokens for tokens in (next(tokenized) for _ in refs) if tokens]
         if not gts[image_id]:
-            raise DataError(f"cannot score captions: no words in any reference caption for image {image_id}")
+            raise DataError(
+                f"cannot score captions: no words in any reference caption for image {image_id}"
+            )
     return gts, res
 
 
@@ -200,7 +219,9 @@ def _bleu(gts: Tokens, res: Tokens) -> _Scores:
     from pycocoevalcap.bleu.bleu import Bleu
 
     corpus, per_image = Bleu(4).compute_score(gts, res, verbose=0)
-    return {f"BLEU-{n}": scores for n, scores in enumerate(zip(corpus, per_image, strict=True), start=1)}
+    return {
+        f"BLEU-{n}": scores for n, scores in enumerate(zip(corpus, per_image, strict=True), start=1)
+    }
 
 
 def _rouge(gts: Tokens, res: Tokens) -> _Scores:
@@ -222,7 +243,9 @@ def _meteor(gts: Tokens, res: Tokens, timeout: float) -> _Scores:
     jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
     arguments = ["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with _java(arguments, timeout=timeout) as process:
-        statistics = [_ask(process, "SCORE", *refs, *res[image_id]) for image_id, refs in gts.items()]
+        statistics = [
+            _ask(process, "SCORE", *refs, *res[image_id]) for image_id, refs in gts.items()
+        ]
         answers = [float(_ask(process, "EVAL", *statistics)), *(float(_read(process)) for _ in gts)]
     return {"METEOR": (answers[-1], answers[:-1])}
 
@@ -234,7 +257,9 @@ def _spice(gts: Tokens, res: Tokens) -> _Scores:
     package = Path(spice.__file__).parent
     if not (package / models.SPICELIB / f"{models.JAR}-models.jar").is_file():
         command = "python -m pycocoevalcap.spice.get_stanford_models"
-        raise JavaError(f"it needs the Stanford CoreNLP models, fetched once (about 400 MB) by: {command}")
+        raise JavaError(
+            f"it needs the Stanford CoreNLP models, fetched once (about 400 MB) by: {command}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "in.json"), Path(folder, "out.json")
         entries = [{"image_id": i, "test": res[i][0], "refs": refs} for i, refs in gts.items()]
@@ -305,7 +330,9 @@ def _java(
             yield process
         except (EOFError, OSError, ValueError) as error:
             if timed_out.is_set():
-                raise JavaError(f"Java gave no answer within {timeout:g} s and was stopped") from error
+                raise JavaError(
+                    f"Java gave no answer within {timeout:g} s and was stopped"
+                ) from error
             raise JavaError(f"Java failed: {_complaint(stderr) or error}") from error
         finally:
             watchdog.cancel()

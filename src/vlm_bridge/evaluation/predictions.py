@@ -59,7 +59,12 @@ class Prediction:
         image = CaptionedImage(_picture(record), tuple(record["references"]), record["original_id"])
         if not image.captions or "CIDEr" not in record["scores"]:
             raise ValueError("no references, or no CIDEr")
-        rest = record["log_probability"], record.get("error"), record["scores"], record.get("finished")
+        rest = (
+            record["log_probability"],
+            record.get("error"),
+            record["scores"],
+            record.get("finished"),
+        )
         return cls(image, record["caption"], *rest)
 
 
@@ -76,7 +81,10 @@ def _picture(record: Mapping[str, Any]) -> PictureFile:
         return Path(record["image"])
     file, offset, size = (record["tar"][key] for key in ("file", "offset", "size"))
     if not (
-        isinstance(offset, int) and isinstance(size, int) and offset >= 0 and 0 <= size <= MAX_FILE_BYTES
+        isinstance(offset, int)
+        and isinstance(size, int)
+        and offset >= 0
+        and 0 <= size <= MAX_FILE_BYTES
     ):
         raise ValueError("no place in a tar")
     return TarPicture(Path(file), offset, size, str(record["image"]).removeprefix(f"{file}/"))
@@ -101,7 +109,9 @@ def read_predictions(path: Path) -> list[Prediction]:
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # captions may hold other ends of lines
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # captions may hold other ends of lines
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the predictions in {path}: {error}") from error
     predictions = []
@@ -111,7 +121,9 @@ def read_predictions(path: Path) -> list[Prediction]:
         try:
             predictions.append(Prediction.from_record(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number} is not a prediction: evaluate again ({error!r})") from error
+            raise DataError(
+                f"{path}:{number} is not a prediction: evaluate again ({error!r})"
+            ) from error
     return predictions
 
 

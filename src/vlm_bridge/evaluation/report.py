@@ -72,12 +72,16 @@ class ReportedRun:
         numbers = {
             name: value
             for name, value in self.metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "num_failures"
+            if isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and name != "num_failures"
         }
         return {name: numbers[name] for name in (*order, *numbers) if name in numbers}
 
 
-def write_report(path: Path, runs: Sequence[ReportedRun], *, title: str, notes: Sequence[str] = ()) -> None:
+def write_report(
+    path: Path, runs: Sequence[ReportedRun], *, title: str, notes: Sequence[str] = ()
+) -> None:
     """Write the report of a run, or of several side by side.
 
     Args:
@@ -110,7 +114,10 @@ def _of(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
 
 
 def _notes(run: ReportedRun) -> list[str]:
-    lines = [*run.notes, *score_notes(run.metrics.get("skipped") or {}, run.metrics.get("tokenizer"))]
+    lines = [
+        *run.notes,
+        *score_notes(run.metrics.get("skipped") or {}, run.metrics.get("tokenizer")),
+    ]
     if failures := run.metrics.get("num_failures"):
         lines.append(f"{failures} picture(s) could not be captioned and count as empty captions")
     return lines
@@ -199,13 +206,21 @@ def _curves(runs: Sequence[ReportedRun]) -> str:
                 lines = by_quantity.setdefault(quantity, [])
                 own = sum(line.colour == colour for line in lines) if several else len(lines)
                 label = _of(run, runs) + (series or quantity)
-                lines.append(Line(label, finite, colour, own) if several else Line(label, finite, own))
+                lines.append(
+                    Line(label, finite, colour, own) if several else Line(label, finite, own)
+                )
     charts = ""
-    places = {name: place for place, name in enumerate(CURVES)} | dict.fromkeys(OPTIMIZER, len(CURVES) + 1)
-    for number, quantity in enumerate(sorted(by_quantity, key=lambda name: places.get(name, len(CURVES)))):
+    places = {name: place for place, name in enumerate(CURVES)} | dict.fromkeys(
+        OPTIMIZER, len(CURVES) + 1
+    )
+    for number, quantity in enumerate(
+        sorted(by_quantity, key=lambda name: places.get(name, len(CURVES)))
+    ):
         lines = by_quantity[quantity]
         legend = several or len(lines) > 1
-        svg = line_chart(_label(quantity), lines, x_label="step", key=f"curve{number}", legend=legend)
+        svg = line_chart(
+            _label(quantity), lines, x_label="step", key=f"curve{number}", legend=legend
+        )
         charts += f"<figure>{svg}</figure>\n"
     return f'<h2>Training</h2>\n<div class="charts">{charts}</div>' if charts else ""
 
@@ -225,16 +240,24 @@ def _captions(runs: Sequence[ReportedRun]) -> str:
         )
         for run in speaking
     }
-    people = caption_statistics([prediction.image.captions[0] for prediction in speaking[0].predictions])
+    people = caption_statistics(
+        [prediction.image.captions[0] for prediction in speaking[0].predictions]
+    )
     statistics[PEOPLE] = people
-    table = _table("Captions", {name: _statistics_rows(values) for name, values in statistics.items()})
+    table = _table(
+        "Captions", {name: _statistics_rows(values) for name, values in statistics.items()}
+    )
     lengths = {
-        name: {length: count / len(values.lengths) for length, count in Counter(values.lengths).items()}
+        name: {
+            length: count / len(values.lengths) for length, count in Counter(values.lengths).items()
+        }
         for name, values in statistics.items()
     }
     chart = histogram("share of captions by length", lengths, x_label="words", key="lengths")
     phrases = "".join(_phrases(name, values) for name, values in statistics.items())
-    about = f"{PEOPLE}: the first reference of each picture. Words are lower case, without punctuation."
+    about = (
+        f"{PEOPLE}: the first reference of each picture. Words are lower case, without punctuation."
+    )
     return (
         f'{table}<p class="note">{about}</p><div class="charts"><figure>{chart}</figure></div>'
         f'<h2>Most frequent phrases of four words</h2><div class="phrases">{phrases}</div>'
@@ -255,7 +278,8 @@ def _statistics_rows(statistics: CaptionStatistics) -> dict[str, object]:
 
 def _phrases(name: str, statistics: CaptionStatistics) -> str:
     rows = "".join(
-        f"<tr><th>{escape(phrase)}</th><td>{share:.1%}</td></tr>" for phrase, share in statistics.phrases
+        f"<tr><th>{escape(phrase)}</th><td>{share:.1%}</td></tr>"
+        for phrase, share in statistics.phrases
     )
     return f"<figure><figcaption><b>{escape(name)}</b></figcaption><table>{rows}</table></figure>"
 
@@ -277,7 +301,8 @@ def _galleries(runs: Sequence[ReportedRun]) -> Iterable[str]:
             yield _gallery(heading, [[("", prediction)] for prediction in chosen])
     elif speaking:
         by_image = [
-            {prediction.image.original_id: prediction for prediction in run.predictions} for run in speaking
+            {prediction.image.original_id: prediction for prediction in run.predictions}
+            for run in speaking
         ]
         shared = [
             prediction
@@ -287,7 +312,10 @@ def _galleries(runs: Sequence[ReportedRun]) -> Iterable[str]:
 
         def said(prediction: Prediction) -> list[tuple[str, Prediction]]:
             key = prediction.image.original_id
-            return [(run.name, predictions[key]) for run, predictions in zip(speaking, by_image, strict=True)]
+            return [
+                (run.name, predictions[key])
+                for run, predictions in zip(speaking, by_image, strict=True)
+            ]
 
         def spread(prediction: Prediction) -> float:
             ciders = [other.cider for _, other in said(prediction)]
@@ -376,7 +404,12 @@ def _table(heading: str, columns: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def _label(name: str) -> str:
-    return name.replace("num_", "").replace("_", " ").replace("bleu4", "BLEU-4").replace("cider", "CIDEr")
+    return (
+        name.replace("num_", "")
+        .replace("_", " ")
+        .replace("bleu4", "BLEU-4")
+        .replace("cider", "CIDEr")
+    )
 
 
 def _number(value: object, form: str = "") -> str:

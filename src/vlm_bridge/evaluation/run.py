@@ -17,7 +17,13 @@ from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import contact_sheet
 from vlm_bridge.evaluation.history import Curve
 from vlm_bridge.evaluation.metrics import CaptionScores, score_captions
-from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, best, worst, write_predictions
+from vlm_bridge.evaluation.predictions import (
+    PREDICTIONS_NAME,
+    Prediction,
+    best,
+    worst,
+    write_predictions,
+)
 from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
 
 if TYPE_CHECKING:
@@ -113,7 +119,9 @@ class Evaluation:
             "model": dict(self.model),
             "data": {
                 **self.data,
-                "references": references_digest([prediction.image for prediction in self.predictions]),
+                "references": references_digest(
+                    [prediction.image for prediction in self.predictions]
+                ),
             },
         }
 
@@ -132,9 +140,13 @@ def caption_and_validate(
     results = captioner.caption(
         [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
     )
-    readable = [image for image, result in zip(images, results, strict=True) if result.error is None]
+    readable = [
+        image for image, result in zip(images, results, strict=True) if result.error is None
+    ]
     if not readable:
-        raise DataError(f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}")
+        raise DataError(
+            f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}"
+        )
     try:
         return results, captioner.validate(readable, batch_size=batch_size)
     except NotMeasurable as reason:
@@ -179,7 +191,10 @@ def evaluate_captioner(
     # Paths, not original ids, tell images apart: pictures from several folders may share an id.
     scores = score_captions(
         {str(image.path): image.captions for image in images},
-        {str(image.path): result.caption or "" for image, result in zip(images, results, strict=True)},
+        {
+            str(image.path): result.caption or ""
+            for image, result in zip(images, results, strict=True)
+        },
         spice=spice,
     )
     scores = dataclasses.replace(scores, skipped={**scores.skipped, **not_measured})

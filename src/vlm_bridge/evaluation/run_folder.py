@@ -47,7 +47,9 @@ def read_metrics(file: Path) -> dict[str, Any]:
 def model_name(metrics: Mapping[str, Any], file: Path) -> str:
     """What was evaluated; the run or the file that its scores lie in when they do not say."""
     recorded = (metrics.get("model") or {}).get("name")
-    return str(recorded or (_run_of(file).resolve().name if file.name == METRICS_NAME else file.stem))
+    return str(
+        recorded or (_run_of(file).resolve().name if file.name == METRICS_NAME else file.stem)
+    )
 
 
 def read_run(path: Path) -> ReportedRun:
@@ -70,13 +72,17 @@ def read_run(path: Path) -> ReportedRun:
     if evaluations:
         file = evaluations[-1]
         metrics = _or_note(read_metrics, file, notes, {})
-        if file.name == METRICS_NAME:  # or --json wrote it: what lies beside it is another evaluation's
+        if (
+            file.name == METRICS_NAME
+        ):  # or --json wrote it: what lies beside it is another evaluation's
             predictions = _or_note(read_predictions, file.parent / PREDICTIONS_NAME, notes, [])
         if not (file.parent / PREDICTIONS_NAME).is_file() or file.name != METRICS_NAME:
             notes.append(
                 f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see pictures."
             )
-        if gone := [prediction for prediction in predictions if not prediction.image.path.is_file()]:
+        if gone := [
+            prediction for prediction in predictions if not prediction.image.path.is_file()
+        ]:
             notes.append(
                 f"{len(gone):,} of {len(predictions):,} pictures are not where they were evaluated, such as "
                 f"{gone[0].image.path}."
@@ -103,7 +109,9 @@ def read_run(path: Path) -> ReportedRun:
     if not (metrics or predictions or curves or recipe):
         nothing = f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run folder"
         raise DataError(notes[0] if evaluations else nothing)
-    dataset = (metrics.get("data") or {}).get("name") or (Path(recipe.data_dir).name if recipe else "")
+    dataset = (metrics.get("data") or {}).get("name") or (
+        Path(recipe.data_dir).name if recipe else ""
+    )
     return ReportedRun(
         model_name(metrics, file) if file else root.resolve().name,
         dataset=str(dataset),

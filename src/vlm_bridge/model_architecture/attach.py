@@ -73,7 +73,9 @@ class Attached:
 
     def enter(self, text_rth: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Return text [R, T, H] as the layer reads it: edited by the bridge, position by position, then scaled."""
-        text_rth = text_rth if self.text_at_bridge is None else self.text_at_bridge.to(text_rth.dtype)
+        text_rth = (
+            text_rth if self.text_at_bridge is None else self.text_at_bridge.to(text_rth.dtype)
+        )
         if self.image.edit is None:
             return text_rth * scale
         # Positions of rows that share an image may stand in one row, since none looks at another.
@@ -90,7 +92,10 @@ class Attached:
         """Raise ModelError if a layer that ran has not asked for its part of the prefix."""
         prefix = self.image.key_value_prefix
         skipped = 0 if self.text_at_bridge is None else self.layer
-        if prefix is None or len(prefix.layers_that_read) + skipped >= self.language_model.shape.num_layers:
+        if (
+            prefix is None
+            or len(prefix.layers_that_read) + skipped >= self.language_model.shape.num_layers
+        ):
             return
         raise ModelError(
             f"the attention layers of {type(self.language_model.causal_lm).__name__} do not read a key-value prefix: "
@@ -184,7 +189,10 @@ def _before_layer(
 
 
 def _after_embeddings(
-    language_model: LanguageModel, _module: nn.Module, args: tuple[torch.Tensor], text_rth: torch.Tensor
+    language_model: LanguageModel,
+    _module: nn.Module,
+    args: tuple[torch.Tensor],
+    text_rth: torch.Tensor,
 ) -> torch.Tensor:
     attached = _attached_at(language_model, 0)
     if attached is None or attached.image.edit is None:
@@ -194,7 +202,11 @@ def _after_embeddings(
 
 def _attached_at(language_model: LanguageModel, layer: int) -> Attached | None:
     attached = _current()
-    is_own = attached is not None and attached.language_model is language_model and attached.layer == layer
+    is_own = (
+        attached is not None
+        and attached.language_model is language_model
+        and attached.layer == layer
+    )
     return attached if is_own else None
 
 
@@ -202,7 +214,9 @@ class _Reached(Exception):
     """Raised with the text [B, T, H] that enters a layer, to end the run there."""
 
 
-def states_entering(language_model: LanguageModel, layer: int, run: Callable[[], object]) -> torch.Tensor:
+def states_entering(
+    language_model: LanguageModel, layer: int, run: Callable[[], object]
+) -> torch.Tensor:
     """Return the states [B, T, H] that enter an opened layer; ``run`` calls the model, and ends there."""
 
     def stop(states_bth: torch.Tensor) -> torch.Tensor:

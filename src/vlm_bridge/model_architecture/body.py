@@ -44,7 +44,9 @@ class Body:
         if key not in self._variants:
             body = self.causal_lm.base_model
             if from_layer or self.checkpoints:
-                kept = [Checkpointed(layer) if self.checkpoints else layer for layer in self.layers()]
+                kept = [
+                    Checkpointed(layer) if self.checkpoints else layer for layer in self.layers()
+                ]
                 kept[:from_layer] = [Skipped() for _ in range(from_layer)]
                 body = with_layers(body, self._name_of_layers(), nn.ModuleList(kept))
             # Of the method: a compiled module would be a second owner of every weight.
@@ -89,8 +91,12 @@ def with_layers(body: nn.Module, name: str, layers: nn.ModuleList) -> nn.Module:
     parts = name.split(".")
     on_the_way = [body.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     shared = [module for module in body.modules() if module not in on_the_way]
-    shared += [tensor for module in on_the_way for tensor in (*module.parameters(), *module.buffers())]
+    shared += [
+        tensor for module in on_the_way for tensor in (*module.parameters(), *module.buffers())
+    ]
     memo: dict[int, Any] = {id(one): one for one in shared}
-    memo |= {id(config): config for module in on_the_way if (config := getattr(module, "config", None))}
+    memo |= {
+        id(config): config for module in on_the_way if (config := getattr(module, "config", None))
+    }
     memo[id(body.get_submodule(name))] = layers
     return copy.deepcopy(body, memo)

@@ -9,7 +9,11 @@ from torch import nn
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
-from vlm_bridge.model_architecture.loss import BLOCK_BYTES_ELSEWHERE, CHUNK_BYTES_ELSEWHERE, CHUNK_POSITIONS
+from vlm_bridge.model_architecture.loss import (
+    BLOCK_BYTES_ELSEWHERE,
+    CHUNK_BYTES_ELSEWHERE,
+    CHUNK_POSITIONS,
+)
 
 GIB = 2**30
 RUNTIME_BYTES = int(0.5 * GIB)
@@ -62,7 +66,9 @@ class Budget:
 
     @property
     def trainable_share(self) -> float:
-        return sum(c.trainable for c in self.components) / sum(c.parameters for c in self.components)
+        return sum(c.trainable for c in self.components) / sum(
+            c.parameters for c in self.components
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "trainable_share": self.trainable_share}
@@ -84,14 +90,17 @@ def budget_of(recipe: Recipe) -> Budget:
         (recipe.language_model.name, "language_model", model.language_model),
     ]
     components = [
-        Component(name, role, *_count(part), pretrained=role != "bridge") for name, role, part in parts
+        Component(name, role, *_count(part), pretrained=role != "bridge")
+        for name, role, part in parts
     ]
     fixed = RUNTIME_BYTES + 4 * components[0].parameters + _language_model_bytes(recipe, model)
     published = PUBLISHED_TRAINING_GB.get(tuple(component.name for component in components), {})  # type: ignore[arg-type]
     training = [
         TrainingMemory(
             batch_size,
-            round((RUNTIME_BYTES + sum(_training_bytes(recipe, model, batch_size).values())) / GIB, 2),
+            round(
+                (RUNTIME_BYTES + sum(_training_bytes(recipe, model, batch_size).values())) / GIB, 2
+            ),
             published.get(batch_size),
         )
         for batch_size in (recipe.batch_size, 2 * recipe.batch_size)
@@ -134,14 +143,18 @@ def activation_bytes(
     attention_width = heads * (getattr(text_config, "head_dim", None) or width // heads)
     per_score = 4 + element + (element if soft_capped else 0)
     per_layer = (
-        4 * norms * width + 3 * element * (intermediate + attention_width) + per_score * heads * row_tokens
+        4 * norms * width
+        + 3 * element * (intermediate + attention_width)
+        + per_score * heads * row_tokens
     )
     return layers * element * width + per_layer if checkpointing else layers * per_layer
 
 
 def _element(recipe: Recipe) -> int:
     """Bytes of the type that the language model computes in."""
-    return 2 if recipe.autocast_dtype or recipe.language_model.dtype in ("bfloat16", "float16") else 4
+    return (
+        2 if recipe.autocast_dtype or recipe.language_model.dtype in ("bfloat16", "float16") else 4
+    )
 
 
 def _caption_tokens(recipe: Recipe) -> int:
@@ -154,7 +167,9 @@ def _language_model_bytes(recipe: Recipe, model: CaptionModel) -> float:
     plain = WEIGHT_BYTES[recipe.language_model.dtype]
     layers: Any = model.language_model.causal_lm.base_model
     linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
-    return (total - linear) * plain + linear * QUANTIZED_BYTES.get(recipe.quantize_language_model, plain)
+    return (total - linear) * plain + linear * QUANTIZED_BYTES.get(
+        recipe.quantize_language_model, plain
+    )
 
 
 def _training_bytes(recipe: Recipe, model: CaptionModel, batch_size: int) -> dict[str, float]:
@@ -212,7 +227,9 @@ def _captioning_bytes(recipe: Recipe, model: CaptionModel) -> float:
         * shape.head_dim
         * _element(recipe)
     )
-    return cache + 2 * 4 * CAPTIONING_BATCH * decode.max_new_tokens * model.language_model.vocab_size
+    return (
+        cache + 2 * 4 * CAPTIONING_BATCH * decode.max_new_tokens * model.language_model.vocab_size
+    )
 
 
 def _count(module: nn.Module) -> tuple[int, int]:

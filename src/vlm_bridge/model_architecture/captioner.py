@@ -47,7 +47,10 @@ from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
 from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
 from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import choose_trainable
-from vlm_bridge.model_architecture.vision_encoder import ENCODE_TOGETHER_ON_CPU, build_vision_encoder
+from vlm_bridge.model_architecture.vision_encoder import (
+    ENCODE_TOGETHER_ON_CPU,
+    build_vision_encoder,
+)
 
 
 @dataclass
@@ -205,7 +208,9 @@ class CaptionModel(nn.Module):
             attached.check_it_was_read()
         return states[:, num_soft:]
 
-    def text_at_bridge(self, input_ids: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+    def text_at_bridge(
+        self, input_ids: torch.Tensor, segments: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Text [R, T, H] as it meets the image: token vectors, or the states that enter the bridge's first layer.
 
         A caption's depend on nothing but the caption, whichever row and batch it stands in.
@@ -213,7 +218,9 @@ class CaptionModel(nn.Module):
         layer: int = self.bridge.first_layer  # type: ignore[assignment]
         if layer == 0:
             return self.language_model.token_vectors(input_ids)
-        return self.language_model.states_entering(layer, input_ids, *self._mask_and_positions(segments, 0))
+        return self.language_model.states_entering(
+            layer, input_ids, *self._mask_and_positions(segments, 0)
+        )
 
     @property
     def _num_soft_positions(self) -> int:
@@ -221,7 +228,9 @@ class CaptionModel(nn.Module):
         num_soft: int = self.bridge.num_soft_tokens  # type: ignore[assignment]
         return num_soft + (num_soft > 0)
 
-    def _mask_and_positions(self, segments: torch.Tensor | None, num_soft_tokens: int) -> tuple[Any, Any]:
+    def _mask_and_positions(
+        self, segments: torch.Tensor | None, num_soft_tokens: int
+    ) -> tuple[Any, Any]:
         """Attention mask and position ids of packed rows; none for rows of one caption without pads."""
         if segments is None:
             return None, None
@@ -301,7 +310,9 @@ class CaptionModel(nn.Module):
             keys = keys and [*keys, *[keys[-1]] * num_images][: len(features_bnd)]
         captions: list[Caption] = []
         for part, own_keys in searched_together(len(features_bnd), decode, keys):
-            captions += self._search(features_bnd[part], prompt_ids, decode, num_return_sequences, own_keys)
+            captions += self._search(
+                features_bnd[part], prompt_ids, decode, num_return_sequences, own_keys
+            )
         return captions[:asked]
 
     def _search(
@@ -313,7 +324,9 @@ class CaptionModel(nn.Module):
         keys: Sequence[int] | None,
     ) -> list[Caption]:
         model = self.language_model
-        rows_per_image = 1 if decode.num_beams > 1 else per_image  # transformers makes a row for each beam
+        rows_per_image = (
+            1 if decode.num_beams > 1 else per_image
+        )  # transformers makes a row for each beam
         prompt_rt = torch.tensor([list(prompt_ids)], device=self.device)
         prompt_rt = prompt_rt.repeat(len(features_bnd) * rows_per_image, 1)
         bonus = []
@@ -324,9 +337,17 @@ class CaptionModel(nn.Module):
             inputs = attached.inputs(prompt_rt)
             read_rt = inputs.get("inputs_embeds", prompt_rt)
             # Beside soft tokens too, `generate` is given the prompt's ids: penalties count them.
-            inputs |= {"input_ids": prompt_rt, "bos_token_id": model.start_id, "pad_token_id": model.eos_id}
-            inputs["attention_mask"] = torch.ones(read_rt.shape[:2], dtype=torch.long, device=self.device)
-            generate = partial(model.causal_lm.generate, **inputs, **model.new_cache(), **self._cache_options)
+            inputs |= {
+                "input_ids": prompt_rt,
+                "bos_token_id": model.start_id,
+                "pad_token_id": model.eos_id,
+            }
+            inputs["attention_mask"] = torch.ones(
+                read_rt.shape[:2], dtype=torch.long, device=self.device
+            )
+            generate = partial(
+                model.causal_lm.generate, **inputs, **model.new_cache(), **self._cache_options
+            )
             captions = search(
                 generate,
                 prompt_rt,
@@ -339,7 +360,9 @@ class CaptionModel(nn.Module):
             attached.check_it_was_read()
         return captions
 
-    def _check_lengths(self, prompt_ids: Sequence[int], decode: DecodeSettings, per_image: int) -> None:
+    def _check_lengths(
+        self, prompt_ids: Sequence[int], decode: DecodeSettings, per_image: int
+    ) -> None:
         if per_image > MAX_RETURN_SEQUENCES:
             raise ConfigurationError(
                 f"num_return_sequences must be at most {MAX_RETURN_SEQUENCES}, not {per_image}"
@@ -367,7 +390,9 @@ class CaptionModel(nn.Module):
             ModelError: the device is no NVIDIA GPU, or the language model is a decoder that cross-attends.
         """
         if self.device.type != "cuda":
-            raise ModelError(f"transformers compiles generation for NVIDIA GPUs, not for {self.device.type}")
+            raise ModelError(
+                f"transformers compiles generation for NVIDIA GPUs, not for {self.device.type}"
+            )
         if self.language_model.shape.cross_attention_width is not None:
             raise ModelError(
                 f"{type(self.language_model.causal_lm).__name__} cross-attends, and its cache cannot be of fixed size: "
@@ -408,7 +433,12 @@ def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def build_bridge(
-    config: BridgeConfig, vision_dim: int, text: TextShape, num_image_tokens: int, *, meta: bool = False
+    config: BridgeConfig,
+    vision_dim: int,
+    text: TextShape,
+    num_image_tokens: int,
+    *,
+    meta: bool = False,
 ) -> nn.Module:
     """The recipe's bridge between two widths, on the CPU or on the meta device."""
     options_class, bridge_class = BRIDGES[config.kind]
@@ -470,5 +500,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
     )
     choose_trainable(model, recipe.trainable)
     if recipe.decode.object_bonus and not meta:
-        model.object_namer().check(recipe.decode.known_objects)  # refused now rather than after an epoch
+        model.object_namer().check(
+            recipe.decode.known_objects
+        )  # refused now rather than after an epoch
     return model.eval()

@@ -31,7 +31,11 @@ from vlm_bridge.model_architecture.pvt_blip import MapLinear, PvtBlip
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
 
 OUR_PREFIXES: dict[str, str] = dict(
-    zip(PREFIXES, ("vision_encoder.model.", "language_model.causal_lm.", "bridge.projection."), strict=True)
+    zip(
+        PREFIXES,
+        ("vision_encoder.model.", "language_model.causal_lm.", "bridge.projection."),
+        strict=True,
+    )
 )
 """The parts of a combined file -> where a captioner keeps them."""
 
@@ -70,7 +74,9 @@ def to_combined(captioner: Any, where: str | Path) -> dict[str, torch.Tensor]:
         )
     ours = captioner.state_dict()
     renamed = _renamed(ours, {our: theirs for theirs, our in OUR_PREFIXES.items()})
-    if homeless := [f"{name} {tuple(ours[name].shape)} has no place" for name in ours if name not in renamed]:
+    if homeless := [
+        f"{name} {tuple(ours[name].shape)} has no place" for name in ours if name not in renamed
+    ]:
         raise CheckpointError(
             f"{where} cannot be written as a combined file, which holds a plain projection (bridge.kind=projection, "
             f"bridge.standardize_features=false, bridge.position_embeddings=false): {shortened(homeless)}"
@@ -90,7 +96,11 @@ def from_combined(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[
 
 
 def build_combined(
-    state: Mapping[str, torch.Tensor], where: str | Path, *, pvt: str | None = None, blip: str | None = None
+    state: Mapping[str, torch.Tensor],
+    where: str | Path,
+    *,
+    pvt: str | None = None,
+    blip: str | None = None,
 ) -> CombinedModel:
     """The modules with the weights of a combined file, in the file's own types.
 
@@ -110,7 +120,9 @@ def build_combined(
     encoder, decoder, projection = states
     encoder_config = config_of(pvt, PVT_TYPES) if pvt else _read_sizes(pvt_config, encoder, where)
     decoder_config = _read_sizes(
-        text_config if blip is None else lambda tensors: text_config_like(blip, tensors), decoder, where
+        text_config if blip is None else lambda tensors: text_config_like(blip, tensors),
+        decoder,
+        where,
     )
     decoder_config.is_decoder = True
     decoder_config.tie_word_embeddings = _is_tied(decoder, decoder_config)
@@ -187,7 +199,9 @@ def _renamed(names: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str,
 
 def _check_parts(state: Mapping[str, torch.Tensor], where: str | Path) -> None:
     known = _renamed(state, OUR_PREFIXES)
-    problems = [f"{name} {tuple(state[name].shape)} is of no part" for name in state if name not in known]
+    problems = [
+        f"{name} {tuple(state[name].shape)} is of no part" for name in state if name not in known
+    ]
     problems += [
         f"{prefix}* is missing"
         for prefix in PREFIXES[:2]
@@ -213,7 +227,10 @@ def _misfits(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
             for name in sorted(wanted.keys() & state.keys())
             if state[name].shape != wanted[name].shape
         ]
-        + [f"{name} {tuple(wanted[name].shape)} is missing" for name in sorted(wanted.keys() - state.keys())]
+        + [
+            f"{name} {tuple(wanted[name].shape)} is missing"
+            for name in sorted(wanted.keys() - state.keys())
+        ]
         + [
             f"{name} {tuple(state[name].shape)} is unknown"
             for name in sorted(state.keys() - wanted.keys() - computed)
@@ -222,12 +239,16 @@ def _misfits(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _read_sizes(
-    read: Callable[[Mapping[str, torch.Tensor]], Any], state: Mapping[str, torch.Tensor], where: str | Path
+    read: Callable[[Mapping[str, torch.Tensor]], Any],
+    state: Mapping[str, torch.Tensor],
+    where: str | Path,
 ) -> Any:
     try:
         return read(state)
     except KeyError as error:
-        named = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:2])
+        named = ", ".join(
+            f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:2]
+        )
         raise CheckpointError(
             f"{where} lacks {error.args[0]}, or has other names than transformers: it has {named} ..."
         ) from error
@@ -244,8 +265,12 @@ def _is_tied(decoder: Mapping[str, torch.Tensor], config: Any) -> bool:
     with torch.device("meta"):
         tied = BlipTextLMHeadModel(tied_config)
     tied.tie_weights()
-    held = [[decoder[name] for name in names if name in decoder] for names in _names_of_parameters(tied)]
-    return all(torch.equal(first, other) for first, *others in filter(None, held) for other in others)
+    held = [
+        [decoder[name] for name in names if name in decoder] for names in _names_of_parameters(tied)
+    ]
+    return all(
+        torch.equal(first, other) for first, *others in filter(None, held) for other in others
+    )
 
 
 def _names_of_parameters(module: nn.Module) -> list[list[str]]:

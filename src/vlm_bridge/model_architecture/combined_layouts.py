@@ -63,10 +63,14 @@ def parse(content: Any, where: str | Path) -> CombinedFile:
     _refuse_bert(content, where)
     if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(f"{where} is not a combined file, which is a dict of tensors alone")
-    if layout == "a combined file" and any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
+    if layout == "a combined file" and any(
+        str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content
+    ):
         layout = "the original's combined file"
     has_vit = any(str(name).startswith(_VIT) for name in content)
-    state = {_our_name(str(name)): x for name, x in content.items() if not str(name).startswith(_VIT)}
+    state = {
+        _our_name(str(name)): x for name, x in content.items() if not str(name).startswith(_VIT)
+    }
     return CombinedFile(state, _described(state, layout, has_vit))
 
 
@@ -86,7 +90,11 @@ def unwrapped(content: Any) -> Mapping[Any, Any]:
 
 def part_of(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The state dict of one part."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
 def in_layout(
@@ -106,7 +114,9 @@ def in_layout(
             f"projection: it has {problem}; write it in ours (--layout own)"
         )
     return {
-        _WITHIN_BLIP + name.removeprefix("text_decoder.") if name.startswith("text_decoder.") else name: x
+        _WITHIN_BLIP + name.removeprefix("text_decoder.")
+        if name.startswith("text_decoder.")
+        else name: x
         for name, x in state.items()
     }
 
@@ -120,7 +130,9 @@ def _no_place(state: Mapping[str, torch.Tensor]) -> str | None:
     if kernel.ndim != 3:
         return "CBAM with a Conv2d over the map, and not a Conv1d over the tokens"
     if projection and (set(projection) != {"weight", "bias"} or projection["weight"].ndim != 2):
-        return f"a projection of {', '.join(f'{n} {tuple(t.shape)}' for n, t in projection.items())}"
+        return (
+            f"a projection of {', '.join(f'{n} {tuple(t.shape)}' for n, t in projection.items())}"
+        )
     return None
 
 
@@ -130,7 +142,9 @@ def _joined(parts: Sequence[Mapping[Any, Any]]) -> dict[str, Any]:
     whole = any(str(name).startswith("text_decoder.") for name in blip)
     if whole:
         blip = {
-            name: x for name, x in blip.items() if str(name).startswith(("text_decoder.", "vision_model."))
+            name: x
+            for name, x in blip.items()
+            if str(name).startswith(("text_decoder.", "vision_model."))
         }
     return {
         f"{prefix}{name}": tensor

@@ -42,7 +42,9 @@ def config_of(name: str, wanted: tuple[str, ...]) -> Any:
                 reach_hub(name)
             config = known.config if known else AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration of {name!r}: {why(error, name)}") from error
+        raise ModelError(
+            f"cannot read the configuration of {name!r}: {why(error, name)}"
+        ) from error
     config = config.text_config if config.model_type == "blip" and BLIP_TEXT in wanted else config
     if config.model_type not in wanted:
         raise ModelError(f"{name!r} is a {config.model_type}, not a {' or '.join(wanted)}")
@@ -90,7 +92,9 @@ def text_config_like(name: str, state: Mapping[str, torch.Tensor]) -> Any:
         raise ValueError(
             f"its text decoder has a vocabulary of {words} and that of {name!r} {config.vocab_size}: {remedy}"
         )
-    config.encoder_hidden_size = state["bert.encoder.layer.0.crossattention.self.key.weight"].shape[1]
+    config.encoder_hidden_size = state["bert.encoder.layer.0.crossattention.self.key.weight"].shape[
+        1
+    ]
     return config
 
 
@@ -101,7 +105,9 @@ def num_layers(state: Mapping[str, torch.Tensor]) -> int:
         KeyError: there are none.
         ValueError: one is missing before the last.
     """
-    numbers = {int(m[1]) for name in state if (m := re.match(r"bert\.encoder\.layer\.(\d+)\.", name))}
+    numbers = {
+        int(m[1]) for name in state if (m := re.match(r"bert\.encoder\.layer\.(\d+)\.", name))
+    }
     if not numbers:
         raise KeyError("bert.encoder.layer.0.*")
     if missing := sorted(set(range(max(numbers))) - numbers):
@@ -139,10 +145,13 @@ def text_config(state: Mapping[str, torch.Tensor]) -> Any:
 def _pvt_v2_config(state: Mapping[str, torch.Tensor]) -> Any:
     from transformers import PvtV2Config
 
-    stages = _stages(state, r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", "encoder.layers.{}.blocks.0.")
+    stages = _stages(
+        state, r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", "encoder.layers.{}.blocks.0."
+    )
     reductions = [stage.get("attention.spatial_reduction.weight") for stage in stages.first_blocks]
     patches = [
-        state[f"encoder.layers.{i}.patch_embedding.proj.weight"].shape for i in range(len(stages.depths))
+        state[f"encoder.layers.{i}.patch_embedding.proj.weight"].shape
+        for i in range(len(stages.depths))
     ]
     return PvtV2Config(
         num_channels=patches[0][1],
@@ -154,7 +163,9 @@ def _pvt_v2_config(state: Mapping[str, torch.Tensor]) -> Any:
         # Linear attention pools and then reduces with 1x1 kernels (PVTv2-B2-Li).
         linear_attention=reductions[0] is not None and reductions[0].shape[-1] == 1,
         patch_sizes=[shape[-1] for shape in patches],
-        strides=[(shape[-1] + 1) // 2 for shape in patches],  # overlapping patches: 7 and 4, 3 and 2
+        strides=[
+            (shape[-1] + 1) // 2 for shape in patches
+        ],  # overlapping patches: 7 and 4, 3 and 2
         mlp_ratios=stages.mlp_ratios,
         qkv_bias="attention.query.bias" in stages.first_blocks[0],
     )
@@ -164,9 +175,12 @@ def _pvt_v1_config(state: Mapping[str, torch.Tensor]) -> Any:
     from transformers import PvtConfig
 
     stages = _stages(state, r"encoder\.block\.(\d+)\.(\d+)\.", "encoder.block.{}.0.")
-    reductions = [stage.get("attention.self.sequence_reduction.weight") for stage in stages.first_blocks]
+    reductions = [
+        stage.get("attention.self.sequence_reduction.weight") for stage in stages.first_blocks
+    ]
     patches = [
-        state[f"encoder.patch_embeddings.{i}.projection.weight"].shape for i in range(len(stages.depths))
+        state[f"encoder.patch_embeddings.{i}.projection.weight"].shape
+        for i in range(len(stages.depths))
     ]
     positions = state["encoder.patch_embeddings.0.position_embeddings"].shape[1]
     return PvtConfig(
@@ -176,7 +190,9 @@ def _pvt_v1_config(state: Mapping[str, torch.Tensor]) -> Any:
         depths=stages.depths,
         num_encoder_blocks=len(stages.depths),
         num_attention_heads=list(pvt_heads(stages.widths)),
-        sequence_reduction_ratios=[1 if kernel is None else kernel.shape[-1] for kernel in reductions],
+        sequence_reduction_ratios=[
+            1 if kernel is None else kernel.shape[-1] for kernel in reductions
+        ],
         patch_sizes=[shape[-1] for shape in patches],
         strides=[shape[-1] for shape in patches],
         mlp_ratios=stages.mlp_ratios,

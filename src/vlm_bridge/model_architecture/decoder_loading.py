@@ -14,7 +14,10 @@ from vlm_bridge.errors import ModelError
 from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2, known_architecture
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
-from vlm_bridge.model_architecture.packaged_weights import find_smollm2_gguf, gguf_as_pretrained_folder
+from vlm_bridge.model_architecture.packaged_weights import (
+    find_smollm2_gguf,
+    gguf_as_pretrained_folder,
+)
 
 CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
 """Families that count positions from 0 and whose head and body part as `LanguageModel` needs it (RoBERTa's do not)."""
@@ -61,15 +64,21 @@ def build_language_model(
         decoder, fresh = _load_decoder(source, model_config, decoder_config, options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if problem := hub_problem(error, config.name):
-            raise ModelError(f"cannot load the language model {config.name!r}: {problem}") from error
+            raise ModelError(
+                f"cannot load the language model {config.name!r}: {problem}"
+            ) from error
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load the language model {config.name!r}: {message} (give a folder made by save_pretrained, "
             "a .gguf file, or a hub name with network access)"
         ) from error
-    language_model = LanguageModel(decoder, tokenizer, fresh, attention=options["attn_implementation"])
+    language_model = LanguageModel(
+        decoder, tokenizer, fresh, attention=options["attn_implementation"]
+    )
     if language_model.eos_id is None:
-        raise ModelError(f"the tokenizer of {config.name!r} has no EOS token: captions could never end")
+        raise ModelError(
+            f"the tokenizer of {config.name!r} has no EOS token: captions could never end"
+        )
     return language_model.requires_grad_(False).eval()
 
 
@@ -115,7 +124,9 @@ def _build_decoder(decoder_config: Any) -> Any:
     """The decoder of a configuration, with random weights."""
     from transformers import AutoModelForCausalLM, BlipTextLMHeadModel
 
-    if decoder_config.model_type == BLIP_TEXT:  # no model of its own to transformers' automatic classes
+    if (
+        decoder_config.model_type == BLIP_TEXT
+    ):  # no model of its own to transformers' automatic classes
         return BlipTextLMHeadModel(decoder_config)
     return AutoModelForCausalLM.from_config(decoder_config)
 
@@ -128,11 +139,17 @@ def _load_decoder(
 
     if config.model_type == "blip":
         blip_class: Any = BlipForConditionalGeneration
-        blip, report = blip_class.from_pretrained(source, config=config, output_loading_info=True, **options)
+        blip, report = blip_class.from_pretrained(
+            source, config=config, output_loading_info=True, **options
+        )
         part = "text_decoder."
-        fresh = {name.removeprefix(part) for name in report["missing_keys"] if name.startswith(part)}
+        fresh = {
+            name.removeprefix(part) for name in report["missing_keys"] if name.startswith(part)
+        }
         return blip.text_decoder, frozenset(fresh)
-    model_class: Any = BlipTextLMHeadModel if config.model_type == BLIP_TEXT else AutoModelForCausalLM
+    model_class: Any = (
+        BlipTextLMHeadModel if config.model_type == BLIP_TEXT else AutoModelForCausalLM
+    )
     decoder, report = model_class.from_pretrained(
         source, config=decoder_config, output_loading_info=True, **options
     )
@@ -140,7 +157,9 @@ def _load_decoder(
 
 
 def _attention(choice: str, model_config: Any) -> str:
-    soft_capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    soft_capped = (
+        getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    )
     if soft_capped and choice == "sdpa":
         raise ModelError(
             "language_model.attention=sdpa would leave out the softcap of this model's attention scores: use auto or "

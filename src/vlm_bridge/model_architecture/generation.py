@@ -56,7 +56,10 @@ def search(
         processors += _warpers(decode)
         if not is_beams:
             processors.append(Draw(decode.seed, keys, per_image, decode.max_new_tokens, device))
-    options: dict[str, Any] = {"num_beams": decode.num_beams, "max_new_tokens": decode.max_new_tokens}
+    options: dict[str, Any] = {
+        "num_beams": decode.num_beams,
+        "max_new_tokens": decode.max_new_tokens,
+    }
     if is_beams:  # transformers warns about options that a way of decoding does not read
         options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
     random_state: AbstractContextManager[None] = nullcontext()
@@ -141,7 +144,8 @@ def image_keys(tensor_b: torch.Tensor) -> list[int]:
     """Return a number for each image, from its content alone: pixels or features [B, ...]."""
     arrays = tensor_b.detach().float().cpu().contiguous().numpy()
     return [
-        int.from_bytes(hashlib.blake2b(array.tobytes(), digest_size=8).digest(), "little") for array in arrays
+        int.from_bytes(hashlib.blake2b(array.tobytes(), digest_size=8).digest(), "little")
+        for array in arrays
     ]
 
 
@@ -156,10 +160,17 @@ class Draw(LogitsProcessor):
     """
 
     def __init__(
-        self, seed: int, keys: Sequence[int], per_image: int, max_new_tokens: int, device: torch.device
+        self,
+        seed: int,
+        keys: Sequence[int],
+        per_image: int,
+        max_new_tokens: int,
+        device: torch.device,
     ):
         rows = [(seed, key, alternative) for key in keys for alternative in range(per_image)]
-        uniform = np.stack([np.random.default_rng(row).random(max_new_tokens, np.float32) for row in rows])
+        uniform = np.stack(
+            [np.random.default_rng(row).random(max_new_tokens, np.float32) for row in rows]
+        )
         self.uniform_rt = torch.from_numpy(uniform).to(device)
         self.step = 0
 

@@ -52,7 +52,10 @@ def _attention_to(of_image: ImageInputs, output: Any, length: int) -> torch.Tens
         # The start token stands before the soft tokens.
         layers, columns = output.attentions, slice(1, 1 + of_image.soft_tokens.shape[1])
     elif (prefix := of_image.key_value_prefix) is not None:
-        layers, columns = (output.attentions or ())[prefix.first_layer :], slice(prefix.states.shape[4])
+        layers, columns = (
+            (output.attentions or ())[prefix.first_layer :],
+            slice(prefix.states.shape[4]),
+        )
     else:
         return None
     if not layers:

@@ -53,7 +53,9 @@ _INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
 def is_original(content: Any) -> bool:
     """Whether an opened checkpoint is laid out as the original project's."""
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
-    return isinstance(state, Mapping) and any(str(name).startswith(_ORIGINAL_PREFIX) for name in state)
+    return isinstance(state, Mapping) and any(
+        str(name).startswith(_ORIGINAL_PREFIX) for name in state
+    )
 
 
 def from_original(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[str, torch.Tensor]:
@@ -69,7 +71,9 @@ def from_original(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[
             "not there when captioning; train bridge.kind=cross_attention (config/training-default.yaml) instead"
         )
     if wrong := wrong_names(state, ORIGINAL_NAMES.values()):
-        raise CheckpointError(f"{where} is not the original single-block bridge: {shortened(wrong)}")
+        raise CheckpointError(
+            f"{where} is not the original single-block bridge: {shortened(wrong)}"
+        )
     return {ours: state[theirs] for ours, theirs in ORIGINAL_NAMES.items()}
 
 
@@ -94,7 +98,8 @@ def original_architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]
         "bridge.kind": "cross_attention",
         "bridge.enter_at_layer": 0,
         "bridge.standardize_features": False,
-        "bridge.feed_forward_multiplier": weights["bridge.feed_forward_in.weight"].shape[0] // text_dim,
+        "bridge.feed_forward_multiplier": weights["bridge.feed_forward_in.weight"].shape[0]
+        // text_dim,
     }
 
 
@@ -133,22 +138,33 @@ def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torc
 
 def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a file, float32 for what `quantized` wrote. Raises ValueError where levels or scales are missing."""
-    weights = {name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))}
+    weights = {
+        name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))
+    }
     for prefix, dtype in ((_INT8_SCALE, torch.int8), (_INT4_SCALE, torch.uint8)):
-        scales = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
+        scales = {
+            name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)
+        }
         if unpaired := scales.keys() ^ {name for name, x in weights.items() if x.dtype is dtype}:
             raise ValueError(
                 f"quantised weights and their scales do not go together: {shortened(sorted(unpaired))}"
             )
         for name, scale in scales.items():
             per_row = 1 if dtype is torch.int8 else weights[name].shape[-1] * 2 // GROUP
-            if scale.shape != (*weights[name].shape[:-1], per_row):  # else one number could become gigabytes
+            if scale.shape != (
+                *weights[name].shape[:-1],
+                per_row,
+            ):  # else one number could become gigabytes
                 raise ValueError(f"the scales of {name} are of another shape")
-            weights[name] = weights[name] * scale if dtype is torch.int8 else from_int4(weights[name], scale)
+            weights[name] = (
+                weights[name] * scale if dtype is torch.int8 else from_int4(weights[name], scale)
+            )
     return weights
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+def write_folder(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> None:
     """Write ``config.json`` and ``model.safetensors``, the weights last and whole or not at all.
 
     Raises:
@@ -161,7 +177,9 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
             write_bytes_durably(folder / CONFIG_NAME, text.encode())
-            shutil.copymode(folder / CONFIG_NAME, temporary)  # safetensors lets nobody but the owner read it
+            shutil.copymode(
+                folder / CONFIG_NAME, temporary
+            )  # safetensors lets nobody but the owner read it
             temporary.replace(folder / WEIGHTS_NAME)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -187,9 +205,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         config = parse_json(text)
         weights = dequantized(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not whole: {error.filename or error} is missing") from error
+        raise CheckpointError(
+            f"{folder} is not whole: {error.filename or error} is missing"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is damaged or is not an exported captioner: {error}") from error
+        raise CheckpointError(
+            f"{folder} is damaged or is not an exported captioner: {error}"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME} must hold an object")
     return config, weights

@@ -57,7 +57,11 @@ def _dinov2_large() -> Architecture:
     from transformers import Dinov2Config
 
     config = Dinov2Config(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=518,
+        patch_size=14,
     )
     return Architecture(config, image_size=224)
 
@@ -90,8 +94,15 @@ def _blip_base() -> Architecture:
     """Li et al. 2022: ViT-B/16 at 384 px and a BERT-base decoder, whose vocabulary [DEC] and [ENC] close."""
     from transformers import BlipConfig
 
-    text = {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return Architecture(BlipConfig(text_config=text, vision_config={"image_size": 384}), image_size=384)
+    text = {
+        "vocab_size": 30524,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    return Architecture(
+        BlipConfig(text_config=text, vision_config={"image_size": 384}), image_size=384
+    )
 
 
 _ARCHITECTURES = {

@@ -52,7 +52,9 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.fresh_parameters = fresh_parameters
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
-        self.final_logit_softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
+        self.final_logit_softcap: float | None = getattr(
+            causal_lm.config, "final_logit_softcapping", None
+        )
         self.is_blip = causal_lm.config.model_type == BLIP_TEXT
         self.eos_id: Any
         self.start_id: Any
@@ -71,7 +73,9 @@ class LanguageModel(nn.Module):
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
         if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
             return self.text_config.sep_token_id, self.text_config.bos_token_id
-        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        eos = (
+            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        )
         starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
         return eos, next((start for start in starts if start is not None), None)
 
@@ -129,7 +133,9 @@ class LanguageModel(nn.Module):
         ids = torch.arange(
             min(4, self.vocab_size), device=self.causal_lm.get_input_embeddings().weight.device
         )
-        if ids.is_meta or torch.allclose(self.embed(ids), self.token_vectors(ids) * self.embedding_scale):
+        if ids.is_meta or torch.allclose(
+            self.embed(ids), self.token_vectors(ids) * self.embedding_scale
+        ):
             return
         raise ModelError(
             f"{type(self.causal_lm.get_input_embeddings()).__name__} is no scaled matrix: its embeddings cannot be "
@@ -202,7 +208,9 @@ class LanguageModel(nn.Module):
         config = self.text_config
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         takes = inspect.signature(self.causal_lm.forward).parameters
-        return {"cache" if "cache" in takes else "past_key_values": cache}  # its name since 5.24, and before
+        return {
+            "cache" if "cache" in takes else "past_key_values": cache
+        }  # its name since 5.24, and before
 
     def accept_prefix(self) -> None:
         """Switch to the attention that reads a `KeyValuePrefix`, of the same kind as now (`eager` or `sdpa`)."""
@@ -300,7 +308,9 @@ class LanguageModel(nn.Module):
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; word pieces are joined as English is written."""
-        is_word_piece = self.tokenizer.mask_token is not None  # BERT's family puts a space before every mark
+        is_word_piece = (
+            self.tokenizer.mask_token is not None
+        )  # BERT's family puts a space before every mark
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=is_word_piece
         ).strip()
@@ -333,7 +343,9 @@ def causal_block_mask(
     is_text = segments > 0
     allowed = same | (is_text[:, :, None] & is_soft[:, None, :])
     allowed &= torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
-    allowed &= (segments != 0)[:, None, :] | torch.eye(total, dtype=torch.bool, device=segments.device)
+    allowed &= (segments != 0)[:, None, :] | torch.eye(
+        total, dtype=torch.bool, device=segments.device
+    )
     if window is not None:
         positions = packed_positions(segments_bt, num_soft_tokens)
         allowed &= positions[:, :, None] - positions[:, None, :] < window

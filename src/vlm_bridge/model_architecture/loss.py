@@ -44,7 +44,9 @@ class LinearHead:
 
 
 Head = LinearHead | Callable[[torch.Tensor], torch.Tensor]
-Kernel = Callable[[torch.Tensor, torch.Tensor, LinearHead], tuple[torch.Tensor, torch.Tensor | None]]
+Kernel = Callable[
+    [torch.Tensor, torch.Tensor, LinearHead], tuple[torch.Tensor, torch.Tensor | None]
+]
 """From states [V, H], labels [V] and a linear head to the sum of token losses, differentiable in the states, and the
 detached losses [V] where the kernel knows them."""
 
@@ -115,7 +117,13 @@ def caption_cross_entropy(
         return _trained_head_cross_entropy(hidden_vh, labels_v, head, weights_v, label_smoothing)
     wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
     is_plain = weights_v is None and not label_smoothing
-    if kernel is not None and is_plain and wants_gradient and isinstance(head, LinearHead) and len(labels_v):
+    if (
+        kernel is not None
+        and is_plain
+        and wants_gradient
+        and isinstance(head, LinearHead)
+        and len(labels_v)
+    ):
         return kernel(hidden_vh, labels_v, head)
     return frozen_head_cross_entropy(hidden_vh, labels_v, head, weights_v, label_smoothing)
 
@@ -163,7 +171,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         wants_gradient: bool,
     ):
         way = _by_formula if isinstance(head, LinearHead) else _by_autograd
-        losses, smoothed, gradient = way(hidden_vh.detach(), labels_v, head, label_smoothing, wants_gradient)  # type: ignore[arg-type]
+        losses, smoothed, gradient = way(
+            hidden_vh.detach(), labels_v, head, label_smoothing, wants_gradient
+        )  # type: ignore[arg-type]
         if weights_v is not None:
             smoothed = smoothed * weights_v
             if gradient is not None:  # of states rather than of logits, which are many more
@@ -196,7 +206,9 @@ def _by_formula(
     bias = None if head.bias is None else head.bias.to(dtype)
     count, vocabulary = len(labels_v), len(weight)
     chunk_rows = linear_head_chunk(count, vocabulary, states)
-    block_rows = min(chunk_rows, max(1, _bytes(BLOCK_BYTES, states) // (vocabulary * exact.itemsize)))
+    block_rows = min(
+        chunk_rows, max(1, _bytes(BLOCK_BYTES, states) // (vocabulary * exact.itemsize))
+    )
     logits = states.new_empty(chunk_rows, vocabulary)
     work = states.new_empty(block_rows, vocabulary, dtype=exact)
     losses = states.new_empty(count, dtype=exact)
@@ -274,7 +286,11 @@ def _bytes(by_device: dict[str, int], tensor: torch.Tensor) -> int:
 
 
 def _by_autograd(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, label_smoothing: float, wants_gradient: bool
+    hidden_vh: torch.Tensor,
+    labels_v: torch.Tensor,
+    head: Head,
+    label_smoothing: float,
+    wants_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The same for a head of any kind."""
     losses = torch.empty(len(labels_v), dtype=torch.float32, device=hidden_vh.device)
@@ -318,7 +334,9 @@ def _trained_head_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for a head that learns too: each chunk's logits are made again in the backward pass."""
 
-    def chunk_losses(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk_losses(
+        hidden: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return _token_losses(head(hidden), labels, label_smoothing)
 
     size = positions_per_chunk(len(labels_v))

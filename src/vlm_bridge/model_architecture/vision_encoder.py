@@ -61,7 +61,9 @@ class VisionEncoder(Protocol):
         ...
 
 
-def build_vision_encoder(config: VisionEncoderConfig, *, pooling: int = 1, meta: bool = False) -> nn.Module:
+def build_vision_encoder(
+    config: VisionEncoderConfig, *, pooling: int = 1, meta: bool = False
+) -> nn.Module:
     """The encoder of a recipe, frozen and in evaluation mode.
 
     Args:
@@ -96,7 +98,9 @@ class EfficientNetLiteEncoder(nn.Module):
 
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
-    def __init__(self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None):
+    def __init__(
+        self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None
+    ):
         super().__init__()
         # Channels last is the layout that CPU convolutions are quick in: half the time, the same features.
         self.network: Any = network
@@ -109,7 +113,9 @@ class EfficientNetLiteEncoder(nn.Module):
         widths = self._parts.widths
         self.layers = tuple(layers) if layers else (len(widths) - 1,)
         if not all(0 <= layer < len(widths) for layer in self.layers):
-            raise ModelError(f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {len(widths) - 1}")
+            raise ModelError(
+                f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {len(widths) - 1}"
+            )
         self.embed_dim = sum(widths[layer] for layer in self.layers)
 
     @classmethod
@@ -141,7 +147,8 @@ class EfficientNetLiteEncoder(nn.Module):
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = (self.image_size, self.image_size)
         arrays = [
-            np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) for image in images
+            np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+            for image in images
         ]
         pixels_bhwc = torch.from_numpy(np.stack(arrays)) / 255
         return ((pixels_bhwc - self.mean) / self.std).permute(0, 3, 1, 2)
@@ -222,7 +229,9 @@ class HuggingFaceVisionEncoder(nn.Module):
         # device asks the model itself and costs nothing.
         # Families with learned positions stretch them to another image size only when asked to.
         takes = inspect.signature(model.forward).parameters
-        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+        self.options = (
+            {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+        )
         try:
             with torch.device("meta"):
                 probe = type(model)(model.config).eval()  # type: ignore[call-arg]
@@ -242,7 +251,9 @@ class HuggingFaceVisionEncoder(nn.Module):
         try:
             known = known_architecture(config.name) if meta else None
             whole_config = (
-                known.config if known else AutoConfig.from_pretrained(config.name, revision=config.revision)
+                known.config
+                if known
+                else AutoConfig.from_pretrained(config.name, revision=config.revision)
             )
             # A CLIP, SigLIP or BLIP checkpoint holds a text tower too; only its vision tower is wanted.
             model_config = getattr(whole_config, "vision_config", whole_config)
@@ -251,13 +262,19 @@ class HuggingFaceVisionEncoder(nn.Module):
                 processor = None
             else:
                 model = _load_tower(config, whole_config, model_config)
-                resample = {"resample": Image.Resampling[config.resample.upper()]} if config.resample else {}
+                resample = (
+                    {"resample": Image.Resampling[config.resample.upper()]}
+                    if config.resample
+                    else {}
+                )
                 processor = AutoImageProcessor.from_pretrained(
                     config.name, revision=config.revision, backend="pil", **resample
                 )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             if problem := hub_problem(error, config.name):
-                raise ModelError(f"cannot load the vision encoder {config.name!r}: {problem}") from error
+                raise ModelError(
+                    f"cannot load the vision encoder {config.name!r}: {problem}"
+                ) from error
             raise ModelError(
                 f"cannot load the vision encoder {config.name!r}: {_first_line(error)} (give a folder made by "
                 "save_pretrained, or a hub name with network access)"
@@ -276,7 +293,9 @@ class HuggingFaceVisionEncoder(nn.Module):
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = {"height": self.image_size, "width": self.image_size}
         options: dict[str, Any] = (
-            {"crop_size": size} if getattr(self.processor, "do_center_crop", False) else {"size": size}
+            {"crop_size": size}
+            if getattr(self.processor, "do_center_crop", False)
+            else {"size": size}
         )
         if "crop_size" in options:
             options["size"] = {"shortest_edge": self._shortest_edge()}
@@ -303,7 +322,9 @@ class HuggingFaceVisionEncoder(nn.Module):
             )
         tokens = [_as_tokens(states[layer], model.config) for layer in self.layers]
         if len({features.shape[1] for features in tokens}) > 1:
-            raise ModelError(f"vision_encoder.layers={list(self.layers)} have different numbers of tokens")
+            raise ModelError(
+                f"vision_encoder.layers={list(self.layers)} have different numbers of tokens"
+            )
         return torch.cat(tokens, dim=-1)
 
     def _shortest_edge(self) -> int:
@@ -343,14 +364,18 @@ class SideBySideEncoder(nn.Module):
         self._num_pixels = [3 * encoder.image_size**2 for encoder in self.encoders]
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.cat([encoder.preprocess(images).flatten(1) for encoder in self.encoders], dim=1)
+        return torch.cat(
+            [encoder.preprocess(images).flatten(1) for encoder in self.encoders], dim=1
+        )
 
     def seen_area(self, size: tuple[int, int]) -> Area:
         return self.encoders[0].seen_area(size)
 
     def forward(self, pixels_bp: torch.Tensor) -> torch.Tensor:
         of_encoders = zip(self.encoders, pixels_bp.split(self._num_pixels, dim=1), strict=True)
-        return torch.cat([self._on_grid(encoder, pixels) for encoder, pixels in of_encoders], dim=-1)
+        return torch.cat(
+            [self._on_grid(encoder, pixels) for encoder, pixels in of_encoders], dim=-1
+        )
 
     def _on_grid(self, encoder: Any, pixels_bp: torch.Tensor) -> torch.Tensor:
         features_bnd = encoder(pixels_bp.unflatten(1, (3, encoder.image_size, encoder.image_size)))
@@ -426,7 +451,9 @@ def encoder_fingerprint(encoder: Any) -> str:
         return " + ".join(map(encoder_fingerprint, encoder.encoders))
     digest = hashlib.blake2b(digest_size=12)
     processor = getattr(encoder, "processor", None)
-    digest.update(f"{type(encoder).__name__} {encoder.image_size} {encoder.layers} {processor}".encode())
+    digest.update(
+        f"{type(encoder).__name__} {encoder.image_size} {encoder.layers} {processor}".encode()
+    )
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
@@ -440,7 +467,9 @@ def _as_tokens(features: torch.Tensor, model_config: Any) -> torch.Tensor:
     """
     if features.ndim == 4:
         return features.flatten(2).transpose(1, 2)
-    has_class_token = model_config.model_type == "pvt" and isqrt(features.shape[1]) ** 2 != features.shape[1]
+    has_class_token = (
+        model_config.model_type == "pvt" and isqrt(features.shape[1]) ** 2 != features.shape[1]
+    )
     return features[:, 1:] if has_class_token else features
 
 
@@ -474,7 +503,9 @@ def _on_meta(model_config: Any) -> nn.Module:
     from transformers import AutoModel, BlipVisionModel
 
     with torch.device("meta"):
-        if model_config.model_type == "blip_vision_model":  # unknown to transformers' automatic classes
+        if (
+            model_config.model_type == "blip_vision_model"
+        ):  # unknown to transformers' automatic classes
             return BlipVisionModel(model_config)
         return AutoModel.from_config(model_config)
 

@@ -47,7 +47,11 @@ ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict", "scheduler_state_
 STEP = "step_{:08d}.pth"
 """Name of a checkpoint that is kept for its step."""
 STEP_PATTERN = "step_*.pth"
-LATEST, BEST, BEST_WEIGHTS = "latest_checkpoint.pth", "best_model.pth", "best_model_weights_only.pth"
+LATEST, BEST, BEST_WEIGHTS = (
+    "latest_checkpoint.pth",
+    "best_model.pth",
+    "best_model_weights_only.pth",
+)
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 """Packages that decide what a step computes."""
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
@@ -163,7 +167,9 @@ def newest_sound(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict
     """
     names = [path for pattern in (LATEST, BEST, STEP_PATTERN) for path in folder.glob(pattern)]
     names += [path for name in (LATEST, BEST) if (path := previous_of(folder / name)).is_file()]
-    files = {path.stat().st_ino: path for path in reversed(names)}  # a file may have two names for a moment
+    files = {
+        path.stat().st_ino: path for path in reversed(names)
+    }  # a file may have two names for a moment
     for path in sorted(files.values(), key=_when_saved, reverse=True):
         try:
             content = load_checkpoint(path)
@@ -189,7 +195,9 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(STEP_PATTERN), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
-def save_original(path: Path, recipe: Recipe, content: Mapping[str, Any], where: str | Path) -> None:
+def save_original(
+    path: Path, recipe: Recipe, content: Mapping[str, Any], where: str | Path
+) -> None:
     """Write a weights-only checkpoint that the original project loads: bridge weights and flat configuration.
 
     The recipe goes along under a key of our own, which the original ignores and `load_checkpoint` finds.
@@ -211,7 +219,9 @@ def save_original(path: Path, recipe: Recipe, content: Mapping[str, Any], where:
         path,
         {
             "model_state_dict": interchange.to_original(content["weights"], where),
-            "config": {key: value for key, value in published.items() if not isinstance(value, dict)},
+            "config": {
+                key: value for key, value in published.items() if not isinstance(value, dict)
+            },
             "recipe": published,
             "format_version": content.get("format_version", FORMAT_VERSION),
         },
@@ -289,7 +299,9 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
     if dtype in ("int8", "int4"):
         vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
         matrices = {name: tensor for name, tensor in weights.items() if tensor.ndim >= 2}
-        small = interchange.quantized(stored_as(matrices, "float32"), bits=8 if dtype == "int8" else 4)
+        small = interchange.quantized(
+            stored_as(matrices, "float32"), bits=8 if dtype == "int8" else 4
+        )
         return stored_as(vectors, "float16") | small
     stored = {
         name: tensor if name.startswith("feature_scale.") else tensor.to(getattr(torch, dtype))
@@ -313,7 +325,9 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
     for path, content in zip(paths[1:], others, strict=True):
         check_architecture(content, recipe, path)
         if wrong := interchange.wrong_names(content["weights"], mean):
-            raise CheckpointError(f"{path} has other weights than {paths[0]}: {interchange.shortened(wrong)}")
+            raise CheckpointError(
+                f"{path} has other weights than {paths[0]}: {interchange.shortened(wrong)}"
+            )
         for name, tensor in content["weights"].items():
             if tensor.shape != mean[name].shape:
                 sizes = f"{list(tensor.shape)}, there {list(mean[name].shape)}"
@@ -377,7 +391,9 @@ def _is_laid_out(content: Any) -> bool:
 def _check_version(content: Mapping[str, Any], path: Path) -> None:
     if "format_version" not in content:
         if "weights" in content:
-            raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint: it has no format_version")
+            raise DamagedCheckpointError(
+                f"{path} is not a vlm-bridge checkpoint: it has no format_version"
+            )
         return
     version = content["format_version"]
     if type(version) is not int or version < 1:  # True is an int, too
@@ -488,7 +504,9 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     path = Path(name)
     if path.exists() or not _may_be_on_hub(path):
         if revision is not None:
-            raise CheckpointError(f"revision={revision!r} is for models on the hub; {path} is a path here")
+            raise CheckpointError(
+                f"revision={revision!r} is for models on the hub; {path} is a path here"
+            )
         return checkpoint_path(path)
     from huggingface_hub import snapshot_download
 
@@ -499,7 +517,9 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's client raises errors of several libraries
         if (problem := hub_problem(error, path.as_posix())) is None:
             raise
-        raise CheckpointError(f"no checkpoint at {path}, and none from the hub: {problem}") from error
+        raise CheckpointError(
+            f"no checkpoint at {path}, and none from the hub: {problem}"
+        ) from error
     return checkpoint_path(folder)
 
 
@@ -522,7 +542,11 @@ def has_checkpoint(path: str | Path) -> bool:
 
 
 def recipe_of(
-    content: dict[str, Any], where: str | Path, given: Recipe | None = None, *, to_build: bool = True
+    content: dict[str, Any],
+    where: str | Path,
+    given: Recipe | None = None,
+    *,
+    to_build: bool = True,
 ) -> Recipe:
     """The recipe a checkpoint was trained with.
 
@@ -569,7 +593,9 @@ def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) 
         raise CheckpointError(f"{where}: its recipe asks for impossible sizes") from error
     _check_widths(model, content, where)
     # Without its processor, an encoder may be of another image size.
-    _check_names_and_shapes(model, content["weights"], where, any_size=model.vision_encoder.num_tokens)
+    _check_names_and_shapes(
+        model, content["weights"], where, any_size=model.vision_encoder.num_tokens
+    )
 
 
 def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
@@ -586,10 +612,14 @@ def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Pat
     wants = architecture(wanted)
     if has["bridge.kind"] != wants["bridge.kind"]:  # the options of two kinds cannot be compared
         has = {
-            key: value for key, value in has.items() if key == "bridge.kind" or not key.startswith("bridge.")
+            key: value
+            for key, value in has.items()
+            if key == "bridge.kind" or not key.startswith("bridge.")
         }
     _refuse_other(
-        {k: v for k, v in has.items() if k in wants and not same_setting(k, v, wants[k])}, wants, where
+        {k: v for k, v in has.items() if k in wants and not same_setting(k, v, wants[k])},
+        wants,
+        where,
     )
 
 
@@ -650,7 +680,9 @@ def _check_widths(model: Any, content: Mapping[str, Any], where: str | Path) -> 
     """Raise CheckpointError where the frozen parts are of other widths than those the checkpoint was trained with."""
     wanted = captioner_sizes(model)
     has = content.get("sizes", {})
-    _refuse_other({key: has[key] for key in wanted if key in has and has[key] != wanted[key]}, wanted, where)
+    _refuse_other(
+        {key: has[key] for key in wanted if key in has and has[key] != wanted[key]}, wanted, where
+    )
 
 
 def _refuse_other(has: Mapping[str, Any], wanted: Mapping[str, Any], where: str | Path) -> None:
@@ -674,7 +706,11 @@ def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | P
 
 
 def _check_names_and_shapes(
-    model: Any, weights: Mapping[str, torch.Tensor], where: str | Path, *, any_size: int | None = None
+    model: Any,
+    weights: Mapping[str, torch.Tensor],
+    where: str | Path,
+    *,
+    any_size: int | None = None,
 ) -> None:
     """Compare weights with a captioner's, which may be on the meta device.
 
@@ -696,4 +732,6 @@ def _check_names_and_shapes(
         if differs(weights[name].shape, wanted[name].shape)
     ) + interchange.wrong_names(weights, wanted)
     if problems:
-        raise CheckpointError(f"{where} belongs to another architecture: {interchange.shortened(problems)}")
+        raise CheckpointError(
+            f"{where} belongs to another architecture: {interchange.shortened(problems)}"
+        )

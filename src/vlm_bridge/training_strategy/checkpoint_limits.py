@@ -21,7 +21,14 @@ MAX_DEPTH = 50
 MAX_TIMES_REFERRED = 4
 """Tied weights stand in a file once and are named several times."""
 WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-_DTYPES = WEIGHT_DTYPES | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+_DTYPES = WEIGHT_DTYPES | {
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
 _PLAIN = (str, int, float, bytes, type(None))
 _DESCRIPTIVE = (torch.dtype, torch.device, argparse.Namespace)
 """Nothing looks into the last, which the original pvt-blip project keeps beside its weights."""
@@ -43,7 +50,9 @@ def check_content(content: Any, file_bytes: int) -> None:
             _check_tensor(value, file_bytes)
             tensor_bytes += value.numel() * value.element_size()
             if tensor_bytes > MAX_TIMES_REFERRED * file_bytes:
-                raise ValueError(f"its tensors are more than {MAX_TIMES_REFERRED} times as large as the file")
+                raise ValueError(
+                    f"its tensors are more than {MAX_TIMES_REFERRED} times as large as the file"
+                )
         elif not isinstance(value, _DESCRIPTIVE):
             _check_plain(value)
 
@@ -58,7 +67,9 @@ def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Refuse weights that are no finite numbers in float32. Raises ValueError, which names the first."""
     for name, tensor in weights.items():
         if tensor.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"its weight {name} is of type {_name(tensor.dtype)}, not a floating-point one")
+            raise ValueError(
+                f"its weight {name} is of type {_name(tensor.dtype)}, not a floating-point one"
+            )
         if not tensor.float().isfinite().all():
             raise ValueError(f"its weight {name} is not finite")
 
@@ -95,7 +106,9 @@ def _check_tensor(tensor: torch.Tensor, file_bytes: int) -> None:
     if tensor.layout is not torch.strided:
         raise ValueError(f"it holds a tensor of layout {_name(tensor.layout)}")
     if tensor.device.type != "cpu":
-        raise ValueError(f"it holds a tensor without content (on the device {tensor.device.type!r})")
+        raise ValueError(
+            f"it holds a tensor without content (on the device {tensor.device.type!r})"
+        )
     if tensor.dtype not in _DTYPES or tensor.is_neg():
         raise ValueError(f"it holds a tensor of type {_name(tensor.dtype)}")
     storage = tensor.untyped_storage().nbytes()

@@ -83,7 +83,9 @@ def distill_projection(
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=settings.learning_rate)
     model.train()
     losses = []
-    for step, (of_student, pixels) in enumerate(prefetch(batches, load, recipe.num_workers), start=1):
+    for step, (of_student, pixels) in enumerate(
+        prefetch(batches, load, recipe.num_workers), start=1
+    ):
         with torch.no_grad():
             target = on_grid(teacher(pixels.to(model.device)), teacher.grid, encoder.grid)
         student = model.image_inputs(model.features(of_student)).encoder_hidden_states
@@ -102,7 +104,9 @@ def _teacher(settings: DistillationConfig) -> VisionEncoderConfig:
     return VisionEncoderConfig(settings.teacher, settings.revision, settings.image_size)
 
 
-def on_grid(features_bnd: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
+def on_grid(
+    features_bnd: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]
+) -> torch.Tensor:
     """Patch features [B, N, D] of one grid averaged onto another [B, rows x columns, D]; leading tokens are dropped."""
     rows, columns = grid
     map_bdhw = features_bnd[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))

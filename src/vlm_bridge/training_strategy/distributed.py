@@ -112,7 +112,9 @@ class World:
         made = [make() if self.is_first else None]
         if self.size > 1:
             with self._together():
-                distributed.broadcast_object_list(made, src=0, group=self.hosts, device=torch.device("cpu"))
+                distributed.broadcast_object_list(
+                    made, src=0, group=self.hosts, device=torch.device("cpu")
+                )
         return made[0]  # type: ignore[return-value]
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -129,7 +131,9 @@ class World:
         """Raises ConfigurationError where a process has other facts than the first: it would go another way."""
         first = self.from_first(lambda: facts)
         if others := [
-            f"{name}={fact}, not {first[name]}" for name, fact in facts.items() if fact != first[name]
+            f"{name}={fact}, not {first[name]}"
+            for name, fact in facts.items()
+            if fact != first[name]
         ]:
             raise ConfigurationError(
                 f"process {self.rank} of {self.size} has {'; '.join(others)} as the first one: start all of them with "
@@ -181,7 +185,9 @@ class World:
             known = hasattr(error, "exit_code")  # our errors, and interruptions
             reason = str(error) if known else f"unexpected {type(error).__name__}: {error}"
             with suppress(RuntimeError):  # nobody is left to be told
-                self.store.compare_set(_FAILURE, "", f"process {self.rank} of {self.size} failed: {reason}")
+                self.store.compare_set(
+                    _FAILURE, "", f"process {self.rank} of {self.size} failed: {reason}"
+                )
 
     def _end_after_the_others(self) -> None:
         """The store ends with the first process where no launcher holds it; those still asking would get no answer."""
@@ -213,7 +219,9 @@ class GradientSum:
             return
         if self._taking_part is None:
             having = self.world.sum([parameter.grad is not None for parameter in self.parameters])
-            self._taking_part = [p for p, count in zip(self.parameters, having, strict=True) if count]
+            self._taking_part = [
+                p for p, count in zip(self.parameters, having, strict=True) if count
+            ]
         for parameter in self._taking_part:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -243,7 +251,9 @@ def joined(device: str) -> Iterator[World]:
         if not isinstance(error, PeerFailed):
             world._leave_message(error)
         world._end_after_the_others()
-        atexit.unregister(distributed.destroy_process_group)  # it would wait for those that are gone
+        atexit.unregister(
+            distributed.destroy_process_group
+        )  # it would wait for those that are gone
         raise
 
 
@@ -286,7 +296,9 @@ def _own_device(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _in_buckets(tensors: Sequence[torch.Tensor], communicate: Callable[[torch.Tensor], None]) -> None:
+def _in_buckets(
+    tensors: Sequence[torch.Tensor], communicate: Callable[[torch.Tensor], None]
+) -> None:
     """Communicate tensors laid one behind the other: for many small ones the way there and back is what costs."""
     bucket: list[torch.Tensor] = []
     num_bytes = 0

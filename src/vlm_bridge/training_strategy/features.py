@@ -174,7 +174,9 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
         VLMBridgeError: the recipe wants no cache, data or encoder cannot be read, or there is no room.
     """
     if recipe.feature_cache == "off":
-        raise ConfigurationError("the recipe says feature_cache=off: give feature_cache=auto or a folder")
+        raise ConfigurationError(
+            "the recipe says feature_cache=off: give feature_cache=auto or a folder"
+        )
     folder = open_data_folder(recipe.data_dir, say)
     reach_encoders(recipe.vision_encoder)
     encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
@@ -204,7 +206,9 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
 def cache_root(recipe: Recipe) -> Path:
     """The folder that the caches of a recipe lie in."""
     return (
-        Path(recipe.data_dir) / ".features" if recipe.feature_cache == "auto" else Path(recipe.feature_cache)
+        Path(recipe.data_dir) / ".features"
+        if recipe.feature_cache == "auto"
+        else Path(recipe.feature_cache)
     )
 
 
@@ -258,10 +262,14 @@ def cached_features(
         return cache
     reading = measure_reading(cache.__getitem__, len(cache))
     # What was measured here when the cache was made is good enough, unless it is a close thing.
-    encoding = cache.index.get("images_per_second") if cache.index.get("machine") == machine else None
+    encoding = (
+        cache.index.get("images_per_second") if cache.index.get("machine") == machine else None
+    )
     if encoding is None or reading < encoding:
         encoding = _measure_encoding(pixels, encode)
-    if reading < encoding:  # a disk that slept, or that was just attached, may only be slow to start
+    if (
+        reading < encoding
+    ):  # a disk that slept, or that was just attached, may only be slow to start
         reading = measure_reading(cache.__getitem__, len(cache), SECOND_LOOK_SECONDS)
     if reading < encoding:
         cache.close()
@@ -317,7 +325,9 @@ def _measure_encoding(pixels: OnTheFlyPixels, encode: Callable[[Any], torch.Tens
     return len(indices) / (time.perf_counter() - started)
 
 
-def _pixels(encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage]) -> OnTheFlyPixels:
+def _pixels(
+    encoder: Any, recipe: Recipe, split: str, images: Sequence[CaptionedImage]
+) -> OnTheFlyPixels:
     is_augmented = split == "train" and recipe.feature_cache_views
     views = Views(recipe.feature_cache_views, recipe.seed) if is_augmented else None
     has_paths = isinstance(images, CaptionedImages | ShardImages)

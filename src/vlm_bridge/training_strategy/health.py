@@ -157,7 +157,9 @@ class FrozenParts:
     def check(self, model: torch.nn.Module) -> None:
         """Raises TrainingError for a tensor that is not what it was, by name."""
         now = self._of(model)
-        changed = [name for name, fingerprint in self._fingerprints.items() if now.get(name) != fingerprint]
+        changed = [
+            name for name, fingerprint in self._fingerprints.items() if now.get(name) != fingerprint
+        ]
         if changed:
             others = f" and {len(changed) - 1} others" if len(changed) > 1 else ""
             raise TrainingError(

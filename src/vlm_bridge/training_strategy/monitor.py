@@ -223,7 +223,9 @@ class Monitor:
         captions_rate, tokens_rate = self._window_captions / seconds, self._window_tokens / seconds
         padding_share = 1 - self._window_tokens / max(self._window_positions, 1)
         eta = _duration((total_steps - step) * ms_per_step / 1000)
-        others = "".join(f"{name.replace('_', ' ')} {value:.3f} | " for name, value in of_objective.items())
+        others = "".join(
+            f"{name.replace('_', ' ')} {value:.3f} | " for name, value in of_objective.items()
+        )
         self.say(
             f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | {others}lr {learning_rate:.2e} | "
             f"grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | {captions_rate:.1f} samples/s | "
@@ -257,7 +259,13 @@ class Monitor:
         self._record("skipped", step, cause=cause, images=list(images))
 
     def validation(
-        self, step: int, epoch: int, result: Validation, captions: TokenizedImages, *, is_last: bool = False
+        self,
+        step: int,
+        epoch: int,
+        result: Validation,
+        captions: TokenizedImages,
+        *,
+        is_last: bool = False,
     ) -> None:
         """Log a validation. ``captions``: those of people that it read, whose tokens are counted."""
         self.say(
@@ -272,13 +280,22 @@ class Monitor:
                 "image. Train longer, raise learning_rate, or check that captions and images belong together "
                 "(vlm-data inspect-loader)."
             )
-        elif is_last and 0 < self._blind_validations < BLIND_VALIDATIONS:  # too few to call it a fault
+        elif (
+            is_last and 0 < self._blind_validations < BLIND_VALIDATIONS
+        ):  # too few to call it a fault
             self.say(
                 f"after these {step} steps the captioner does not look at its images yet (visual gain "
                 f"{result.visual_gain:+.3f} nats per token): train longer"
             )
-        scalars = {"loss": result.loss, "perplexity": result.perplexity, "visual_gain": result.visual_gain}
-        counted = {"avg_sequence_length": captions.mean_length, "token_diversity": captions.token_diversity}
+        scalars = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "visual_gain": result.visual_gain,
+        }
+        counted = {
+            "avg_sequence_length": captions.mean_length,
+            "token_diversity": captions.token_diversity,
+        }
         for name, value in (scalars | counted).items():
             self.curves.add_scalar(f"val/{name}", value, step)
         self._record("validation", step, epoch=epoch, **scalars)
@@ -289,7 +306,9 @@ class Monitor:
         )
         for name, value in (("bleu4", result.bleu4), ("cider", result.cider)):
             self.curves.add_scalar(f"val/{name}", value, step)
-        self._record("decoded", step, bleu4=result.bleu4, cider=result.cider, num_images=result.num_images)
+        self._record(
+            "decoded", step, bleu4=result.bleu4, cider=result.cider, num_images=result.num_images
+        )
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Show captions beside their pictures and references, and what `sample_statistics` says of them."""
@@ -297,7 +316,9 @@ class Monitor:
         for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
             caption, reference = sample.caption, sample.references[0]
             self.say(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
-            self.curves.add_image(f"val/sample_{number}", np.asarray(sample.picture), step, dataformats="HWC")
+            self.curves.add_image(
+                f"val/sample_{number}", np.asarray(sample.picture), step, dataformats="HWC"
+            )
             text = f"**{caption}**\n\nreference: {reference}\n\nBLEU-4: {bleu4:.4f}"
             self.curves.add_text(f"val/sample_{number}", text, step)
         for name, value in (
@@ -323,7 +344,9 @@ class Monitor:
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
         self._window_start = time.perf_counter()
-        self._window_steps = self._window_captions = self._window_tokens = self._window_positions = 0
+        self._window_steps = self._window_captions = self._window_tokens = (
+            self._window_positions
+        ) = 0
 
     def state_dict(self) -> dict[str, float]:
         """What the lines to come tell of the steps behind; part of every checkpoint."""
@@ -345,7 +368,9 @@ class Monitor:
         self._window_tokens = int(state["tokens"])
         self._window_positions = int(state["positions"])
         self._blind_validations = int(state["blind_validations"])
-        self._epoch_loss = state.get("epoch_loss", 0.0)  # checkpoints from before it was kept have none
+        self._epoch_loss = state.get(
+            "epoch_loss", 0.0
+        )  # checkpoints from before it was kept have none
         self._epoch_steps = state.get("epoch_steps", 0.0)
 
     def close(self) -> None:

@@ -10,7 +10,9 @@ from vlm_bridge.configuration import Recipe
 from vlm_bridge.model_architecture.trainable import TrainedParameter
 
 
-def adamw(trained: Sequence[TrainedParameter], recipe: Recipe) -> tuple[torch.optim.AdamW, list[float]]:
+def adamw(
+    trained: Sequence[TrainedParameter], recipe: Recipe
+) -> tuple[torch.optim.AdamW, list[float]]:
     """AdamW without weight decay on biases and norms, and the learning rate of each group relative to the recipe's.
 
     A pattern of ``trainable`` makes one group with weight decay and one without, whatever its rate: a resumed run may

@@ -48,7 +48,9 @@ def take_moments(optimizer: torch.optim.Optimizer, training: Mapping[str, Any]) 
     if not isinstance(by_number, Mapping):
         return False
     # There the optimizer has one group, in the order in which the bridge names its tensors.
-    theirs = dict(zip(ORIGINAL_NAMES, (by_number.get(i) for i in range(len(ORIGINAL_NAMES))), strict=True))
+    theirs = dict(
+        zip(ORIGINAL_NAMES, (by_number.get(i) for i in range(len(ORIGINAL_NAMES))), strict=True)
+    )
     ours = optimizer.state_dict()
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for group, options in zip(optimizer.param_groups, ours["param_groups"], strict=True):
@@ -58,7 +60,10 @@ def take_moments(optimizer: torch.optim.Optimizer, training: Mapping[str, Any]) 
             found: Any = theirs.get(name)
             if not _are_moments(found, parameter):
                 return False
-            moments[number] = {**{key: found[key] for key in MOMENTS}, "step": torch.as_tensor(found["step"])}
+            moments[number] = {
+                **{key: found[key] for key in MOMENTS},
+                "step": torch.as_tensor(found["step"]),
+            }
     optimizer.load_state_dict({"state": moments, "param_groups": ours["param_groups"]})
     return True
 

@@ -33,7 +33,9 @@ def epoch_plan(
         )
     budget = None
     if recipe.tokens_per_batch is not None:
-        assert caption_lengths is not None, "a budget of positions needs to know those of every caption"
+        assert caption_lengths is not None, (
+            "a budget of positions needs to know those of every caption"
+        )
         budget = TokenBudget(recipe.tokens_per_batch, caption_lengths)
     return EpochPlan(
         captions_per_image,

@@ -20,7 +20,12 @@ PROBE_BYTES = 1 << 20
 
 
 def check_resume(
-    content: Mapping[str, Any], path: Path, recipe: Recipe, manifest: Mapping[str, Any], *, force: bool
+    content: Mapping[str, Any],
+    path: Path,
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    *,
+    force: bool,
 ) -> tuple[list[str], bool]:
     """Compare a checkpoint with the training that would continue it.
 
@@ -47,7 +52,9 @@ def check_resume(
         )
     before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
     other_data = dataset_changes(before, dataset_facts(manifest))
-    changes = other_data + recipe_changes(checkpoints.recipe_of(dict(content), path, to_build=False), recipe)
+    changes = other_data + recipe_changes(
+        checkpoints.recipe_of(dict(content), path, to_build=False), recipe
+    )
     if changes and not force:
         raise CheckpointError(
             f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what it was, or "

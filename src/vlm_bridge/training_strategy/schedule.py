@@ -11,7 +11,13 @@ def warmup_within(warmup_steps: int, total_steps: int) -> int:
 
 
 def learning_rate_at(
-    step: int, *, total_steps: int, warmup_steps: int, learning_rate: float, min_lr: float, kind: str
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    learning_rate: float,
+    min_lr: float,
+    kind: str,
 ) -> float:
     """Learning rate of optimiser step ``step`` (0-based): ``learning_rate`` after the warm-up, ``min_lr`` at the end.
 

@@ -40,7 +40,9 @@ class ImageBatch:
 def load_images(images: Sequence[int], features: Features, device: torch.device) -> ImageBatch:
     """Read the features of a step's images; may run in a thread, ahead of its step."""
     indices = np.asarray(images)
-    return ImageBatch(indices, runtime.DeviceCopy([torch.as_tensor(features[indices]).contiguous()], device))
+    return ImageBatch(
+        indices, runtime.DeviceCopy([torch.as_tensor(features[indices]).contiguous()], device)
+    )
 
 
 class SelfCritical:
@@ -66,8 +68,12 @@ class SelfCritical:
         self.recipe = recipe
         self.format = format
         self.autocast = autocast
-        tokens = iter(reference_tokens(list(chain.from_iterable(image.captions for image in images)), say))
-        self.reward = CiderD([[f"{next(tokens)} {END}" for _ in image.captions] for image in images])
+        tokens = iter(
+            reference_tokens(list(chain.from_iterable(image.captions for image in images)), say)
+        )
+        self.reward = CiderD(
+            [[f"{next(tokens)} {END}" for _ in image.captions] for image in images]
+        )
         self._greedy = DecodeSettings(num_beams=1, max_new_tokens=recipe.decode.max_new_tokens)
         self._sampling = replace(self._greedy, do_sample=True, temperature=recipe.scst_temperature)
         self._forget()
@@ -122,7 +128,9 @@ class SelfCritical:
             posinf=0.0
         )  # a step that is skipped shall not void the others' mean
 
-    def statistics(self, add_up: Callable[[Sequence[float]], Sequence[float]] = tuple) -> dict[str, float]:
+    def statistics(
+        self, add_up: Callable[[Sequence[float]], Sequence[float]] = tuple
+    ) -> dict[str, float]:
         """Means since the last call: reward and baseline (CIDEr-D as papers' 100 is 1), the entropy of a token in nats
         as samples estimate it (too low where they are drawn at a temperature below 1), tokens a caption with EOS, and
         the share of captions that did not end.
@@ -166,7 +174,9 @@ class SelfCritical:
         self._num_samples = int(state["samples"])
         self._reward_sum = state["reward"]
         self._baseline_sum = state["baseline"]
-        self._surprise = torch.tensor(state["surprise"], dtype=torch.float64, device=self.model.device)
+        self._surprise = torch.tensor(
+            state["surprise"], dtype=torch.float64, device=self.model.device
+        )
         self._token_sum = int(state["tokens"])
         self._num_unfinished = int(state["unfinished"])
 
@@ -199,7 +209,9 @@ class SelfCritical:
     def _has_ended(self, ids: Sequence[int]) -> bool:
         return ids[-1:] == [self.format.eos_id]
 
-    def _remember(self, rewards_bk: np.ndarray, baselines_bk: np.ndarray, samples: list[list[int]]) -> None:
+    def _remember(
+        self, rewards_bk: np.ndarray, baselines_bk: np.ndarray, samples: list[list[int]]
+    ) -> None:
         self._num_samples += rewards_bk.size
         self._reward_sum += float(rewards_bk.sum())
         self._baseline_sum += float(np.broadcast_to(baselines_bk, rewards_bk.shape).sum())

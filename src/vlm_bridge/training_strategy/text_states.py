@@ -105,13 +105,19 @@ class StateFiles:
     def create(self, folder: Path) -> None:
         """Make the files in a folder, empty but of their size."""
         folder.mkdir(exist_ok=True)
-        for name, size in ((STATES_NAME, self.num_bytes), (CHECKSUMS_NAME, 4 * len(self.image_lengths))):
+        for name, size in (
+            (STATES_NAME, self.num_bytes),
+            (CHECKSUMS_NAME, 4 * len(self.image_lengths)),
+        ):
             with (folder / name).open("wb") as file:
                 file.truncate(size)
 
     def fill(self, folder: Path, states: Iterable[tuple[int, np.ndarray]]) -> None:
         """Write the states [positions of the image, width] of some images, by index, and bring them to disk."""
-        with (folder / STATES_NAME).open("r+b") as file, (folder / CHECKSUMS_NAME).open("r+b") as checksums:
+        with (
+            (folder / STATES_NAME).open("r+b") as file,
+            (folder / CHECKSUMS_NAME).open("r+b") as checksums,
+        ):
             for image, of_image in states:
                 content = of_image.tobytes()
                 file.seek(int(self.starts[image]) * self.row_bytes)
@@ -153,7 +159,10 @@ class StateFiles:
             for image in images:
                 file.seek(int(self.starts[image]) * self.row_bytes)
                 content = file.read(int(self.image_lengths[image]) * self.row_bytes)
-                if zlib.crc32(content).to_bytes(4, "little") != checksums[4 * image : 4 * image + 4]:
+                if (
+                    zlib.crc32(content).to_bytes(4, "little")
+                    != checksums[4 * image : 4 * image + 4]
+                ):
                     return False
         return True
 
@@ -198,8 +207,12 @@ def split_text_states(
         f"{dtype} {recipe.autocast_dtype is not None}",
         data.digest(),
     )
-    root = Path(recipe.data_dir) / ".features" if recipe.feature_cache == "off" else cache_root(recipe)
-    files = StateFiles(root / "text" / key, key, data.image_lengths, language_model.embed_dim, dtype)
+    root = (
+        Path(recipe.data_dir) / ".features" if recipe.feature_cache == "off" else cache_root(recipe)
+    )
+    files = StateFiles(
+        root / "text" / key, key, data.image_lengths, language_model.embed_dim, dtype
+    )
     try:
         if world.largest(not files.is_whole()):
             _build(files, model, data, autocast, lambda line: say(f"{split} {line}"), world)
@@ -215,7 +228,9 @@ def language_model_fingerprint(language_model: LanguageModel) -> str:
     digest = hashlib.blake2b(digest_size=12)
     config = language_model.text_config.to_dict()
     # Where and how it was loaded changes nothing; its attention implementation rounds alike within 16 bits.
-    digest.update(json.dumps({k: config[k] for k in sorted(config) if k[:1] != "_"}, default=str).encode())
+    digest.update(
+        json.dumps({k: config[k] for k in sorted(config) if k[:1] != "_"}, default=str).encode()
+    )
     for name, tensor in sorted(language_model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
@@ -241,7 +256,10 @@ def _build(
     name = f"{BUILDING}{files.folder.name}-{platform.node()}-{os.getpid()}"
     building = root / world.gather(name)[world.rank - world.local_rank]
     is_maker = world.local_rank == 0
-    rows, by_length = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
+    rows, by_length = (
+        whole_rows(data.captions_per_image),
+        np.argsort(-data.image_lengths, kind="stable"),
+    )
     batches = in_batches([rows[image] for image in by_length], IMAGES_AT_ONCE)
 
     def states() -> Iterable[tuple[int, np.ndarray]]:
@@ -249,7 +267,9 @@ def _build(
         done = 0
         for some in batches[world.local_rank :: world.local_size]:
             batch = data.pack(some)
-            ids, segments = (torch.from_numpy(a).to(model.device) for a in (batch.input_ids, batch.segments))
+            ids, segments = (
+                torch.from_numpy(a).to(model.device) for a in (batch.input_ids, batch.segments)
+            )
             with autocast():
                 states = model.text_at_bridge(ids, segments).to(files.dtype).cpu()
             if not states.isfinite().all():
@@ -304,13 +324,17 @@ def _check_starting_from_states(
     Whether a transformers model can start from the states of a layer is not written anywhere.
     """
     batch = data.pack(whole_rows(data.captions_per_image)[:1])
-    ids, segments = (torch.from_numpy(a).to(model.device) for a in (batch.input_ids, batch.segments))
+    ids, segments = (
+        torch.from_numpy(a).to(model.device) for a in (batch.input_ids, batch.segments)
+    )
     encoder: Any = model.vision_encoder
     features = torch.zeros(1, encoder.num_tokens, encoder.embed_dim, device=model.device)
     with autocast():
         image = model.image_inputs(features)
         whole = model.text_states(ids, image, segments)
-        started = model.text_states(ids, image, segments, text_at_bridge=model.text_at_bridge(ids, segments))
+        started = model.text_states(
+            ids, image, segments, text_at_bridge=model.text_at_bridge(ids, segments)
+        )
     error = (whole.float() - started.float()).abs().max() / whole.float().abs().max()
     if not error < 1e-5:  # the same operations on the same numbers
         raise ModelError(

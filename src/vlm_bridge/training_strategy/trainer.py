@@ -178,7 +178,9 @@ class Trainer:
                 "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
             )
         if recipe.halve_batch_on_oom and world.size > 1:
-            raise ConfigurationError("halve_batch_on_oom is for one process: lower batch_size instead")
+            raise ConfigurationError(
+                "halve_batch_on_oom is for one process: lower batch_size instead"
+            )
         self.where = str(self.device)
         if self.device.type == "cpu":
             self.where += f" ({runtime.set_threads()} threads)"
@@ -186,7 +188,9 @@ class Trainer:
                 say("this processor emulates bfloat16: use_amp=false is quicker here")
         if world.size > 1:
             self.where += f", {world.size} processes"
-        world.check_same({key: value for key, value in recipe.to_dict().items() if key not in PLACES})
+        world.check_same(
+            {key: value for key, value in recipe.to_dict().items() if key not in PLACES}
+        )
         self.folder = open_data_folder(recipe.data_dir, say)
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
         self.found = self._find(resume, force=force)
@@ -230,10 +234,14 @@ class Trainer:
 
         self.self_critical = None
         if recipe.objective == "scst":
-            self.self_critical = SelfCritical(self.model, recipe, format, train_images, self._autocast, say)
+            self.self_critical = SelfCritical(
+                self.model, recipe, format, train_images, self._autocast, say
+            )
 
         data = self.train_data
-        self.plan = epoch_plan(recipe, data.captions_per_image, data.caption_lengths, train_images.shards)
+        self.plan = epoch_plan(
+            recipe, data.captions_per_image, data.caption_lengths, train_images.shards
+        )
         self.total_steps = count_steps(recipe, self.plan)
         self.warmup_steps = warmup_within(recipe.warmup_steps, self.total_steps)
         if self.warmup_steps < recipe.warmup_steps:
@@ -251,7 +259,9 @@ class Trainer:
         self.guard = StepGuard(recipe.max_skipped_steps, self.device)
         self.parts_per_batch = 1
         self.average: WeightAverage | None = None
-        self.early_stopping = EarlyStopping(recipe.early_stopping_patience, recipe.early_stopping_min_delta)
+        self.early_stopping = EarlyStopping(
+            recipe.early_stopping_patience, recipe.early_stopping_min_delta
+        )
         self.progress = Progress()
         self.decodes = recipe.monitor != "loss" or recipe.decode_every_n_steps is not None
         self.last_validation: Validation | None = None
@@ -279,7 +289,9 @@ class Trainer:
             if self.model.feature_scale is not None and recipe.start_from is None:
                 self.model.feature_scale.measure(self._sample_features())
             if recipe.distillation is not None:
-                distill_projection(self.model, recipe, self.train_features, self.train_paths, self.say)
+                distill_projection(
+                    self.model, recipe, self.train_features, self.train_paths, self.say
+                )
             # Processors differ in how they round: what starts the same stays the same.
             self.world.copy_from_first(list(self.model.trained_state_dict().values()))
         if recipe.weight_averaging is not None and self.average is None:
@@ -291,7 +303,9 @@ class Trainer:
             f"training {trainable:,} of {total:,} parameters ({trainable / total:.1%}) on {len(self.train_data):,} "
             f"images, {self.train_data.num_captions:,} captions; {self.total_steps:,} steps on {self.where}"
         )
-        self.monitor = Monitor(Path(recipe.log_dir), self.say) if self.world.is_first else SilentMonitor()
+        self.monitor = (
+            Monitor(Path(recipe.log_dir), self.say) if self.world.is_first else SilentMonitor()
+        )
         self.monitor.start(recipe.to_yaml())
         self._continue_running_means(running)
         if self.world.is_first:
@@ -364,13 +378,18 @@ class Trainer:
                 return [load_images(some, features, self.device) for some in images]
             packed = [self.train_data.pack(rows) for rows in shares]
             return [
-                load_batch(batch, features, self.device, text_states=self.text_states) for batch in packed
+                load_batch(batch, features, self.device, text_states=self.text_states)
+                for batch in packed
             ]
 
         parts_per_batch = None
-        while parts_per_batch != self.parts_per_batch:  # again, where a step has to be made in smaller parts
+        while (
+            parts_per_batch != self.parts_per_batch
+        ):  # again, where a step has to be made in smaller parts
             parts_per_batch = self.parts_per_batch
-            for group in prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers):
+            for group in prefetch(
+                groups[self.progress.step_in_epoch :], load, self.recipe.num_workers
+            ):
                 yield group
                 if parts_per_batch != self.parts_per_batch:
                     break
@@ -403,7 +422,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
         skipped = self.guard.step(self.optimizer, gradient_norm)
-        loss_scale = self.scaler.scale(torch.ones_like(step_loss))  # of this step: `update` may change it
+        loss_scale = self.scaler.scale(
+            torch.ones_like(step_loss)
+        )  # of this step: `update` may change it
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -413,11 +434,16 @@ class Trainer:
             self.average.update(progress.step, skipped)
         self.monitor.step(size)
         self.guard.watch(
-            (progress.step, progress.epoch, progress.step_in_epoch - 1), step_loss, gradient_norm, loss_scale
+            (progress.step, progress.epoch, progress.step_in_epoch - 1),
+            step_loss,
+            gradient_norm,
+            loss_scale,
         )
         if self.device.type == "cpu" and progress.step % RETURN_MEMORY_EVERY == 0:
             runtime.return_freed_memory()
-        is_log_step = progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps
+        is_log_step = (
+            progress.step % recipe.log_every_n_steps == 0 or progress.step == self.total_steps
+        )
         skipped_now = self._read_health(wait=is_log_step)
         if is_log_step:
             self._check_weights()
@@ -438,9 +464,13 @@ class Trainer:
             )
         return True
 
-    def _back_propagate(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> tuple[torch.Tensor, StepSize]:
+    def _back_propagate(
+        self, loaded: Sequence[LoadedBatch | ImageBatch]
+    ) -> tuple[torch.Tensor, StepSize]:
         """Add up this process's gradients of a step's micro-batches; its part of the loss, and the size of the step."""
-        if self.world.size > 1:  # dropout of its own for every process, which continues on any number of them
+        if (
+            self.world.size > 1
+        ):  # dropout of its own for every process, which continues on any number of them
             torch.manual_seed(seed_of(self.recipe.seed, self.progress.step, self.world.rank))
         group = [self._with_captions(batch, number) for number, batch in enumerate(loaded)]
         size = StepSize(*map(int, self.world.sum(StepSize.of([batch.packed for batch in group]))))
@@ -496,7 +526,9 @@ class Trainer:
             return
         last, rate = self.last_sound, f"a learning_rate below {self.recipe.learning_rate:g}"
         mend = (
-            f"resume {last}, the last checkpoint before that, with {rate}" if last else f"start with {rate}"
+            f"resume {last}, the last checkpoint before that, with {rate}"
+            if last
+            else f"start with {rate}"
         )
         raise TrainingError(
             f"stopped at step {self.progress.step}: the weights are not finite any more, and were not saved: {mend}"
@@ -519,7 +551,9 @@ class Trainer:
             return batch
         assert self.self_critical is not None, "images come alone where captions are sampled"
         world = self.world
-        return self.self_critical.sampled(batch, self.progress.step, number * world.size + world.rank)
+        return self.self_critical.sampled(
+            batch, self.progress.step, number * world.size + world.rank
+        )
 
     def _after_step(self) -> None:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
@@ -529,7 +563,10 @@ class Trainer:
             with self._again_if_broken_off():
                 decoded = self._decode_validation(recipe.num_decoded_images)
             self.progress.owes_decoding = False
-            if recipe.monitor != "loss" and decoded.score(recipe.monitor) > self.progress.best_score:
+            if (
+                recipe.monitor != "loss"
+                and decoded.score(recipe.monitor) > self.progress.best_score
+            ):
                 self.progress.best_score = decoded.score(recipe.monitor)
                 self._save_best()
         if recipe.save_every_n_steps and step % recipe.save_every_n_steps == 0:
@@ -577,10 +614,16 @@ class Trainer:
         if validated:
             with self._averaged(), self.interruption.may_break_off():
                 result = validate(
-                    self.model, self.val_data, self.val_features, autocast=self._autocast, world=self.world
+                    self.model,
+                    self.val_data,
+                    self.val_features,
+                    autocast=self._autocast,
+                    world=self.world,
                 )
             self.last_validation = result
-            self.monitor.validation(progress.step, progress.epoch - 1, result, self.val_data, is_last=is_last)
+            self.monitor.validation(
+                progress.step, progress.epoch - 1, result, self.val_data, is_last=is_last
+            )
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
             progress.best_loss = min(progress.best_loss, result.loss)
             watched = result.loss
@@ -644,12 +687,16 @@ class Trainer:
     # Features
 
     def _features(self, split: str, images: Sequence[CaptionedImage]) -> SplitFeatures:
-        return split_features(self.model.vision_encoder, self.recipe, split, images, self.say, self.world)
+        return split_features(
+            self.model.vision_encoder, self.recipe, split, images, self.say, self.world
+        )
 
     def _sample_features(self) -> torch.Tensor:
         """Features of some training images [S, N, D], for the channel statistics."""
         count = min(STANDARDIZE_ON_IMAGES, len(self.train_data))
-        chosen = np.sort(np.random.default_rng(self.recipe.seed).permutation(len(self.train_data))[:count])
+        chosen = np.sort(
+            np.random.default_rng(self.recipe.seed).permutation(len(self.train_data))[:count]
+        )
         parts = [
             self.model.features(torch.as_tensor(self.train_features[part])).float().cpu()
             for part in np.array_split(chosen, -(-count // feature_cache.ENCODE_BATCH))
@@ -699,7 +746,9 @@ class Trainer:
     def _save_latest(self) -> Path:
         """Save where the run stands, unless its latest checkpoint says so already."""
         is_saved = self.latest_holds == self.progress
-        return self.checkpoint_dir / checkpoints.LATEST if is_saved else self._save(checkpoints.LATEST)
+        return (
+            self.checkpoint_dir / checkpoints.LATEST if is_saved else self._save(checkpoints.LATEST)
+        )
 
     def _position(self) -> dict[str, Any]:
         """All that a run goes on from besides weights, optimiser and scaler."""
@@ -744,8 +793,18 @@ class Trainer:
 
     def _schedule(self) -> dict[str, Any]:
         """All that decides the learning rates besides the step."""
-        names = ("use_scheduler", "scheduler_type", "learning_rate", "min_lr", "warmup_steps", "trainable")
-        return {"total_steps": self.total_steps, **{name: getattr(self.recipe, name) for name in names}}
+        names = (
+            "use_scheduler",
+            "scheduler_type",
+            "learning_rate",
+            "min_lr",
+            "warmup_steps",
+            "trainable",
+        )
+        return {
+            "total_steps": self.total_steps,
+            **{name: getattr(self.recipe, name) for name in names},
+        }
 
     def _data_order(self) -> dict[str, int]:
         """All that decides which captions meet in which step."""
@@ -783,14 +842,20 @@ class Trainer:
                 checkpoints.check_architecture(content, self.recipe, start)
             return None
         if str(resume) == AUTO:
-            found = self.world.from_first(lambda: checkpoints.newest_sound(self.checkpoint_dir, self.say))
+            found = self.world.from_first(
+                lambda: checkpoints.newest_sound(self.checkpoint_dir, self.say)
+            )
             if found is None:
-                self.say(f"no checkpoint to resume from in {self.checkpoint_dir}: training starts anew")
+                self.say(
+                    f"no checkpoint to resume from in {self.checkpoint_dir}: training starts anew"
+                )
                 return None
         else:
             found = self.world.from_first(lambda: find_run(resume, self.say))
         path, content = found
-        changes, other_data = check_resume(content, path, self.recipe, self.folder.manifest, force=force)
+        changes, other_data = check_resume(
+            content, path, self.recipe, self.folder.manifest, force=force
+        )
         return Found(path, content, changes, other_data)
 
     def _resume_original(self, path: Path, content: dict[str, Any]) -> None:
@@ -806,13 +871,18 @@ class Trainer:
         ]
         progress.step = min(sum(groups), self.total_steps)
         moments = (
-            "its optimizer" if original_run.take_moments(self.optimizer, training) else "a new optimizer"
+            "its optimizer"
+            if original_run.take_moments(self.optimizer, training)
+            else "a new optimizer"
         )
         self.say(
             f"resumed {path} of the original project at epoch {progress.epoch + 1}, step {progress.step} of "
             f"{self.total_steps}, with {moments}; its best loss is not taken, for it counts pads"
         )
-        if place.step is not None and (place.step, place.total_steps) != (progress.step, self.total_steps):
+        if place.step is not None and (place.step, place.total_steps) != (
+            progress.step,
+            self.total_steps,
+        ):
             self.say(
                 f"its schedule stood at step {place.step} of {place.total_steps}: its data or settings are others, "
                 "and the learning rate is this recipe's for the same epoch"
@@ -825,7 +895,10 @@ class Trainer:
             self._resume_original(path, content)
             return {}
         training = content["training"]
-        if _names_by_group(training["optimizer"]) not in (None, _names_by_group(self.optimizer.state_dict())):
+        if _names_by_group(training["optimizer"]) not in (
+            None,
+            _names_by_group(self.optimizer.state_dict()),
+        ):
             raise CheckpointError(
                 f"{path} has its optimiser's state for other groups of parameters: keep the patterns under trainable "
                 "in their order (their learning rates may change)"
@@ -866,12 +939,16 @@ class Trainer:
             raise ValueError(f"it stands at {places}")
         self.progress = progress
 
-    def _tell_changes(self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool) -> None:
+    def _tell_changes(
+        self, content: Mapping[str, Any], changes: Sequence[str], is_other_data: bool
+    ) -> None:
         """Say what keeps a resumed run from being what the interrupted one would have been."""
         for change in changes:
             self.say(f"changed by --force: {change}")
         training = content["training"]
-        if self.progress.step_in_epoch and (is_other_data or training["data_order"] != self._data_order()):
+        if self.progress.step_in_epoch and (
+            is_other_data or training["data_order"] != self._data_order()
+        ):
             self.say(
                 "the rest of this epoch is of another order: some captions come twice in it, others not at all"
             )
@@ -886,7 +963,9 @@ class Trainer:
         if changed := [
             f"{key}={now[key]}, not {value}" for key, value in before.items() if now[key] != value
         ]:
-            self.say(f"the learning rate follows another schedule from here on: {', '.join(changed)}")
+            self.say(
+                f"the learning rate follows another schedule from here on: {', '.join(changed)}"
+            )
         if self._is_finished():
             self.say("nothing is left to train")
 

@@ -73,7 +73,10 @@ def validate(
     right: list[torch.Tensor] = []
     wrong: list[torch.Tensor] = []
     num_tokens = done = 0
-    rows, longest_first = whole_rows(data.captions_per_image), np.argsort(-data.image_lengths, kind="stable")
+    rows, longest_first = (
+        whole_rows(data.captions_per_image),
+        np.argsort(-data.image_lengths, kind="stable"),
+    )
     for some in world.share(in_batches([rows[image] for image in longest_first], batch_images)):
         batch = data.pack(some)
         for image_of, sums in ((np.arange(len(data)), right), (wrong_image, wrong)):
@@ -85,7 +88,9 @@ def validate(
         progress(done)
     model.train(was_training)
     num_tokens = int(world.sum([num_tokens])[0])
-    loss, wrong_loss = (math.fsum(world.interleave(_numbers(sums))) / num_tokens for sums in (right, wrong))
+    loss, wrong_loss = (
+        math.fsum(world.interleave(_numbers(sums))) / num_tokens for sums in (right, wrong)
+    )
     return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
 
 
@@ -135,7 +140,9 @@ def load_batch(
         images: [B], whose features each row reads instead of its own.
         text_states: of the split's caption positions, by place, if they are cached.
     """
-    chosen = torch.as_tensor(features[batch.image_indices if images is None else images]).contiguous()
+    chosen = torch.as_tensor(
+        features[batch.image_indices if images is None else images]
+    ).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
     tensors = [*map(torch.from_numpy, arrays), chosen]
     if text_states is not None:
@@ -143,7 +150,9 @@ def load_batch(
     return LoadedBatch(batch, runtime.DeviceCopy(tensors, device))
 
 
-def batch_loss(model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0) -> CaptionLoss:
+def batch_loss(
+    model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0
+) -> CaptionLoss:
     """The loss of a packed batch; training and validation share it, but for the smoothing."""
     input_ids, labels, segments, supervised, features, *text = batch.tensors.wait()
     image = model.image_inputs(model.features(features))

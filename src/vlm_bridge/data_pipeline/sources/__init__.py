@@ -50,14 +50,23 @@ def find_source(options: SourceOptions) -> tuple[str, str]:
     """
     folder = options.input_dir
     if folder is None:
-        return (LocalFolder.name, "") if options.captions_file is not None else (GroundCap.name, "the hub")
+        return (
+            (LocalFolder.name, "")
+            if options.captions_file is not None
+            else (GroundCap.name, "the hub")
+        )
     if folder.is_file():
         return Conceptual.name if folder.suffix.lower() == ".tsv" else GroundCap.name, folder.name
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder} (--input-dir)")
     if options.captions_file is not None:
-        named = options.captions_file.stem.removeprefix("dataset_")  # as Karpathy's files are called
-        return named if named in (Coco.name, Flickr30k.name) else LocalFolder.name, options.captions_file.name
+        named = options.captions_file.stem.removeprefix(
+            "dataset_"
+        )  # as Karpathy's files are called
+        return named if named in (
+            Coco.name,
+            Flickr30k.name,
+        ) else LocalFolder.name, options.captions_file.name
     for name, source in SOURCES.items():
         if file := source.recognize(folder):
             return name, file

@@ -160,7 +160,9 @@ def read_lines(
         except ValueError as error:
             problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
             if bad is None:
-                raise DataError(f"{where}: {problem}; save the file as UTF-8, a line each") from None
+                raise DataError(
+                    f"{where}: {problem}; save the file as UTF-8, a line each"
+                ) from None
             bad.total += 1
             bad.set_aside(where, problem)
             continue

@@ -19,7 +19,12 @@ from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import read_lines
 from vlm_bridge.data_pipeline.sources.karpathy import karpathy_images
-from vlm_bridge.data_pipeline.sources.tables import CAPTION_FIELDS, IMAGE_FIELDS, IsImage, read_table
+from vlm_bridge.data_pipeline.sources.tables import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
+    IsImage,
+    read_table,
+)
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, parse_json, shown
@@ -106,12 +111,16 @@ def _captions_of(fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ..
         raise ValueError(f"has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
     value = next((value for value in named if value is not None), None)
     texts = _listed(value) if isinstance(value, str) else value
-    if (isinstance(texts, float) and texts != texts) or texts is None:  # what pandas makes of an empty cell
+    if (
+        isinstance(texts, float) and texts != texts
+    ) or texts is None:  # what pandas makes of an empty cell
         texts = [""]
     texts = [""] if texts == [] else texts
     if not isinstance(texts, list) or not all(is_text(text) or text is None for text in texts):
         raise ValueError("its caption is neither text nor a list of texts")
-    captions = [text for text in texts if text is not None and text.strip().lower() not in _NO_CAPTION]
+    captions = [
+        text for text in texts if text is not None and text.strip().lower() not in _NO_CAPTION
+    ]
     # Dropped here, since a parquet file holds once what stands in each of its rows.
     short = tuple(text for text in captions if len(text) <= MAX_CAPTION_CHARACTERS)
     empty, long = len(texts) - len(captions), len(captions) - len(short)
@@ -158,7 +167,9 @@ def _parse_list(text: str) -> Any:
 
 def _answer_of(conversation: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the first answer of a LLaVA conversation; later ones answer questions that the caption lacks."""
-    if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
+    if not isinstance(conversation, list) or not all(
+        isinstance(turn, dict) for turn in conversation
+    ):
         raise ValueError(f"its {CONVERSATIONS} are no list of turns")
     answers = [turn.get("value") for turn in conversation if turn.get("from") == "gpt"]
     if not answers or not is_text(answers[0]):
@@ -207,7 +218,9 @@ def _read_document(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
         return _records(_counted(path, content, bad), bad)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return (
-            _read_coco(path, content, bad) if "annotations" in content else _read_karpathy(path, content, bad)
+            _read_coco(path, content, bad)
+            if "annotations" in content
+            else _read_karpathy(path, content, bad)
         )
     raise DataError(
         f"{path} is no caption file: a list of records with image and caption, COCO's form (images, annotations) and "
@@ -227,7 +240,9 @@ def _read_coco(path: Path, content: dict[str, Any], bad: BadSamples) -> Records:
         bad.total += 1
         where = f"{path}: image {image['id']}"
         try:
-            yield make_record(where, {"image": image.get("file_name"), "captions": captions[image["id"]]})
+            yield make_record(
+                where, {"image": image.get("file_name"), "captions": captions[image["id"]]}
+            )
         except ValueError as error:
             bad.set_aside(where, str(error))
 
@@ -265,7 +280,10 @@ def _read_karpathy(path: Path, content: dict[str, Any], bad: BadSamples) -> Reco
     for number, image in enumerate(karpathy_images(path, content)):
         bad.total += 1
         yield CaptionRecord(
-            f"{path}: image {number}", image.file_path, tuple(image.captions), image.split or "train"
+            f"{path}: image {number}",
+            image.file_path,
+            tuple(image.captions),
+            image.split or "train",
         )
 
 
@@ -275,7 +293,9 @@ def _read_parquet(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
 
     import pyarrow.types as types
 
-    stored = next((f.name for f in schema if f.name in IMAGE_FIELDS and types.is_struct(f.type)), None)
+    stored = next(
+        (f.name for f in schema if f.name in IMAGE_FIELDS and types.is_struct(f.type)), None
+    )
     names = [name for name in schema.names if name in (*IMAGE_FIELDS, *CAPTION_FIELDS, SPLIT_FIELD)]
     if not set(names) & set(IMAGE_FIELDS) or not set(names) & set(CAPTION_FIELDS):
         raise DataError(

@@ -40,7 +40,9 @@ class Coco:
     """123,287 photographs with five human captions each (a few have six or seven)."""
 
     name: ClassVar[str] = "coco"
-    description: ClassVar[str] = "COCO captions: photographs of common objects, five human captions each"
+    description: ClassVar[str] = (
+        "COCO captions: photographs of common objects, five human captions each"
+    )
     licence_note: ClassVar[str] = (
         "captions: CC BY 4.0, the COCO Consortium; photographs: Flickr's terms of use and the licence "
         "that the annotations name for each, many of them non-commercial"
@@ -117,7 +119,11 @@ class Coco:
                 left_out += 1
             else:
                 captioned.append(
-                    (_coco_id(image, f"{path}: image {number}"), image.captions, image.split or "train")
+                    (
+                        _coco_id(image, f"{path}: image {number}"),
+                        image.captions,
+                        image.split or "train",
+                    )
                 )
         if left_out:
             self.rejected.append(Rejected(RESTVAL, f"{left_out} images left out (--no-restval)"))
@@ -174,7 +180,9 @@ class Coco:
         linked_out: list[str] = []
         tops = (self.input_dir, self.input_dir / "images")
         # A folder within another of its name is a usual accident of unpacking.
-        folders = [top / name / inner for top in tops for name in _PICTURE_FOLDERS for inner in ("", name)]
+        folders = [
+            top / name / inner for top in tops for name in _PICTURE_FOLDERS for inner in ("", name)
+        ]
         for folder in (*folders, *reversed(tops)):
             if not folder.is_dir():
                 continue

@@ -43,7 +43,9 @@ class Conceptual:
     """3.3 million pictures of the web with their cleaned alternative texts, one caption each."""
 
     name: ClassVar[str] = "conceptual"
-    description: ClassVar[str] = "Conceptual Captions: pictures of the web with their alternative texts"
+    description: ClassVar[str] = (
+        "Conceptual Captions: pictures of the web with their alternative texts"
+    )
     licence_note: ClassVar[str] = (
         "captions and URLs: free for any purpose, credit to Google LLC is asked for; "
         "each picture belongs to its owner and is not to be redistributed"
@@ -103,7 +105,11 @@ class Conceptual:
             prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
             for sample in read_shard(shard):
                 if isinstance(sample, ShardLoss):
-                    lost = name.as_posix() if sample.name is None else f"{name.as_posix()}:{sample.name}"
+                    lost = (
+                        name.as_posix()
+                        if sample.name is None
+                        else f"{name.as_posix()}:{sample.name}"
+                    )
                     self.rejected.append(Rejected(lost, sample.reason))
                     continue
                 image_id = prefix + sample.key
@@ -111,19 +117,25 @@ class Conceptual:
                     reason = "a sample with this key came before, in another place or shard"
                     self.rejected.append(Rejected(f"{name.as_posix()}:{sample.key}", reason))
                     continue
-                items[image_id] = SourceItem(image_id, [sample.caption], split, stored=sample.picture)
+                items[image_id] = SourceItem(
+                    image_id, [sample.caption], split, stored=sample.picture
+                )
         if not items:
             causes = by_cause((item.id, item.reason) for item in self.rejected)[:NUM_CAUSES]
             why = f": {'; '.join(causes)}" if causes else ""
             raise DataError(f"no whole sample in the {len(shards)} shards of {self.input_dir}{why}")
         decided = all(item.split is not None for item in items.values())
-        self.split_rule = "the dataset's own parts, from the names of the shards" if decided else None
+        self.split_rule = (
+            "the dataset's own parts, from the names of the shards" if decided else None
+        )
         return list(items.values())
 
 
 def _part_of(shard: Path) -> SplitName | None:
     """Return the part that a shard's name or folders tell: ``cc3m-train-0000.tar``, ``validation/00000.tar``."""
-    words = (word for part in (*shard.parent.parts, shard.stem) for word in re.split(r"[-_.]", part))
+    words = (
+        word for part in (*shard.parent.parts, shard.stem) for word in re.split(r"[-_.]", part)
+    )
     return next((split for word in words if (split := normalise_split(word)) is not None), None)
 
 

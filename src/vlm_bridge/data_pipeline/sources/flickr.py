@@ -47,7 +47,9 @@ class Flickr8k:
     """8,000 photographs with five human captions each; an absent list file leaves its split empty."""
 
     name: ClassVar[str] = "flickr8k"
-    description: ClassVar[str] = "Flickr8k: photographs of people and dogs, five human captions each"
+    description: ClassVar[str] = (
+        "Flickr8k: photographs of people and dogs, five human captions each"
+    )
     licence_note: ClassVar[str] = (
         "Flickr photographs of many owners: research use only, not to be redistributed"
     )
@@ -79,7 +81,9 @@ class Flickr8k:
         """Return the images in the order of the official lists, or else of the caption file."""
         self.rejected = []
         captions, split_of = self._read_captions()
-        images = ImageFiles(self.input_dir, self._image_folder(), self.follow_links, recursive=False)
+        images = ImageFiles(
+            self.input_dir, self._image_folder(), self.follow_links, recursive=False
+        )
         listed = self._listed_images(split_of)
         items: list[SourceItem] = []
         for file_name, split in listed.items():
@@ -96,7 +100,9 @@ class Flickr8k:
             self.rejected.append(Rejected(Path(file_name).stem, reason))
         self.rejected.sort(key=lambda rejected: rejected.id)
         if not items:
-            why = f": {', '.join(images.linked_out[:3])} is {LEADS_OUT}" if images.linked_out else ""
+            why = (
+                f": {', '.join(images.linked_out[:3])} is {LEADS_OUT}" if images.linked_out else ""
+            )
             raise DataError(
                 f"no listed image of {self.input_dir} can be used{why or f'; looked in {images.folder}'}"
             )
@@ -113,7 +119,9 @@ class Flickr8k:
         if karpathy := find_karpathy_file(self.input_dir, self.name):
             known = read_karpathy_file(karpathy, self.name)
             self.split_rule = f"Karpathy's splits ({karpathy.name})"
-            return {image.file_name: image.captions for image in known}, {i.file_name: i.split for i in known}
+            return {image.file_name: image.captions for image in known}, {
+                i.file_name: i.split for i in known
+            }
         path = self.input_dir / KAGGLE_FILE
         if not path.is_file():
             raise DataError(
@@ -124,7 +132,9 @@ class Flickr8k:
         for record in read_captions(path, bad):
             captions.setdefault(record.image, []).extend(record.captions)
         bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
-        self.rejected += [Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples]
+        self.rejected += [
+            Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples
+        ]
         self.split_rule = None
         return captions, dict.fromkeys(captions)
 
@@ -132,11 +142,15 @@ class Flickr8k:
         for name in IMAGE_FOLDERS:
             if (self.input_dir / name).is_dir():
                 return self.input_dir / name
-        raise DataError(f"{self.input_dir} has no folder of images (looked for {', '.join(IMAGE_FOLDERS)})")
+        raise DataError(
+            f"{self.input_dir} has no folder of images (looked for {', '.join(IMAGE_FOLDERS)})"
+        )
 
     def _listed_images(self, split_of: dict[str, SplitName | None]) -> dict[str, SplitName | None]:
         """Return the split of every image: of the official lists, or else what the caption file says."""
-        lists: dict[SplitName, Path] = {split: self.input_dir / name for split, name in SPLIT_FILES.items()}
+        lists: dict[SplitName, Path] = {
+            split: self.input_dir / name for split, name in SPLIT_FILES.items()
+        }
         if not any(path.is_file() for path in lists.values()):
             if (self.input_dir / CAPTIONS_FILE).is_file():
                 raise DataError(
@@ -149,7 +163,9 @@ class Flickr8k:
             for where, line in read_lines(path) if path.is_file() else ():
                 file_name = _checked(self.input_dir, line.strip(), where)
                 if file_name in listed:
-                    raise DataError(f"{where}: {file_name} is listed twice (also in {listed[file_name]})")
+                    raise DataError(
+                        f"{where}: {file_name} is listed twice (also in {listed[file_name]})"
+                    )
                 listed[file_name] = split
         return listed
 

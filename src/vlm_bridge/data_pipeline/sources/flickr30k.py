@@ -33,7 +33,12 @@ from vlm_bridge.data_pipeline.sources.tables import CAPTION_FIELDS, IMAGE_FIELDS
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError
 
-CAPTION_FILES = ("flickr_annotations_30k.csv", "results_20130124.token", "results.csv", "captions.txt")
+CAPTION_FILES = (
+    "flickr_annotations_30k.csv",
+    "results_20130124.token",
+    "results.csv",
+    "captions.txt",
+)
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images", "flickr30k")
 """Names of the folder of images; one of them within another of the same name is a usual accident of unpacking."""
 
@@ -89,9 +94,13 @@ class Flickr30k:
         bad = BadSamples(f"lines of {captions_file.name}")
         captioned = _read(captions_file, bad)
         if not captioned:
-            raise DataError(f"{captions_file} has no captions{f': {bad.summary()}' if bad.samples else ''}")
+            raise DataError(
+                f"{captions_file} has no captions{f': {bad.summary()}' if bad.samples else ''}"
+            )
         bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
-        self.rejected += [Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples]
+        self.rejected += [
+            Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples
+        ]
         images = self._images()
         items: list[SourceItem] = []
         for file_name, of_image in captioned.items():
@@ -104,7 +113,9 @@ class Flickr30k:
             else:
                 items.append(SourceItem(image_id, of_image.captions, of_image.split, path=path))
         if not items:
-            why = f": {', '.join(images.linked_out[:3])} is {LEADS_OUT}" if images.linked_out else ""
+            why = (
+                f": {', '.join(images.linked_out[:3])} is {LEADS_OUT}" if images.linked_out else ""
+            )
             raise DataError(
                 f"none of the {len(captioned)} images of {captions_file} is in {self.input_dir}{why}"
             )
@@ -145,7 +156,9 @@ def _find_captions(folder: Path) -> Path | None:
     if karpathy := find_karpathy_file(folder, Flickr30k.name):
         return karpathy
     folders = [folder, *(folder / name for name in IMAGE_FOLDERS)]
-    return next((path for name in CAPTION_FILES for f in folders if (path := f / name).is_file()), None)
+    return next(
+        (path for name in CAPTION_FILES for f in folders if (path := f / name).is_file()), None
+    )
 
 
 def _read(path: Path, bad: BadSamples) -> dict[str, _Captioned]:
@@ -158,7 +171,9 @@ def _read(path: Path, bad: BadSamples) -> dict[str, _Captioned]:
     captioned: dict[str, _Captioned] = {}
     if header & set(IMAGE_FIELDS) and header & set(CAPTION_FIELDS):
         for record in read_captions(path, bad):
-            captioned.setdefault(record.image, _Captioned([], record.split)).captions.extend(record.captions)
+            captioned.setdefault(record.image, _Captioned([], record.split)).captions.extend(
+                record.captions
+            )
         return captioned
     is_barred = path.suffix.lower() == ".csv"
     for file_name, caption in _barred_lines(path, bad) if is_barred else _token_lines(path):

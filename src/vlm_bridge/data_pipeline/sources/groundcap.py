@@ -17,7 +17,12 @@ from typing import Any, ClassVar
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
-from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SplitName, SplitRule, normalise_split
+from vlm_bridge.data_pipeline.splits import (
+    DUPLICATE_PRIORITY,
+    SplitName,
+    SplitRule,
+    normalise_split,
+)
 from vlm_bridge.data_pipeline.tags import strip_tags
 from vlm_bridge.errors import DataError
 from vlm_bridge.hub import hub_problem
@@ -68,7 +73,9 @@ class GroundCap:
     @property
     def default_split_rule(self) -> SplitRule:
         """80/5/15 in whole films where ids name them; with the official test part, no other image is for testing."""
-        return SplitRule(None, val_fraction=0.05, test_fraction=0.0 if self.official_split else 0.15)
+        return SplitRule(
+            None, val_fraction=0.05, test_fraction=0.0 if self.official_split else 0.15
+        )
 
     def items(self) -> list[SourceItem]:
         """Return the images in the order of the files, the test part's first."""
@@ -100,7 +107,9 @@ class GroundCap:
                 elif earlier.split == split:
                     earlier.captions.append(caption)
                 else:
-                    self.rejected.append(Rejected(image_id, f"{part}: the same id as an image of test"))
+                    self.rejected.append(
+                        Rejected(image_id, f"{part}: the same id as an image of test")
+                    )
         if not items:
             raise DataError(f"{self._where} holds no rows")
         return list(items.values())
@@ -114,7 +123,11 @@ class GroundCap:
         schema = schema_of(files[0][0])
         human = 0
         if HUMAN in schema.names:
-            human = sum(bool(values[HUMAN]) for path, _ in files for _, _, values in read_rows(path, [HUMAN]))
+            human = sum(
+                bool(values[HUMAN])
+                for path, _ in files
+                for _, _, values in read_rows(path, [HUMAN])
+            )
         return {
             "files": len(files),
             "bytes": sum(path.stat().st_size for path, _ in files),
@@ -162,9 +175,13 @@ def _check_columns(path: Path) -> None:
     }
     for name, fits in wanted.items():
         if name not in schema.names:
-            raise DataError(f"{path} is not GroundCap: no column {name} (it has {', '.join(schema.names)})")
+            raise DataError(
+                f"{path} is not GroundCap: no column {name} (it has {', '.join(schema.names)})"
+            )
         if not fits(schema.field(name).type):
-            raise DataError(f"{path} is not GroundCap: its column {name} is {schema.field(name).type}")
+            raise DataError(
+                f"{path} is not GroundCap: its column {name} is {schema.field(name).type}"
+            )
 
 
 def _download() -> Path:
@@ -172,7 +189,9 @@ def _download() -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet"))
+        return Path(
+            snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet")
+        )
     except Exception as error:
         # Whatever fails on the way to the hub, in whichever library: the way out is the same.
         why = hub_problem(error, HUB_NAME, "dataset")

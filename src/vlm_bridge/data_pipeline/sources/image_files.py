@@ -24,7 +24,9 @@ from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.sources.tables import without_number
 from vlm_bridge.parsing import shown
 
-LEADS_OUT = "a link that leads out of the dataset's folder: copy the file there, or give --follow-links"
+LEADS_OUT = (
+    "a link that leads out of the dataset's folder: copy the file there, or give --follow-links"
+)
 
 MISSING = "its image is missing"
 
@@ -143,7 +145,9 @@ class ImageFiles:
             starts = [""]
             if beside is not None and beside != folder and beside.is_relative_to(folder):
                 starts.insert(0, f"{beside.relative_to(folder).as_posix()}/")
-            named = [f"{start}{sub}/" if sub else start for start in starts for sub in _IMAGE_FOLDERS]
+            named = [
+                f"{start}{sub}/" if sub else start for start in starts for sub in _IMAGE_FOLDERS
+            ]
             self._starts_of[beside] = named
         return self._starts_of[beside]
 
@@ -208,7 +212,9 @@ class ImageFiles:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """Return what is in a folder by name, without hidden files."""
     with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+        return sorted(
+            (e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name
+        )
 
 
 def _folded(name: str) -> str:

@@ -69,7 +69,9 @@ def read_karpathy_file(path: Path, dataset: str) -> list[KarpathyImage]:
 
 def karpathy_images(path: Path, content: dict[str, Any]) -> list[KarpathyImage]:
     """Return the images of the content of a file, of whichever dataset; DataError as `read_karpathy_file`."""
-    return [_image(record, f"{path}: image {number}") for number, record in enumerate(content["images"])]
+    return [
+        _image(record, f"{path}: image {number}") for number, record in enumerate(content["images"])
+    ]
 
 
 def _image(record: Any, where: str) -> KarpathyImage:
@@ -85,7 +87,9 @@ def _image(record: Any, where: str) -> KarpathyImage:
         raise DataError(
             f"{where} lacks filename, split or sentences with their raw text ({shown(error)})"
         ) from None
-    if not all(is_text(text) for text in (image.file_name, image.part, image.folder, *image.captions)):
+    if not all(
+        is_text(text) for text in (image.file_name, image.part, image.folder, *image.captions)
+    ):
         raise DataError(f"{where}: filename, split and captions must be texts")
     if image.split is None:
         raise DataError(f"{where}: unknown split {image.part!r}")

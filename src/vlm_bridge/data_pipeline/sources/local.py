@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, NUM_CAUSES, BadSamples, by_cause
+from vlm_bridge.data_pipeline.bad_samples import (
+    MAX_BAD_SHARE,
+    MIN_BAD_ROWS,
+    NUM_CAUSES,
+    BadSamples,
+    by_cause,
+)
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
@@ -44,8 +50,12 @@ class LocalFolder:
     """Your own images; splits come from folders, a ``split`` column or else from image ids."""
 
     name: ClassVar[str] = "local"
-    description: ClassVar[str] = "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
-    licence_note: ClassVar[str] = "Your own pictures and captions: under whatever licence you hold them"
+    description: ClassVar[str] = (
+        "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
+    )
+    licence_note: ClassVar[str] = (
+        "Your own pictures and captions: under whatever licence you hold them"
+    )
     default_caption_style: ClassVar[CaptionStyle] = "raw"
     finds_near_duplicates: ClassVar[bool] = True
 
@@ -88,9 +98,13 @@ class LocalFolder:
         captioned = [one for one in found if any(record.captions for record in one.records)]
         if not captioned:
             if images.linked_out:
-                raise DataError(f"the images of {self.input_dir} cannot be used, each is {LEADS_OUT}")
+                raise DataError(
+                    f"the images of {self.input_dir} cannot be used, each is {LEADS_OUT}"
+                )
             skipped = [(sample.where, sample.reason) for sample in bad.samples]
-            causes = by_cause([*skipped, *((item.id, item.reason) for item in self.rejected)])[:NUM_CAUSES]
+            causes = by_cause([*skipped, *((item.id, item.reason) for item in self.rejected)])[
+                :NUM_CAUSES
+            ]
             why = f": {'; '.join(causes)}" if causes else ""
             raise DataError(f"the caption file in {self.input_dir} has no captions{why}")
         self._account(images, {one.place for one in captioned}, bad, missing)
@@ -98,22 +112,32 @@ class LocalFolder:
         return [_item(image_id, one) for image_id, one in zip(ids, captioned, strict=True)]
 
     def _account(
-        self, images: ImageFiles, captioned: set[Place], bad: BadSamples, missing: list[CaptionRecord]
+        self,
+        images: ImageFiles,
+        captioned: set[Place],
+        bad: BadSamples,
+        missing: list[CaptionRecord],
     ) -> None:
         """Note what is skipped, besides what the records say themselves."""
         self.rejected += [Rejected(_short(sample.where), sample.reason) for sample in bad.samples]
         for record in missing:
-            self.rejected.append(Rejected(f"{record.image} ({_short(record.where)})", "its image is missing"))
+            self.rejected.append(
+                Rejected(f"{record.image} ({_short(record.where)})", "its image is missing")
+            )
         without_caption = [name for name, path in images.paths.items() if path not in captioned]
         # Captions may name a file by another path, through a link.
         known = set(images.paths.values())
         linked = {place.resolve() for place in captioned - known if isinstance(place, Path)}
         if linked:
-            without_caption = [name for name in without_caption if images.paths[name].resolve() not in linked]
+            without_caption = [
+                name for name in without_caption if images.paths[name].resolve() not in linked
+            ]
         self.rejected += [Rejected(name, LEADS_OUT) for name in images.linked_out]
         self.rejected += [Rejected(name, "it has no caption") for name in without_caption]
 
-    def _match(self, images: ImageFiles, bad: BadSamples) -> tuple[list[_Found], list[CaptionRecord]]:
+    def _match(
+        self, images: ImageFiles, bad: BadSamples
+    ) -> tuple[list[_Found], list[CaptionRecord]]:
         """Read all records: those of each image, and those whose image is missing."""
         found: dict[Place, _Found] = {}
         missing: list[CaptionRecord] = []
@@ -132,7 +156,9 @@ class LocalFolder:
                 missing.append(record)
                 continue
             if place not in found:
-                found[place] = _Found(self._relative(path) if path is not None else record.image, place)
+                found[place] = _Found(
+                    self._relative(path) if path is not None else record.image, place
+                )
             found[place].records.append(record)
             self.rejected += [Rejected(_short(record.where), reason) for reason in record.skipped]
         for path in sorted(linked):
@@ -183,11 +209,15 @@ class LocalFolder:
             )
         return []
 
-    def _check_missing(self, images: ImageFiles, found: list[_Found], missing: list[CaptionRecord]) -> None:
+    def _check_missing(
+        self, images: ImageFiles, found: list[_Found], missing: list[CaptionRecord]
+    ) -> None:
         """Raise DataError where more than a few images are missing; name files that look like the first."""
         names = list(dict.fromkeys(record.image for record in missing))
         total = len(names) + len(found)
-        if not names or (found and (len(names) < MIN_BAD_ROWS or len(names) <= MAX_BAD_SHARE * total)):
+        if not names or (
+            found and (len(names) < MIN_BAD_ROWS or len(names) <= MAX_BAD_SHARE * total)
+        ):
             return
         near = images.nearest(names[0])
         hint = f"the nearest files are {', '.join(near)}" if near else "no file has a similar name"
@@ -198,7 +228,9 @@ class LocalFolder:
 
     def _relative(self, path: Path) -> str:
         return (
-            path.relative_to(self.input_dir).as_posix() if path.is_relative_to(self.input_dir) else path.name
+            path.relative_to(self.input_dir).as_posix()
+            if path.is_relative_to(self.input_dir)
+            else path.name
         )
 
 
@@ -226,7 +258,9 @@ def _files_of_splits(folder: Path) -> list[tuple[Path, SplitName | None]]:
 def _only(folder: Path, files: list[Path]) -> Path:
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
-        raise DataError(f"{folder} has several caption files ({names}): choose one with --captions-file")
+        raise DataError(
+            f"{folder} has several caption files ({names}): choose one with --captions-file"
+        )
     return files[0]
 
 

@@ -67,7 +67,9 @@ class Kind:
 
 ALL_PAIRS = tuple(Kind(colour, shape) for colour in COLOURS for shape in SHAPES)
 
-HELD_OUT_PAIRS = frozenset(Kind(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+HELD_OUT_PAIRS = frozenset(
+    Kind(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)
+)
 """A diagonal of the 8 x 6 table: one shape of each colour, so that 5 of its 6 shapes stay for training."""
 
 TRAINING_PAIRS = frozenset(ALL_PAIRS) - HELD_OUT_PAIRS
@@ -147,9 +149,13 @@ class Scene:
         for item in self.objects:
             outline = [
                 (x * _SUPERSAMPLING, y * _SUPERSAMPLING)
-                for x, y in _place(_OUTLINES[item.kind.shape], item.centre, item.diameter, item.rotation)
+                for x, y in _place(
+                    _OUTLINES[item.kind.shape], item.centre, item.diameter, item.rotation
+                )
             ]
-            pen.polygon(outline, fill=item.colour, outline=_darker(item.colour), width=_SUPERSAMPLING)
+            pen.polygon(
+                outline, fill=item.colour, outline=_darker(item.colour), width=_SUPERSAMPLING
+            )
         return picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
 
 
@@ -175,7 +181,10 @@ def describe(facts: SceneFacts) -> list[str]:
     if facts.relation is not None:
         first, second = (_noun(kind, 1, None) for kind in facts.kinds)
         inverse = RELATIONS[facts.relation]
-        return [_sentence(f"{first} {facts.relation} {second}"), _sentence(f"{second} {inverse} {first}")]
+        return [
+            _sentence(f"{first} {facts.relation} {second}"),
+            _sentence(f"{second} {inverse} {first}"),
+        ]
     noun = _noun(facts.kinds[0], facts.count, facts.size)
     return [_sentence(noun), _sentence(f"there {'is' if facts.count == 1 else 'are'} {noun}")]
 
@@ -285,7 +294,9 @@ class Scenes:
 
     @classmethod
     def from_options(cls, options: SourceOptions) -> Scenes:
-        return cls(options.num_train, options.num_val, options.num_test, options.seed, options.wordings)
+        return cls(
+            options.num_train, options.num_val, options.num_test, options.seed, options.wordings
+        )
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
@@ -297,8 +308,14 @@ class Scenes:
 
     def items(self) -> list[SourceItem]:
         """Return all scenes, train first; nothing is drawn yet."""
-        counts: dict[SplitName, int] = {"train": self.num_train, "val": self.num_val, "test": self.num_test}
-        return [self._item(split, index) for split, count in counts.items() for index in range(count)]
+        counts: dict[SplitName, int] = {
+            "train": self.num_train,
+            "val": self.num_val,
+            "test": self.num_test,
+        }
+        return [
+            self._item(split, index) for split, count in counts.items() for index in range(count)
+        ]
 
     def _item(self, split: SplitName, index: int) -> SourceItem:
         return SourceItem(
@@ -316,7 +333,9 @@ def _draw_scene(seed: int, split: SplitName, index: int) -> Image.Image:
 # --- composing ---
 
 
-def _equal_objects_scene(rng: random.Random, kind: Kind, count: int) -> tuple[SceneFacts, list[SceneObject]]:
+def _equal_objects_scene(
+    rng: random.Random, kind: Kind, count: int
+) -> tuple[SceneFacts, list[SceneObject]]:
     size = rng.choice(SIZES)
     diameter = rng.uniform(*_DIAMETERS[min(count, 2), size])
     # One cell of a square grid each: nothing overlaps. A lone object has the whole picture.
@@ -360,7 +379,9 @@ def _make_object(rng: random.Random, kind: Kind, centre: Point, diameter: float)
 
 
 def _jitter(colour: RGB, rng: random.Random, amount: int) -> RGB:
-    red, green, blue = (min(255, max(0, channel + rng.randint(-amount, amount))) for channel in colour)
+    red, green, blue = (
+        min(255, max(0, channel + rng.randint(-amount, amount))) for channel in colour
+    )
     return red, green, blue
 
 
@@ -378,9 +399,9 @@ def _draw_background(colour: RGB, direction: float) -> Image.Image:
     picture = Image.new("RGB", (side, side))
     for x in range(side):
         for y in range(side):
-            across = (x / (side - 1) - 0.5) * math.cos(direction) + (y / (side - 1) - 0.5) * math.sin(
-                direction
-            )
+            across = (x / (side - 1) - 0.5) * math.cos(direction) + (
+                y / (side - 1) - 0.5
+            ) * math.sin(direction)
             red, green, blue = (round(channel + 16 * across) for channel in colour)
             picture.putpixel((x, y), (red, green, blue))
     return picture
@@ -401,7 +422,8 @@ def _triangle() -> list[Point]:
 def _star() -> list[Point]:
     radii = (1.1, 0.45)
     return [
-        (radii[i % 2] * math.sin(t), 0.08 - radii[i % 2] * math.cos(t)) for i, t in enumerate(_angles(10))
+        (radii[i % 2] * math.sin(t), 0.08 - radii[i % 2] * math.cos(t))
+        for i, t in enumerate(_angles(10))
     ]
 
 

@@ -18,9 +18,20 @@ from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.sources.base import read_lines
 from vlm_bridge.errors import DataError
 
-IMAGE_FIELDS = ("image", "file_name", "filename", "image_path", "image_name", "name", "path", "file")
+IMAGE_FIELDS = (
+    "image",
+    "file_name",
+    "filename",
+    "image_path",
+    "image_name",
+    "name",
+    "path",
+    "file",
+)
 CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "description", "comment", "raw")
-OPEN_QUOTE = "a double quote opens here and does not close before the next row: close it, or write it twice"
+OPEN_QUOTE = (
+    "a double quote opens here and does not close before the next row: close it, or write it twice"
+)
 STRAY_QUOTE = "a stray double quote: put the whole cell in quotes and write those within it twice"
 MAX_CELL_LINES = 100
 """Lines of a quoted cell: a quote that is open for longer was opened by mistake."""
@@ -31,7 +42,9 @@ IsImage = Callable[[str], bool]
 _NUMBER_OF_CAPTION = re.compile(r"#\d+\s*$")
 
 
-def read_table(path: Path, bad: BadSamples, is_image: IsImage) -> Iterator[tuple[str, dict[str, str]]]:
+def read_table(
+    path: Path, bad: BadSamples, is_image: IsImage
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file:line", cells by column) for every row; take the damaged rows as skipped.
 
     Commas, semicolons or tabs part the cells. A header names the columns; a table with tabs may have none, its columns
@@ -47,7 +60,9 @@ def read_table(path: Path, bad: BadSamples, is_image: IsImage) -> Iterator[tuple
     lines = read_lines(path, bad, keep_blank=True)
     where, first = next(((where, line) for where, line in lines if line.strip()), ("", ""))
     if bad.samples and bad.samples[-1].where.startswith(f"{path}:"):
-        raise DataError(f"{bad.samples[-1].where}: {bad.samples[-1].reason}; save the file as UTF-8")
+        raise DataError(
+            f"{bad.samples[-1].where}: {bad.samples[-1].reason}; save the file as UTF-8"
+        )
     if not first:
         raise DataError(f"{path}: the caption file is empty")
     delimiter = _delimiter(path, first)
@@ -122,7 +137,9 @@ class _Rows:
             raise _Endless
 
         try:
-            cells = next(csv.reader(supply(), delimiter=self.delimiter, strict=True, skipinitialspace=True))
+            cells = next(
+                csv.reader(supply(), delimiter=self.delimiter, strict=True, skipinitialspace=True)
+            )
         except (csv.Error, _Endless) as error:
             # Lines between an open quote and the next row are part of the damaged row.
             if self.delimiter == "\t" or not stops_at_row:
@@ -143,7 +160,9 @@ class _Rows:
 
     def _fitted(self, cells: list[str]) -> list[str]:
         wanted = len(self.header)
-        while len(cells) > wanted and not cells[-1].strip():  # spreadsheets end lines with empty cells
+        while (
+            len(cells) > wanted and not cells[-1].strip()
+        ):  # spreadsheets end lines with empty cells
             cells.pop()
         if self.delimiter == "\t" and len(cells) > wanted and self.header[-1] in CAPTION_FIELDS:
             cells[wanted - 1 :] = ["\t".join(cells[wanted - 1 :])]

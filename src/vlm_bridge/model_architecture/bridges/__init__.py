@@ -7,7 +7,10 @@ from typing import Protocol
 import torch
 
 from vlm_bridge.model_architecture.bridges.base import ImageInputs
-from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttentionBridge, CrossAttentionOptions
+from vlm_bridge.model_architecture.bridges.cross_attention import (
+    CrossAttentionBridge,
+    CrossAttentionOptions,
+)
 from vlm_bridge.model_architecture.bridges.deep_prefix import DeepPrefixBridge, DeepPrefixOptions
 from vlm_bridge.model_architecture.bridges.prefix import PrefixBridge, PrefixOptions
 from vlm_bridge.model_architecture.bridges.projection import ProjectionBridge, ProjectionOptions

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.limits import check_at_least, check_at_most, check_dropout
-from vlm_bridge.model_architecture.bridges.base import ImageInputs, entered_layer, mean_attention_weights
+from vlm_bridge.model_architecture.bridges.base import (
+    ImageInputs,
+    entered_layer,
+    mean_attention_weights,
+)
 from vlm_bridge.model_architecture.text_shape import TextShape
 
 
@@ -47,7 +51,11 @@ class CrossAttentionBridge(nn.Module):
     num_soft_tokens = 0
 
     def __init__(
-        self, options: CrossAttentionOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+        self,
+        options: CrossAttentionOptions,
+        vision_dim: int,
+        text: TextShape,
+        num_image_tokens: int,
     ):
         super().__init__()
         text_dim = text.width
@@ -108,7 +116,9 @@ class CrossAttentionBridge(nn.Module):
     ) -> torch.Tensor:
         """Its own attention weights [B, T, N], averaged over heads."""
         keys_bhnd, _ = self._keys_values(features_bnd)
-        return mean_attention_weights(self._heads(self.query(self.attention_norm(text_bth))), keys_bhnd)
+        return mean_attention_weights(
+            self._heads(self.query(self.attention_norm(text_bth))), keys_bhnd
+        )
 
     def _heads(self, x_bth: torch.Tensor) -> torch.Tensor:
         return x_bth.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -41,10 +41,14 @@ class DeepPrefixBridge(nn.Module):
 
     num_soft_tokens = 0
 
-    def __init__(self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
+    def __init__(
+        self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+    ):
         super().__init__()
         third = text.num_layers // 3
-        first = entered_layer(third if options.enter_at_layer is None else options.enter_at_layer, text)
+        first = entered_layer(
+            third if options.enter_at_layer is None else options.enter_at_layer, text
+        )
         width = options.width or text.width
         self.first_layer = first
         self.shape = (text.num_layers - first, 2, text.num_key_value_heads, text.head_dim)
@@ -63,7 +67,9 @@ class DeepPrefixBridge(nn.Module):
         """Return keys and values [B, layers, 2, heads, P, head_dim] made of features [B, N, D]."""
         flat_bpo = self.keys_values(self.output_norm(self.resampler(features_bnd)))
         states = flat_bpo.unflatten(-1, self.shape).permute(0, 2, 3, 4, 1, 5).contiguous()
-        return ImageInputs(len(features_bnd), key_value_prefix=KeyValuePrefix(states, self.first_layer))
+        return ImageInputs(
+            len(features_bnd), key_value_prefix=KeyValuePrefix(states, self.first_layer)
+        )
 
     def image_attention(
         self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None

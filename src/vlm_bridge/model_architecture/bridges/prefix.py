@@ -26,7 +26,9 @@ class PrefixBridge(nn.Module):
 
     first_layer = 0
 
-    def __init__(self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
+    def __init__(
+        self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+    ):
         super().__init__()
         width = options.width or text.width
         self.num_soft_tokens = options.num_queries

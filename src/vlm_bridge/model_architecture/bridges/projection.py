@@ -42,7 +42,9 @@ class ProjectionBridge(nn.Module):
     first_layer = 0
     num_soft_tokens = 0
 
-    def __init__(self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int):
+    def __init__(
+        self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+    ):
         super().__init__()
         width = text.cross_attention_width
         if width is None:
@@ -54,7 +56,9 @@ class ProjectionBridge(nn.Module):
         self.dropout = options.dropout
         self.projection = _PROJECTIONS[options.projection](vision_dim, width, num_image_tokens)
         self.positions = (
-            nn.Parameter(torch.empty(num_image_tokens, width)) if options.position_embeddings else None
+            nn.Parameter(torch.empty(num_image_tokens, width))
+            if options.position_embeddings
+            else None
         )
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02)  # as BERT's and ViT's

@@ -41,7 +41,14 @@ class ResamplerOptions:
 
     def __post_init__(self) -> None:
         check_at_least(
-            1, self, "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", prefix="bridge."
+            1,
+            self,
+            "num_queries",
+            "depth",
+            "width",
+            "num_heads",
+            "feed_forward_multiplier",
+            prefix="bridge.",
         )
         check_at_most(MAX_DEPTH, self, "depth", "feed_forward_multiplier", prefix="bridge.")
         check_at_most(MAX_SIZE, self, "num_queries", "width", "num_heads", prefix="bridge.")
@@ -54,7 +61,9 @@ class Resampler(nn.Module):
     Features [B, N, D] become [B, P, W] for P queries of width W.
     """
 
-    def __init__(self, options: ResamplerOptions, vision_dim: int, width: int, num_image_tokens: int):
+    def __init__(
+        self, options: ResamplerOptions, vision_dim: int, width: int, num_image_tokens: int
+    ):
         super().__init__()
         if width % options.num_heads:
             raise ValueError(
@@ -65,7 +74,9 @@ class Resampler(nn.Module):
         self.vision_projection = nn.Linear(vision_dim, width)
         self.vision_norm = nn.LayerNorm(width)
         self.positions = (
-            nn.Parameter(torch.empty(num_image_tokens, width)) if options.position_embeddings else None
+            nn.Parameter(torch.empty(num_image_tokens, width))
+            if options.position_embeddings
+            else None
         )
         self.layers = nn.ModuleList(ResamplerLayer(options, width) for _ in range(options.depth))
         self.reset_parameters()
@@ -94,7 +105,9 @@ class Resampler(nn.Module):
         share_bpn = x_bpw.new_zeros(*x_bpw.shape[:2], image_bnw.shape[1])
         for layer in self.layers:
             weights = layer.attention_weights(x_bpw, image_bnw)  # type: ignore[reportCallIssue]
-            to_queries_bpp, to_image_bpn = weights.split((x_bpw.shape[1], image_bnw.shape[1]), dim=-1)
+            to_queries_bpp, to_image_bpn = weights.split(
+                (x_bpw.shape[1], image_bnw.shape[1]), dim=-1
+            )
             share_bpn = (share_bpn + to_queries_bpp @ share_bpn + to_image_bpn) / 2
             x_bpw = layer(x_bpw, image_bnw)
         return share_bpn
