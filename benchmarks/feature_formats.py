@@ -29,7 +29,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.feature_format import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches
-from vlm_bridge.evaluation.metrics import score_captions
+from vlm_bridge.metrics import score_captions
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.validation import validate
 

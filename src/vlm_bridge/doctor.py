@@ -27,7 +27,7 @@ from vlm_bridge.environment import (
     requirements,
 )
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.evaluation.metrics import install_java_command
+from vlm_bridge.metrics.java import install_java_command
 
 HUB_TIMEOUT = 4.0
 """Seconds for the model hub to answer, name resolution included."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vlm_bridge.evaluation.metrics import regex_tokenize
+from vlm_bridge.metrics import simple_tokenize
 
 REPEATED = 3
 """Words of an n-gram that no caption should have twice."""
@@ -17,7 +17,7 @@ PHRASE = 4
 
 @dataclass(frozen=True)
 class CaptionStatistics:
-    """Of captions as words (`regex_tokenize`: lower case, no punctuation). Shares are fractions of all captions.
+    """Of captions as words (`simple_tokenize`: lower case, no punctuation). Shares are fractions of all captions.
 
     Attributes:
         lengths: words of each caption.
@@ -44,7 +44,7 @@ def caption_statistics(
     captions: Sequence[str], finished: Sequence[bool | None] = (), *, num_phrases: int = 8
 ) -> CaptionStatistics:
     """Count over captions, at least one; ``finished`` says of each whether it came to its end, where known."""
-    sentences = [sentence.split() for sentence in regex_tokenize(captions)]
+    sentences = [sentence.split() for sentence in simple_tokenize(captions)]
     phrases = Counter(
         phrase for words in sentences for phrase in dict.fromkeys(_ngrams(words, PHRASE))
     )

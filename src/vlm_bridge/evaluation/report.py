@@ -20,9 +20,9 @@ from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.evaluation.caption_statistics import CaptionStatistics, caption_statistics
 from vlm_bridge.evaluation.charts import Line, histogram, line_chart
 from vlm_bridge.evaluation.contact_sheet import thumbnail
-from vlm_bridge.evaluation.metrics import score_notes
 from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, worst
 from vlm_bridge.evaluation.published import published_on
+from vlm_bridge.metrics import score_notes
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 CURVES = ("loss", "visual_gain", "cider", "bleu4", "perplexity")

@@ -16,7 +16,6 @@ from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import contact_sheet
 from vlm_bridge.evaluation.history import Curve
-from vlm_bridge.evaluation.metrics import CaptionScores, score_captions
 from vlm_bridge.evaluation.predictions import (
     PREDICTIONS_NAME,
     Prediction,
@@ -25,6 +24,7 @@ from vlm_bridge.evaluation.predictions import (
     write_predictions,
 )
 from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
+from vlm_bridge.metrics import CaptionScores, score_captions
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import DecodeSettings

@@ -13,7 +13,7 @@ import torch
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import in_batches
-from vlm_bridge.evaluation.metrics import score_without_java
+from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Features

@@ -17,7 +17,7 @@ from PIL import Image
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages
 from vlm_bridge.durable_files import append_line
 from vlm_bridge.errors import TrainingError
-from vlm_bridge.evaluation.metrics import regex_tokenize
+from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
 from vlm_bridge.training_strategy.validation import Validation
 
@@ -48,7 +48,7 @@ class SampleStatistics:
         mean_length: tokens per caption.
         token_diversity: distinct tokens over all tokens, of all captions together; 0 when there are none.
         bleu4: BLEU-4 of each caption against its references, as a fraction. By pycocoevalcap on tokens of a
-            simple rule (`regex_tokenize`), so that no Java runs in training: not comparable with papers.
+            simple rule (`simple_tokenize`), so that no Java runs in training: not comparable with papers.
     """
 
     mean_length: float
@@ -65,8 +65,8 @@ def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
     from pycocoevalcap.bleu.bleu import Bleu
 
     token_ids = list(chain.from_iterable(sample.token_ids for sample in samples))
-    references = {i: regex_tokenize(sample.references) for i, sample in enumerate(samples)}
-    captions = {i: regex_tokenize([sample.caption]) for i, sample in enumerate(samples)}
+    references = {i: simple_tokenize(sample.references) for i, sample in enumerate(samples)}
+    captions = {i: simple_tokenize([sample.caption]) for i, sample in enumerate(samples)}
     _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
     return SampleStatistics(
         mean_length=len(token_ids) / len(samples),

@@ -19,7 +19,8 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import CaptionFormat, pack_rows
-from vlm_bridge.evaluation.cider import CiderD, caption_tokens, reference_tokens
+from vlm_bridge.metrics.cider import CiderD
+from vlm_bridge.metrics.tokens import reference_tokens, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.model_architecture.generation import Caption
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch
@@ -69,7 +70,7 @@ class SelfCritical:
         self.format = format
         self.autocast = autocast
         tokens = iter(
-            reference_tokens(list(chain.from_iterable(image.captions for image in images)), say)
+            reference_tokens(list(chain.from_iterable(image.captions for image in images)))
         )
         self.reward = CiderD(
             [[f"{next(tokens)} {END}" for _ in image.captions] for image in images]
@@ -203,7 +204,7 @@ class SelfCritical:
         return [[*ids, self.format.eos_id] if len(ids) < limit else ids for ids, _ in captions]
 
     def _words(self, ids: Sequence[int]) -> str:
-        words = caption_tokens(self.model.language_model.decode(list(ids)))
+        (words,) = simple_tokenize([self.model.language_model.decode(list(ids))])
         return f"{words} {END}" if self._has_ended(ids) else words
 
     def _has_ended(self, ids: Sequence[int]) -> bool:

@@ -1,0 +1,149 @@
+"""Caption metrics: strings in, scores out.
+
+Every score comes from pycocoevalcap, the reference implementation of the field. A metric is one function
+in `coco` and one line in `METRICS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm_bridge.errors import DataError
+from vlm_bridge.metrics import coco
+from vlm_bridge.metrics.java import JavaError
+from vlm_bridge.metrics.tokens import ptb_tokenize, simple_tokenize
+
+METRICS: dict[str, Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {
+    "BLEU": coco.bleu,
+    "METEOR": coco.meteor,
+    "ROUGE-L": coco.rouge,
+    "CIDEr": coco.cider,
+    "SPICE": coco.spice,
+}
+NEED_JAVA = ("METEOR", "SPICE")
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores as fractions, as pycocoevalcap returns them. Papers print a CIDEr of 1.0 as 100.
+
+    Attributes:
+        corpus: metric -> score of all captions.
+        per_image: image id -> metric -> score.
+        skipped: metric -> why it was not computed, and how to get it.
+        tokenizer: ``ptb`` compares with papers; ``regex`` is the fallback without Java.
+    """
+
+    corpus: dict[str, float]
+    per_image: dict[str, dict[str, float]]
+    skipped: dict[str, str]
+    tokenizer: Literal["ptb", "regex"]
+
+    def notes(self) -> list[str]:
+        """Return one line for each thing that a reader of the scores must know."""
+        return score_notes(self.skipped, self.tokenizer)
+
+
+def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
+    """Return the notes of `CaptionScores.notes` for scores read from a file."""
+    reasons: dict[str, list[str]] = {}
+    for metric, reason in skipped.items():
+        reasons.setdefault(reason, []).append(metric)
+    lines = [f"{' and '.join(metrics)} skipped: {reason}" for reason, metrics in reasons.items()]
+    if tokenizer == "regex":
+        lines.append(
+            "tokenized by a simple rule, not by PTB: do not compare these scores with published ones"
+        )
+    return lines
+
+
+def score_captions(
+    references: Mapping[str, Sequence[str]],
+    hypotheses: Mapping[str, str],
+    *,
+    spice: bool = False,
+) -> CaptionScores:
+    """Score one caption per image against all its references.
+
+    BLEU and METEOR of the corpus come from summed counts; the others are means over images. An empty
+    caption scores 0. CIDEr weighs words by their document frequency in this collection, so it is 0 for
+    a single image and does not compare between collections.
+
+    Args:
+        references: image id -> human captions, at least one with a word in it.
+        hypotheses: image id -> generated caption, for the same ids.
+        spice: also compute SPICE, which takes minutes per thousand images.
+
+    Raises:
+        DataError: there are no images, the ids differ, or an image has no usable reference.
+    """
+    _check_ids(references, hypotheses)
+    skipped: dict[str, str] = {}
+    try:
+        tokenizer, (gts, res) = "ptb", _tokenize(references, hypotheses, ptb_tokenize)
+    except JavaError as error:
+        tokenizer, (gts, res) = "regex", _tokenize(references, hypotheses, simple_tokenize)
+        skipped = {name: str(error) for name in NEED_JAVA if name != "SPICE" or spice}
+    corpus: dict[str, float] = {}
+    per_image: dict[str, dict[str, float]] = {image_id: {} for image_id in gts}
+    for name, scorer in METRICS.items():
+        if name in skipped or (name == "SPICE" and not spice):
+            continue
+        try:
+            scores = scorer(gts, res)
+        except JavaError as error:
+            skipped[name] = str(error)
+            continue
+        for metric, (score, by_image) in scores.items():
+            corpus[metric] = float(score)
+            for image_id, value in zip(gts, by_image, strict=True):
+                per_image[image_id][metric] = float(value)
+    return CaptionScores(corpus, per_image, skipped, tokenizer)
+
+
+def score_without_java(
+    references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+) -> dict[str, float]:
+    """Return BLEU-4 and CIDEr with simple tokens: quick, and not comparable with papers."""
+    gts = {str(index): simple_tokenize(captions) for index, captions in enumerate(references)}
+    res = {str(index): simple_tokenize([caption]) for index, caption in enumerate(hypotheses)}
+    bleu, cider = coco.bleu(gts, res)["BLEU-4"], coco.cider(gts, res)["CIDEr"]
+    return {"BLEU-4": float(bleu[0]), "CIDEr": float(cider[0])}
+
+
+def _check_ids(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> None:
+    if not references:
+        raise DataError("no captions to score: the references are empty")
+    for what, missing in (
+        ("no generated caption", references.keys() - hypotheses.keys()),
+        ("no reference captions", hypotheses.keys() - references.keys()),
+    ):
+        if missing:
+            named = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+            raise DataError(f"cannot score captions: {what} for {len(missing)} image(s): {named}")
+
+
+def _tokenize(
+    references: Mapping[str, Sequence[str]],
+    hypotheses: Mapping[str, str],
+    tokenize: Callable[[Sequence[str]], list[str]],
+) -> tuple[coco.Tokens, coco.Tokens]:
+    """Tokenize all captions in one call, and drop references without a token.
+
+    ROUGE-L would give an empty caption full marks for them.
+    """
+    sentences = [
+        text for image_id, refs in references.items() for text in (hypotheses[image_id], *refs)
+    ]
+    tokenized = iter(tokenize(sentences))
+    gts, res = {}, {}
+    for image_id, refs in references.items():
+        res[image_id] = [next(tokenized)]
+        gts[image_id] = [tokens for tokens in (next(tokenized) for _ in refs) if tokens]
+        if not gts[image_id]:
+            raise DataError(
+                f"cannot score captions: no words in any reference caption for image {image_id}"
+            )
+    return gts, res

@@ -1,0 +1,88 @@
+"""CIDEr-D of single captions against fixed document frequencies: a reward for self-critical training.
+
+pycocoevalcap counts document frequencies in the collection that it scores. A reward needs them once, from
+the training split, and then scores a few captions at a time, thousands of times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+MAX_N = 4
+SIGMA = 6.0
+"""Width of the length penalty of CIDEr-D (Vedantam et al. 2015)."""
+Phrase = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """Tf-idf weights of a sentence's n-grams, their norms for n = 1..4, and its number of word pairs."""
+
+    weights: dict[Phrase, float]
+    norms: list[float]
+    length: int
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015) of captions for a fixed set of images.
+
+    For equal tokens it equals pycocoevalcap's value. References become vectors when their image is asked
+    for: the vectors of all of COCO would fill gigabytes.
+
+    Args:
+        references: per image its sentences, as tokens joined by spaces.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]):
+        self.references = references
+        self.document_frequency: Counter[Phrase] = Counter()
+        for sentences in references:
+            self.document_frequency.update(
+                {phrase for sentence in sentences for phrase in _phrases(sentence.split())}
+            )
+        self._log_images = math.log(len(references))
+
+    def scores(self, image: int, captions: Iterable[str]) -> list[float]:
+        """Score captions (tokens joined by spaces) of an image, each from 0 to 10."""
+        references = [self._vector(sentence) for sentence in self.references[image]]
+        return [self._score(self._vector(caption), references) for caption in captions]
+
+    def _vector(self, sentence: str) -> _Vector:
+        words = sentence.split()
+        weights: dict[Phrase, float] = {}
+        squares = [0.0] * MAX_N
+        for phrase, count in Counter(_phrases(words)).items():
+            frequency = self.document_frequency.get(phrase, 1)
+            weight = weights[phrase] = count * (self._log_images - math.log(frequency))
+            squares[len(phrase) - 1] += weight * weight
+        # As in the reference implementation, the length penalty compares numbers of word pairs.
+        return _Vector(weights, [math.sqrt(square) for square in squares], max(0, len(words) - 1))
+
+    def _score(self, caption: _Vector, references: Sequence[_Vector]) -> float:
+        total = 0.0
+        for reference in references:
+            similarity = [0.0] * MAX_N
+            of_reference = reference.weights
+            for phrase, weight in caption.weights.items():
+                if phrase in of_reference:
+                    other = of_reference[phrase]
+                    similarity[len(phrase) - 1] += min(weight, other) * other
+            penalty = math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
+            for value, norm, other_norm in zip(
+                similarity, caption.norms, reference.norms, strict=True
+            ):
+                if norm and other_norm:
+                    total += penalty * value / (norm * other_norm)
+        return 10.0 * total / (MAX_N * len(references))
+
+
+def _phrases(words: Sequence[str]) -> list[Phrase]:
+    """Return all n-grams of 1 to `MAX_N` words, repeated ones included."""
+    return [
+        tuple(words[start : start + n])
+        for n in range(1, MAX_N + 1)
+        for start in range(len(words) - n + 1)
+    ]
