@@ -289,7 +289,7 @@ def build(options: argparse.Namespace, device: torch.device) -> Subject:
     )
     changes = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(subject, decode=dataclasses.replace(subject.decode, **given))
+    return dataclasses.replace(subject, decode=subject.decode.replace(**given))
 
 
 def _lite(options: argparse.Namespace) -> Subject:

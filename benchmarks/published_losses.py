@@ -160,7 +160,7 @@ def formula_losses(recipe: Recipe, pairs: list[tuple[Path, str]]) -> list[float]
         for name, x in to_original(start_of(captioner), "it").items()
     }
     text_dim, vision_dim = weights["vision_projection.weight"].shape
-    bridge = PublishedBridge(vision_dim, text_dim, recipe.bridge.options.num_heads)
+    bridge = PublishedBridge(vision_dim, text_dim, recipe.bridge.num_heads)
     bridge.load_state_dict(weights)
     del captioner
 

@@ -270,10 +270,7 @@ def own_captioner(system: System, **bridge_options: Any) -> System:
     )
     bridge: Any = model.bridge
     if bridge_options:
-        options = dataclasses.replace(recipe.bridge.options, **bridge_options)
-        recipe = dataclasses.replace(
-            recipe, bridge=dataclasses.replace(recipe.bridge, options=options)
-        )
+        recipe = recipe.replace(bridge=recipe.bridge.replace(**bridge_options))
         bridge = build_bridge(
             recipe.bridge, vision_encoder.embed_dim, language_model.shape, vision_encoder.num_tokens
         )

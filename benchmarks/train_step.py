@@ -190,7 +190,7 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     without = {COMPILED}
     if recipe.captions_per_image == 1:
         without.add("no-packing")
-    entered = getattr(recipe.bridge.options, "enter_at_layer", 0)
+    entered = getattr(recipe.bridge, "enter_at_layer", 0)
     without.add("enter-at-one-third" if entered else "enter-at-layer-0")
     without.add("random-batches" if recipe.tokens_per_batch is None else "like-lengths")
     if not recipe.text_state_cache:

@@ -46,7 +46,7 @@ def says(images: Sequence[CaptionedImage], words: Sequence[str]) -> np.ndarray:
 @torch.no_grad()
 def pooled(name: str, images: Sequence[CaptionedImage]) -> tuple[np.ndarray, int]:
     """Mean and maximum over the grid [images, 2 D], and D."""
-    encoder = build_vision_encoder(VisionEncoderConfig(name))
+    encoder = build_vision_encoder(VisionEncoderConfig(name=name))
     parts = []
     for start in range(0, len(images), BATCH):
         pixels = encoder.preprocess(

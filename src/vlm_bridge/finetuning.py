@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from vlm_bridge import runtime
 from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
-from vlm_bridge.configuration import BridgeConfig, Recipe, load_recipe, shipped_recipe
+from vlm_bridge.configuration import ProjectionOptions, Recipe, load_recipe, shipped_recipe
 from vlm_bridge.data_pipeline.caption_folder import (
     MANIFEST_NAME,
     CaptionFolder,
@@ -25,8 +25,6 @@ from vlm_bridge.data_pipeline.caption_folder import (
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError, ModelError, UsageError
-from vlm_bridge.limits import check_at_least
-from vlm_bridge.model_architecture.bridges.projection import ProjectionOptions
 from vlm_bridge.model_architecture.combined import (
     CombinedModel,
     build_combined,
@@ -104,7 +102,8 @@ class FineTuning:
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise UsageError(f"unknown dataset {self.dataset!r}: choose from {', '.join(DATASETS)}")
-        check_at_least(1, self, "dataset_size", prefix="--")
+        if self.dataset_size is not None and self.dataset_size < 1:
+            raise UsageError(f"--dataset_size must be at least 1, not {self.dataset_size}")
         if not self.output.suffix:
             raise UsageError(f"the output is a file: {self.output}.pth, for example")
         if self.output.resolve() == self.checkpoint.resolve():
@@ -177,13 +176,12 @@ def finetune_combined(
     say(f"captions and images: {folder}")
     start = _lay_out(settings, recipe, parts)
     checkpoint_dir = settings.run_dir / "checkpoints"
-    recipe = replace(
-        recipe,
-        vision_encoder=replace(
-            recipe.vision_encoder, name=str(start / "vision_encoder"), revision=None
+    recipe = recipe.replace(
+        vision_encoder=recipe.vision_encoder.replace(
+            name=str(start / "vision_encoder"), revision=None
         ),
-        language_model=replace(
-            recipe.language_model, name=str(start / "language_model"), revision=None
+        language_model=recipe.language_model.replace(
+            name=str(start / "language_model"), revision=None
         ),
         bridge=_bridge(recipe, projection),
         data_dir=str(folder),
@@ -279,16 +277,12 @@ def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path
     return start
 
 
-def _bridge(recipe: Recipe, projection: nn.Module) -> BridgeConfig:
+def _bridge(recipe: Recipe, projection: nn.Module) -> ProjectionOptions:
     """A plain projection of the file's kind, else as the recipe's."""
-    options = recipe.bridge.options
-    options = options if isinstance(options, ProjectionOptions) else ProjectionOptions()
+    bridge = recipe.bridge
+    bridge = bridge if isinstance(bridge, ProjectionOptions) else ProjectionOptions()
     kind = projection_kind(projection.state_dict())
-    return BridgeConfig(
-        "projection",
-        standardize_features=False,
-        options=replace(options, projection=kind, position_embeddings=False),
-    )
+    return bridge.replace(projection=kind, position_embeddings=False, standardize_features=False)
 
 
 def _processor(name: str | None, resample: str) -> Any:

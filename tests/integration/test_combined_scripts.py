@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +202,7 @@ def test_without_learning_the_output_is_the_input(
         ({"--output": "start.pth"}, 2, "the output is the checkpoint itself"),
         ({"--output": "out"}, 2, "the output is a file"),
         ({"--dataset_path": "nowhere"}, 1, "no such folder: nowhere (--dataset_path)"),
-        ({"--lr": "-1"}, 2, "learning_rate must be at least 0"),
+        ({"--lr": "-1"}, 2, "learning_rate=-1.0 must be at least 0"),
         ({"--set": "batch=3"}, 2, "did you mean 'batch_size'"),
         ({"--pvt": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
         ({"--dataset_size": "5"}, 2, "is a caption folder already"),
@@ -365,7 +364,7 @@ def caption_by_command(run_here: Run, run: Path, blip: Any) -> str:
     """
     where = run / "checkpoints" / checkpoints.BEST
     recipe = checkpoints.recipe_of(checkpoints.load_checkpoint(where), where)
-    Path("float32.yaml").write_text(replace(recipe, use_amp=False).to_yaml())
+    Path("float32.yaml").write_text(recipe.replace(use_amp=False).to_yaml())
     captioned = run_here(
         "caption", "test_image.jpg", "--checkpoint", where, "--config", "float32.yaml", "--device", "cpu",
         "--max-new-tokens", 50 - 1 - len(blip.prompt_ids),

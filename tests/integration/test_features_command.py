@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Pa
         (["--evict-to", "5 apples"], "5GiB"),
         (["--cache-dir", "x"], "--evict-to"),
         (["feature_cache=off"], "feature_cache=auto"),
-        (["feature_cache_pooling=3"], "must be one of 1, 2"),
+        (["feature_cache_pooling=3"], "must be one of 1 or 2"),
         (["feature_cache_views=-1"], "at least 0"),
     ],
 )
@@ -174,5 +173,5 @@ def test_a_bridge_of_other_pooling_is_another_architecture(
     )
     with pytest.raises(CheckpointError, match="feature_cache_pooling=2, wanted is 1"):
         checkpoints.check_architecture(
-            checkpoints.load_checkpoint(path), replace(pooled_recipe, feature_cache_pooling=1), path
+            checkpoints.load_checkpoint(path), pooled_recipe.replace(feature_cache_pooling=1), path
         )

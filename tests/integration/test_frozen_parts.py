@@ -49,7 +49,7 @@ def test_what_a_recipe_freezes_stays_as_it_is(
         "scst_samples=4", "start_from=null",
         f"vision_encoder.name={request.getfixturevalue(encoder) if encoder is not None else last_encoder}",
     ]  # fmt: skip
-    if getattr(published.bridge.options, "enter_at_layer", None):
+    if getattr(published.bridge, "enter_at_layer", None):
         changes += [
             "bridge.enter_at_layer=1",
             "bridge.num_heads=4",

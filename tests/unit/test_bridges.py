@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from captioners import what_is_read
-from vlm_bridge.configuration import recipe_from_dict
+from vlm_bridge.configuration import BRIDGE_OPTIONS, recipe_from_dict
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES
 from vlm_bridge.model_architecture.captioner import build_bridge
@@ -138,13 +136,12 @@ def test_impossible_options_are_named(kind: str, options: dict, message: str) ->
 @pytest.mark.parametrize("kind", BRIDGES)
 def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
     recipe = recipe_from_dict({"bridge": {"kind": kind}})
-    options_class, bridge_class = BRIDGES[kind]
-    assert recipe.bridge.options == options_class()
-    without = replace(recipe.bridge, options=None)
+    assert recipe.bridge == BRIDGE_OPTIONS[kind]()  # type: ignore[call-arg]
     text = TextShape(
         576, num_layers=30, num_key_value_heads=3, head_dim=64, cross_attention_width=24
     )
-    assert isinstance(build_bridge(without, 12, text, 6, meta=True), bridge_class)
+    bridge = build_bridge(recipe.bridge, 12, text, 6, meta=True)
+    assert isinstance(bridge, BRIDGES[kind])
 
 
 def projection_of(

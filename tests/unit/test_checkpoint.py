@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,7 +200,7 @@ def test_another_architecture_is_refused_and_its_keys_are_named(
 
 def test_other_sizes_and_missing_statistics_are_refused(saved: Path, recipe: Recipe) -> None:
     weights = checkpoints.load_checkpoint(saved)["weights"]
-    plain = replace(recipe, bridge=replace(recipe.bridge, standardize_features=False))
+    plain = recipe.replace(bridge=recipe.bridge.replace(standardize_features=False))
     with pytest.raises(CheckpointError, match=r"feature_scale\.mean is unknown"):
         checkpoints.load_weights(build_captioner(plain), weights, saved)
     wider = {**weights, "feature_scale.mean": torch.zeros(99)}

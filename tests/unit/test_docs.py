@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 import shlex
@@ -89,7 +88,7 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_and_their_options_and_recipes_exist(name: str) -> None:
-    keys = {field.name for field in dataclasses.fields(Recipe)}
+    keys = set(Recipe.model_fields)
     for words in commands(PAGES[name]):
         command, rest = command_of(words)
         known = {

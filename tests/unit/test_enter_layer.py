@@ -169,7 +169,7 @@ def test_untrained_it_is_the_bare_language_model(
 @torch.no_grad()
 def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
-    assert recipe.bridge.options.enter_at_layer == 0
+    assert recipe.bridge.enter_at_layer == 0
     model, above = (
         tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge))
         for bridge in ("cross_attention", "cross_attention_above")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,8 +182,8 @@ def test_other_attention_is_switched_while_explaining(
     found, implementations = [], []
     for attention in ("eager", "sdpa"):
         recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge)
-        language_model = replace(recipe.language_model, attention=attention)
-        model = tiny_captioner(replace(recipe, language_model=language_model))
+        language_model = recipe.language_model.replace(attention=attention)
+        model = tiny_captioner(recipe.replace(language_model=language_model))
         usual = model.language_model.causal_lm.config._attn_implementation
         found.append(image_attention(model, random_features(model, 1), torch.tensor([[1, 5, 9]])))
         implementations.append((usual, model.language_model.causal_lm.config._attn_implementation))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +40,7 @@ class Split:
     ) -> Recipe:
         settings = {"feature_cache": str(self.cache_dir), "data_dir": str(self.data), **changes}
         recipe = tiny_recipe(vision or self.vision, NO_LANGUAGE_MODEL, **settings)
-        return replace(recipe, vision_encoder=replace(recipe.vision_encoder, image_size=image_size))
+        return recipe.replace(vision_encoder=recipe.vision_encoder.replace(image_size=image_size))
 
     def encoder(self, recipe: Recipe) -> Any:
         return build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)

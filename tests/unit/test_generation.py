@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def test_greedy_takes_the_likeliest_token_of_the_training_path(
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
     features = random_features(model, 1)
-    (ids,), _ = generated(model, features, [1], replace(GREEDY, max_new_tokens=14))
+    (ids,), _ = generated(model, features, [1], GREEDY.replace(max_new_tokens=14))
     row = torch.tensor([[1, *ids]])
     logits = model(row, model.image_inputs(features), segments=torch.ones_like(row))[0]
     assert ids == logits[: len(ids)].argmax(-1).tolist()
@@ -94,7 +93,7 @@ def test_greedy_is_a_beam_of_one_and_length_is_bounded(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = random_features(model, NUM_IMAGES)
     for limit in (1, 4):
-        captions, _ = generated(model, features, [TOY_START], replace(GREEDY, max_new_tokens=limit))
+        captions, _ = generated(model, features, [TOY_START], GREEDY.replace(max_new_tokens=limit))
         assert max(map(len, captions)) <= limit
         assert not any(TOY_EOS in ids for ids in captions)
 
@@ -116,7 +115,7 @@ def test_the_n_best_are_the_best_beams_in_order(bridge: str) -> None:
 def test_several_draws_differ_and_a_search_gives_no_more_than_its_beams(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = random_features(model, 2)
-    draw = replace(GREEDY, do_sample=True, temperature=4.0)
+    draw = GREEDY.replace(do_sample=True, temperature=4.0)
     captions, scores = generated(model, features, [TOY_START], draw, num_return_sequences=6)
     assert len(captions) == len(scores) == 12
     assert len(set(map(tuple, captions[:6]))) > 1
@@ -158,7 +157,7 @@ def test_beam_search_finds_the_best_of_all_captions(bridge: str) -> None:
         (found,), (score,) = generated(model, one, [TOY_START], decode)
         assert found == [token for token in best if token != TOY_EOS]
         assert score == pytest.approx(captions[best] / len(best), abs=1e-5)
-        (greedy,), _ = generated(model, one, [TOY_START], replace(decode, num_beams=1))
+        (greedy,), _ = generated(model, one, [TOY_START], decode.replace(num_beams=1))
         beats_greedy += greedy != found
     assert beats_greedy, "a search that never differs from greedy shows nothing"
 
@@ -166,7 +165,7 @@ def test_beam_search_finds_the_best_of_all_captions(bridge: str) -> None:
 def test_score_is_the_mean_log_probability_with_the_end(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = random_features(model, 2)
-    captions, scores = generated(model, features, [TOY_START], replace(BEAMS, max_new_tokens=4))
+    captions, scores = generated(model, features, [TOY_START], BEAMS.replace(max_new_tokens=4))
     for index, (ids, score) in enumerate(zip(captions, scores, strict=True)):
         table = every_caption(model, features[index : index + 1], 4)
         tokens = (*ids, TOY_EOS) if len(ids) < 4 else tuple(ids)
@@ -228,7 +227,7 @@ def test_beams_read_the_prefix_of_their_image(
     tiny_vit_dir: Path, tiny_llama_dir: Path, attention: str, num_images: int
 ) -> None:
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix")
-    recipe = replace(recipe, language_model=replace(recipe.language_model, attention=attention))
+    recipe = recipe.replace(language_model=recipe.language_model.replace(attention=attention))
     model = tiny_captioner(recipe)
     features = random_features(model, num_images)
     ids = torch.randint(3, 300, (3 * num_images, 5))
@@ -245,7 +244,7 @@ def test_a_static_cache_and_a_compiled_model_take_the_same_captions(
     bridge: str, num_beams: int
 ) -> None:
     model = toy_captioner(bridge)
-    features, decode = random_features(model, NUM_IMAGES), replace(BEAMS, num_beams=num_beams)
+    features, decode = random_features(model, NUM_IMAGES), BEAMS.replace(num_beams=num_beams)
     expected, _ = generated(model, features, [TOY_START], decode)
     causal_lm = model.language_model.causal_lm
     model.language_model.is_compiled = True
@@ -276,7 +275,7 @@ def test_sampling_repeats_with_its_seed(bridge: str, num_beams: int) -> None:
 
     def captions(seed: int) -> list[list[int]]:
         return generated(
-            model, features, [TOY_START], replace(SAMPLE, num_beams=num_beams, seed=seed)
+            model, features, [TOY_START], SAMPLE.replace(num_beams=num_beams, seed=seed)
         )[0]
 
     assert captions(1) == captions(1)
@@ -288,7 +287,7 @@ def test_draws_belong_to_the_image_whatever_the_batch_and_its_order(
     bridge: str, num_beams: int
 ) -> None:
     model = toy_captioner(bridge)
-    features, decode = random_features(model, NUM_IMAGES), replace(SAMPLE, num_beams=num_beams)
+    features, decode = random_features(model, NUM_IMAGES), SAMPLE.replace(num_beams=num_beams)
     together, _ = generated(model, features, [TOY_START], decode, 2)
     assert len(set(map(tuple, together))) > 4, "images that all say the same show nothing"
     backwards, _ = generated(model, features.flip(0), [TOY_START], decode, 2)
@@ -324,9 +323,9 @@ def test_images_draw_different_numbers() -> None:
 def test_min_new_tokens_and_no_repeats_hold(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = random_features(model, NUM_IMAGES)
-    longer, _ = generated(model, features, [TOY_START], replace(BEAMS, min_new_tokens=5))
+    longer, _ = generated(model, features, [TOY_START], BEAMS.replace(min_new_tokens=5))
     assert min(map(len, longer)) >= 5
-    unrepeated, _ = generated(model, features, [TOY_START], replace(BEAMS, no_repeat_ngram_size=2))
+    unrepeated, _ = generated(model, features, [TOY_START], BEAMS.replace(no_repeat_ngram_size=2))
     for ids in unrepeated:
         pairs = list(itertools.pairwise(ids))
         assert len(pairs) == len(set(pairs))
@@ -421,8 +420,8 @@ class TestCaptioner:
         recipe = tiny_recipe(
             tiny_vit_dir, language_model_dir, bridge, decode={"num_beams": 1, "max_new_tokens": 6}
         )
-        prompted = replace(
-            recipe, language_model=replace(recipe.language_model, prompt="The black dog")
+        prompted = recipe.replace(
+            language_model=recipe.language_model.replace(prompt="The black dog")
         )
         bare, asked = (
             Captioner(tiny_captioner(r), r).caption(pictures[:1])[0] for r in (recipe, prompted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,7 @@ from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lit
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 
 PLAIN = DecodeSettings(num_beams=3, max_new_tokens=10)
-NAMING = replace(PLAIN, object_bonus=50.0)
+NAMING = PLAIN.replace(object_bonus=50.0)
 NAME = (4, 5)
 PROMPT_LENGTH = 1
 needs_lite = pytest.mark.skipif(
@@ -115,7 +114,7 @@ def test_an_encoder_that_does_not_classify_is_refused(
     with pytest.raises(ConfigurationError, match="set it to 0"):
         tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"object_bonus": 1.0}))
     with pytest.raises(ConfigurationError, match=r"decode\.object_bonus"):
-        replace(PLAIN, object_bonus=-1.0)
+        PLAIN.replace(object_bonus=-1.0)
 
 
 @needs_lite

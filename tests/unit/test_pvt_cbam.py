@@ -33,7 +33,7 @@ def tiny(cbam: Any) -> PvtCbam:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return build_vision_encoder(VisionEncoderConfig(str(folder), **options))
+    return build_vision_encoder(VisionEncoderConfig(name=str(folder), **options))
 
 
 def test_the_published_sizes() -> None:
@@ -157,7 +157,7 @@ def test_size_and_resampling_are_the_recipes(tiny_pvt_cbam_dir: Path) -> None:
 
 def test_it_builds_without_weights(tiny_pvt_cbam_dir: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_pvt_cbam_dir / "config.json", tmp_path)
-    meta: Any = build_vision_encoder(VisionEncoderConfig(str(tmp_path)), meta=True)
+    meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(tmp_path)), meta=True)
     assert {p.device.type for p in meta.parameters()} == {"meta"} and meta.num_tokens == 4
 
 

@@ -269,7 +269,7 @@ def test_the_latest_is_saved_every_so_many_minutes(
     saved.clear()
     train(make_recipe("seldom", "save_every_n_minutes=1000"), say=lambda line: None)
     assert saved == [3, 6]
-    with pytest.raises(ConfigurationError, match="save_every_n_minutes must be above 0"):
+    with pytest.raises(ConfigurationError, match="save_every_n_minutes=0 must be above 0"):
         make_recipe("never", "save_every_n_minutes=0")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlm_bridge import runtime
+from vlm_bridge.errors import ConfigurationError
 
 CPU = torch.device("cpu")
 
@@ -95,3 +96,13 @@ def test_memory_between_tensors_that_stay_is_given_back() -> None:
     if not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("not glibc")
     assert held - resident() > 64 * 2**20
+
+
+def test_devices_that_are_not_there_are_named() -> None:
+    assert runtime.resolve_device("cpu") == CPU
+    with pytest.raises(ConfigurationError, match="device='abacus' is unknown"):
+        runtime.resolve_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="no CUDA GPU"):
+            runtime.resolve_device("cuda")
+        assert runtime.resolve_device("auto").type in ("cpu", "mps")

@@ -122,7 +122,13 @@ def test_sampling_is_seeded_and_disturbs_no_other_randomness(
     features, prompt = random_features(model, 2), [model.language_model.start_id]
     before = torch.get_rng_state()
     one, same, other = (
-        generated(model, features, prompt, DecodeSettings(1, 5, do_sample=True, seed=seed), 3)
+        generated(
+            model,
+            features,
+            prompt,
+            DecodeSettings(num_beams=1, max_new_tokens=5, do_sample=True, seed=seed),
+            3,
+        )
         for seed in (0, 0, 1)
     )
     assert torch.equal(before, torch.get_rng_state())
@@ -267,9 +273,8 @@ def test_a_run_starts_from_the_weights_of_another(make_recipe: MakeRecipe) -> No
         ((*SCST, "scst_temperature=0"), "scst_temperature"),
         ((*SCST, "tokens_per_batch=80"), "tokens_per_batch"),
         ((*SCST, "label_smoothing=0.1"), "label_smoothing"),
-        ((*SCST, "loss_kernel=torch"), "loss_kernel=auto"),
         (("label_smoothing=1",), "below 1"),
-        (("weight_averaging=1",), "between 0 and 1"),
+        (("weight_averaging=1",), "below 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

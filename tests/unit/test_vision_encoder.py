@@ -354,7 +354,7 @@ class TestPyramids:
         assert features.shape == (5, side**2, 32)
         assert features.isfinite().all()
         meta: Any = build_vision_encoder(
-            VisionEncoderConfig(str(pyramid), image_size=size), meta=True
+            VisionEncoderConfig(name=str(pyramid), image_size=size), meta=True
         )
         assert (meta.grid, meta.num_tokens, meta.embed_dim) == (encoder.grid, side**2, 32)
 
@@ -404,7 +404,7 @@ class TestPyramids:
             ("Zetatech/pvt-tiny-224", None, 512),
         ):
             encoder: Any = build_vision_encoder(
-                VisionEncoderConfig(name, image_size=384), meta=True
+                VisionEncoderConfig(name=name, image_size=384), meta=True
             )
             assert (encoder.num_tokens, encoder.grid, encoder.embed_dim) == (144, (12, 12), width)
             if parameters:
@@ -447,7 +447,7 @@ class TestBlip:
 
     def test_the_published_one(self) -> None:
         name = "Salesforce/blip-image-captioning-base"
-        encoder: Any = build_vision_encoder(VisionEncoderConfig(name), meta=True)
+        encoder: Any = build_vision_encoder(VisionEncoderConfig(name=name), meta=True)
         assert (encoder.num_tokens, encoder.embed_dim) == (24 * 24 + 1, 768)
 
 
@@ -534,7 +534,7 @@ def test_an_image_far_longer_than_wide_is_cropped_before_it_is_resized(
     tiny_dinov2_dir: Path,
 ) -> None:
     """Resized by its short side first, one of 1 x 10,000 pixels would be one of 224 x 2,240,000."""
-    encoder = build_vision_encoder(VisionEncoderConfig(str(tiny_dinov2_dir)))
+    encoder = build_vision_encoder(VisionEncoderConfig(name=str(tiny_dinov2_dir)))
     thin = Image.new("RGB", (1, 10_000), "red")
     thin.putpixel((0, 5_000), (0, 0, 255))
     middle = thin.crop((0, 4_990, 1, 5_010))

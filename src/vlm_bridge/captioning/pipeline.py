@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ class Captioner:
         if (
             target.type != "cuda"
         ):  # quantised weights need a GPU; without one, use those that they stand for
-            recipe = replace(recipe, quantize_language_model="none")
+            recipe = recipe.replace(quantize_language_model="none")
         model = build_captioner(recipe)
         checkpoints.restore(model, content, where)
         model.to(target)

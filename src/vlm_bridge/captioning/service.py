@@ -193,8 +193,7 @@ class CaptionService:
     def _decode_settings(self, request: Request) -> tuple[DecodeSettings, int]:
         """The recipe's settings with those of a request, and how many captions that can give."""
         sampled = request.temperature > 0
-        decode = dataclasses.replace(
-            self.captioner.recipe.decode,
+        decode = self.captioner.recipe.decode.replace(
             num_beams=1 if sampled else request.num_beams,
             do_sample=sampled,
             temperature=request.temperature if sampled else 1.0,

@@ -61,7 +61,6 @@ def caption(
     Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are. A file that cannot be
     read is one line on stderr (exit code 1).
     """
-    import dataclasses
     import json
 
     from vlm_bridge.cli.loading import without_garbage_collection
@@ -92,7 +91,7 @@ def caption(
     given = {key: value for key, value in changes.items() if value is not None}
     if do_sample and num_beams is None:
         given["num_beams"] = 1
-    decode = dataclasses.replace(captioner.recipe.decode, **given)
+    decode = captioner.recipe.decode.replace(**given)
 
     with ImageReader(min(2, len(pictures))) as reader:
         results = captioner.caption(

@@ -309,7 +309,7 @@ def inspect_loader(
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
     import json
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.configuration import load_recipe
@@ -327,7 +327,7 @@ def inspect_loader(
         raise UsageError("give --data-dir, --config, or both")
     recipe = load_recipe(config)
     if batch_size is not None:
-        recipe = replace(recipe, batch_size=batch_size)
+        recipe = recipe.replace(batch_size=batch_size)
     folder = open_data_folder(data_dir or recipe.data_dir, note)
     set_aside: list[Rejected] = []
     items = folder_items(folder, set_aside)

@@ -138,8 +138,8 @@ def evaluate(
             if checkpoint
             else _open_model(str(model), str(world.device), revision, prompt)
         )
-        decode = dataclasses.replace(
-            subject.decode, **{name: value for name, value in asked.items() if value is not None}
+        decode = subject.decode.replace(
+            **{name: value for name, value in asked.items() if value is not None}
         )
         captioner = SharedCaptioner(subject.captioner, world)
         if not world.is_first:  # the first one scores, writes and speaks

@@ -43,7 +43,7 @@ def train(
     if config is None and resume in (None, "auto"):
         config = shipped_recipe(DEFAULT_RECIPE)
         echo(f"recipe: {config} (another one with --config)")
-    recipe = load_recipe(config, overrides or (), say=echo) if config is not None else None
+    recipe = load_recipe(config, overrides or ()) if config is not None else None
 
     from vlm_bridge.training_strategy.trainer import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training

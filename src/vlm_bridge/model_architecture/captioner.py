@@ -17,7 +17,7 @@ from torch import nn
 
 from vlm_bridge.configuration import (
     MAX_RETURN_SEQUENCES,
-    BridgeConfig,
+    BridgeOptions,
     DecodeSettings,
     Recipe,
     VisionEncoderConfig,
@@ -433,7 +433,7 @@ def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def build_bridge(
-    config: BridgeConfig,
+    config: BridgeOptions,
     vision_dim: int,
     text: TextShape,
     num_image_tokens: int,
@@ -441,11 +441,9 @@ def build_bridge(
     meta: bool = False,
 ) -> nn.Module:
     """The recipe's bridge between two widths, on the CPU or on the meta device."""
-    options_class, bridge_class = BRIDGES[config.kind]
-    options = config.options if config.options is not None else options_class()
     try:
         with torch.device("meta" if meta else "cpu"):
-            return bridge_class(options, vision_dim, text, num_image_tokens)
+            return BRIDGES[config.kind](config, vision_dim, text, num_image_tokens)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
 

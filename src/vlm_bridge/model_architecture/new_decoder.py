@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.limits import check_at_least, check_dropout
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -52,8 +51,11 @@ def write_new_decoder(
     """
     from transformers import BertConfig, BertLMHeadModel
 
-    check_at_least(1, size, "layers", "heads", "width")
-    check_dropout(size.dropout, "dropout")
+    for name in ("layers", "heads", "width"):
+        if getattr(size, name) < 1:
+            raise ConfigurationError(f"{name} must be at least 1, not {getattr(size, name)}")
+    if not 0 <= size.dropout < 1:
+        raise ConfigurationError(f"dropout must be at least 0 and below 1, not {size.dropout}")
     if size.width % size.heads:
         raise ConfigurationError(f"heads={size.heads} does not divide width={size.width}")
     tokenizer = word_piece_tokenizer(captions, size.vocabulary)

@@ -6,24 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.training_strategy.checkpoint import same_setting
 
-FREE_TO_CHANGE = frozenset(
-    {
-        # where things are
-        "data_dir", "checkpoint_dir", "log_dir", "resume_from_checkpoint", "feature_cache", "device", "num_workers",
-        # what is told and kept
-        "log_every_n_steps", "generate_samples_every_n_epochs", "num_validation_samples", "save_every_n_steps",
-        "save_every_n_minutes", "save_every_n_epochs", "keep_step_checkpoints",
-    }
-)  # fmt: skip
-"""Keys of a recipe that decide nothing of what is learned. The dataset itself is compared by its fingerprint."""
 ABSENT = "nothing"
 
 
 def recipe_changes(before: Recipe, now: Recipe) -> list[str]:
     """Each dotted key whose value is another one and decides what is learned, as ``key=now, was before``."""
-    return _changes(_flat(before.to_dict()), _flat(now.to_dict()))
+    return now.changes_since(before)
 
 
 def dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -44,8 +33,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}={now.get(key, ABSENT)}, was {before.get(key, ABSENT)}"
         for key in dict.fromkeys((*before, *now))
-        if key.partition(".")[0] not in FREE_TO_CHANGE
-        and (key not in before or key not in now or not same_setting(key, before[key], now[key]))
+        if key not in before or key not in now or before[key] != now[key]
     ]
 
 

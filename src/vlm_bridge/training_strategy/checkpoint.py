@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 import torch
 
 from vlm_bridge import __version__
-from vlm_bridge.configuration import Recipe, recipe_from_dict
+from vlm_bridge.configuration import Recipe, recipe_from_dict, same_setting
 from vlm_bridge.durable_files import not_as_written, previous_of, write_durably
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.hub import hub_problem, reach_hub
@@ -637,18 +637,6 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
         "feature_cache_pooling": recipe.feature_cache_pooling,
         "trainable": sorted(plain["trainable"]),
     }
-
-
-def same_setting(key: str, has: Any, wanted: Any) -> bool:
-    """Whether two values of a recipe's dotted key mean the same."""
-    if (
-        key.endswith(".name") and has and wanted
-    ):  # google/gemma-2-2b and models/gemma-2-2b are one model, moved
-        names = ([Path(name).name for name in several.split(" + ")] for several in (has, wanted))
-        return next(names) == next(names)
-    if key.endswith(".revision"):
-        return None in (has, wanted) or has == wanted
-    return has == wanted
 
 
 def captioner_sizes(model: Any) -> dict[str, int]:

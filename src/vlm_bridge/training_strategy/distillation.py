@@ -101,7 +101,9 @@ def distill_projection(
 
 
 def _teacher(settings: DistillationConfig) -> VisionEncoderConfig:
-    return VisionEncoderConfig(settings.teacher, settings.revision, settings.image_size)
+    return VisionEncoderConfig(
+        name=settings.teacher, revision=settings.revision, image_size=settings.image_size
+    )
 
 
 def on_grid(

@@ -8,7 +8,7 @@ same loss, in which the advantage of a caption is the weight of its tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -76,7 +76,7 @@ class SelfCritical:
             [[f"{next(tokens)} {END}" for _ in image.captions] for image in images]
         )
         self._greedy = DecodeSettings(num_beams=1, max_new_tokens=recipe.decode.max_new_tokens)
-        self._sampling = replace(self._greedy, do_sample=True, temperature=recipe.scst_temperature)
+        self._sampling = self._greedy.replace(do_sample=True, temperature=recipe.scst_temperature)
         self._forget()
 
     def sampled(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
@@ -96,7 +96,7 @@ class SelfCritical:
                 model.generate(
                     features_bnd,
                     self.format.prompt_ids,
-                    replace(self._sampling, seed=seed),
+                    self._sampling.replace(seed=seed),
                     recipe.scst_samples,
                     keys=range(len(features_bnd)),
                 )

@@ -69,13 +69,6 @@ AUTO = "auto"
 STANDARDIZE_ON_IMAGES = 512
 RETURN_MEMORY_EVERY = 20
 """Steps on a CPU: what is given back is asked for again in the next one, which takes a tenth of a second."""
-PLACES = frozenset(
-    {
-        "data_dir", "feature_cache", "checkpoint_dir", "log_dir", "device", "num_workers",
-        "resume_from_checkpoint",
-    }
-)  # fmt: skip
-"""Keys of a recipe that may differ between the machines of a run."""
 Say = Callable[[str], None]
 
 
@@ -188,8 +181,9 @@ class Trainer:
                 say("this processor emulates bfloat16: use_amp=false is quicker here")
         if world.size > 1:
             self.where += f", {world.size} processes"
+        places = recipe.keys_marked("place")
         world.check_same(
-            {key: value for key, value in recipe.to_dict().items() if key not in PLACES}
+            {key: value for key, value in recipe.to_dict().items() if key not in places}
         )
         self.folder = open_data_folder(recipe.data_dir, say)
         self.checkpoint_dir = Path(recipe.checkpoint_dir)
@@ -1025,7 +1019,7 @@ def resumed_recipe(path: str | Path, say: Say = print) -> Recipe:
     _, content = find_run(path, _say_nothing)
     if "recipe" not in content and checkpoints.ORIGINAL_TRAINING in content:
         settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
-        recipe = published_recipe(settings, str(path), say)
+        recipe = published_recipe(settings, str(path))
     else:
         recipe = checkpoints.recipe_of(content, path)
-    return replace(recipe, resume_from_checkpoint=str(path))
+    return recipe.replace(resume_from_checkpoint=str(path))

@@ -1,4 +1,4 @@
-"""Bridges: the only part that is trained. One file each; a plain dict from name to (options, class)."""
+"""Bridges: the only part that is trained. One file each; a plain dict from kind to class."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Protocol
 import torch
 
 from vlm_bridge.model_architecture.bridges.base import ImageInputs
-from vlm_bridge.model_architecture.bridges.cross_attention import (
-    CrossAttentionBridge,
-    CrossAttentionOptions,
-)
-from vlm_bridge.model_architecture.bridges.deep_prefix import DeepPrefixBridge, DeepPrefixOptions
-from vlm_bridge.model_architecture.bridges.prefix import PrefixBridge, PrefixOptions
-from vlm_bridge.model_architecture.bridges.projection import ProjectionBridge, ProjectionOptions
+from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttentionBridge
+from vlm_bridge.model_architecture.bridges.deep_prefix import DeepPrefixBridge
+from vlm_bridge.model_architecture.bridges.prefix import PrefixBridge
+from vlm_bridge.model_architecture.bridges.projection import ProjectionBridge
 
 __all__ = [
     "BRIDGES",
@@ -62,8 +59,8 @@ class Bridge(Protocol):
 
 
 BRIDGES = {
-    "cross_attention": (CrossAttentionOptions, CrossAttentionBridge),
-    "deep_prefix": (DeepPrefixOptions, DeepPrefixBridge),
-    "prefix": (PrefixOptions, PrefixBridge),
-    "projection": (ProjectionOptions, ProjectionBridge),
+    "cross_attention": CrossAttentionBridge,
+    "deep_prefix": DeepPrefixBridge,
+    "prefix": PrefixBridge,
+    "projection": ProjectionBridge,
 }

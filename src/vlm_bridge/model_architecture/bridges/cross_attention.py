@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.limits import check_at_least, check_at_most, check_dropout
+from vlm_bridge.configuration import CrossAttentionOptions
 from vlm_bridge.model_architecture.bridges.base import (
     ImageInputs,
     entered_layer,
     mean_attention_weights,
 )
 from vlm_bridge.model_architecture.text_shape import TextShape
-
-
-@dataclass(frozen=True)
-class CrossAttentionOptions:
-    """Options of `cross_attention`; the defaults are those of the published DINOv2 + Gemma-2 system.
-
-    Attributes:
-        enter_at_layer: the layer of the language model (from 0) before which the text looks at the image: 0, as
-            published, changes its embeddings. Below it nothing depends on the image and nothing is back-propagated.
-    """
-
-    num_heads: int = 8
-    feed_forward_multiplier: int = 4
-    dropout: float = 0.0
-    enter_at_layer: int = 0
-
-    def __post_init__(self) -> None:
-        check_at_least(0, self, "enter_at_layer", prefix="bridge.")
-        check_at_least(1, self, "num_heads", "feed_forward_multiplier", prefix="bridge.")
-        check_at_most(100, self, "feed_forward_multiplier", prefix="bridge.")
-        check_dropout(self.dropout, "bridge.dropout")
 
 
 class CrossAttentionBridge(nn.Module):

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from vlm_bridge.limits import check_at_least
+from vlm_bridge.configuration import DeepPrefixOptions
 from vlm_bridge.model_architecture.bridges.base import ImageInputs, entered_layer
-from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
+from vlm_bridge.model_architecture.bridges.resampler import Resampler
 from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
 from vlm_bridge.model_architecture.text_shape import TextShape
-
-
-@dataclass(frozen=True)
-class DeepPrefixOptions(ResamplerOptions):
-    """Options of `deep_prefix`: those of its resampler, and where it enters.
-
-    Attributes:
-        enter_at_layer: the first layer of the language model (from 0) that sees the image; None means one third
-            of the way up. Below it nothing depends on the image and nothing is back-propagated.
-    """
-
-    enter_at_layer: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(0, self, "enter_at_layer", prefix="bridge.")
 
 
 class DeepPrefixBridge(nn.Module):

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
+from vlm_bridge.configuration import PrefixOptions
 from vlm_bridge.model_architecture.bridges.base import ImageInputs
-from vlm_bridge.model_architecture.bridges.resampler import Resampler, ResamplerOptions
+from vlm_bridge.model_architecture.bridges.resampler import Resampler
 from vlm_bridge.model_architecture.text_shape import TextShape
-
-
-@dataclass(frozen=True)
-class PrefixOptions(ResamplerOptions):
-    """Options of `prefix`: those of its resampler; ``num_queries`` soft tokens stand before the text."""
 
 
 class PrefixBridge(nn.Module):

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.limits import check_dropout
+from vlm_bridge.configuration import ProjectionOptions
 from vlm_bridge.model_architecture.bridges.base import ImageInputs
 from vlm_bridge.model_architecture.text_shape import TextShape
-
-
-@dataclass(frozen=True)
-class ProjectionOptions:
-    """Options of `projection`; `linear` is the published PVTv2-B0 case, `conv3x3` has the published 3.5 M parameters.
-
-    Attributes:
-        projection: `linear`, `mlp` (two layers with GELU), or `conv3x3` over the grid of image tokens.
-        position_embeddings: add a learned vector to each image token, for encoders that do not say where one is.
-    """
-
-    projection: Literal["linear", "mlp", "conv3x3"] = "linear"
-    position_embeddings: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_dropout(self.dropout, "bridge.dropout")
 
 
 class ProjectionBridge(nn.Module):

@@ -2,57 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.limits import check_at_least, check_at_most, check_dropout
+from vlm_bridge.configuration import ResamplerOptions
 from vlm_bridge.model_architecture.bridges.base import mean_attention_weights
-
-MAX_DEPTH = 100
-MAX_SIZE = 100_000
-"""Of what else a recipe counts in a bridge: queries, width, heads."""
-
-
-@dataclass(frozen=True)
-class ResamplerOptions:
-    """Options of a resampler.
-
-    Attributes:
-        num_queries: how many vectors an image becomes.
-        depth: layers of the small transformer.
-        width: its hidden size; None means the language model's.
-        num_heads: attention heads, of queries over [queries; image tokens].
-        feed_forward_multiplier: hidden size of its feed-forward layers, as a multiple of the width.
-        position_embeddings: tell the image tokens where they are; encoders whose features do not say so by
-            themselves (convolutional ones) need it for words such as "above" or "left".
-        dropout: on both residual branches and on the image tokens, while training.
-    """
-
-    num_queries: int = 16
-    depth: int = 2
-    width: int | None = None
-    num_heads: int = 8
-    feed_forward_multiplier: int = 4
-    position_embeddings: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_at_least(
-            1,
-            self,
-            "num_queries",
-            "depth",
-            "width",
-            "num_heads",
-            "feed_forward_multiplier",
-            prefix="bridge.",
-        )
-        check_at_most(MAX_DEPTH, self, "depth", "feed_forward_multiplier", prefix="bridge.")
-        check_at_most(MAX_SIZE, self, "num_queries", "width", "num_heads", prefix="bridge.")
-        check_dropout(self.dropout, "bridge.dropout")
 
 
 class Resampler(nn.Module):
