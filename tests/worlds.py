@@ -163,8 +163,7 @@ def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
 def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
     """Validate a checkpoint as training does, and evaluate it, all in batches of three images."""
     from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.captioning.shared import SharedCaptioner
-    from vlm_bridge.evaluation.run import caption_and_validate
+    from vlm_bridge.evaluation.shared import SharedCaptioner
     from vlm_bridge.training_strategy import decoded_validation, trainer
     from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
     from vlm_bridge.training_strategy.distributed import joined
@@ -191,11 +190,15 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
             of_run._autocast,
             world,
         )
-        captioner = SharedCaptioner(Captioner.from_pretrained(checkpoint, "cpu"), world)
+        captioner = Captioner.from_pretrained(checkpoint, "cpu")
         images = list(of_run.val_images)
-        captions, validation = caption_and_validate(
-            captioner, images, decode=recipe.decode, batch_size=3
+        captions = SharedCaptioner(captioner, world).caption(
+            [image.path for image in images],
+            decode=recipe.decode,
+            batch_size=3,
+            progress=lambda done: None,
         )
+        validation = captioner.validate(images, batch_size=3, world=world)
     return [result, decoded, captions, validation]
 
 

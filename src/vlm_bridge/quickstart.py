@@ -55,7 +55,9 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> Quicksta
     say(f"3/4 captioning {NUM_TEST} scenes of colour-shape pairs that training never showed")
     captioner = Captioner.from_pretrained(recipe.checkpoint_dir, device=recipe.device)
     images = CaptionFolder.open(data_dir).split("test")
-    evaluation = evaluate_captioner(captioner, images, decode=recipe.decode, batch_size=32)
+    evaluation = evaluate_captioner(
+        captioner, images, decode=recipe.decode, validate=captioner.validate, batch_size=32
+    )
     verdicts = [judge_caption(p.caption, p.image.captions[0]) for p in evaluation.predictions]
 
     scores = evaluation.to_json()

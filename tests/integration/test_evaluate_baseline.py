@@ -71,10 +71,12 @@ def test_a_published_captioner_is_scored_like_our_own(
     assert ours["model"] == {"name": "ours", "checkpoint": checkpoint.name}
     assert ours["data"]["fingerprint"] == CaptionFolder.open(drawn_caption_folder).fingerprint
     for name, record in records.items():
-        assert keys({**record, "model": {}}) == keys({**ours, "model": {}})
+        ignored = {"model": {}, "skipped": {}}
+        assert keys(record | ignored) == keys(ours | ignored)
         assert record["decode"] == ours["decode"] and record["decode"]["min_new_tokens"] == 2
         assert record["data"] == ours["data"] and record["data"]["split"] == "val"
-        assert record["num_images"] == 8 and record["perplexity"] > 1
+        assert record["num_images"] == 8
+        assert (record["perplexity"] is None) == (name != "ours")
         assert [p["original_id"] for p in predictions[name]] == [
             p["original_id"] for p in predictions["ours"]
         ]

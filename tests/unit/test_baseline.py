@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,8 +23,7 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ModelError, UsageError
-from vlm_bridge.evaluation.baseline import FAMILIES, BaselineCaptioner
-from vlm_bridge.evaluation.run import NotMeasurable
+from vlm_bridge.evaluation.baseline import MODELS, BaselineCaptioner
 
 CLASSES: dict[str, Any] = {
     "blip": BlipForConditionalGeneration,
@@ -71,7 +69,7 @@ def test_captions_are_those_of_transformers(
     rows = model.generate(pixel_values=pixels["pixel_values"], **options)
     expected = []
     for row in rows[:, 1:].tolist():
-        kept = row[: row.index(captioner.format.eos_id)] if captioner.format.eos_id in row else row
+        kept = row[: row.index(captioner.eos_id)] if captioner.eos_id in row else row
         expected.append(captioner.tokenizer.decode(kept, skip_special_tokens=True).strip())
     results = captions(captioner, images, num_beams=num_beams)
     assert [result.caption for result in results] == expected
@@ -79,35 +77,6 @@ def test_captions_are_those_of_transformers(
         "the model must tell pictures apart for this test to mean anything"
     )
     assert all(result.score is not None and result.score < 0 for result in results)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prompt", ["", "a picture of"])
-def test_loss_is_that_of_transformers(
-    name: str, prompt: str, folders: dict[str, Path], images: list[CaptionedImage]
-) -> None:
-    """One caption at a time without pads by the model's own loss; ours pads captions of a batch to one length."""
-    captioner = load(folders[name], prompt=prompt)
-    model = CLASSES[name].from_pretrained(folders[name]).eval()
-    total, count = 0.0, 0
-    for image in images:
-        pixels = captioner.processor(open_image(image.path), return_tensors="pt")["pixel_values"]
-        for caption in image.captions:
-            tokens = captioner.format.tokenize(caption)
-            ids = torch.tensor([[*tokens.input_ids, tokens.labels[-1]]])
-            supervised = len(ids[0]) - len(captioner.format.prompt_ids)
-            labels = ids.clone()
-            labels[:, : len(captioner.format.prompt_ids)] = -100
-            if name == "vit-gpt2":
-                loss = model(
-                    pixel_values=pixels, decoder_input_ids=ids[:, :-1], labels=labels[:, 1:]
-                ).loss
-            else:
-                loss = model(pixel_values=pixels, input_ids=ids, labels=labels).loss
-            total, count = total + supervised * loss.item(), count + supervised
-    validation = captioner.validate(images, batch_size=3)
-    assert validation.num_tokens == count
-    assert validation.loss == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,30 +89,14 @@ def test_batching_changes_nothing(
     assert [result.score for result in together] == pytest.approx(
         [result.score for result in alone], abs=1e-4
     )
-    one, other = (captioner.validate(images, batch_size=size) for size in (1, 4))
-    assert one.loss == pytest.approx(other.loss, abs=1e-4)
-    assert one.visual_gain == pytest.approx(other.visual_gain, abs=1e-4)
-    assert one.num_tokens == other.num_tokens
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_visual_gain_is_what_the_right_images_are_worth(
-    name: str, folders: dict[str, Path], images: list[CaptionedImage]
-) -> None:
-    captioner = load(folders[name])
-    assert captioner.validate(images).visual_gain != 0
-    same = [CaptionedImage(images[0].path, image.captions, image.original_id) for image in images]
-    assert captioner.validate(same).visual_gain == pytest.approx(0, abs=1e-5)
 
 
 def test_the_prompt_is_the_familys_own_unless_given(
     folders: dict[str, Path], images: list[CaptionedImage]
 ) -> None:
-    assert load(folders["git"]).format.prompt == load(folders["vit-gpt2"]).format.prompt == ""
+    assert load(folders["git"]).prompt == load(folders["vit-gpt2"]).prompt == ""
     prompted, bare = load(folders["blip"]), load(folders["blip"], prompt="")
-    assert prompted.format.prompt == "a picture of"
-    # Never supervised and never part of the caption.
-    assert prompted.validate(images).num_tokens == bare.validate(images).num_tokens
+    assert prompted.prompt == "a picture of"
     assert not any("picture" in str(result.caption) for result in captions(prompted, images))
     assert [r.caption for r in captions(prompted, images)] != [
         r.caption for r in captions(bare, images)
@@ -167,24 +120,6 @@ def test_captions_must_fit_into_the_decoder(
     for folder in folders.values():
         with pytest.raises(UsageError, match=f"has {MAX_POSITIONS}: ask for fewer"):
             captions(load(folder), images, max_new_tokens=MAX_POSITIONS + 1)
-    long = CaptionedImage(images[0].path, ("a dog and a girl " * 40,), "long")
-    blip = load(folders["blip"])
-    # The last token is predicted and not read.
-    assert blip.validate([long]).num_tokens == MAX_POSITIONS - len(blip.format.prompt_ids) + 1
-
-
-def test_a_decoder_that_sees_the_answer_has_no_perplexity(
-    folders: dict[str, Path], images: list[CaptionedImage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captioner = load(folders["git"])
-    honest = captioner._logits
-    monkeypatch.setattr(
-        captioner,
-        "_logits",
-        lambda state, ids, mask=None: honest(state, ids, mask) + ids.sum(-1)[:, None, None],
-    )
-    with pytest.raises(NotMeasurable, match="sees later words"):
-        captioner.validate(images)
 
 
 class TestRefusals:
@@ -202,7 +137,7 @@ class TestRefusals:
         tokenizer.save_pretrained(tmp_path)
         message = self.refused(tmp_path)
         assert "BertModel" in message
-        assert all(class_name in message for class_name, _ in FAMILIES.values())
+        assert all(class_name in message for class_name in MODELS.values())
 
     def test_a_captioner_of_this_toolkit(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "vlm-bridge-captioner"}')

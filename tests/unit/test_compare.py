@@ -113,10 +113,8 @@ def test_other_settings_are_said(write: Write) -> None:
         [write("a.json"), write("b.json", data={"fingerprint": "sha256:g"}, **lite)]
     ).notes
     assert "lite and Salesforce/blip were decoded differently: num_beams 5 and 3" in notes
-    assert any(
-        "caption folders of lite and Salesforce/blip are not the same" in note for note in notes
-    )
-    assert any("2 picture(s) of lite" in note for note in notes)
+    assert any("caption folders of lite and Salesforce/blip differ" in note for note in notes)
+    assert any("2 image(s) of lite" in note for note in notes)
 
 
 def test_the_same_references_are_the_same_data_whatever_their_split_is_called(write: Write) -> None:
@@ -129,7 +127,7 @@ def test_scores_without_a_record_of_their_data(write: Write) -> None:
         compare([write("a.json"), write("old.json", **{**old, "num_images": 3})])
     comparison = compare([write("a.json"), write("runs/lite/metrics.json", **old)])
     assert comparison.runs[1].name == "lite"
-    assert any("does not say which data" in note for note in comparison.notes)
+    assert any("does not name its data" in note for note in comparison.notes)
 
 
 def test_equal_names_are_told_apart(write: Write) -> None:

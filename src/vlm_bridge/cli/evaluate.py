@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import typer
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import DecodeSettings
-    from vlm_bridge.evaluation.run import EvaluableCaptioner, Evaluation
+    from vlm_bridge.evaluation.run import EvaluableCaptioner, Evaluation, Validate
+    from vlm_bridge.training_strategy.distributed import World
 
 
 class Split(StrEnum):
@@ -105,53 +107,39 @@ def evaluate(
 
     # Everything that can be wrong with the paths is found before minutes of captioning.
     folder = open_data_folder(data_dir, note)
-    images, set_aside = readable_split(folder, split.value)
+    images, skipped = readable_split(folder, split.value)
     images = images[:limit]
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
     if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
 
-    from vlm_bridge.captioning.shared import SharedCaptioner
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.evaluation.run import (
-        caption_and_validate,
-        evaluate_captioner,
-        write_evaluation,
-        write_json,
-    )
+    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
+    from vlm_bridge.evaluation.shared import SharedCaptioner
     from vlm_bridge.training_strategy.distributed import joined
 
     quiet_transformers()
     asked = {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "length_penalty": length_penalty,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "object_bonus": object_bonus,
-    }
+        "num_beams": num_beams, "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
+        "length_penalty": length_penalty, "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size, "object_bonus": object_bonus,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
     with joined(device) as world:
         subject = (
-            _open_checkpoint(checkpoint, str(world.device), config)
+            _open_checkpoint(checkpoint, config, world)
             if checkpoint
             else _open_model(str(model), str(world.device), revision, prompt)
         )
-        decode = subject.decode.replace(
-            **{name: value for name, value in asked.items() if value is not None}
-        )
-        captioner = SharedCaptioner(subject.captioner, world)
-        if not world.is_first:  # the first one scores, writes and speaks
-            caption_and_validate(captioner, images, decode=decode, batch_size=batch_size)
-            return
-        with _progress(len(images)) as advance:
+        with _progress(len(images), shown=world.is_first) as advance:
             evaluation = evaluate_captioner(
-                captioner,
+                SharedCaptioner(subject.captioner, world),
                 images,
-                decode=decode,
+                decode=subject.decode.replace(**given),
+                validate=subject.validate,
                 batch_size=batch_size,
-                spice=spice,
+                spice=spice and world.is_first,
                 progress=advance,
                 model=subject.facts,
                 data={
@@ -160,17 +148,18 @@ def evaluate(
                     "fingerprint": folder.fingerprint,
                 },
             )
+        if not world.is_first:
+            return
     if json_file:
         write_json(json_file, evaluation.to_json())
     if output_dir:
-        title = f"{subject.facts['name']} on {data_dir.resolve().name} {split.value}"
+        title = f"{subject.facts['name']} on {data_dir.resolve().name}, {split.value}"
         write_evaluation(evaluation, output_dir, title=title, recipe_yaml=subject.recipe_yaml)
     for failure in evaluation.failures:
         print(f"failed: {failure.image.path}: {failure.error}", file=sys.stderr)
-    if len(set_aside):
-        note(
-            f"set aside {len(set_aside):,} of {set_aside.total:,} {set_aside.kind}: {set_aside.summary()}"
-        )
+    if len(skipped):
+        count = f"{len(skipped):,} of {skipped.total:,} {skipped.kind}"
+        note(f"skipped {count}: {skipped.summary()}")
     for line in evaluation.scores.notes():
         note(f"note: {line}")
     _print_scores(evaluation)
@@ -180,27 +169,34 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """What is evaluated: the captioner, its own decoding settings, and what the record says of it."""
+    """The captioner under evaluation, its decoding settings and its identity."""
 
     captioner: EvaluableCaptioner
     decode: DecodeSettings
     facts: dict[str, Any]
     recipe_yaml: str = ""
+    validate: Validate | None = None
 
 
-def _open_checkpoint(checkpoint: Path, device: str, config: Path | None) -> _Subject:
+def _open_checkpoint(checkpoint: Path, config: Path | None, world: World) -> _Subject:
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.configuration import load_recipe
 
     recipe = load_recipe(config) if config else None
-    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
+    captioner = Captioner.from_pretrained(checkpoint, str(world.device), recipe=recipe)
     run = checkpoint.resolve()
     facts: dict[str, Any] = {"name": run.name}
     if checkpoint.is_file():
-        # RUN/checkpoints/best_model.pth and RUN/best_model.pth are both known by the name of the run.
+        # RUN/checkpoints/best_model.pth and RUN/best_model.pth both have the name of the run.
         run = run.parent.parent if run.parent.name == "checkpoints" else run.parent
         facts = {"name": run.name, "checkpoint": checkpoint.name}
-    return _Subject(captioner, captioner.recipe.decode, facts, captioner.recipe.to_yaml())
+    return _Subject(
+        captioner,
+        captioner.recipe.decode,
+        facts,
+        captioner.recipe.to_yaml(),
+        partial(captioner.validate, world=world),
+    )
 
 
 def _open_model(name: str, device: str, revision: str | None, prompt: str | None) -> _Subject:
@@ -212,7 +208,7 @@ def _open_model(name: str, device: str, revision: str | None, prompt: str | None
         "name": Path(name).resolve().name if Path(name).is_dir() else name,
         "class": type(captioner.model).__name__,
         "revision": revision,
-        "prompt": captioner.format.prompt,
+        "prompt": captioner.prompt,
     }
     return _Subject(captioner, DecodeSettings(), facts)
 
@@ -241,35 +237,23 @@ def _print_scores(evaluation: Evaluation) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A function that takes the number of images done so far: a bar on a terminal, plain lines elsewhere."""
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Show the number of captioned images: a bar on a terminal, plain lines elsewhere."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (
-            TextColumn("captioning"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
+    console = Console(stderr=True, quiet=not shown)
+    if shown and console.is_terminal:
+        with Progress(console=console) as bar:
             task = bar.add_task("captioning", total=total)
             yield lambda done: bar.update(task, completed=done)
         return
-    said = 0
+    tenths = 0
 
     def report(done: int) -> None:
-        nonlocal said
-        if done * 10 // total > said * 10 // total:
-            said = done
+        nonlocal tenths
+        if shown and done * 10 // total > tenths:
+            tenths = done * 10 // total
             print(f"captioned {done} of {total} images", file=sys.stderr, flush=True)
 
     yield report

@@ -1,4 +1,4 @@
-"""What a set of captions is like, whatever it says: how long, how varied, how often the same, and whether it ends."""
+"""Statistics of captions: length, variety, repetition."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from itertools import pairwise
 from vlm_bridge.metrics import simple_tokenize
 
 REPEATED = 3
-"""Words of an n-gram that no caption should have twice."""
+"""Length of the n-grams that no caption should have twice, in words."""
 PHRASE = 4
-"""Words of the phrases that are counted over all captions, as BLEU-4 counts them."""
 
 
 @dataclass(frozen=True)
 class CaptionStatistics:
-    """Of captions as words (`simple_tokenize`: lower case, no punctuation). Shares are fractions of all captions.
+    """Statistics of captions as simple tokens. Shares are fractions of all captions.
 
     Attributes:
         lengths: words of each caption.
-        vocabulary: distinct words in all captions together.
-        distinct: share of captions that differ, distinct captions over captions.
-        repeating: share with a trigram that comes twice, or a word twice in a row.
-        unfinished: share that was cut at the longest allowed; None where that was not recorded.
-        phrases: the most frequent runs of four words and the share of captions that have them, most frequent first.
+        vocabulary: number of distinct words.
+        distinct: distinct captions over captions.
+        repeating: share with a trigram twice, or a word twice in a row.
+        unfinished: share cut at the longest length allowed; None where that is unknown.
+        phrases: most frequent 4-grams and the share of captions that have them.
     """
 
     lengths: tuple[int, ...]
@@ -43,7 +42,7 @@ class CaptionStatistics:
 def caption_statistics(
     captions: Sequence[str], finished: Sequence[bool | None] = (), *, num_phrases: int = 8
 ) -> CaptionStatistics:
-    """Count over captions, at least one; ``finished`` says of each whether it came to its end, where known."""
+    """Count over at least one caption. ``finished``: whether each one ended, where known."""
     sentences = [sentence.split() for sentence in simple_tokenize(captions)]
     phrases = Counter(
         phrase for words in sentences for phrase in dict.fromkeys(_ngrams(words, PHRASE))

@@ -1,7 +1,6 @@
-"""Charts as inline SVG, drawn by matplotlib and coloured by the style sheet of the page they stand in.
+"""Charts as inline SVG, drawn by matplotlib and colored by the style sheet of the page they stand in.
 
-The page must define the CSS variables of `COLOURS`, once for light and once for dark: an SVG file of its own could
-not follow the reader's setting.
+The page must define the CSS variables of `COLORS`, for light and for dark.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any
 Points = Sequence[tuple[float, float]]
 
 SERIES = 6
-"""Series that a chart tells apart by colour; after them colours come again with the next line style."""
+"""Series that a chart tells apart by color; after them colors come again with the next line style."""
 LINE_STYLES = ("-", "--", ":", "-.")
 
-# Written into the SVG by matplotlib, which knows no variables, and replaced: no other element has these colours.
+# Written into the SVG by matplotlib, which knows no variables, and replaced: no other element has these colors.
 _INK, _GRID = "#c010aa", "#c010bb"
 _SERIES = [f"#c0105{number}" for number in range(SERIES)]
-COLOURS = {
+COLORS = {
     _INK: "var(--soft)",
     _GRID: "var(--line)",
     **{mark: f"var(--c{number})" for number, mark in enumerate(_SERIES)},
@@ -30,11 +29,11 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Line:
-    """Points in the order of x, finite, at least one; colour and style are counted from 0."""
+    """Points in the order of x, finite, at least one; color and style are counted from 0."""
 
     name: str
     points: Points
-    colour: int = 0
+    color: int = 0
     style: int = 0
 
 
@@ -52,8 +51,8 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, key: str, leg
             [x for x, _ in thinned],
             [y for _, y in thinned],
             label=line.name.replace("$", r"\$"),  # or matplotlib reads mathematics
-            color=_SERIES[line.colour % SERIES],
-            linestyle=LINE_STYLES[(line.style + line.colour // SERIES) % len(LINE_STYLES)],
+            color=_SERIES[line.color % SERIES],
+            linestyle=LINE_STYLES[(line.style + line.color // SERIES) % len(LINE_STYLES)],
             linewidth=1.6,
             marker="o" if len(line.points) <= 30 else None,
             markersize=3.5,
@@ -70,12 +69,12 @@ def histogram(
         first, last = min(by_value), max(by_value)
         edges = [value - 0.5 for value in range(first, last + 2)]
         heights = [by_value.get(value, 0) for value in range(first, last + 1)]
-        colour = _SERIES[number % SERIES]
+        color = _SERIES[number % SERIES]
         label = name.replace("$", r"\$")
         axes.stairs(
-            heights, edges, label=label, edgecolor=colour, facecolor=colour, alpha=0.18, fill=True
+            heights, edges, label=label, edgecolor=color, facecolor=color, alpha=0.18, fill=True
         )
-        axes.stairs(heights, edges, edgecolor=colour, linewidth=1.6)
+        axes.stairs(heights, edges, edgecolor=color, linewidth=1.6)
     axes.set_ylim(bottom=0)
     return _svg(figure, axes, len(counts) > 1, title, key)
 
@@ -108,7 +107,7 @@ def _svg(figure: Any, axes: Any, legend: bool, title: str, key: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for mark, variable in COLOURS.items():
+    for mark, variable in COLORS.items():
         svg = svg.replace(mark, variable)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", svg)

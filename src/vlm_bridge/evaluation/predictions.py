@@ -1,4 +1,4 @@
-"""What a captioner said about each image of an evaluation, on disk (``predictions.jsonl``) and in pictures."""
+"""Captions of an evaluation with their scores, and ``predictions.jsonl``, a JSON line per image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
 from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
@@ -16,14 +16,17 @@ from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import SheetItem
 
 PREDICTIONS_NAME = "predictions.jsonl"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the captioner said about one image. After ``error`` the caption is empty and counts as such.
+    """Caption of an image with its scores.
 
-    ``log_probability`` is the caption's mean per token, in nats; ``finished`` is whether it came to its end rather
-    than to the longest that was allowed (None: not recorded).
+    Attributes:
+        caption: empty after an error, and scored as such.
+        log_probability: mean per token, in nats.
+        finished: the caption ended before the longest length allowed; None where that is unknown.
     """
 
     image: CaptionedImage
@@ -55,43 +58,35 @@ class Prediction:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prediction:
-        """What `to_record` made; scores without a CIDEr, or an image without references, is a ValueError."""
-        image = CaptionedImage(_picture(record), tuple(record["references"]), record["original_id"])
-        if not image.captions or "CIDEr" not in record["scores"]:
+        """Read `to_record`; ValueError, KeyError or TypeError where it is damaged."""
+        image = CaptionedImage(_file(record), tuple(record["references"]), record["original_id"])
+        scores = record["scores"]
+        if not image.captions or "CIDEr" not in scores:
             raise ValueError("no references, or no CIDEr")
-        rest = (
-            record["log_probability"],
-            record.get("error"),
-            record["scores"],
-            record.get("finished"),
-        )
-        return cls(image, record["caption"], *rest)
+        score, error = record["log_probability"], record.get("error")
+        return cls(image, record["caption"], score, error, scores, record.get("finished"))
 
 
-def _place(picture: PictureFile) -> dict[str, Any]:
-    """What a record says of a picture in a tar, beside its name."""
-    if isinstance(picture, Path):
+def _place(image: PictureFile) -> dict[str, Any]:
+    """Return the place of an image in a tar file."""
+    if isinstance(image, Path):
         return {}
-    return {"tar": {"file": str(picture.file), "offset": picture.offset, "size": picture.size}}
+    return {"tar": {"file": str(image.file), "offset": image.offset, "size": image.size}}
 
 
-def _picture(record: Mapping[str, Any]) -> PictureFile:
-    """The picture of a record; ValueError, KeyError or TypeError where it names none."""
+def _file(record: Mapping[str, Any]) -> PictureFile:
     if "tar" not in record:
         return Path(record["image"])
     file, offset, size = (record["tar"][key] for key in ("file", "offset", "size"))
-    if not (
-        isinstance(offset, int)
-        and isinstance(size, int)
-        and offset >= 0
-        and 0 <= size <= MAX_FILE_BYTES
-    ):
+    if type(offset) is not int or type(size) is not int or offset < 0:
+        raise ValueError("no place in a tar")
+    if not 0 <= size <= MAX_FILE_BYTES:
         raise ValueError("no place in a tar")
     return TarPicture(Path(file), offset, size, str(record["image"]).removeprefix(f"{file}/"))
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """A JSON line per image.
+    """Write predictions.
 
     Raises:
         OSError: the file cannot be written.
@@ -101,17 +96,16 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """What `write_predictions` wrote; nothing where there is no file.
+    """Read predictions; empty where there is no file.
 
     Raises:
-        DataError: the file cannot be read; says in which line.
+        DataError: the file cannot be read, or a line is damaged.
     """
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # captions may hold other ends of lines
+        # Captions may hold other ends of lines.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the predictions in {path}: {error}") from error
     predictions = []
@@ -128,20 +122,20 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def best(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """The images with the highest CIDEr, best first."""
+    """Return the predictions with the highest CIDEr, best first."""
     return sorted(predictions, key=lambda prediction: prediction.cider)[::-1][:count]
 
 
 def worst(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """The images with the lowest CIDEr, worst first."""
+    """Return the predictions with the lowest CIDEr, worst first."""
     return sorted(predictions, key=lambda prediction: prediction.cider)[:count]
 
 
-def drawn(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """Images drawn with a fixed seed: the honest picture between best and worst."""
-    return random.Random(0).sample(list(predictions), min(count, len(predictions)))
+def drawn(items: Sequence[T], count: int) -> list[T]:
+    """Draw items with a fixed seed."""
+    return random.Random(0).sample(list(items), min(count, len(items)))
 
 
 def longest(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """The longest captions, in words: where repetition and captions without an end show."""
+    """Return the longest captions, in words, where repetition shows."""
     return sorted(predictions, key=lambda prediction: -len(prediction.caption.split()))[:count]

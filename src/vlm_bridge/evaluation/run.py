@@ -1,4 +1,4 @@
-"""Evaluate a captioner on captioned images: generate, score, and record all that the scores depend on."""
+"""Evaluate a captioner on captioned images: generate, score, and record the settings."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 METRICS_NAME = "metrics.json"
 REPORT_NAME = "report.html"
+NOT_MEASURED = "only measured for captioners of vlm-bridge"
 
 
 class Captioned(Protocol):
-    """One picture's caption, its mean log-probability per token and whether it ended, or why there is none."""
+    """Caption of an image with its mean log-probability per token, or an error."""
 
     @property
     def caption(self) -> str | None: ...
@@ -47,7 +48,7 @@ class Captioned(Protocol):
 
 
 class Validated(Protocol):
-    """What the captioner makes of the reference captions."""
+    """Teacher-forced loss on reference captions."""
 
     @property
     def perplexity(self) -> float: ...
@@ -56,7 +57,7 @@ class Validated(Protocol):
 
 
 class EvaluableCaptioner(Protocol):
-    """All that an evaluation needs of a captioner, our own or another's."""
+    """Contract of a captioner under evaluation, our own or a published one."""
 
     def caption(
         self,
@@ -67,22 +68,20 @@ class EvaluableCaptioner(Protocol):
         progress: Callable[[int], None],
     ) -> Sequence[Captioned]: ...
 
-    def validate(self, images: Sequence[CaptionedImage], *, batch_size: int) -> Validated:
-        """Perplexity and visual gain; NotMeasurable where this model cannot give them honestly."""
-        ...
 
-
-class NotMeasurable(Exception):
-    """A captioner cannot give perplexity and visual gain; the message is the reason."""
+Validate = Callable[..., Validated]
+"""``validate(images, batch_size=...)`` measures perplexity and visual gain."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a captioner on a set of images, with the settings they depend on.
+    """Scores of a captioner on a set of images, with the settings that they depend on.
 
-    ``perplexity`` is per token of the reference captions; ``visual_gain`` is in nats per token: the loss with
-    the images shuffled among the captions minus the loss with the right ones. Both are None where the captioner
-    cannot give them; ``scores.skipped`` has the reason.
+    Attributes:
+        perplexity: per token of the reference captions; None for published captioners.
+        visual_gain: loss with shuffled images minus loss with the right ones, in nats per token.
+        model: name and identity of the captioner.
+        data: name, fingerprint and split of the images.
     """
 
     predictions: tuple[Prediction, ...]
@@ -99,10 +98,7 @@ class Evaluation:
         return [prediction for prediction in self.predictions if prediction.error]
 
     def to_json(self) -> dict[str, Any]:
-        """The scores for machines; a metric that was skipped is null, with the reason under ``skipped``.
-
-        ``model`` and ``data`` say what was scored on what, so that scores can be compared later.
-        """
+        """Return the content of ``metrics.json``. A skipped metric is null."""
         metrics = {name: self.scores.corpus.get(name) for name in METRICS}
         if "SPICE" in self.scores.corpus:
             metrics["SPICE"] = self.scores.corpus["SPICE"]
@@ -126,69 +122,45 @@ class Evaluation:
         }
 
 
-def caption_and_validate(
-    captioner: EvaluableCaptioner,
-    images: Sequence[CaptionedImage],
-    *,
-    decode: DecodeSettings,
-    batch_size: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[Sequence[Captioned], Validated | NotMeasurable]:
-    """The part of an evaluation that needs the captioner. Arguments and errors are those of `evaluate_captioner`."""
-    if not images:
-        raise DataError("there are no images to evaluate on")
-    results = captioner.caption(
-        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
-    )
-    readable = [
-        image for image, result in zip(images, results, strict=True) if result.error is None
-    ]
-    if not readable:
-        raise DataError(
-            f"none of the {len(images)} pictures can be captioned; the first: {results[0].error}"
-        )
-    try:
-        return results, captioner.validate(readable, batch_size=batch_size)
-    except NotMeasurable as reason:
-        return results, reason
-
-
 def evaluate_captioner(
     captioner: EvaluableCaptioner,
     images: Sequence[CaptionedImage],
     *,
     decode: DecodeSettings,
+    validate: Validate | None = None,
     batch_size: int = 32,
     spice: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Caption every image, score the captions against all references, and measure perplexity and visual gain.
+    """Caption every image, score the captions, and measure perplexity and visual gain.
 
-    An image that fails counts as an empty caption; perplexity and visual gain are measured on the others.
+    A failed image counts as an empty caption. Perplexity and visual gain are measured on the others.
 
     Args:
+        validate: measures perplexity and visual gain; None leaves them out.
         progress: called with the number of images captioned so far.
-        model: what is evaluated, for the record: ``name`` and whatever tells it from others.
-        data: what it is evaluated on, for the record: ``name``, ``fingerprint`` and ``split``.
+        model: identity of the captioner for the record, with a ``name``.
+        data: ``name``, ``fingerprint`` and ``split`` for the record.
 
     Raises:
         DataError: there are no images, or none of them can be captioned.
     """
     from vlm_bridge.environment import environment
 
-    results, validation = caption_and_validate(
-        captioner, images, decode=decode, batch_size=batch_size, progress=progress
+    if not images:
+        raise DataError("there are no images to evaluate on")
+    results = captioner.caption(
+        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
     )
-    perplexity = visual_gain = None
-    not_measured: dict[str, str] = {}
-    if isinstance(validation, NotMeasurable):
-        not_measured = dict.fromkeys(("perplexity", "visual_gain"), str(validation))
-    else:
-        perplexity, visual_gain = validation.perplexity, validation.visual_gain
-
-    # Paths, not original ids, tell images apart: pictures from several folders may share an id.
+    readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
+    if not readable:
+        raise DataError(
+            f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
+        )
+    validation = validate(readable, batch_size=batch_size) if validate else None
+    # Paths, not original ids, tell images apart: images from several folders may share an id.
     scores = score_captions(
         {str(image.path): image.captions for image in images},
         {
@@ -197,7 +169,9 @@ def evaluate_captioner(
         },
         spice=spice,
     )
-    scores = dataclasses.replace(scores, skipped={**scores.skipped, **not_measured})
+    if validation is None:
+        reasons = dict.fromkeys(("perplexity", "visual_gain"), NOT_MEASURED)
+        scores = dataclasses.replace(scores, skipped={**scores.skipped, **reasons})
     predictions = tuple(
         Prediction(
             image,
@@ -210,7 +184,14 @@ def evaluate_captioner(
         for image, result in zip(images, results, strict=True)
     )
     return Evaluation(
-        predictions, scores, perplexity, visual_gain, decode, environment(), model or {}, data or {}
+        predictions,
+        scores,
+        validation.perplexity if validation else None,
+        validation.visual_gain if validation else None,
+        decode,
+        environment(),
+        model or {},
+        data or {},
     )
 
 
@@ -222,8 +203,7 @@ def write_evaluation(
     recipe_yaml: str = "",
     curves: Mapping[str, Curve] | None = None,
 ) -> None:
-    """Write ``metrics.json``, ``predictions.jsonl`` (with the scores of each image), ``contact_sheet.png``
-    (best and worst) and ``report.html`` into ``folder``, which is made if need be.
+    """Write metrics.json, predictions.jsonl, contact_sheet.png and report.html into a folder.
 
     Raises:
         OSError: something cannot be written.
@@ -249,13 +229,13 @@ def write_evaluation(
 
 
 def references_digest(images: Sequence[CaptionedImage]) -> str:
-    """Hash over the ids of images and all their reference captions, whatever their order."""
+    """Hash ids and reference captions, independent of their order."""
     lines = sorted(json.dumps([image.original_id, *sorted(image.captions)]) for image in images)
     return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON (no NaN), whole or not at all."""
+    """Write strict JSON, without NaN."""
     write_atomically(
         path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )

@@ -1,4 +1,4 @@
-"""What a run left on disk, for its report: logs, recipe, and an evaluation."""
+"""Files of a run for its report: training log, recipe and evaluations."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def read_run(path: Path) -> ReportedRun:
             predictions = _or_note(read_predictions, file.parent / PREDICTIONS_NAME, notes, [])
         if not (file.parent / PREDICTIONS_NAME).is_file() or file.name != METRICS_NAME:
             notes.append(
-                f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see pictures."
+                f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see images."
             )
         if gone := [
             prediction for prediction in predictions if not prediction.image.path.is_file()
         ]:
             notes.append(
-                f"{len(gone):,} of {len(predictions):,} pictures are not where they were evaluated, such as "
+                f"{len(gone):,} of {len(predictions):,} images are not where they were evaluated, such as "
                 f"{gone[0].image.path}."
             )
         if others := [str(other.parent) for other in evaluations[:-1]]:
@@ -94,7 +94,7 @@ def read_run(path: Path) -> ReportedRun:
     else:
         notes.append(
             "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir RUN/val` adds "
-            "scores and pictures."
+            "scores and images."
         )
     root = _run_of(path)
     curves = _or_note(read_curves, root / "logs", notes, {})
