@@ -14,8 +14,8 @@ from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes, judge_caption
 from vlm_bridge.data_pipeline.transform import transform
-from vlm_bridge.evaluation.history import read_curves
 from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation, write_json
+from vlm_bridge.evaluation.run_folder import read_curves
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import train
 

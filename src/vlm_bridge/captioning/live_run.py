@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.charts import Line, line_chart
-from vlm_bridge.evaluation.history import HISTORY_NAME, Curve, read_curves
+from vlm_bridge.evaluation.run_folder import HISTORY_NAME, Curve, read_curves
 
 CHARTS = {
     "Loss (nats per token)": ("train/loss", "validation/loss"),

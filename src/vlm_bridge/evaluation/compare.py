@@ -9,8 +9,14 @@ from typing import Any
 
 from vlm_bridge.errors import DataError, UsageError
 from vlm_bridge.evaluation.report import METRICS, ReportedRun, write_report
-from vlm_bridge.evaluation.run import METRICS_NAME
-from vlm_bridge.evaluation.run_folder import HOW, evaluations_in, model_name, read_metrics, read_run
+from vlm_bridge.evaluation.run_folder import (
+    HOW,
+    METRICS_NAME,
+    evaluations_in,
+    model_name,
+    read_metrics,
+    read_run,
+)
 
 SHOWN_AS_ZERO = 5e-5
 """Reference scores below it have no shares: pycocoevalcap's BLEU is never exactly 0."""

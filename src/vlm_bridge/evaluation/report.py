@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from vlm_bridge.evaluation.caption_statistics import CaptionStatistics, caption_
 from vlm_bridge.evaluation.charts import Line, histogram, line_chart
 from vlm_bridge.evaluation.contact_sheet import thumbnail
 from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, worst
-from vlm_bridge.evaluation.published import published_on
 from vlm_bridge.metrics import score_notes
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
@@ -132,6 +133,14 @@ def write_report(
 
 def _of(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
     return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def published_on(dataset: str) -> list[dict[str, Any]]:
+    """Return published systems on a dataset, found by the beginning of its name (Flickr8k-clean)."""
+    file = resources.files("vlm_bridge.evaluation") / "published.yaml"
+    name = re.sub(r"[^a-z0-9]", "", dataset.lower())
+    published = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return [system for key, of in published.items() if name.startswith(key) for system in of]
 
 
 def _published(measured: Sequence[ReportedRun]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomic
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import contact_sheet
-from vlm_bridge.evaluation.history import Curve
 from vlm_bridge.evaluation.predictions import (
     PREDICTIONS_NAME,
     Prediction,
@@ -24,12 +23,12 @@ from vlm_bridge.evaluation.predictions import (
     write_predictions,
 )
 from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
+from vlm_bridge.evaluation.run_folder import METRICS_NAME, Curve
 from vlm_bridge.metrics import CaptionScores, score_captions
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import DecodeSettings
 
-METRICS_NAME = "metrics.json"
 REPORT_NAME = "report.html"
 NOT_MEASURED = "only measured for captioners of vlm-bridge"
 

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlm_bridge.errors import CheckpointError, DataError
-from vlm_bridge.evaluation.history import HISTORY_NAME, read_curves
 from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, read_predictions
 from vlm_bridge.evaluation.report import ReportedRun
-from vlm_bridge.evaluation.run import METRICS_NAME
 
 T = TypeVar("T")
+HISTORY_NAME = "history.jsonl"
+METRICS_NAME = "metrics.json"
+NOT_CURVES = frozenset(
+    {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
+)
+
+SERIES = {"decoded": "validation", "samples": "validation"}
+Curve = list[tuple[int, float]]
+"""Points (training step, value)."""
 HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
 
 
 def evaluations_in(path: Path) -> list[Path]:
-    """The score files meant by a JSON file, an evaluation's folder, or a run folder with evaluations in it.
-
-    A folder's own scores come before those of its subfolders; these are in the order they were written.
-    """
+    """Return score files of a JSON file, an evaluation's folder, or a run folder, oldest first."""
     if not path.is_dir():
         return [path] if path.is_file() else []
     if (path / METRICS_NAME).is_file():
@@ -30,7 +34,7 @@ def evaluations_in(path: Path) -> list[Path]:
 
 
 def read_metrics(file: Path) -> dict[str, Any]:
-    """Scores as an evaluation wrote them.
+    """Read the scores of an evaluation.
 
     Raises:
         DataError: the file cannot be read, or holds something else.
@@ -45,7 +49,7 @@ def read_metrics(file: Path) -> dict[str, Any]:
 
 
 def model_name(metrics: Mapping[str, Any], file: Path) -> str:
-    """What was evaluated; the run or the file that its scores lie in when they do not say."""
+    """Return the recorded name, or else the name of the run or file."""
     recorded = (metrics.get("model") or {}).get("name")
     return str(
         recorded or (_run_of(file).resolve().name if file.name == METRICS_NAME else file.stem)
@@ -53,7 +57,7 @@ def model_name(metrics: Mapping[str, Any], file: Path) -> str:
 
 
 def read_run(path: Path) -> ReportedRun:
-    """Everything a run folder has for a report: what it lacks, or is damaged, becomes a note.
+    """Read the parts of a run for a report. Missing and damaged ones become notes.
 
     Args:
         path: a run folder (``logs``, ``checkpoints``, evaluations in subfolders), an evaluation's folder, alone or
@@ -124,7 +128,7 @@ def read_run(path: Path) -> ReportedRun:
 
 
 def _or_note(read: Callable[[Path], T], path: Path, notes: list[str], otherwise: T) -> T:
-    """What ``read`` makes of a file, or ``otherwise`` and a note of why it is damaged."""
+    """Read a file, or add a note about its damage and return ``otherwise``."""
     try:
         return read(path)
     except DataError as error:
@@ -133,7 +137,7 @@ def _or_note(read: Callable[[Path], T], path: Path, notes: list[str], otherwise:
 
 
 def _run_of(path: Path) -> Path:
-    """The run folder that a path means: itself, or the one that an evaluation lies in."""
+    """Return the run folder itself, or the one around an evaluation."""
     folder = path if path.is_dir() else path.parent
     parent = folder.resolve().parent
     lies_in_run = not _is_run(folder) and _is_run(parent)
@@ -145,7 +149,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _recipe(root: Path) -> Any:
-    """The recipe in a run's checkpoint; None where there is no checkpoint, a line where it cannot be read."""
+    """Return the recipe of a run's checkpoint, None without one, or a line about its damage."""
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
     if not checkpoints.has_checkpoint(root):
@@ -155,3 +159,31 @@ def _recipe(root: Path) -> Any:
         return checkpoints.recipe_of(checkpoints.load_checkpoint(where), where, to_build=False)
     except CheckpointError as error:
         return f"No recipe: {error}"
+
+
+def read_curves(log_dir: Path) -> dict[str, Curve]:
+    """Read a training log as ``series/quantity`` (``train/loss``) -> points; empty without a log.
+
+    A resumed run has logged some steps twice; the later entry counts.
+
+    Raises:
+        DataError: a line is no event. The last one may be half written.
+    """
+    path = log_dir / HISTORY_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    curves: dict[str, Curve] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            series, step = SERIES.get(event["event"], event["event"]), event["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number} is not an event of a training run") from None
+        for quantity, value in event.items():
+            if isinstance(value, int | float) and quantity not in NOT_CURVES:
+                curve = curves.setdefault(f"{series}/{quantity}", [])
+                while curve and curve[-1][0] >= step:
+                    curve.pop()
+                curve.append((step, value))
+    return curves
