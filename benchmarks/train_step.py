@@ -40,8 +40,6 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.loss import Kernel, logits_dtype
-from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.plan import epoch_plan
@@ -85,7 +83,6 @@ def our_step(
     trained = trained_parameters(model, recipe.trainable)
     parameters = [parameter for _, parameter, _ in trained]
     optimizer, _ = adamw(trained, recipe)
-    model.loss_kernel = loss_kernel(system)
     text_states = cached_text_states(system) if recipe.text_state_cache else None
 
     def load(index: int) -> LoadedBatch:
@@ -108,15 +105,6 @@ def our_step(
 
 def autocast(system: System) -> Any:
     return runtime.autocast(system.model.device, system.recipe.autocast_dtype)
-
-
-def loss_kernel(system: System) -> Kernel | None:
-    language_model = system.model.language_model
-    with autocast(system):
-        dtype = logits_dtype(next(language_model.parameters()).new_empty(0))
-    return choose_kernel(
-        system.recipe.loss_kernel, language_model.linear_head, system.model.device, dtype
-    )
 
 
 def cached_text_states(system: System) -> TextStates:

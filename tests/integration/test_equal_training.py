@@ -203,8 +203,3 @@ def test_text_states_that_would_change_are_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match=rf"^text_state_cache=true .*{reason}[^\n]*$"):
         losses(long_recipe, tmp_path, "text_state_cache=true", *overrides)
-
-
-def test_a_kernel_that_does_not_work_here_is_refused(long_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="loss_kernel=liger needs a CUDA GPU"):
-        losses(long_recipe, tmp_path, "loss_kernel=liger")

@@ -23,7 +23,7 @@ def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir
     )
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
-    assert {"components", "trainable_share", "features_shape", "memory"} <= shown.keys()
+    assert {"components", "trainable_share", "features_shape"} <= shown.keys()
     assert [c["role"] for c in shown["components"]] == [
         "vision_encoder",
         "bridge",
@@ -37,7 +37,6 @@ def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir
     total = sum(component["parameters"] for component in shown["components"])
     assert shown["trainable_share"] == pytest.approx(shown["components"][1]["parameters"] / total)
     assert shown["features_shape"] == [17, 32]
-    assert all(value > 0 for value in shown["memory"].values())
 
 
 def test_table_for_people(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
@@ -51,7 +50,6 @@ def test_table_for_people(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Pa
         "bridge",
         "10 tokens x 32",
         "trainable share",
-        "GiB",
     ):
         assert mention in result.stdout
 

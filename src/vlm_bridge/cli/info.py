@@ -14,7 +14,7 @@ def info(
     ),
     json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
 ) -> None:
-    """Show what a recipe is made of: parameters, trainable share, feature shape, memory. Reads no weights."""
+    """Count the parameters of a recipe's parts and show the feature shape. Reads no weights."""
     import json
 
     from rich.console import Console
@@ -31,31 +31,16 @@ def info(
         return
     table = Table("component", "role", "pretrained", "trainable", "parameters")
     for part in budget.components:
-        trained = (
-            "no" if not part.trainable else "all" if part.trainable == part.parameters else None
-        )
-        table.add_row(
-            part.name,
-            part.role,
-            "yes" if part.pretrained else "no",
-            trained or f"{part.trainable:,}",
-            f"{part.parameters:,}",
-        )
+        trained = "all" if part.trainable == part.parameters else f"{part.trainable:,}"
+        pretrained = "yes" if part.pretrained else "no"
+        count = f"{part.parameters:,}"
+        table.add_row(part.name, part.role, pretrained, trained if part.trainable else "no", count)
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     tokens, width = budget.features_shape
     console.print(f"trainable share   {budget.trainable_share:.2%}")
     console.print(
-        f"features          [B, {tokens}, {width}]: {tokens} tokens x {width}, {budget.soft_tokens} soft tokens "
-        "before the text",
+        f"features          [B, {tokens}, {width}]: {tokens} tokens x {width}, "
+        f"{budget.soft_tokens} soft tokens before the text",
         markup=False,
-    )
-    for training in budget.training:
-        published = f" (published: {training.published_gb:g} GB)" if training.published_gb else ""
-        console.print(
-            f"memory, training  about {training.gib:.1f} GiB at batch_size={training.batch_size}{published}, "
-            f"captions of {budget.caption_tokens} tokens"
-        )
-    console.print(
-        f"memory, captions  about {budget.memory['captioning_gib']:.1f} GiB (16 pictures at a time)"
     )

@@ -7,7 +7,6 @@ own `generate` do the rest. Tensor names carry their shape: b images, r rows of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,7 +41,7 @@ from vlm_bridge.model_architecture.generation import (
 )
 from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
-from vlm_bridge.model_architecture.loss import Kernel, caption_cross_entropy
+from vlm_bridge.model_architecture.loss import CaptionLoss, caption_cross_entropy
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
 from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
 from vlm_bridge.model_architecture.text_shape import TextShape
@@ -51,24 +50,6 @@ from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
 )
-
-
-@dataclass
-class CaptionLoss:
-    """Loss of a batch: the sum over its supervised tokens, in nats; differentiable."""
-
-    total: torch.Tensor
-    losses_v: torch.Tensor | None
-
-    @property
-    def token_losses(self) -> torch.Tensor:
-        """[V], every supervised token's; not where a kernel was asked for gradients and gives the sum alone."""
-        assert self.losses_v is not None
-        return self.losses_v
-
-    @property
-    def num_tokens(self) -> int:
-        return self.token_losses.numel()
 
 
 class FeatureScale(nn.Module):
@@ -114,7 +95,6 @@ class CaptionModel(nn.Module):
         if self.edits_embeddings:
             language_model.check_embedding_scale()
         language_model.open_layer(bridge.first_layer)  # type: ignore[arg-type]
-        self.loss_kernel: Kernel | None = None
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None  # type: ignore[arg-type]
         self._cache_options: dict[str, Any] = {}
         self._object_namer: ObjectNamer | None = None
@@ -264,17 +244,15 @@ class CaptionModel(nn.Module):
         """
         states = self.text_states(input_ids, image, segments, text_at_bridge)
         language_model = self.language_model
-        total, losses = caption_cross_entropy(
+        return caption_cross_entropy(
             states,
             labels,
-            language_model.linear_head or language_model.head,
+            language_model.head,
             head_is_trained=any(p.requires_grad for p in language_model.head_module.parameters()),
             supervised_v=supervised,
             weights_v=weights,
             label_smoothing=label_smoothing,
-            kernel=self.loss_kernel,
         )
-        return CaptionLoss(total, losses)
 
     # Captioning.
 

@@ -16,7 +16,6 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, states_entering
 from vlm_bridge.model_architecture.body import Body
-from vlm_bridge.model_architecture.loss import LinearHead
 from vlm_bridge.model_architecture.plain_text import encode_as_text
 from vlm_bridge.model_architecture.text_shape import TextShape
 
@@ -282,14 +281,6 @@ class LanguageModel(nn.Module):
             kind: causal_block_mask(segments_bt, num_soft_tokens, self.dtype, window=windows[kind])
             for kind in kinds
         }
-
-    @property
-    def linear_head(self) -> LinearHead | None:
-        """The head as a matrix, where it is no more than that, stored plainly and frozen."""
-        module = self.head_module
-        if type(module) is not nn.Linear or any(p.requires_grad for p in module.parameters()):
-            return None
-        return LinearHead(module.weight, module.bias, self.final_logit_softcap)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of states [..., H], soft-capped where the model caps them (Gemma 2)."""

@@ -1,6 +1,6 @@
 """What to say, and to do, when memory runs out: what used it, and which settings would need less.
 
-A kernel that kills the process (the OOM killer) leaves nobody to speak; `vlm-bridge info` estimates beforehand.
+A kernel that kills the process (the OOM killer) leaves nobody to speak.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.errors import TrainingError, VLMBridgeError
-from vlm_bridge.model_architecture.budget import GIB, training_parts
+from vlm_bridge.errors import TrainingError
 from vlm_bridge.runtime import peak_rss_gib
 
+GIB = 2**30
 NUM_SUGGESTIONS = 3
 _SAID_BY_TORCH = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
 """Of the devices for which torch raises a plain RuntimeError."""
@@ -52,8 +52,6 @@ def explanation(error: BaseException, recipe: Recipe, device: torch.device) -> s
         )
     else:
         parts.append(f"{peak_rss_gib():.2f} GiB in use at most so far")
-    if estimate := _estimate(recipe):
-        parts.append(estimate)
     parts.append(f"try {' or '.join(suggestions(recipe, device)[:NUM_SUGGESTIONS])}")
     return "; ".join(parts)
 
@@ -97,20 +95,6 @@ def _smaller_batch(recipe: Recipe) -> str | None:
     if (rows := recipe.batch_size // per_row) < 2:
         return None
     return f"batch_size={rows // 2 * per_row} {together} (now {recipe.batch_size} and {steps})"
-
-
-def _estimate(recipe: Recipe) -> str:
-    try:
-        parts = training_parts(recipe)
-    except VLMBridgeError:  # what could not be built cannot be estimated
-        return ""
-    batch = (
-        f"batch_size={recipe.batch_size}"
-        if recipe.tokens_per_batch is None
-        else f"tokens_per_batch={recipe.tokens_per_batch}"
-    )
-    shares = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
-    return f"a step of {batch} is estimated at {shares}"
 
 
 def _yaml(value: object) -> str:

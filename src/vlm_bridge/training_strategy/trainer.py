@@ -33,8 +33,6 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.errors import CheckpointError, ConfigurationError, TrainingError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.loss import logits_dtype
-from vlm_bridge.model_architecture.loss_kernels import choose_kernel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import original_run
@@ -217,9 +215,6 @@ class Trainer:
             world.check_same({"data": self.folder.fingerprint, "captions in use": digests})
         self.train_features = self._features("train", train_images)
         self.val_features = self._features("val", self.val_images)
-        self.model.loss_kernel = choose_kernel(
-            recipe.loss_kernel, language_model.linear_head, self.device, self._head_dtype()
-        )
         self.text_states = None
         if recipe.text_state_cache:
             self.text_states = split_text_states(
@@ -672,11 +667,6 @@ class Trainer:
 
     def _autocast(self) -> Any:
         return runtime.autocast(self.device, self.recipe.autocast_dtype)
-
-    def _head_dtype(self) -> torch.dtype:
-        """What the head of the language model computes in."""
-        with self._autocast():
-            return logits_dtype(next(self.model.language_model.parameters()).new_empty(0))
 
     # Features
 
