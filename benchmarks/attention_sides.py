@@ -56,7 +56,7 @@ def recipe(folder: Path) -> Recipe:
             "data_dir": str(folder / "data"),
             "captions_per_image": 2,
             "max_caption_tokens": 32,
-            "use_amp": False,  # so small a model is quicker in float32
+            "amp_dtype": "float32",  # so small a model is quicker in float32
             "learning_rate": 1e-3,
             "min_lr": 2e-5,
             "num_epochs": 10,
@@ -64,10 +64,9 @@ def recipe(folder: Path) -> Recipe:
             "gradient_clip_val": 1.0,
             "weight_decay": 0.05,
             "warmup_steps": 100,
-            "use_early_stopping": False,
-            "val_every_n_epochs": 10,
-            "save_every_n_epochs": 10,
-            "generate_samples_every_n_epochs": 10,
+            "early_stopping_patience": None,
+            "validate_every": "10 epochs",
+            "save_every": "10 epochs",
             "log_every_n_steps": 100,
             "checkpoint_dir": str(folder / "checkpoints"),
             "log_dir": str(folder / "logs"),

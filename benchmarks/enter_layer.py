@@ -70,9 +70,6 @@ def variants(base: Recipe, options: argparse.Namespace) -> Iterator[tuple[str, R
                 {**plain, **changes, "bridge": {**bridge, "enter_at_layer": layer}}
             )
             yield f"{kind} at {layer}", recipe
-            if layer:
-                cached = override_recipe(recipe, ["text_state_cache=true"])
-                yield f"{kind} at {layer}, cached text states", cached
 
 
 def run_steps(recipe: Recipe, steps: int) -> TrainingResult:
@@ -146,15 +143,15 @@ def tiny_base(seed: int) -> Iterator[Recipe]:
 def base_recipe(options: argparse.Namespace) -> Iterator[Recipe]:
     """The recipe that all variants change, which validates once, at the end, and keeps nothing."""
     quiet = [
-        "num_epochs=100000", "val_every_n_epochs=100000", "save_every_n_epochs=100000", "num_validation_samples=0",
-        "use_early_stopping=false", f"seed={options.seed}", f"device={options.device}",
+        "num_epochs=100000", "validate_every=100000 epochs", "save_every=100000 epochs", "num_validation_samples=0",
+        "early_stopping_patience=null", f"seed={options.seed}", f"device={options.device}",
     ]  # fmt: skip
     if options.tiny:
         with tiny_base(options.seed) as recipe:
             yield override_recipe(recipe, quiet)
     else:
         lite = shipped_recipe("lite-flickr8k")
-        counted = ["batch_size=40", "tokens_per_batch=null", "text_state_cache=false"]
+        counted = ["batch_size=40", "tokens_per_batch=null"]
         where = [f"data_dir={options.data_dir}", f"warmup_steps={options.warmup_steps}"]
         yield load_recipe(lite, [*quiet, *counted, *where])
 

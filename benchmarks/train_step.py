@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import tempfile
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -43,7 +42,6 @@ from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.plan import epoch_plan
-from vlm_bridge.training_strategy.text_states import TextStates, split_text_states
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
 OURS, PUBLISHED, ENCODER_DECODER, CLIPCAP = "ours", "published", "encoder-decoder", "clipcap"
@@ -83,10 +81,9 @@ def our_step(
     trained = trained_parameters(model, recipe.trainable)
     parameters = [parameter for _, parameter, _ in trained]
     optimizer, _ = adamw(trained, recipe)
-    text_states = cached_text_states(system) if recipe.text_state_cache else None
 
     def load(index: int) -> LoadedBatch:
-        return load_batch(data.pack(batches[index]), images, model.device, text_states=text_states)
+        return load_batch(data.pack(batches[index]), images, model.device)
 
     def run() -> None:
         loaded = prefetch(range(len(batches)), load, recipe.num_workers)
@@ -105,20 +102,6 @@ def our_step(
 
 def autocast(system: System) -> Any:
     return runtime.autocast(system.model.device, system.recipe.autocast_dtype)
-
-
-def cached_text_states(system: System) -> TextStates:
-    """Of a system's captions; their file is deleted at once, and stays mapped."""
-    with tempfile.TemporaryDirectory() as folder:
-        elsewhere = changed(system, f"feature_cache={folder}")
-        return split_text_states(
-            system.model,
-            elsewhere.recipe,
-            "train",
-            system.data,
-            lambda: autocast(system),
-            lambda _: None,
-        )
 
 
 def changed(system: System, *overrides: str) -> System:
@@ -156,12 +139,9 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     "full-logits": lambda system: our_step(system, loss_of=full_logits_loss),
     "like-lengths": like_lengths,
     "random-batches": lambda system: our_step(changed(system, "tokens_per_batch=null")),
-    "no-text-state-cache": lambda system: our_step(changed(system, "text_state_cache=false")),
-    "no-autocast": lambda system: our_step(changed(system, "use_amp=false")),
+    "no-autocast": lambda system: our_step(changed(system, "amp_dtype=float32")),
     "sdpa": with_sdpa,
-    "enter-at-layer-0": lambda system: our_step(
-        own_captioner(changed(system, "text_state_cache=false"), enter_at_layer=0)
-    ),
+    "enter-at-layer-0": lambda system: our_step(own_captioner(system, enter_at_layer=0)),
     "enter-at-one-third": lambda system: our_step(
         own_captioner(system, enter_at_layer=system.model.language_model.shape.num_layers // 3)
     ),
@@ -181,8 +161,6 @@ def applicable(name: SystemName, recipe: Recipe) -> list[str]:
     entered = getattr(recipe.bridge, "enter_at_layer", 0)
     without.add("enter-at-one-third" if entered else "enter-at-layer-0")
     without.add("random-batches" if recipe.tokens_per_batch is None else "like-lengths")
-    if not recipe.text_state_cache:
-        without.add("no-text-state-cache")
     if name != "lite":
         without.add("sdpa")  # it cannot soft-cap scores: Gemma 2 would be another model
     return [variant for variant in VARIANTS if variant not in without]

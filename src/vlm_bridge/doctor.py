@@ -140,7 +140,7 @@ def _devices() -> Iterator[Check]:
         )
     bf16 = {
         True: "bf16 in hardware",
-        False: "bf16 emulated (slow: use_amp=false)",
+        False: "bf16 emulated (slow: amp_dtype=float32)",
         None: "bf16 support unknown",
     }[runtime.cpu_has_bfloat16()]
     cores = f"{runtime.usable_cores()} cores to compute on"

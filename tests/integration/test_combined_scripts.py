@@ -364,7 +364,7 @@ def caption_by_command(run_here: Run, run: Path, blip: Any) -> str:
     """
     where = run / "checkpoints" / checkpoints.BEST
     recipe = checkpoints.recipe_of(checkpoints.load_checkpoint(where), where)
-    Path("float32.yaml").write_text(recipe.replace(use_amp=False).to_yaml())
+    Path("float32.yaml").write_text(recipe.replace(amp_dtype="float32").to_yaml())
     captioned = run_here(
         "caption", "test_image.jpg", "--checkpoint", where, "--config", "float32.yaml", "--device", "cpu",
         "--max-new-tokens", 50 - 1 - len(blip.prompt_ids),

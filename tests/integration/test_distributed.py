@@ -211,7 +211,6 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
         caches = tmp_path / f"caches-{size}"
         recipe = make_recipe(
             f"feature_cache={caches}",
-            "text_state_cache=true",
             "max_steps=2",
             bridge="deep_prefix_above",
         )
@@ -220,7 +219,7 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
             path for path in caches.rglob("*") if path.name == "states" or "shard-" in path.name
         ]
         contents.append({path.relative_to(caches): path.read_bytes() for path in files})
-    assert len(contents[0]) == 3  # features of two splits, and text states
+    assert len(contents[0]) == 2  # features of two splits
     assert contents[0] == contents[1]
 
 

@@ -15,7 +15,6 @@ from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
-from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.evaluation.run_folder import read_curves
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.trainer import caption_format, train
@@ -166,40 +165,3 @@ def test_200_steps_from_cached_features_are_those_without(
     for dtype, within in (("float16", 1e-2), ("float32", 1e-5)):
         cached, _ = losses(long_recipe, tmp_path / dtype, cache, f"feature_cache_dtype={dtype}")
         assert cached == pytest.approx(plain, rel=within)
-
-
-def test_200_steps_from_cached_text_states_are_those_without(
-    long_recipe: Recipe, tmp_path: Path
-) -> None:
-    cache, text = f"feature_cache={tmp_path / 'cache'}", "text_state_cache=true"
-    plain, _ = losses(long_recipe, tmp_path / "plain", cache)
-    cached, lines = losses(long_recipe, tmp_path / "cached", cache, text)
-    assert len(plain) == 200
-    assert cached == pytest.approx(plain, rel=1e-5)
-    assert any("text states" in line for line in lines)
-
-    _, lines = losses(long_recipe, tmp_path / "again", cache, text, "max_steps=2")
-    assert not any("text states" in line for line in lines), "what is there was computed again"
-    _, lines = losses(
-        long_recipe,
-        tmp_path / "other",
-        cache,
-        text,
-        "max_steps=2",
-        "language_model.prompt=A picture",
-    )
-    assert any("text states" in line for line in lines), "other tokens have other states"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (["bridge.enter_at_layer=0"], r"bridge\.enter_at_layer"),
-        (["trainable={bridge.*: null, 'language_model.*': null}"], "frozen language model"),
-    ],
-)
-def test_text_states_that_would_change_are_refused(
-    long_recipe: Recipe, tmp_path: Path, overrides: list[str], reason: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=rf"^text_state_cache=true .*{reason}[^\n]*$"):
-        losses(long_recipe, tmp_path, "text_state_cache=true", *overrides)

@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from captioners import tiny_captioner, tiny_recipe
-from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from captioners import tiny_recipe
 from vlm_bridge.data_pipeline.feature_cache import CacheUnavailable, caches_below
-from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import features
@@ -82,7 +76,6 @@ def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Pa
         (["--evict-to", "5 apples"], "5GiB"),
         (["--cache-dir", "x"], "--evict-to"),
         (["feature_cache=off"], "feature_cache=auto"),
-        (["feature_cache_pooling=3"], "must be one of 1 or 2"),
         (["feature_cache_views=-1"], "at least 0"),
     ],
 )
@@ -100,35 +93,6 @@ def test_no_room_is_one_line(run_here, recipe_file: Path, monkeypatch: pytest.Mo
     failed = run_here("features", "--config", recipe_file)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == "error: no room for 3 GiB"
-
-
-@pytest.fixture
-def pooled_recipe(
-    data: Path, tiny_dinov2_dir: Path, tiny_llama_dir: Path, tmp_path: Path
-) -> Recipe:
-    settings: dict[str, Any] = {"feature_cache_pooling": 2, "feature_cache_dtype": "int8"}
-    places = {"checkpoint_dir": str(tmp_path / "run"), "log_dir": str(tmp_path / "logs")}
-    options: dict[str, Any] = {"max_steps": 2, "decode": {"num_beams": 1, "max_new_tokens": 5}}
-    return tiny_recipe(
-        tiny_dinov2_dir, tiny_llama_dir, data_dir=str(data), **settings, **places, **options
-    )
-
-
-def test_a_checkpoint_brings_its_pooling(pooled_recipe: Recipe, data: Path) -> None:
-    trainer = Trainer(pooled_recipe, lambda line: None)
-    trainer.run()
-    images = CaptionFolder.open(data).split("val")
-    captioner = Captioner.from_pretrained(pooled_recipe.checkpoint_dir)
-    encoder: Any = captioner.model.vision_encoder
-    assert (encoder.num_tokens, encoder.grid) == (1 + 4, (2, 2))
-    pictures = encoder.preprocess([open_image(image.path) for image in images])
-    encoded_bnd = captioner.model.features(pictures)
-    cached_bnd = trainer.val_features[np.arange(len(images))]
-    assert cached_bnd.shape == encoded_bnd.shape == (8, 5, encoder.embed_dim)
-    assert (
-        (cached_bnd - encoded_bnd).abs() <= encoded_bnd.abs().amax(-1, keepdim=True) / 250
-    ).all()
-    assert captioner.caption([images[0].path])[0].caption is not None
 
 
 def test_training_sees_the_same_views_with_a_cache_and_without(
@@ -159,19 +123,10 @@ def test_training_sees_the_same_views_with_a_cache_and_without(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_bridge_of_other_pooling_is_another_architecture(
-    pooled_recipe: Recipe, tmp_path: Path
+def test_a_bridge_of_averaged_features_is_refused(
+    data: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    model = tiny_captioner(pooled_recipe)
-    path = tmp_path / checkpoints.LATEST
-    checkpoints.save_checkpoint(
-        path,
-        pooled_recipe,
-        model.trained_state_dict(),
-        None,
-        sizes=checkpoints.captioner_sizes(model),
-    )
-    with pytest.raises(CheckpointError, match="feature_cache_pooling=2, wanted is 1"):
-        checkpoints.check_architecture(
-            checkpoints.load_checkpoint(path), pooled_recipe.replace(feature_cache_pooling=1), path
-        )
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir)
+    content = {"recipe": {**recipe.to_dict(), "feature_cache_pooling": 2}}
+    with pytest.raises(CheckpointError, match="averaged features"):
+        checkpoints.recipe_of(content, tmp_path, to_build=False)

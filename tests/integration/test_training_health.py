@@ -18,7 +18,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from captioners import places_of_run, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
-from vlm_bridge.errors import ConfigurationError, TrainingError
+from vlm_bridge.errors import TrainingError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import trainer as training
 from vlm_bridge.training_strategy.monitor import BLIND_VALIDATIONS, Monitor
@@ -158,8 +158,11 @@ def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
     assert content["training"]["progress"]["skipped_steps"] == 1
 
 
-def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run", "max_skipped_steps=2", "num_epochs=2", "save_every_n_steps=2")
+def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", 2)
+    recipe = make_recipe("run", "num_epochs=2", "save_every_n_steps=2")
     images = {image for step in (1, 3, 4, 5) for image in Run(recipe).images_of_step(step)}
     run = Run(recipe, images)
     with pytest.raises(TrainingError, match="stopped at step 5: 2 steps in a row") as stopped:
@@ -197,7 +200,6 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
         "num_epochs=2",
         "save_every_n_steps=2",
         f"log_every_n_steps={log_every}",
-        "max_skipped_steps=2",
     )
     run = Run(make_recipe("run", *settings))
     explode(run, step=3)
@@ -258,57 +260,18 @@ def out_of_memory_above(rows: int) -> Callable[..., Any]:
     return loss
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_halved_when_asked_and_steps_stay_the_same(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    settings = (f"num_workers={workers}", "batch_size=16", "log_every_n_steps=1", "num_epochs=2")
-    whole = Run(make_recipe("whole", *settings))
-    whole.trainer.run()
-    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
-    halved = Run(make_recipe("halved", *settings, "halve_batch_on_oom=true"))
-    halved.trainer.run()
-    assert [line for line in halved.lines if "out of memory in step 1" in line][-1].endswith(
-        "computed in 4 parts (halve_batch_on_oom)"
-    )
-    for one, other in zip(whole.events("train"), halved.events("train"), strict=True):
-        assert one["step"] == other["step"]
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-
-
-def test_a_resumed_run_keeps_its_halved_batches(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = ("batch_size=16", "halve_batch_on_oom=true")
-    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
-    Run(make_recipe("run", *settings)).trainer.run()
-    resumed = Run(make_recipe("run", *settings, "num_epochs=2"), resume="auto", force=True)
-    resumed.trainer.run()
-    assert [line for line in resumed.lines if "resumed" in line]
-    assert not [line for line in resumed.lines if "out of memory" in line]
-
-
-def test_sampled_captions_are_halved_too(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=2))
-    run = Run(make_recipe("run", *SCST, "halve_batch_on_oom=true"))
-    assert run.trainer.run().steps == 6
-
-
-@pytest.mark.parametrize("asked", ["false", "true"])
 def test_running_out_of_memory_is_one_line_that_says_what_to_try(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, asked: str
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=0))
     with pytest.raises(TrainingError) as error:
-        training.train(make_recipe("run", f"halve_batch_on_oom={asked}"), say=lambda line: None)
+        training.train(make_recipe("run"), say=lambda line: None)
     said = str(error.value)
     assert "\n" not in said
     for mention in (
         "out of memory on cpu, asking for 2.00 GiB", "in use",
         "batch_size=4 gradient_accumulation_steps=2 (now 8 and 1)",
-        "gradient_checkpointing=true (now false)", "use_amp=true (now false)",
+        "gradient_checkpointing=true (now false)", "amp_dtype=bfloat16 (now float32)",
     ):  # fmt: skip
         assert mention in said
 
@@ -320,7 +283,7 @@ def test_only_memory_that_runs_out_is_called_so(make_recipe: MakeRecipe) -> None
     assert is_out_of_memory(of_the_cpu)
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    small = make_recipe("run", "batch_size=2", "gradient_checkpointing=true", "use_amp=true")
+    small = make_recipe("run", "batch_size=2", "gradient_checkpointing=true", "amp_dtype=bfloat16")
     said = explanation(of_the_cpu, small, torch.device("cpu"))
     assert "asking for 99 bytes" in said
     assert said.endswith(
@@ -360,12 +323,3 @@ def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path
     assert alarms(seeing, blind, is_last=True) == 0  # too few to call it a fault
     assert "does not look at its images yet" in lines[-1]
     monitor.close()
-
-
-def test_halving_is_for_one_process(make_recipe: MakeRecipe) -> None:
-    from vlm_bridge.training_strategy.distributed import World
-
-    with pytest.raises(ConfigurationError, match="one process"):
-        Trainer(
-            make_recipe("run", "halve_batch_on_oom=true"), print, World(torch.device("cpu"), size=2)
-        )

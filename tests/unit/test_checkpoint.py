@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.early_stopping import EarlyStopping
 from vlm_bridge.training_strategy.trainer import resumed_recipe, train
 
 
@@ -351,7 +353,6 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
             num_epochs=3,
             batch_size=8,
             early_stopping_patience=9,
-            early_stopping_min_delta=9.0,
             num_validation_samples=0,
         )
         return override_recipe(plain, ["bridge.dropout=0.1", "bridge.standardize_features=false"])
@@ -367,11 +368,13 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
             after_epochs.append(kept)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_keep)
+    hopeless = functools.partial(EarlyStopping, best=0.0)
+    monkeypatch.setattr("vlm_bridge.training_strategy.trainer.EarlyStopping", hopeless)
     train(recipe("whole"), say=lambda line: None)
     monkeypatch.undo()
     *earlier, whole = map(checkpoints.load_checkpoint, after_epochs)
     assert [content["training"]["progress"]["epoch"] for content in (*earlier, whole)] == [1, 2, 3]
-    assert whole["training"]["early_stopping"]["bad_validations"] == 2
+    assert whole["training"]["early_stopping"]["bad_validations"] == 3
     for number, path in enumerate(after_epochs[:-1], start=1):
         lines: list[str] = []
         train(recipe(f"resumed-{number}"), resume=path, say=lines.append)

@@ -367,8 +367,9 @@ class TestOriginalLayout:
     ) -> None:
         flat = (
             "vision_model_name: some/encoder\nlanguage_model_name: some/model\nbridge_num_heads: 4\n"
-            "bridge_dropout: 0.2\nmax_length: 64\npin_memory: true\n"
+            "bridge_dropout: 0.2\nmax_length: 64\npin_memory: false\n"
         )
+        caplog.set_level(logging.INFO, "vlm_bridge")
         recipe = load_recipe(written(tmp_path, flat), ["bridge.dropout=0.3"])
         assert recipe.vision_encoder.name == "some/encoder"
         assert recipe.language_model.name == "some/model"

@@ -122,7 +122,6 @@ def test_what_cannot_be_distilled_is_refused_before_features_are_computed(
     for override in (
         "distillation.steps=0",
         "distillation.learning_rate=0",
-        "distillation.batch_size=0",
     ):
         with pytest.raises(ConfigurationError, match=override.split("=")[0]):
             make_recipe(override)

@@ -43,7 +43,7 @@ class Split:
         return recipe.replace(vision_encoder=recipe.vision_encoder.replace(image_size=image_size))
 
     def encoder(self, recipe: Recipe) -> Any:
-        return build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
+        return build_vision_encoder(recipe.vision_encoder)
 
     def features(self, **changes: Any) -> SplitFeatures:
         recipe = self.recipe(**changes)
@@ -72,10 +72,9 @@ def train_split(drawn_caption_folder: Path, tiny_vit_dir: Path, tmp_path: Path) 
     return Split(drawn_caption_folder, tiny_vit_dir, tmp_path / "cache", "train")
 
 
-@pytest.mark.parametrize("pooling", [1, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float32"])
-def test_cached_features_are_the_encoders(split: Split, dtype: str, pooling: int) -> None:
-    settings = {"feature_cache_dtype": dtype, "feature_cache_pooling": pooling}
+def test_cached_features_are_the_encoders(split: Split, dtype: str) -> None:
+    settings = {"feature_cache_dtype": dtype}
     cached, encoded = split.read(**settings), split.read(**settings, feature_cache="off")
     assert split.num_caches == 1
     if dtype == "int8":
@@ -119,7 +118,6 @@ def test_the_key_follows_everything_that_features_depend_on(
         {},
         {"vision": tiny_dinov2_dir},
         {"image_size": 64},
-        {"feature_cache_pooling": 2},
         {"feature_cache_dtype": "int8"},
         {"feature_cache_dtype": "bfloat16"},
         {"feature_cache_views": 2},

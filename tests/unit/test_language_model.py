@@ -308,14 +308,14 @@ class TestQuantization:
         self, tiny_llama_dir: Path, choice: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        config = LanguageModelConfig(name=str(tiny_llama_dir))
+        config = LanguageModelConfig.build({"name": str(tiny_llama_dir), "dtype": choice})
         with pytest.raises(
-            ModelError, match=f"quantize_language_model={choice} needs an NVIDIA GPU"
+            ModelError, match=f"language_model.dtype={choice} needs an NVIDIA GPU"
         ) as caught:
-            build_language_model(config, quantize=choice)
+            build_language_model(config)
         assert "\n" not in str(caught.value)
         # `info` counts a quantised recipe anywhere.
-        assert build_language_model(config, quantize=choice, meta=True).vocab_size > 256
+        assert build_language_model(config, meta=True).vocab_size > 256
 
     def test_without_its_package_the_command_that_installs_it_is_told(
         self, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,7 +328,7 @@ class TestQuantization:
             lambda name: None if name == "bitsandbytes" else find_spec(name),
         )
         with pytest.raises(ModelError, match=r"pip install 'vlm-bridge\[gpu\]'"):
-            build_language_model(LanguageModelConfig(name=str(tiny_llama_dir)), quantize="nf4")
+            build_language_model(LanguageModelConfig(name=str(tiny_llama_dir), dtype="nf4"))
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
     @pytest.mark.parametrize("choice", ["int8", "nf4"])

@@ -227,7 +227,7 @@ def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: Ma
 
 def test_a_run_that_stopped_early_stays_stopped(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
-        "run", "early_stopping_patience=1", "early_stopping_min_delta=99", "num_epochs=4"
+        "run", "early_stopping_patience=1", "learning_rate=0", "min_lr=0", "num_epochs=4"
     )
     assert train(recipe, say=lambda line: None).steps == 6
     assert train(recipe, resume=AUTO, say=lambda line: None).steps == 6
@@ -264,13 +264,13 @@ def test_the_latest_is_saved_every_so_many_minutes(
             saved.append(training["progress"]["step"])
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", watched)
-    train(make_recipe("often", "save_every_n_minutes=1e-9"), say=lambda line: None)
+    train(make_recipe("often", "save_every=1e-9 minutes"), say=lambda line: None)
     assert saved == [1, 2, 3, 3, 4, 5, 6, 6]
     saved.clear()
-    train(make_recipe("seldom", "save_every_n_minutes=1000"), say=lambda line: None)
+    train(make_recipe("seldom", "save_every=1000 minutes"), say=lambda line: None)
     assert saved == [3, 6]
-    with pytest.raises(ConfigurationError, match="save_every_n_minutes=0 must be above 0"):
-        make_recipe("never", "save_every_n_minutes=0")
+    with pytest.raises(ConfigurationError, match="save_every='0 minutes' must be an interval"):
+        make_recipe("never", "save_every=0 minutes")
 
 
 # What changed.

@@ -209,10 +209,10 @@ def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
     "settings",
     [
         SCST,
-        (*SCST, "weight_averaging=0.9", "scst_baseline=greedy"),
+        (*SCST, "weight_averaging=0.9"),
         ("weight_averaging=0.9", "label_smoothing=0.1"),
     ],
-    ids=["scst", "greedy and averaged", "cross-entropy, averaged and smoothed"],
+    ids=["scst", "scst, averaged", "cross-entropy, averaged and smoothed"],
 )
 def test_a_run_continues_inside_an_epoch_to_the_bit(
     make_recipe: MakeRecipe, settings: tuple[str, ...]

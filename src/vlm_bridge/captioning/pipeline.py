@@ -102,10 +102,9 @@ class Captioner:
         recipe = checkpoints.recipe_of(content, where, recipe)
         require_weights([*recipe.vision_encoder.names, recipe.language_model.name])
         target = runtime.resolve_device(device)
-        if (
-            target.type != "cuda"
-        ):  # quantised weights need a GPU; without one, use those that they stand for
-            recipe = recipe.replace(quantize_language_model="none")
+        if target.type != "cuda" and recipe.language_model.quantization:
+            language_model = recipe.language_model.replace(dtype="auto")  # quantized needs a GPU
+            recipe = recipe.replace(language_model=language_model)
         model = build_captioner(recipe)
         checkpoints.restore(model, content, where)
         model.to(target)

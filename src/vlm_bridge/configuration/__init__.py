@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from vlm_bridge.configuration.sections import (
     BRIDGE_OPTIONS,
@@ -26,6 +26,7 @@ from vlm_bridge.configuration.sections import (
     DecodeSettings,
     DeepPrefixOptions,
     DistillationConfig,
+    Interval,
     LanguageModelConfig,
     Number,
     PrefixOptions,
@@ -36,6 +37,7 @@ from vlm_bridge.configuration.sections import (
     Seed,
     Share,
     VisionEncoderConfig,
+    parse_interval,
 )
 from vlm_bridge.configuration.upgrade import upgrade
 from vlm_bridge.credentials import holds_credential
@@ -51,6 +53,7 @@ __all__ = [
     "DecodeSettings",
     "DeepPrefixOptions",
     "DistillationConfig",
+    "Interval",
     "LanguageModelConfig",
     "PrefixOptions",
     "ProjectionOptions",
@@ -59,6 +62,7 @@ __all__ = [
     "VisionEncoderConfig",
     "load_recipe",
     "override_recipe",
+    "parse_interval",
     "published_recipe",
     "recipe_from_dict",
     "same_setting",
@@ -77,6 +81,16 @@ PLACE = Field(json_schema_extra={"resume": "place"})
 FREE = Field(json_schema_extra={"resume": "free"})
 
 
+def _interval(text: str) -> str:
+    return str(parse_interval(text))
+
+
+def _no_minutes(text: str) -> str:
+    if parse_interval(text).unit == "minute":
+        raise ValueError("must count epochs or steps, not minutes")
+    return _interval(text)
+
+
 class Recipe(Section):
     """One experiment. Defaults are those of the published training recipe where it has a value.
 
@@ -88,16 +102,12 @@ class Recipe(Section):
         feature_cache: `auto` keeps the encoder's features in ``data_dir``/.features if reading them
             is measured to be quicker than encoding; a folder keeps them there; `off` encodes.
         feature_cache_dtype: `int8` has a scale per token.
-        feature_cache_pooling: 2 averages the encoder's grid over 2 x 2 tokens, also for captioning.
         feature_cache_views: random crops per training image, one an epoch in turn; 0 is the whole
             image, as validation always is.
-        text_state_cache: cache the layers below ``bridge.enter_at_layer`` for training captions.
         trainable: patterns of parameter names and the learning rate of each (null:
             `learning_rate`); the rest stays frozen.
         tokens_per_batch: fill batches with rows of like length up to this many positions;
             `batch_size` is ignored then.
-        max_skipped_steps: steps in a row without a finite loss or gradient that end the training.
-        halve_batch_on_oom: repeat a step that runs out of memory in micro-batches of half the size.
         label_smoothing: share of each target spread over the vocabulary (Szegedy et al. 2016).
         weight_averaging: decay of a moving average of trained weights, such as 0.999; validation,
             captions and checkpoints use the average.
@@ -108,11 +118,15 @@ class Recipe(Section):
         scst_temperature: of the samples; below 1 more of them are good.
         start_from: checkpoint of the same architecture whose weights a new run starts from.
         amp_dtype: of mixed precision; `float32` is none.
-        loss_kernel: what computes the loss behind a frozen head.
         compile: compile the language model for training.
+        validate_every: "2 epochs" or "500 steps"; the last step is validated, too.
         monitor: decides the best checkpoint and early stopping: validation loss, or a score of
-            captions decoded for the first ``num_decoded_images`` of validation.
-        save_every_n_minutes: save the latest checkpoint that often, inside epochs too.
+            captions decoded in validation.
+        num_decoded_images: first images of validation that are decoded and scored; null is none
+            with ``monitor=loss``, else 200.
+        early_stopping_patience: validations in a row without a new best; null trains to the end.
+        save_every: "1 epoch" or "30 minutes" saves the latest checkpoint; "500 steps" keeps
+            the newest ``keep_step_checkpoints`` of single steps. Every validation saves the latest.
         resume_from_checkpoint: checkpoint, folder, or `auto` (the newest in ``checkpoint_dir``).
     """
 
@@ -133,9 +147,7 @@ class Recipe(Section):
         "auto"  # YAML 1.1 reads a bare `off` as false
     )
     feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
-    feature_cache_pooling: Literal[1, 2] = 1
     feature_cache_views: CountOrZero = 0
-    text_state_cache: bool = False
 
     # Optimization
     trainable: Annotated[dict[str, Rate | None], Field(min_length=1)] = Field(
@@ -149,46 +161,33 @@ class Recipe(Section):
     tokens_per_batch: Count | None = None
     gradient_accumulation_steps: Count = 1
     gradient_clip_val: Annotated[Number, Field(gt=0, le=1e6)] = 0.3
-    max_skipped_steps: Count = 10
-    halve_batch_on_oom: bool = False
     weight_decay: Rate = 0.01
     label_smoothing: Share = 0.0
     weight_averaging: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    use_scheduler: bool = True
     scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: CountOrZero = 0
     seed: Seed = 0
 
     # Objective and start
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
-    scst_samples: Count = 5
-    scst_baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
+    scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5
     scst_temperature: Annotated[Number, Field(gt=0, le=MAX_RATE)] = 1.0
     start_from: Annotated[str | None, PLACE] = None
 
     # Precision and devices
-    use_amp: bool = True
     amp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
     compile: bool = False
-    loss_kernel: Literal["auto", "own", "torch", "liger"] = "auto"
-    quantize_language_model: Literal["none", "int8", "nf4"] = "none"
     device: Annotated[str, PLACE] = "auto"
 
     # Validation, early stopping, checkpoints, logs
+    validate_every: Annotated[str, AfterValidator(_no_minutes)] = "1 epoch"
     monitor: Literal["loss", "bleu4", "cider"] = "loss"
-    decode_every_n_steps: Count | None = None
-    num_decoded_images: Count = 200
-    save_every_n_steps: Annotated[Count | None, FREE] = None
-    save_every_n_minutes: Annotated[Annotated[Number, Field(gt=0, le=MAX_RATE)] | None, FREE] = None
+    num_decoded_images: CountOrZero | None = None
+    early_stopping_patience: Count | None = 3
+    save_every: Annotated[str, FREE, AfterValidator(_interval)] = "1 epoch"
     keep_step_checkpoints: Annotated[Count, FREE] = 3
-    use_early_stopping: bool = True
-    early_stopping_patience: Count = 3
-    early_stopping_min_delta: Rate = 0.0
-    val_every_n_epochs: Count = 1
-    save_every_n_epochs: Annotated[Count, FREE] = 1
     log_every_n_steps: Annotated[Count, FREE] = 10
-    generate_samples_every_n_epochs: Annotated[Count, FREE] = 1
     num_validation_samples: Annotated[CountOrZero, FREE] = 4
     max_validation_images: Count | None = None
     checkpoint_dir: Annotated[str, PLACE] = "checkpoints"
@@ -214,14 +213,14 @@ class Recipe(Section):
                 "distillation compares two encoders on the same image: it needs "
                 "feature_cache_views=0"
             )
+        if self.monitor != "loss" and self.num_decoded_images == 0:
+            raise ValueError(f"num_decoded_images must be above 0 with monitor={self.monitor}")
         if self.objective == "scst":
-            for key in ("tokens_per_batch", "text_state_cache", "label_smoothing"):
+            for key in ("tokens_per_batch", "label_smoothing"):
                 if getattr(self, key):
                     raise ValueError(
                         f"{key} needs given captions: leave it out with objective=scst"
                     )
-            if self.scst_samples == 1 and self.scst_baseline == "leave_one_out":
-                raise ValueError("scst_samples must be at least 2 with scst_baseline=leave_one_out")
             self._check_divides("scst_samples")
         elif self.tokens_per_batch is None:
             self._check_divides("captions_per_image")
@@ -237,7 +236,14 @@ class Recipe(Section):
     @property
     def autocast_dtype(self) -> str | None:
         """The dtype of mixed precision; None without it."""
-        return self.amp_dtype if self.use_amp and self.amp_dtype != "float32" else None
+        return None if self.amp_dtype == "float32" else self.amp_dtype
+
+    @property
+    def decoded_images(self) -> int:
+        """Number of images that each validation decodes and scores."""
+        if self.num_decoded_images is None:
+            return 0 if self.monitor == "loss" else 200
+        return self.num_decoded_images
 
     @classmethod
     def keys_marked(cls, *marks: str) -> frozenset[str]:
@@ -302,7 +308,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         data = _from_published_layout(data, where)
     for override in overrides:
         _apply_override(data, override)
-    return recipe_from_dict(data, where=where)
+    return recipe_from_dict(upgrade(data, where), where)
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -315,7 +321,7 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Build a recipe from the YAML layout. Raises ConfigurationError as `load_recipe` does."""
-    return Recipe.build(upgrade(dict(data), where) if isinstance(data, Mapping) else data, where)
+    return Recipe.build(upgrade(data) if isinstance(data, Mapping) else data, where)
 
 
 def published_recipe(settings: Any, where: str) -> Recipe:
@@ -363,7 +369,7 @@ def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any
     data = upgrade({**data, **flat}, where)
     if data["device"] is None:  # as published: null lets the program choose
         data["device"] = "auto"
-    if flat.get("use_amp") is False or data["amp_dtype"] == "float32":
+    if data["amp_dtype"] == "float32":
         # There the models are loaded in float32, and mixed precision alone computes in less.
         data["language_model"]["dtype"] = data["feature_cache_dtype"] = "float32"
     return data

@@ -453,14 +453,10 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
         meta: build everything on the meta device, without reading weights (for `info`).
     """
     reach_encoders(recipe.vision_encoder, meta=meta)
-    vision_encoder: Any = build_vision_encoder(
-        recipe.vision_encoder, pooling=recipe.feature_cache_pooling, meta=meta
-    )
+    vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # of cross-attention that no checkpoint held
-        language_model = build_language_model(
-            recipe.language_model, quantize=recipe.quantize_language_model, meta=meta
-        )
+        language_model = build_language_model(recipe.language_model, meta=meta)
         torch.manual_seed(recipe.seed)
         bridge = build_bridge(
             recipe.bridge,

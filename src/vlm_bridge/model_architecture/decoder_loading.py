@@ -23,15 +23,12 @@ CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "rofor
 """Families that count positions from 0 and whose head and body part as `LanguageModel` needs it (RoBERTa's do not)."""
 
 
-def build_language_model(
-    config: LanguageModelConfig, *, quantize: str = "none", meta: bool = False
-) -> LanguageModel:
+def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> LanguageModel:
     """The language model of a recipe, frozen and in evaluation mode.
 
     Args:
         config: its name: `smollm2-135m-instruct`, a .gguf file, or what `from_pretrained` accepts: a causal language
             model, a decoder that cross-attends, or a BLIP captioning model, of which the text decoder is taken.
-        quantize: `none`, `int8` or `nf4`: how the body's linear layers are stored; only on NVIDIA GPUs.
         meta: build the architecture only, on the meta device (no weights and no tokenizer are read).
 
     Raises:
@@ -40,7 +37,7 @@ def build_language_model(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    options = {} if meta else _quantization(quantize)
+    options = {} if meta else _quantization(config.quantization)
     source = _resolve(config, meta=meta)
     try:
         if isinstance(source, str):
@@ -58,7 +55,7 @@ def build_language_model(
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
         options |= {
             "revision": config.revision,
-            "dtype": config.dtype,
+            "dtype": "auto" if config.quantization else config.dtype,
             "attn_implementation": _attention(config.attention, decoder_config),
         }
         decoder, fresh = _load_decoder(source, model_config, decoder_config, options)
@@ -170,18 +167,18 @@ def _attention(choice: str, model_config: Any) -> str:
     return "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
 
 
-def _quantization(choice: str) -> dict[str, Any]:
+def _quantization(choice: str | None) -> dict[str, Any]:
     """What `from_pretrained` takes to load the linear layers in 8 bits (Dettmers et al. 2022) or 4 (QLoRA, 2023)."""
-    if choice == "none":
+    if choice is None:
         return {}
     if not torch.cuda.is_available():
         raise ModelError(
-            f"quantize_language_model={choice} needs an NVIDIA GPU, and torch sees none here: use "
-            "quantize_language_model=none"
+            f"language_model.dtype={choice} needs an NVIDIA GPU, and torch sees none here: use "
+            "language_model.dtype=bfloat16"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"quantize_language_model={choice} needs bitsandbytes: pip install 'vlm-bridge[gpu]'"
+            f"language_model.dtype={choice} needs bitsandbytes: pip install 'vlm-bridge[gpu]'"
         )
     from transformers import BitsAndBytesConfig
 

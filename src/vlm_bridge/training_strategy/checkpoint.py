@@ -573,6 +573,11 @@ def recipe_of(
             recipe = recipe_from_dict(content["recipe"], where=str(where))
         except ConfigurationError as error:
             raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
+        if content["recipe"].get("feature_cache_pooling", 1) != 1:
+            raise CheckpointError(
+                f"{where} was trained on averaged features (feature_cache_pooling=2), which are no "
+                "longer supported: train it again"
+            )
     if to_build:
         _check_sizes(recipe, content, where)
     return recipe
@@ -634,7 +639,6 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
     return {
         **named,
-        "feature_cache_pooling": recipe.feature_cache_pooling,
         "trainable": sorted(plain["trainable"]),
     }
 

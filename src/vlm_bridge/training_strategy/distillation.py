@@ -19,6 +19,7 @@ from vlm_bridge.model_architecture.captioner import CaptionModel, reach_encoders
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.validation import Features
 
+BATCH_SIZE = 32
 LOG_TIMES = 10
 
 
@@ -72,7 +73,7 @@ def distill_projection(
     teacher: Any = build_vision_encoder(_teacher(settings)).to(model.device)
     encoder: Any = model.vision_encoder
     say(f"distillation: {settings.steps} steps towards {settings.teacher}")
-    order, count = np.random.default_rng(recipe.seed), min(settings.batch_size, len(paths))
+    order, count = np.random.default_rng(recipe.seed), min(BATCH_SIZE, len(paths))
     batches = [order.choice(len(paths), size=count, replace=False) for _ in range(settings.steps)]
 
     def load(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +102,7 @@ def distill_projection(
 
 
 def _teacher(settings: DistillationConfig) -> VisionEncoderConfig:
-    return VisionEncoderConfig(
-        name=settings.teacher, revision=settings.revision, image_size=settings.image_size
-    )
+    return VisionEncoderConfig(name=settings.teacher)
 
 
 def on_grid(

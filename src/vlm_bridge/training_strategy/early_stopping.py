@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 @dataclass
 class EarlyStopping:
-    """Counts validations without an improvement of more than ``min_delta``; part of every checkpoint.
+    """Counts validations without an improvement; part of every checkpoint.
 
     What is watched falls: the loss in nats per token, or a score's negative.
     """
 
-    patience: int
-    min_delta: float
+    patience: int | None
     best: float = float("inf")
     bad_validations: int = 0
 
     def should_stop(self, watched: float) -> bool:
         """Record what one validation gave; True when patience is used up."""
-        if watched < self.best - self.min_delta:
+        if watched < self.best:
             self.best = watched
             self.bad_validations = 0
         else:
@@ -29,7 +28,7 @@ class EarlyStopping:
     @property
     def is_exhausted(self) -> bool:
         """Whether the last validation used up the patience."""
-        return self.bad_validations >= self.patience
+        return self.patience is not None and self.bad_validations >= self.patience
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best, "bad_validations": self.bad_validations}

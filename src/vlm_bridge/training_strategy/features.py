@@ -179,7 +179,7 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
         )
     folder = open_data_folder(recipe.data_dir, say)
     reach_encoders(recipe.vision_encoder)
-    encoder: Any = build_vision_encoder(recipe.vision_encoder, pooling=recipe.feature_cache_pooling)
+    encoder: Any = build_vision_encoder(recipe.vision_encoder)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
     splits: tuple[SplitName, ...] = ("train", "val")
     built = []

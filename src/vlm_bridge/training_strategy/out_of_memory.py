@@ -63,13 +63,12 @@ def suggestions(recipe: Recipe, device: torch.device) -> list[str]:
     frozen = not any(pattern.startswith("language_model") for pattern in recipe.trainable)
     candidates: list[tuple[bool, str, object]] = [
         (not recipe.gradient_checkpointing, "gradient_checkpointing", True),
-        (not recipe.use_amp, "use_amp", True),
-        (recipe.use_amp and recipe.amp_dtype == "float32", "amp_dtype", "bfloat16"),
+        (recipe.amp_dtype == "float32", "amp_dtype", "bfloat16"),
         (frozen and recipe.language_model.dtype == "float32", "language_model.dtype", "bfloat16"),
         (recipe.max_caption_tokens > 1, "max_caption_tokens", recipe.max_caption_tokens // 2),
         (
-            frozen and recipe.quantize_language_model == "none" and device.type == "cuda",
-            "quantize_language_model",
+            frozen and not recipe.language_model.quantization and device.type == "cuda",
+            "language_model.dtype",
             "nf4",
         ),
         (recipe.captions_per_image > 1, "captions_per_image", 1),

@@ -75,8 +75,12 @@ class SelfCritical:
         self.reward = CiderD(
             [[f"{next(tokens)} {END}" for _ in image.captions] for image in images]
         )
-        self._greedy = DecodeSettings(num_beams=1, max_new_tokens=recipe.decode.max_new_tokens)
-        self._sampling = self._greedy.replace(do_sample=True, temperature=recipe.scst_temperature)
+        self._sampling = DecodeSettings(
+            num_beams=1,
+            max_new_tokens=recipe.decode.max_new_tokens,
+            do_sample=True,
+            temperature=recipe.scst_temperature,
+        )
         self._forget()
 
     def sampled(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
@@ -102,10 +106,7 @@ class SelfCritical:
                 )
             )
         rewards_bk = self._rewards(batch.images, samples)
-        if recipe.scst_baseline == "greedy":
-            baselines_bk = self._greedy_rewards(batch.images, features_bnd)[:, None]
-        else:
-            baselines_bk = others_mean(rewards_bk)
+        baselines_bk = others_mean(rewards_bk)
         model.train(was_training)
 
         lengths = [len(ids) for ids in samples]
@@ -191,12 +192,6 @@ class SelfCritical:
                 for row, image in enumerate(images.tolist())
             ]
         )
-
-    def _greedy_rewards(self, images: np.ndarray, features_bnd: torch.Tensor) -> np.ndarray:
-        """[B]."""
-        with self.autocast():
-            captions = self.model.generate(features_bnd, self.format.prompt_ids, self._greedy)
-        return self._rewards(images, self._with_ends(captions))[:, 0]
 
     def _with_ends(self, captions: Sequence[Caption]) -> list[list[int]]:
         """Token ids with EOS, but of captions that were cut: only those are as long as they may be."""

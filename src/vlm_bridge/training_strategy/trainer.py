@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vlm_bridge import runtime
-from vlm_bridge.configuration import DecodeSettings, Recipe, published_recipe
+from vlm_bridge.configuration import DecodeSettings, Recipe, parse_interval, published_recipe
 from vlm_bridge.data_pipeline import feature_cache
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.data_folder import open_data_folder
@@ -52,7 +52,6 @@ from vlm_bridge.training_strategy.preflight import check_folders, check_position
 from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
 from vlm_bridge.training_strategy.schedule import learning_rate_at, warmup_within
 from vlm_bridge.training_strategy.self_critical import ImageBatch, SelfCritical, load_images
-from vlm_bridge.training_strategy.text_states import split_text_states
 from vlm_bridge.training_strategy.validation import (
     LoadedBatch,
     Validation,
@@ -65,6 +64,7 @@ from vlm_bridge.training_strategy.weight_averaging import WeightAverage
 AUTO = "auto"
 """The checkpoint to resume from: the newest sound one in the recipe's ``checkpoint_dir``, if there is one."""
 STANDARDIZE_ON_IMAGES = 512
+MAX_SKIPPED_STEPS = 10
 RETURN_MEMORY_EVERY = 20
 """Steps on a CPU: what is given back is asked for again in the next one, which takes a tenth of a second."""
 Say = Callable[[str], None]
@@ -166,17 +166,13 @@ class Trainer:
         self.device = world.device
         if recipe.autocast_dtype == "float16" and self.device.type != "cuda":
             raise ConfigurationError(
-                "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or use_amp=false"
-            )
-        if recipe.halve_batch_on_oom and world.size > 1:
-            raise ConfigurationError(
-                "halve_batch_on_oom is for one process: lower batch_size instead"
+                "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or float32"
             )
         self.where = str(self.device)
         if self.device.type == "cpu":
             self.where += f" ({runtime.set_threads()} threads)"
             if recipe.autocast_dtype and runtime.cpu_has_bfloat16() is False:
-                say("this processor emulates bfloat16: use_amp=false is quicker here")
+                say("this processor emulates bfloat16: amp_dtype=float32 is quicker here")
         if world.size > 1:
             self.where += f", {world.size} processes"
         places = recipe.keys_marked("place")
@@ -215,11 +211,6 @@ class Trainer:
             world.check_same({"data": self.folder.fingerprint, "captions in use": digests})
         self.train_features = self._features("train", train_images)
         self.val_features = self._features("val", self.val_images)
-        self.text_states = None
-        if recipe.text_state_cache:
-            self.text_states = split_text_states(
-                self.model, recipe, "train", self.train_data, self._autocast, say, world
-            )
 
         self.self_critical = None
         if recipe.objective == "scst":
@@ -245,14 +236,11 @@ class Trainer:
         )
         self.add_up_gradients = GradientSum(world, self.parameters)
         self.scaler = gradient_scaler(recipe, self.device)
-        self.guard = StepGuard(recipe.max_skipped_steps, self.device)
-        self.parts_per_batch = 1
+        self.guard = StepGuard(MAX_SKIPPED_STEPS, self.device)
         self.average: WeightAverage | None = None
-        self.early_stopping = EarlyStopping(
-            recipe.early_stopping_patience, recipe.early_stopping_min_delta
-        )
+        self.early_stopping = EarlyStopping(recipe.early_stopping_patience)
         self.progress = Progress()
-        self.decodes = recipe.monitor != "loss" or recipe.decode_every_n_steps is not None
+        self.decodes = recipe.decoded_images > 0
         self.last_validation: Validation | None = None
         self.last_decoded: DecodedValidation | None = None
         self.decoded_at_step = 0
@@ -309,8 +297,7 @@ class Trainer:
                     for group in self._groups_of_epoch():
                         if progress.step >= self.total_steps:
                             break
-                        if not self._optimizer_step(group):
-                            continue  # with the same step, in smaller micro-batches
+                        self._optimizer_step(group)
                         # Before an interruption, or the resumed run would miss what this step asks for.
                         self._after_step()
                         if signal_number := self.world.largest(self.interruption.received):
@@ -343,7 +330,7 @@ class Trainer:
         """Whether nothing is left to train; an epoch whose steps are all taken is still to be judged and saved."""
         if self.progress.step_in_epoch:
             return False
-        stops_early = self.recipe.use_early_stopping and self.early_stopping.is_exhausted
+        stops_early = self.early_stopping.is_exhausted
         return stops_early or self.progress.step >= self.total_steps
 
     def _groups_of_epoch(self) -> Iterator[Sequence[LoadedBatch | ImageBatch]]:
@@ -356,57 +343,24 @@ class Trainer:
         features = self.train_features.in_epoch(self.progress.epoch)
 
         def load(group: list[int]) -> Sequence[LoadedBatch | ImageBatch]:
-            shares = [
-                part
-                for index in group
-                if (rows := self.world.share(batches[index]))
-                for part in in_batches(rows, -(-len(rows) // self.parts_per_batch))
-            ]
+            shares = [rows for index in group if (rows := self.world.share(batches[index]))]
             if self.self_critical is not None:
                 images = [[row.image for row in rows] for rows in shares]
                 return [load_images(some, features, self.device) for some in images]
             packed = [self.train_data.pack(rows) for rows in shares]
-            return [
-                load_batch(batch, features, self.device, text_states=self.text_states)
-                for batch in packed
-            ]
+            return [load_batch(batch, features, self.device) for batch in packed]
 
-        parts_per_batch = None
-        while (
-            parts_per_batch != self.parts_per_batch
-        ):  # again, where a step has to be made in smaller parts
-            parts_per_batch = self.parts_per_batch
-            for group in prefetch(
-                groups[self.progress.step_in_epoch :], load, self.recipe.num_workers
-            ):
-                yield group
-                if parts_per_batch != self.parts_per_batch:
-                    break
+        yield from prefetch(groups[self.progress.step_in_epoch :], load, self.recipe.num_workers)
 
-    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> bool:
-        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions.
-
-        Returns:
-            False where memory ran out before anything was updated, and the step shall be made in smaller parts.
-        """
+    def _optimizer_step(self, loaded: Sequence[LoadedBatch | ImageBatch]) -> None:
+        """One update. Nothing in it waits for the device, but for the line of a log step and for sampled captions."""
         recipe, progress = self.recipe, self.progress
         learning_rate = self._learning_rate()
         rates = zip(self.optimizer.param_groups, self.relative_learning_rates, strict=True)
         for parameter_group, relative in rates:
             parameter_group["lr"] = learning_rate * relative
 
-        try:
-            step_loss, size = self._back_propagate(loaded)
-        except RuntimeError as error:
-            can_be_halved = max(map(_num_rows, loaded), default=0) > 1
-            if not (recipe.halve_batch_on_oom and can_be_halved and is_out_of_memory(error)):
-                raise
-            step_loss = size = None
-        if (
-            step_loss is None or size is None
-        ):  # the error is gone here, and the activations that its traceback held
-            self._halve_micro_batches()
-            return False
+        step_loss, size = self._back_propagate(loaded)
         self.add_up_gradients(step_loss)
         self.scaler.unscale_(self.optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.gradient_clip_val)
@@ -451,7 +405,6 @@ class Trainer:
                 if self.self_critical is not None
                 else {},
             )
-        return True
 
     def _back_propagate(
         self, loaded: Sequence[LoadedBatch | ImageBatch]
@@ -473,16 +426,6 @@ class Trainer:
             self.scaler.scale(loss).backward(self.guard.seed(loss))
             step_loss += loss.detach()
         return step_loss, size
-
-    def _halve_micro_batches(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.parts_per_batch *= 2
-        self.say(
-            f"out of memory in step {self.progress.step + 1}: from here on every micro-batch is computed in "
-            f"{self.parts_per_batch} parts (halve_batch_on_oom)"
-        )
 
     def _read_health(self, *, wait: bool) -> list[int]:
         """Tell and count the steps that are found to have been skipped; return them."""
@@ -547,10 +490,11 @@ class Trainer:
     def _after_step(self) -> None:
         """What a recipe asks for by steps: captions decoded and scored, a checkpoint of this very step."""
         recipe, step = self.recipe, self.progress.step
-        if recipe.decode_every_n_steps and step % recipe.decode_every_n_steps == 0:
+        validate_every, save_every = map(parse_interval, (recipe.validate_every, recipe.save_every))
+        if self.decodes and validate_every.unit == "step" and step % validate_every.count == 0:
             self.progress.owes_decoding = True
             with self._again_if_broken_off():
-                decoded = self._decode_validation(recipe.num_decoded_images)
+                decoded = self._decode_validation(recipe.decoded_images)
             self.progress.owes_decoding = False
             if (
                 recipe.monitor != "loss"
@@ -558,12 +502,14 @@ class Trainer:
             ):
                 self.progress.best_score = decoded.score(recipe.monitor)
                 self._save_best()
-        if recipe.save_every_n_steps and step % recipe.save_every_n_steps == 0:
+        if save_every.unit == "step" and step % save_every.count == 0:
             self._save(checkpoints.STEP.format(step))
             if self.world.is_first:
                 checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
-        minutes = recipe.save_every_n_minutes
-        if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes:
+        if (
+            save_every.unit == "minute"
+            and time.monotonic() - self.saved_at >= 60 * save_every.count
+        ):
             self._save_latest()
 
     def _decode_validation(self, num_images: int) -> DecodedValidation:
@@ -599,7 +545,10 @@ class Trainer:
         progress.step_in_epoch = 0
         is_last = progress.step >= self.total_steps
         stop = improved = False
-        validated = progress.epoch % recipe.val_every_n_epochs == 0 or is_last
+        validate_every, save_every = map(parse_interval, (recipe.validate_every, recipe.save_every))
+        validated = (
+            validate_every.unit == "step" or progress.epoch % validate_every.count == 0 or is_last
+        )
         if validated:
             with self._averaged(), self.interruption.may_break_off():
                 result = validate(
@@ -616,17 +565,17 @@ class Trainer:
             improved = recipe.monitor == "loss" and result.loss < progress.best_loss
             progress.best_loss = min(progress.best_loss, result.loss)
             watched = result.loss
-            if recipe.monitor != "loss":
-                score = self._decode_validation(recipe.num_decoded_images).score(recipe.monitor)
+            decoded = self._decode_validation(recipe.decoded_images) if self.decodes else None
+            if recipe.monitor != "loss" and decoded is not None:
+                score = decoded.score(recipe.monitor)
                 improved = score > progress.best_score
                 progress.best_score = max(progress.best_score, score)
                 watched = -score
-            stop = recipe.use_early_stopping and self.early_stopping.should_stop(watched)
+            stop = self.early_stopping.should_stop(watched)
             if improved:
                 self._save_best()
-        if progress.epoch % recipe.generate_samples_every_n_epochs == 0 or is_last:
             self._show_samples()
-        if validated or progress.epoch % recipe.save_every_n_epochs == 0:
+        if validated or save_every.unit != "epoch" or progress.epoch % save_every.count == 0:
             self._save(checkpoints.LATEST)
         self.monitor.restart_clock()
         return stop
@@ -658,7 +607,7 @@ class Trainer:
             warmup_steps=self.warmup_steps,
             learning_rate=recipe.learning_rate,
             min_lr=recipe.min_lr,
-            kind=recipe.scheduler_type if recipe.use_scheduler else "constant",
+            kind=recipe.scheduler_type,
         )
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -739,7 +688,6 @@ class Trainer:
         running = {
             "monitor": self.monitor.state_dict(),
             "skipped_in_a_row": self.guard.skipped_in_a_row,
-            "parts_per_batch": self.parts_per_batch,
         }
         if self.self_critical is not None:
             running["self_critical"] = self.self_critical.state_dict()
@@ -762,8 +710,6 @@ class Trainer:
         if "self_critical" in running and self.self_critical is not None and self.world.is_first:
             self.self_critical.load_state_dict(running["self_critical"])
         self.guard.skipped_in_a_row = running.get("skipped_in_a_row", 0)
-        if self.recipe.halve_batch_on_oom:  # where memory ran out once, it would again
-            self.parts_per_batch = running.get("parts_per_batch", 1)
 
     @contextmanager
     def _again_if_broken_off(self) -> Iterator[None]:
@@ -778,7 +724,6 @@ class Trainer:
     def _schedule(self) -> dict[str, Any]:
         """All that decides the learning rates besides the step."""
         names = (
-            "use_scheduler",
             "scheduler_type",
             "learning_rate",
             "min_lr",
@@ -945,7 +890,9 @@ class Trainer:
             self.say(f"other versions may round otherwise: {', '.join(others)}")
         before, now = training.get("scheduler", {}), self._schedule()
         if changed := [
-            f"{key}={now[key]}, not {value}" for key, value in before.items() if now[key] != value
+            f"{key}={now[key]}, not {value}"
+            for key, value in before.items()
+            if now.get(key, value) != value
         ]:
             self.say(
                 f"the learning rate follows another schedule from here on: {', '.join(changed)}"
@@ -959,12 +906,8 @@ def seed_of(seed: int, step: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
 
 
-def _num_rows(batch: LoadedBatch | ImageBatch) -> int:
-    return len(batch.packed.image_indices if isinstance(batch, LoadedBatch) else batch.images)
-
-
 def _say_nothing(line: str) -> None:
-    """How all processes but the first speak."""
+    """No-op for ranks above 0."""
 
 
 def _names_by_group(optimizer_state: dict[str, Any]) -> list[list[str]] | None:
