@@ -1,4 +1,4 @@
-"""Tokens and passwords, which belong into no message, checkpoint, report or log."""
+"""Keep tokens and passwords out of messages, checkpoints, reports and logs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import re
 
 HIDDEN = "***"
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Where huggingface_hub looks for the hub's token."""
-SHORTEST_TOKEN = 8
-"""Characters. The value of a variable that is shorter is no token, and hiding it would garble what has it by chance."""
+SHORTEST_TOKEN = 8  # hiding shorter values would garble text that has them by chance
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_USER_OF_ADDRESS = re.compile(r"(:/{1,2})[^/\s@]+@")
-"""With password or token. A path that was made of an address has one slash."""
+_USER_OF_ADDRESS = re.compile(r"(:/{1,2})[^/\s@]+@")  # Path turns two slashes into one
 
 
 def holds_credential(text: str) -> bool:
@@ -20,7 +17,7 @@ def holds_credential(text: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """``text`` without the hub's token, whatever looks like one, and the users and passwords of addresses."""
+    """Hide the hub's token, what looks like one, and users and passwords of addresses."""
     for variable in TOKEN_VARIABLES:
         token = os.environ.get(variable, "").strip()
         if len(token) >= SHORTEST_TOKEN:

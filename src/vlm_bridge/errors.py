@@ -1,4 +1,4 @@
-"""Errors a user can mend: one clear line each, no traceback (the CLI prints it and exits)."""
+"""Errors a user can mend: one line each with what, where and how to mend it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def on_one_line(text: str) -> str:
-    """Text for a message, where what breaks a line or steers a terminal is escaped: names of files may hold it."""
+    """Escape what breaks a line or steers a terminal, such as in names of files."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class VLMBridgeError(Exception):
-    """Something failed that the user can act on. The message says what, where and how to mend it (exit code 1)."""
+    """Base class; the command line prints the message and exits with ``exit_code``."""
 
     exit_code = 1
 
@@ -22,7 +22,7 @@ class VLMBridgeError(Exception):
 
 
 class UsageError(VLMBridgeError):
-    """The command, recipe or an option is wrong (exit code 2)."""
+    """The command, the recipe or an option is wrong."""
 
     exit_code = 2
 
@@ -36,21 +36,21 @@ class DataError(VLMBridgeError):
 
 
 class ImageError(DataError):
-    """One picture cannot be decoded; ``path`` and ``reason`` let callers set it aside and go on."""
+    """One image cannot be decoded; callers may skip it, with ``reason``."""
 
     def __init__(self, path: object, reason: str):
         self.path = str(path)
         self.reason = reason
-        super().__init__(f"cannot read picture {self.path}: {reason}")
+        super().__init__(f"cannot read image {self.path}: {reason}")
 
 
 class ModelError(VLMBridgeError):
-    """A vision encoder, language model or bridge cannot be loaded or does not fit its neighbours."""
+    """A vision encoder, language model or bridge cannot be loaded or does not fit the others."""
 
 
 class CheckpointError(VLMBridgeError):
-    """A checkpoint is missing, damaged, or belongs to another architecture."""
+    """A checkpoint is missing, damaged, or of another architecture."""
 
 
 class TrainingError(VLMBridgeError):
-    """A training cannot go on, or did what it must not do."""
+    """A training cannot continue."""

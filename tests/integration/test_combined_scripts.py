@@ -202,7 +202,7 @@ def test_without_learning_the_output_is_the_input(
         ({"--output": "start.pth"}, 2, "the output is the checkpoint itself"),
         ({"--output": "out"}, 2, "the output is a file"),
         ({"--dataset_path": "nowhere"}, 1, "no such folder: nowhere (--dataset_path)"),
-        ({"--lr": "-1"}, 2, "learning_rate=-1.0 must be at least 0"),
+        ({"--lr": "-1"}, 2, "learning_rate=-1.0 should be greater than or equal to 0"),
         ({"--set": "batch=3"}, 2, "did you mean 'batch_size'"),
         ({"--pvt": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
         ({"--dataset_size": "5"}, 2, "is a caption folder already"),

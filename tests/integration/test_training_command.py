@@ -450,7 +450,7 @@ def test_mistakes_on_the_command_line_are_one_line(
     )
     for arguments, exit_code, mention in (
         (["data_dir=nowhere"], 1, "no caption folder at nowhere"),
-        (["batch_size=many"], 2, "batch_size='many' must be of type int"),
+        (["batch_size=many"], 2, "batch_size='many' should be a valid integer"),
         (["--resume", "nothing.pth"], 1, "no checkpoint at nothing.pth"),
         (["learning_rate"], 2, "is not KEY=VALUE"),
     ):

@@ -269,7 +269,7 @@ def test_the_latest_is_saved_every_so_many_minutes(
     saved.clear()
     train(make_recipe("seldom", "save_every=1000 minutes"), say=lambda line: None)
     assert saved == [3, 6]
-    with pytest.raises(ConfigurationError, match="save_every='0 minutes' must be an interval"):
+    with pytest.raises(ConfigurationError, match="save_every='0 minutes' should be an interval"):
         make_recipe("never", "save_every=0 minutes")
 
 

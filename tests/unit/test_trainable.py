@@ -142,10 +142,10 @@ def test_what_cannot_be_trained_is_refused(
     ("trainable", "message"),
     [
         ({}, "at least 1 item"),
-        ({"bridge.*": -1e-3}, "at least 0"),
+        ({"bridge.*": -1e-3}, "greater than or equal to 0"),
         ({"bridge.*": float("nan")}, "finite"),
-        ({"bridge.*": "fast"}, "float"),
-        (["bridge.*"], "must be a mapping"),
+        ({"bridge.*": "fast"}, "number"),
+        (["bridge.*"], "should be a valid dictionary"),
     ],
 )
 def test_impossible_rates_are_refused(recipe: Recipe, trainable: Any, message: str) -> None:

@@ -20,14 +20,14 @@ def train(
         None,
         "--resume",
         metavar="CKPT|FOLDER|auto",
-        help="Continue this checkpoint, or a folder's newest sound one; auto: that of the recipe's checkpoint_dir, "
-        "and a new run where there is none.",
+        help="Continue this checkpoint, or a folder's newest sound one; auto: that of the recipe's "
+        "checkpoint_dir, and a new run where there is none.",
     ),
     force: bool = typer.Option(
-        False, "--force", help="Continue although recipe or data are others than the checkpoint's."
+        False, "--force", help="Continue although recipe or data differ from the checkpoint's."
     ),
 ) -> None:
-    """Train the bridge of a recipe: `--config`'s, with `--resume` alone the checkpoint's own, else training-default."""
+    """Train the recipe of `--config`, of the checkpoint to resume, or training-default."""
     from vlm_bridge import runtime
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import (
@@ -37,9 +37,8 @@ def train(
         shipped_recipe,
     )
 
-    # Of several processes the first one speaks.
     echo = typer.echo if runtime.process_rank() == 0 else lambda line: None
-    # A mistyped recipe is told before the seconds that the trainer's imports take.
+    # A mistyped recipe is an error before the seconds that the trainer's imports take.
     if config is None and resume in (None, "auto"):
         config = shipped_recipe(DEFAULT_RECIPE)
         echo(f"recipe: {config} (another one with --config)")
@@ -58,17 +57,15 @@ def train(
             force=force,
             say=lambda line: print(line, flush=True),
         )
-    decoded = result.decoded
-    echo(
-        f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss {result.best_loss:.4f}"
-        + (
-            f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}"
-            if decoded
-            else ""
-        )
-        + f"; checkpoints in {result.checkpoint_dir}"
+    scores = result.decoded
+    captions = (
+        f", last captions: BLEU-4 {scores.bleu4:.4f}, CIDEr {scores.cider:.4f}" if scores else ""
     )
-    echo(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
+    echo(
+        f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss "
+        f"{result.best_loss:.4f}{captions}; checkpoints in {result.checkpoint_dir}\n"
+        f"next: vlm-bridge caption IMAGE --checkpoint {result.checkpoint_dir}"
+    )
 
 
 @contextmanager

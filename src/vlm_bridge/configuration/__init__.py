@@ -1,7 +1,7 @@
 """Recipes: strict pydantic models <-> YAML, with dotted KEY=VALUE overrides.
 
 One YAML file is one experiment. Training keys are flat and have the published names; the parts of
-the model are nested. A mistake is one line with the place, the key and the nearest known key.
+the model are nested. Defaults are those of the published training where it has a value.
 """
 
 from __future__ import annotations
@@ -12,123 +12,228 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from vlm_bridge.configuration.sections import (
-    BRIDGE_OPTIONS,
+from vlm_bridge.configuration.checks import (
     MAX_RATE,
-    MAX_RETURN_SEQUENCES,
-    AnyBridgeOptions,
-    BridgeOptions,
     Count,
     CountOrZero,
-    CrossAttentionOptions,
-    DecodeSettings,
-    DeepPrefixOptions,
-    DistillationConfig,
-    Interval,
-    LanguageModelConfig,
+    Every,
+    ModelName,
     Number,
-    PrefixOptions,
-    ProjectionOptions,
+    Positive,
     Rate,
-    ResamplerOptions,
     Section,
     Seed,
     Share,
-    VisionEncoderConfig,
-    parse_interval,
+    Size,
+    UpTo1000,
 )
+from vlm_bridge.configuration.checks import Interval as Interval
+from vlm_bridge.configuration.checks import parse_interval as parse_interval
 from vlm_bridge.configuration.upgrade import upgrade
 from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.parsing import MAX_YAML_CHARACTERS, parse_yaml, shown
 
-__all__ = [
-    "BRIDGE_OPTIONS",
-    "DEFAULT_RECIPE",
-    "MAX_RETURN_SEQUENCES",
-    "BridgeOptions",
-    "CrossAttentionOptions",
-    "DecodeSettings",
-    "DeepPrefixOptions",
-    "DistillationConfig",
-    "Interval",
-    "LanguageModelConfig",
-    "PrefixOptions",
-    "ProjectionOptions",
-    "Recipe",
-    "ResamplerOptions",
-    "VisionEncoderConfig",
-    "load_recipe",
-    "override_recipe",
-    "parse_interval",
-    "published_recipe",
-    "recipe_from_dict",
-    "same_setting",
-    "shipped_recipe",
-]
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "training-default"
-"""The published DINOv2 + Gemma-2 system."""
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
+MAX_ENCODERS = 8
 
 # What a resumed run may change: "place" is where things are on this machine, "free" is what a run
-# logs and keeps. Everything else decides what is learned.
+# logs and keeps. All other keys decide what is learned.
 PLACE = Field(json_schema_extra={"resume": "place"})
 FREE = Field(json_schema_extra={"resume": "free"})
 
 
-def _interval(text: str) -> str:
-    return str(parse_interval(text))
+class VisionEncoderConfig(Section):
+    """Frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder.
+
+    Several names joined by ` + ` concatenate their features on the grid of the first encoder.
+    """
+
+    place = "vision_encoder"
+    name: ModelName = "efficientnet-lite0"
+    revision: str | None = None
+    image_size: Annotated[int, Field(ge=1, le=2_048)] | None = None
+    layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = (
+        None  # null: last
+    )
+    resample: Literal["bilinear", "bicubic"] | None = None  # null: the image processor's own
+
+    @model_validator(mode="after")
+    def _check_several(self) -> Self:
+        if len(self.names) > MAX_ENCODERS:
+            raise ValueError(f"name joins {len(self.names)} encoders; at most {MAX_ENCODERS}")
+        given = self.model_fields_set - {"name"}
+        if len(self.names) > 1 and (keys := [k for k in given if getattr(self, k) is not None]):
+            raise ValueError(f"{keys[0]} is for one encoder: leave it out beside {self.name!r}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return self.name.split(" + ")
+
+    @property
+    def parts(self) -> list[VisionEncoderConfig]:
+        """Configuration of each encoder."""
+        names = self.names
+        return [self] if len(names) == 1 else [VisionEncoderConfig(name=name) for name in names]
 
 
-def _no_minutes(text: str) -> str:
-    if parse_interval(text).unit == "minute":
-        raise ValueError("must count epochs or steps, not minutes")
-    return _interval(text)
+class LanguageModelConfig(Section):
+    """Language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
+
+    A BLIP captioning model contributes its text decoder.
+
+    Attributes:
+        dtype: of the stored weights; `auto` keeps the checkpoint's own type, `int8` (Dettmers et
+            al. 2022) and `nf4` (QLoRA, 2023) quantize linear layers on NVIDIA GPUs.
+        attention: transformers' implementation; `auto` takes `eager` for soft-capped scores
+            (Gemma 2) and on CPUs, where it is 1.3x faster than `sdpa` on short rows, else `sdpa`.
+        prompt: text before every caption, in training and captioning; never supervised.
+        add_cross_attention: add layers of cross-attention to GPT-2 or BERT, to be trained.
+    """
+
+    place = "language_model"
+    name: ModelName = "smollm2-135m-instruct"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    prompt: Annotated[str, Field(max_length=10_000)] = ""
+    add_cross_attention: bool = False
+
+    @property
+    def quantization(self) -> str | None:
+        """`int8`, `nf4` or None."""
+        return self.dtype if self.dtype in ("int8", "nf4") else None
+
+
+class BridgeOptions(Section):
+    """Keys that every kind of bridge has.
+
+    Attributes:
+        standardize_features: normalize every feature channel by the mean and standard deviation
+            of training images; both are kept in the checkpoint.
+    """
+
+    place = "bridge"
+    kind: str
+    standardize_features: bool = True
+
+
+class ResamplerOptions(BridgeOptions):
+    """Keys of bridges that read an image through a small transformer of learned queries."""
+
+    num_queries: Size = 16  # vectors per image
+    depth: Annotated[int, Field(ge=1, le=100)] = 2
+    width: Size | None = None  # null: the language model's
+    num_heads: Size = 8
+    feed_forward_multiplier: Annotated[int, Field(ge=1, le=100)] = 4
+    position_embeddings: bool = False  # of image tokens, for convolutional encoders
+    dropout: Share = 0.0  # on both residual branches and on image tokens
+
+
+class PrefixOptions(ResamplerOptions):
+    """Options of `prefix`: ``num_queries`` soft tokens before the text."""
+
+    kind: Literal["prefix"] = "prefix"
+
+
+class DeepPrefixOptions(ResamplerOptions):
+    """Options of `deep_prefix`: keys and values for the layers from ``enter_at_layer`` (from 0) on.
+
+    No gradient flows below that layer; None means a third of the way up.
+    """
+
+    kind: Literal["deep_prefix"] = "deep_prefix"
+    enter_at_layer: CountOrZero | None = None
+
+
+class CrossAttentionOptions(BridgeOptions):
+    """Options of `cross_attention`; defaults are those of the published DINOv2 + Gemma-2 system.
+
+    The text attends to the image before layer ``enter_at_layer``; 0, as published, edits
+    embeddings. No gradient flows below that layer.
+    """
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    num_heads: Size = 8
+    feed_forward_multiplier: Annotated[int, Field(ge=1, le=100)] = 4
+    dropout: Share = 0.0
+    enter_at_layer: CountOrZero = 0
+
+
+class ProjectionOptions(BridgeOptions):
+    """Options of `projection`: `linear` (published for PVTv2-B0), `mlp` (two layers with GELU), or
+    `conv3x3` (published, 3.5 M parameters) over the grid of image tokens."""
+
+    kind: Literal["projection"] = "projection"
+    projection: Literal["linear", "mlp", "conv3x3"] = "linear"
+    position_embeddings: bool = False
+    dropout: Share = 0.0
+
+
+BRIDGE_OPTIONS: dict[str, type[BridgeOptions]] = {
+    "cross_attention": CrossAttentionOptions,
+    "deep_prefix": DeepPrefixOptions,
+    "prefix": PrefixOptions,
+    "projection": ProjectionOptions,
+}
+
+
+def _default_kind(data: object) -> object:
+    return {"kind": "prefix", **data} if isinstance(data, Mapping) and "kind" not in data else data
+
+
+AnyBridgeOptions = Annotated[
+    CrossAttentionOptions | DeepPrefixOptions | PrefixOptions | ProjectionOptions,
+    Field(discriminator="kind"),
+    BeforeValidator(_default_kind),
+]
+
+
+class DecodeSettings(Section):
+    """How captions are generated; names are those of `transformers`' GenerationConfig.
+
+    Attributes:
+        object_bonus: nats that a caption gains when it first names what the encoder's ImageNet
+            classifier recognizes (EfficientNet-Lite); 8 makes almost every caption do so, 0 is off.
+        known_objects: names without bonus, because training captions have them often
+            (`python -m benchmarks.known_objects` lists them).
+    """
+
+    place = "decode"
+    num_beams: UpTo1000 = 3
+    max_new_tokens: UpTo1000 = 40
+    min_new_tokens: Annotated[int, Field(ge=0, le=1_000)] = 0
+    length_penalty: Annotated[Number, Field(ge=-MAX_RATE, le=MAX_RATE)] = 1.0
+    repetition_penalty: Positive = 1.0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1_000)] = 0
+    do_sample: bool = False
+    temperature: Positive = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+    object_bonus: Rate = 0.0
+    known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+
+class DistillationConfig(Section):
+    """Stage before the caption loss: fit the projection's image tokens to a teacher's features.
+
+    The teacher is a vision encoder as wide as the projection's output; for BLIP, BLIP's own.
+    """
+
+    place = "distillation"
+    teacher: ModelName
+    steps: Count = 1000  # of 32 images
+    learning_rate: Positive = 1e-3
 
 
 class Recipe(Section):
-    """One experiment. Defaults are those of the published training recipe where it has a value.
-
-    Attributes:
-        shuffle_buffer: 0 shuffles all training images in every epoch; N reads shard after shard and
-            shuffles within windows of N images, for disks that are slow at random access.
-        max_bad_samples: share of a split's captions, and of its images, that may be unreadable.
-            They are skipped and listed in ``log_dir``; above the share training does not start.
-        feature_cache: `auto` keeps the encoder's features in ``data_dir``/.features if reading them
-            is measured to be quicker than encoding; a folder keeps them there; `off` encodes.
-        feature_cache_dtype: `int8` has a scale per token.
-        feature_cache_views: random crops per training image, one an epoch in turn; 0 is the whole
-            image, as validation always is.
-        trainable: patterns of parameter names and the learning rate of each (null:
-            `learning_rate`); the rest stays frozen.
-        tokens_per_batch: fill batches with rows of like length up to this many positions;
-            `batch_size` is ignored then.
-        label_smoothing: share of each target spread over the vocabulary (Szegedy et al. 2016).
-        weight_averaging: decay of a moving average of trained weights, such as 0.999; validation,
-            captions and checkpoints use the average.
-        warmup_steps: of a linear rise from zero, at most a tenth of all steps.
-        objective: `cross_entropy` of human captions, or `scst`: self-critical sequence training on
-            CIDEr-D (Rennie et al. 2017), which wants `start_from` and a small learning rate.
-        scst_samples: captions drawn for each image of a step; `batch_size` counts them.
-        scst_temperature: of the samples; below 1 more of them are good.
-        start_from: checkpoint of the same architecture whose weights a new run starts from.
-        amp_dtype: of mixed precision; `float32` is none.
-        compile: compile the language model for training.
-        validate_every: "2 epochs" or "500 steps"; the last step is validated, too.
-        monitor: decides the best checkpoint and early stopping: validation loss, or a score of
-            captions decoded in validation.
-        num_decoded_images: first images of validation that are decoded and scored; null is none
-            with ``monitor=loss``, else 200.
-        early_stopping_patience: validations in a row without a new best; null trains to the end.
-        save_every: "1 epoch" or "30 minutes" saves the latest checkpoint; "500 steps" keeps
-            the newest ``keep_step_checkpoints`` of single steps. Every validation saves the latest.
-        resume_from_checkpoint: checkpoint, folder, or `auto` (the newest in ``checkpoint_dir``).
-    """
+    """One experiment."""
 
     vision_encoder: VisionEncoderConfig = VisionEncoderConfig()
     language_model: LanguageModelConfig = LanguageModelConfig()
@@ -138,100 +243,95 @@ class Recipe(Section):
 
     # Data
     data_dir: Annotated[str, PLACE] = "data/flickr8k"
-    captions_per_image: Count = 1
+    captions_per_image: Count = 1  # in one row
     max_caption_tokens: Count = 128
     num_workers: Annotated[CountOrZero, PLACE] = 2
+    # 0 shuffles all images; N reads in order and shuffles within windows of N, for slow disks.
     shuffle_buffer: CountOrZero = 0
+    # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
     max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    # auto: in data_dir/.features if that is measured to be quicker than encoding; a folder; off
+    # (which YAML 1.1 reads as false).
     feature_cache: Annotated[str, PLACE, BeforeValidator(lambda v: "off" if v is False else v)] = (
-        "auto"  # YAML 1.1 reads a bare `off` as false
+        "auto"
     )
     feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
-    feature_cache_views: CountOrZero = 0
+    feature_cache_views: CountOrZero = 0  # random crops per training image; 0: the whole image
 
-    # Optimization
+    # Objective and start
+    # Patterns of parameter names, and the learning rate of each; null: learning_rate.
     trainable: Annotated[dict[str, Rate | None], Field(min_length=1)] = Field(
         default_factory=lambda: {"bridge.*": None}
     )
+    # scst: self-critical training on CIDEr-D (Rennie et al. 2017), from `start_from`.
+    objective: Literal["cross_entropy", "scst"] = "cross_entropy"
+    scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5  # per image; batch_size counts them
+    scst_temperature: Positive = 1.0
+    start_from: Annotated[str | None, PLACE] = None  # a checkpoint of the same architecture
+
+    # Optimization
     learning_rate: Rate = 1e-5
     min_lr: Rate = 1e-6
     num_epochs: Count = 12
     max_steps: Count | None = None
-    batch_size: Count = 8
-    tokens_per_batch: Count | None = None
+    batch_size: Count = 8  # captions
+    tokens_per_batch: Count | None = None  # instead: rows of like length up to so many positions
     gradient_accumulation_steps: Count = 1
     gradient_clip_val: Annotated[Number, Field(gt=0, le=1e6)] = 0.3
     weight_decay: Rate = 0.01
-    label_smoothing: Share = 0.0
-    weight_averaging: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    label_smoothing: Share = 0.0  # Szegedy et al. 2016
+    weight_averaging: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay, such as 0.999
     scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: CountOrZero = 0
+    warmup_steps: CountOrZero = 0  # at most a tenth of all steps
     seed: Seed = 0
 
-    # Objective and start
-    objective: Literal["cross_entropy", "scst"] = "cross_entropy"
-    scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5
-    scst_temperature: Annotated[Number, Field(gt=0, le=MAX_RATE)] = 1.0
-    start_from: Annotated[str | None, PLACE] = None
-
     # Precision and devices
-    amp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    amp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # float32: none
     gradient_checkpointing: bool = False
     compile: bool = False
     device: Annotated[str, PLACE] = "auto"
 
     # Validation, early stopping, checkpoints, logs
-    validate_every: Annotated[str, AfterValidator(_no_minutes)] = "1 epoch"
-    monitor: Literal["loss", "bleu4", "cider"] = "loss"
-    num_decoded_images: CountOrZero | None = None
-    early_stopping_patience: Count | None = 3
-    save_every: Annotated[str, FREE, AfterValidator(_interval)] = "1 epoch"
+    validate_every: Every = "1 epoch"  # or steps; the last step is validated, too
+    monitor: Literal["loss", "bleu4", "cider"] = "loss"  # decides the best checkpoint
+    num_decoded_images: CountOrZero | None = None  # in validation; null: 200, and 0 for loss
+    early_stopping_patience: Count | None = 3  # validations without a new best; null: no stop
+    # The latest checkpoint; "500 steps" keeps the newest `keep_step_checkpoints` of single steps.
+    save_every: Annotated[Every, FREE] = "1 epoch"
     keep_step_checkpoints: Annotated[Count, FREE] = 3
     log_every_n_steps: Annotated[Count, FREE] = 10
     num_validation_samples: Annotated[CountOrZero, FREE] = 4
     max_validation_images: Count | None = None
     checkpoint_dir: Annotated[str, PLACE] = "checkpoints"
     log_dir: Annotated[str, PLACE] = "logs"
-    resume_from_checkpoint: Annotated[str | None, PLACE] = None
+    resume_from_checkpoint: Annotated[str | None, PLACE] = None  # or a folder, or auto
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if secret := next(
-            (key for key, text in _texts(self.to_dict()) if holds_credential(text)), None
-        ):
+        texts = {key: text for key, text in _flat(self.to_dict()).items() if isinstance(text, str)}
+        if secret := next((key for key, text in texts.items() if holds_credential(text)), None):
             raise ValueError(
                 f"{secret} holds a token or a password, and a recipe goes into checkpoints and "
                 "reports: give the plain name or address, and the hub's token in HF_TOKEN"
             )
         if self.learning_rate == 0 and any(self.trainable.values()):
-            raise ValueError(
-                "trainable has learning rates, which follow the schedule of learning_rate: it must "
-                "be above 0"
-            )
+            raise ValueError("trainable has learning rates: learning_rate must be above 0, too")
         if self.distillation is not None and self.feature_cache_views:
-            raise ValueError(
-                "distillation compares two encoders on the same image: it needs "
-                "feature_cache_views=0"
-            )
+            raise ValueError("distillation needs whole images: feature_cache_views=0")
+        if parse_interval(self.validate_every).unit == "minute":
+            raise ValueError("validate_every counts epochs or steps, not minutes")
         if self.monitor != "loss" and self.num_decoded_images == 0:
             raise ValueError(f"num_decoded_images must be above 0 with monitor={self.monitor}")
-        if self.objective == "scst":
-            for key in ("tokens_per_batch", "label_smoothing"):
-                if getattr(self, key):
-                    raise ValueError(
-                        f"{key} needs given captions: leave it out with objective=scst"
-                    )
-            self._check_divides("scst_samples")
-        elif self.tokens_per_batch is None:
-            self._check_divides("captions_per_image")
-        return self
-
-    def _check_divides(self, key: str) -> None:
-        if self.batch_size % getattr(self, key):
+        scst = self.objective == "scst"
+        if scst and (self.tokens_per_batch or self.label_smoothing):
+            raise ValueError("objective=scst goes without tokens_per_batch and label_smoothing")
+        divisor = "scst_samples" if scst else "captions_per_image"
+        if self.tokens_per_batch is None and self.batch_size % getattr(self, divisor):
             raise ValueError(
                 f"batch_size counts captions: {self.batch_size} is not a multiple of "
-                f"{key}={getattr(self, key)}"
+                f"{divisor}={getattr(self, divisor)}"
             )
+        return self
 
     @property
     def autocast_dtype(self) -> str | None:
@@ -241,26 +341,19 @@ class Recipe(Section):
     @property
     def decoded_images(self) -> int:
         """Number of images that each validation decodes and scores."""
-        if self.num_decoded_images is None:
-            return 0 if self.monitor == "loss" else 200
-        return self.num_decoded_images
+        default = 0 if self.monitor == "loss" else 200
+        return default if self.num_decoded_images is None else self.num_decoded_images
 
     @classmethod
     def keys_marked(cls, *marks: str) -> frozenset[str]:
-        """Return keys that a resumed run may change: `place`, `free` or both."""
+        """Return keys that a resumed run may change: those marked `place`, `free` or both."""
         extras = {key: field.json_schema_extra for key, field in cls.model_fields.items()}
         return frozenset(
-            key
-            for key, extra in extras.items()
-            if isinstance(extra, dict) and extra["resume"] in marks
+            k for k, v in extras.items() if isinstance(v, dict) and v["resume"] in marks
         )
 
     def changes_since(self, before: Recipe) -> list[str]:
-        """Return each dotted key that decides what is learned and differs.
-
-        Returns:
-            ``key=now, was before`` each.
-        """
+        """Return each dotted key that decides what is learned and differs: "key=now, was before"."""
         free = self.keys_marked("place", "free")
         now, then = (
             _flat({key: value for key, value in recipe.to_dict().items() if key not in free})
@@ -279,17 +372,13 @@ class Recipe(Section):
 def same_setting(key: str, has: Any, wanted: Any) -> bool:
     """Return whether two values of a dotted key mean the same.
 
-    Models are compared by the last part of their name: google/gemma-2-2b and models/gemma-2-2b are
-    one model that was moved. A revision of None matches any other.
+    Names of models are compared by their last part: google/gemma-2-2b and models/gemma-2-2b are one
+    model that was moved. A revision of None matches any other.
     """
     if key.endswith(".name") and has and wanted:
-        of_has, of_wanted = (
-            [Path(name).name for name in names.split(" + ")] for names in (has, wanted)
-        )
+        of_has, of_wanted = ([Path(n).name for n in names.split(" + ")] for names in (has, wanted))
         return of_has == of_wanted
-    if key.endswith(".revision"):
-        return None in (has, wanted) or has == wanted
-    return has == wanted
+    return has == wanted or (key.endswith(".revision") and None in (has, wanted))
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -308,7 +397,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         data = _from_published_layout(data, where)
     for override in overrides:
         _apply_override(data, override)
-    return recipe_from_dict(upgrade(data, where), where)
+    return Recipe.build(upgrade(data, where), where)
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -363,9 +452,8 @@ def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any
     """Put the values of a flat file over the default recipe."""
     data = _read_yaml(shipped_recipe(DEFAULT_RECIPE))
     names = (data["vision_encoder"]["name"], data["bridge"]["kind"], data["language_model"]["name"])
-    logger.info(
-        "%s names no models: using those of %s (%s)", where, DEFAULT_RECIPE, " + ".join(names)
-    )
+    models = " + ".join(names)
+    logger.info("%s names no models: using those of %s (%s)", where, DEFAULT_RECIPE, models)
     data = upgrade({**data, **flat}, where)
     if data["device"] is None:  # as published: null lets the program choose
         data["device"] = "auto"
@@ -378,22 +466,17 @@ def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigurationError(
-            f"{shown(override)} is not KEY=VALUE (for example learning_rate=1e-4)"
-        )
+        raise ConfigurationError(f"{shown(override)} is not KEY=VALUE, such as learning_rate=1e-4")
     try:
         value = parse_yaml(text)
     except ValueError:
         raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
-    section, _, rest = key.partition(".")
     # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
-    *parents, last = (section, rest) if section == "trainable" and rest else key.split(".")
+    *parents, last = key.split(".", 1) if key.startswith("trainable.") else key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise ConfigurationError(
-                f"{shown(override)}: {parent if parent.isprintable() else shown(parent)} is a value, not a section"
-            )
+            raise ConfigurationError(f"{shown(override)}: {parent} is a value, not a section")
     data[last] = value
 
 
@@ -401,12 +484,6 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        flat |= {f"{prefix}{key}": value} if inner is None else inner
     return flat
-
-
-def _texts(nested: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key, value) for key, value in _flat(nested).items() if isinstance(value, str)]

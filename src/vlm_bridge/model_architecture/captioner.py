@@ -15,7 +15,6 @@ from PIL import Image
 from torch import nn
 
 from vlm_bridge.configuration import (
-    MAX_RETURN_SEQUENCES,
     BridgeOptions,
     DecodeSettings,
     Recipe,
@@ -50,6 +49,8 @@ from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
 )
+
+MAX_RETURN_SEQUENCES = 1_000
 
 
 class FeatureScale(nn.Module):

@@ -28,7 +28,7 @@ from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture import interchange
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.parsing import MAX_YAML_DEPTH, MAX_YAML_VALUES, shown
+from vlm_bridge.parsing import shown
 from vlm_bridge.training_strategy.checkpoint_limits import (
     MAX_PICKLE_BYTES,
     check_content,
@@ -378,7 +378,7 @@ def _is_laid_out(content: Any) -> bool:
     tensors = [content[key] for key in ("weights", "model_state_dict") if key in content]
     mappings = [content[key] for key in ("recipe", "sizes", "training") if key in content]
     try:
-        check_plain([content.get("recipe"), content.get("sizes")], MAX_YAML_VALUES, MAX_YAML_DEPTH)
+        check_plain([content.get("recipe"), content.get("sizes")], 10_000, 50)
     except ValueError:
         return False
     return all(isinstance(part, Mapping) for part in [*tensors, *mappings]) and all(

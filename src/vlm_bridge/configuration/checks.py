@@ -1,0 +1,119 @@
+"""Base and field types of recipes: strict pydantic models whose mistakes are one line each."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.parsing import shown
+
+MAX_COUNT = 2**31 - 1
+MAX_RATE = 1_000.0
+
+
+class Interval(NamedTuple):
+    """How often something is done: every ``count`` of a unit, `epoch`, `step` or `minute`."""
+
+    count: float
+    unit: str
+
+    def __str__(self) -> str:
+        count = int(self.count) if self.count.is_integer() else self.count
+        return f"{count} {self.unit}{'' if count == 1 else 's'}"
+
+
+def parse_interval(text: str) -> Interval:
+    """Read "1 epoch", "500 steps" or "30 minutes". Raises ValueError for anything else."""
+    number, _, unit = text.partition(" ")
+    try:
+        interval = Interval(float(number), unit.removesuffix("s"))
+    except ValueError:
+        interval = Interval(math.nan, "")
+    counted = interval.unit in ("epoch", "step") and interval.count.is_integer()
+    if not 0 < interval.count <= MAX_COUNT or not (counted or interval.unit == "minute"):
+        raise ValueError("should be an interval such as '1 epoch', '500 steps' or '30 minutes'")
+    return interval
+
+
+def _to_float(value: object) -> object:
+    """YAML 1.1 reads 1e-4 (no dot) as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_to_float)]
+Positive = Annotated[Number, Field(gt=0, le=MAX_RATE)]
+Rate = Annotated[Number, Field(ge=0, le=MAX_RATE)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+UpTo1000 = Annotated[int, Field(ge=1, le=1_000)]
+Size = Annotated[int, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Every = Annotated[str, AfterValidator(lambda text: str(parse_interval(text)))]
+# Without control characters.
+ModelName = Annotated[str, Field(min_length=1, max_length=1_000, pattern=r"^\P{C}*$")]
+
+
+class Section(BaseModel):
+    """Base of a recipe and its sections: frozen, strict about types, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    place: ClassVar[str] = ""
+    sections: ClassVar[dict[str, type[Section]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        kind = cls.model_fields.get("kind")
+        Section.sections[str(kind.default) if kind else cls.place] = cls
+
+    @classmethod
+    def build(cls, data: object, where: str = "") -> Self:
+        """Validate the YAML layout. Raises ConfigurationError for the first mistake."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problem = cls._explain(error)
+            raise ConfigurationError(f"{where}: {problem}" if where else problem) from None
+
+    def replace(self, **changes: object) -> Self:
+        """Return a validated copy. Raises ConfigurationError as `build` does."""
+        return self.build({**dict(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values in the YAML layout."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def _explain(cls, error: ValidationError) -> str:
+        """Return the first mistake in one line: key, value, and what it should be."""
+        first = error.errors(include_url=False)[0]
+        place, value = [cls.place, *first["loc"]] if cls.place else first["loc"], first["input"]
+        names = [str(name) for name in place]
+        owner = Section.sections.get(names[-2], cls) if len(names) > 1 else cls
+        if names[:1] == ["bridge"] and len(first["loc"]) > 1:
+            names[1:] = names[2:]  # pydantic adds the kind of a bridge
+        plain = (name if name.isprintable() and len(name) <= 100 else shown(name) for name in names)
+        key = ".".join(plain)
+        if first["type"] in ("extra_forbidden", "invalid_key"):
+            return f"unknown key {key}{suggest(names[-1], owner.model_fields)}"
+        if first["type"] == "union_tag_invalid":
+            tag, kinds = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "")
+            return f"{key}.kind={shown(tag)} is unknown{suggest(tag, kinds.split(', '))}"
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if isinstance(value, BaseModel | dict) and first["type"] == "value_error":
+            return f"{key}.{message}" if key else message  # of several keys of a section
+        return f"{key or 'a recipe'}={shown(value)} {message[0].lower()}{message[1:]}"
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """Return the nearest known key, or all of them, as the end of an error message."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
