@@ -67,7 +67,7 @@ def tiny_recipe(
             "vision_encoder": {"name": str(vision_encoder)},
             "language_model": {"name": str(language_model), "dtype": dtype},
             "bridge": {**BRIDGES, **ENTERING_ABOVE}[bridge],
-            "use_amp": False,
+            "amp_dtype": "float32",
             "num_workers": 0,
             **changes,
         }

@@ -144,7 +144,7 @@ def test_sample_statistics() -> None:
     [
         (["amp_dtype=bfloat16"], False),
         (["amp_dtype=float16"], True),
-        (["amp_dtype=float16", "use_amp=false"], False),
+        (["amp_dtype=float32"], False),
     ],
 )
 def test_gradients_are_scaled_in_float16_alone(settings: list[str], scales: bool) -> None:
@@ -189,11 +189,11 @@ def test_a_run_of_the_original_project_goes_on(
     settings = (
         "bridge.num_heads=4",
         "bridge.dropout=0",
-        "use_amp=false",
+        "amp_dtype=float32",
         "num_validation_samples=0",
     )
     whole = vlm_training(
-        "--config", "flat.yaml", "save_every_n_steps=1", "keep_step_checkpoints=99", *settings
+        "--config", "flat.yaml", "save_every=1 step", "keep_step_checkpoints=99", *settings
     )
     losses = [event["loss"] for event in events("train")]
     per_epoch = len(losses) // 3

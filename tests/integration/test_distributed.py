@@ -52,13 +52,12 @@ def make_recipe(
             device="cpu",
             learning_rate=5e-3,
             num_epochs=10,
-            val_every_n_epochs=5,
-            generate_samples_every_n_epochs=10,
+            validate_every="5 epochs",
             batch_size=10,
             captions_per_image=2,
-            use_early_stopping=False,
+            early_stopping_patience=None,
             log_every_n_steps=1,
-            save_every_n_steps=10,
+            save_every="10 steps",
             decode={"num_beams": 2, "max_new_tokens": 5},
         )
         return override_recipe(recipe, overrides)
@@ -176,7 +175,7 @@ def test_processes_drop_out_differently_and_resume_to_the_bit(make_recipe: MakeR
     settings = (
         "bridge.dropout=0.3",
         "num_epochs=2",
-        "save_every_n_steps=2",
+        "save_every=2 steps",
         "gradient_accumulation_steps=2",
     )
     whole, resumed = make_recipe(*settings), make_recipe(*settings)

@@ -140,9 +140,8 @@ def long_recipe(tiny_vit_dir: Path, language_model_dir: Path, drawn_caption_fold
         learning_rate=3e-3,
         feature_cache="off",
         log_every_n_steps=1,
-        val_every_n_epochs=never,
-        save_every_n_epochs=never,
-        generate_samples_every_n_epochs=never,
+        validate_every=f"{never} epochs",
+        save_every=f"{never} epochs",
     )
 
 

@@ -44,7 +44,7 @@ def test_what_a_recipe_freezes_stays_as_it_is(
         f"checkpoint_dir={tmp_path / 'checkpoints'}",
         f"log_dir={tmp_path / 'logs'}",
         "captions_per_image=2", "batch_size=8", "gradient_accumulation_steps=1", "max_steps=2", "num_epochs=1",
-        "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss", "decode_every_n_steps=null",
+        "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss",
         "decode.num_beams=1", "decode.max_new_tokens=4", "max_validation_images=4", "num_validation_samples=1",
         "scst_samples=4", "start_from=null",
         f"vision_encoder.name={request.getfixturevalue(encoder) if encoder is not None else last_encoder}",

@@ -69,7 +69,7 @@ def test_no_output_has_it(
         checkpoint_dir=str(run),
         log_dir=str(run / "logs"),
         max_steps=2,
-        save_every_n_steps=1,
+        save_every="1 step",
         batch_size=8,
         decode={"num_beams": 1, "max_new_tokens": 4},
     )

@@ -21,7 +21,7 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import Trainer, TrainingResult, train
 
 MakeRecipe = Callable[..., Recipe]
-BY_STEPS = ("save_every_n_steps=4", "decode_every_n_steps=4", "keep_step_checkpoints=2")
+BY_STEPS = ("save_every=4 steps", "validate_every=4 steps", "keep_step_checkpoints=2")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def make_recipe(
             batch_size=8,
             captions_per_image=2,
             warmup_steps=2,
-            use_early_stopping=False,
+            early_stopping_patience=None,
             log_every_n_steps=1,
             num_validation_samples=1,
             monitor="cider",
@@ -191,7 +191,6 @@ def test_training_stops_early_by_score(make_recipe: MakeRecipe, monitor: str) ->
             "run",
             *still,
             f"monitor={monitor}",
-            "use_early_stopping=true",
             "early_stopping_patience=2",
         )
     )
@@ -200,7 +199,7 @@ def test_training_stops_early_by_score(make_recipe: MakeRecipe, monitor: str) ->
 
 
 def test_the_newest_step_checkpoints_are_kept(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run", *BY_STEPS, "monitor=loss", "decode_every_n_steps=null")
+    recipe = make_recipe("run", *BY_STEPS, "monitor=loss", "num_decoded_images=0")
     folder = Path(recipe.checkpoint_dir)
     folder.mkdir(parents=True)
     for old in (100, 200, 300):  # of an earlier, longer run: later steps, and older files

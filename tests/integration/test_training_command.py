@@ -43,7 +43,7 @@ def make_recipe(
             num_epochs=2,
             batch_size=8,
             captions_per_image=2,
-            use_early_stopping=False,
+            early_stopping_patience=None,
             log_every_n_steps=1,
             decode={"num_beams": 1, "max_new_tokens": 5},
         )
@@ -183,7 +183,7 @@ def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_run_under_a_budget_continues_inside_an_epoch(make_recipe: MakeRecipe) -> None:
-    settings = ("tokens_per_batch=80", "batch_size=5", "bridge.dropout=0.2", "save_every_n_steps=1")
+    settings = ("tokens_per_batch=80", "batch_size=5", "bridge.dropout=0.2", "save_every=1 step")
     whole = Run(make_recipe("whole", *settings, "keep_step_checkpoints=99", "num_workers=2"))
     inside = whole.result.steps // 4
     step = whole.folder / checkpoints.STEP.format(inside)
@@ -294,7 +294,7 @@ def test_pictures_can_be_encoded_in_every_step(make_recipe: MakeRecipe, tmp_path
 
 
 def test_mixed_precision_and_short_runs(make_recipe: MakeRecipe) -> None:
-    run = Run(make_recipe("run", "use_amp=true", "max_steps=3", "num_validation_samples=0"))
+    run = Run(make_recipe("run", "amp_dtype=bfloat16", "max_steps=3", "num_validation_samples=0"))
     assert run.result.steps == 3
     assert run.latest.is_file()
     assert len(run.events("validation")) == 1
@@ -304,7 +304,7 @@ def test_mixed_precision_and_short_runs(make_recipe: MakeRecipe) -> None:
 
 def test_training_stops_early_when_nothing_improves(make_recipe: MakeRecipe) -> None:
     settings = ("learning_rate=0", "min_lr=0", "num_epochs=9")
-    run = Run(make_recipe("run", *settings, "use_early_stopping=true", "early_stopping_patience=2"))
+    run = Run(make_recipe("run", *settings, "early_stopping_patience=2"))
     assert run.result.steps == 3 * 6
     assert run.said("early stopping")
     assert checkpoints.load_checkpoint(run.latest)["training"]["progress"]["epoch"] == 3
@@ -357,7 +357,7 @@ def test_a_folder_without_a_manifest_trains_and_continues_bit_for_bit(
         shutil.copytree(
             drawn_caption_folder, folder, ignore=shutil.ignore_patterns(".*", "manifest.json")
         )
-    settings = ("save_every_n_steps=1", "keep_step_checkpoints=99")
+    settings = ("save_every=1 step", "keep_step_checkpoints=99")
     whole = Run(make_recipe("whole", *settings, f"data_dir={folders[0]}"))
     assert whole.said("has no manifest.json: made ")
     step = whole.folder / checkpoints.STEP.format(2)
@@ -383,7 +383,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         (f"log_dir={tmp_path / 'file' / 'logs'}", ConfigurationError),
     ):
         with pytest.raises(error):
-            Trainer(make_recipe("run", "use_amp=true", override), print)
+            Trainer(make_recipe("run", "amp_dtype=bfloat16", override), print)
     assert not (tmp_path / "run").exists()
 
 

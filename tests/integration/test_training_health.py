@@ -162,7 +162,7 @@ def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", 2)
-    recipe = make_recipe("run", "num_epochs=2", "save_every_n_steps=2")
+    recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps")
     images = {image for step in (1, 3, 4, 5) for image in Run(recipe).images_of_step(step)}
     run = Run(recipe, images)
     with pytest.raises(TrainingError, match="stopped at step 5: 2 steps in a row") as stopped:
@@ -198,7 +198,7 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 ) -> None:
     settings = (
         "num_epochs=2",
-        "save_every_n_steps=2",
+        "save_every=2 steps",
         f"log_every_n_steps={log_every}",
     )
     run = Run(make_recipe("run", *settings))

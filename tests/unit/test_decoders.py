@@ -244,7 +244,7 @@ class TestBlipIsBlip:
                     "projection": "linear",
                     "standardize_features": False,
                 },
-                "use_amp": False,
+                "amp_dtype": "float32",
             }
         )
 

@@ -35,7 +35,6 @@ def make_recipe(
             log_dir=str(tmp_path / "logs"),
             feature_cache=str(tmp_path / "features"),
             num_epochs=1,
-            generate_samples_every_n_epochs=9,
             num_validation_samples=0,
             distillation={
                 "teacher": str(tiny_blip_dir),
@@ -85,7 +84,7 @@ def test_half_precision_of_the_captions_does_not_reach_the_distillation(
     make_recipe: MakeRecipe,
 ) -> None:
     few = ("distillation.steps=3",)
-    assert distil(make_recipe(*few, "use_amp=true"))[1] == distil(make_recipe(*few))[1]
+    assert distil(make_recipe(*few, "amp_dtype=bfloat16"))[1] == distil(make_recipe(*few))[1]
 
 
 def test_grids_are_averaged_and_class_tokens_dropped() -> None:

@@ -50,7 +50,7 @@ def make_recipe(
             captions_per_image=2,
             log_every_n_steps=1,
             num_validation_samples=0,
-            use_early_stopping=False,
+            early_stopping_patience=None,
             decode={"num_beams": 1, "max_new_tokens": 8},
         )
         return override_recipe(recipe, overrides)
@@ -184,7 +184,7 @@ def test_the_reward_wants_captions_that_end(make_recipe: MakeRecipe) -> None:
 
 def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
     # The decoder learns too: one that is frozen at random weights says nothing worth a reward.
-    both = ("trainable.language_model.*=null", "val_every_n_epochs=99", "save_every_n_epochs=99")
+    both = ("trainable.language_model.*=null", "validate_every=99 epochs", "save_every=99 epochs")
     run(start := make_recipe("start", *both, "num_epochs=8"))
     recipe = make_recipe(
         "scst",
@@ -217,7 +217,7 @@ def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
 def test_a_run_continues_inside_an_epoch_to_the_bit(
     make_recipe: MakeRecipe, settings: tuple[str, ...]
 ) -> None:
-    every_step = ("save_every_n_steps=1", "keep_step_checkpoints=9", "bridge.dropout=0.2")
+    every_step = ("save_every=1 step", "keep_step_checkpoints=9", "bridge.dropout=0.2")
     run(whole := make_recipe("whole", *settings, *every_step, "num_workers=2"))
     inside = Path(whole.checkpoint_dir) / checkpoints.STEP.format(2)
     assert checkpoints.load_checkpoint(inside)["training"]["progress"]["step_in_epoch"] == 2

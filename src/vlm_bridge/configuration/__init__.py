@@ -18,6 +18,7 @@ from vlm_bridge.configuration.checks import (
     MAX_RATE,
     Count,
     CountOrZero,
+    EpochsOrSteps,
     Every,
     ModelName,
     Number,
@@ -52,15 +53,14 @@ class VisionEncoderConfig(Section):
     """Frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder.
 
     Several names joined by ` + ` concatenate their features on the grid of the first encoder.
+    ``layers`` are concatenated, too; None is the last one.
     """
 
     place = "vision_encoder"
     name: ModelName = "efficientnet-lite0"
     revision: str | None = None
     image_size: Annotated[int, Field(ge=1, le=2_048)] | None = None
-    layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = (
-        None  # null: last
-    )
+    layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
     resample: Literal["bilinear", "bicubic"] | None = None  # null: the image processor's own
 
     @model_validator(mode="after")
@@ -184,6 +184,10 @@ BRIDGE_OPTIONS: dict[str, type[BridgeOptions]] = {
 }
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value
+
+
 def _default_kind(data: object) -> object:
     return {"kind": "prefix", **data} if isinstance(data, Mapping) and "kind" not in data else data
 
@@ -252,17 +256,13 @@ class Recipe(Section):
     max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
     # auto: in data_dir/.features if that is measured to be quicker than encoding; a folder; off
     # (which YAML 1.1 reads as false).
-    feature_cache: Annotated[str, PLACE, BeforeValidator(lambda v: "off" if v is False else v)] = (
-        "auto"
-    )
+    feature_cache: Annotated[str, PLACE, BeforeValidator(_off)] = "auto"
     feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
     feature_cache_views: CountOrZero = 0  # random crops per training image; 0: the whole image
 
     # Objective and start
     # Patterns of parameter names, and the learning rate of each; null: learning_rate.
-    trainable: Annotated[dict[str, Rate | None], Field(min_length=1)] = Field(
-        default_factory=lambda: {"bridge.*": None}
-    )
+    trainable: dict[str, Rate | None] = Field(default={"bridge.*": None}, min_length=1)
     # scst: self-critical training on CIDEr-D (Rennie et al. 2017), from `start_from`.
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
     scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5  # per image; batch_size counts them
@@ -292,7 +292,7 @@ class Recipe(Section):
     device: Annotated[str, PLACE] = "auto"
 
     # Validation, early stopping, checkpoints, logs
-    validate_every: Every = "1 epoch"  # or steps; the last step is validated, too
+    validate_every: EpochsOrSteps = "1 epoch"  # and the last step
     monitor: Literal["loss", "bleu4", "cider"] = "loss"  # decides the best checkpoint
     num_decoded_images: CountOrZero | None = None  # in validation; null: 200, and 0 for loss
     early_stopping_patience: Count | None = 3  # validations without a new best; null: no stop
@@ -318,8 +318,6 @@ class Recipe(Section):
             raise ValueError("trainable has learning rates: learning_rate must be above 0, too")
         if self.distillation is not None and self.feature_cache_views:
             raise ValueError("distillation needs whole images: feature_cache_views=0")
-        if parse_interval(self.validate_every).unit == "minute":
-            raise ValueError("validate_every counts epochs or steps, not minutes")
         if self.monitor != "loss" and self.num_decoded_images == 0:
             raise ValueError(f"num_decoded_images must be above 0 with monitor={self.monitor}")
         scst = self.objective == "scst"
