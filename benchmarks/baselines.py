@@ -101,9 +101,7 @@ def published_loss(system: System, batch: Batch) -> torch.Tensor:
     if model.feature_scale is not None:
         features = model.feature_scale(features)
     causal_lm = model.language_model.causal_lm
-    with attach(
-        model.language_model, bridge.encode(features.float()), bridge.first_layer
-    ) as attached:
+    with attach(model.language_model, bridge.encode(features.float())) as attached:
         logits = causal_lm(
             **attached.inputs(batch["input_ids"]),
             attention_mask=batch["attention_mask"],

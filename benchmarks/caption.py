@@ -111,7 +111,7 @@ def plain_generate(subject: Subject, pixels: torch.Tensor, *, use_cache: bool = 
                 prompt, encoder_hidden_states=states, is_decoder=True, **options
             )
         else:
-            with attach(model.language_model, image, model.bridge.first_layer) as attached:  # type: ignore[arg-type]
+            with attach(model.language_model, image) as attached:
                 rows = causal_lm.generate(**attached.inputs(prompt), **options)
     return [until_eos(subject, row) for row in rows[:, prompt.shape[1] :].tolist()]
 

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,11 @@ from vlm_bridge.data_pipeline.feature_cache import (
 )
 from vlm_bridge.data_pipeline.feature_format import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
-from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.vision_encoder import (
     HuggingFaceVisionEncoder,
-    PooledEncoder,
     build_vision_encoder,
 )
+from vlm_bridge.model_architecture.weights import known_architecture
 from vlm_bridge.training_strategy.features import ENCODE_BATCH, ENCODE_BATCH_ELSEWHERE
 
 ENCODE_BATCHES = {"cpu": (8, 32, 128), "cuda": (32, 128, 256, 512)}
@@ -150,12 +149,11 @@ def reading(work: Work) -> Iterator[Variant]:
             _forget(cache.files.path(shard))
         run(cache.__getitem__)
 
-    halves, pooled = work.build("float16"), replace(work, encoder=PooledEncoder(work.encoder, 2))
+    halves = work.build("float16")
     caches = {
         "float16": halves,
         "bfloat16": work.build("bfloat16", "bfloat16"),
         "int8": work.build("int8", "int8"),
-        "float16 pooled": pooled.build("pooled"),
     }
     for name, cache in caches.items():
         yield Variant(f"read {name}", lambda cache=cache: run(cache.__getitem__), len(work.paths))

@@ -37,10 +37,10 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolde
 from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import CaptionFormat, TokenizedImages
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
-from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder
+from vlm_bridge.model_architecture.weights import known_architecture
 from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Features
 

@@ -59,9 +59,9 @@ def summed_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
 
 def full_logits_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
     """The same from float32 logits of every position, pads included."""
-    input_ids, labels, segments, _, features, *text = batch.tensors.wait()
+    input_ids, labels, segments, _, features = batch.tensors.wait()
     image = model.image_inputs(model.features(features))
-    states = model.text_states(input_ids, image, segments, text_at_bridge=text[0] if text else None)
+    states = model.text_states(input_ids, image, segments)
     logits = model.language_model.head(states).float()
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"

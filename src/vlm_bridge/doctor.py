@@ -256,8 +256,7 @@ def _extras() -> Iterator[Check]:
 
 def _lite_weights() -> Iterator[Check]:
     """Of the lite recipes and of the bundled captioner."""
-    from vlm_bridge.model_architecture.known_architectures import SMOLLM2
-    from vlm_bridge.model_architecture.packaged_weights import packaged_weights_of
+    from vlm_bridge.model_architecture.weights import SMOLLM2, packaged_weights_of
 
     for weights in packaged_weights_of([SMOLLM2, "efficientnet-lite0", *bundled_models()]):
         name = f"weights of {weights.model}"

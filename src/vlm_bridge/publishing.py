@@ -16,8 +16,7 @@ from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.evaluation import run_folder
 from vlm_bridge.hub import SITE, hub_problem
 from vlm_bridge.model_architecture import interchange
-from vlm_bridge.model_architecture.known_architectures import SMOLLM2
-from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
+from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLLM2
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 KNOWN_LICENCES = {SMOLLM2: "Apache-2.0", **dict.fromkeys(EFFICIENTNET_LITE_SIZES, "Apache-2.0")}

@@ -136,7 +136,7 @@ def test_two_encoders_side_by_side_train_and_caption(
     tmp_path: Path,
 ) -> None:
     from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.model_architecture.budget import budget_of
+    from vlm_bridge.cli.info import parts_of
 
     both = f"vision_encoder.name={tiny_vit_dir} + {tiny_pvt_v2_dir}"
     cached, encoded = (
@@ -148,7 +148,7 @@ def test_two_encoders_side_by_side_train_and_caption(
     captioner = Captioner.from_pretrained(cached.folder)
     picture = next((drawn_caption_folder / "val" / "images").iterdir())
     assert captioner.caption([picture])[0].error is None
-    assert budget_of(captioner.recipe).features_shape == [9, 64]
+    assert parts_of(captioner.recipe)["features_shape"] == [9, 64]
 
 
 def test_tensorboard_gets_curves_pictures_and_captions(make_recipe: MakeRecipe) -> None:

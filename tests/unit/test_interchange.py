@@ -16,8 +16,8 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture.bridges import TextShape
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
-from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import original_run

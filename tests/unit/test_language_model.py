@@ -35,12 +35,12 @@ from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import ImageInputs
 from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import (
     LanguageModel,
     causal_block_mask,
     packed_positions,
 )
+from vlm_bridge.model_architecture.weights import build_language_model
 
 
 def load(name: object, **options) -> LanguageModel:

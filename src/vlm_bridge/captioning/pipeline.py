@@ -23,7 +23,7 @@ from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.generation import image_keys
-from vlm_bridge.model_architecture.packaged_weights import require_weights
+from vlm_bridge.model_architecture.weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.trainer import caption_format

@@ -424,7 +424,7 @@ def _first_batch(images: SplitImages, recipe: Recipe, *, with_tokens: bool) -> d
 
 def _language_model(recipe: Recipe) -> Any:
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.model_architecture.decoder_loading import build_language_model
+    from vlm_bridge.model_architecture.weights import build_language_model
 
     quiet_transformers()
     return build_language_model(recipe.language_model)
@@ -518,7 +518,7 @@ def _token_counter(name: str | None) -> tuple[Callable[[list[str]], list[int]] |
     from transformers import AutoTokenizer
 
     from vlm_bridge.hub import hub_problem, reach_hub
-    from vlm_bridge.model_architecture.plain_text import encode_as_text
+    from vlm_bridge.model_architecture.language_model import encode_as_text
 
     try:
         reach_hub(name)

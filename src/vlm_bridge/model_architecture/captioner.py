@@ -1,12 +1,12 @@
 """The captioner: frozen vision encoder -> bridge -> language model.
 
-Training and captioning meet in `attach`: the frozen language model sees the image, and its own forward pass and its
-own `generate` do the rest. Tensor names carry their shape: b images, r rows of text, n image tokens, t text, h width.
+Tensor names carry their shape: b images, r rows of text, n image tokens, t text, h width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,47 +14,29 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_bridge.configuration import (
-    BridgeOptions,
-    DecodeSettings,
-    Recipe,
-    VisionEncoderConfig,
-)
+from vlm_bridge.configuration import BridgeOptions, DecodeSettings, Recipe
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.attach import attach
-from vlm_bridge.model_architecture.bridges import (
-    BRIDGES,
-    Bridge,
-    CrossAttentionBridge,
-    DeepPrefixBridge,
-    ImageInputs,
-)
-from vlm_bridge.model_architecture.decoder_loading import build_language_model
-from vlm_bridge.model_architecture.generation import (
-    Caption,
-    draws_beams,
-    image_keys,
-    search,
-    searched_together,
-)
-from vlm_bridge.model_architecture.known_architectures import known_architecture
+from vlm_bridge.model_architecture.bridges import BRIDGES, ImageInputs, TextShape
+from vlm_bridge.model_architecture.generation import Caption, draws_beams, image_keys, search
 from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
 from vlm_bridge.model_architecture.loss import CaptionLoss, caption_cross_entropy
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
-from vlm_bridge.model_architecture.packaged_weights import EFFICIENTNET_LITE_SIZES
-from vlm_bridge.model_architecture.text_shape import TextShape
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
 )
+from vlm_bridge.model_architecture.weights import build_language_model
 
+# On a CPU, torch 2.13 runs other kernels for fewer images or rows of text. They round differently,
+# and the caption of an image would depend on its batch.
+FEWEST_IMAGES, FEWEST_ROWS = 2, 3
 MAX_RETURN_SEQUENCES = 1_000
 
 
 class FeatureScale(nn.Module):
-    """Standardises every feature channel by statistics measured once on training images; identity until then."""
+    """Standardize every feature channel by statistics of training images; identity until then."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -76,27 +58,23 @@ class FeatureScale(nn.Module):
 
 
 class CaptionModel(nn.Module):
-    """Composes the three parts. What is trained has parameters that require gradients; usually the bridge alone."""
+    """Composes the three parts; parameters that require gradients are trained."""
 
     def __init__(
-        self,
-        vision_encoder: nn.Module,
-        language_model: LanguageModel,
-        bridge: nn.Module,
-        *,
-        standardize: bool,
+        self, vision_encoder: Any, language_model: LanguageModel, bridge: Any, *, standardize: bool
     ):
         super().__init__()
         self.vision_encoder = vision_encoder
         self.language_model = language_model
         self.bridge = bridge
-        if isinstance(bridge, DeepPrefixBridge):
+        self.edits_text = isinstance(bridge, BRIDGES["cross_attention"])
+        if isinstance(bridge, BRIDGES["deep_prefix"]):
             language_model.accept_prefix()
-        self.edits_embeddings = isinstance(bridge, CrossAttentionBridge) and bridge.first_layer == 0
-        if self.edits_embeddings:
+        if self.edits_text:
+            language_model.open_layer(bridge.first_layer)
+        if self.edits_text and bridge.first_layer == 0:
             language_model.check_embedding_scale()
-        language_model.open_layer(bridge.first_layer)  # type: ignore[arg-type]
-        self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None  # type: ignore[arg-type]
+        self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None
         self._cache_options: dict[str, Any] = {}
         self._object_namer: ObjectNamer | None = None
 
@@ -107,13 +85,11 @@ class CaptionModel(nn.Module):
     @property
     def edits_scaled_embeddings(self) -> bool:
         """Whether its bridge changes token embeddings that the language model then scales."""
-        return self.edits_embeddings and float(self.language_model.embedding_scale) != 1
+        edits_embeddings = self.edits_text and self.bridge.first_layer == 0
+        return edits_embeddings and float(self.language_model.embedding_scale) != 1
 
     def train(self, mode: bool = True) -> CaptionModel:
-        """Switch what is trained between training and evaluation; frozen parts stay in evaluation (no dropout).
-
-        Of a language model trained in part, those modules switch that are trained whole.
-        """
+        """Switch the bridge, and modules that are trained whole; frozen parts get no dropout."""
         super().train(False)
         self.training = mode
         self.bridge.train(mode)
@@ -127,13 +103,12 @@ class CaptionModel(nn.Module):
     # Image side: once per image.
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Features [B, N, D] of RGB pictures."""
-        encoder: Any = self.vision_encoder
-        return self.features(encoder.preprocess(images))
+        """Return features [B, N, D] of RGB images."""
+        return self.features(self.vision_encoder.preprocess(images))
 
     @torch.no_grad()
     def features(self, pixels_or_features: torch.Tensor) -> torch.Tensor:
-        """Features [B, N, D]; pixels [B, 3, h, w] go through the vision encoder first, in its own precision."""
+        """Return features [B, N, D]; pixels [B, 3, h, w] go through the vision encoder first."""
         values = pixels_or_features.to(self.device)
         if values.ndim == 3:
             return values
@@ -146,12 +121,11 @@ class CaptionModel(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def image_inputs(self, features_bnd: torch.Tensor) -> ImageInputs:
-        """Return what the language model reads of images; captions and beams of an image share it."""
-        bridge: Bridge = self.bridge  # type: ignore[assignment]
-        return bridge.encode(self.bridge_features(features_bnd))
+        """Return what the language model reads of images; captions of an image share it."""
+        return self.bridge.encode(self.bridge_features(features_bnd))
 
     def bridge_features(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        """Features [B, N, D] as the bridge reads them: on its device, standardised, in its precision."""
+        """Return features [B, N, D] as the bridge reads them: standardized, in its precision."""
         features_bnd = features_bnd.to(self.device)
         if self.feature_scale is not None:
             features_bnd = self.feature_scale(features_bnd)
@@ -160,68 +134,38 @@ class CaptionModel(nn.Module):
     # Text side: training.
 
     def text_states(
-        self,
-        input_ids: torch.Tensor,
-        image: ImageInputs,
-        segments: torch.Tensor | None = None,
-        text_at_bridge: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, image: ImageInputs, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the language model's last states [R, T, H] of ``input_ids`` [R, T].
 
         Args:
-            image: of R images, or of fewer that divide R: then as many rows beside each other read each.
-            segments: [R, T] caption numbers of packed rows (0 = pad); None for rows of one caption without pads.
-            text_at_bridge: the result of the method of this name; the layers below then do not run.
+            image: of R images, or of fewer that divide R: as many rows side by side read each.
+            segments: [R, T] caption numbers of packed rows (0 = pad); None for rows of one caption
+                without pads.
 
         Raises:
             ModelError: the language model does not read what the bridge makes.
         """
-        layer: int = self.bridge.first_layer  # type: ignore[assignment]
         num_soft = self._num_soft_positions
-        mask, positions = self._mask_and_positions(segments, num_soft)
-        with attach(self.language_model, image, layer, text_at_bridge) as attached:
-            states = self.language_model.hidden_states(
-                attention_mask=mask,
-                position_ids=positions,
-                from_layer=0 if text_at_bridge is None else layer,
-                **attached.inputs(input_ids),
-            )
+        packed: dict[str, Any] = {}
+        if segments is not None:
+            packed["attention_mask"] = self.language_model.packed_mask(segments, num_soft)
+            packed["position_ids"] = packed_positions(segments, num_soft)
+        with attach(self.language_model, image) as attached:
+            states = self.language_model.hidden_states(**packed, **attached.inputs(input_ids))
             attached.check_it_was_read()
         return states[:, num_soft:]
 
-    def text_at_bridge(
-        self, input_ids: torch.Tensor, segments: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Text [R, T, H] as it meets the image: token vectors, or the states that enter the bridge's first layer.
-
-        A caption's depend on nothing but the caption, whichever row and batch it stands in.
-        """
-        layer: int = self.bridge.first_layer  # type: ignore[assignment]
-        if layer == 0:
-            return self.language_model.token_vectors(input_ids)
-        return self.language_model.states_entering(
-            layer, input_ids, *self._mask_and_positions(segments, 0)
-        )
-
     @property
     def _num_soft_positions(self) -> int:
-        """How many positions stand before the text: soft tokens, and the start token before them."""
-        num_soft: int = self.bridge.num_soft_tokens  # type: ignore[assignment]
+        """Positions before the text: soft tokens, and the start token before them."""
+        num_soft = self.bridge.num_soft_tokens
         return num_soft + (num_soft > 0)
-
-    def _mask_and_positions(
-        self, segments: torch.Tensor | None, num_soft_tokens: int
-    ) -> tuple[Any, Any]:
-        """Attention mask and position ids of packed rows; none for rows of one caption without pads."""
-        if segments is None:
-            return None, None
-        mask = self.language_model.packed_mask(segments, num_soft_tokens)
-        return mask, packed_positions(segments, num_soft_tokens)
 
     def forward(
         self, input_ids: torch.Tensor, image: ImageInputs, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return logits [R, T, vocabulary]; arguments as those of `text_states`."""
+        """Return logits [R, T, vocabulary]; arguments as for `text_states`."""
         return self.language_model.head(self.text_states(input_ids, image, segments))
 
     def caption_loss(
@@ -231,25 +175,19 @@ class CaptionModel(nn.Module):
         segments: torch.Tensor,
         image: ImageInputs,
         supervised: torch.Tensor | None = None,
-        text_at_bridge: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> CaptionLoss:
-        """Cross-entropy of packed rows; ``labels[:, t]`` is the token that position t must predict.
+        """Return the loss of packed rows; ``labels[:, t]`` is the token to predict at position t.
 
-        Args:
-            supervised: see `caption_cross_entropy`.
-            text_at_bridge: see `text_states`.
-            weights: see `caption_cross_entropy`.
-            label_smoothing: see `caption_cross_entropy`.
+        The last three arguments are those of `caption_cross_entropy`.
         """
-        states = self.text_states(input_ids, image, segments, text_at_bridge)
-        language_model = self.language_model
+        head = self.language_model.head_module
         return caption_cross_entropy(
-            states,
+            self.text_states(input_ids, image, segments),
             labels,
-            language_model.head,
-            head_is_trained=any(p.requires_grad for p in language_model.head_module.parameters()),
+            self.language_model.head,
+            head_is_trained=any(p.requires_grad for p in head.parameters()),
             supervised_v=supervised,
             weights_v=weights,
             label_smoothing=label_smoothing,
@@ -266,33 +204,33 @@ class CaptionModel(nn.Module):
         num_return_sequences: int = 1,
         keys: Sequence[int] | None = None,
     ) -> list[Caption]:
-        """Caption each row of features: once, or the best ``num_return_sequences`` beams, or as many draws.
+        """Caption each row of features: the best beams, or as many draws; an image's side by side.
 
         Args:
-            keys: a number for each image, from which its draws follow together with ``decode.seed``; None takes
-                the content of its features.
-
-        Returns:
-            The captions of an image beside each other, the best beam first.
+            keys: a number for each image, from which its draws follow together with
+                ``decode.seed``; None takes the content of its features.
 
         Raises:
-            ConfigurationError: captions may become longer than the language model can count, or a search is asked
-                for more captions than it has beams.
+            ConfigurationError: captions may become longer than the language model can count, or
+                more captions are asked for than there are beams.
         """
         self._check_lengths(prompt_ids, decode, num_return_sequences)
         if decode.do_sample and keys is None:
             keys = image_keys(features_bnd)
-        asked = len(features_bnd) * num_return_sequences
-        if not draws_beams(decode):  # they are drawn for one image at a time, whatever the batch
+        num_captions = len(features_bnd) * num_return_sequences
+        together = 1  # beams are drawn for one image at a time, whatever the batch
+        if not draws_beams(decode):
             num_images = -(-FEWEST_ROWS // max(decode.num_beams, num_return_sequences))
             features_bnd = filled_up(features_bnd, num_images)
-            keys = keys and [*keys, *[keys[-1]] * num_images][: len(features_bnd)]
+            together = max(len(features_bnd), 1)
+            keys = keys and [*keys, *[keys[-1]] * num_images][:together]
         captions: list[Caption] = []
-        for part, own_keys in searched_together(len(features_bnd), decode, keys):
+        for start in range(0, len(features_bnd), together):
+            part = slice(start, start + together)
             captions += self._search(
-                features_bnd[part], prompt_ids, decode, num_return_sequences, own_keys
+                features_bnd[part], prompt_ids, decode, num_return_sequences, keys and keys[part]
             )
-        return captions[:asked]
+        return captions[:num_captions]
 
     def _search(
         self,
@@ -303,32 +241,26 @@ class CaptionModel(nn.Module):
         keys: Sequence[int] | None,
     ) -> list[Caption]:
         model = self.language_model
-        rows_per_image = (
-            1 if decode.num_beams > 1 else per_image
-        )  # transformers makes a row for each beam
-        prompt_rt = torch.tensor([list(prompt_ids)], device=self.device)
-        prompt_rt = prompt_rt.repeat(len(features_bnd) * rows_per_image, 1)
+        # transformers itself makes a row for each beam.
+        num_rows = len(features_bnd) * (1 if decode.num_beams > 1 else per_image)
+        prompt_rt = torch.tensor([list(prompt_ids)], device=self.device).repeat(num_rows, 1)
         bonus = []
         if decode.object_bonus:
             names = self.object_namer()(features_bnd, decode.known_objects)
             bonus = [ObjectBonus(names, decode.object_bonus, len(prompt_ids))]
-        with attach(model, self.image_inputs(features_bnd), self.bridge.first_layer) as attached:  # type: ignore[arg-type]
+        with attach(model, self.image_inputs(features_bnd)) as attached:
             inputs = attached.inputs(prompt_rt)
-            read_rt = inputs.get("inputs_embeds", prompt_rt)
-            # Beside soft tokens too, `generate` is given the prompt's ids: penalties count them.
+            length = inputs.get("inputs_embeds", prompt_rt).shape[1]
+            # Beside soft tokens too, `generate` gets the prompt's ids: penalties count them.
             inputs |= {
                 "input_ids": prompt_rt,
                 "bos_token_id": model.start_id,
                 "pad_token_id": model.eos_id,
+                "attention_mask": prompt_rt.new_ones(num_rows, length),
             }
-            inputs["attention_mask"] = torch.ones(
-                read_rt.shape[:2], dtype=torch.long, device=self.device
-            )
-            generate = partial(
-                model.causal_lm.generate, **inputs, **model.new_cache(), **self._cache_options
-            )
+            options = {**inputs, **model.new_cache(), **self._cache_options}
             captions = search(
-                generate,
+                partial(model.causal_lm.generate, **options),
                 prompt_rt,
                 decode,
                 model.eos_id,
@@ -349,24 +281,22 @@ class CaptionModel(nn.Module):
         is_search = not decode.do_sample or decode.num_beams > 1
         if is_search and per_image > decode.num_beams:
             raise ConfigurationError(
-                f"num_return_sequences={per_image} is more than decode.num_beams={decode.num_beams}: "
-                "search with more beams, or sample"
+                f"num_return_sequences={per_image} is more than "
+                f"decode.num_beams={decode.num_beams}: search with more beams, or sample"
             )
         before = len(prompt_ids) + self._num_soft_positions
         limit = self.language_model.max_positions
         if limit is not None and before + decode.max_new_tokens > limit:
             raise ConfigurationError(
-                f"decode.max_new_tokens={decode.max_new_tokens} behind {before} positions of prompt and image is more "
-                f"than the language model has, {limit}: ask for fewer"
+                f"decode.max_new_tokens={decode.max_new_tokens} after {before} positions of prompt "
+                f"and image is more than the language model has, {limit}: ask for fewer"
             )
 
     def use_static_cache(self) -> None:
-        """Generate with a KV cache of fixed size, for which transformers compiles the step that makes a token.
-
-        For GPUs, where most of a plain step is the launching of kernels. The first batch waits for the compiler.
+        """Generate with a KV cache of fixed size, whose step transformers compiles (NVIDIA GPUs).
 
         Raises:
-            ModelError: the device is no NVIDIA GPU, or the language model is a decoder that cross-attends.
+            ModelError: the device is no NVIDIA GPU, or the language model cross-attends.
         """
         if self.device.type != "cuda":
             raise ModelError(
@@ -374,22 +304,20 @@ class CaptionModel(nn.Module):
             )
         if self.language_model.shape.cross_attention_width is not None:
             raise ModelError(
-                f"{type(self.language_model.causal_lm).__name__} cross-attends, and its cache cannot be of fixed size: "
-                "caption without --compile"
+                f"{type(self.language_model.causal_lm).__name__} cross-attends, and its cache "
+                "cannot be of fixed size: caption without --compile"
             )
         self.language_model.is_compiled = True
         self._cache_options = {"cache_implementation": "static"}
 
     def object_namer(self) -> ObjectNamer:
-        """What ``decode.object_bonus`` needs; ConfigurationError where the encoder has no classifier."""
+        """Return the names for ``decode.object_bonus``; ConfigurationError without a classifier."""
         if self._object_namer is None:
             self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
         return self._object_namer
 
-    # What was trained.
-
     def trained_state_dict(self) -> dict[str, torch.Tensor]:
-        """The bridge's weights, the feature statistics and what else is trained: all that a checkpoint holds."""
+        """Return what a checkpoint holds: trained weights, the bridge, feature statistics."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {
             name: tensor
@@ -398,9 +326,63 @@ class CaptionModel(nn.Module):
         }
 
 
-FEWEST_IMAGES, FEWEST_ROWS = 2, 3
-"""On a CPU, torch 2.13 runs other kernels for fewer images or rows of text. They round differently, and the caption of
-an image would depend on its batch."""
+@torch.inference_mode()
+def image_attention(
+    model: CaptionModel, features_bnd: torch.Tensor, input_ids_bt: torch.Tensor
+) -> torch.Tensor:
+    """Return how each text position attends to the image tokens, float32 [B, T, N], not normalized.
+
+    Row t belongs to the position that reads token t and predicts token t + 1. Heads and layers
+    count alike; attention to the text and to the start token is left out.
+
+    Args:
+        features_bnd: as the vision encoder gives them.
+        input_ids_bt: rows of one caption without pads.
+
+    Raises:
+        ModelError: the language model does not return its attention weights.
+    """
+    language_model, image = model.language_model, model.image_inputs(features_bnd)
+    text_bth, edit = None, image.edit
+    if edit is not None:
+
+        def keep_text(states_bth: torch.Tensor) -> torch.Tensor:
+            nonlocal text_bth
+            text_bth = states_bth
+            return edit(states_bth)
+
+        image = replace(image, edit=keep_text)
+    with language_model.use_attention("eager"), attach(language_model, image) as attached:
+        output = language_model.causal_lm.base_model(
+            **attached.inputs(input_ids_bt), output_attentions=True, use_cache=False
+        )
+    features_bnd = model.bridge_features(features_bnd)
+    attention_btp = _attention_to(image, output, input_ids_bt.shape[1])
+    if attention_btp is not None:
+        attention_btp = attention_btp.to(features_bnd.dtype)
+    if text_bth is not None:
+        text_bth = text_bth.to(features_bnd.dtype)
+    return model.bridge.image_attention(features_bnd, text_bth, attention_btp).float()
+
+
+def _attention_to(image: ImageInputs, output: Any, length: int) -> torch.Tensor | None:
+    """Return the mean attention [B, T, P] of the last T positions to soft tokens or the like."""
+    if image.encoder_hidden_states is not None:
+        layers, columns = output.cross_attentions, slice(None)
+    elif image.soft_tokens is not None:
+        # The start token stands before the soft tokens.
+        layers, columns = output.attentions, slice(1, 1 + image.soft_tokens.shape[1])
+    elif (prefix := image.key_value_prefix) is not None:
+        layers = (output.attentions or ())[prefix.first_layer :]
+        columns = slice(prefix.states.shape[4])
+    else:
+        return None
+    if not layers:
+        raise ModelError(
+            "the language model does not return its attention weights: its captions cannot be "
+            "explained"
+        )
+    return torch.stack([layer[:, :, -length:, columns].float().mean(1) for layer in layers]).mean(0)
 
 
 def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
@@ -419,7 +401,7 @@ def build_bridge(
     *,
     meta: bool = False,
 ) -> nn.Module:
-    """The recipe's bridge between two widths, on the CPU or on the meta device."""
+    """Build the recipe's bridge between two widths, on the CPU or on the meta device."""
     try:
         with torch.device("meta" if meta else "cpu"):
             return BRIDGES[config.kind](config, vision_dim, text, num_image_tokens)
@@ -427,53 +409,26 @@ def build_bridge(
         raise ConfigurationError(str(error)) from None
 
 
-def reach_encoders(config: VisionEncoderConfig, *, meta: bool = False) -> None:
-    """Refuse encoders that only the hub has, while it cannot be reached, at once.
-
-    Args:
-        meta: no weights will be read, which known architectures need nothing of the hub for.
-
-    Raises:
-        ModelError: the first such encoder.
-    """
-    for name in config.names:
-        if name in EFFICIENTNET_LITE_SIZES or (meta and known_architecture(name)):
-            continue
-        try:
-            reach_hub(name, config.revision)
-        except ConnectionError as error:
-            raise ModelError(
-                f"cannot load the vision encoder {name!r}: {hub_problem(error, name)}"
-            ) from error
-
-
 def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
-    """Compose the captioner of a recipe; the bridge is freshly initialised from ``recipe.seed``.
+    """Compose the captioner of a recipe; the bridge is initialized from ``recipe.seed``.
 
     Args:
         meta: build everything on the meta device, without reading weights (for `info`).
     """
-    reach_encoders(recipe.vision_encoder, meta=meta)
-    vision_encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
+    encoder: Any = build_vision_encoder(recipe.vision_encoder, meta=meta)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # of cross-attention that no checkpoint held
         language_model = build_language_model(recipe.language_model, meta=meta)
         torch.manual_seed(recipe.seed)
-        bridge = build_bridge(
-            recipe.bridge,
-            vision_encoder.embed_dim,
-            language_model.shape,
-            vision_encoder.num_tokens,
-            meta=meta,
+        bridge: Any = build_bridge(
+            recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens, meta=meta
         )
-    if not meta and hasattr(bridge, "set_output_scale"):
-        bridge.set_output_scale(language_model.embedding_std())  # type: ignore[operator]
-    model = CaptionModel(
-        vision_encoder, language_model, bridge, standardize=recipe.bridge.standardize_features
-    )
+    if not meta and isinstance(bridge, BRIDGES["prefix"]):
+        bridge.set_output_scale(language_model.embedding_std())
+    standardize = recipe.bridge.standardize_features
+    model = CaptionModel(encoder, language_model, bridge, standardize=standardize)
     choose_trainable(model, recipe.trainable)
     if recipe.decode.object_bonus and not meta:
-        model.object_namer().check(
-            recipe.decode.known_objects
-        )  # refused now rather than after an epoch
+        # A mistake in it is an error now rather than after an epoch.
+        model.object_namer().check(recipe.decode.known_objects)
     return model.eval()

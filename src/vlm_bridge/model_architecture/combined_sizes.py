@@ -12,10 +12,10 @@ import torch
 
 from vlm_bridge.errors import ModelError
 from vlm_bridge.hub import reach_hub
-from vlm_bridge.model_architecture.known_architectures import known_architecture
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT
 from vlm_bridge.model_architecture.pvt_blip import why
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbamConfig, model_type_of, pvt_heads
+from vlm_bridge.model_architecture.weights import known_architecture
 
 BLIP_HEAD_WIDTH = 64
 """BERT's, and so that of the text decoders of BLIP base and large (Li et al. 2022)."""

@@ -1,4 +1,4 @@
-"""Captions by transformers' own `generate`, with scores, and with draws that belong to one image alone."""
+"""Captions by transformers' own `generate`, with scores and reproducible draws for each image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from vlm_bridge.configuration import DecodeSettings
 
 
 class Caption(NamedTuple):
-    """Token ids of a caption, without prompt and EOS, and its mean log-probability per token in nats, EOS included."""
+    """A caption.
+
+    Attributes:
+        ids: token ids without prompt and EOS.
+        score: mean log-probability per token in nats, EOS included.
+    """
 
     ids: list[int]
     score: float
@@ -43,7 +48,8 @@ def search(
 
     Args:
         generate: the model's own, with its inputs bound.
-        prompt_rt: token ids [R, T] that captions go on from: one row an image for beams, else ``per_image``.
+        prompt_rt: token ids [R, T] before captions: a row for each image for beams, else
+            ``per_image`` rows.
         keys: of the images (`image_keys`), where tokens are drawn.
         per_image: captions of each image.
         more: further processors, applied after the penalties.
@@ -81,24 +87,12 @@ def search(
 
 
 def draws_beams(decode: DecodeSettings) -> bool:
-    """Whether beams are drawn, which takes torch's global generator."""
+    """Return whether beams are drawn, which takes torch's global generator."""
     return decode.do_sample and decode.num_beams > 1
 
 
-def searched_together(
-    num_images: int, decode: DecodeSettings, keys: Sequence[int] | None
-) -> list[tuple[slice, Sequence[int] | None]]:
-    """Return the parts of a batch that one `search` may caption, each with its keys.
-
-    A part is all images; or one where beams are drawn, since the state of the global generator belongs to one image.
-    """
-    size = 1 if draws_beams(decode) else max(num_images, 1)
-    parts = [slice(start, start + size) for start in range(0, num_images, size)]
-    return [(part, None if keys is None else keys[part]) for part in parts]
-
-
 def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> list[Caption]:
-    """Captions up to their EOS, whose log-probability counts."""
+    """Cut captions at their EOS, whose log-probability counts."""
     is_eos = ids_st == eos_id
     is_kept = is_eos.cumsum(1) - is_eos.long() == 0
     scores = log_probs_st.masked_fill(~is_kept, 0).sum(1) / is_kept.sum(1)
@@ -152,11 +146,11 @@ def image_keys(tensor_b: torch.Tensor) -> list[int]:
 class Draw(LogitsProcessor):
     """Draws a token for every row and leaves no other.
 
-    Each row has random numbers of its own, which follow from (seed, image, alternative): a draw depends neither on
-    the batch nor on its order, as those of a global generator do.
+    Each row has random numbers of its own, which follow from (seed, image, alternative): a draw
+    does not depend on the batch.
 
     Args:
-        keys: of the images (`image_keys`); their rows stand beside each other.
+        keys: of the images (`image_keys`); rows of an image are side by side.
     """
 
     def __init__(
@@ -177,7 +171,7 @@ class Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Leave the token at which the cumulative probability passes the row's random number.
 
-        NaN scores leave the last token, and the loss shows them; `torch.multinomial` would abort on a GPU.
+        NaN scores leave the last token; `torch.multinomial` would abort on a GPU.
         """
         cumulative_rv = scores.float().softmax(-1).cumsum(-1)
         uniform_r1 = self.uniform_rt[:, self.step, None]
@@ -190,8 +184,8 @@ class Draw(LogitsProcessor):
 class TokenLogProbs(LogitsProcessor):
     """Keeps the log-probability of every token that a search chooses, as the model gives it.
 
-    It must be the first processor, before others change the scores. The scores of one step are kept until the next
-    step shows which tokens were chosen; the scores of all steps would fill the memory.
+    It must be the first processor. The scores of one step are kept until the next step shows which
+    tokens were chosen; the scores of all steps would fill the memory.
 
     Args:
         group: rows of an image, among which a search chooses.
@@ -206,7 +200,7 @@ class TokenLogProbs(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.last_rv is not None:
-            # A token of a step ends a caption, or some beam of the image goes on with it.
+            # A token of a step ends a caption, or some beam of the image continues with it.
             chosen_rk = input_ids[:, -1].view(-1, self.group).repeat_interleave(self.group, dim=0)
             ids_rk = torch.nn.functional.pad(chosen_rk, (0, 1), value=self.eos_id)
             self.ids_trk.append(ids_rk)
@@ -215,7 +209,7 @@ class TokenLogProbs(LogitsProcessor):
         return scores
 
     def of(self, ids_st: torch.Tensor, rows_st: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [S, T] of the tokens of S captions; what stands behind EOS is undefined.
+        """Return log-probabilities [S, T] of the tokens of S captions; undefined after EOS.
 
         Args:
             rows_st: the row that each token was chosen from (transformers' ``beam_indices``).

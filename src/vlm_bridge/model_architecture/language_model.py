@@ -1,26 +1,26 @@
-"""Language models behind one small adapter: Hugging Face causal models, decoders that cross-attend, GGUF files."""
+"""Language models of Hugging Face behind one small adapter: causal, or with cross-attention."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, states_entering
-from vlm_bridge.model_architecture.body import Body
-from vlm_bridge.model_architecture.plain_text import encode_as_text
-from vlm_bridge.model_architecture.text_shape import TextShape
+from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, keep_attached
+from vlm_bridge.model_architecture.bridges.base import TextShape
 
-BLIP_TEXT = "blip_text_model"
-"""transformers' name of BLIP's text decoder."""
+BLIP_TEXT = "blip_text_model"  # transformers' model_type of BLIP's text decoder
 
 
 class LanguageModel(nn.Module):
@@ -28,14 +28,12 @@ class LanguageModel(nn.Module):
 
     Attributes:
         embed_dim: H, the width of its embeddings.
-        start_id: first input token of every caption: BLIP's [DEC]; BOS, or BERT's [CLS]; EOS for models without
-            either, as GPT-2 uses it.
-        eos_id: the token that ends a caption (EOS, or BERT's [SEP]). Pads are never told from token ids: a pad is
-            often EOS itself.
-        fresh_parameters: names of parameters that no checkpoint held: they know nothing until they are trained.
+        start_id: first input token of every caption: BLIP's [DEC]; BOS, or BERT's [CLS]; EOS for
+            models without either, as GPT-2 uses it.
+        eos_id: the token that ends a caption (EOS, or BERT's [SEP]); a pad is often the same.
+        fresh_parameters: names of parameters that no checkpoint held.
         attention: its attention implementation, as transformers names it.
-        body: its layers, as training runs them.
-        is_compiled: whether compiled code may run in it; attached images are then kept where that can read them.
+        is_compiled: whether compiled code may run in it (see `attach`).
     """
 
     def __init__(
@@ -51,9 +49,7 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.fresh_parameters = fresh_parameters
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
-        self.final_logit_softcap: float | None = getattr(
-            causal_lm.config, "final_logit_softcapping", None
-        )
+        self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.is_blip = causal_lm.config.model_type == BLIP_TEXT
         self.eos_id: Any
         self.start_id: Any
@@ -66,15 +62,14 @@ class LanguageModel(nn.Module):
         self._reads_prefix = False
         self._set_attention(attention)
         self._open_layers: set[int] = set()
-        self.body = Body(causal_lm)
+        self._packed_body: Any = causal_lm.base_model.forward
         self.is_compiled = False
 
     def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
         if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
             return self.text_config.sep_token_id, self.text_config.bos_token_id
-        eos = (
-            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        )
+        eos = tokenizer.eos_token_id
+        eos = tokenizer.sep_token_id if eos is None else eos
         starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
         return eos, next((start for start in starts if start is not None), None)
 
@@ -93,18 +88,17 @@ class LanguageModel(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether any of its own weights are."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def head_module(self) -> nn.Module:
-        """What makes logits of states: BERT's and BLIP's heads transform them first."""
+        """Module from states to logits; BERT's and BLIP's transform the states first."""
         head = getattr(self.causal_lm, "cls", None)
         return head if head is not None else self.causal_lm.get_output_embeddings()
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions it knows, prompt and soft tokens included; None where its configuration does not say."""
+        """Positions that it knows, prompt and soft tokens included; None: no limit."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
@@ -112,52 +106,53 @@ class LanguageModel(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.shape[0]
 
     def embed(self, ids_bt: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [B, T, H], as the first layer reads them."""
+        """Return token embeddings [B, T, H], as the first layer reads them."""
         return self.causal_lm.get_input_embeddings()(ids_bt)
 
     def token_vectors(self, ids_bt: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [B, T, H] before the model scales them: rows of its matrix."""
+        """Return rows [B, T, H] of the embedding matrix, before the model scales them."""
         return F.embedding(ids_bt, self.causal_lm.get_input_embeddings().weight)
 
     @property
     def embedding_scale(self) -> torch.Tensor | float:
-        """What the embedding layer multiplies rows of its matrix by: sqrt(H) in Gemma's families, else mostly 1."""
+        """Factor of the embedding layer: sqrt(H) in Gemma's families, else mostly 1."""
         layer = self.causal_lm.get_input_embeddings()
         scale = getattr(layer, "embed_scale", 1.0)
         return scale.to(layer.weight.dtype) if isinstance(scale, torch.Tensor) else scale
 
+    def embedding_std(self) -> float:
+        """Return the standard deviation of the token embeddings."""
+        weight = self.causal_lm.get_input_embeddings().weight
+        return weight.float().std().item() * float(self.embedding_scale)
+
     @torch.no_grad()
     def check_embedding_scale(self) -> None:
-        """Raise ModelError if the embedding layer does more to rows of its matrix than to scale them."""
-        ids = torch.arange(
-            min(4, self.vocab_size), device=self.causal_lm.get_input_embeddings().weight.device
-        )
-        if ids.is_meta or torch.allclose(
-            self.embed(ids), self.token_vectors(ids) * self.embedding_scale
-        ):
-            return
-        raise ModelError(
-            f"{type(self.causal_lm.get_input_embeddings()).__name__} is no scaled matrix: its embeddings cannot be "
-            "changed before they are scaled; use bridge.enter_at_layer=1"
-        )
+        """Raise ModelError if the embedding layer does more to its rows than to scale them."""
+        layer = self.causal_lm.get_input_embeddings()
+        ids = torch.arange(min(4, len(layer.weight)), device=layer.weight.device)
+        scaled = self.token_vectors(ids) * self.embedding_scale
+        if not ids.is_meta and not torch.allclose(self.embed(ids), scaled):
+            raise ModelError(
+                f"{type(layer).__name__} is no scaled matrix: its embeddings cannot be changed "
+                "before they are scaled; use bridge.enter_at_layer=1"
+            )
 
     def hidden_states(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        *,
-        from_layer: int = 0,
         **inputs: Any,
     ) -> torch.Tensor:
-        """The body's last states [B, T, H] before the head.
+        """Return the body's last states [B, T, H] before the head.
 
         Args:
-            attention_mask: None (plain causal) or what `packed_mask` makes.
-            from_layer: the layers below do not run; only where text that enters it is attached.
-            inputs: what else the body takes, such as ``inputs_embeds`` instead of ``input_ids``.
+            attention_mask: None (plain causal) or of `packed_mask`.
+            inputs: further arguments of the body, such as ``inputs_embeds``.
         """
-        return self.body.variant(from_layer, is_packed=attention_mask is not None)(
+        is_packed = attention_mask is not None
+        body = self._packed_body if is_packed else self.causal_lm.base_model
+        return body(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -165,64 +160,76 @@ class LanguageModel(nn.Module):
             **(self.decoder_options | inputs),
         ).last_hidden_state
 
-    def open_layer(self, layer: int) -> None:
-        """Let images be attached where text enters a layer (`attach`).
+    def layers(self, remedy: str) -> nn.ModuleList:
+        """Return the body's layers.
 
         Raises:
-            ModelError: the model does not say which of its modules are layers.
+            ModelError: the model does not show which of its modules are layers; ``remedy`` needs
+                none.
         """
-        if layer not in self._open_layers:
-            module = self.body.layers()[layer] if layer else self.causal_lm.get_input_embeddings()
-            install_hook(self, layer, module)
-            self._open_layers.add(layer)
+        for module in self.causal_lm.base_model.modules():  # outer modules first
+            if (
+                isinstance(module, nn.ModuleList)
+                and len(module) == self.text_config.num_hidden_layers
+            ):
+                return module
+        raise ModelError(
+            f"{type(self.causal_lm).__name__} does not show which of its modules are layers: use "
+            f"{remedy}"
+        )
 
-    @torch.no_grad()
-    def states_entering(
-        self,
-        layer: int,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The states [B, T, H] that enter a layer that was opened (`open_layer`); it does not run, nor those above."""
+    def open_layer(self, layer: int) -> None:
+        """Let attached images edit the text that enters a layer. Raises ModelError as `layers`."""
+        if layer in self._open_layers:
+            return
+        module = self.causal_lm.get_input_embeddings()
+        if layer:
+            module = self.layers("bridge.enter_at_layer=0")[layer]
+        install_hook(self, layer, module)
+        self._open_layers.add(layer)
 
-        def run() -> None:
-            self.causal_lm.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-                **self.decoder_options,
-            )
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of every layer for back-propagation, and compute the layer again.
 
-        return states_entering(self, layer, run).view(*input_ids.shape, -1)
+        About a third more time for a fraction of the memory (Chen et al. 2016). transformers' own
+        switch works in training mode alone, and frozen layers stay in evaluation mode.
+
+        Raises:
+            ModelError: as `layers`.
+        """
+        for layer in self.layers("gradient_checkpointing=false"):
+            layer.forward = partial(_checkpointed, layer.forward)
+
+    def compile_body(self) -> None:
+        """Compile the body for packed rows, of any length; generation runs as before."""
+        self._packed_body = torch.compile(self.causal_lm.base_model.forward, dynamic=True)
+        self.is_compiled = True
 
     def new_cache(self) -> dict[str, Any]:
-        """Arguments of `generate` with the empty cache of a decoder that cross-attends; none for other decoders.
+        """Return arguments of `generate` with the empty cache of a decoder that cross-attends.
 
-        It also keeps the image's keys and values, and transformers does not make one for every family.
+        It also keeps the image's keys and values; transformers does not make one for every family.
         """
         if self.shape.cross_attention_width is None:
             return {}
         config = self.text_config
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         takes = inspect.signature(self.causal_lm.forward).parameters
-        return {
-            "cache" if "cache" in takes else "past_key_values": cache
-        }  # its name since 5.24, and before
+        return {"cache" if "cache" in takes else "past_key_values": cache}  # since 5.24, and before
 
     def accept_prefix(self) -> None:
-        """Switch to the attention that reads a `KeyValuePrefix`, of the same kind as now (`eager` or `sdpa`)."""
+        """Switch to the attention of the same kind (`eager` or `sdpa`) that reads prefixes."""
         if self.attention not in ("eager", "sdpa"):
             raise ModelError(
-                f"bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not {self.attention}"
+                "bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not "
+                f"{self.attention}"
             )
         self._reads_prefix = True
         self._set_attention(self.attention)
 
     @contextmanager
     def use_attention(self, attention: str) -> Iterator[None]:
-        """Use another attention implementation within a block; only `eager` can return its weights."""
+        """Use another attention within a block; only `eager` can return its weights."""
         self._set_attention(attention)
         try:
             yield
@@ -230,125 +237,132 @@ class LanguageModel(nn.Module):
             self._set_attention(self.attention)
 
     def _set_attention(self, attention: str) -> None:
-        self.causal_lm.set_attn_implementation(
-            ATTENTION.format(attention) if self._reads_prefix else attention
-        )
-
-    def compile_body(self) -> None:
-        """Compile the body for packed rows: those of training and validation; generation runs as before.
-
-        Lengths are symbols of the compiled code, so that no batch compiles it anew. Weights keep their names.
-        """
-        self.body.compiles = self.is_compiled = True
-
-    def checkpoint_activations(self) -> None:
-        """Keep only the input of every layer for back-propagation, and compute the layer again when it is needed.
-
-        About a third more time for a fraction of the memory (Chen et al. 2016); the same loss and gradients.
-        transformers' own switch works in training mode alone, and frozen layers stay in evaluation mode.
-
-        Raises:
-            ModelError: the model does not say which of its modules are layers.
-        """
-        self.body.layers(remedy="gradient_checkpointing=false")
-        self.body.checkpoints = True
+        name = ATTENTION.format(attention) if self._reads_prefix else attention
+        self.causal_lm.set_attn_implementation(name)
 
     def packed_mask(
         self, segments_bt: torch.Tensor, num_soft_tokens: int
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The additive mask of packed rows (`causal_block_mask`), by kind of layer where a model mixes kinds.
+        """Return the mask of packed rows (`causal_block_mask`), by kind of layer where they differ.
 
-        transformers applies no sliding window to a mask that it is given: packed rows must carry it, or a
-        caption would see further back in training than in generation.
+        transformers applies no sliding window to a mask that it is given.
 
         Raises:
-            ModelError: a kind of layer that no mask can keep from mixing the captions of a row.
+            ModelError: no mask can keep a kind of layer from mixing the captions of a row.
         """
         window: int | None = getattr(self.text_config, "sliding_window", None)
         kinds = set(getattr(self.text_config, "layer_types", None) or ())
         if foreign := kinds - {"full_attention", "sliding_attention"}:
             raise ModelError(
-                f"cannot train through {', '.join(sorted(foreign))} layers: choose a language model whose layers "
-                "are all full or sliding attention"
+                f"cannot train through {', '.join(sorted(foreign))} layers: choose a language "
+                "model whose layers are all full or sliding attention"
             )
+        make_mask = partial(causal_block_mask, segments_bt, num_soft_tokens, self.dtype)
         if "sliding_attention" not in kinds:
             # Without layer kinds, a window holds for every layer (Mistral, Phi-3).
-            return causal_block_mask(
-                segments_bt, num_soft_tokens, self.dtype, window=None if kinds else window
-            )
+            return make_mask(window=None if kinds else window)
         windows = {"full_attention": None, "sliding_attention": window}
-        return {
-            kind: causal_block_mask(segments_bt, num_soft_tokens, self.dtype, window=windows[kind])
-            for kind in kinds
-        }
+        return {kind: make_mask(window=windows[kind]) for kind in kinds}
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., vocabulary] of states [..., H], soft-capped where the model caps them (Gemma 2)."""
+        """Return logits [..., vocabulary] of states [..., H], soft-capped as Gemma 2's are."""
         logits = self.head_module(hidden)
-        if self.final_logit_softcap is not None:
-            logits = self.final_logit_softcap * torch.tanh(logits / self.final_logit_softcap)
-        return logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any special token."""
+        """Return token ids of a text, as `encode_all`."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return token ids of each text, without any special token, also where a text spells one."""
+        """Return token ids of texts, without any special token, also where one spells it."""
         return encode_as_text(self.tokenizer, texts)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens left out; word pieces are joined as English is written."""
-        is_word_piece = (
-            self.tokenizer.mask_token is not None
-        )  # BERT's family puts a space before every mark
+        """Return the text of token ids, without special tokens."""
+        # BERT's family puts a space before every punctuation mark.
+        has_word_pieces = self.tokenizer.mask_token is not None
         return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=is_word_piece
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=has_word_pieces
         ).strip()
 
-    def embedding_std(self) -> float:
-        """Standard deviation of the token embeddings: the size of input the frozen layers are used to."""
-        weight = self.causal_lm.get_input_embeddings().weight
-        return weight.float().std().item() * float(self.embedding_scale)
+
+def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # A compiler traces the recomputation along with the first run: the image is still attached.
+    context = {} if torch.compiler.is_compiling() else {"context_fn": keep_attached}
+    return checkpoint(forward, *args, use_reentrant=False, **context, **kwargs)
+
+
+def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return token ids of captions or prompts, in which control tokens (``</s>``) are plain text.
+
+    Many texts at once are many times faster than one by one. No special token is among the ids but
+    the one for unknown characters.
+    """
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False}
+    encode = partial(tokenizer, split_special_tokens=True, **options)
+    encoded: list[list[int]] = encode(texts)["input_ids"]
+    control_ids = _control_ids(tokenizer)
+    # Some vocabularies (Unigram) hold control tokens as ordinary pieces: spaces take them apart.
+    leaking = [index for index, ids in enumerate(encoded) if not control_ids.isdisjoint(ids)]
+    if leaking:
+        tokens = tokenizer.convert_ids_to_tokens(sorted(control_ids))
+        spelled = re.compile("|".join(map(re.escape, tokens)))
+        parted = [spelled.sub(lambda found: " ".join(found[0]), texts[index]) for index in leaking]
+        for index, ids in zip(leaking, encode(parted)["input_ids"], strict=True):
+            encoded[index] = [token for token in ids if token not in control_ids]
+    return encoded
+
+
+def _control_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of all special tokens but the one for unknown characters."""
+    added = tokenizer.added_tokens_decoder.items()
+    control = {token_id for token_id, token in added if token.special}
+    control |= set(tokenizer.all_special_ids)
+    # GPT-2 names one token for everything: end and start of a text, and unknown characters.
+    roles = ("eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id")
+    unknown = tokenizer.unk_token_id
+    return (
+        control if unknown in [getattr(tokenizer, role) for role in roles] else control - {unknown}
+    )
 
 
 def causal_block_mask(
     segments_bt: torch.Tensor, num_soft_tokens: int, dtype: torch.dtype, window: int | None = None
 ) -> torch.Tensor:
-    """Additive mask [B, 1, P+T, P+T] for rows that pack one image's soft tokens and several of its captions.
+    """Return the additive mask [B, 1, P+T, P+T] of rows of soft tokens and several captions.
+
+    A caption sees the soft tokens and its own past, never another caption. A pad sees itself alone,
+    so that no softmax is over nothing.
 
     Args:
         segments_bt: [B, T], 0 for pads, otherwise the number of the caption a token belongs to.
-        num_soft_tokens: P soft tokens before the text; causal among themselves, seen by every caption.
-        window: a token sees itself and ``window - 1`` positions before it, counted within its caption.
-
-    A caption sees the soft tokens and its own past, never another caption. A pad sees itself alone, so that no
-    softmax is over nothing.
+        num_soft_tokens: P soft tokens before the text; causal among themselves.
+        window: a token sees itself and ``window - 1`` positions before it, within its caption.
     """
     batch, length = segments_bt.shape
     total = num_soft_tokens + length
     segments = segments_bt.new_full((batch, total), -1)
     segments[:, num_soft_tokens:] = segments_bt
-    same = segments[:, :, None] == segments[:, None, :]
-    is_soft = segments == -1
-    is_text = segments > 0
-    allowed = same | (is_text[:, :, None] & is_soft[:, None, :])
+    allowed = segments[:, :, None] == segments[:, None, :]
+    allowed |= (segments > 0)[:, :, None] & (segments == -1)[:, None, :]
     allowed &= torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
-    allowed &= (segments != 0)[:, None, :] | torch.eye(
-        total, dtype=torch.bool, device=segments.device
-    )
+    itself = torch.eye(total, dtype=torch.bool, device=segments.device)
+    allowed &= (segments != 0)[:, None, :] | itself
     if window is not None:
         positions = packed_positions(segments_bt, num_soft_tokens)
         allowed &= positions[:, :, None] - positions[:, None, :] < window
     mask = torch.full((batch, total, total), -math.inf, dtype=dtype, device=segments.device)
-    mask.masked_fill_(allowed, 0.0)
-    return mask[:, None]
+    return mask.masked_fill_(allowed, 0.0)[:, None]
 
 
 def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.Tensor:
-    """Position ids [B, P+T]: soft tokens count 0..P-1, and every caption goes on from P as if it were alone.
+    """Return position ids [B, P+T]: every caption starts at P, as if it were alone; pads are at P.
 
-    Pads are all at P: counted on, many of them would run past the positions of a model that has a table of them.
+    Counted on, many pads would run past a model's table of positions.
     """
     batch, length = segments_bt.shape
     index = torch.arange(length, device=segments_bt.device).expand(batch, length)

@@ -1,7 +1,6 @@
-"""A small decoder that cross-attends, made new: BERT's architecture with random weights and its own word pieces.
+"""A new small decoder that cross-attends: BERT's architecture, random weights, own word pieces.
 
-For learning to caption from nothing but captioned pictures, where no pretrained decoder is at hand or wanted. All of
-it has to be trained.
+For learning to caption without a pretrained decoder. All of it has to be trained.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-MAX_POSITIONS = 128
-"""Of prompt and caption together: several times what people write of a picture."""
+MAX_POSITIONS = 128  # of prompt and caption together
 
 
 class DecoderSize(NamedTuple):
-    """Sizes of a BERT-style decoder; its feed-forward layers are four times as wide (Devlin et al. 2019)."""
+    """Sizes of a BERT-style decoder; feed-forward layers are four times as wide (Devlin 2019)."""
 
     layers: int = 6
     width: int = 256
@@ -41,21 +39,16 @@ def write_new_decoder(
     """Write a new decoder and its tokenizer to a folder that `language_model.name` can name.
 
     Args:
-        captions: what the word pieces are made from.
+        captions: texts that the word pieces are learned from.
 
     Returns:
         The number of word pieces (at most ``size.vocabulary``) and of parameters.
 
     Raises:
-        ConfigurationError: a size that cannot be.
+        ConfigurationError: a size is impossible.
     """
     from transformers import BertConfig, BertLMHeadModel
 
-    for name in ("layers", "heads", "width"):
-        if getattr(size, name) < 1:
-            raise ConfigurationError(f"{name} must be at least 1, not {getattr(size, name)}")
-    if not 0 <= size.dropout < 1:
-        raise ConfigurationError(f"dropout must be at least 0 and below 1, not {size.dropout}")
     if size.width % size.heads:
         raise ConfigurationError(f"heads={size.heads} does not divide width={size.width}")
     tokenizer = word_piece_tokenizer(captions, size.vocabulary)
@@ -81,7 +74,7 @@ def write_new_decoder(
 
 
 def word_piece_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
-    """BERT's lower-case word pieces, learnt from captions."""
+    """Learn BERT's lower-case word pieces from captions."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +85,8 @@ def word_piece_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        # Characters come twice, at the start of words and within; rare ones must not crowd out the words.
+        # Characters come twice, at the start of words and within; rare ones must leave room for
+        # words.
         limit_alphabet=vocabulary // 4,
         show_progress=False,
     )

@@ -1,10 +1,9 @@
-"""Naming objects that the training captions never named, by what the vision encoder was trained to recognise.
+"""Naming objects in captions that the training captions never named.
 
-A bridge can say of a picture what captions taught it: after Flickr8k, a cat is "a young boy". But the encoder was
-trained on a thousand kinds of things, and the language model knows the words for them. Decoding under lexical
-constraints brings the two together (Anderson et al. 2017, "Guided open vocabulary image captioning with constrained
-beam search"). The constraint here is soft: to name the object once is worth a bonus, and the rest of the caption is
-the captioner's own.
+After Flickr8k, a bridge calls a cat "a young boy". But the encoder was trained on a thousand kinds
+of objects, and the language model knows the words for them. Decoding under lexical constraints
+combines the two (Anderson et al. 2017, "Guided open vocabulary image captioning with constrained
+beam search"). The constraint here is soft: naming the object once is worth a bonus.
 """
 
 from __future__ import annotations
@@ -22,21 +21,18 @@ from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.vision_encoder import (
     EfficientNetLiteEncoder,
-    PooledEncoder,
     SideBySideEncoder,
 )
 
-SURE = 0.5
-"""Probability of an object from which on it is named."""
-
+SURE = 0.5  # probability from which on an object is named
 Names = Sequence[tuple[int, ...]]
-"""Ways to name an object, any of which will do: `` cat`` or `` cats``, as tokens. None where nothing is to be named."""
+"""Alternative names of an object as tokens: `` cat`` or `` cats``; empty to name nothing."""
 
 
 class ObjectNamer:
-    """Which object a picture shows, as the encoder's ImageNet classifier sees it, in the language model's tokens.
+    """Finds the object in an image by the encoder's ImageNet classifier, and its name as tokens.
 
-    Classes that share a name are one object: a cat is one whatever its breed.
+    Classes that share a name are one object, such as the breeds of cats.
 
     Raises:
         ConfigurationError: no part of the encoder has a classifier.
@@ -49,15 +45,13 @@ class ObjectNamer:
         self._members = torch.zeros(self._classifier.out_features, len(self._objects))
         for index, name in names.items():
             self._members[index, self._objects.index(name)] = 1
-        singulars = language_model.encode_all([f" {name}" for name in self._objects])
-        plurals = language_model.encode_all([f" {plural(name)}" for name in self._objects])
-        self._names: list[Names] = [
-            [tuple(singular), tuple(plural)]
-            for singular, plural in zip(singulars, plurals, strict=True)
-        ]
+        forms = [f" {form}" for name in self._objects for form in (name, plural(name))]
+        tokens = iter(language_model.encode_all(forms))
+        pairs = zip(tokens, tokens, strict=True)
+        self._names: list[Names] = [[tuple(one), tuple(many)] for one, many in pairs]
 
     def check(self, known: Collection[str]) -> None:
-        """Raise ConfigurationError where no class has a name that is given as known."""
+        """Raise ConfigurationError for a known name that no class has."""
         if strange := sorted(set(known) - set(self._objects)):
             raise ConfigurationError(
                 f"decode.known_objects: no class is called {', '.join(strange)} "
@@ -66,12 +60,10 @@ class ObjectNamer:
 
     @torch.no_grad()
     def __call__(self, features_bnd: torch.Tensor, known: Collection[str] = ()) -> list[Names]:
-        """Names of the object in each of the pictures that features [B, N, D] are of.
-
-        None where the classifier is not sure, or the object is ``known``.
+        """Name the object in each image of features [B, N, D], if it is sure and not ``known``.
 
         Raises:
-            ConfigurationError: see `check`.
+            ConfigurationError: as `check`.
         """
         self.check(known)
         pooled_bd = features_bnd[..., self._channels].float().mean(1).cpu()
@@ -84,13 +76,13 @@ class ObjectNamer:
 
 
 class ObjectBonus(LogitsProcessor):
-    """Adds a bonus to the score of a caption when it begins to name the object of its picture for the first time.
+    """Adds a bonus to the score of a caption that begins to name the object of its image.
 
-    A name of several tokens that has begun goes on to its end. The first token of a caption is left alone, since
-    names stand behind something.
+    A name is rewarded once, and its further tokens are enforced. The first token of a caption gets
+    no bonus, since a name follows an article.
 
     Args:
-        names: of each picture; captions of a picture stand beside each other.
+        names: of each image; captions of an image are side by side.
         bonus: in nats.
         prompt_length: tokens before the caption.
     """
@@ -104,14 +96,14 @@ class ObjectBonus(LogitsProcessor):
         if input_ids.shape[1] == self.prompt_length or not any(self.names):
             return scores
         scores = scores.clone()
-        per_picture = len(input_ids) // len(self.names)
+        per_image = len(input_ids) // len(self.names)
         for row, caption in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            names = self.names[row // per_picture]
+            names = self.names[row // per_image]
             if any(_contains(caption, name) for name in names):
                 continue
             if follows := _continuations(caption, names):
                 allowed = scores[row, follows].clone()
-                if not torch.isneginf(allowed).all():  # a repetition that is forbidden stays so
+                if not torch.isneginf(allowed).all():  # a forbidden repetition stays forbidden
                     scores[row] = -torch.inf
                     scores[row, follows] = allowed
             else:
@@ -121,14 +113,10 @@ class ObjectBonus(LogitsProcessor):
 
 @cache
 def imagenet_objects() -> dict[int, str]:
-    """What a caption calls ImageNet's classes, by their numbers; without those that it would not mention."""
-    table = (
-        resources.files("vlm_bridge.model_architecture")
-        .joinpath("imagenet_objects.txt")
-        .read_text(encoding="utf-8")
-    )
+    """Return names of ImageNet's classes in captions, by number; some are never mentioned."""
+    table = resources.files("vlm_bridge.model_architecture") / "imagenet_objects.txt"
     names = {}
-    for line in table.splitlines():
+    for line in table.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             classes, name = line.split(" ", 1)
             first, _, last = classes.partition("-")
@@ -137,7 +125,7 @@ def imagenet_objects() -> dict[int, str]:
 
 
 def plural(name: str) -> str:
-    """Of a name's noun: `cups of coffee`."""
+    """Return a name with its noun in the plural: `cups of coffee`."""
     noun, of, rest = name.partition(" of ")
     if noun.endswith(("s", "x", "ch", "sh")):
         noun += "es"
@@ -149,21 +137,16 @@ def plural(name: str) -> str:
 
 
 def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
-    """The first classifier among an encoder's parts, and the channels of its features that it reads."""
-    if isinstance(encoder, PooledEncoder):
-        return _classifier_of(encoder.encoder)
-    parts = encoder.encoders if isinstance(encoder, SideBySideEncoder) else [encoder]
+    """Return the channels of the features that the first classifier reads, and the classifier."""
     end = 0
-    for part in parts:
+    for part in encoder.encoders if isinstance(encoder, SideBySideEncoder) else [encoder]:
         end += part.embed_dim
-        if (
-            isinstance(part, EfficientNetLiteEncoder)
-            and (classifier := part.classifier()) is not None
-        ):
+        is_lite = isinstance(part, EfficientNetLiteEncoder)
+        if is_lite and (classifier := part.classifier()) is not None:
             return slice(end - classifier.in_features, end), classifier
     raise ConfigurationError(
-        "decode.object_bonus needs a vision encoder that classifies: an EfficientNet-Lite whose last layer is among "
-        "vision_encoder.layers; set it to 0"
+        "decode.object_bonus needs a vision encoder that classifies: an EfficientNet-Lite whose "
+        "last layer is among vision_encoder.layers; set it to 0"
     )
 
 
@@ -175,12 +158,10 @@ def _contains(caption: Sequence[int], name: tuple[int, ...]) -> bool:
 
 
 def _continuations(caption: Sequence[int], names: Names) -> list[int]:
-    """The tokens with which a name that the caption ends in the middle of can go on."""
-    return sorted(
-        {
-            name[length]
-            for name in names
-            for length in range(1, len(name))
-            if tuple(caption[-length:]) == name[:length]
-        }
-    )
+    """Return the next tokens of a name that the caption ends in the middle of."""
+    found = set()
+    for name in names:
+        for length in range(1, len(name)):
+            if tuple(caption[-length:]) == name[:length]:
+                found.add(name[length])
+    return sorted(found)

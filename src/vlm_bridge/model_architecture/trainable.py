@@ -1,4 +1,4 @@
-"""What of a captioner is trained, declared as patterns of parameter names. Everything else is frozen."""
+"""Which parameters are trained, declared as patterns of their names; all others are frozen."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class TrainedParameter(NamedTuple):
 
 
 def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list[TrainedParameter]:
-    """The parameters whose name a pattern matches, in the model's order; the first pattern that matches decides.
+    """Return the parameters that a pattern matches, in the model's order; the first match counts.
 
     A parameter with several names (a head tied to the embeddings) is matched by any of them.
 
     Args:
-        patterns: shell patterns (``bridge.*``, ``language_model.*crossattention*``) and their learning rates.
+        patterns: shell patterns (``bridge.*``, ``language_model.*crossattention*``) and their
+            learning rates.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or reaches into the vision encoder.
@@ -40,8 +41,8 @@ def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list
             continue
         if aliases[0].startswith("vision_encoder."):
             raise ConfigurationError(
-                f"trainable: {pattern!r} reaches into the vision encoder, which stays frozen: its features are "
-                "computed once"
+                f"trainable: {pattern!r} reaches into the vision encoder, which stays frozen: its "
+                "features are computed once"
             )
         found.append(TrainedParameter(aliases[0], parameter, pattern))
     used = {trained.pattern for trained in found}
@@ -55,19 +56,20 @@ def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list
 
 
 def choose_trainable(model: Any, patterns: Mapping[str, float | None]) -> None:
-    """Let gradients reach what the patterns name and nothing else.
+    """Let gradients reach the parameters that patterns match and no others.
 
     Raises:
-        ConfigurationError: as `trained_parameters`; or weights are stored in too few bits to be trained, or something
-            that starts at random (the bridge, layers that no checkpoint held) would stay so.
+        ConfigurationError: as `trained_parameters`; or weights are stored in too few bits to be
+            trained, or random ones (the bridge, layers that no checkpoint held) would stay random.
     """
     trained = trained_parameters(model, patterns)
     model.requires_grad_(False)
     for name, parameter, _ in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16) or not parameter.is_floating_point():
             raise ConfigurationError(
-                f"trainable: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}, in which small "
-                "updates are lost: use language_model.dtype=float32 (amp_dtype still computes in 16 bits)"
+                f"trainable: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}, "
+                "in which small updates are lost: use language_model.dtype=float32 (amp_dtype still "
+                "computes in 16 bits)"
             )
         parameter.requires_grad_(True)
     _check_nothing_stays_random(model)
@@ -81,6 +83,7 @@ def _check_nothing_stays_random(model: Any) -> None:
         name for name in fresh if name in by_name and not by_name[name].requires_grad
     ):
         raise ConfigurationError(
-            f"trainable: {len(untrained)} parameters start at random and would stay so (first: {untrained[0]}): name "
-            "them too, for example bridge.* or language_model.*crossattention*"
+            f"trainable: {len(untrained)} parameters start at random and would stay so (first: "
+            f"{untrained[0]}): name them too, for example bridge.* or "
+            "language_model.*crossattention*"
         )

@@ -15,7 +15,7 @@ from vlm_bridge.data_pipeline.loader import prefetch
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import ProjectionBridge
-from vlm_bridge.model_architecture.captioner import CaptionModel, reach_encoders
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.validation import Features
 
@@ -34,7 +34,6 @@ def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
     assert settings is not None
     if not isinstance(model.bridge, ProjectionBridge):
         raise ConfigurationError("distillation fits a projection: it needs bridge.kind=projection")
-    reach_encoders(_teacher(settings))
     teacher: Any = build_vision_encoder(_teacher(settings), meta=True)
     width = model.language_model.shape.cross_attention_width
     if teacher.embed_dim != width:

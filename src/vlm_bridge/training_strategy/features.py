@@ -35,7 +35,6 @@ from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.data_pipeline.shard_folder import ShardFolder, ShardImages
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.captioner import reach_encoders
 from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
@@ -178,7 +177,6 @@ def build_caches(recipe: Recipe, say: Say, *, check_all: bool = False) -> list[B
             "the recipe says feature_cache=off: give feature_cache=auto or a folder"
         )
     folder = open_data_folder(recipe.data_dir, say)
-    reach_encoders(recipe.vision_encoder)
     encoder: Any = build_vision_encoder(recipe.vision_encoder)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
     splits: tuple[SplitName, ...] = ("train", "val")

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
-from vlm_bridge.model_architecture.decoder_loading import position_limit
+from vlm_bridge.model_architecture.weights import position_limit
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
 

@@ -132,21 +132,17 @@ def load_batch(
     device: torch.device,
     *,
     images: np.ndarray | None = None,
-    text_states: Features | None = None,
 ) -> LoadedBatch:
     """Read a batch's features and start its copy to the device; may run in a thread, ahead of its step.
 
     Args:
         images: [B], whose features each row reads instead of its own.
-        text_states: of the split's caption positions, by place, if they are cached.
     """
     chosen = torch.as_tensor(
         features[batch.image_indices if images is None else images]
     ).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
     tensors = [*map(torch.from_numpy, arrays), chosen]
-    if text_states is not None:
-        tensors.append(torch.as_tensor(text_states[batch.places]))
     return LoadedBatch(batch, runtime.DeviceCopy(tensors, device))
 
 
@@ -154,7 +150,7 @@ def batch_loss(
     model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0
 ) -> CaptionLoss:
     """The loss of a packed batch; training and validation share it, but for the smoothing."""
-    input_ids, labels, segments, supervised, features, *text = batch.tensors.wait()
+    input_ids, labels, segments, supervised, features = batch.tensors.wait()
     image = model.image_inputs(model.features(features))
     return model.caption_loss(
         input_ids,
@@ -162,7 +158,6 @@ def batch_loss(
         segments,
         image,
         supervised,
-        *text,
         weights=batch.weights,
         label_smoothing=label_smoothing,
     )

