@@ -14,8 +14,8 @@ import yaml
 
 from vlm_bridge import configuration
 from vlm_bridge.configuration import (
-    BRIDGE_OPTIONS,
     DEFAULT_RECIPE,
+    CrossAttentionOptions,
     DecodeSettings,
     Recipe,
     load_recipe,
@@ -28,8 +28,6 @@ from vlm_bridge.data_pipeline.loader import EpochPlan
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES
 from vlm_bridge.training_strategy.schedule import learning_rate_at
-
-CONFIGS = sorted((Path(__file__).parents[2] / "config").glob("*.yaml"))
 
 
 def written(folder: Path, text: str) -> Path:
@@ -184,14 +182,14 @@ def test_another_kind_of_bridge_does_not_take_the_old_ones_options(tmp_path: Pat
     message = message_of("bridge.kind=cross_attention", recipe=path)
     assert "unknown key bridge.num_queries" in message
     assert "num_heads" in message
-    bridge = load_recipe(None, ["bridge.kind=cross_attention"]).bridge
-    assert bridge == BRIDGE_OPTIONS["cross_attention"]()  # type: ignore[call-arg]
+    assert load_recipe(None, ["bridge.kind=cross_attention"]).bridge == CrossAttentionOptions()
 
 
-def test_every_bridge_has_options() -> None:
-    assert BRIDGE_OPTIONS.keys() == BRIDGES.keys()
-    for kind in BRIDGES:
-        assert type(recipe_from_dict({"bridge": {"kind": kind}}).bridge) is BRIDGE_OPTIONS[kind]
+@pytest.mark.parametrize("kind", BRIDGES)
+def test_every_bridge_has_options(kind: str) -> None:
+    bridge = recipe_from_dict({"bridge": {"kind": kind}}).bridge
+    assert bridge.kind == kind
+    assert type(bridge).build(bridge.to_dict()) == bridge
 
 
 @pytest.mark.parametrize("kind", ["prefix", "cross_attention"])
@@ -249,13 +247,6 @@ def test_what_decides_the_training_is_compared() -> None:
         "learning_rate=0.001, was 1e-05",
     ]
     assert {"data_dir", "checkpoint_dir", "device"} < Recipe.keys_marked("place")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads_and_opens_with_its_budget(path: Path) -> None:
-    recipe = load_recipe(path)
-    assert recipe_from_dict(yaml.safe_load(path.read_text())).to_dict() == recipe.to_dict()
-    assert path.read_text().startswith("# ")
 
 
 def test_shipped_recipes_are_found_by_name() -> None:
@@ -379,10 +370,6 @@ class TestOriginalLayout:
         assert (bridge["num_heads"], bridge["dropout"]) == (4, 0.3)
         assert recipe.max_caption_tokens == 64
         assert "pin_memory" in caplog.text
-
-    def test_a_mistake_in_it_is_still_named(self, tmp_path: Path) -> None:
-        message = message_of(recipe=written(tmp_path, ORIGINAL_PROJECT + "learning_rat: 1\n"))
-        assert "unknown key learning_rat; did you mean 'learning_rate'?" in message
 
     def test_a_recipe_with_a_model_is_not_taken_for_it(self, tmp_path: Path) -> None:
         recipe = load_recipe(written(tmp_path, "vision_encoder: {name: x}\nbatch_size: 4\n"))

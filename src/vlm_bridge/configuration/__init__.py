@@ -89,12 +89,10 @@ class LanguageModelConfig(Section):
     A BLIP captioning model contributes its text decoder.
 
     Attributes:
-        dtype: of the stored weights; `auto` keeps the checkpoint's own type, `int8` (Dettmers et
-            al. 2022) and `nf4` (QLoRA, 2023) quantize linear layers on NVIDIA GPUs.
-        attention: transformers' implementation; `auto` takes `eager` for soft-capped scores
-            (Gemma 2) and on CPUs, where it is 1.3x faster than `sdpa` on short rows, else `sdpa`.
-        prompt: text before every caption, in training and captioning; never supervised.
-        add_cross_attention: add layers of cross-attention to GPT-2 or BERT, to be trained.
+        dtype: of the stored weights; `int8` (Dettmers et al. 2022) and `nf4` (QLoRA, 2023) quantize
+            linear layers on NVIDIA GPUs.
+        attention: `auto` takes `eager` for soft-capped scores (Gemma 2) and on CPUs, where it is
+            1.3x faster than `sdpa` on short rows, else `sdpa`.
     """
 
     place = "language_model"
@@ -102,8 +100,8 @@ class LanguageModelConfig(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    prompt: Annotated[str, Field(max_length=10_000)] = ""
-    add_cross_attention: bool = False
+    prompt: Annotated[str, Field(max_length=10_000)] = ""  # before every caption, not supervised
+    add_cross_attention: bool = False  # to GPT-2 or BERT, to be trained
 
     @property
     def quantization(self) -> str | None:
@@ -112,15 +110,11 @@ class LanguageModelConfig(Section):
 
 
 class BridgeOptions(Section):
-    """Keys that every kind of bridge has.
-
-    Attributes:
-        standardize_features: normalize every feature channel by the mean and standard deviation
-            of training images; both are kept in the checkpoint.
-    """
+    """Keys that every kind of bridge has."""
 
     place = "bridge"
     kind: str
+    # Normalize every channel by mean and standard deviation of training images.
     standardize_features: bool = True
 
 
@@ -174,14 +168,6 @@ class ProjectionOptions(BridgeOptions):
     projection: Literal["linear", "mlp", "conv3x3"] = "linear"
     position_embeddings: bool = False
     dropout: Share = 0.0
-
-
-BRIDGE_OPTIONS: dict[str, type[BridgeOptions]] = {
-    "cross_attention": CrossAttentionOptions,
-    "deep_prefix": DeepPrefixOptions,
-    "prefix": PrefixOptions,
-    "projection": ProjectionOptions,
-}
 
 
 def _off(value: object) -> object:

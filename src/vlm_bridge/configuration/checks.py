@@ -94,8 +94,9 @@ class Section(BaseModel):
         if first["type"] in ("extra_forbidden", "invalid_key"):
             return f"unknown key {key}{suggest(names[-1], owner.model_fields)}"
         if first["type"] == "union_tag_invalid":
-            tag, kinds = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "")
-            return f"{key}.kind={shown(tag)} is unknown{suggest(tag, kinds.split(', '))}"
+            tag, kinds = (first.get("ctx", {})[name] for name in ("tag", "expected_tags"))
+            known = kinds.replace("'", "").split(", ")
+            return f"{key}.kind={shown(tag)} is unknown{suggest(tag, known)}"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if isinstance(value, BaseModel | dict) and first["type"] == "value_error":
             return f"{key}.{message}" if key else message  # of several keys of a section

@@ -28,7 +28,7 @@ TRANSLATED: dict[str, Translation] = {
     "save_every_n_steps": lambda n: {"save_every": f"{n} steps"} if n else {},
     "quantize_language_model": lambda t: {} if t == "none" else {"language_model.dtype": t},
 }
-"""Keys that are said otherwise today; later ones win."""
+"""Keys and what they mean in today's; later ones win."""
 
 REMOVED: dict[str, object] = {
     "pin_memory": True,
