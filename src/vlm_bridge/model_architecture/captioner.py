@@ -19,7 +19,11 @@ from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import BRIDGES, ImageInputs, TextShape
 from vlm_bridge.model_architecture.generation import Caption, draws_beams, image_keys, search
-from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
+from vlm_bridge.model_architecture.language_model import (
+    LanguageModel,
+    cross_attention_cache,
+    packed_positions,
+)
 from vlm_bridge.model_architecture.loss import CaptionLoss, caption_cross_entropy
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
 from vlm_bridge.model_architecture.trainable import choose_trainable
@@ -214,7 +218,9 @@ class CaptionModel(nn.Module):
             ConfigurationError: captions may become longer than the language model can count, or
                 more captions are asked for than there are beams.
         """
-        self._check_lengths(prompt_ids, decode, num_return_sequences)
+        num_before = len(prompt_ids) + self._num_soft_positions
+        limit = self.language_model.max_positions
+        _check_lengths(decode, num_return_sequences, num_before, limit)
         if decode.do_sample and keys is None:
             keys = image_keys(features_bnd)
         num_captions = len(features_bnd) * num_return_sequences
@@ -258,7 +264,7 @@ class CaptionModel(nn.Module):
                 "pad_token_id": model.eos_id,
                 "attention_mask": prompt_rt.new_ones(num_rows, length),
             }
-            options = {**inputs, **model.new_cache(), **self._cache_options}
+            options = {**inputs, **cross_attention_cache(model), **self._cache_options}
             captions = search(
                 partial(model.causal_lm.generate, **options),
                 prompt_rt,
@@ -270,27 +276,6 @@ class CaptionModel(nn.Module):
             )
             attached.check_it_was_read()
         return captions
-
-    def _check_lengths(
-        self, prompt_ids: Sequence[int], decode: DecodeSettings, per_image: int
-    ) -> None:
-        if per_image > MAX_RETURN_SEQUENCES:
-            raise ConfigurationError(
-                f"num_return_sequences must be at most {MAX_RETURN_SEQUENCES}, not {per_image}"
-            )
-        is_search = not decode.do_sample or decode.num_beams > 1
-        if is_search and per_image > decode.num_beams:
-            raise ConfigurationError(
-                f"num_return_sequences={per_image} is more than "
-                f"decode.num_beams={decode.num_beams}: search with more beams, or sample"
-            )
-        before = len(prompt_ids) + self._num_soft_positions
-        limit = self.language_model.max_positions
-        if limit is not None and before + decode.max_new_tokens > limit:
-            raise ConfigurationError(
-                f"decode.max_new_tokens={decode.max_new_tokens} after {before} positions of prompt "
-                f"and image is more than the language model has, {limit}: ask for fewer"
-            )
 
     def use_static_cache(self) -> None:
         """Generate with a KV cache of fixed size, whose step transformers compiles (NVIDIA GPUs).
@@ -383,6 +368,26 @@ def _attention_to(image: ImageInputs, output: Any, length: int) -> torch.Tensor 
             "explained"
         )
     return torch.stack([layer[:, :, -length:, columns].float().mean(1) for layer in layers]).mean(0)
+
+
+def _check_lengths(
+    decode: DecodeSettings, per_image: int, num_before: int, limit: int | None
+) -> None:
+    if per_image > MAX_RETURN_SEQUENCES:
+        raise ConfigurationError(
+            f"num_return_sequences must be at most {MAX_RETURN_SEQUENCES}, not {per_image}"
+        )
+    is_search = not decode.do_sample or decode.num_beams > 1
+    if is_search and per_image > decode.num_beams:
+        raise ConfigurationError(
+            f"num_return_sequences={per_image} is more than decode.num_beams={decode.num_beams}: "
+            "search with more beams, or sample"
+        )
+    if limit is not None and num_before + decode.max_new_tokens > limit:
+        raise ConfigurationError(
+            f"decode.max_new_tokens={decode.max_new_tokens} after {num_before} positions of prompt "
+            f"and image is more than the language model has, {limit}: ask for fewer"
+        )
 
 
 def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:

@@ -50,10 +50,10 @@ class LanguageModel(nn.Module):
         self.fresh_parameters = fresh_parameters
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
         self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
-        self.is_blip = causal_lm.config.model_type == BLIP_TEXT
+        self.is_blip = self.text_config.model_type == BLIP_TEXT
         self.eos_id: Any
         self.start_id: Any
-        self.eos_id, self.start_id = self._ends(tokenizer) if tokenizer else (None, None)
+        self.eos_id, self.start_id = _ends(self.text_config, tokenizer)
         # The recipe has the decode settings; those of a checkpoint are dropped.
         causal_lm.generation_config = GenerationConfig(
             bos_token_id=self.start_id, eos_token_id=self.eos_id, pad_token_id=self.eos_id
@@ -64,14 +64,6 @@ class LanguageModel(nn.Module):
         self._open_layers: set[int] = set()
         self._packed_body: Any = causal_lm.base_model.forward
         self.is_compiled = False
-
-    def _ends(self, tokenizer: Any) -> tuple[int | None, int | None]:
-        if self.is_blip:  # its tokenizer is BERT's, which does not know the decoder's start token
-            return self.text_config.sep_token_id, self.text_config.bos_token_id
-        eos = tokenizer.eos_token_id
-        eos = tokenizer.sep_token_id if eos is None else eos
-        starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
-        return eos, next((start for start in starts if start is not None), None)
 
     @property
     def shape(self) -> TextShape:
@@ -167,11 +159,9 @@ class LanguageModel(nn.Module):
             ModelError: the model does not show which of its modules are layers; ``remedy`` needs
                 none.
         """
+        count = self.text_config.num_hidden_layers
         for module in self.causal_lm.base_model.modules():  # outer modules first
-            if (
-                isinstance(module, nn.ModuleList)
-                and len(module) == self.text_config.num_hidden_layers
-            ):
+            if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
         raise ModelError(
             f"{type(self.causal_lm).__name__} does not show which of its modules are layers: use "
@@ -204,18 +194,6 @@ class LanguageModel(nn.Module):
         """Compile the body for packed rows, of any length; generation runs as before."""
         self._packed_body = torch.compile(self.causal_lm.base_model.forward, dynamic=True)
         self.is_compiled = True
-
-    def new_cache(self) -> dict[str, Any]:
-        """Return arguments of `generate` with the empty cache of a decoder that cross-attends.
-
-        It also keeps the image's keys and values; transformers does not make one for every family.
-        """
-        if self.shape.cross_attention_width is None:
-            return {}
-        config = self.text_config
-        cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-        takes = inspect.signature(self.causal_lm.forward).parameters
-        return {"cache" if "cache" in takes else "past_key_values": cache}  # since 5.24, and before
 
     def accept_prefix(self) -> None:
         """Switch to the attention of the same kind (`eager` or `sdpa`) that reads prefixes."""
@@ -284,6 +262,30 @@ class LanguageModel(nn.Module):
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=has_word_pieces
         ).strip()
+
+
+def _ends(text_config: Any, tokenizer: Any) -> tuple[int | None, int | None]:
+    """Return the tokens that end and start a caption."""
+    if tokenizer is None:
+        return None, None
+    if text_config.model_type == BLIP_TEXT:  # BERT's tokenizer does not know its start token
+        return text_config.sep_token_id, text_config.bos_token_id
+    eos = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
+    return eos, next((start for start in starts if start is not None), None)
+
+
+def cross_attention_cache(model: LanguageModel) -> dict[str, Any]:
+    """Return arguments of `generate` with the empty cache of a decoder that cross-attends.
+
+    It also keeps the image's keys and values; transformers does not make one for every family.
+    """
+    if model.shape.cross_attention_width is None:
+        return {}
+    config = model.text_config
+    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    takes = inspect.signature(model.causal_lm.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache}  # since 5.24, and before
 
 
 def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:

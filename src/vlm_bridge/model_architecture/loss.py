@@ -110,8 +110,8 @@ def _frozen_head_losses(
 class _FrozenHeadLosses(torch.autograd.Function):
     """Smoothed and plain losses [V]; the gradient of the states is computed in the forward pass.
 
-    The head is frozen, so the states alone need a gradient. Each chunk's logits are dropped as
-    soon as it is known, and never computed twice (Wijmans et al. 2024, "Cut Your Losses in
+    The head is frozen, so the states alone need a gradient. Each chunk's logits are dropped
+    once it is known, and never computed twice (Wijmans et al. 2024, "Cut Your Losses in
     Large-Vocabulary Language Models").
     """
 

@@ -98,7 +98,7 @@ class EfficientNetLiteEncoder(nn.Module):
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
     def __init__(
-        self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None
+        self, network: Any, name: str, image_size: int, layers: Sequence[int] | None = None
     ):
         super().__init__()
         # CPU convolutions take half the time in this layout.

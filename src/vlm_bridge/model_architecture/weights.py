@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,35 +39,6 @@ CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "rofor
 # What transformers raises for names, folders and files that cannot be loaded.
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 
-_PVT = {"depths": [2, 2, 2, 2], "num_attention_heads": [1, 2, 5, 8], "mlp_ratios": [8, 8, 4, 4]}
-# Architectures that `info` counts without network and weights: kind, sizes that differ from the
-# kind's defaults (from the models' own config.json), and the image size of the processor.
-KNOWN_ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int | None]] = {
-    SMOLLM2: ("llama", {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    }, None),
-    "google/gemma-2-2b": ("gemma2", {
-        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-        "query_pre_attn_scalar": 256, "sliding_window": 4096,
-    }, None),
-    "facebook/dinov2-large": ("dinov2", {
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 518, "patch_size": 14,
-    }, 224),
-    "OpenGVLab/pvt_v2_b0": ("pvt_v2", {"hidden_sizes": [32, 64, 160, 256], **_PVT}, 224),
-    "OpenGVLab/pvt_v2_b1": ("pvt_v2", {"hidden_sizes": [64, 128, 320, 512], **_PVT}, 224),
-    "Zetatech/pvt-tiny-224": ("pvt", {"hidden_sizes": [64, 128, 320, 512], **_PVT}, 224),
-    "Salesforce/blip-image-captioning-base": ("blip", {
-        "text_config": {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12,
-                        "num_attention_heads": 12},
-        "vision_config": {"image_size": 384},
-    }, 384),
-}  # fmt: skip
-
 
 class Architecture(NamedTuple):
     """A transformers configuration and, of vision encoders, the image size of the processor."""
@@ -76,13 +48,15 @@ class Architecture(NamedTuple):
 
 
 def known_architecture(name: str) -> Architecture | None:
-    """Return the architecture of a published model, or None for a name not in the table."""
+    """Return the architecture of a published model, which `info` counts without its weights."""
     from transformers import AutoConfig
 
-    if name not in KNOWN_ARCHITECTURES:
+    # Sizes that differ from the defaults of a kind, from the models' own config.json.
+    table = resources.files("vlm_bridge.model_architecture") / "known_architectures.json"
+    known = json.loads(table.read_text(encoding="utf-8")).get(name)
+    if known is None:
         return None
-    kind, sizes, image_size = KNOWN_ARCHITECTURES[name]
-    return Architecture(AutoConfig.for_model(kind, **sizes), image_size)
+    return Architecture(AutoConfig.for_model(known["kind"], **known["sizes"]), known["image_size"])
 
 
 def loading_error(what: str, name: str, error: Exception) -> ModelError:
@@ -227,10 +201,9 @@ def _is_whole(folder: Path) -> bool:
 
 def _fingerprint(path: Path) -> str:
     """Hash a file's size and its beginning."""
-    digest = hashlib.blake2b(str(path.stat().st_size).encode(), digest_size=6)
     with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-    return digest.hexdigest()
+        content = str(path.stat().st_size).encode() + file.read(1 << 20)
+    return hashlib.blake2b(content, digest_size=6).hexdigest()
 
 
 def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> LanguageModel:

@@ -97,7 +97,7 @@ class Bridge(Protocol):
     num_soft_tokens: int
 
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
-        """Compute all that depends on the image alone, once per image.
+        """Compute everything that depends on the image alone, once per image.
 
         An edit of the text never mixes positions: causality.
         """
