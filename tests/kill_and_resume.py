@@ -67,7 +67,6 @@ def make_recipe(root: Path, name: str) -> Recipe:
         num_validation_samples=1,
         early_stopping_patience=9,
         save_every="3 steps",
-        keep_step_checkpoints=2,
         log_every_n_steps=7,
         decode={"num_beams": 1, "max_new_tokens": 4},
     )

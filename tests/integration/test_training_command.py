@@ -182,9 +182,12 @@ def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
     assert [event["step"] for event in second.events("train")] == list(range(1, 13))
 
 
-def test_a_run_under_a_budget_continues_inside_an_epoch(make_recipe: MakeRecipe) -> None:
+def test_a_run_under_a_budget_continues_inside_an_epoch(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_bridge.training_strategy.trainer.KEPT_STEP_CHECKPOINTS", 99)
     settings = ("tokens_per_batch=80", "batch_size=5", "bridge.dropout=0.2", "save_every=1 step")
-    whole = Run(make_recipe("whole", *settings, "keep_step_checkpoints=99", "num_workers=2"))
+    whole = Run(make_recipe("whole", *settings, "num_workers=2"))
     inside = whole.result.steps // 4
     step = whole.folder / checkpoints.STEP.format(inside)
     assert checkpoints.load_checkpoint(step)["training"]["progress"]["step_in_epoch"] > 0
@@ -357,7 +360,7 @@ def test_a_folder_without_a_manifest_trains_and_continues_bit_for_bit(
         shutil.copytree(
             drawn_caption_folder, folder, ignore=shutil.ignore_patterns(".*", "manifest.json")
         )
-    settings = ("save_every=1 step", "keep_step_checkpoints=99")
+    settings = ("save_every=2 steps", "max_steps=6")
     whole = Run(make_recipe("whole", *settings, f"data_dir={folders[0]}"))
     assert whole.said("has no manifest.json: made ")
     step = whole.folder / checkpoints.STEP.format(2)

@@ -35,8 +35,7 @@ def recipe_of(
         batch_size=4,
         early_stopping_patience=None,
         log_every_n_steps=1,
-        save_every="1 step",
-        keep_step_checkpoints=99,
+        save_every="2 steps",
         shuffle_buffer=8,
         decode={"num_beams": 1, "max_new_tokens": 5},
     )
@@ -93,7 +92,7 @@ def test_commands_train_resume_and_evaluate(
     )  # fmt: skip
     assert scored.returncode == 0, scored.stderr
     assert "num_images\t8" in scored.stdout
-    assert "set aside 1 of 119 val samples" in scored.stderr
+    assert "skipped 1 of 119 val samples" in scored.stderr
     assert (
         "are not where they were evaluated" not in (tmp_path / "scores" / "report.html").read_text()
     )

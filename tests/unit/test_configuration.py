@@ -433,7 +433,8 @@ class TestEarlierRecipes:
         [
             "early_stopping_min_delta=0.01", "generate_samples_every_n_epochs=5", "loss_kernel=own", "pin_memory=false",
             "feature_cache_pooling=2", "text_state_cache=true", "scst_baseline=greedy", "halve_batch_on_oom=true",
-            "max_skipped_steps=3", "distillation={teacher: x, batch_size: 4, revision: y, image_size: 32}",
+            "max_skipped_steps=3", "keep_step_checkpoints=9",
+            "distillation={teacher: x, batch_size: 4, revision: y, image_size: 32}",
         ],
     )  # fmt: skip
     def test_removed_keys_are_ignored_and_named(

@@ -194,10 +194,7 @@ def test_what_may_break_off_does_not_begin_after_a_signal() -> None:
 
 
 def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: MakeRecipe) -> None:
-    whole, recipe = (
-        make_recipe(name, "save_every=1 step", "keep_step_checkpoints=9")
-        for name in ("whole", "run")
-    )
+    whole, recipe = (make_recipe(name, "save_every=1 step") for name in ("whole", "run"))
     lines: list[str] = []
     train(whole, resume=AUTO, say=lines.append)
     assert f"no checkpoint to resume from in {whole.checkpoint_dir}: training starts anew" in lines

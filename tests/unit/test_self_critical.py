@@ -217,7 +217,7 @@ def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
 def test_a_run_continues_inside_an_epoch_to_the_bit(
     make_recipe: MakeRecipe, settings: tuple[str, ...]
 ) -> None:
-    every_step = ("save_every=1 step", "keep_step_checkpoints=9", "bridge.dropout=0.2")
+    every_step = ("save_every=1 step", "max_steps=4", "bridge.dropout=0.2")
     run(whole := make_recipe("whole", *settings, *every_step, "num_workers=2"))
     inside = Path(whole.checkpoint_dir) / checkpoints.STEP.format(2)
     assert checkpoints.load_checkpoint(inside)["training"]["progress"]["step_in_epoch"] == 2

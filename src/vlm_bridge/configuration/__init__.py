@@ -282,9 +282,8 @@ class Recipe(Section):
     monitor: Literal["loss", "bleu4", "cider"] = "loss"  # decides the best checkpoint
     num_decoded_images: CountOrZero | None = None  # in validation; null: 200, and 0 for loss
     early_stopping_patience: Count | None = 3  # validations without a new best; null: no stop
-    # The latest checkpoint; "500 steps" keeps the newest `keep_step_checkpoints` of single steps.
+    # The latest checkpoint; "500 steps" keeps the newest three of single steps.
     save_every: Annotated[Every, FREE] = "1 epoch"
-    keep_step_checkpoints: Annotated[Count, FREE] = 3
     log_every_n_steps: Annotated[Count, FREE] = 10
     num_validation_samples: Annotated[CountOrZero, FREE] = 4
     max_validation_images: Count | None = None

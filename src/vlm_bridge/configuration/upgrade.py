@@ -35,6 +35,7 @@ REMOVED: dict[str, object] = {
     "generate_samples_every_n_epochs": 1,
     "early_stopping_min_delta": 0,
     "max_skipped_steps": 10,
+    "keep_step_checkpoints": 3,
     "halve_batch_on_oom": False,
     "feature_cache_pooling": 1,
     "text_state_cache": False,

@@ -65,6 +65,7 @@ AUTO = "auto"
 """The checkpoint to resume from: the newest sound one in the recipe's ``checkpoint_dir``, if there is one."""
 STANDARDIZE_ON_IMAGES = 512
 MAX_SKIPPED_STEPS = 10
+KEPT_STEP_CHECKPOINTS = 3
 RETURN_MEMORY_EVERY = 20
 """Steps on a CPU: what is given back is asked for again in the next one, which takes a tenth of a second."""
 Say = Callable[[str], None]
@@ -505,7 +506,7 @@ class Trainer:
         if save_every.unit == "step" and step % save_every.count == 0:
             self._save(checkpoints.STEP.format(step))
             if self.world.is_first:
-                checkpoints.keep_newest_steps(self.checkpoint_dir, recipe.keep_step_checkpoints)
+                checkpoints.keep_newest_steps(self.checkpoint_dir, KEPT_STEP_CHECKPOINTS)
         if (
             save_every.unit == "minute"
             and time.monotonic() - self.saved_at >= 60 * save_every.count
