@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -76,8 +77,26 @@ def _global_options(
     """Options that stand before every command (`--debug`, anywhere on the line, shows full tracebacks)."""
 
 
-def run_program(command: Callable[[], object]) -> None:
+class ConsoleHandler(logging.Handler):
+    """Print bare messages to the current stdout or stderr."""
+
+    def __init__(self, *, to_stdout: bool):
+        super().__init__(logging.INFO)
+        self.to_stdout = to_stdout
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stdout if self.to_stdout else sys.stderr
+        print(redact(self.format(record)), file=stream, flush=True)
+
+
+def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) -> None:
     """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
+    logger = logging.getLogger("vlm_bridge")
+    logger.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes
+    logger.handlers = [
+        ConsoleHandler(to_stdout=logs_to_stdout) if is_first else logging.NullHandler()
+    ]
     debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if debug:
@@ -136,16 +155,16 @@ def _print_redacted(*error: Any) -> None:
 
 def run_bridge() -> None:
     """Entry point of ``vlm-bridge``."""
-    run_program(app)
+    run_program(app, logs_to_stdout=sys.argv[1:2] in (["train"], ["quickstart"], ["data"]))
 
 
 def run_data() -> None:
     """Entry point of ``vlm-data``, the same as ``vlm-bridge data``."""
-    run_program(data.app)
+    run_program(data.app, logs_to_stdout=True)
 
 
 def run_training() -> None:
     """Entry point of ``vlm-training``, the same as ``vlm-bridge train``."""
     training = typer.Typer(pretty_exceptions_enable=False)
     training.command("vlm-training")(train.train)
-    run_program(training)
+    run_program(training, logs_to_stdout=True)
