@@ -1,20 +1,32 @@
-"""Attaching an image: it nests, threads do not meet, recomputation sees it, and nothing stays behind."""
+"""Attached images: blocks nest, threads do not meet, recomputation sees them, nothing is left."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
-from vlm_bridge.configuration import DecodeSettings
+from captioners import (
+    ENTERING_ABOVE,
+    LANGUAGE_MODELS,
+    SYSTEMS,
+    random_features,
+    tiny_captioner,
+    tiny_recipe,
+)
+from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, recipe_from_dict
+from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import Attached, attach
-from vlm_bridge.model_architecture.captioner import CaptionModel
+from vlm_bridge.model_architecture.bridges import ImageInputs, KeyValuePrefix, TextShape
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.language_model import LanguageModel
+from vlm_bridge.model_architecture.weights import build_language_model
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 SEGMENTS = torch.tensor([[1] * 3 + [2] * 3])
@@ -126,7 +138,7 @@ def test_threads_generate_captions_of_different_images(model: CaptionModel) -> N
 
 
 def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.Tensor]:
-    """Of the bridge; back-propagated after the block has ended, as on CUDA in a thread that it does not know."""
+    """Gradients of the bridge; back-propagated after the block, on CUDA in another thread."""
     model.zero_grad(set_to_none=True)
     loss = model.caption_loss(
         IDS, IDS, SEGMENTS, model.image_inputs(random_features(model, 1))
@@ -152,3 +164,162 @@ def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: boo
     assert len(runs) == 2, "the last layer was not computed again"
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+# Key-value prefixes.
+
+
+def load(folder: Path, attention: str = "eager") -> LanguageModel:
+    config = LanguageModelConfig(name=str(folder), dtype="float32", attention=attention)  # type: ignore[arg-type]
+    return build_language_model(config)
+
+
+def random_prefix(
+    model: LanguageModel, batch: int, first_layer: int = 0, length: int = 3
+) -> KeyValuePrefix:
+    shape = model.shape
+    layers = shape.num_layers - first_layer
+    states = torch.randn(batch, layers, 2, shape.num_key_value_heads, length, shape.head_dim)
+    return KeyValuePrefix(states, first_layer)
+
+
+@pytest.fixture(params=LANGUAGE_MODELS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_dir")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_a_prefix_nothing_changes(folder: Path, attention: str) -> None:
+    if attention == "sdpa" and "gemma2" in folder.name:
+        pytest.skip("transformers has no sdpa for soft-capped attention")
+    model = load(folder, attention)
+    ids = torch.randint(3, 300, (2, 9))
+    segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
+    inputs = (ids, model.packed_mask(segments, 0))
+    plain, packed = model.hidden_states(ids), model.hidden_states(*inputs)
+    model.accept_prefix()
+    torch.testing.assert_close(model.hidden_states(ids), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden_states(*inputs), packed, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_agree(tiny_llama_dir: Path) -> None:
+    prefix = None
+    states = []
+    ids = torch.randint(3, 300, (2, 7))
+    for attention in ("eager", "sdpa"):
+        model = load(tiny_llama_dir, attention)
+        model.accept_prefix()
+        prefix = prefix or random_prefix(model, 2)
+        with attach(model, ImageInputs(2, key_value_prefix=prefix)):
+            states.append(model.hidden_states(ids))
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_below_the_first_do_not_see_the_image(folder: Path) -> None:
+    model = load(folder)
+    model.accept_prefix()
+    ids = torch.randint(3, 300, (1, 6))
+
+    def states_after_each_layer(prefix: KeyValuePrefix) -> tuple[torch.Tensor, ...]:
+        with attach(model, ImageInputs(1, key_value_prefix=prefix)):
+            return model.causal_lm.base_model(ids, output_hidden_states=True).hidden_states
+
+    one, other = (states_after_each_layer(random_prefix(model, 1, first_layer=1)) for _ in range(2))
+    assert torch.equal(one[1], other[1])  # behind layer 0
+    assert not torch.allclose(one[2], other[2], atol=1e-4)
+
+
+def test_a_language_model_that_drops_the_prefix_is_refused(tiny_llama_dir: Path) -> None:
+    model = load(tiny_llama_dir)  # its attention does not read prefixes before `accept_prefix`
+    with attach(model, ImageInputs(1, key_value_prefix=random_prefix(model, 1))) as attached:
+        model.hidden_states(torch.tensor([[5, 6]]))
+        with pytest.raises(ModelError, match="do not read a key-value prefix"):
+            attached.check_it_was_read()
+
+
+# Images that enter above the first layers.
+
+
+@pytest.fixture(params=[(b, lm) for b in ENTERING_ABOVE for lm in LANGUAGE_MODELS], ids="-".join)
+def above(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> CaptionModel:
+    bridge, language_model = request.param
+    folder = request.getfixturevalue(f"tiny_{language_model}_dir")
+    return tiny_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
+
+
+def test_layers_below_run_without_a_graph(above: CaptionModel) -> None:
+    needs_gradient = []
+    for layer in above.language_model.layers(""):
+        layer.register_forward_hook(lambda *args: needs_gradient.append(args[2].requires_grad))
+    above.text_states(IDS, above.image_inputs(random_features(above, 1)))
+    assert needs_gradient == [False, True]
+
+
+def test_a_compiled_body_reads_every_image_anew(
+    above: CaptionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()  # it compiles a function so many times, for all models together
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+
+    def all_gradients() -> list[torch.Tensor]:
+        found = []
+        for length in (12, 9, 7):
+            segments = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 3 + [0] * 5])[:, :length]
+            ids = torch.arange(3, 3 + 2 * length).reshape(2, length)
+            above.zero_grad(set_to_none=True)
+            image = above.image_inputs(random_features(above, 2) + length)
+            loss = above.caption_loss(ids, ids, segments, image).total
+            loss.backward()
+            found += [loss.detach(), *(p.grad for p in above.bridge.parameters())]
+        return found
+
+    expected = all_gradients()
+    above.language_model.compile_body()
+    for one, other in zip(all_gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1, "another length or image compiled the body anew"
+
+
+@torch.no_grad()
+def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+    model, above = (
+        tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, bridge))
+        for bridge in ("cross_attention", "cross_attention_above")
+    )
+    # The same parameters under the same names, wherever it enters: checkpoints are laid out alike.
+    assert model.trained_state_dict().keys() == above.trained_state_dict().keys()
+    ids, image = torch.randint(3, 300, (1, 6)), model.image_inputs(random_features(model, 1))
+    edited = image.edit(model.language_model.embed(ids))
+    torch.testing.assert_close(
+        model.text_states(ids, image),
+        model.language_model.hidden_states(inputs_embeds=edited),
+        atol=0,
+        rtol=0,
+    )
+    assert not torch.allclose(
+        above.text_states(ids, image), model.text_states(ids, image), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "deep_prefix"])
+def test_a_layer_that_is_not_there_is_named(kind: str) -> None:
+    recipe = recipe_from_dict({"bridge": {"kind": kind, "enter_at_layer": 6}})
+    with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer=6 is beyond .* 5"):
+        build_bridge(recipe.bridge, 12, TextShape(32, 6, 2, 8), 6, meta=True)
+    with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer"):
+        recipe_from_dict({"bridge": {"kind": kind, "enter_at_layer": -1}})
+
+
+def test_a_language_model_without_layers_in_sight_is_refused(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention"))
+    model.language_model.text_config.num_hidden_layers = 5  # it has two
+    with pytest.raises(ModelError, match=r"bridge\.enter_at_layer=0"):
+        model.language_model.open_layer(1)
+    with pytest.raises(ModelError, match="gradient_checkpointing=false"):
+        model.language_model.checkpoint_activations()

@@ -85,6 +85,14 @@ def test_dropout_acts_in_training_only(kind: str, dropout: float) -> None:
 
 
 @torch.no_grad()
+def test_an_untrained_deep_prefix_adds_no_values() -> None:
+    one, other = bridge_of("deep_prefix").encode(torch.randn(2, 6, 12)).key_value_prefix.states
+    # Keys differ, or no gradient would tell queries apart.
+    assert not torch.allclose(one[:, 0], other[:, 0])
+    assert not one[:, 1].any()
+
+
+@torch.no_grad()
 def test_prefix_starts_at_the_size_of_text_embeddings() -> None:
     bridge = bridge_of("prefix", text_dim=64)
     bridge.set_output_scale(0.05)

@@ -173,12 +173,13 @@ def test_builds_on_the_meta_device(recipe: Recipe, model: CaptionModel) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bridge", ["cross_attention", "cross_attention_above"])
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
 def test_untrained_cross_attention_is_the_bare_language_model(
-    tiny_vit_dir: Path, language_model: str, request: pytest.FixtureRequest
+    tiny_vit_dir: Path, language_model: str, bridge: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
-    model = build_captioner(tiny_recipe(tiny_vit_dir, folder, "cross_attention"))
+    model = build_captioner(tiny_recipe(tiny_vit_dir, folder, bridge))
     ids = torch.randint(3, 300, (2, 12))
     logits = model(ids, model.image_inputs(random_features(model, 2)))
     torch.testing.assert_close(
