@@ -45,19 +45,6 @@ def test_cross_attention_starts_as_the_identity() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", BRIDGES)
-@pytest.mark.parametrize("num_image_tokens", [1, 49])
-def test_soft_tokens_are_as_many_as_promised(kind: str, num_image_tokens: int) -> None:
-    bridge = bridge_of(kind)
-    image = bridge.encode(torch.randn(3, num_image_tokens, 12))
-    soft = image.soft_tokens
-    length = 0 if soft is None else soft.shape[1]
-    assert length == bridge.num_soft_tokens
-    assert image.num_images == len(what_is_read(image)) == 3
-    assert soft is None or soft.shape == (3, length, 32)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", BRIDGES)
 def test_images_of_a_batch_do_not_meet(kind: str) -> None:
     bridge = bridge_of(kind).eval()
     features = torch.randn(3, 6, 12)
@@ -102,14 +89,6 @@ def test_prefix_starts_at_the_size_of_text_embeddings() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("depth", [1, 3])
-def test_prefix_reads_the_image_at_every_depth(depth: int) -> None:
-    bridge = bridge_of("prefix", depth=depth)
-    one, other = what_is_read(bridge.encode(torch.randn(2, 5, 12)))
-    assert not torch.allclose(one, other)
-
-
-@torch.no_grad()
 def test_only_position_embeddings_tell_the_prefix_where_things_are() -> None:
     features = torch.randn(1, 6, 12)
     both = torch.cat((features, features.flip(1)))
@@ -138,16 +117,6 @@ def test_only_position_embeddings_tell_the_prefix_where_things_are() -> None:
 def test_impossible_options_are_named(kind: str, options: dict, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message.replace(".", r"\.")):
         bridge_of(kind, meta=True, **options)
-
-
-@pytest.mark.parametrize("kind", BRIDGES)
-def test_defaults_are_the_options_of_the_kind(kind: str) -> None:
-    recipe = recipe_from_dict({"bridge": {"kind": kind}})
-    text = TextShape(
-        576, num_layers=30, num_key_value_heads=3, head_dim=64, cross_attention_width=24
-    )
-    bridge = build_bridge(recipe.bridge, 12, text, 6, meta=True)
-    assert isinstance(bridge, BRIDGES[kind])
 
 
 def projection_of(

@@ -89,15 +89,6 @@ def test_greedy_takes_the_likeliest_token_of_the_training_path(
     assert ids == logits[: len(ids)].argmax(-1).tolist()
 
 
-def test_greedy_is_a_beam_of_one_and_length_is_bounded(bridge: str) -> None:
-    model = toy_captioner(bridge)
-    features = random_features(model, NUM_IMAGES)
-    for limit in (1, 4):
-        captions, _ = generated(model, features, [TOY_START], GREEDY.replace(max_new_tokens=limit))
-        assert max(map(len, captions)) <= limit
-        assert not any(TOY_EOS in ids for ids in captions)
-
-
 def test_the_n_best_are_the_best_beams_in_order(bridge: str) -> None:
     model = toy_captioner(bridge)
     features = random_features(model, NUM_IMAGES)
@@ -160,16 +151,6 @@ def test_beam_search_finds_the_best_of_all_captions(bridge: str) -> None:
         (greedy,), _ = generated(model, one, [TOY_START], decode.replace(num_beams=1))
         beats_greedy += greedy != found
     assert beats_greedy, "a search that never differs from greedy shows nothing"
-
-
-def test_score_is_the_mean_log_probability_with_the_end(bridge: str) -> None:
-    model = toy_captioner(bridge)
-    features = random_features(model, 2)
-    captions, scores = generated(model, features, [TOY_START], BEAMS.replace(max_new_tokens=4))
-    for index, (ids, score) in enumerate(zip(captions, scores, strict=True)):
-        table = every_caption(model, features[index : index + 1], 4)
-        tokens = (*ids, TOY_EOS) if len(ids) < 4 else tuple(ids)
-        assert score == pytest.approx(table[tokens] / len(tokens), abs=1e-5)
 
 
 @torch.inference_mode()
@@ -300,17 +281,6 @@ def test_draws_belong_to_the_image_whatever_the_batch_and_its_order(
         assert generated(model, features, [TOY_START], decode, 1)[0] == together[::2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_lone_image_is_captioned_from_features_of_any_type(
-    bridge: str, dtype: torch.dtype
-) -> None:
-    """As caches keep them, under the autocast that they are read in."""
-    model = toy_captioner(bridge)
-    features = random_features(model, 1).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert len(model.generate(features, [TOY_START], GREEDY)) == 1
-
-
 def test_images_draw_different_numbers() -> None:
     model = toy_captioner("prefix")
     features = random_features(model, 1).expand(NUM_IMAGES, -1, -1)
@@ -403,29 +373,3 @@ class TestCaptioner:
         )
         assert sum(prepared) == 3 * len(pictures)
         assert max(ahead) <= 2 * (DECODE_AHEAD + 1)
-
-    def test_pictures_in_memory_are_captioned_as_files_are(
-        self, captioner: Captioner, pictures: list[Path]
-    ) -> None:
-        from vlm_bridge.data_pipeline.images import open_image
-
-        files = captioner.caption(pictures[:2])
-        memory = captioner.caption([open_image(path).convert("RGBA") for path in pictures[:2]])
-        assert [r.caption for r in files] == [r.caption for r in memory]
-        assert captioner.caption([]) == []
-
-    def test_the_prompt_stands_before_the_caption_and_not_in_it(
-        self, tiny_vit_dir: Path, language_model_dir: Path, bridge: str, pictures: list[Path]
-    ) -> None:
-        recipe = tiny_recipe(
-            tiny_vit_dir, language_model_dir, bridge, decode={"num_beams": 1, "max_new_tokens": 6}
-        )
-        prompted = recipe.replace(
-            language_model=recipe.language_model.replace(prompt="The black dog")
-        )
-        bare, asked = (
-            Captioner(tiny_captioner(r), r).caption(pictures[:1])[0] for r in (recipe, prompted)
-        )
-        assert asked.score != bare.score
-        assert asked.caption is not None
-        assert "The black dog" not in asked.caption

@@ -69,12 +69,6 @@ def test_softcaps_are_applied(tiny_gemma2_dir: Path) -> None:
     assert logits.abs().max() > 1.9
 
 
-def test_frozen_and_in_evaluation(folder: Path) -> None:
-    model = load(folder)
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
 def test_encoding_adds_nothing_and_loses_nothing(folder: Path) -> None:
     model = load(folder)
     for text in ("A small red square.", " leading space", "Ünïcode 🐶", ""):
@@ -112,10 +106,6 @@ def test_without_an_end_token_captions_could_not_end(tiny_gpt2_dir: Path, tmp_pa
 def test_weights_are_stored_as_asked(tiny_llama_dir: Path, dtype: str) -> None:
     model = load(tiny_llama_dir, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
-
-
-def test_soft_capped_attention_is_never_left_to_a_kernel_without_it(tiny_gemma2_dir: Path) -> None:
-    assert load(tiny_gemma2_dir).causal_lm.config._attn_implementation == "eager"
 
 
 def small_causal_lm(family: str) -> Any:

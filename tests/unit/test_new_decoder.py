@@ -71,26 +71,6 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_published_sizes_of_a_decoder_from_nothing() -> None:
-    from transformers import BertConfig, BertLMHeadModel
-
-    assert DecoderSize() == (6, 256, 4, 6000, 0.1)
-    with torch.device("meta"):
-        layers = BertLMHeadModel(
-            BertConfig(
-                vocab_size=6000, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024,
-                max_position_embeddings=MAX_POSITIONS, is_decoder=True, add_cross_attention=True,
-            )
-        )  # fmt: skip
-    assert 7e6 < layers.num_parameters() < 9e6
-
-
-def test_dropout_is_that_of_the_option(tmp_path: Path) -> None:
-    write_new_decoder(["a dog"], tmp_path, DecoderSize(1, 8, 2, 100, dropout=0.3))
-    rates = {m.p for m in load(tmp_path).modules() if isinstance(m, torch.nn.Dropout)}
-    assert rates == {0.3}
-
-
 def test_rare_characters_do_not_crowd_out_the_words() -> None:
     strange = [chr(code) for code in range(0x3B1, 0x3B1 + 200)]
     captions = ["two dogs run on the grass"] * 50 + strange

@@ -71,10 +71,6 @@ def test_what_is_forbidden_stays_forbidden() -> None:
     assert torch.equal(bonus(torch.tensor([[TOY_START, 2, 4]]), scores), scores)
 
 
-def test_no_caption_begins_with_a_name() -> None:
-    assert not bonus_of([[(4,)]], []).any()
-
-
 def test_beams_belong_to_their_picture() -> None:
     of_rows = bonus_of([[(4,)], [], [(5,)]], *[[2]] * 6)
     assert of_rows.nonzero().tolist() == [[0, 4], [1, 4], [4, 5], [5, 5]]

@@ -113,14 +113,6 @@ def test_what_is_no_gguf_file_is_one_clear_line(gguf_file: Path, tmp_path: Path)
     assert entries(cache_dir() / "gguf") == []
 
 
-def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("VLM_BRIDGE_CACHE", str(tmp_path / "mine"))
-    assert cache_dir() == tmp_path / "mine"
-    monkeypatch.delenv("VLM_BRIDGE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "vlm-bridge"
-
-
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "SMOLLM2_DISTRIBUTION", "no-such-distribution")
     assert find_smollm2_gguf() is None

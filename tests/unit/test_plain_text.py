@@ -10,10 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
-from tiny_models import build_tokenizer, save_tiny_gguf
-from vlm_bridge.configuration import LanguageModelConfig
+from tiny_models import build_tokenizer
 from vlm_bridge.model_architecture.language_model import encode_as_text
-from vlm_bridge.model_architecture.weights import build_language_model
 
 TEXTS = [
     "A man </s> sits <s><pad>",
@@ -41,15 +39,6 @@ def test_a_language_model_reads_control_tokens_as_text(
     assert all(ids and control_ids(tokenizer).isdisjoint(ids) for ids in encoded)
     if family in ("llama", "gemma2", "gpt2"):  # BERT's vocabulary of the tests lacks the signs
         assert [tokenizer.decode(ids) for ids in encoded] == TEXTS
-
-
-def test_a_converted_gguf_reads_control_tokens_as_text(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    path = save_tiny_gguf(tmp_path / "tiny.gguf")
-    model = build_language_model(LanguageModelConfig(name=str(path), dtype="float32"))
-    encoded = model.encode_all(TEXTS)
-    assert all(control_ids(model.tokenizer).isdisjoint(ids) for ids in encoded)
-    assert [model.decode(ids) for ids in encoded] == TEXTS
 
 
 def test_tokens_that_were_added_later_are_text_too() -> None:

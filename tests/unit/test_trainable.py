@@ -99,15 +99,6 @@ def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
         assert decay == (changed.weight_decay if sizes[name] >= 2 else 0.0), name
 
 
-def test_rates_of_nothing_are_nothing(recipe: Recipe) -> None:
-    patterns: dict[str, float | None] = {"bridge.*": 0.0}
-    still = recipe_from_dict(
-        {**recipe.to_dict(), "learning_rate": 0.0, "min_lr": 0.0, "trainable": patterns}
-    )
-    _, relative = adamw(trained_parameters(build_captioner(still), patterns), still)
-    assert set(relative) == {0.0}
-
-
 @pytest.mark.parametrize(
     ("trainable", "overrides", "message"),
     [
@@ -136,25 +127,6 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(ConfigurationError, match=message) as refusal:
         trained(recipe, trainable, *overrides)
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("trainable", "message"),
-    [
-        ({}, "at least 1 item"),
-        ({"bridge.*": -1e-3}, "greater than or equal to 0"),
-        ({"bridge.*": float("nan")}, "finite"),
-        ({"bridge.*": "fast"}, "number"),
-        (["bridge.*"], "should be a valid dictionary"),
-    ],
-)
-def test_impossible_rates_are_refused(recipe: Recipe, trainable: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        recipe_from_dict({**recipe.to_dict(), "trainable": trainable})
-    with pytest.raises(ConfigurationError, match="must be above 0"):
-        recipe_from_dict(
-            {**recipe.to_dict(), "learning_rate": 0.0, "trainable": {"bridge.*": 1e-3}}
-        )
 
 
 def test_patterns_may_be_given_on_the_command_line(recipe: Recipe) -> None:
@@ -228,18 +200,6 @@ def test_dropout_acts_where_it_is_trained_and_nowhere_else(recipe: Recipe) -> No
         assert not any(module.training for module in model.vision_encoder.modules())
         model.eval()
         assert not any(module.training for module in model.modules())
-
-
-def test_dropout_of_a_frozen_decoder_changes_no_loss(recipe: Recipe) -> None:
-    images = [CaptionedImage(Path("0.jpg"), ("two dogs run on the grass.",), "0")]
-    for patterns, changes in (({}, False), ({"language_model.*": None}, True)):
-        model = trained(recipe, {"bridge.*": None, **patterns}).train()
-        batch = TokenizedImages(images, caption_format(model.language_model, recipe)).pack(
-            [Row(0, (0,))]
-        )
-        features = random_features(model, 1)
-        one, other = (caption_loss(model, batch, features).total.item() for _ in range(2))
-        assert (one != other) == changes
 
 
 def test_activation_checkpointing_draws_the_same_dropout(recipe: Recipe) -> None:
