@@ -328,13 +328,12 @@ def image_attention(
         ModelError: the language model does not return its attention weights.
     """
     language_model, image = model.language_model, model.image_inputs(features_bnd)
-    text_bth, edit = None, image.edit
-    if edit is not None:
+    texts: list[torch.Tensor] = []
+    if (edit := image.edit) is not None:
 
-        def keep_text(states_bth: torch.Tensor) -> torch.Tensor:
-            nonlocal text_bth
-            text_bth = states_bth
-            return edit(states_bth)
+        def keep_text(text_bth: torch.Tensor) -> torch.Tensor:
+            texts.append(text_bth)
+            return edit(text_bth)
 
         image = replace(image, edit=keep_text)
     with language_model.use_attention("eager"), attach(language_model, image) as attached:
@@ -342,26 +341,22 @@ def image_attention(
             **attached.inputs(input_ids_bt), output_attentions=True, use_cache=False
         )
     features_bnd = model.bridge_features(features_bnd)
-    attention_btp = _attention_to(image, output, input_ids_bt.shape[1])
-    if attention_btp is not None:
-        attention_btp = attention_btp.to(features_bnd.dtype)
-    if text_bth is not None:
-        text_bth = text_bth.to(features_bnd.dtype)
-    return model.bridge.image_attention(features_bnd, text_bth, attention_btp).float()
+    seen_bt = texts[0] if texts else _attention_to(image, output, input_ids_bt.shape[1])
+    return model.bridge.image_attention(features_bnd, seen_bt.to(features_bnd.dtype)).float()
 
 
-def _attention_to(image: ImageInputs, output: Any, length: int) -> torch.Tensor | None:
+def _attention_to(image: ImageInputs, output: Any, length: int) -> torch.Tensor:
     """Return the mean attention [B, T, P] of the last T positions to soft tokens or the like."""
     if image.encoder_hidden_states is not None:
         layers, columns = output.cross_attentions, slice(None)
     elif image.soft_tokens is not None:
         # The start token stands before the soft tokens.
         layers, columns = output.attentions, slice(1, 1 + image.soft_tokens.shape[1])
-    elif (prefix := image.key_value_prefix) is not None:
+    else:
+        prefix = image.key_value_prefix
+        assert prefix is not None
         layers = (output.attentions or ())[prefix.first_layer :]
         columns = slice(prefix.states.shape[4])
-    else:
-        return None
     if not layers:
         raise ModelError(
             "the language model does not return its attention weights: its captions cannot be "

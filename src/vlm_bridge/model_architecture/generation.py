@@ -56,7 +56,7 @@ def search(
     """
     device, length, is_beams = prompt_rt.device, prompt_rt.shape[1], decode.num_beams > 1
     log_probs = TokenLogProbs(eos_id, decode.num_beams)
-    processors = [log_probs, *_penalties(decode, length, eos_id, device), *more]
+    processors = [log_probs, *_penalties(decode, prompt_rt, eos_id), *more]
     if decode.do_sample:
         assert keys is not None
         processors += _warpers(decode)
@@ -104,25 +104,29 @@ def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> 
 
 
 def _penalties(
-    decode: DecodeSettings, prompt_length: int, eos_id: int, device: torch.device
-) -> Iterator[LogitsProcessor]:
-    """Yield the penalties of a search, in transformers' order."""
+    decode: DecodeSettings, prompt_rt: torch.Tensor, eos_id: int
+) -> list[LogitsProcessor]:
+    """Return the penalties of a search, in transformers' order."""
+    found: list[LogitsProcessor] = []
     if decode.repetition_penalty != 1:
-        yield RepetitionPenaltyLogitsProcessor(decode.repetition_penalty)
+        found.append(RepetitionPenaltyLogitsProcessor(decode.repetition_penalty))
     if decode.no_repeat_ngram_size:
-        yield NoRepeatNGramLogitsProcessor(decode.no_repeat_ngram_size)
+        found.append(NoRepeatNGramLogitsProcessor(decode.no_repeat_ngram_size))
     if decode.min_new_tokens:
-        yield MinNewTokensLengthLogitsProcessor(
-            prompt_length, decode.min_new_tokens, eos_id, device=str(device)
-        )
+        limits = (prompt_rt.shape[1], decode.min_new_tokens, eos_id, str(prompt_rt.device))
+        found.append(MinNewTokensLengthLogitsProcessor(*limits))
+    return found
 
 
-def _warpers(decode: DecodeSettings) -> Iterator[LogitsProcessor]:
-    """Yield the processors of sampling: temperature, then nucleus."""
+def _warpers(decode: DecodeSettings) -> list[LogitsProcessor]:
+    """Return the processors of sampling: temperature, then nucleus."""
+    found: list[LogitsProcessor] = []
     if decode.temperature != 1:
-        yield TemperatureLogitsWarper(decode.temperature)
+        found.append(TemperatureLogitsWarper(decode.temperature))
     if decode.top_p < 1:
-        yield TopPLogitsWarper(decode.top_p, min_tokens_to_keep=2 if decode.num_beams > 1 else 1)
+        keep = 2 if decode.num_beams > 1 else 1
+        found.append(TopPLogitsWarper(decode.top_p, min_tokens_to_keep=keep))
+    return found
 
 
 @contextmanager

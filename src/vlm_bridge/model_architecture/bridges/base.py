@@ -103,19 +103,14 @@ class Bridge(Protocol):
         """
         ...
 
-    def image_attention(
-        self,
-        features_bnd: torch.Tensor,
-        text_bth: torch.Tensor | None,
-        attention_btp: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def image_attention(self, features_bnd: torch.Tensor, seen_bt: torch.Tensor) -> torch.Tensor:
         """Return how each text position attends to the N image tokens, [B, T, N], not normalized.
 
         Args:
             features_bnd: as for ``encode``.
-            text_bth: as it enters the edit; None for bridges without one.
-            attention_btp: how much the language model attends to each of the P soft tokens, prefix
-                keys or encoder states of ``encode``; None where there are none.
+            seen_bt: the text [B, T, H] that enters the edit; for bridges without an edit, how much
+                the language model attends to their soft tokens, prefix keys or encoder states,
+                [B, T, P].
         """
         ...
 

@@ -89,14 +89,8 @@ class CrossAttentionBridge(nn.Module):
         hidden = self._drop(F.gelu(self.feed_forward_in(self.feed_forward_norm(text_bth))))
         return text_bth + self._drop(self.feed_forward_out(hidden))
 
-    def image_attention(
-        self,
-        features_bnd: torch.Tensor,
-        text_bth: torch.Tensor | None,
-        attention_btp: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def image_attention(self, features_bnd: torch.Tensor, text_bth: torch.Tensor) -> torch.Tensor:
         """Return its own attention weights [B, T, N], averaged over heads."""
-        assert text_bth is not None, "the bridge edits text"
         query_bhtd = self._heads(self.query(self.attention_norm(text_bth)))
         return mean_attention_weights(query_bhtd, self._keys_values(features_bnd)[0])
 

@@ -44,13 +44,9 @@ class PrefixBridge(nn.Module):
         return ImageInputs(len(features_bnd), soft_tokens=soft_bph)
 
     def image_attention(
-        self,
-        features_bnd: torch.Tensor,
-        text_bth: torch.Tensor | None,
-        attention_btp: torch.Tensor | None,
+        self, features_bnd: torch.Tensor, attention_btp: torch.Tensor
     ) -> torch.Tensor:
         """Roll attention out in two steps: text to soft tokens, their queries to image tokens."""
-        assert attention_btp is not None, "the language model reads soft tokens"
         return attention_btp @ self.resampler.image_attention(features_bnd)
 
 
@@ -93,13 +89,9 @@ class DeepPrefixBridge(nn.Module):
         return ImageInputs(len(features_bnd), key_value_prefix=prefix)
 
     def image_attention(
-        self,
-        features_bnd: torch.Tensor,
-        text_bth: torch.Tensor | None,
-        attention_btp: torch.Tensor | None,
+        self, features_bnd: torch.Tensor, attention_btp: torch.Tensor
     ) -> torch.Tensor:
         """Roll attention out in two steps: text to prefix keys, their queries to image tokens."""
-        assert attention_btp is not None, "the language model reads prefix keys"
         return attention_btp @ self.resampler.image_attention(features_bnd)
 
 

@@ -34,7 +34,13 @@ class ProjectionBridge(nn.Module):
                 "language models choose deep_prefix, prefix or cross_attention"
             )
         self.dropout = options.dropout
-        self.projection = _PROJECTIONS[options.projection](vision_dim, width, num_image_tokens)
+        if options.projection == "conv3x3":
+            self.projection = GridConvolution(vision_dim, width, num_image_tokens)
+        elif options.projection == "mlp":
+            layers = (nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, width))
+            self.projection = nn.Sequential(*layers)
+        else:
+            self.projection = nn.Linear(vision_dim, width)
         self.positions = None
         if options.position_embeddings:
             self.positions = nn.Parameter(torch.empty(num_image_tokens, width))
@@ -49,13 +55,9 @@ class ProjectionBridge(nn.Module):
         return ImageInputs(len(features_bnd), encoder_hidden_states=states_bnw)
 
     def image_attention(
-        self,
-        features_bnd: torch.Tensor,
-        text_bth: torch.Tensor | None,
-        attention_btp: torch.Tensor | None,
+        self, features_bnd: torch.Tensor, attention_btp: torch.Tensor
     ) -> torch.Tensor:
         """Return the decoder's cross-attention [B, T, N]: encoder state n is image token n."""
-        assert attention_btp is not None, "the decoder reads encoder states"
         return attention_btp
 
 
@@ -74,14 +76,3 @@ class GridConvolution(nn.Conv2d):
     def forward(self, features_bnd: torch.Tensor) -> torch.Tensor:
         grid_bdhw = features_bnd.transpose(1, 2).unflatten(2, (self.side, self.side))
         return super().forward(grid_bdhw).flatten(2).transpose(1, 2)
-
-
-def _linear(vision_dim: int, width: int, num_image_tokens: int) -> nn.Module:
-    return nn.Linear(vision_dim, width)
-
-
-def _mlp(vision_dim: int, width: int, num_image_tokens: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, width))
-
-
-_PROJECTIONS = {"linear": _linear, "mlp": _mlp, "conv3x3": GridConvolution}
