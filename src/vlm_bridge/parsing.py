@@ -1,4 +1,4 @@
-"""Foreign JSON, YAML and lines as plain values within limits: a value, or a ValueError of one line."""
+"""Foreign JSON, YAML and lines as plain values within limits."""
 
 from __future__ import annotations
 

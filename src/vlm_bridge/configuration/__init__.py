@@ -336,7 +336,7 @@ class Recipe(Section):
         )
 
     def changes_since(self, before: Recipe) -> list[str]:
-        """Return each dotted key that decides what is learned and differs: "key=now, was before"."""
+        """Return "key=now, was before" for each key that decides what is learned and differs."""
         free = self.keys_marked("place", "free")
         now, then = (
             _flat({key: value for key, value in recipe.to_dict().items() if key not in free})
