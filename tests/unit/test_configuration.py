@@ -129,8 +129,8 @@ IMPOSSIBLE = """
     num_epochs=0 batch_size=-8 max_steps=0 learning_rate=-1e-4 num_workers=-1 warmup_steps=-5
     seed=-1 gradient_clip_val=0 early_stopping_patience=0 max_validation_images=0
     label_smoothing=1 weight_averaging=1 max_bad_samples=1.1 decode.num_beams=0
-    decode.max_new_tokens=0 decode.temperature=0 decode.top_p=1.5 vision_encoder.image_size=0 bridge.num_queries=0
-    bridge.dropout=1
+    decode.max_new_tokens=0 decode.temperature=0 decode.top_p=1.5 bridge.num_queries=0
+    vision_encoder.image_size=0 bridge.dropout=1
 """
 
 
