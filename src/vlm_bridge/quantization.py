@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import torch
 
-GROUP = 64
-"""Numbers of a row that share a scale in 4 bits."""
+GROUP = 64  # numbers of a row that share a scale in 4 bits
 
 
 def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric quantisation of each row (Jacob et al. 2018, without zero points; LLM.int8(), Dettmers et al. 2022).
+    """Quantize each row symmetrically (LLM.int8(), Dettmers et al. 2022).
 
     Args:
         values: [..., D], finite.
 
     Returns:
-        Levels [..., D] in int8, -127 to 127, and scales [..., 1] in float32, a row's largest magnitude over 127. Their
-        product is off by half a scale at most.
+        Levels [..., D] in int8 and scales [..., 1] in float32, whose product is off by half a scale
+        at most.
     """
     values = values.float()
     scales = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -24,14 +23,13 @@ def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantisation of each `GROUP` of a row to 16 levels, as llama.cpp's Q4_0: the largest magnitude is level -8.
+    """Quantize each `GROUP` of a row to 16 levels, as llama.cpp's Q4_0: the largest is level -8.
 
     Args:
         values: [..., D], finite, D a multiple of `GROUP`.
 
     Returns:
-        Two levels a byte [..., D / 2] in uint8, and signed scales [..., D / `GROUP`] in bfloat16. A value is off by
-        half a scale at most, or by one where it is as large as the group's largest, with the other sign.
+        Two levels a byte [..., D / 2] in uint8, and signed scales [..., D / `GROUP`] in bfloat16.
     """
     groups = values.float().unflatten(-1, (-1, GROUP))
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
@@ -42,6 +40,6 @@ def to_int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What `to_int4` was given, rounded: values [..., D] in float32. Raises RuntimeError where shapes do not agree."""
+    """Return values [..., D] of `to_int4`. Raises RuntimeError if shapes do not agree."""
     levels = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).float() - 8
     return (levels.unflatten(-1, (-1, GROUP)) * scales.float()[..., None]).flatten(-2)

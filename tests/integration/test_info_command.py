@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from captioners import SYSTEMS, tiny_recipe
 from vlm_bridge.cli.info import parts_of
 from vlm_bridge.cli.main import app
-from vlm_bridge.configuration import load_recipe, override_recipe, shipped_recipe
+from vlm_bridge.configuration import load_recipe, shipped_recipe
 from vlm_bridge.model_architecture.captioner import build_captioner
 
 
@@ -36,9 +36,6 @@ def test_json_of_a_recipe(tmp_path: Path, tiny_dinov2_dir: Path, tiny_gemma2_dir
         assert component["trainable"] == (
             component["parameters"] if component["role"] == "bridge" else 0
         )
-    total = sum(component["parameters"] for component in shown["components"])
-    assert shown["trainable_share"] == pytest.approx(shown["components"][1]["parameters"] / total)
-    assert shown["features_shape"] == [17, 32]
 
 
 def test_table_for_people(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
@@ -105,17 +102,6 @@ def test_counts_are_those_of_the_real_captioner(
     assert found["trainable_share"] == pytest.approx(by_role["bridge"]["parameters"] / total)
     assert found["features_shape"] == [10, 32]
     assert found["soft_tokens"] == (3 if bridge == "prefix" else 0)
-
-
-def test_the_packaged_language_model_is_counted_without_its_weights(
-    tiny_vit_dir: Path, tiny_llama_dir: Path
-) -> None:
-    # SmolLM2-135M (Ben Allal et al. 2025) without its weights.
-    recipe = override_recipe(
-        tiny_recipe(tiny_vit_dir, tiny_llama_dir), ["language_model.name=smollm2-135m-instruct"]
-    )
-    language_model = parts_of(recipe)["components"][2]
-    assert (language_model["parameters"], language_model["trainable"]) == (134_515_008, 0)
 
 
 def test_the_published_system_is_counted_without_hub_or_weights() -> None:

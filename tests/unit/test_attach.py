@@ -170,8 +170,8 @@ def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: boo
 
 
 def load(folder: Path, attention: str = "eager") -> LanguageModel:
-    config = LanguageModelConfig(name=str(folder), dtype="float32", attention=attention)  # type: ignore[arg-type]
-    return build_language_model(config)
+    options = {"name": str(folder), "dtype": "float32", "attention": attention}
+    return build_language_model(LanguageModelConfig.build(options))
 
 
 def random_prefix(

@@ -1,4 +1,4 @@
-"""Invariants of the one forward path that training and captioning share, for every bridge and kind of LM."""
+"""Invariants of the one forward path of training and captioning, for every bridge and LM."""
 
 from __future__ import annotations
 

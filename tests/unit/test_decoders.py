@@ -1,4 +1,4 @@
-"""Decoders that cross-attend: loaded from any folder they come in, split without a change, and BLIP as BLIP is."""
+"""Decoders that cross-attend: loaded from any folder, split without a change; BLIP is BLIP."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_published_blip_starts_with_dec_and_ends_with_sep() -> None:
     assert (blip.text_config.bos_token_id, blip.text_config.sep_token_id) == (30522, 102)
     assert blip.vocab_size == 30524
     assert blip.shape.cross_attention_width == 768
-    # Embeddings; 12 layers of self-attention, cross-attention and feed-forward; the head's transform and bias.
+    # Embeddings; 12 layers of self-attention, cross-attention and feed-forward; the head.
     attention, feed_forward, norm = 4 * 768 * 769, 3072 * 769 + 768 * 3073, 2 * 768
     layers = 12 * (2 * (attention + norm) + feed_forward + norm)
     head = 768 * 769 + norm + 30524
@@ -227,7 +227,7 @@ def test_captions_end_where_the_positions_do(tiny_vit_dir: Path, tiny_blip_dir: 
 
 
 class TestBlipIsBlip:
-    """With BLIP's own vision tower, and a projection that changes nothing, ours is BLIP: the whole path is right."""
+    """With BLIP's own vision tower and the identity as projection, ours is BLIP."""
 
     @pytest.fixture(scope="class")
     def blip_dir(self, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,4 +1,4 @@
-"""Generation: the same captions whatever the batch, the cache or the number of steps it takes to get there."""
+"""Generation: the same captions whatever the batch and the cache."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_several_draws_differ_and_a_search_gives_no_more_than_its_beams(bridge: 
 def every_caption(
     model: CaptionModel, one: torch.Tensor, limit: int
 ) -> dict[tuple[int, ...], float]:
-    """The log-probability of each caption of at most ``limit`` tokens: ended by EOS, or cut at the limit."""
+    """Return the log-probability of each caption of at most ``limit`` tokens, with EOS or cut."""
     vocabulary = model.language_model.vocab_size
     others = [token for token in range(vocabulary) if token != TOY_EOS]
     captions: dict[tuple[int, ...], float] = {}
@@ -161,7 +161,7 @@ def scores_read_again(
     captions: list[list[int]],
     limit: int,
 ) -> list[float]:
-    """The mean log-probability per token of captions that the whole model reads once more, from their first token."""
+    """Return the mean log-probability per token of captions, by the training path."""
     scores = []
     for one, ids in zip(features.split(1), captions, strict=True):
         tokens = [*ids, model.language_model.eos_id] if len(ids) < limit else ids

@@ -17,7 +17,7 @@ VOCABULARY, WIDTH = 50, 8
 
 
 class Head(nn.Module):
-    """A head that counts the positions it is given at a time: frozen and soft-capped, or trained."""
+    """A head that records how many positions it gets: frozen and soft-capped, or trained."""
 
     def __init__(self, softcap: float | None = None, *, trained: bool = False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`vlm-bridge new-decoder`: a folder that loads as a language model, and word pieces that give text back."""
+"""`vlm-bridge new-decoder`: a folder that loads as a language model."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def test_the_command_writes_a_decoder_of_the_captions(
     assert result.returncode == 0, result.stderr
     model = load(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert (
-        f"{folder}: 2 layers of width 16, {len(model.tokenizer)} word pieces, {parameters:,} parameters"
-        in (result.stdout)
-    )
+    pieces = len(model.tokenizer)
+    assert f"{folder}: 2 layers of width 16, {pieces} word pieces" in result.stdout
+    assert f", {parameters:,} parameters" in result.stdout
     assert f"language_model.name={folder}" in result.stdout
     assert (model.shape.width, model.shape.num_layers, model.shape.cross_attention_width) == (
         16,
@@ -80,12 +79,20 @@ def test_rare_characters_do_not_crowd_out_the_words() -> None:
     assert len(ids) == 6
 
 
-@pytest.mark.parametrize("text", ["A Man's dog, isn't it?", "Ünïcode café.", "two   spaces"])
-def test_text_comes_back_in_lower_case_without_accents(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("A Man's dog, isn't it?", "a man's dog, isn't it?"),
+        ("Ünïcode café.", "unicode cafe."),
+        ("two   spaces", "two spaces"),
+    ],
+)
+def test_text_comes_back_in_lower_case_without_accents(
+    text: str, plain: str, tmp_path: Path
+) -> None:
     write_new_decoder([text, "abcdefghijklmnopqrstuvwxyz"], tmp_path, DecoderSize(1, 8, 2, 200))
     model = load(tmp_path)
-    plain = {"A Man's dog, isn't it?": "a man's dog, isn't it?", "Ünïcode café.": "unicode cafe."}
-    assert model.decode(model.encode(text)) == plain.get(text, "two spaces")
+    assert model.decode(model.encode(text)) == plain
 
 
 def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_here) -> None:

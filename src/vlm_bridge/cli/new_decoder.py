@@ -8,16 +8,10 @@ import typer
 
 
 def new_decoder(
-    data_dir: Path = typer.Option(
-        ..., help="Caption folder whose training captions give the word pieces."
-    ),
-    output_dir: Path = typer.Option(
-        ..., help="Where to write it; `language_model.name` then names this folder."
-    ),
+    data_dir: Path = typer.Option(..., help="Caption folder; its words become word pieces."),
+    output_dir: Path = typer.Option(..., help="Where to write it, for `language_model.name`."),
     layers: int = typer.Option(6, min=1, help="Layers."),
-    width: int = typer.Option(
-        256, min=1, help="Width; feed-forward layers are four times as wide."
-    ),
+    width: int = typer.Option(256, min=1, help="Width; feed-forward layers are 4x as wide."),
     heads: int = typer.Option(4, min=1, help="Attention heads; they must divide the width."),
     vocabulary: int = typer.Option(6000, min=100, help="Word pieces at most."),
     dropout: float = typer.Option(0.1, min=0.0, max=0.9, help="Dropout in training."),
@@ -31,7 +25,8 @@ def new_decoder(
 
     if (output_dir / "config.json").exists() and not overwrite:
         raise UsageError(
-            f"{output_dir} holds a model; choose another --output-dir, or replace it with --overwrite"
+            f"{output_dir} holds a model; choose another --output-dir, or replace it with "
+            "--overwrite"
         )
     images, _ = readable_split(open_data_folder(data_dir, note), "train")
 
@@ -43,7 +38,8 @@ def new_decoder(
     captions = (caption for image in images for caption in image.captions)
     pieces, parameters = write_new_decoder(captions, output_dir, size, seed=seed)
     print(
-        f"{output_dir}: {layers} layers of width {width}, {pieces:,} word pieces, {parameters:,} parameters"
+        f"{output_dir}: {layers} layers of width {width}, {pieces:,} word pieces, "
+        f"{parameters:,} parameters"
     )
     print(
         f"next: train it whole: vlm-training --config RECIPE language_model.name={output_dir} "

@@ -140,7 +140,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return smoothed_v, losses_v
 
     @staticmethod
-    def backward(ctx: Any, smoothed_gradient_v: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         (gradient_vh,) = ctx.saved_tensors
-        weights_v1 = smoothed_gradient_v.to(gradient_vh.dtype)[:, None]
+        weights_v1 = gradients[0].to(gradient_vh.dtype)[:, None]
         return gradient_vh * weights_v1, None, None, None, None

@@ -68,8 +68,8 @@ def choose_trainable(model: Any, patterns: Mapping[str, float | None]) -> None:
         if parameter.dtype in (torch.bfloat16, torch.float16) or not parameter.is_floating_point():
             raise ConfigurationError(
                 f"trainable: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}, "
-                "in which small updates are lost: use language_model.dtype=float32 (amp_dtype still "
-                "computes in 16 bits)"
+                "in which small updates are lost: use language_model.dtype=float32 (amp_dtype "
+                "still computes in 16 bits)"
             )
         parameter.requires_grad_(True)
     _check_nothing_stays_random(model)

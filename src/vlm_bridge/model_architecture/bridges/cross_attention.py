@@ -65,7 +65,7 @@ class CrossAttentionBridge(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
-        """Return an edit of the text that looks at features [B, N, D]; keys and values are made once."""
+        """Return an edit of the text that attends to features [B, N, D]."""
         edit = partial(self._edit, *self._keys_values(features_bnd))
         return ImageInputs(len(features_bnd), edit=edit, edit_layer=self.first_layer)
 

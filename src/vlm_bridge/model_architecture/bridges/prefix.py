@@ -1,4 +1,4 @@
-"""Bridges that read an image with learned queries: soft tokens, or keys and values of each layer."""
+"""Bridges with learned queries: soft tokens, or keys and values for the layers."""
 
 from __future__ import annotations
 
