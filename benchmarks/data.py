@@ -29,8 +29,7 @@ from benchmarks import harness
 from benchmarks.harness import Peak, Report, Variant
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.data_pipeline.feature_cache import CacheFiles, FeatureCache, open_or_build
-from vlm_bridge.data_pipeline.feature_format import FeatureFormat
+from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat
 from vlm_bridge.data_pipeline.loader import CaptionFormat, EpochBatches, TokenizedImages, prefetch
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.language_model import LanguageModel
@@ -189,9 +188,7 @@ def random_cache(folder: Path, num_images: int) -> FeatureCache:
         def __getitem__(self, indices: np.ndarray) -> np.ndarray:
             return indices % len(drawn)
 
-    return open_or_build(
-        CacheFiles(folder, FORMAT, num_images), Numbers(), lambda numbers: drawn[numbers]
-    )
+    return FeatureCache.open_or_build(folder, FORMAT, Numbers(), lambda numbers: drawn[numbers])
 
 
 # The two parts.
@@ -277,7 +274,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def child_arguments(options: argparse.Namespace, size: int, features: FeatureCache) -> list[str]:
     """The command line of a process that measures the peak of an epoch."""
     arguments = ["--peak-of", str(size), "--seed", str(options.seed), "--device", options.device]
-    arguments += ["--cache", str(features.files.folder), "--cache-images", str(len(features))]
+    arguments += ["--cache", str(features.folder), "--cache-images", str(len(features))]
     if options.data_dir is not None:
         arguments += ["--data-dir", str(options.data_dir)]
     return [*arguments, "--tiny"] if options.tiny else arguments

@@ -26,7 +26,7 @@ from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.feature_format import FeatureDtype, FeatureFormat
+from vlm_bridge.data_pipeline.features import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches
 from vlm_bridge.metrics import score_captions

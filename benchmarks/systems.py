@@ -34,7 +34,7 @@ from vlm_bridge.configuration import (
     shipped_recipe,
 )
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
+from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import CaptionFormat, TokenizedImages
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel

@@ -1,8 +1,15 @@
-"""What training reads of its pictures is the same from a cache and without one; what it costs decides which."""
+"""Features from a cache equal those of the encoder; stale, damaged and unfinished caches are never used."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,56 +17,381 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from captioners import BRIDGES, SPEAKS_TO, tiny_captioner, tiny_recipe
-from vlm_bridge.configuration import Recipe
+from captioners import tiny_recipe
+from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.feature_cache import FeatureCache, OnTheFlyPixels, caches_below
-from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
-from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.data_pipeline.features import (
+    CacheUnavailable,
+    FeatureCache,
+    FeatureFormat,
+    OnTheFlyPixels,
+    SplitFeatures,
+    Views,
+    as_bytes,
+    cache_key,
+    caches_below,
+    evict,
+    pictures_digest,
+)
+from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
-from vlm_bridge.training_strategy import features
-from vlm_bridge.training_strategy.features import SplitFeatures, build_caches, split_features
-from vlm_bridge.training_strategy.trainer import caption_format
-from vlm_bridge.training_strategy.validation import batch_loss, load_batch
+from vlm_bridge.training_strategy.features import split_features
 
-NO_LANGUAGE_MODEL = Path("not/needed")
-SPEEDS = ("measure_disk", "measure_reading", "_measure_encoding")
+TOKENS, DIM, NUM_IMAGES = 2, 3, 22
+KEYS = [f"{number:024x}" for number in range(4)]
+FORMATS = ("float16", "bfloat16", "int8", "float32")
+
+
+class Numbers:
+    """Pixels of no image: those of image i are i."""
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(indices).float()
+
+
+class Encode:
+    """Counts what it encodes, and may stop at an image; image i has features of i + token / 10."""
+
+    def __init__(self, stop_at: int | None = None, kill: bool = False, scale: float = 1.0):
+        self.stop_at, self.kill, self.scale = stop_at, kill, scale
+        self.encoded: list[int] = []
+
+    def __call__(self, pixels_b: torch.Tensor) -> torch.Tensor:
+        if self.stop_at in pixels_b.int().tolist():
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        self.encoded += pixels_b.int().tolist()
+        return self.features(pixels_b)
+
+    def features(self, pixels_b: torch.Tensor) -> torch.Tensor:
+        tokens = torch.arange(TOKENS) / 10
+        return self.scale * (pixels_b[:, None, None] + tokens[:, None]).expand(-1, TOKENS, DIM)
+
+
+def build(root: Path, encode: Any = None, key: str = KEYS[0], **options: Any) -> FeatureCache:
+    format = FeatureFormat(TOKENS, DIM)
+    return FeatureCache.open_or_build(
+        root / key, format, Numbers(), encode or Encode(), batch_images=3, **options
+    )
+
+
+def check(cache: FeatureCache) -> None:
+    indices = np.random.default_rng(0).permutation(NUM_IMAGES)
+    expected = Encode().features(torch.from_numpy(indices).float())
+    torch.testing.assert_close(cache[indices].float(), expected, rtol=1e-3, atol=0)
+
+
+def start(target: Callable[..., Any], *arguments: Any) -> Any:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+# The format of a record.
+
+
+def values(scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(7, 5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def round_trip(features: torch.Tensor, dtype: Any) -> torch.Tensor:
+    format = FeatureFormat(5, 12, dtype)
+    records = format.pack(features)
+    assert records.shape == (len(features), format.record_bytes)
+    return format.unpack(records)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_floats_are_stored_as_they_are(dtype: str) -> None:
+    assert torch.equal(round_trip(values(), dtype), values().to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("scale", [0, 1e-6, 1.0, 1e6])
+def test_int8_is_off_by_half_a_step_of_each_token(scale: float) -> None:
+    features = values(scale) * torch.logspace(-3, 3, 5)[:, None]  # tokens of different size
+    restored = round_trip(features, "int8")
+    half_a_step = features.abs().amax(-1, keepdim=True) / 127 / 2
+    assert ((restored - features).abs() <= half_a_step * 1.001).all()
+    assert FeatureFormat(49, 1280, "int8").record_bytes == 49 * (1280 + 4)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(OverflowError, match="do not fit into float16"):
+        round_trip(values(1e5), "float16")
+    assert torch.isfinite(round_trip(values(1e5), "bfloat16")).all()
+    for dtype in FORMATS:
+        with pytest.raises(OverflowError, match="not finite"):
+            round_trip(values() * float("nan"), dtype)
+
+
+# Building, opening, damage.
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_every_image_is_encoded_once_and_found_again(tmp_path: Path, num_workers: int) -> None:
+    encode, again, other = Encode(), Encode(), Encode()
+    first = build(tmp_path, encode, num_workers=num_workers)
+    assert encode.encoded == list(range(NUM_IMAGES))
+    assert not first.was_there
+    check(first)
+    second = build(tmp_path, again)
+    assert second.was_there
+    assert again.encoded == []
+    check(second)
+    assert second[np.array([3, 0, 3])].shape == (3, TOKENS, DIM)
+    assert second.index["images_per_second"] > 0
+    build(tmp_path, other, key=KEYS[1])
+    assert len(other.encoded) == NUM_IMAGES
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[10 * (TOKENS * DIM * 2 + 4) + 5] ^= 1  # of image 10
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize(
+    ("damage", "encoded_from"),
+    [(flip_a_byte, 10), (truncate, NUM_IMAGES - 1), (lambda path: path.write_bytes(b""), 0)],
+)
+def test_a_damaged_cache_is_encoded_anew_from_the_damage_on(
+    tmp_path: Path, damage: Callable[[Path], Any], encoded_from: int
+) -> None:
+    build(tmp_path).close()
+    damage(tmp_path / KEYS[0] / "features.bin")
+    encode = Encode()
+    check(build(tmp_path, encode, check_all=True))
+    assert encode.encoded == list(range(encoded_from, NUM_IMAGES))
+
+
+def test_a_checksum_is_compared_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path).close()
+    flip_a_byte(tmp_path / KEYS[0] / "features.bin")
+    sampled = SimpleNamespace(integers=lambda count: 10)
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: sampled)
+    encode = Encode()
+    build(tmp_path, encode)
+    assert encode.encoded[0] == 10
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"images 0 to 2 do not fit into float16.*feature_cache=off"
+    ):
+        build(tmp_path, Encode(scale=1e6))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_an_interrupted_build_continues(tmp_path: Path, kill: bool) -> None:
+    stopping = Encode(stop_at=20, kill=kill)
+    if kill:
+        process = start(build, tmp_path, stopping)
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, stopping)
+    encode = Encode()
+    check(build(tmp_path, encode))
+    first = encode.encoded[0] if encode.encoded else NUM_IMAGES
+    assert encode.encoded == list(range(first, NUM_IMAGES))
+    assert kill or first == 18
+    assert not list(tmp_path.glob("*/*.building"))
+
+
+class Slow(Encode):
+    """Takes its time, and writes down what it encoded."""
+
+    def __init__(self, log: Path):
+        super().__init__()
+        self.log = log
+
+    def __call__(self, pixels_b: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        with self.log.open("a") as file:
+            file.write("".join(f"{i}\n" for i in pixels_b.int().tolist()))
+        return super().__call__(pixels_b)
+
+
+def test_one_process_builds_and_others_wait_for_it(tmp_path: Path) -> None:
+    logs = [tmp_path / f"log-{number}" for number in range(3)]
+    processes = [start(build, tmp_path, Slow(log)) for log in logs[1:]]
+    check(build(tmp_path, Slow(logs[0])))
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    encoded = [int(line) for log in logs if log.exists() for line in log.read_text().split()]
+    assert encoded == list(range(NUM_IMAGES))
+
+
+# Room.
+
+
+def test_without_room_there_is_no_new_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path, key=KEYS[1]).close()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CacheUnavailable, match=r"no room for .*KiB are free, and 512 MiB are left"):
+        build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [KEYS[1]]
+    check(build(tmp_path, key=KEYS[1]))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CacheUnavailable, match="No space left on device"):
+        build(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(CacheUnavailable, match="taken"):
+        build(tmp_path / "taken")
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(999, "999 bytes"), (5_000, "4.9 KiB"), (512 * 2**20, "512 MiB"), (3 * 2**40, "3.0 TiB")],
+)
+def test_bytes_have_the_unit_that_fits(count: int, shown: str) -> None:
+    assert as_bytes(count) == shown
+
+
+def used_at(root: Path, key: str, seconds: int) -> int:
+    """Build a cache that was last used at a time; its bytes."""
+    build(root, key=key).close()
+    os.utime(root / key / ".lock", (seconds, seconds))
+    return next(cache.num_bytes for cache in caches_below(root) if cache.folder.name == key)
+
+
+def keys_in(root: Path) -> list[str]:
+    return [cache.folder.name for cache in caches_below(root)]
+
+
+def test_the_least_recently_used_caches_go_first(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    times = (30, 10, 40, 20)
+    size = max(used_at(tmp_path, key, when) for key, when in zip(KEYS, times, strict=True))
+    build(tmp_path, key=KEYS[1]).close()  # opening is use
+    assert keys_in(tmp_path) == [KEYS[3], KEYS[0], KEYS[2], KEYS[1]]
+    assert [cache.folder.name for cache in evict(tmp_path, 2 * size)] == [KEYS[3], KEYS[0]]
+    in_use = build(tmp_path, key=KEYS[2])
+    evict(tmp_path, 0)
+    assert keys_in(tmp_path) == [KEYS[2]]
+    in_use.close()
+    evict(tmp_path, 0)
+    assert keys_in(tmp_path) == []
+    assert (tmp_path / "other").is_dir()
+
+
+# What images are.
+
+
+@pytest.fixture
+def paths(drawn_caption_folder: Path, tmp_path: Path) -> list[Path]:
+    copied = shutil.copytree(drawn_caption_folder / "val" / "images", tmp_path / "images")
+    return sorted(copied.iterdir())
+
+
+def test_the_digest_is_that_of_contents_in_order(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = pictures_digest(paths, tmp_path / "one")
+    moved = shutil.copytree(paths[0].parent, tmp_path / "moved")
+    assert pictures_digest(sorted(moved.iterdir()), tmp_path / "two") == digest
+    assert pictures_digest(paths[::-1], tmp_path / "one") != digest
+    assert pictures_digest(paths[:-1], tmp_path / "one") != digest
+    with monkeypatch.context() as patch:  # nobody touched them: they are not read again
+        patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+        assert pictures_digest(paths, tmp_path / "one") == digest
+    paths[2].write_bytes(paths[3].read_bytes())
+    assert pictures_digest(paths, tmp_path / "one") != digest
+    with pytest.raises(DataError, match=r"gone\.jpg"):
+        pictures_digest([tmp_path / "gone.jpg"], tmp_path)
+    assert cache_key("ab", "c") != cache_key("a", "bc")
+
+
+def test_a_broken_image_is_named_and_leaves_nothing(tmp_path: Path, paths: list[Path]) -> None:
+    paths[1].write_bytes(b"\xff\xd8 not much")
+    pixels = OnTheFlyPixels(paths, lambda images: torch.zeros(len(images)))
+    folder = tmp_path / "caches" / KEYS[0]
+    with pytest.raises(ImageError, match=paths[1].name):
+        FeatureCache.open_or_build(folder, FeatureFormat(TOKENS, DIM), pixels, Encode())
+    assert list((tmp_path / "caches").iterdir()) == []
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_a_view_is_fixed_by_seed_image_and_number(image: Image.Image) -> None:
+    def view(seed: int = 3, index: int = 5, number: int = 1) -> bytes:
+        shown = Views(4, seed).view(image, index, number)
+        return repr(shown.size).encode() + shown.tobytes()
+
+    assert view() == view()
+    assert len({view(), view(seed=4), view(index=6), view(number=2)}) == 4
+    sizes = [Views(1, 0).view(image, index, 0).size for index in range(50)]
+    shares = [width * height / (image.width * image.height) for width, height in sizes]
+    assert 0.4 < min(shares) < max(shares) <= 1
+    assert len(set(sizes)) > 20
+    assert Views(1, 0).view(Image.new("RGB", (1, 1)), 0, 0).size == (1, 1)
+
+
+def test_epochs_take_turns_through_all_views() -> None:
+    views = Views(3, seed=7)
+    of_epochs = np.stack([views.of_epoch(20, epoch) for epoch in range(3)])
+    assert all(sorted(column) == [0, 1, 2] for column in of_epochs.T)
+    np.testing.assert_array_equal(views.of_epoch(20, 4), of_epochs[1])
+    assert not np.array_equal(of_epochs[0], Views(3, seed=8).of_epoch(20, 0))
+
+
+# What training reads.
 
 
 class Split:
-    """A split of the drawn caption folder, its encoder, and what was said."""
+    """A split of the drawn caption folder, whose features are cached or not."""
 
-    def __init__(self, data: Path, vision: Path, cache_dir: Path, name: str = "val"):
-        self.data, self.vision, self.cache_dir, self.name = data, vision, cache_dir, name
-        self.images = CaptionFolder.open(data).split(name)  # type: ignore[arg-type]
-        self.said: list[str] = []
+    def __init__(self, data: Path, vision: Path, root: Path):
+        self.images = CaptionFolder.open(data).split("train")
+        self.paths = self.images.paths
+        self.vision, self.root = vision, root
 
-    def recipe(
-        self, *, vision: Path | None = None, image_size: int | None = None, **changes: Any
-    ) -> Recipe:
-        settings = {"feature_cache": str(self.cache_dir), "data_dir": str(self.data), **changes}
-        recipe = tiny_recipe(vision or self.vision, NO_LANGUAGE_MODEL, **settings)
-        return recipe.replace(vision_encoder=recipe.vision_encoder.replace(image_size=image_size))
+    def encoder(self, vision: Path | None = None, image_size: int | None = None) -> Any:
+        name = str(vision or self.vision)
+        return build_vision_encoder(VisionEncoderConfig(name=name, image_size=image_size))
 
-    def encoder(self, recipe: Recipe) -> Any:
-        return build_vision_encoder(recipe.vision_encoder)
-
-    def features(self, **changes: Any) -> SplitFeatures:
-        recipe = self.recipe(**changes)
-        return split_features(
-            self.encoder(recipe), recipe, self.name, self.images, self.said.append
-        )
+    def features(
+        self, encoder: Any = None, *, cached: bool = True, split: str = "train", **changes: Any
+    ) -> SplitFeatures:
+        cache = str(self.root) if cached else "off"
+        recipe = tiny_recipe(self.vision, Path("not/needed"), feature_cache=cache, **changes)
+        return split_features(encoder or self.encoder(), recipe, split, self.images)
 
     @torch.no_grad()
-    def read(self, epoch: int = 0, **changes: Any) -> torch.Tensor:
-        """The features of all images, encoded here where there is no cache."""
-        values = self.features(**changes).in_epoch(epoch)[np.arange(len(self.images))]
-        return values.float() if values.ndim == 3 else self.encoder(self.recipe(**changes))(values)
-
-    @property
-    def num_caches(self) -> int:
-        return len(caches_below(self.cache_dir))
+    def read(self, epoch: int = 0, **options: Any) -> torch.Tensor:
+        items = self.features(**options).in_epoch(epoch)[np.arange(len(self.paths))]
+        return items.float() if items.ndim == 3 else self.encoder()(items)
 
 
 @pytest.fixture
@@ -67,57 +399,28 @@ def split(drawn_caption_folder: Path, tiny_vit_dir: Path, tmp_path: Path) -> Spl
     return Split(drawn_caption_folder, tiny_vit_dir, tmp_path / "cache")
 
 
-@pytest.fixture
-def train_split(drawn_caption_folder: Path, tiny_vit_dir: Path, tmp_path: Path) -> Split:
-    return Split(drawn_caption_folder, tiny_vit_dir, tmp_path / "cache", "train")
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float32"])
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_cached_features_are_the_encoders(split: Split, dtype: str) -> None:
-    settings = {"feature_cache_dtype": dtype}
-    cached, encoded = split.read(**settings), split.read(**settings, feature_cache="off")
-    assert split.num_caches == 1
+    cached, encoded = split.read(feature_cache_dtype=dtype), split.read(cached=False)
+    assert len(caches_below(split.root)) == 1
     if dtype == "int8":
         assert ((cached - encoded).abs() <= encoded.abs().amax(-1, keepdim=True) / 254 * 1.01).all()
     else:
-        torch.testing.assert_close(
-            cached, encoded, rtol=torch.finfo(getattr(torch, dtype)).eps, atol=1e-6
-        )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bridge", BRIDGES)
-def test_losses_are_those_without_a_cache(
-    drawn_caption_folder: Path,
-    tiny_dinov2_dir: Path,
-    bridge: str,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
-    language_model = request.getfixturevalue(f"tiny_{SPEAKS_TO[bridge]}_dir")
-    images = CaptionFolder.open(drawn_caption_folder).split("val")
-    losses = []
-    for place in (str(tmp_path / "cache"), "off"):
-        recipe = tiny_recipe(tiny_dinov2_dir, language_model, bridge, feature_cache=place)
-        model = tiny_captioner(recipe)
-        read = split_features(model.vision_encoder, recipe, "val", images, lambda line: None)
-        assert isinstance(read.items, OnTheFlyPixels if place == "off" else FeatureCache)
-        data = TokenizedImages(images, caption_format(model.language_model, recipe))
-        batch = data.pack(whole_rows([2] * len(images)))
-        losses.append(batch_loss(model, load_batch(batch, read, model.device)).token_losses)
-    torch.testing.assert_close(losses[0], losses[1], atol=5e-3, rtol=5e-3)
-
-
-# The key.
+        rounding = torch.finfo(getattr(torch, dtype)).eps
+        torch.testing.assert_close(cached, encoded, rtol=rounding, atol=1e-6)
 
 
 def test_the_key_follows_everything_that_features_depend_on(
-    train_split: Split, tiny_dinov2_dir: Path, tmp_path: Path
+    split: Split, drawn_caption_folder: Path, tiny_dinov2_dir: Path, tmp_path: Path
 ) -> None:
+    other_weights = split.encoder()
+    with torch.no_grad():
+        next(other_weights.parameters()).mul_(1.5)
     changes: list[dict[str, Any]] = [
         {},
-        {"vision": tiny_dinov2_dir},
-        {"image_size": 64},
+        {"encoder": split.encoder(tiny_dinov2_dir)},
+        {"encoder": split.encoder(image_size=64)},
+        {"encoder": other_weights},
         {"feature_cache_dtype": "int8"},
         {"feature_cache_dtype": "bfloat16"},
         {"feature_cache_views": 2},
@@ -126,170 +429,35 @@ def test_the_key_follows_everything_that_features_depend_on(
     ]
     for count, change in enumerate(changes, start=1):
         for _ in range(2):
-            train_split.features(**change)
-            assert train_split.num_caches == count, change
-
-    changed = shutil.copytree(
-        train_split.data, tmp_path / "changed", ignore=shutil.ignore_patterns(".features")
-    )
-    other = Split(changed, train_split.vision, train_split.cache_dir, "train")
+            split.features(**change)
+            assert len(caches_below(split.root)) == count, change
+    moved = shutil.copytree(drawn_caption_folder, tmp_path / "moved")
+    other = Split(moved, split.vision, split.root)
     other.features()
-    assert other.num_caches == len(changes), (
-        "the same pictures in another place have the same features"
-    )
-    pictures = [image.path for image in other.images]
-    pictures[0].write_bytes(pictures[1].read_bytes())
+    assert len(caches_below(split.root)) == len(changes), "equal images have equal features"
+    other.paths[0].write_bytes(other.paths[1].read_bytes())
     other.features()
-    assert other.num_caches == len(changes) + 1
+    assert len(caches_below(split.root)) == len(changes) + 1
 
 
-def test_what_features_do_not_depend_on_does_not_matter(split: Split) -> None:
-    for change in (
-        {},
-        {"batch_size": 2},
-        {"learning_rate": 1.0},
-        {"seed": 5},
-        {"feature_cache_views": 3},
-    ):
-        split.features(**change)  # validation has no views
-    assert split.num_caches == 1
-
-
-def test_other_weights_are_another_encoder(split: Split) -> None:
-    split.features()
-    recipe = split.recipe()
-    encoder = split.encoder(recipe)
-    with torch.no_grad():
-        next(encoder.parameters()).mul_(1.5)
-    split_features(encoder, recipe, "val", split.images, split.said.append)
-    assert split.num_caches == 2
-
-
-# Views.
-
-
-def test_every_epoch_has_its_view_with_a_cache_or_without(train_split: Split) -> None:
-    def read(epoch: int, **changes: Any) -> torch.Tensor:
-        return train_split.read(epoch, feature_cache_views=2, **changes)
-
-    first, second = read(0), read(1)
-    torch.testing.assert_close(first, read(0, feature_cache="off"), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(second, read(1, feature_cache="off"), rtol=1e-3, atol=1e-6)
+def test_every_epoch_has_its_view_with_a_cache_or_without(split: Split) -> None:
+    views = {"feature_cache_views": 2}
+    first, second = split.read(0, **views), split.read(1, **views)
+    for epoch, cached in enumerate((first, second)):
+        encoded = split.read(epoch, **views, cached=False)
+        torch.testing.assert_close(cached, encoded, rtol=1e-3, atol=1e-6)
     assert not torch.allclose(first, second)
-    assert not torch.allclose(first, read(0, seed=1))
-    assert torch.equal(first, read(2))  # two views take turns
-    assert not torch.allclose(first, train_split.read())
+    assert torch.equal(first, split.read(2, **views))  # two views take turns
+    assert not torch.allclose(first, split.read())
+    assert torch.equal(split.read(split="val", **views), split.read())  # whole images
 
 
-def test_validation_shows_whole_images(split: Split) -> None:
-    assert torch.equal(split.read(0, feature_cache_views=2), split.read(1))
-
-
-def test_views_and_distillation_are_refused_together(split: Split) -> None:
-    with pytest.raises(ConfigurationError, match="feature_cache_views=0"):
-        split.recipe(feature_cache_views=1, distillation={"teacher": "x"})
-
-
-# What it costs.
-
-
-@pytest.fixture
-def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Images a second that measuring is made to say."""
-    said = dict.fromkeys(SPEEDS, 1e9)
-    for name in SPEEDS:
-        monkeypatch.setattr(features, name, lambda *_, name=name: said[name])
-    return said
-
-
-@pytest.fixture
-def in_data_dir(drawn_caption_folder: Path, tiny_vit_dir: Path, tmp_path: Path) -> Split:
-    """With a cache beside the data."""
-    data = shutil.copytree(
-        drawn_caption_folder, tmp_path / "data", ignore=shutil.ignore_patterns(".features")
-    )
-    return Split(data, tiny_vit_dir, data / ".features")
-
-
-def judge_after_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MEASURE_SECONDS", 0.0)
-    monkeypatch.setitem(features.ENCODE_BATCH, "cpu", 2)
-
-
-def test_a_cache_that_would_be_slower_is_not_made(
-    in_data_dir: Split, speeds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judge_after_the_first_batch(monkeypatch)
-    speeds["measure_disk"] = 1e-9
-    assert isinstance(in_data_dir.features(feature_cache="auto").items, OnTheFlyPixels)
-    assert in_data_dir.num_caches == 0
-    assert "encoding them gives" in in_data_dir.said[-1]
-    assert isinstance(
-        in_data_dir.features(feature_cache=str(in_data_dir.cache_dir)).items, FeatureCache
-    )
-
-
-def test_a_cache_that_is_slower_is_not_read(in_data_dir: Split, speeds: dict[str, float]) -> None:
-    assert isinstance(in_data_dir.features(feature_cache="auto").items, FeatureCache)
-    assert isinstance(in_data_dir.features(feature_cache="auto").items, FeatureCache)
-    assert "reading gives 1,000,000,000 pictures/s" in in_data_dir.said[-1]
-    speeds["measure_reading"] = 1e-9
-    assert isinstance(in_data_dir.features(feature_cache="auto").items, OnTheFlyPixels)
-    assert in_data_dir.num_caches == 1
-    speeds["_measure_encoding"] = 1e-10
-    assert isinstance(in_data_dir.features(feature_cache="auto").items, FeatureCache)
-
-
-def test_a_disk_that_is_slow_to_start_is_looked_at_twice(
-    in_data_dir: Split, speeds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_data_dir.features(feature_cache="auto")
-    looks = iter([1e-9, 1e9])
-    monkeypatch.setattr(features, "measure_reading", lambda *args: next(looks))
-    assert isinstance(in_data_dir.features(feature_cache="auto").items, FeatureCache)
-    assert "reading gives 1,000,000,000 pictures/s" in in_data_dir.said[-1]
-
-
-def test_measuring_is_real(in_data_dir: Split) -> None:
-    for _ in range(2):
-        in_data_dir.features(feature_cache="auto")
-    assert "pictures/s" in in_data_dir.said[-1]
-
-
-def test_without_room_training_is_told_and_goes_on(
-    split: Split, monkeypatch: pytest.MonkeyPatch
+def test_without_room_images_are_encoded_in_every_step(
+    split: Split, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    read = split.features()
+    with caplog.at_level(logging.WARNING):
+        read = split.features()
     assert read[np.array([0, 1])].shape == (2, 3, 48, 48)
-    assert "no room" in split.said[-1]
-    assert split.num_caches == 0
-
-
-def test_size_and_speed_are_said(split: Split) -> None:
-    split.features()
-    assert "features of 8 pictures take" in split.said[0]
-    assert "GiB (float16) below" in split.said[0]
-
-
-def test_progress_says_how_long_it_will_take(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_after_the_first_batch(monkeypatch)
-    split.features()
-    assert any("encoded 4 of 8 pictures" in line and " left" in line for line in split.said)
-    assert any("encoded 8 of 8 pictures" in line for line in split.said)
-
-
-def test_building_ahead_makes_what_training_reads(split: Split, train_split: Split) -> None:
-    recipe = split.recipe(feature_cache_views=2, max_validation_images=5)
-    built = build_caches(recipe, split.said.append)
-    assert [(cache.split, cache.num_images, cache.was_there) for cache in built] == [
-        ("train", 48, False),
-        ("val", 5, False),
-    ]
-    assert all(cache.was_there for cache in build_caches(recipe, split.said.append, check_all=True))
-    train_split.features(feature_cache_views=2)
-    split.images = split.images[:5]
-    split.features()
-    assert split.num_caches == 2
-    with pytest.raises(ConfigurationError, match="feature_cache=auto"):
-        build_caches(split.recipe(feature_cache="off"), split.said.append)
+    assert "no room" in caplog.text
+    assert caches_below(split.root) == []

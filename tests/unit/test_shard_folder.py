@@ -17,7 +17,7 @@ from vlm_bridge.data_pipeline import shard_folder
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
-from vlm_bridge.data_pipeline.feature_cache import pictures_digest
+from vlm_bridge.data_pipeline.features import pictures_digest
 from vlm_bridge.data_pipeline.images import check_image, image_size, open_image
 from vlm_bridge.data_pipeline.loader import EpochPlan, TokenBudget
 from vlm_bridge.data_pipeline.picture_check import check_pictures, usable_images

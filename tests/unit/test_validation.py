@@ -12,7 +12,7 @@ import torch
 from captioners import BRIDGES, SPEAKS_TO, random_features, tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
+from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.trainer import caption_format

@@ -8,19 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from faulty_disk import DIES, FAULTS, FaultyDisk, PowerCut
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline.feature_cache import CacheFiles, CacheUnavailable, open_or_build
-from vlm_bridge.data_pipeline.feature_format import FeatureFormat
 from vlm_bridge.durable_files import append_line, previous_of, write_bytes_durably
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture.interchange import write_folder
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.text_states import StateFiles, TextStates
 
 RECIPE = Recipe()
 SIZE = 6_000
@@ -191,121 +187,6 @@ def test_the_newest_sound_one_is_found_and_broken_ones_are_named(tmp_path: Path)
     assert [any(name in line for line in lines) for name in names] == [True] * 4
     assert all("\n" not in line for line in lines)
     assert checkpoints.newest_sound(tmp_path / "nowhere", lines.append) is None
-
-
-# Caches of features.
-
-NUM_IMAGES, SHARD_IMAGES = 5, 3
-OLD, NEW = (f"{number:024x}" for number in (1, 2))
-
-
-class Numbers:
-    """Pixels of no picture: those of image i are i."""
-
-    def __len__(self) -> int:
-        return NUM_IMAGES
-
-    def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(indices).float()
-
-
-def build(root: Path, key: str) -> list[int]:
-    """Open a cache or build it, check every feature in it; returns the images that had to be encoded."""
-    encoded: list[int] = []
-
-    def encode(pixels_b: torch.Tensor) -> torch.Tensor:
-        encoded.extend(pixels_b.int().tolist())
-        return pixels_b[:, None, None].expand(-1, 2, 3)
-
-    files = CacheFiles(root / key, FeatureFormat(2, 3), NUM_IMAGES, SHARD_IMAGES)
-    cache = open_or_build(files, Numbers(), encode, batch_images=2, check_all=True)
-    features = cache[np.arange(NUM_IMAGES)]
-    cache.close()
-    assert torch.equal(
-        features.float(), torch.arange(NUM_IMAGES).float()[:, None, None].expand(-1, 2, 3)
-    )
-    return encoded
-
-
-def test_a_feature_cache_survives_every_fault_of_every_write(tmp_path: Path) -> None:
-    with FaultyDisk(tmp_path).plugged_in():
-        build(tmp_path / "old", OLD)
-    with FaultyDisk(tmp_path).plugged_in() as disk:
-        build(tmp_path / "counted", NEW)
-    tried = 0
-    for number, fault in faults(disk.operations):
-        root = shutil.copytree(tmp_path / "old", tmp_path / f"{number}-{fault}")
-        where = f"operation {number} ({disk.operations[number]}), {fault}"
-        with (
-            FaultyDisk(root, number, fault).plugged_in(),
-            contextlib.suppress(CacheUnavailable, PowerCut),
-        ):
-            assert build(root, NEW) == list(range(NUM_IMAGES)), where
-        left = build(root, NEW)  # checks what is read
-        is_room_made = fault == "ENOSPC"
-        shards_written = disk.operations[:number].count("rename")
-        if shards_written and not is_room_made and fault not in DIES:
-            assert 0 not in left, f"{where}: a finished shard was lost"
-        assert build(root, NEW) == [], where
-        assert build(root, OLD) == [], f"{where}: another cache was lost"
-        shutil.rmtree(root)
-        tried += 1
-    assert tried > 40
-
-
-# Caches of text states.
-
-
-def state_files(root: Path, key: str = NEW) -> StateFiles:
-    return StateFiles(root / key, key, np.array([3, 1, 2]), width=4, dtype=torch.bfloat16)
-
-
-def states_of(files: StateFiles) -> list[tuple[int, np.ndarray]]:
-    """Those of image i are i, longest image first."""
-    return [(i, np.full((files.image_lengths[i], 4), i, np.int16)) for i in (0, 2, 1)]
-
-
-def build_states(root: Path, key: str = NEW) -> bool:
-    """Build a cache of text states if it is not there, and check all of it; returns whether it was there."""
-    files = state_files(root, key)
-    if not (was_there := files.is_whole()):
-        files.create(root / "building")
-        files.fill(root / "building", states_of(files))
-        files.finish(root / "building")
-    states = TextStates(files.folder / "states", files.shape, files.dtype)
-    assert np.array_equal(
-        states.array, np.repeat([0, 1, 2], files.image_lengths)[:, None].repeat(4, 1)
-    )
-    return was_there
-
-
-def test_text_states_survive_every_fault_of_every_write(tmp_path: Path) -> None:
-    with FaultyDisk(tmp_path).plugged_in() as disk:
-        (tmp_path / "old").mkdir()
-        build_states(tmp_path / "old", OLD)
-    for number, fault in faults(disk.operations, but=("truncated",)):
-        root = shutil.copytree(tmp_path / "old", tmp_path / f"{number}-{fault}")
-        where = f"operation {number} ({disk.operations[number]}), {fault}"
-        with FaultyDisk(root, number, fault).plugged_in(), contextlib.suppress(OSError, PowerCut):
-            assert not build_states(root), where
-        build_states(root)  # checks what is read
-        assert build_states(root), where
-        assert build_states(root, OLD), f"{where}: another cache was lost"
-        shutil.rmtree(root)
-
-
-def test_damaged_text_states_are_computed_anew(tmp_path: Path) -> None:
-    build_states(tmp_path)
-    for name in ("states", "checksums", "index.json"):
-        path = tmp_path / NEW / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-1])
-        assert not build_states(tmp_path), f"{name} is short"
-        path.write_bytes(content[:1] + bytes([content[1] ^ 1]) + content[2:])
-        assert not build_states(tmp_path), f"{name} has a flipped bit"
-        path.unlink()
-        assert not build_states(tmp_path), f"{name} is missing"
-        assert build_states(tmp_path)
 
 
 def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:

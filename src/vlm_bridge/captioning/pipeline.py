@@ -16,7 +16,7 @@ from vlm_bridge import runtime
 from vlm_bridge.captioning.bundled import bundled_captioner
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
-from vlm_bridge.data_pipeline.feature_cache import OnTheFlyPixels
+from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
 from vlm_bridge.data_pipeline.tar_picture import PictureFile

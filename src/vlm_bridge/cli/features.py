@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+if TYPE_CHECKING:
+    from vlm_bridge.configuration import Recipe
+    from vlm_bridge.data_pipeline.splits import SplitName
+
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS |= {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def features(
@@ -31,85 +38,95 @@ def features(
     ),
     json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
 ) -> None:
-    """Encode the pictures of a recipe's training ahead of it, or remove the least recently used caches.
-
-    Several of these commands, on one machine or on several that share a disk, divide the work among them.
-    """
-    import json
-
+    """Encode the images of a recipe's training ahead of it, or remove the least recently used caches."""
     from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
-    from vlm_bridge.errors import UsageError
+    from vlm_bridge.data_pipeline.features import cache_root
+    from vlm_bridge.errors import ConfigurationError, UsageError
 
     if cache_dir is not None and evict_to is None:
-        raise UsageError(
-            "--cache-dir says where --evict-to looks; a recipe's own place is feature_cache=DIR"
-        )
+        raise UsageError("--cache-dir needs --evict-to; a recipe's own place is feature_cache=DIR")
     max_bytes = _bytes_of(evict_to) if evict_to is not None else None
-    if max_bytes is None or cache_dir is None:
-        recipe = load_recipe(config or shipped_recipe(DEFAULT_RECIPE), overrides or ())
-    else:
-        recipe = None
-
-    if max_bytes is not None:
-        from vlm_bridge.data_pipeline.feature_cache import caches_below, evict
-
-        if recipe is not None:
-            from vlm_bridge.training_strategy.features import cache_root
-
-            cache_dir = cache_root(recipe)
-        removed = evict(cache_dir, max_bytes)
-        kept = caches_below(cache_dir)
-        kept_bytes = sum(cache.num_bytes for cache in kept)
-        if json_output:
-            facts = {
-                "cache_dir": str(cache_dir),
-                "removed": [
-                    {"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in removed
-                ],
-                "kept": [{"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in kept],
-            }
-            typer.echo(json.dumps(facts, indent=2))
-            return
-        for cache in removed:
-            typer.echo(f"removed {cache.folder} ({_size(cache.num_bytes)})")
-        in_use = " (in use, or unreadable)" if kept_bytes > max_bytes else ""
-        typer.echo(f"{len(kept)} caches below {cache_dir} take {_size(kept_bytes)}{in_use}")
+    if max_bytes is not None and cache_dir is not None:
+        _evict(cache_dir, max_bytes, json_output)
         return
+    recipe = load_recipe(config or shipped_recipe(DEFAULT_RECIPE), overrides or ())
+    root = cache_root(recipe.feature_cache, recipe.data_dir)
+    if root is None:
+        raise ConfigurationError("feature_cache=off: give feature_cache=auto or a folder")
+    if max_bytes is not None:
+        _evict(root, max_bytes, json_output)
+    else:
+        _build(recipe, root, verify, json_output)
 
-    assert recipe is not None
+
+def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
+    from vlm_bridge.data_pipeline.features import as_bytes, caches_below, evict
+
+    removed, kept = evict(root, max_bytes), caches_below(root)
+    if json_output:
+        facts = {
+            name: [{"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in caches]
+            for name, caches in (("removed", removed), ("kept", kept))
+        }
+        typer.echo(json.dumps({"cache_dir": str(root), **facts}, indent=2))
+        return
+    for cache in removed:
+        typer.echo(f"removed {cache.folder} ({as_bytes(cache.num_bytes)})")
+    kept_bytes = sum(cache.num_bytes for cache in kept)
+    in_use = " (in use, or unreadable)" if kept_bytes > max_bytes else ""
+    typer.echo(f"{len(kept)} caches below {root} take {as_bytes(kept_bytes)}{in_use}")
+
+
+def _build(recipe: Recipe, root: Path, verify: bool, json_output: bool) -> None:
+    import time
+
+    from vlm_bridge import runtime
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.training_strategy.features import build_caches
+    from vlm_bridge.data_pipeline.data_folder import open_data_folder
+    from vlm_bridge.data_pipeline.features import as_bytes
+    from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+    from vlm_bridge.training_strategy.features import cached_features, usable_images
 
     quiet_transformers()
-    built = build_caches(recipe, lambda line: typer.echo(line, err=True), check_all=verify)
+    folder = open_data_folder(recipe.data_dir, _to_stderr)
+    encoder: Any = build_vision_encoder(recipe.vision_encoder)
+    encoder = encoder.to(runtime.resolve_device(recipe.device))
+    facts = []
+    splits: tuple[SplitName, ...] = ("train", "val")
+    for split in splits:
+        started = time.perf_counter()
+        images = usable_images(folder, split, recipe)
+        cache = cached_features(encoder, recipe, split, images, check_all=verify)
+        of_split = {
+            "split": split,
+            "folder": str(cache.folder),
+            "num_images": len(cache),
+            "num_bytes": cache.num_bytes,
+            "images_per_second": cache.index.get("images_per_second"),
+            "was_there": cache.was_there,
+            "seconds": time.perf_counter() - started,
+        }
+        cache.close()
+        facts.append(of_split)
     if json_output:
-        facts = [{**vars(cache), "folder": str(cache.folder)} for cache in built]
         typer.echo(json.dumps(facts, indent=2))
         return
-    for cache in built:
-        rate = (
-            f", encoded at {cache.images_per_second:.1f} images/s"
-            if cache.images_per_second
-            else ""
-        )
-        state = "was there" if cache.was_there else f"made in {cache.seconds:.0f} s"
-        typer.echo(
-            f"{cache.split}: {cache.num_images:,} images, {_size(cache.num_bytes)} in {cache.folder}: {state}{rate}"
-        )
+    for f in facts:
+        state = "was there" if f["was_there"] else f"made in {f['seconds']:.0f} s"
+        rate = f", encoded at {f['images_per_second']:.1f} images/s"
+        size = f"{f['num_images']:,} images, {as_bytes(f['num_bytes'])}"
+        typer.echo(f"{f['split']}: {size} in {f['folder']}: {state}{rate}")
+
+
+def _to_stderr(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _bytes_of(text: str) -> int:
-    """Bytes of a size such as 5GiB, 500MB or 0."""
-    import re
-
+    """Parse a size such as 5GiB, 500MB or 0 into bytes."""
     from vlm_bridge.errors import UsageError
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    if match is None or match[2].lower() not in units:
+    if match is None or match[2].lower() not in UNITS:
         raise UsageError(f"--evict-to {text!r} is not a size: 5GiB, 500MB or 0, for example")
-    return int(float(match[1]) * units[match[2].lower()])
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.1f} MiB"
+    return int(float(match[1]) * UNITS[match[2].lower()])

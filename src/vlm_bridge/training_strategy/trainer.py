@@ -20,9 +20,7 @@ import torch
 
 from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings, Recipe, parse_interval, published_recipe
-from vlm_bridge.data_pipeline import feature_cache
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
-from vlm_bridge.data_pipeline.data_folder import open_data_folder
+from vlm_bridge.data_pipeline.data_folder import SplitImages, open_data_folder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
@@ -192,8 +190,8 @@ class Trainer:
             check_distillation(self.model, recipe)
         log_dir = Path(recipe.log_dir) if world.is_first else None
         with world.first_of_machine_first():
-            train_images = usable_images(self.folder, "train", recipe, say, log_dir)
-            self.val_images = usable_images(self.folder, "val", recipe, say, log_dir)
+            train_images = usable_images(self.folder, "train", recipe, log_dir)
+            self.val_images = usable_images(self.folder, "val", recipe, log_dir)
         if recipe.gradient_checkpointing:
             language_model.checkpoint_activations()
         if recipe.compile:
@@ -620,10 +618,8 @@ class Trainer:
 
     # Features
 
-    def _features(self, split: str, images: Sequence[CaptionedImage]) -> SplitFeatures:
-        return split_features(
-            self.model.vision_encoder, self.recipe, split, images, self.say, self.world
-        )
+    def _features(self, split: str, images: SplitImages) -> SplitFeatures:
+        return split_features(self.model.vision_encoder, self.recipe, split, images, self.world)
 
     def _sample_features(self) -> torch.Tensor:
         """Features of some training images [S, N, D], for the channel statistics."""
@@ -633,7 +629,7 @@ class Trainer:
         )
         parts = [
             self.model.features(torch.as_tensor(self.train_features[part])).float().cpu()
-            for part in np.array_split(chosen, -(-count // feature_cache.ENCODE_BATCH))
+            for part in np.array_split(chosen, -(-count // 32))
         ]
         return torch.cat(parts)
 
