@@ -70,7 +70,7 @@ def test_a_build_without_one_says_so_in_one_line(photo: Path, run_here) -> None:
 
 
 def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_find_in_distribution", lambda name, suffix: None)
+    monkeypatch.setattr(weights, "packaged_file", lambda model: None)
     models = [
         "efficientnet-lite0",
         "efficientnet-lite2",

