@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,22 +32,15 @@ from vlm_bridge.model_architecture.combined_layouts import (
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig, image_processor
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_FILE = "checkpoints/blip_pvt_combined.pth"
 BLIP = "Salesforce/blip-image-captioning-base"
 COMBINE = "scripts/save_combined_checkpoint.py --checkpoint {} --output FILE.pth makes a combined file of it"
 
-Say = Callable[[str], object]
 
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def read_combined(path: str | Path, say: Say = lambda line: None) -> dict[str, torch.Tensor]:
+def read_combined(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a combined file in any layout (`combined_layouts`), on the CPU and under our names.
-
-    Args:
-        say: told in one line what the file is.
 
     Raises:
         CheckpointError: missing, damaged, of a run, or anything but tensors; code in it is not run.
@@ -58,7 +52,7 @@ def read_combined(path: str | Path, say: Say = lambda line: None) -> dict[str, t
             f"{path} is a checkpoint of a run, not a combined file: {COMBINE.format(path)}"
         )
     file = parse(content, path)
-    say(f"{path}: {file.description}")
+    logger.info(f"{path}: {file.description}")
     return file.state
 
 
@@ -86,7 +80,6 @@ def load_combined_model(
     blip_model_name: str | None = BLIP,
     pvt: str | None = None,
     *,
-    say: Say = to_stderr,
 ) -> CombinedModel:
     """The modules (pvt, blip, proj) of a combined file, in evaluation mode; proj is None where the file has none.
 
@@ -97,7 +90,6 @@ def load_combined_model(
             of the prompt, which is loaded when captions are first asked for. None reads sizes from the tensors.
         pvt: name or folder whose configuration the encoder has; None reads sizes from the tensors, which tell those
             of every published PVT.
-        say: told in one line what the file is.
 
     Raises:
         CheckpointError: missing, damaged, or its tensors do not fit (each is named with its shape).
@@ -105,7 +97,7 @@ def load_combined_model(
         ModelError: the configuration of ``pvt`` or ``blip_model_name`` cannot be had.
     """
     target = runtime.resolve_device(device)
-    state = read_combined(checkpoint_path, say)
+    state = read_combined(checkpoint_path)
     model = build_combined(state, checkpoint_path, pvt=pvt, blip=blip_model_name)
     model.blip.to(target)
     return model

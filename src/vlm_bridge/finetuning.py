@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,8 @@ from vlm_bridge.model_architecture.combined_layouts import PREFIXES
 from vlm_bridge.model_architecture.pvt_blip import load_tokenizer, why
 from vlm_bridge.model_architecture.pvt_cbam import image_processor
 from vlm_bridge.training_strategy.trainer import AUTO, TrainingResult, train
+
+logger = logging.getLogger(__name__)
 
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
 """What is counted -> a context that gives what is called with (done, total)."""
@@ -147,7 +150,6 @@ class FineTuning:
 def finetune_combined(
     settings: FineTuning,
     *,
-    say: Callable[[str], None] = print,
     show_progress: ShowProgress = lambda what: nullcontext(lambda done, total: None),
 ) -> TrainingResult:
     """Fine-tune a combined file and write another. Interrupted, the same call continues.
@@ -166,14 +168,14 @@ def finetune_combined(
     recipe = settings.recipe()
     runtime.resolve_device(recipe.device)
     data = settings.data
-    state = read_combined(settings.checkpoint, say)
+    state = read_combined(settings.checkpoint)
     blip = settings.blip or recipe.language_model.name
     parts = build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=blip)
-    projection = parts.proj or _new_projection(parts, recipe.seed, say)
+    projection = parts.proj or _new_projection(parts, recipe.seed)
     state |= {f"{PREFIXES[2]}{name}": tensor for name, tensor in projection.state_dict().items()}
     with show_progress("images") as progress:
-        folder = _caption_folder(settings, data, recipe, progress, say)
-    say(f"captions and images: {folder}")
+        folder = _caption_folder(settings, data, recipe, progress)
+    logger.info(f"captions and images: {folder}")
     start = _lay_out(settings, recipe, parts)
     checkpoint_dir = settings.run_dir / "checkpoints"
     recipe = recipe.replace(
@@ -199,26 +201,24 @@ def finetune_combined(
         projection,
     )  # the trainer loads the frozen parts and the decoder from their folders
     resume = AUTO if checkpoint_dir.is_dir() else None
-    result = train(recipe, resume=resume, initial_weights=bridge, say=say, force=settings.force)
+    result = train(recipe, resume=resume, initial_weights=bridge, force=settings.force)
     write_combined(settings.output, combine_checkpoint(checkpoint_dir))
     return result
 
 
-def _new_projection(parts: CombinedModel, seed: int, say: Callable[[str], object]) -> nn.Module:
+def _new_projection(parts: CombinedModel, seed: int) -> nn.Module:
     """A linear projection with random weights between the encoder and the decoder."""
     config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         projection = projection_for(config, "linear", width)
-    say(
+    logger.info(
         f"no projection in the file: a new linear one, {config.hidden_sizes[-1]} -> {width}, with seed {seed}"
     )
     return projection
 
 
-def _caption_folder(
-    settings: FineTuning, path: Path, recipe: Recipe, progress: Progress, say: Callable[[str], None]
-) -> Path:
+def _caption_folder(settings: FineTuning, path: Path, recipe: Recipe, progress: Progress) -> Path:
     """The dataset as a caption folder: itself if it is one, else one beside the output, made or continued if need be.
 
     Raises:
@@ -230,7 +230,7 @@ def _caption_folder(
             raise UsageError(
                 f"{path} is a caption folder already: --dataset_size is for datasets in their own layout"
             )
-        return CaptionFolder.open(path, say).root.resolve()
+        return CaptionFolder.open(path).root.resolve()
     limit = settings.dataset_size or dataset.limit
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name

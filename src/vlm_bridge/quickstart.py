@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from vlm_bridge.evaluation.run_folder import read_curves
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import train
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 NUM_TRAIN, NUM_VAL, NUM_TEST = 2500, 60, 200
 
 
@@ -31,11 +33,11 @@ class QuickstartResult:
     evaluation: Evaluation
 
 
-def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> QuickstartResult:
+def run(recipe: Recipe, output_dir: Path, *, workers: int) -> QuickstartResult:
     """Draw, train, evaluate on the unseen pairs, and write report, contact sheet and metrics to ``output_dir``."""
     started = time.perf_counter()
     data_dir = Path(recipe.data_dir)
-    say(f"1/4 drawing {NUM_TRAIN + NUM_VAL + NUM_TEST} scenes into {data_dir}")
+    logger.info(f"1/4 drawing {NUM_TRAIN + NUM_VAL + NUM_TEST} scenes into {data_dir}")
     transform(
         Scenes(NUM_TRAIN, NUM_VAL, NUM_TEST, seed=recipe.seed, wordings=1),
         data_dir,
@@ -43,16 +45,18 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> Quicksta
         seed=recipe.seed,
     )
 
-    say("2/4 training the bridge (the encoder and the language model stay frozen)")
+    logger.info("2/4 training the bridge (the encoder and the language model stay frozen)")
     # A second run trains anew: old curves and checkpoints would only confuse.
     for name in (checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS):
         (Path(recipe.checkpoint_dir) / name).unlink(missing_ok=True)
     (Path(recipe.log_dir) / "history.jsonl").unlink(missing_ok=True)
     training_started = time.perf_counter()
-    train(recipe, say=say)
+    train(recipe)
     train_seconds = time.perf_counter() - training_started
 
-    say(f"3/4 captioning {NUM_TEST} scenes of colour-shape pairs that training never showed")
+    logger.info(
+        f"3/4 captioning {NUM_TEST} scenes of colour-shape pairs that training never showed"
+    )
     captioner = Captioner.from_pretrained(recipe.checkpoint_dir, device=recipe.device)
     images = CaptionFolder.open(data_dir).split("test")
     evaluation = evaluate_captioner(
@@ -77,7 +81,7 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int, say: Say) -> Quicksta
         "peak_rss_gib": round(runtime.peak_rss_gib(), 2),
         "versions": scores["versions"],
     }
-    say(f"4/4 writing {output_dir / 'report.html'}")
+    logger.info(f"4/4 writing {output_dir / 'report.html'}")
     write_evaluation(
         evaluation,
         output_dir,

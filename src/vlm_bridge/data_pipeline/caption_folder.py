@@ -16,7 +16,7 @@ import hashlib
 import json
 import mmap
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, overload
@@ -63,14 +63,11 @@ class CaptionFolder:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(
-        cls, root: str | Path, say: Callable[[str], None] = lambda line: None
-    ) -> CaptionFolder:
+    def open(cls, root: str | Path) -> CaptionFolder:
         """Open the caption folder at ``root``; make its manifest where other tools prepared it.
 
         Args:
             root: the folder that holds train, val and test.
-            say: told what is worth knowing of a folder that other tools prepared.
 
         Raises:
             DataError: missing, unfinished, damaged or of a newer format; the message says how to mend it.
@@ -84,7 +81,7 @@ class CaptionFolder:
                 f"make one with `vlm-data transform --source ... --output-dir {root}`"
             )
         if is_prepared_elsewhere(root):
-            return cls(root, current_manifest(root, say))
+            return cls(root, current_manifest(root))
         if not (root / MANIFEST_NAME).is_file():
             if (root / UNFINISHED_NAME).is_dir():
                 raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
@@ -22,13 +21,10 @@ SplitImages = CaptionedImages | ShardImages
 """The images of a split: a sequence with `take`, `paths` and `shards`."""
 
 
-def open_data_folder(
-    path: str | Path, say: Callable[[str], None] = lambda line: None
-) -> DataFolder:
+def open_data_folder(path: str | Path) -> DataFolder:
     """Open a caption folder or a shard folder.
 
     Args:
-        say: told how long work goes, and what is worth knowing of a folder that other tools prepared.
 
     Raises:
         DataError: neither of them, or one that cannot be used; says how to mend it.
@@ -36,9 +32,9 @@ def open_data_folder(
     root = Path(path)
     is_ours = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()
     if is_ours or not root.is_dir() or is_prepared_elsewhere(root):
-        return CaptionFolder.open(root, say)
+        return CaptionFolder.open(root)
     if any(_shards_in(root / split) for split in SPLITS):
-        return ShardFolder.open(root, say)
+        return ShardFolder.open(root)
     if _shards_in(root):
         raise DataError(
             f"the shards in {root} are of no split: move or link them into {root}/train and {root}/val"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from vlm_bridge.data_pipeline.image_structure import (
 )
 from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
 from vlm_bridge.errors import DataError, ImageError
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 51_000_000
 """A larger image is refused from its header, before anything is decoded: 50-megapixel phones (8192 x 6144) fit. A few
@@ -146,15 +149,12 @@ def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
     return (height, width) if parts.orientation >= 5 else (width, height)
 
 
-def iter_image_paths(
-    paths: Iterable[str | Path], say: Callable[[str], None] = lambda line: None
-) -> list[Path]:
+def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
     """Expand files, folders (recursive, sorted) and glob patterns, in the order given.
 
     A named file keeps its place whatever it holds: a broken one fails later, by itself.
 
     Args:
-        say: told of each folder or pattern how many of its files are no images by their names, by kind.
 
     Raises:
         DataError: a path does not exist, or a folder or pattern holds no picture.
@@ -166,14 +166,14 @@ def iter_image_paths(
             found.append(path)
             continue
         if path.is_dir():
-            matches = _images(path.rglob("*"), given, say)
+            matches = _images(path.rglob("*"), given)
             missing = (
                 f"no picture in folder {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
             )
         elif _GLOB_CHARACTERS & set(str(path)):
             # Path.glob takes relative patterns only.
             anchor = Path(path.anchor)
-            matches = _images(anchor.glob(str(path.relative_to(anchor))), given, say)
+            matches = _images(anchor.glob(str(path.relative_to(anchor))), given)
             missing = f"no picture matches the pattern {given}"
         else:
             raise DataError(f"no such picture or folder: {given}")
@@ -183,9 +183,7 @@ def iter_image_paths(
     return found
 
 
-def _images(
-    candidates: Iterable[Path], given: str | Path, say: Callable[[str], None]
-) -> list[Path]:
+def _images(candidates: Iterable[Path], given: str | Path) -> list[Path]:
     files = [path for path in candidates if not path.name.startswith(".") and path.is_file()]
     others = Counter(path.suffix.lower() or "no suffix" for path in files)
     for suffix in IMAGE_SUFFIXES:
@@ -193,7 +191,7 @@ def _images(
     if others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
         more = f" and {len(others) - 5} other kinds" if len(others) > 5 else ""
-        say(
+        logger.info(
             f"{given}: skipped {others.total():,} files that are no images by their names ({kinds}{more})"
         )
     return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.parsing import parse_json
 
+logger = logging.getLogger(__name__)
+
 CHECK_TOGETHER = 64
 MOST_THREADS = 16
 SAY_EVERY_SECONDS = 10.0
-
-Say = Callable[[str], None]
 
 
 def usable_images(
@@ -41,7 +42,6 @@ def usable_images(
     max_bad_share: float,
     listing: Path | None = None,
     remember_in: Path | None = None,
-    say: Say = lambda line: None,
 ) -> SplitImages:
     """The images of a split without the captions that cannot be read and the pictures that cannot be decoded.
 
@@ -50,14 +50,13 @@ def usable_images(
         max_bad_share: of captions, and of pictures.
         listing: the file that names everything set aside; none is written where there is nothing.
         remember_in: the folder that keeps the outcome while no picture is touched.
-        say: told once of each kind that is set aside, and how a long check goes.
 
     Raises:
         DataError: there is no such split, or more than ``max_bad_share`` is set aside.
     """
     captions, pictures = BadSamples(f"{split} captions"), BadSamples(f"{split} pictures")
     images = folder.split(split, captions)[:limit]
-    bad = check_pictures(images.paths, remember_in, lambda line: say(f"{split}: {line}"))
+    bad = check_pictures(images.paths, remember_in)
     pictures.total = len(images)
     for index, reason in bad.items():
         pictures.set_aside(images.path(index), reason)
@@ -66,13 +65,13 @@ def usable_images(
     for part in (captions, pictures):
         part.check(max_bad_share, listing=listing, setting="max_bad_samples")
         if len(part):
-            say(f"set aside {len(part):,} of {part.total:,} {part.kind}: {part.summary(listing)}")
+            logger.info(
+                f"set aside {len(part):,} of {part.total:,} {part.kind}: {part.summary(listing)}"
+            )
     return images.take(np.setdiff1d(np.arange(len(images)), list(bad))) if bad else images
 
 
-def check_pictures(
-    paths: Sequence[PictureFile], remember_in: Path | None = None, say: Say = lambda line: None
-) -> dict[int, str]:
+def check_pictures(paths: Sequence[PictureFile], remember_in: Path | None = None) -> dict[int, str]:
     """Decode every picture, in threads; why some cannot be, by index. Arguments as of `usable_images`."""
     if not len(paths):
         return {}
@@ -97,7 +96,7 @@ def check_pictures(
         done += len(part)
         if time.monotonic() - said > SAY_EVERY_SECONDS:
             said = time.monotonic()
-            say(f"checked {done:,} of {len(paths):,} pictures")
+            logger.info(f"checked {done:,} of {len(paths):,} pictures")
     if remembered is not None:
         with contextlib.suppress(OSError):  # a read-only folder remembers nothing
             remembered.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,16 @@ from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 SAY_EVERY_SECONDS = 10.0
 
 
-def current_manifest(root: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def current_manifest(root: Path) -> dict[str, Any]:
     """Return the manifest of a folder that other tools prepared; make it where there is none for its present state.
 
     Args:
         root: the folder that holds train, val and test.
-        say: told where a manifest was made, how long work goes, and how many images are in several splits.
 
     Raises:
         DataError: no line of a split can be used.
@@ -52,16 +54,16 @@ def current_manifest(root: Path, say: Callable[[str], None] = lambda line: None)
     known = [manifest for place in places if (manifest := _read(place)) is not None]
     manifest = next((manifest for manifest in known if manifest.get("state") == state), None)
     if manifest is None:
-        manifest = {**_make(root, say), "state": state}
+        manifest = {**_make(root), "state": state}
         why = "has changed since its manifest was made" if known else f"has no {MANIFEST_NAME}"
-        say(f"{root} {why}: {_write(manifest, *places)} ({_sizes(manifest['counts'])})")
+        logger.info(f"{root} {why}: {_write(manifest, *places)} ({_sizes(manifest['counts'])})")
     if shared := manifest.get("also_in_train"):
         counts = " and ".join(f"{number:,} {split} images" for split, number in shared.items())
-        say(f"{counts} of {root} are in train too: scores on them are too good")
+        logger.info(f"{counts} of {root} are in train too: scores on them are too good")
     return manifest
 
 
-def _make(root: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _make(root: Path) -> dict[str, Any]:
     counts: dict[str, dict[str, int]] = {}
     digests: dict[str, dict[str, str]] = {}
     said = time.monotonic()
@@ -84,7 +86,9 @@ def _make(root: Path, say: Callable[[str], None]) -> dict[str, Any]:
             digests[split][path] = digest
             if time.monotonic() - said > SAY_EVERY_SECONDS:
                 said = time.monotonic()
-                say(f"{split}: hashed {len(digests[split]):,} of about {len(images):,} images")
+                logger.info(
+                    f"{split}: hashed {len(digests[split]):,} of about {len(images):,} images"
+                )
     if not counts:
         raise DataError(
             f"the {CAPTIONS_NAME} files in {root} have no lines: prepare the folder again"

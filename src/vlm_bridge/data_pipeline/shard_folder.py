@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,8 @@ from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.data_pipeline.tar_picture import TarPicture, read_at
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, parse_json
+
+logger = logging.getLogger(__name__)
 
 NOTES_NAME = ".shards"
 LAYOUT = "vlm-bridge shard index 2"
@@ -64,8 +67,6 @@ _MAGIC = {
     b"\xfd7zXZ": "unxz",
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,12 @@ class ShardFolder:
     root: Path
     shards: dict[str, list[Path]]
     """The tars of each split, in the order of their names."""
-    say: Say = field(default=lambda line: None, compare=False)
 
     @classmethod
-    def open(cls, root: str | Path, say: Say = lambda line: None) -> ShardFolder:
+    def open(cls, root: str | Path) -> ShardFolder:
         """Open the shards below ``root``; no tar is read yet.
 
         Args:
-            say: told how a long pass over headers goes.
 
         Raises:
             DataError: there is no shard, or one is compressed.
@@ -146,7 +145,7 @@ class ShardFolder:
             raise DataError(
                 f"no shard (*.tar) in {root}/{{{','.join(SPLITS)}}}: put shards into these folders"
             )
-        return cls(root, shards, say)
+        return cls(root, shards)
 
     @property
     def notes_dir(self) -> Path:
@@ -220,7 +219,9 @@ class ShardFolder:
                 indices.append(known_index(path, self.notes_dir / split / f"{path.name}.index"))
                 if time.monotonic() - said > SAY_EVERY_SECONDS:
                     said = time.monotonic()
-                    self.say(f"{split}: read the headers of {number + 1:,} of {len(tars):,} shards")
+                    logger.info(
+                        f"{split}: read the headers of {number + 1:,} of {len(tars):,} shards"
+                    )
             self._known[split] = indices
         return self._known[split]
 

@@ -9,12 +9,13 @@ are read like our own.
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 import platform
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -35,6 +36,8 @@ from vlm_bridge.training_strategy.checkpoint_limits import (
     check_plain,
     check_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "vlm-bridge checkpoint"
 ORIGINAL_FORMAT = "original project"
@@ -156,11 +159,10 @@ def discard_unfinished(folder: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def newest_sound(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint in a folder that a run can continue from and that was saved last, with its content.
 
     Args:
-        say: told of each newer file that had to be passed over, and why.
 
     Raises:
         CheckpointError: the newest was written by a newer vlm-bridge.
@@ -174,11 +176,11 @@ def newest_sound(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict
         try:
             content = load_checkpoint(path)
         except DamagedCheckpointError as damage:
-            say(f"passed over: {damage}")
+            logger.info(f"passed over: {damage}")
             continue
         if "training" in content or content["format"] == ORIGINAL_FORMAT:
             return path, content
-        say(f"passed over: {path} holds weights only")
+        logger.info(f"passed over: {path} holds weights only")
     return None
 
 

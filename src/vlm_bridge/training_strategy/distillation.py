@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from vlm_bridge.model_architecture.bridges import ProjectionBridge
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.validation import Features
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
 LOG_TIMES = 10
@@ -48,7 +51,6 @@ def distill_projection(
     recipe: Recipe,
     features: Features,
     paths: Sequence[PictureFile],
-    say: Callable[[str], None],
 ) -> list[float]:
     """Fit the projection of a captioner to a teacher's features of the same pictures (mean squared error per number).
 
@@ -71,7 +73,7 @@ def distill_projection(
     assert settings is not None
     teacher: Any = build_vision_encoder(_teacher(settings)).to(model.device)
     encoder: Any = model.vision_encoder
-    say(f"distillation: {settings.steps} steps towards {settings.teacher}")
+    logger.info(f"distillation: {settings.steps} steps towards {settings.teacher}")
     order, count = np.random.default_rng(recipe.seed), min(BATCH_SIZE, len(paths))
     batches = [order.choice(len(paths), size=count, replace=False) for _ in range(settings.steps)]
 
@@ -96,7 +98,9 @@ def distill_projection(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if step % max(1, settings.steps // LOG_TIMES) == 0:
-            say(f"distillation step {step}/{settings.steps} | mean squared error {losses[-1]:.4f}")
+            logger.info(
+                f"distillation step {step}/{settings.steps} | mean squared error {losses[-1]:.4f}"
+            )
     return losses
 
 
