@@ -75,7 +75,7 @@ def variants(base: Recipe, options: argparse.Namespace) -> Iterator[tuple[str, R
 def run_steps(recipe: Recipe, steps: int) -> TrainingResult:
     with tempfile.TemporaryDirectory() as folder:
         where = [f"checkpoint_dir={folder}/checkpoints", f"log_dir={folder}/logs"]
-        return train(override_recipe(recipe, [*where, f"max_steps={steps}"]), say=lambda line: None)
+        return train(override_recipe(recipe, [*where, f"max_steps={steps}"]))
 
 
 def measure(name: str, recipe: Recipe, seconds: float) -> Result:

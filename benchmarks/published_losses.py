@@ -147,7 +147,7 @@ def recipe_for(folder: Path, options: argparse.Namespace) -> Recipe:
 
 def our_losses(recipe: Recipe) -> list[float]:
     """The loss of each step of a training, from its log."""
-    train(recipe, say=lambda line: None)
+    train(recipe)
     lines = (Path(recipe.log_dir) / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return [event["loss"] for event in map(json.loads, lines) if event["event"] == "train"]
 

@@ -41,7 +41,7 @@ from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder
 from vlm_bridge.model_architecture.weights import known_architecture
-from vlm_bridge.training_strategy.trainer import caption_format
+from vlm_bridge.model_architecture.captioner import caption_format
 from vlm_bridge.training_strategy.validation import Features
 
 SystemName = Literal["lite", "gemma-like", "dinov2-gemma", "pvt-blip"]

@@ -109,7 +109,7 @@ def finetune_combined(
     from vlm_bridge import finetuning
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.training_strategy.trainer import Interrupted
+    from vlm_bridge.training_strategy.saver import Interrupted
 
     quiet_transformers()
     settings = finetuning.FineTuning(
@@ -126,9 +126,7 @@ def finetune_combined(
         follow_links,
     )
     try:
-        result = finetuning.finetune_combined(
-            settings, say=lambda line: print(line, flush=True), show_progress=show_progress
-        )
+        result = finetuning.finetune_combined(settings, show_progress=show_progress)
     except Interrupted as interruption:
         print(f"{interruption}; the same command continues", file=sys.stderr)
         raise typer.Exit(interruption.exit_code) from None
@@ -139,4 +137,4 @@ def finetune_combined(
 if __name__ == "__main__":
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(finetune_combined)
-    run_program(app)
+    run_program(app, logs_to_stdout=True)

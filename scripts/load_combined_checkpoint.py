@@ -32,7 +32,7 @@ def main(
     from vlm_bridge.cli.quiet import quiet_transformers
 
     quiet_transformers()
-    model = load_combined_model(checkpoint, device, blip_model, pvt, say=print)
+    model = load_combined_model(checkpoint, device, blip_model, pvt)
     print("Successfully loaded:")
     for name, part in zip(("PVT", "BLIP", "Projection"), model, strict=True):
         print(f"  - {name}: {type(part).__name__ if part is not None else None}")
@@ -41,4 +41,4 @@ def main(
 if __name__ == "__main__":
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
-    run_program(app)
+    run_program(app, logs_to_stdout=True)

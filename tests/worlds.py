@@ -128,7 +128,7 @@ def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
     from vlm_bridge.training_strategy.trainer import train
 
     own = override_recipe(recipe, overrides) if os.environ["RANK"] == str(rank) else recipe
-    train(own, say=lambda line: None)
+    train(own)
 
 
 def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
@@ -157,7 +157,7 @@ def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
         return take_step(self, *arguments)
 
     trainer.Trainer._optimizer_step = step_or_trouble  # type: ignore[method-assign]
-    trainer.train(recipe, say=lambda line: None)
+    trainer.train(recipe)
 
 
 def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,7 +78,6 @@ def load_combined_model(
     device: str = "cpu",
     blip_model_name: str | None = BLIP,
     pvt: str | None = None,
-    *,
 ) -> CombinedModel:
     """The modules (pvt, blip, proj) of a combined file, in evaluation mode; proj is None where the file has none.
 

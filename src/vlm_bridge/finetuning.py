@@ -36,7 +36,8 @@ from vlm_bridge.model_architecture.combined import (
 from vlm_bridge.model_architecture.combined_layouts import PREFIXES
 from vlm_bridge.model_architecture.pvt_blip import load_tokenizer, why
 from vlm_bridge.model_architecture.pvt_cbam import image_processor
-from vlm_bridge.training_strategy.trainer import AUTO, TrainingResult, train
+from vlm_bridge.training_strategy.resume import AUTO
+from vlm_bridge.training_strategy.trainer import TrainingResult, train
 
 logger = logging.getLogger(__name__)
 

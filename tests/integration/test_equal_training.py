@@ -16,8 +16,8 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
 from vlm_bridge.evaluation.run_folder import read_curves
-from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.training_strategy.trainer import caption_format, train
+from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
+from vlm_bridge.training_strategy.trainer import train
 
 CAPTIONS = (
     "A small red square on a white background.",

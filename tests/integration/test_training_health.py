@@ -265,7 +265,7 @@ def test_running_out_of_memory_is_one_line_that_says_what_to_try(
 ) -> None:
     monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=0))
     with pytest.raises(TrainingError) as error:
-        training.train(make_recipe("run"), say=lambda line: None)
+        training.train(make_recipe("run"))
     said = str(error.value)
     assert "\n" not in said
     for mention in (

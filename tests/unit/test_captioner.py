@@ -20,8 +20,7 @@ from captioners import (
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import PackedBatch, Row, TokenizedImages
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
-from vlm_bridge.training_strategy.trainer import caption_format
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 
 CAPTIONS = (
     "A small red square on a white background.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import shutil
@@ -18,8 +17,9 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.trainer import resumed_recipe, train
+from vlm_bridge.training_strategy.resume import resumed_recipe
+from vlm_bridge.training_strategy.state import TrainState
+from vlm_bridge.training_strategy.trainer import train
 
 
 @pytest.fixture(params=BRIDGES)
@@ -336,6 +336,7 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
     tiny_dinov2_dir: Path,
     tiny_gemma2_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The published system in small: dropout, a falling learning rate, clipping, early stopping and its counter."""
 
@@ -368,17 +369,17 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
             after_epochs.append(kept)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_keep)
-    hopeless = functools.partial(EarlyStopping, best=0.0)
-    monkeypatch.setattr("vlm_bridge.training_strategy.trainer.EarlyStopping", hopeless)
-    train(recipe("whole"), say=lambda line: None)
+    monkeypatch.setattr(TrainState, "best_watched", 0.0)  # every validation is a bad one
+    train(recipe("whole"))
     monkeypatch.undo()
-    *earlier, whole = map(checkpoints.load_checkpoint, after_epochs)
-    assert [content["training"]["progress"]["epoch"] for content in (*earlier, whole)] == [1, 2, 3]
+    *earlier, last, whole = map(checkpoints.load_checkpoint, after_epochs)
+    epochs = [content["training"]["progress"]["epoch"] for content in (*earlier, last, whole)]
+    assert epochs == [1, 2, 3, 3]  # the last is saved again after its validation
     assert whole["training"]["early_stopping"]["bad_validations"] == 3
-    for number, path in enumerate(after_epochs[:-1], start=1):
-        lines: list[str] = []
-        train(recipe(f"resumed-{number}"), resume=path, say=lines.append)
-        assert not any("another schedule" in line for line in lines)
+    for number, path in enumerate(after_epochs[:-2], start=1):
+        caplog.clear()
+        train(recipe(f"resumed-{number}"), resume=path)
+        assert "another schedule" not in caplog.text
         resumed = checkpoints.load_checkpoint(tmp_path / f"resumed-{number}" / checkpoints.LATEST)
         assert_same(resumed["weights"], whole["weights"])
         for content in (resumed, whole):

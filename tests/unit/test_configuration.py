@@ -27,7 +27,7 @@ from vlm_bridge.configuration import (
 from vlm_bridge.data_pipeline.loader import EpochPlan
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES
-from vlm_bridge.training_strategy.schedule import learning_rate_at
+from vlm_bridge.training_strategy.optimizer import learning_rate_at
 
 
 def written(folder: Path, text: str) -> Path:

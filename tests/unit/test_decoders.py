@@ -17,11 +17,10 @@ from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
 from vlm_bridge.model_architecture.weights import build_language_model
-from vlm_bridge.training_strategy.trainer import caption_format
 
 PROMPT = "a picture of"
 

@@ -14,8 +14,8 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.training_strategy.plan import count_steps, epoch_plan
-from vlm_bridge.training_strategy.trainer import caption_format
+from vlm_bridge.model_architecture.captioner import caption_format
+from vlm_bridge.training_strategy.data import count_steps, epoch_plan
 from vlm_bridge.training_strategy.validation import batch_loss, load_batch
 
 WORDS = [

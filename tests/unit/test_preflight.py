@@ -44,7 +44,7 @@ def training_of(recipe: Recipe) -> dict[str, Any]:
 
 def refused(recipe: Recipe, error: type[VLMBridgeError], match: str, **resume: Any) -> None:
     with pytest.raises(error, match=match):
-        trainer.train(recipe, say=lambda line: None, **resume)
+        trainer.train(recipe, **resume)
 
 
 def test_mistakes_of_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:

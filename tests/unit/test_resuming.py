@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -22,13 +23,20 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import trainer
-from vlm_bridge.training_strategy.changes import dataset_changes, dataset_facts, recipe_changes
-from vlm_bridge.training_strategy.interruption import BrokenOff, Interruption
-from vlm_bridge.training_strategy.randomness import random_states, restore_random_states, seed_all
-from vlm_bridge.training_strategy.trainer import AUTO, Interrupted, find_run, resumed_recipe, train
+from vlm_bridge.training_strategy.preflight import dataset_changes, dataset_facts
+from vlm_bridge.training_strategy.resume import AUTO, find_run, resumed_recipe
+from vlm_bridge.training_strategy.saver import Interrupted, Interruption
+from vlm_bridge.training_strategy.state import random_states, restore_random_states, seed_all
+from vlm_bridge.training_strategy.step import TrainStep
+from vlm_bridge.training_strategy.trainer import train
 
 MakeRecipe = Callable[..., Recipe]
-EVENTS_OF_STEPS = ("validate_every=2 steps", "num_decoded_images=3", "monitor=cider")
+BY_STEPS = ("validate_every=2 steps", "num_decoded_images=3", "monitor=cider")
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vlm_bridge")
 
 
 @pytest.fixture
@@ -86,73 +94,56 @@ def test_a_signal_in_a_step_is_saved_behind_it(
 ) -> None:
     recipe = make_recipe("run")
     with monkeypatch.context() as patch:
-        step = trainer.Trainer._optimizer_step
+        step = TrainStep.__call__
 
-        def interrupted(self: trainer.Trainer, *arguments: Any) -> Any:
-            if self.progress.step == 1:
+        def interrupted(self: TrainStep, *arguments: Any) -> Any:
+            if self.state.step == 1:
                 send(number)
             return step(self, *arguments)
 
-        patch.setattr(trainer.Trainer, "_optimizer_step", interrupted)
+        patch.setattr(TrainStep, "__call__", interrupted)
         with pytest.raises(Interrupted) as caught:
-            train(recipe, say=lambda line: None)
+            train(recipe)
     assert caught.value.exit_code == 128 + number
     assert state(recipe)["training"]["progress"]["step"] == 2
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("moment", ["validate", "decode_and_score", "samples", "last look"])
-def test_a_signal_ends_what_takes_long_and_the_resumed_run_does_it_again(
+@pytest.mark.parametrize("moment", ["validate", "decode_and_score", "open_image"])
+def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """In the middle of validation, of captions decoded by steps, of samples, and of the last captions."""
-    whole, recipe = (make_recipe(name, *EVENTS_OF_STEPS) for name in ("whole", "run"))
-    train(whole, say=lambda line: None)
-    seen: list[str] = []
+    whole, recipe = (make_recipe(name, *BY_STEPS) for name in ("whole", "run"))
+    train(whole)
+    work, seen = getattr(trainer, moment), []
 
-    def then(work: Callable[..., Any]) -> Callable[..., Any]:
-        def interrupted(*arguments: Any, **named: Any) -> Any:
-            is_last_look = moment == "last look" and len(arguments[2]) == 8
-            if not seen and (moment != "last look" or is_last_look):
-                seen.append(moment)
-                torch.rand(3)  # whatever was drawn is taken back
-                send()
-                pytest.fail("it went on")
-            return work(*arguments, **named)
-
-        return interrupted
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if not seen:
+            seen.append(moment)
+            torch.rand(3)  # is taken back
+            send()
+            pytest.fail("it went on")
+        return work(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        if moment == "samples":
-            caption = trainer.Trainer._show_samples
-
-            def show(self: trainer.Trainer) -> None:
-                generate = self.model.generate
-                self.model.generate = then(generate)  # type: ignore[method-assign]
-                caption(self)
-
-            patch.setattr(trainer.Trainer, "_show_samples", show)
-        else:
-            name = "decode_and_score" if moment == "last look" else moment
-            patch.setattr(trainer, name, then(getattr(trainer, name)))
+        patch.setattr(trainer, moment, interrupted)
         with pytest.raises(Interrupted) as caught:
-            train(recipe, say=lambda line: None)
+            train(recipe)
     assert seen
     assert caught.value.exit_code == 143
     progress = state(recipe)["training"]["progress"]
-    assert progress["owes_decoding"] == (moment == "decode_and_score")
-    assert progress["step"] == {"decode_and_score": 2, "last look": 6}.get(moment, 3)
+    assert (progress["step"], progress["validated_step"]) == (2, 0)
 
-    result = train(recipe, resume=AUTO, say=lambda line: None)
+    result = train(recipe, resume=AUTO)
     assert result.steps == 6
     assert result.decoded is not None
     assert_same_end(whole, recipe)
-    assert decoded_steps(whole) == decoded_steps(recipe)
+    assert decoded_steps(whole) == decoded_steps(recipe) == {2, 4, 6}
 
 
 SECOND_CTRL_C = """
 import signal, time
-from vlm_bridge.training_strategy.interruption import ECHO_SECONDS, Interruption
+from vlm_bridge.training_strategy.saver import ECHO_SECONDS, Interruption
 
 now = [100.0]
 time.monotonic = lambda: now[0]
@@ -182,22 +173,26 @@ def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first() -> None:
     assert shell.stdout.endswith("130\n")
 
 
-def test_what_may_break_off_does_not_begin_after_a_signal() -> None:
+def test_no_validation_begins_after_a_signal(tmp_path: Path) -> None:
     watching = Interruption()
     with watching.watched():
         send()
-        with pytest.raises(BrokenOff), watching.may_break_off():
+        with pytest.raises(Interrupted), watching.immediate(tmp_path):
             pytest.fail("it began")
 
 
 # `auto`.
 
 
-def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: MakeRecipe) -> None:
-    whole, recipe = (make_recipe(name, "save_every=1 step") for name in ("whole", "run"))
-    lines: list[str] = []
-    train(whole, resume=AUTO, say=lines.append)
-    assert f"no checkpoint to resume from in {whole.checkpoint_dir}: training starts anew" in lines
+def test_auto_starts_anew_resumes_and_skips_damaged_checkpoints(
+    make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, recipe = (
+        make_recipe(name, "save_every=1 step", "keep_step_checkpoints=9")
+        for name in ("whole", "run")
+    )
+    train(whole, resume=AUTO)
+    assert f"no checkpoint to resume from in {whole.checkpoint_dir}" in caplog.text
     shutil.copytree(whole.checkpoint_dir, recipe.checkpoint_dir)
     for name in (
         checkpoints.LATEST,
@@ -207,18 +202,19 @@ def test_auto_starts_anew_resumes_and_passes_over_what_is_broken(make_recipe: Ma
     ):
         path = Path(recipe.checkpoint_dir) / name
         path.write_bytes(path.read_bytes()[:-1000])
-    lines.clear()
-    train(recipe, resume=AUTO, say=lines.append)
-    broken = [line for line in lines if line.startswith("passed over: ")]
+    caplog.clear()
+    train(recipe, resume=AUTO)
+    lines = caplog.messages
+    broken = [line for line in lines if line.startswith("skipping damaged checkpoint: ")]
     assert len(broken) == 4
     assert all("is damaged" in line for line in broken)
     assert any(line.endswith(f"{checkpoints.STEP.format(4)} at step 4 of 6") for line in lines)
     assert_same_end(whole, recipe)
     # Once more: there is nothing to do, and nothing is done.
     before = (Path(recipe.checkpoint_dir) / checkpoints.LATEST).read_bytes()
-    lines.clear()
-    assert train(recipe, resume=AUTO, say=lines.append).steps == 6
-    assert "nothing is left to train" in lines
+    caplog.clear()
+    assert train(recipe, resume=AUTO).steps == 6
+    assert "nothing is left to train" in caplog.messages
     assert (Path(recipe.checkpoint_dir) / checkpoints.LATEST).read_bytes() == before
 
 
@@ -226,25 +222,23 @@ def test_a_run_that_stopped_early_stays_stopped(make_recipe: MakeRecipe) -> None
     recipe = make_recipe(
         "run", "early_stopping_patience=1", "learning_rate=0", "min_lr=0", "num_epochs=4"
     )
-    assert train(recipe, say=lambda line: None).steps == 6
-    assert train(recipe, resume=AUTO, say=lambda line: None).steps == 6
+    assert train(recipe).steps == 6
+    assert train(recipe, resume=AUTO).steps == 6
     patient = override_recipe(recipe, ["early_stopping_patience=9"])
-    assert train(patient, resume=AUTO, force=True, say=lambda line: None).steps == 12
+    assert train(patient, resume=AUTO, force=True).steps == 12
 
 
 def test_a_folder_means_its_newest_checkpoint(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("run", "save_every=2 steps")
-    train(recipe, say=lambda line: None)
+    train(recipe)
     folder = Path(recipe.checkpoint_dir)
     for given in (folder, folder.parent):
-        assert find_run(given, print)[0] == folder / checkpoints.LATEST
+        assert find_run(given)[0] == folder / checkpoints.LATEST
     assert resumed_recipe(folder).learning_rate == recipe.learning_rate
-    assert find_run(folder / checkpoints.STEP.format(4), print)[0].name == checkpoints.STEP.format(
-        4
-    )
+    assert find_run(folder / checkpoints.STEP.format(4))[0].name == checkpoints.STEP.format(4)
     for name in (checkpoints.LATEST, checkpoints.BEST):
         (folder / name).unlink()
-    assert find_run(folder, print)[0] == folder / checkpoints.STEP.format(6)
+    assert find_run(folder)[0] == folder / checkpoints.STEP.format(6)
 
 
 def test_the_latest_is_saved_every_so_many_minutes(
@@ -261,11 +255,11 @@ def test_the_latest_is_saved_every_so_many_minutes(
             saved.append(training["progress"]["step"])
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", watched)
-    train(make_recipe("often", "save_every=0 minutes"), say=lambda line: None)
-    assert saved == [1, 2, 3, 3, 4, 5, 6, 6]
+    train(make_recipe("often", "save_every=0 minutes"))
+    assert saved == [1, 2, 3, 4, 5, 6, 6]
     saved.clear()
-    train(make_recipe("seldom", "save_every=1000 minutes"), say=lambda line: None)
-    assert saved == [3, 6]
+    train(make_recipe("seldom", "save_every=1000 minutes"))
+    assert saved == [3, 6, 6]
     with pytest.raises(ConfigurationError, match="save_every='now' string should match"):
         make_recipe("never", "save_every=now")
 
@@ -273,11 +267,14 @@ def test_the_latest_is_saved_every_so_many_minutes(
 # What changed.
 
 
-def test_other_settings_are_said_field_by_field_and_need_force(
-    make_recipe: MakeRecipe, drawn_caption_folder: Path, tmp_path: Path
+def test_other_settings_are_named_field_by_field_and_need_force(
+    make_recipe: MakeRecipe,
+    drawn_caption_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = make_recipe("run", "num_epochs=1", "save_every=2 steps")
-    train(recipe, say=lambda line: None)
+    train(recipe)
     changed = shutil.copytree(
         drawn_caption_folder, tmp_path / "other", ignore=shutil.ignore_patterns(".*")
     )
@@ -296,7 +293,7 @@ def test_other_settings_are_said_field_by_field_and_need_force(
     )
     inside = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
     with pytest.raises(CheckpointError) as caught:
-        train(other, resume=inside, say=lambda line: None)
+        train(other, resume=inside)
     message = str(caught.value)
     for change in (
         "learning_rate=0.5, was 0.01",
@@ -309,10 +306,10 @@ def test_other_settings_are_said_field_by_field_and_need_force(
     assert "--force" in message
     assert "\n" not in message
 
-    lines: list[str] = []
-    assert train(other, resume=inside, force=True, say=lines.append).steps == 6
-    assert "changed by --force: learning_rate=0.5, was 0.01" in lines
-    assert any("some captions come twice" in line for line in lines)
+    caplog.clear()
+    assert train(other, resume=inside, force=True).steps == 6
+    assert "changed by --force: learning_rate=0.5, was 0.01" in caplog.messages
+    assert "some captions come twice" in caplog.text
 
 
 def test_what_decides_nothing_may_change(make_recipe: MakeRecipe) -> None:
@@ -322,11 +319,11 @@ def test_what_decides_nothing_may_change(make_recipe: MakeRecipe) -> None:
         "save_every=5 steps", "log_every_n_steps=99", "data_dir=elsewhere",
         f"vision_encoder.name=moved/{Path(recipe.vision_encoder.name).name}",
     ]  # fmt: skip
-    assert recipe_changes(recipe, override_recipe(recipe, free)) == []
+    assert override_recipe(recipe, free).changes_since(recipe) == []
     changed = override_recipe(
         recipe, ["seed=5", "trainable.language_model.*=1e-3", "decode.num_beams=2"]
     )
-    keys = [change.partition("=")[0] for change in recipe_changes(recipe, changed)]
+    keys = [change.partition("=")[0] for change in changed.changes_since(recipe)]
     assert sorted(keys) == ["decode.num_beams", "seed", "trainable.language_model.*"]
 
 
@@ -370,7 +367,7 @@ def test_all_randomness_is_kept_and_comes_back(tmp_path: Path) -> None:
 
 def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("run", "max_steps=1")
-    train(recipe, say=lambda line: None)
+    train(recipe)
     path = Path(recipe.checkpoint_dir) / checkpoints.LATEST
     sound = checkpoints.read_file(path)
     nan = {name: tensor * torch.nan for name, tensor in sound["training"]["live_weights"].items()}
@@ -389,4 +386,4 @@ def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> 
         with pytest.raises(
             CheckpointError, match=rf"{path} has a state that no training saves .*start_from="
         ):
-            train(recipe, resume=path, say=lambda line: None)
+            train(recipe, resume=path)

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from vlm_bridge.training_strategy.early_stopping import EarlyStopping
-from vlm_bridge.training_strategy.schedule import learning_rate_at, warmup_within
+from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_within
+from vlm_bridge.training_strategy.state import TrainState
 
 
 def rates(
@@ -63,31 +63,15 @@ def test_a_warm_up_takes_a_tenth_of_the_steps_at_most(total: int, steps: int) ->
     assert warmup_within(500, total) == steps
 
 
+def bad_validations(*losses: float) -> list[int]:
+    state = TrainState(None, None, None)  # type: ignore[arg-type]
+    return [state.watch(loss) or state.bad_validations for loss in losses]
+
+
 def test_any_new_best_resets_the_count_as_in_the_published_system() -> None:
-    stopping = EarlyStopping(patience=3, min_delta=0.0)
-    losses = (2.0, 1.999, 1.998, 2.1, 2.1, 1.997, 2.0, 2.0, 2.0)
-    assert [stopping.should_stop(loss) for loss in losses] == [False] * 8 + [True]
+    counts = bad_validations(2.0, 1.999, 1.998, 2.1, 2.1, 1.997, 2.0, 2.0, 2.0)
+    assert counts == [True, True, True, 1, 2, True, 1, 2, 3]
 
 
-def test_early_stopping_counts_validations_without_improvement() -> None:
-    stopping = EarlyStopping(patience=2, min_delta=0.1)
-    # Less than min_delta is no improvement; a real one starts the count again.
-    answers = [stopping.should_stop(loss) for loss in (3.0, 2.95, 2.5, 2.45, 2.44)]
-    assert answers == [False, False, False, False, True]
-
-
-def test_early_stopping_never_takes_nan_for_an_improvement() -> None:
-    stopping = EarlyStopping(patience=1, min_delta=0.0)
-    assert not stopping.should_stop(1.0)
-    assert stopping.should_stop(float("nan"))
-    assert stopping.best == 1.0
-
-
-def test_early_stopping_continues_from_its_state() -> None:
-    first = EarlyStopping(patience=2, min_delta=0.0)
-    first.should_stop(1.0)
-    first.should_stop(2.0)
-    second = EarlyStopping(patience=2, min_delta=0.0)
-    second.load_state_dict(first.state_dict())
-    assert second == first
-    assert second.should_stop(1.5)
+def test_nan_is_never_a_new_best() -> None:
+    assert bad_validations(1.0, math.nan, 1.5, 0.5) == [True, 1, 2, True]

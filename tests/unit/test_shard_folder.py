@@ -25,7 +25,7 @@ from vlm_bridge.data_pipeline.shard_folder import SAMPLE, ShardFolder, known_ind
 from vlm_bridge.data_pipeline.tar_picture import TarPicture
 from vlm_bridge.errors import ConfigurationError, DataError, ImageError
 from vlm_bridge.evaluation.predictions import Prediction
-from vlm_bridge.training_strategy.plan import epoch_plan
+from vlm_bridge.training_strategy.data import epoch_plan
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.optimizer import adamw
-from vlm_bridge.training_strategy.trainer import caption_format
 
 CROSS_ATTENTION = "language_model.*crossattention*"
 HEAD = "language_model.causal_lm.cls.*"

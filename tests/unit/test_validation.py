@@ -14,8 +14,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import TokenizedImages
-from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.training_strategy.trainer import caption_format
+from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
 
 CAPTIONS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlm_bridge.training_strategy.weight_averaging import WeightAverage
+from vlm_bridge.training_strategy.optimizer import WeightAverage
 
 
 def test_it_follows_its_formula_and_leaves_frozen_weights_alone() -> None:

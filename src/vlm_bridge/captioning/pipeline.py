@@ -21,12 +21,11 @@ from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.generation import image_keys
 from vlm_bridge.model_architecture.weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.trainer import caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
 
 if TYPE_CHECKING:

@@ -69,9 +69,7 @@ def caption(
     from vlm_bridge.data_pipeline.isolated import ImageReader
 
     # What can be wrong with the paths is found before the seconds that torch and transformers take.
-    pictures = images.iter_image_paths(
-        paths, lambda line: typer.echo(redact(on_one_line(line)), err=True)
-    )
+    pictures = images.iter_image_paths(paths)
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
     if explain is not None:

@@ -122,7 +122,7 @@ def explore_dataset(
     import json
     from dataclasses import asdict
 
-    from vlm_bridge.cli.progress import note, show_progress
+    from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline.data_folder import open_data_folder
     from vlm_bridge.data_pipeline.explore import (
         describe_items,
@@ -142,7 +142,7 @@ def explore_dataset(
     if data_dir is not None:
         name = data_dir.resolve().name
         set_aside: list[Rejected] = []
-        items = folder_items(open_data_folder(data_dir, note), set_aside)
+        items = folder_items(open_data_folder(data_dir), set_aside)
     else:
         # With their tags, which are counted.
         options = SourceOptions(
@@ -311,7 +311,7 @@ def inspect_loader(
     import json
     from dataclasses import asdict
 
-    from vlm_bridge.cli.progress import note, show_progress
+    from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
@@ -328,7 +328,7 @@ def inspect_loader(
     recipe = load_recipe(config)
     if batch_size is not None:
         recipe = recipe.replace(batch_size=batch_size)
-    folder = open_data_folder(data_dir or recipe.data_dir, note)
+    folder = open_data_folder(data_dir or recipe.data_dir)
     set_aside: list[Rejected] = []
     items = folder_items(folder, set_aside)
     statistics = describe_items(items)
@@ -399,7 +399,7 @@ def _default_workers() -> int:
 
 def _first_batch(images: SplitImages, recipe: Recipe, *, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch of the first epoch: its rows, and its token counts if they are asked for."""
-    from vlm_bridge.training_strategy.plan import epoch_plan
+    from vlm_bridge.training_strategy.data import epoch_plan
 
     language_model = _language_model(recipe) if with_tokens else None
     lengths = None
@@ -434,7 +434,7 @@ def _tokenized(
     images: Sequence[CaptionedImage], recipe: Recipe, language_model: Any
 ) -> TokenizedImages:
     from vlm_bridge.data_pipeline.loader import TokenizedImages
-    from vlm_bridge.training_strategy.trainer import caption_format
+    from vlm_bridge.model_architecture.captioner import caption_format
 
     return TokenizedImages(images, caption_format(language_model, recipe))
 

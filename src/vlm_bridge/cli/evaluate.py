@@ -106,7 +106,7 @@ def evaluate(
         raise UsageError("--revision and --prompt are for a --model")
 
     # Everything that can be wrong with the paths is found before minutes of captioning.
-    folder = open_data_folder(data_dir, note)
+    folder = open_data_folder(data_dir)
     images, skipped = readable_split(folder, split.value)
     images = images[:limit]
     if json_file:

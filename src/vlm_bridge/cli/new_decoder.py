@@ -19,7 +19,6 @@ def new_decoder(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier one."),
 ) -> None:
     """Make a small decoder with cross-attention, to be trained from nothing on your captions."""
-    from vlm_bridge.cli.progress import note
     from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
     from vlm_bridge.errors import UsageError
 
@@ -28,7 +27,7 @@ def new_decoder(
             f"{output_dir} holds a model; choose another --output-dir, or replace it with "
             "--overwrite"
         )
-    images, _ = readable_split(open_data_folder(data_dir, note), "train")
+    images, _ = readable_split(open_data_folder(data_dir), "train")
 
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.model_architecture.new_decoder import DecoderSize, write_new_decoder

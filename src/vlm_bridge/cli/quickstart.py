@@ -35,7 +35,6 @@ def quickstart(
             recipe,
             output_dir,
             workers=os.cpu_count() or 1,
-            say=lambda line: print(line, flush=True),
         )
     metrics = result.metrics
     print()

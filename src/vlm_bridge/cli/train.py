@@ -24,11 +24,15 @@ def train(
         "checkpoint_dir, and a new run where there is none.",
     ),
     force: bool = typer.Option(
-        False, "--force", help="Continue although recipe or data differ from the checkpoint's."
+        False, "--force", help="Continue although recipe or data are others than the checkpoint's."
     ),
 ) -> None:
-    """Train the recipe of `--config`, of the checkpoint to resume, or training-default."""
-    from vlm_bridge import runtime
+    """Train the bridge of a recipe.
+
+    The recipe is `--config`'s; with `--resume` alone the checkpoint's own; else training-default.
+    """
+    import logging
+
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import (
         DEFAULT_RECIPE,
@@ -37,46 +41,41 @@ def train(
         shipped_recipe,
     )
 
-    echo = typer.echo if runtime.process_rank() == 0 else lambda line: None
-    # A mistyped recipe is an error before the seconds that the trainer's imports take.
+    logger = logging.getLogger(__name__)
+    # A mistyped recipe is refused before the seconds that the trainer's imports take.
     if config is None and resume in (None, "auto"):
         config = shipped_recipe(DEFAULT_RECIPE)
-        echo(f"recipe: {config} (another one with --config)")
+        logger.info(f"recipe: {config} (another one with --config)")
     recipe = load_recipe(config, overrides or ()) if config is not None else None
 
-    from vlm_bridge.training_strategy.trainer import resumed_recipe
+    from vlm_bridge.training_strategy.resume import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training
 
     quiet_transformers()
     if recipe is None:
-        recipe = override_recipe(resumed_recipe(resume, echo), overrides or ())
+        recipe = override_recipe(resumed_recipe(resume), overrides or ())
     with exit_when_interrupted():
-        result = run_training(
-            recipe,
-            resume=resume or recipe.resume_from_checkpoint,
-            force=force,
-            say=lambda line: print(line, flush=True),
-        )
-    scores = result.decoded
-    captions = (
-        f", last captions: BLEU-4 {scores.bleu4:.4f}, CIDEr {scores.cider:.4f}" if scores else ""
-    )
-    echo(
+        result = run_training(recipe, resume=resume or recipe.resume_from_checkpoint, force=force)
+    scores = ""
+    if decoded := result.decoded:
+        scores = f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}"
+    logger.info(
         f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss "
-        f"{result.best_loss:.4f}{captions}; checkpoints in {result.checkpoint_dir}\n"
-        f"next: vlm-bridge caption IMAGE --checkpoint {result.checkpoint_dir}"
+        f"{result.best_loss:.4f}{scores}; checkpoints in {result.checkpoint_dir}"
     )
+    logger.info(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
 
 
 @contextmanager
 def exit_when_interrupted() -> Iterator[None]:
     """Turn an interruption that was saved into one line and the signal's exit code."""
     from vlm_bridge import runtime
-    from vlm_bridge.training_strategy.trainer import Interrupted
+    from vlm_bridge.training_strategy.saver import Interrupted
 
     try:
         yield
     except Interrupted as interruption:
         if runtime.process_rank() == 0:
-            typer.echo(f"{interruption}; continue with --resume {interruption.saved_to}", err=True)
+            line = f"{interruption}; continue with --resume {interruption.saved_to}"
+            typer.echo(line, err=True)
         raise typer.Exit(interruption.exit_code) from None

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from vlm_bridge.configuration import BridgeOptions, DecodeSettings, Recipe
+from vlm_bridge.data_pipeline.loader import CaptionFormat
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import BRIDGES, ImageInputs, TextShape
@@ -432,3 +433,20 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
         # A mistake in it is an error now rather than after an epoch.
         model.object_namer().check(recipe.decode.known_objects)
     return model.eval()
+
+
+def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionFormat:
+    """Build the format of a language model's captions, cut where its positions end."""
+    assert language_model.start_id is not None and language_model.eos_id is not None
+    format = CaptionFormat(
+        language_model.encode_all,
+        start_id=language_model.start_id,
+        eos_id=language_model.eos_id,
+        prompt=recipe.language_model.prompt,
+        max_caption_tokens=recipe.max_caption_tokens,
+    )
+    if (positions := language_model.max_positions) is None:
+        return format
+    # The last target is predicted and never read.
+    room = positions - len(format.prompt_ids) + 1
+    return replace(format, max_caption_tokens=min(format.max_caption_tokens, room))

@@ -176,11 +176,11 @@ def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             content = load_checkpoint(path)
         except DamagedCheckpointError as damage:
-            logger.info(f"passed over: {damage}")
+            logger.warning(f"skipping damaged checkpoint: {damage}")
             continue
         if "training" in content or content["format"] == ORIGINAL_FORMAT:
             return path, content
-        logger.info(f"passed over: {path} holds weights only")
+        logger.info(f"skipping {path}: it holds weights only")
     return None
 
 

@@ -1,40 +1,39 @@
-"""What a training tells the world: console lines, TensorBoard, and one JSON line per event for reports."""
+"""Log a training: console lines, TensorBoard, and one JSON line per event for reports."""
 
 from __future__ import annotations
 
 import json
-import threading
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages
+from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.durable_files import append_line
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.metrics import simple_tokenize
-from vlm_bridge.training_strategy.decoded_validation import DecodedValidation
-from vlm_bridge.training_strategy.validation import Validation
+from vlm_bridge.training_strategy.step import StepSize
+from vlm_bridge.training_strategy.validation import DecodedValidation, Validation
+
+logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 8
-"""Images of a skipped step that the console names."""
-
-EVENTS = "events.out.tfevents.*"
-"""Names of TensorBoard's files."""
+"""Images of a skipped step on the console."""
 BLIND_VALIDATIONS = 3
-"""Validations in a row with a visual gain below `BLIND_BELOW` before a warning: the first ones of a training may be."""
+"""Validations in a row with a visual gain below `BLIND_BELOW` before a warning."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A caption generated while training, and what people wrote. ``token_ids`` are without prompt and EOS."""
+    """A generated caption with its image and references. ``token_ids`` are without prompt and EOS."""
 
-    picture: Image.Image
+    image: Image.Image
     token_ids: Sequence[int]
     caption: str
     references: Sequence[str]
@@ -42,13 +41,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """What a few captions say about all: too long, all the same, or near what people write.
+    """Statistics of a few generated captions.
 
     Attributes:
         mean_length: tokens per caption.
-        token_diversity: distinct tokens over all tokens, of all captions together; 0 when there are none.
-        bleu4: BLEU-4 of each caption against its references, as a fraction. By pycocoevalcap on tokens of a
-            simple rule (`simple_tokenize`), so that no Java runs in training: not comparable with papers.
+        token_diversity: distinct tokens over all tokens; 0 without tokens.
+        bleu4: BLEU-4 of each caption as a fraction, with simple tokens: not comparable with papers.
     """
 
     mean_length: float
@@ -61,7 +59,7 @@ class SampleStatistics:
 
 
 def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
-    """Length, diversity and BLEU-4 of generated captions; at least one."""
+    """Compute length, diversity and BLEU-4 of at least one caption."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     token_ids = list(chain.from_iterable(sample.token_ids for sample in samples))
@@ -75,135 +73,73 @@ def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
     )
 
 
-class StepSize(NamedTuple):
-    """What an optimiser step reads; positions are tokens and pads."""
+@dataclass
+class _Running:
+    """Sums since the last log line and since the start of the epoch, kept in checkpoints."""
 
-    num_supervised: int
-    num_captions: int
-    num_tokens: int
-    num_positions: int
-
-    @classmethod
-    def of(cls, batches: Sequence[PackedBatch]) -> StepSize:
-        """Of batches together, or of none."""
-        return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
-
-
-class Curves:
-    """TensorBoard's events in a folder; its `SummaryWriter` with failures of the disk as one TrainingError.
-
-    The writer's thread fails without a word to who is writing, and prints a traceback.
-    """
-
-    def __init__(self, log_dir: Path):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.log_dir = log_dir
-        self._others_hook, threading.excepthook = threading.excepthook, self._thread_failed
-        self._failure: OSError | None = None
-        self._before = set(log_dir.glob(EVENTS))
-        self._threads: set[threading.Thread] = set()
-        threads = set(threading.enumerate())
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            self._writer = SummaryWriter(str(log_dir))
-            self._threads = set(threading.enumerate()) - threads
-        except OSError as error:
-            threading.excepthook = self._others_hook
-            self._remove_empty()
-            raise cannot_log(log_dir, error) from error
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """`add_scalar`, `add_text` and `add_image` of the writer."""
-        add = getattr(self._writer, name)
-
-        def written(*arguments: Any, **named: Any) -> None:
-            try:
-                add(*arguments, **named)
-            except OSError as error:
-                self._failure = error
-            self._raise_failure()
-
-        return written
-
-    def close(self) -> None:
-        """Write what waits. Raises TrainingError, unless the failure is known already."""
-        was_known = self._failure is not None
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._failure = error
-        finally:
-            threading.excepthook = self._others_hook
-            self._remove_empty()
-        if not was_known:
-            self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise cannot_log(self.log_dir, self._failure) from self._failure
-
-    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        if isinstance(failed.exc_value, OSError) and failed.thread in self._threads:
-            self._failure = failed.exc_value
-        else:
-            self._others_hook(failed)
-
-    def _remove_empty(self) -> None:
-        for events in set(self.log_dir.glob(EVENTS)) - self._before:
-            if not events.stat().st_size:
-                events.unlink(missing_ok=True)
-
-
-def cannot_log(path: Path, error: OSError) -> TrainingError:
-    """The error of a log that cannot be written."""
-    return TrainingError(
-        f"cannot write {path}: {error.strerror or error} (free some space, or choose another folder with log_dir=...)"
-    )
+    seconds: float = 0.0
+    steps: float = 0
+    captions: float = 0
+    tokens: float = 0
+    positions: float = 0
+    blind_validations: float = 0
+    epoch_loss: float = 0.0
+    epoch_steps: float = 0
 
 
 class SilentMonitor:
-    """That of a process beside the one that writes and speaks: told what a `Monitor` is told, it does nothing."""
+    """No-op monitor for ranks above 0."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **named: None
 
+    def close(self) -> None: ...
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        del state
+
 
 class Monitor:
-    """Writes ``log_dir/history.jsonl`` and TensorBoard events; prints through ``say``.
+    """Log to ``log_dir/history.jsonl``, to TensorBoard and to the console.
 
-    TensorBoard's tags are those of the dinov2-gemma system's own code, and others beside them.
+    TensorBoard's tags are those of the dinov2-gemma system's own code, with others beside them.
+
+    Raises:
+        TrainingError: from any method, where a log cannot be written.
     """
 
-    def __init__(self, log_dir: Path, say: Callable[[str], None]):
-        self.curves = Curves(log_dir)
+    def __init__(self, log_dir: Path, recipe_yaml: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.log_dir = log_dir
         self.history = log_dir / "history.jsonl"
-        self.say = say
-        self._blind_validations = 0
-        self._epoch_loss = self._epoch_steps = 0.0
+        self.running = _Running()
         self.restart_clock()
-
-    def start(self, recipe: str) -> None:
-        """Keep the text of the recipe beside the curves."""
-        self.curves.add_text("training/config", f"```yaml\n{recipe}```", 0)
-
-    def updated(self, loss: float) -> None:
-        """Count the loss of a step that was not skipped into the mean of its epoch."""
-        self._epoch_loss += loss
-        self._epoch_steps += 1
-
-    def epoch(self, epoch: int) -> None:
-        """Write the mean loss of an epoch's steps, and begin another."""
-        if self._epoch_steps:
-            self.curves.add_scalar("epoch/train_loss", self._epoch_loss / self._epoch_steps, epoch)
-        self._epoch_loss = self._epoch_steps = 0.0
+        self._board: Any = self._written(lambda: SummaryWriter(str(log_dir)))
+        text = f"```yaml\n{recipe_yaml}```"
+        self._written(lambda: self._board.add_text("training/config", text, 0))
 
     def step(self, size: StepSize) -> None:
-        """Count one optimiser step of all processes for the throughput of the next `training` line."""
-        self._window_steps += 1
-        self._window_captions += size.num_captions
-        self._window_tokens += size.num_tokens
-        self._window_positions += size.num_positions
+        """Count an optimizer step of all processes."""
+        self.running.steps += 1
+        self.running.captions += size.num_captions
+        self.running.tokens += size.num_tokens
+        self.running.positions += size.num_positions
+
+    def updated(self, loss: float) -> None:
+        """Count the loss of a step into the mean of its epoch."""
+        self.running.epoch_loss += loss
+        self.running.epoch_steps += 1
+
+    def epoch(self, epoch: int) -> None:
+        """Log the mean loss of an epoch's steps."""
+        if self.running.epoch_steps:
+            mean = self.running.epoch_loss / self.running.epoch_steps
+            self._scalars({"epoch/train_loss": mean}, epoch)
+        self.running.epoch_loss = self.running.epoch_steps = 0
 
     def training(
         self,
@@ -216,46 +152,38 @@ class Monitor:
         gradient_norm: float,
         of_objective: Mapping[str, float],
     ) -> None:
-        """A log step. ``of_objective``: what else its objective has to tell, by name."""
-        now = time.perf_counter()
-        seconds = max(now - self._window_start, 1e-9)
-        ms_per_step = 1000 * seconds / max(self._window_steps, 1)
-        captions_rate, tokens_rate = self._window_captions / seconds, self._window_tokens / seconds
-        padding_share = 1 - self._window_tokens / max(self._window_positions, 1)
+        """Log a step. ``of_objective``: further means by name."""
+        sums = self.running
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        ms_per_step = 1000 * seconds / max(sums.steps, 1)
+        padding_share = 1 - sums.tokens / max(sums.positions, 1)
         eta = _duration((total_steps - step) * ms_per_step / 1000)
-        others = "".join(
-            f"{name.replace('_', ' ')} {value:.3f} | " for name, value in of_objective.items()
+        others = "".join(f"{k.replace('_', ' ')} {v:.3f} | " for k, v in of_objective.items())
+        logger.info(
+            f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | {others}"
+            f"lr {learning_rate:.2e} | grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | "
+            f"{sums.captions / seconds:.1f} samples/s | {sums.tokens / seconds:.0f} tokens/s | "
+            f"{padding_share:.0%} pads | ETA {eta}"
         )
-        self.say(
-            f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | {others}lr {learning_rate:.2e} | "
-            f"grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | {captions_rate:.1f} samples/s | "
-            f"{tokens_rate:.0f} tokens/s | {padding_share:.0%} pads | ETA {eta}"
-        )
-        for name, value in (
-            ("loss", loss),
-            ("learning_rate", learning_rate),
-            ("grad_norm_before_clip", gradient_norm),
-            *of_objective.items(),
-        ):
-            self.curves.add_scalar(f"train/{name}", value, step)
+        scalars = {"loss": loss, "learning_rate": learning_rate, **of_objective}
+        tags = {f"train/{name}": value for name, value in scalars.items()}
+        self._scalars({**tags, "train/grad_norm_before_clip": gradient_norm}, step)
         self._record(
             "train",
             step,
-            loss=loss,
-            learning_rate=learning_rate,
+            **scalars,
             gradient_norm=gradient_norm,
-            samples_per_second=captions_rate,
-            tokens_per_second=tokens_rate,
+            samples_per_second=sums.captions / seconds,
+            tokens_per_second=sums.tokens / seconds,
             padding_share=padding_share,
-            **of_objective,
         )
         self.restart_clock()
 
     def skipped(self, step: int, cause: str, images: Sequence[str]) -> None:
-        """A step that changed nothing, and the ids of its images: all of them in the history, a few on the console."""
+        """Log a step that changed nothing, with the ids of its images."""
         others = len(images) - SHOWN_IMAGES
         shown = ", ".join(images[:SHOWN_IMAGES]) + (f" and {others} more" if others > 0 else "")
-        self.say(f"step {step} skipped: {cause} | images {shown}")
+        logger.warning(f"step {step} skipped: {cause} | images {shown}")
         self._record("skipped", step, cause=cause, images=list(images))
 
     def validation(
@@ -267,75 +195,67 @@ class Monitor:
         *,
         is_last: bool = False,
     ) -> None:
-        """Log a validation. ``captions``: those of people that it read, whose tokens are counted."""
-        self.say(
-            f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity {result.perplexity:.2f} | "
-            f"visual gain {result.visual_gain:+.3f} nats/token"
+        """Log a validation of some human captions."""
+        logger.info(
+            f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity "
+            f"{result.perplexity:.2f} | visual gain {result.visual_gain:+.3f} nats/token"
         )
-        self._blind_validations = self._blind_validations + 1 if result.ignores_images else 0
-        if self._blind_validations == BLIND_VALIDATIONS:
-            self.say(
-                f"WARNING: the captioner is ignoring the image: after {BLIND_VALIDATIONS} validations in a row its "
-                f"visual gain is {result.visual_gain:+.3f} nats per token, captions come out the same for every "
-                "image. Train longer, raise learning_rate, or check that captions and images belong together "
-                "(vlm-data inspect-loader)."
+        blind = self.running.blind_validations + 1 if result.ignores_images else 0
+        self.running.blind_validations = blind
+        if blind == BLIND_VALIDATIONS:
+            logger.warning(
+                f"WARNING: the captioner is ignoring the image: after {BLIND_VALIDATIONS} validations "
+                f"in a row its visual gain is {result.visual_gain:+.3f} nats per token, captions come "
+                "out the same for every image. Train longer, raise learning_rate, or check that "
+                "captions and images belong together (vlm-data inspect-loader)."
             )
-        elif (
-            is_last and 0 < self._blind_validations < BLIND_VALIDATIONS
-        ):  # too few to call it a fault
-            self.say(
+        elif is_last and 0 < blind < BLIND_VALIDATIONS:
+            logger.info(
                 f"after these {step} steps the captioner does not look at its images yet (visual gain "
                 f"{result.visual_gain:+.3f} nats per token): train longer"
             )
         scalars = {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "visual_gain": result.visual_gain,
-        }
-        counted = {
-            "avg_sequence_length": captions.mean_length,
-            "token_diversity": captions.token_diversity,
-        }
-        for name, value in (scalars | counted).items():
-            self.curves.add_scalar(f"val/{name}", value, step)
+            "loss": result.loss, "perplexity": result.perplexity, "visual_gain": result.visual_gain,
+        }  # fmt: skip
+        tags = {f"val/{name}": value for name, value in scalars.items()}
+        tags["val/avg_sequence_length"] = captions.mean_length
+        tags["val/token_diversity"] = captions.token_diversity
+        self._scalars(tags, step)
         self._record("validation", step, epoch=epoch, **scalars)
 
     def decoded(self, step: int, result: DecodedValidation) -> None:
-        self.say(
-            f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | CIDEr {result.cider:.4f}"
+        logger.info(
+            f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | "
+            f"CIDEr {result.cider:.4f}"
         )
-        for name, value in (("bleu4", result.bleu4), ("cider", result.cider)):
-            self.curves.add_scalar(f"val/{name}", value, step)
-        self._record(
-            "decoded", step, bleu4=result.bleu4, cider=result.cider, num_images=result.num_images
-        )
+        self._scalars({"val/bleu4": result.bleu4, "val/cider": result.cider}, step)
+        values = {"bleu4": result.bleu4, "cider": result.cider, "num_images": result.num_images}
+        self._record("decoded", step, **values)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Show captions beside their pictures and references, and what `sample_statistics` says of them."""
+        """Log captions beside their images and references, and their `sample_statistics`."""
         statistics = sample_statistics(samples)
         for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
             caption, reference = sample.caption, sample.references[0]
-            self.say(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
-            self.curves.add_image(
-                f"val/sample_{number}", np.asarray(sample.picture), step, dataformats="HWC"
-            )
+            logger.info(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
+            tag, pixels = f"val/sample_{number}", np.asarray(sample.image)
             text = f"**{caption}**\n\nreference: {reference}\n\nBLEU-4: {bleu4:.4f}"
-            self.curves.add_text(f"val/sample_{number}", text, step)
-        for name, value in (
-            ("length_avg", statistics.mean_length),
-            ("diversity", statistics.token_diversity),
-            ("bleu_avg", statistics.mean_bleu4),
-        ):
-            self.curves.add_scalar(f"val/sample_{name}", value, step)
-        self.say(
+            self._written(lambda: self._board.add_image(tag, pixels, step, dataformats="HWC"))  # noqa: B023
+            self._written(lambda: self._board.add_text(tag, text, step))  # noqa: B023
+        means = {
+            "length_avg": statistics.mean_length,
+            "diversity": statistics.token_diversity,
+            "bleu_avg": statistics.mean_bleu4,
+        }
+        self._scalars({f"val/sample_{name}": value for name, value in means.items()}, step)
+        logger.info(
             f"  samples: mean length {statistics.mean_length:.1f} tokens | token diversity "
             f"{statistics.token_diversity:.2f} | BLEU-4 {statistics.mean_bleu4:.3f}"
         )
-        captions = [[sample.caption, sample.references[0]] for sample in samples]
         self._record(
             "samples",
             step,
-            captions=captions,
+            captions=[[sample.caption, sample.references[0]] for sample in samples],
             mean_length=statistics.mean_length,
             token_diversity=statistics.token_diversity,
             sample_bleu4=statistics.mean_bleu4,
@@ -343,45 +263,38 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
-        self._window_start = time.perf_counter()
-        self._window_steps = self._window_captions = self._window_tokens = (
-            self._window_positions
-        ) = 0
+        self._started = time.perf_counter()
+        sums = self.running
+        sums.steps = sums.captions = sums.tokens = sums.positions = 0
 
     def state_dict(self) -> dict[str, float]:
-        """What the lines to come tell of the steps behind; part of every checkpoint."""
-        return {
-            "seconds": time.perf_counter() - self._window_start,
-            "steps": self._window_steps,
-            "captions": self._window_captions,
-            "tokens": self._window_tokens,
-            "positions": self._window_positions,
-            "blind_validations": self._blind_validations,
-            "epoch_loss": self._epoch_loss,
-            "epoch_steps": self._epoch_steps,
-        }
+        self.running.seconds = time.perf_counter() - self._started
+        return vars(self.running).copy()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._window_start = time.perf_counter() - state["seconds"]
-        self._window_steps = int(state["steps"])
-        self._window_captions = int(state["captions"])
-        self._window_tokens = int(state["tokens"])
-        self._window_positions = int(state["positions"])
-        self._blind_validations = int(state["blind_validations"])
-        self._epoch_loss = state.get(
-            "epoch_loss", 0.0
-        )  # checkpoints from before it was kept have none
-        self._epoch_steps = state.get("epoch_steps", 0.0)
+        names = {f.name for f in fields(_Running)}
+        self.running = _Running(**{k: v for k, v in state.items() if k in names})
+        self._started = time.perf_counter() - self.running.seconds
 
     def close(self) -> None:
-        self.curves.close()
+        self._written(self._board.close)
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._written(lambda: self._board.add_scalar(tag, value, step))  # noqa: B023
 
     def _record(self, event: str, step: int, **values: object) -> None:
         line = json.dumps({"event": event, "step": step, **values}) + "\n"
+        self._written(lambda: append_line(self.history, line.encode()))
+
+    def _written(self, write: Callable[[], Any]) -> Any:
         try:
-            append_line(self.history, line.encode())
+            return write()
         except OSError as error:
-            raise cannot_log(self.history, error) from error
+            raise TrainingError(
+                f"cannot write {self.log_dir}: {error.strerror or error} (free some space, or choose "
+                "another folder with log_dir=...)"
+            ) from error
 
 
 def _duration(seconds: float) -> str:

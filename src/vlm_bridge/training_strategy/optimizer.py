@@ -1,8 +1,10 @@
-"""The optimiser, and the scaler that float16 needs."""
+"""AdamW, its learning rate, and the moving average of the trained weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -13,11 +15,13 @@ from vlm_bridge.model_architecture.trainable import TrainedParameter
 def adamw(
     trained: Sequence[TrainedParameter], recipe: Recipe
 ) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW without weight decay on biases and norms, and the learning rate of each group relative to the recipe's.
+    """Build AdamW without weight decay on biases and norms.
 
-    A pattern of ``trainable`` makes one group with weight decay and one without, whatever its rate: a resumed run may
-    have other rates. Parameters carry their names into the optimiser's state, where they can be compared. The update is
-    one kernel for all parameters, which every device that torch >= 2.8 trains on has.
+    Each pattern of ``trainable`` is one group with weight decay and one without, so that a resumed run
+    may have other rates. Parameter names are saved with the state.
+
+    Returns:
+        The optimizer, and each group's learning rate relative to the recipe's.
     """
     groups: dict[tuple[str, bool], list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter, pattern in trained:
@@ -27,14 +31,95 @@ def adamw(
         for (_, decays), members in groups.items()
     ]
     rates = [recipe.trainable[pattern] for pattern, _ in groups]
-    # A rate of 0 beside learning_rate=0 is no division.
+    # learning_rate may be 0 only where every rate is 0 or null.
     relative = [1.0 if rate is None else rate and rate / recipe.learning_rate for rate in rates]
     return torch.optim.AdamW(options, lr=recipe.learning_rate, fused=True), relative
 
 
 def gradient_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
-    """Loss scaling for float16, below whose smallest number gradients fall (Micikevicius et al. 2018).
-
-    It does nothing for bfloat16, which has the exponents of float32.
-    """
+    """Build the loss scaling of float16 (Micikevicius et al. 2018); other dtypes need none."""
     return torch.amp.GradScaler(device.type, enabled=recipe.autocast_dtype == "float16")  # type: ignore[attr-defined]
+
+
+def warmup_within(warmup_steps: int, total_steps: int) -> int:
+    """Limit the warm-up to a tenth of all steps."""
+    return min(warmup_steps, total_steps // 10)
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    learning_rate: float,
+    min_lr: float,
+    kind: str,
+) -> float:
+    """Return the learning rate of a 0-based step: linear warm-up from zero, then down to ``min_lr``.
+
+    It is a function of the step, so a checkpoint holds no schedule. Cosine as in Loshchilov & Hutter
+    2017 without restarts.
+    """
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    if kind == "constant":
+        return learning_rate
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
+    return min_lr + (learning_rate - min_lr) * remaining
+
+
+class WeightAverage:
+    """Exponential moving average of the trained parameters (Polyak & Juditsky 1992).
+
+    `torch.optim.swa_utils.AveragedModel` would copy the frozen models, too.
+
+    Attributes:
+        weights: the average, by parameter name.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.decay = decay
+        self._trained = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.weights = {name: tensor.clone() for name, tensor in self._trained.items()}
+
+    def restart(self) -> None:
+        """Start again from the weights of the model."""
+        for name, trained in self._trained.items():
+            self.weights[name].copy_(trained)
+
+    @property
+    def live_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that the optimizer changes."""
+        return dict(self._trained)
+
+    def update(self, step: int, skipped: torch.Tensor) -> None:
+        """Average in the weights after a step (the first is 1).
+
+        Early on the decay is (1 + step) / (10 + step), TensorFlow's rule.
+
+        Args:
+            skipped: 1.0 on the device where the step changed nothing, else 0.0.
+        """
+        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
+        for name, trained in self._trained.items():
+            self.weights[name].lerp_(trained, share.to(trained.dtype))
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Swap the average into the model for a block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, trained in self._trained.items():
+            kept = trained.clone()
+            trained.copy_(self.weights[name])
+            self.weights[name].copy_(kept)

@@ -1,36 +1,41 @@
-"""Validation: token perplexity, and how much the image helps (the visual gain)."""
+"""Validation: perplexity, visual gain, and scores of decoded captions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from vlm_bridge import runtime
+from vlm_bridge.configuration import DecodeSettings
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
+from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.distributed import World
 
 BLIND_BELOW = 0.05
-"""Visual gain, in nats per token, under which a captioner is said to ignore its images."""
+"""Visual gain, in nats per token, of a captioner that ignores its images."""
+DECODE_BATCH = 16
 
 
 class Features(Protocol):
-    """By image index: features [len(indices), N, D] from a cache, or pixels [len(indices), 3, h, w] to be encoded."""
+    """By image index: cached features [len(indices), N, D], or pixels [len(indices), 3, h, w]."""
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor | np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Losses are nats per supervised token (captions and their EOS; pads and prompt never count).
+    """Losses in nats per supervised token: captions and their EOS, without pads and prompt.
 
     Attributes:
-        visual_gain: the loss with images shuffled among captions minus ``loss``; 0 for a captioner that does not look.
+        visual_gain: loss with images shuffled among captions minus ``loss``; 0 without looking.
     """
 
     loss: float
@@ -46,6 +51,18 @@ class Validation:
         return self.visual_gain < BLIND_BELOW
 
 
+@dataclass(frozen=True)
+class DecodedValidation:
+    """Scores as fractions, with simple tokens. They compare within one run, not with papers."""
+
+    bleu4: float
+    cider: float
+    num_images: int
+
+    def score(self, monitor: Literal["bleu4", "cider"]) -> float:
+        return self.bleu4 if monitor == "bleu4" else self.cider
+
+
 @torch.no_grad()
 def validate(
     model: CaptionModel,
@@ -57,14 +74,13 @@ def validate(
     world: World | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Validation:
-    """Loss of all captions with their own image and, for the visual gain, with another image each.
+    """Measure the loss of all captions with their own image and with another one.
 
-    The result depends neither on the batch size nor on the order, which is by length: batches have few pads, and the
-    first takes the most memory. Processes share the batches of one, whose sums are added up as one process does: their
-    number changes no bit of the result.
+    Batches are longest first, so that the first takes the most memory. Neither the batch size nor the
+    number of processes changes the result.
 
     Args:
-        world: the processes that validate together, each of which gets the result.
+        world: processes that share the batches; each gets the result.
     """
     world = world or World(model.device)
     was_training = model.training
@@ -73,10 +89,8 @@ def validate(
     right: list[torch.Tensor] = []
     wrong: list[torch.Tensor] = []
     num_tokens = done = 0
-    rows, longest_first = (
-        whole_rows(data.captions_per_image),
-        np.argsort(-data.image_lengths, kind="stable"),
-    )
+    rows = whole_rows(data.captions_per_image)
+    longest_first = np.argsort(-data.image_lengths, kind="stable")
     for some in world.share(in_batches([rows[image] for image in longest_first], batch_images)):
         batch = data.pack(some)
         for image_of, sums in ((np.arange(len(data)), right), (wrong_image, wrong)):
@@ -89,22 +103,44 @@ def validate(
     model.train(was_training)
     num_tokens = int(world.sum([num_tokens])[0])
     loss, wrong_loss = (
-        math.fsum(world.interleave(_numbers(sums))) / num_tokens for sums in (right, wrong)
+        math.fsum(world.interleave(torch.stack(sums).tolist() if sums else [])) / num_tokens
+        for sums in (right, wrong)
     )
     return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
 
 
-def _numbers(tensors: Sequence[torch.Tensor]) -> list[float]:
-    """Fetched from the device at once."""
-    return torch.stack(list(tensors)).tolist() if tensors else []
+def decode_and_score(
+    model: CaptionModel,
+    prompt_ids: Sequence[int],
+    images: Sequence[CaptionedImage],
+    features: Features,
+    decode: DecodeSettings,
+    autocast: Callable[[], Any],
+    world: World | None = None,
+) -> DecodedValidation:
+    """Caption the first images of a split and score them against all their references.
+
+    Args:
+        features: of the split, by image index.
+        world: processes that share the batches; each gets the scores.
+    """
+    world = world or World(model.device)
+    was_training = model.training
+    model.eval()
+    shared: list[list[str]] = []
+    for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
+        features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
+        with autocast():
+            captions = model.generate(features_bnd, prompt_ids, decode)
+        shared.append([model.language_model.decode(caption.ids) for caption in captions])
+    model.train(was_training)
+    texts = list(chain.from_iterable(world.interleave(shared)))
+    scores = score_without_java([image.captions for image in images], texts)
+    return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(images))
 
 
 def shuffled_images(count: int) -> np.ndarray:
-    """For each of ``count`` images the index of another, for the visual gain.
-
-    The wrong image of image i is that of its neighbour in a seeded random circle: no image keeps its own, and every
-    image is used once.
-    """
+    """Return another image's index for each of ``count`` images: the neighbor in a seeded circle."""
     circle = np.random.default_rng(0).permutation(count)
     wrong_image = np.empty(count, np.int64)
     wrong_image[circle] = np.roll(circle, 1)
@@ -113,12 +149,11 @@ def shuffled_images(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A packed batch with what a step reads of it, on the device or on its way there.
+    """A packed batch with its tensors on the device, or on their way there.
 
     Attributes:
-        tensors: input ids, labels, segments [B, T], supervised positions [V], features or pixels of B images, and
-            text states [B, T, H] where they are cached.
-        weights: [V], of the losses of the supervised tokens in their sum, on the device; None weighs them alike.
+        tensors: input ids, labels, segments [R, T], supervised positions [V], and features or pixels.
+        weights: of the losses of supervised tokens [V]; None is 1 each.
     """
 
     packed: PackedBatch
@@ -133,23 +168,21 @@ def load_batch(
     *,
     images: np.ndarray | None = None,
 ) -> LoadedBatch:
-    """Read a batch's features and start its copy to the device; may run in a thread, ahead of its step.
+    """Read a batch's features and start its copy to the device; threads may call it.
 
     Args:
-        images: [B], whose features each row reads instead of its own.
+        images: images [R] to read instead of the rows' own.
     """
-    chosen = torch.as_tensor(
-        features[batch.image_indices if images is None else images]
-    ).contiguous()
+    indices = batch.image_indices if images is None else images
+    chosen = torch.as_tensor(features[indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
-    tensors = [*map(torch.from_numpy, arrays), chosen]
-    return LoadedBatch(batch, runtime.DeviceCopy(tensors, device))
+    return LoadedBatch(batch, runtime.DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
 
 
 def batch_loss(
     model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0
 ) -> CaptionLoss:
-    """The loss of a packed batch; training and validation share it, but for the smoothing."""
+    """Compute the loss of a packed batch, in training and validation alike."""
     input_ids, labels, segments, supervised, features = batch.tensors.wait()
     image = model.image_inputs(model.features(features))
     return model.caption_loss(

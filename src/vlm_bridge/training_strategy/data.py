@@ -1,0 +1,187 @@
+"""The data of a training: its images, captions and features, and the order in which steps read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlm_bridge.configuration import Recipe
+
+from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
+from vlm_bridge.data_pipeline.loader import (
+    CaptionFormat,
+    EpochPlan,
+    Row,
+    TokenBudget,
+    TokenizedImages,
+    in_batches,
+    prefetch,
+)
+from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
+from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.features import SplitFeatures, split_features, usable_images
+from vlm_bridge.training_strategy.objectives import Batch, Objective
+
+STANDARDIZE_ON_IMAGES, STANDARDIZE_BATCH = 512, 32
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training reads.
+
+    Attributes:
+        plan: rows of each batch of each epoch.
+        total_steps: optimizer steps of the whole training.
+    """
+
+    recipe: Recipe
+    world: World
+    format: CaptionFormat
+    train_images: SplitImages
+    val_images: SplitImages
+    train: TokenizedImages
+    val: TokenizedImages
+    train_features: SplitFeatures
+    val_features: SplitFeatures
+    plan: EpochPlan
+    total_steps: int
+
+    @classmethod
+    def open(
+        cls, folder: DataFolder, model: CaptionModel, recipe: Recipe, world: World
+    ) -> TrainingData:
+        """Read the splits, tokenize captions and open or build the feature caches.
+
+        Raises:
+            DataError: too many captions or images cannot be read.
+            ConfigurationError: a process has other data than the first.
+        """
+        log_dir = Path(recipe.log_dir) if world.is_first else None
+        with world.first_of_machine_first():
+            train_images = usable_images(folder, "train", recipe, log_dir)
+            val_images = usable_images(folder, "val", recipe, log_dir)
+        format = caption_format(model.language_model, recipe)
+        train = TokenizedImages(train_images, format)
+        val = TokenizedImages(val_images, format)
+        if world.size > 1:
+            digests = train.digest(), val.digest()
+            world.check_same({"data": folder.fingerprint, "captions in use": digests})
+        encoder = model.vision_encoder
+        plan = epoch_plan(
+            recipe, train.captions_per_image, train.caption_lengths, train_images.shards
+        )
+        return cls(
+            recipe,
+            world,
+            format,
+            train_images,
+            val_images,
+            train,
+            val,
+            split_features(encoder, recipe, "train", train_images, world),
+            split_features(encoder, recipe, "val", val_images, world),
+            plan,
+            count_steps(recipe, plan),
+        )
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-self.plan.num_batches(epoch) // self.recipe.gradient_accumulation_steps)
+
+    def rows_of(self, epoch: int, step_in_epoch: int) -> list[Row]:
+        """Return the rows of a step, of all processes."""
+        batches = self.plan.batches(epoch)
+        groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
+        return [row for index in groups[step_in_epoch] for row in batches[index]]
+
+    def steps(
+        self, objective: Objective, epoch: int, step_in_epoch: int
+    ) -> Iterator[Sequence[Batch]]:
+        """Yield the micro-batches of each remaining step of an epoch, on their way to the device.
+
+        Of several processes each gets its share of the rows of every micro-batch.
+        """
+        batches = self.plan.batches(epoch)
+        groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
+        features = self.train_features.in_epoch(epoch)
+
+        def load(group: list[int]) -> Sequence[Batch]:
+            shares = [rows for index in group if (rows := self.world.share(batches[index]))]
+            return [objective.load(rows, features) for rows in shares]
+
+        return prefetch(groups[step_in_epoch:], load, self.recipe.num_workers)
+
+    def sample_features(self, model: CaptionModel) -> torch.Tensor:
+        """Return features of some training images [S, N, D], for the channel statistics."""
+        count = min(STANDARDIZE_ON_IMAGES, len(self.train))
+        order = np.random.default_rng(self.recipe.seed).permutation(len(self.train))
+        chosen = np.sort(order[:count])
+        parts = np.array_split(chosen, -(-count // STANDARDIZE_BATCH))
+        return torch.cat(
+            [
+                model.features(torch.as_tensor(self.train_features[part])).float().cpu()
+                for part in parts
+            ]
+        )
+
+    def order(self) -> dict[str, int]:
+        """Return the settings that decide which captions meet in which step."""
+        recipe = self.recipe
+        if recipe.objective == "scst":
+            names = ("batch_size", "scst_samples", "gradient_accumulation_steps", "seed")
+        elif recipe.tokens_per_batch is None:
+            names = ("batch_size", "captions_per_image", "gradient_accumulation_steps", "seed")
+        else:  # the place where long captions are cut decides, too
+            names = (
+                "tokens_per_batch", "max_caption_tokens", "captions_per_image",
+                "gradient_accumulation_steps", "seed",
+            )  # fmt: skip
+        if recipe.shuffle_buffer:
+            names = (*names, "shuffle_buffer")
+        return {name: getattr(recipe, name) for name in names}
+
+
+def epoch_plan(
+    recipe: Recipe,
+    captions_per_image: Sequence[int] | np.ndarray,
+    caption_lengths: np.ndarray | None,
+    shards: np.ndarray | None = None,
+) -> EpochPlan:
+    """Plan which captions meet in which batch; with sampled captions, which images.
+
+    Args:
+        caption_lengths: see `TokenizedImages`; needed with ``tokens_per_batch``.
+        shards: see `EpochPlan`; needed with ``shuffle_buffer``.
+    """
+    common = {"seed": recipe.seed, "shuffle_buffer": recipe.shuffle_buffer, "shards": shards}
+    if recipe.objective == "scst":
+        return EpochPlan(
+            np.ones(len(captions_per_image), np.int64),
+            row_captions=1,
+            batch_captions=recipe.batch_size // recipe.scst_samples,
+            **common,
+        )
+    budget = None
+    if recipe.tokens_per_batch is not None:
+        assert caption_lengths is not None
+        budget = TokenBudget(recipe.tokens_per_batch, caption_lengths)
+    return EpochPlan(
+        captions_per_image,
+        row_captions=recipe.captions_per_image,
+        batch_captions=recipe.batch_size,
+        budget=budget,
+        **common,
+    )
+
+
+def count_steps(recipe: Recipe, plan: EpochPlan) -> int:
+    """Count the optimizer steps of the whole training."""
+    steps = 0
+    for epoch in range(recipe.num_epochs):
+        steps += -(-plan.num_batches(epoch) // recipe.gradient_accumulation_steps)
+        if recipe.max_steps is not None and steps >= recipe.max_steps:
+            return recipe.max_steps
+    return steps

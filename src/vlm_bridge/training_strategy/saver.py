@@ -1,0 +1,170 @@
+"""When and what a training saves, and how a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vlm_bridge.configuration import Recipe, parse_interval
+from vlm_bridge.errors import TrainingError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.state import TrainState, all_finite
+
+KEPT_STEP_CHECKPOINTS = 3
+ECHO_SECONDS = 1.0
+"""torchrun repeats a Ctrl-C to its processes, which the terminal told already."""
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal after saving; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, signal_number: int, saved_to: Path):
+        self.exit_code = 128 + signal_number
+        self.saved_to = saved_to
+        super().__init__(f"interrupted; saved {saved_to}")
+
+
+class Saver:
+    """Save checkpoints of a state.
+
+    Args:
+        facts: entries of every full checkpoint beside the state: data and data order.
+    """
+
+    def __init__(self, state: TrainState, recipe: Recipe, world: World, facts: Mapping[str, Any]):
+        self.state, self.recipe, self.world, self.facts = state, recipe, world, facts
+        self.folder = Path(recipe.checkpoint_dir)
+        self.every = parse_interval(recipe.save_every)
+        self.saved_at = time.monotonic()
+        self.last_sound: Path | None = None
+        self._latest_holds: tuple[int, int] | None = None
+        if world.is_first:
+            checkpoints.discard_unfinished(self.folder)
+
+    def resumed_from(self, path: Path) -> None:
+        """Note that the state was loaded from a checkpoint."""
+        self.last_sound = path
+        if path.resolve() == (self.folder / checkpoints.LATEST).resolve():
+            self._latest_holds = (self.state.step, self.state.validated_step)
+
+    def latest(self) -> Path:
+        """Save the latest checkpoint, unless it holds this state already."""
+        position = (self.state.step, self.state.validated_step)
+        if self._latest_holds != position:
+            self._save(checkpoints.LATEST)
+            self._latest_holds = position
+        return self.folder / checkpoints.LATEST
+
+    def best(self) -> None:
+        """Save the best checkpoint, and its weights alone in bfloat16."""
+        self.check_weights()
+        if self.world.is_first:
+            weights = checkpoints.in_bfloat16(self.state.weights())
+            self._write(self.folder / checkpoints.BEST_WEIGHTS, weights, None)
+        self._save(checkpoints.BEST)
+
+    def after_step(self) -> None:
+        """Save where the recipe's ``save_every`` asks for it."""
+        count, unit = self.every
+        is_epoch_end = self.state.step_in_epoch == 0
+        if unit == "step" and self.state.step % count == 0:
+            self.step()
+        if unit == "minute" and time.monotonic() - self.saved_at >= 60 * count:
+            self.latest()
+        if unit == "epoch" and is_epoch_end and self.state.epoch % count == 0:
+            self.latest()
+
+    def step(self) -> Path:
+        """Keep a checkpoint of this very step, and the newest few of its kind."""
+        path = self._save(checkpoints.STEP.format(self.state.step))
+        if self.world.is_first:
+            checkpoints.keep_newest_steps(self.folder, KEPT_STEP_CHECKPOINTS)
+        return path
+
+    def check_weights(self) -> None:
+        """Raise TrainingError if an update overflowed; the last checkpoint stays. Waits for the device."""
+        if all_finite(self.state.model.trained_state_dict().values()) and all_finite(
+            self.state.weights().values()
+        ):
+            return
+        rate = f"a learning_rate below {self.recipe.learning_rate:g}"
+        mend = f"start with {rate}"
+        if self.last_sound:
+            mend = f"resume {self.last_sound}, the last checkpoint before that, with {rate}"
+        raise TrainingError(
+            f"stopped at step {self.state.step}: the weights are not finite any more, and were not "
+            f"saved: {mend}"
+        )
+
+    def _save(self, name: str) -> Path:
+        self.check_weights()
+        path = self.folder / name
+        if self.world.is_first:
+            training = {**self.state.state_dict(), **self.facts}
+            self._write(path, self.state.weights(), training)
+        self.saved_at = time.monotonic()
+        self.last_sound = path
+        return path
+
+    def _write(
+        self, path: Path, weights: Mapping[str, Any], training: dict[str, Any] | None
+    ) -> None:
+        sizes = checkpoints.captioner_sizes(self.state.model)
+        checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
+
+
+class Interruption:
+    """Receive SIGINT and SIGTERM: noted during a step, immediate in a validation.
+
+    A second Ctrl-C ends the program without saving.
+
+    Attributes:
+        received: number of the first signal; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._received_at = 0.0
+        self._saved_to: Path | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Receive signals inside this block, in the main thread."""
+        previous = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, self._receive)
+        except ValueError:  # not in the main thread
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def immediate(self, saved_to: Path) -> Iterator[None]:
+        """Raise `Interrupted` for a signal inside this block, whose start is saved."""
+        self._saved_to = saved_to
+        try:
+            if self.received:
+                raise Interrupted(self.received, saved_to)
+            yield
+        finally:
+            self._saved_to = None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._received_at = number, time.monotonic()
+            if self._saved_to is not None:
+                raise Interrupted(number, self._saved_to)
+        elif number == signal.SIGINT and time.monotonic() - self._received_at > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)  # a shell sees 130
+            raise SystemExit(128 + number)  # process 1 of a container is spared by the kernel

@@ -1,0 +1,180 @@
+"""Everything that a checkpoint holds and a resumed run continues from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vlm_bridge.model_architecture.captioner import CaptionModel
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.optimizer import WeightAverage
+
+POSITION = ("step", "epoch", "step_in_epoch", "validated_step")
+
+
+class Stateful(Protocol):
+    """A part of a run with running means of its own, such as the monitor."""
+
+    def state_dict(self) -> dict[str, float]: ...
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+@dataclass
+class TrainState:
+    """State of a run between two optimizer steps.
+
+    Attributes:
+        average: moving average of the trained weights, where the recipe has one.
+        step: optimizer steps taken.
+        epoch: epochs finished.
+        step_in_epoch: optimizer steps taken in the current epoch.
+        validated_step: step of the last finished validation.
+        best_loss: lowest validation loss, in nats per token.
+        best_score: highest BLEU-4 or CIDEr of decoded captions, where the recipe monitors one.
+        best_watched: best value of the monitored quantity as early stopping counts it (lower is better).
+        bad_validations: validations in a row without a new best.
+        skipped_steps: steps without a finite loss or gradient, which changed nothing.
+        parts: parts of the run with a state of their own, by name.
+    """
+
+    model: CaptionModel
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    average: WeightAverage | None = None
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    validated_step: int = 0
+    best_loss: float = float("inf")
+    best_score: float = float("-inf")
+    best_watched: float = float("inf")
+    bad_validations: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    parts: dict[str, Stateful] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights to validate and save: the average, where there is one."""
+        averaged = self.average.weights if self.average is not None else {}
+        return {**self.model.trained_state_dict(), **averaged}
+
+    def advance(self, steps_in_epoch: int) -> None:
+        """Count an optimizer step."""
+        self.step += 1
+        self.step_in_epoch += 1
+        if self.step_in_epoch == steps_in_epoch:
+            self.epoch += 1
+            self.step_in_epoch = 0
+
+    def watch(self, value: float) -> bool:
+        """Record the monitored value of a validation, lower is better; return whether it is a new best."""
+        improved = value < self.best_watched
+        self.best_watched = value if improved else self.best_watched
+        self.bad_validations = 0 if improved else self.bad_validations + 1
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the content of a checkpoint beside weights and recipe."""
+        kept = (*POSITION, "best_loss", "best_score", "skipped_steps")
+        state = {
+            "progress": {name: getattr(self, name) for name in kept},
+            "early_stopping": {"best": self.best_watched, "bad_validations": self.bad_validations},
+            "running": {
+                "skipped_in_a_row": self.skipped_in_a_row,
+                **{name: part.state_dict() for name, part in self.parts.items()},
+            },
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **random_states(self.device),
+        }
+        if self.average is not None:
+            state["live_weights"] = self.average.live_weights
+        return state
+
+    def load_state_dict(self, training: Mapping[str, Any], where: Path) -> None:
+        """Continue from `state_dict`; the model's weights are loaded already.
+
+        Raises:
+            ValueError, KeyError, TypeError, RuntimeError: it was not written by a training.
+        """
+        training = upgrade(training)
+        if live := training.get("live_weights"):
+            if not all_finite(live.values()):
+                raise ValueError("its live weights are not finite")
+            weights = {**self.model.trained_state_dict(), **live}
+            checkpoints.load_weights(self.model, weights, where)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        progress = training["progress"]
+        if not all(type(progress[name]) is int and progress[name] >= 0 for name in POSITION):
+            raise ValueError(f"its position is {progress}")
+        for name, value in progress.items():
+            setattr(self, name, value)
+        self.best_watched = float(training["early_stopping"]["best"])
+        self.bad_validations = int(training["early_stopping"]["bad_validations"])
+        running = training["running"]
+        self.skipped_in_a_row = running.get("skipped_in_a_row", 0)
+        for name, part in self.parts.items():
+            if running.get(name):
+                part.load_state_dict(running[name])
+        restore_random_states(training, self.device)
+
+
+def upgrade(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the state in a checkpoint of an earlier version to today's layout."""
+    progress = dict(training["progress"])
+    owes = progress.pop("owes_decoding", False)
+    progress.setdefault("validated_step", 0 if owes else progress["step"])
+    running = dict(training.get("running", {}))
+    if "self_critical" in running:
+        running["objective"] = running.pop("self_critical")
+    return {**training, "progress": progress, "running": running}
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether every number of some tensors is finite. Waits for the device once."""
+    flags = [tensor.detach().isfinite().all() for tensor in tensors]
+    return not flags or bool(torch.stack(flags).all())
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all random generators in types that a checkpoint can hold."""
+    kind, key, position, has_gauss, gauss = np.random.get_state()
+    key = torch.from_numpy(np.asarray(key, np.int64))
+    return {
+        "random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+        "python_random_state": random.getstate(),
+        "numpy_random_state": (str(kind), key, int(position), int(has_gauss), float(gauss)),
+    }
+
+
+def restore_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Continue from `random_states`; early versions saved torch's generators only."""
+    torch.set_rng_state(states["random_state"])
+    if device.type == "cuda":
+        for index, state in enumerate(states["cuda_random_state"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, index)
+    if "python_random_state" in states:
+        version, internal, gauss = states["python_random_state"]
+        random.setstate((version, tuple(internal), gauss))
+    if "numpy_random_state" in states:
+        kind, key, *rest = states["numpy_random_state"]
+        np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))

@@ -1,0 +1,206 @@
+"""One optimizer step: gradients of its micro-batches, clipped, applied, and skipped if not finite."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vlm_bridge import runtime
+from vlm_bridge.configuration import Recipe
+from vlm_bridge.data_pipeline.loader import PackedBatch
+from vlm_bridge.training_strategy.distributed import GradientSum, World
+from vlm_bridge.training_strategy.objectives import Batch, Objective
+from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_within
+from vlm_bridge.training_strategy.state import TrainState
+
+MAX_SKIPPED_IN_A_ROW = 10
+RETURN_MEMORY_EVERY = 20
+"""Steps on a CPU; torch asks for freed memory again in the next step, which takes a tenth of a second."""
+
+
+class StepSize(NamedTuple):
+    """Counts of an optimizer step over all processes; positions are tokens and pads."""
+
+    num_supervised: int
+    num_captions: int
+    num_tokens: int
+    num_positions: int
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch]) -> StepSize:
+        return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of a step after they have arrived from the device.
+
+    Attributes:
+        step: 1-based.
+        place: epoch and step in epoch, from 0, of the batches.
+        loss: nats per supervised token.
+        gradient_norm: before clipping.
+        loss_scale: of float16 gradients; 1 without.
+    """
+
+    step: int
+    place: tuple[int, int]
+    loss: float
+    gradient_norm: float
+    loss_scale: float
+
+    @property
+    def was_skipped(self) -> bool:
+        return not math.isfinite(self.gradient_norm)
+
+    @property
+    def overflowed(self) -> bool:
+        """Skipped because of a loss scale that the scaler now lowers."""
+        return self.was_skipped and math.isfinite(self.loss) and self.loss_scale > 1
+
+    @property
+    def cause(self) -> str:
+        if self.overflowed:
+            return f"float16 overflowed at loss scale {self.loss_scale:g}, which is lowered now"
+        return f"loss {self.loss:g}, gradient norm {self.gradient_norm:g}"
+
+
+class TrainStep:
+    """Take optimizer steps. The loss is the sum over supervised tokens divided by their global count.
+
+    No step waits for the device: fused optimizers of torch take a flag (``found_inf``) and then change
+    neither weights nor moments, and the numbers of a step are read when they have arrived.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        objective: Objective,
+        recipe: Recipe,
+        world: World,
+        *,
+        total_steps: int,
+        relative_rates: Sequence[float],
+        autocast: Callable[[], Any],
+    ):
+        self.state, self.objective, self.recipe, self.world = state, objective, recipe, world
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_within(recipe.warmup_steps, total_steps)
+        self.relative_rates = relative_rates
+        self.autocast = autocast
+        self.parameters = [p for p in state.model.parameters() if p.requires_grad]
+        self.add_up_gradients = GradientSum(world, self.parameters)
+        self._pending: deque[tuple[int, tuple[int, int], torch.Tensor, Any]] = deque()
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the coming step, before the factors of parameter groups."""
+        return learning_rate_at(
+            self.state.step,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            learning_rate=self.recipe.learning_rate,
+            min_lr=self.recipe.min_lr,
+            kind=self.recipe.scheduler_type,
+        )
+
+    def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> StepSize:
+        """Update the weights from the micro-batches of this process and advance the state."""
+        state, scaler, optimizer = self.state, self.state.scaler, self.state.optimizer
+        for group, relative in zip(optimizer.param_groups, self.relative_rates, strict=True):
+            group["lr"] = self.learning_rate * relative
+        loss, size = self._back_propagate(batches)
+        self.add_up_gradients(loss)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip_val)
+        skipped = (~norm.isfinite()).float()
+        self._update(optimizer, skipped)
+        loss_scale = scaler.scale(torch.ones_like(loss))  # before `update` changes it
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        place = (state.epoch, state.step_in_epoch)
+        state.advance(steps_in_epoch)
+        if state.average is not None:
+            state.average.update(state.step, skipped)
+        self._watch(place, torch.stack([loss.float(), norm.float(), loss_scale.float()]))
+        if state.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
+            runtime.return_freed_memory()
+        return size
+
+    def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, StepSize]:
+        """Add up gradients; return this process's part of the loss, and the size of the step."""
+        if self.world.size > 1:  # dropout of its own in every process
+            seed = seed_of(self.recipe.seed, self.state.step, self.world.rank)
+            torch.manual_seed(seed)
+        loaded = [
+            self.objective.captions(
+                batch, self.state.step, number * self.world.size + self.world.rank
+            )
+            for number, batch in enumerate(batches)
+        ]
+        counts = StepSize.of([batch.packed for batch in loaded])
+        size = StepSize(*map(int, self.world.sum(counts)))
+        step_loss = torch.zeros((), device=self.state.device)
+        for batch in loaded:
+            with self.autocast():
+                loss = self.objective.loss(batch) / size.num_supervised
+            # NaN reaches every gradient and every process, so that the norm alone decides.
+            seed = torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
+            self.state.scaler.scale(loss).backward(seed)
+            step_loss += loss.detach()
+        return step_loss, size
+
+    def _update(self, optimizer: torch.optim.Optimizer, skipped: torch.Tensor) -> None:
+        """Step a fused optimizer, unless the gradient norm is not finite.
+
+        `GradScaler.step` has a flag of its own, which ignores norms that overflow.
+        """
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+
+    def _watch(self, place: tuple[int, int], numbers: torch.Tensor) -> None:
+        done = None
+        if self.state.device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)
+            done = torch.cuda.current_stream(self.state.device).record_event()
+        self._pending.append((self.state.step, place, numbers, done))
+
+    def results(self, *, wait: bool) -> list[StepResult]:
+        """Return the steps since the last call that have arrived; with ``wait``, all of them."""
+        arrived = []
+        while self._pending and (wait or self._has_arrived(self._pending[0][-1])):
+            step, place, numbers, done = self._pending.popleft()
+            if done is not None:
+                done.synchronize()
+            arrived.append(StepResult(step, place, *numbers.tolist()))
+        state = self.state
+        for result in arrived:
+            state.skipped_steps += result.was_skipped
+            if not result.was_skipped:
+                state.skipped_in_a_row = 0
+            elif not result.overflowed:
+                state.skipped_in_a_row += 1
+        return arrived
+
+    def _has_arrived(self, done: Any) -> bool:
+        # Other devices than CUDA cannot be asked without waiting.
+        return done.query() if done is not None else self.state.device.type == "cpu"
+
+    @property
+    def gives_up(self) -> bool:
+        return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
+def seed_of(seed: int, step: int, number: int) -> int:
+    """Return a seed for one of several random streams of a step."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
