@@ -34,8 +34,8 @@ from vlm_bridge.data_pipeline.loader import CaptionFormat, EpochBatches, Tokeniz
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable, trained_parameters
-from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.data import epoch_plan
+from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.validation import LoadedBatch, batch_loss, load_batch
 
 SIZES, TINY_SIZES = (1_000, 5_000, 15_000, 35_000), (50, 100, 200)

@@ -95,8 +95,8 @@ def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
     """Train, and give what was said."""
     from vlm_bridge.training_strategy.trainer import train
 
-    lines: list[str] = []
-    train(recipe, resume=resume, say=lines.append)
+    lines = log_lines()
+    train(recipe, resume=resume)
     return lines
 
 

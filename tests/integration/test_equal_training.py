@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from captioners import SYSTEMS, random_features, tiny_captioner, tiny_recipe
+from logs import log_lines
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import TokenizedImages, whole_rows
@@ -147,9 +148,9 @@ def long_recipe(tiny_vit_dir: Path, language_model_dir: Path, drawn_caption_fold
 
 def losses(recipe: Recipe, folder: Path, *overrides: str) -> tuple[list[float], list[str]]:
     """The loss of every step of a training, and what it said."""
-    lines: list[str] = []
+    lines = log_lines()
     where = [f"checkpoint_dir={folder / 'checkpoints'}", f"log_dir={folder / 'logs'}"]
-    train(override_recipe(recipe, [*where, *overrides]), say=lines.append)
+    train(override_recipe(recipe, [*where, *overrides]))
     curves = read_curves(folder / "logs")
     return [loss for _, loss in curves["train/loss"]], lines
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from captioners import places_of_run, tiny_recipe
+from logs import log_lines
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
@@ -58,7 +59,7 @@ class Run:
     """A training inside this process, with its console lines and checkpoints."""
 
     def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
-        self.lines: list[str] = []
+        self.lines = log_lines()
         self.folder = Path(recipe.checkpoint_dir)
         self.result: TrainingResult = train(
             recipe, resume=resume, force=force, say=self.lines.append

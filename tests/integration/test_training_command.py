@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from captioners import places_of_run, tiny_recipe
+from logs import log_lines
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, DataError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -56,7 +57,7 @@ class Run:
     """A training inside this process, with its console lines and checkpoints."""
 
     def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
-        self.lines: list[str] = []
+        self.lines = log_lines()
         self.folder = Path(recipe.checkpoint_dir)
         self.result: TrainingResult = train(
             recipe, resume=resume, force=force, say=self.lines.append

@@ -17,6 +17,7 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from captioners import places_of_run, tiny_recipe
+from logs import log_lines
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -76,7 +77,7 @@ class Run:
     """A trainer in this process; ``weights`` are those after each step."""
 
     def __init__(self, recipe: Recipe, poison: set[int] | None = None, **resume: Any):
-        self.lines: list[str] = []
+        self.lines = log_lines()
         self.recipe = recipe
         self.trainer = Trainer(recipe, self.lines.append, **resume)
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -303,8 +304,8 @@ def test_a_frozen_part_that_changes_is_named(make_recipe: MakeRecipe) -> None:
 
 
 def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path) -> None:
-    lines: list[str] = []
-    monitor = Monitor(tmp_path, lines.append)
+    lines = log_lines()
+    monitor = Monitor(tmp_path)
     read: Any = SimpleNamespace(mean_length=9.0, token_diversity=0.5)
     blind, seeing = Validation(2.0, BLIND_BELOW / 2, 100), Validation(2.0, 2 * BLIND_BELOW, 100)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from logs import log_lines
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import check_image
@@ -34,9 +35,9 @@ def test_bad_pictures_are_set_aside_named_and_never_replaced(
     whole = folder.split("train")
     expected = [image for n, image in enumerate(whole) if n not in (3, 7)]
     broken = [cut(folder, 3), cut(folder, 7)]
-    said: list[str] = []
+    said = log_lines()
     listing = tmp_path / "logs" / "set_aside.jsonl"
-    images = usable_images(folder, "train", max_bad_share=0.1, listing=listing, say=said.append)
+    images = usable_images(folder, "train", max_bad_share=0.1, listing=listing)
     assert list(images) == expected
     assert list(images.paths) == [image.path for image in expected]
     assert len(said) == 1 and said[0].startswith("set aside 2 of 24 train pictures")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from logs import log_lines
 from vlm_bridge.data_pipeline.images import (
     MAX_PIXELS,
     decode_image,
@@ -161,8 +162,8 @@ def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) 
         ".hidden",
     ):
         (tmp_path / name).write_bytes(b"x")
-    told: list[str] = []
-    assert len(iter_image_paths([tmp_path], told.append)) == 5
+    told = log_lines()
+    assert len(iter_image_paths([tmp_path])) == 5
     (line,) = told
     assert line.startswith(
         f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, "

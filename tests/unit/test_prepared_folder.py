@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from logs import log_lines
 from vlm_bridge.data_pipeline import prepared_folder
 from vlm_bridge.data_pipeline.caption_folder import CAPTIONS_NAME, MANIFEST_NAME, CaptionFolder
 from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
@@ -70,8 +71,8 @@ def add_lines(root: Path, split: str, lines: Sequence[bytes]) -> None:
 
 
 def test_a_manifest_is_made_once_and_said_once(root: Path) -> None:
-    said: list[str] = []
-    folder = open_data_folder(root, said.append)
+    said = log_lines()
+    folder = open_data_folder(root)
     (line,) = said
     assert line == (
         f"{root} has no manifest.json: made {root / MANIFEST_NAME} "
@@ -84,7 +85,7 @@ def test_a_manifest_is_made_once_and_said_once(root: Path) -> None:
     ]
     assert images[0].captions == ("Scene 0.",) and not len(skipped)
     assert folder.compute_fingerprint() == folder.fingerprint
-    again = open_data_folder(root, said.append)
+    again = open_data_folder(root)
     assert again.manifest == folder.manifest and len(said) == 1
 
 
@@ -106,18 +107,18 @@ def test_the_fingerprint_is_of_the_content_alone(root: Path, tmp_path: Path) -> 
 def test_a_copy_with_its_manifest_needs_no_other(root: Path, tmp_path: Path) -> None:
     CaptionFolder.open(root)
     shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)  # other times
-    said: list[str] = []
-    CaptionFolder.open(tmp_path / "copy", said.append)
+    said = log_lines()
+    CaptionFolder.open(tmp_path / "copy")
     assert not said
 
 
 def test_a_read_only_folder_has_its_manifest_in_the_cache(read_only: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    first = open_data_folder(read_only, said.append)
+    said = log_lines()
+    first = open_data_folder(read_only)
     (made,) = (tmp_path / "cache" / "manifests").iterdir()
     assert f"has no manifest.json: made {made} (" in said[0]
     assert not (read_only / MANIFEST_NAME).exists()
-    assert open_data_folder(read_only, said.append).fingerprint == first.fingerprint
+    assert open_data_folder(read_only).fingerprint == first.fingerprint
     assert len(said) == 1
 
 
@@ -129,8 +130,8 @@ def test_where_nothing_can_be_written_it_is_read_all_the_same(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(prepared_folder, "write_atomically", refuse)
-    said: list[str] = []
-    assert len(open_data_folder(root, said.append).split("train")) == 4
+    said = log_lines()
+    assert len(open_data_folder(root).split("train")) == 4
     assert "every start makes a manifest anew" in said[0]
 
 
@@ -140,30 +141,30 @@ def test_a_changed_folder_gets_another_manifest(
 ) -> None:
     if place == "in the cache":
         request.getfixturevalue("read_only")
-    said: list[str] = []
-    first = open_data_folder(root, said.append)
+    said = log_lines()
+    first = open_data_folder(root)
     path = root / "val" / CAPTIONS_NAME
     path.write_text(path.read_text().replace("Scene 4.", "Another scene."))
-    second = open_data_folder(root, said.append)
+    second = open_data_folder(root)
     assert f"{root} has changed since its manifest was made: made " in said[1]
     assert second.fingerprint != first.fingerprint
     assert second.fingerprint == second.compute_fingerprint()
     write_image(root / "train" / "images" / "one more.jpg", 20)
-    assert open_data_folder(root, said.append).fingerprint != second.fingerprint
+    assert open_data_folder(root).fingerprint != second.fingerprint
     assert len(said) == 3
-    open_data_folder(root, said.append)
+    open_data_folder(root)
     assert len(said) == 3
 
 
 def test_images_in_several_splits_are_read_and_said(root: Path) -> None:
     write_split(root / "train", {f"tt{number:07}_frame": number for number in range(7)})
-    said: list[str] = []
-    folder = open_data_folder(root, said.append)
+    said = log_lines()
+    folder = open_data_folder(root)
     line = f"2 val images and 1 test images of {root} are in train too: scores on them are too good"
     assert said[1:] == [line]
     assert [len(readable_split(folder, split)[0]) for split in NAMES] == [7, 2, 1]
     said.clear()
-    open_data_folder(root, said.append)
+    open_data_folder(root)
     assert said == [line], "at every start"
 
 
@@ -194,8 +195,8 @@ def test_lines_that_cannot_be_used_are_skipped_with_a_reason(root: Path, line: b
     folder = open_data_folder(root)
     assert folder.manifest["counts"]["train"] == {"images": 4, "captions": 4}
     assert folder.compute_fingerprint() == folder.fingerprint
-    said: list[str] = []
-    images = usable_images(folder, "train", max_bad_share=0.2, say=said.append)
+    said = log_lines()
+    images = usable_images(folder, "train", max_bad_share=0.2)
     assert len(images) == 4
     assert "set aside 1 of 5 train captions" in said[0]
     assert f"{CAPTIONS_NAME}:5: " in said[0] and LINES[line] in said[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logs import log_lines
 from shards import jpeg, sample, write_shard_folder, write_tar
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline import shard_folder
@@ -193,8 +194,8 @@ def test_bad_samples_are_set_aside_and_counted(root: Path) -> None:
     ]
     with pytest.raises(DataError, match="00042: a sample with this key came before"):
         open_data_folder(root).split("train")
-    lines: list[str] = []
-    used = usable_images(open_data_folder(root), "train", max_bad_share=0.1, say=lines.append)
+    lines = log_lines()
+    used = usable_images(open_data_folder(root), "train", max_bad_share=0.1)
     assert [image.original_id for image in used][-2:] == ["00042", "00043"]
     assert any("set aside 1 of 33 train pictures" in line and "00041.jpg" in line for line in lines)
     with pytest.raises(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from faulty_disk import DIES, FAULTS, FaultyDisk, PowerCut
+from logs import log_lines
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.durable_files import append_line, previous_of, write_bytes_durably
 from vlm_bridge.errors import CheckpointError
@@ -86,8 +87,8 @@ def test_a_checkpoint_survives_every_fault_of_every_write(saved: Path, tmp_path:
             except (CheckpointError, PowerCut) as caught:
                 error = caught
         where = f"operation {number}, {fault}"
-        lines: list[str] = []
-        found = checkpoints.newest_sound(folder, lines.append)
+        lines = log_lines()
+        found = checkpoints.newest_sound(folder)
         assert found is not None, where
         if isinstance(error, PowerCut):
             assert step_of(found[0]) in (1, 2), where
@@ -125,8 +126,8 @@ def test_a_file_system_that_tears_what_it_renames_leaves_the_previous_one(saved:
     latest.unlink()
     latest.write_bytes(torn)
     for _ in range(2):  # it stays for as long as it is needed
-        lines: list[str] = []
-        found = checkpoints.newest_sound(saved, lines.append)
+        lines = log_lines()
+        found = checkpoints.newest_sound(saved)
         assert found is not None
         assert step_of(found[0]) == 1
         assert len(lines) == 1
@@ -173,9 +174,9 @@ def test_the_newest_sound_one_is_found_and_broken_ones_are_named(tmp_path: Path)
         tmp_path / checkpoints.BEST_WEIGHTS, RECIPE, {"bridge.weight": torch.ones(SIZE)}
     )
     found: list[int] = []
-    lines: list[str] = []
+    lines = log_lines()
     for name in reversed(names):
-        newest = checkpoints.newest_sound(tmp_path, lines.append)
+        newest = checkpoints.newest_sound(tmp_path)
         assert newest is not None
         found.append(step_of(newest[0]))
         content = bytearray((tmp_path / name).read_bytes())
@@ -183,10 +184,10 @@ def test_the_newest_sound_one_is_found_and_broken_ones_are_named(tmp_path: Path)
         (tmp_path / name).write_bytes(content[:-30])
     assert found == [4, 3, 2, 1]
     lines.clear()
-    assert checkpoints.newest_sound(tmp_path, lines.append) is None
+    assert checkpoints.newest_sound(tmp_path) is None
     assert [any(name in line for line in lines) for name in names] == [True] * 4
     assert all("\n" not in line for line in lines)
-    assert checkpoints.newest_sound(tmp_path / "nowhere", lines.append) is None
+    assert checkpoints.newest_sound(tmp_path / "nowhere") is None
 
 
 def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
