@@ -11,6 +11,7 @@ This process imports everything and computes nothing; each life of a training is
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -38,7 +39,8 @@ from tiny_models import save_tiny_llama, save_tiny_vit
 from vlm_bridge.cli.quiet import quiet_transformers
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.trainer import AUTO, train
+from vlm_bridge.training_strategy.resume import AUTO
+from vlm_bridge.training_strategy.trainer import train
 
 BIRTH = "--- a new life"
 NUM_WRITES = "num_writes.txt"
@@ -83,14 +85,12 @@ def prepare(root: Path) -> None:
 def live(recipe: Recipe, dies_at_write: int | None = None) -> None:
     """One life of a training; ``dies_at_write`` counts what is written below its folder of checkpoints."""
     folder = Path(recipe.checkpoint_dir)
-    log = (folder.parent / "said.txt").open("a", encoding="utf-8")
-
-    def say(line: str) -> None:
-        print(line, file=log, flush=True)
-
-    say(BIRTH)
+    logger = logging.getLogger("vlm_bridge")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.FileHandler(folder.parent / "log.txt", encoding="utf-8"))
+    logger.info(BIRTH)
     with FaultyDisk(folder, dies_at_write, "kill").plugged_in() as disk:
-        train(recipe, resume=AUTO, say=say)
+        train(recipe, resume=AUTO)
     (folder.parent / NUM_WRITES).write_text(str(len(disk.operations)), encoding="utf-8")
 
 
@@ -150,7 +150,7 @@ def end_of(child: int) -> bool:
 
 def where_it_died(recipe: Recipe) -> str:
     """By what a training said in its last life."""
-    said = (Path(recipe.checkpoint_dir).parent / "said.txt").read_text(encoding="utf-8")
+    said = (Path(recipe.checkpoint_dir).parent / "log.txt").read_text(encoding="utf-8")
     return "a step or a validation" if "training " in said.rpartition(BIRTH)[2] else "set-up"
 
 

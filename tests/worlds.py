@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +91,8 @@ def _member(
 
 
 def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
-    """Train, and give what was said."""
+    """Train, and return what was logged."""
+    from logs import log_lines
     from vlm_bridge.training_strategy.trainer import train
 
     lines = log_lines()
@@ -101,24 +101,25 @@ def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
 
 
 def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any]:
-    """Train, and give the weights that this process ends with, as arrays, and the seeds of its steps' dropout."""
+    """Train; return this process's last weights as arrays, and the seeds of its steps' dropout."""
     import torch
 
-    from vlm_bridge.training_strategy import trainer
-    from vlm_bridge.training_strategy.distributed import joined
+    from vlm_bridge.training_strategy import objectives, trainer
 
-    seeds = []
-    batch_loss = trainer.batch_loss
+    seeds, models = [], []
+    batch_loss, prepare_model = objectives.batch_loss, trainer.prepare_model
 
     def watched(*arguments: Any) -> Any:
         seeds.append(torch.initial_seed())
         return batch_loss(*arguments)
 
-    trainer.batch_loss = watched
-    with joined(recipe.device) as world:
-        of_run = trainer.Trainer(recipe, lambda line: None, world, resume=resume)
-        of_run.run()
-    weights = {name: tensor.numpy() for name, tensor in of_run.model.trained_state_dict().items()}
+    def kept(*arguments: Any) -> Any:
+        models.append(prepare_model(*arguments))
+        return models[-1]
+
+    objectives.batch_loss, trainer.prepare_model = watched, kept
+    trainer.train(recipe, resume=resume)
+    weights = {name: tensor.numpy() for name, tensor in models[0].trained_state_dict().items()}
     return {"weights": weights, "seeds": seeds}
 
 
@@ -132,74 +133,64 @@ def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
 
 
 def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
-    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM).
-
-    The process after it is slow to ask why it lost the others.
-    """
+    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM)."""
     from vlm_bridge.errors import DataError
-    from vlm_bridge.training_strategy import trainer
-    from vlm_bridge.training_strategy.distributed import World
+    from vlm_bridge.training_strategy.step import TrainStep
+    from vlm_bridge.training_strategy.trainer import train
 
-    take_step, last_words = trainer.Trainer._optimizer_step, World._last_words
+    take_step = TrainStep.__call__
 
-    def slow_last_words(self: World) -> str:
-        if self.rank == rank + 1:
-            time.sleep(2)
-        return last_words(self)
-
-    World._last_words = slow_last_words  # type: ignore[method-assign]
-
-    def step_or_trouble(self: trainer.Trainer, *arguments: Any) -> Any:
-        if self.world.rank == rank and self.progress.step == step:
+    def step_or_trouble(self: TrainStep, *arguments: Any) -> Any:
+        if self.world.rank == rank and self.state.step == step:
             if then == "error":
-                raise DataError("picture 7 is a fake")
+                raise DataError("image 7 is a fake")
             os.kill(os.getpid(), signal.SIGKILL if then == "kill" else signal.SIGTERM)
         return take_step(self, *arguments)
 
-    trainer.Trainer._optimizer_step = step_or_trouble  # type: ignore[method-assign]
-    trainer.train(recipe)
+    TrainStep.__call__ = step_or_trouble  # type: ignore[method-assign]
+    train(recipe)
 
 
 def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
     """Validate a checkpoint as training does, and evaluate it, all in batches of three images."""
-    from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.evaluation.shared import SharedCaptioner
-    from vlm_bridge.training_strategy import decoded_validation, trainer
-    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
-    from vlm_bridge.training_strategy.distributed import joined
-    from vlm_bridge.training_strategy.validation import validate
+    from contextlib import nullcontext
 
-    decoded_validation.DECODE_BATCH = 3
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.data_pipeline.data_folder import open_data_folder
+    from vlm_bridge.evaluation.shared import SharedCaptioner
+    from vlm_bridge.training_strategy import validation
+    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
+    from vlm_bridge.training_strategy.data import TrainingData
+    from vlm_bridge.training_strategy.distributed import joined
+    from vlm_bridge.training_strategy.trainer import prepare_model
+
+    validation.DECODE_BATCH = 3
     with joined(recipe.device) as world:
-        of_run = trainer.Trainer(recipe, lambda line: None, world)
-        restore(of_run.model, load_checkpoint(checkpoint), checkpoint)
-        result = validate(
-            of_run.model,
-            of_run.val_data,
-            of_run.val_features,
-            batch_images=3,
-            autocast=of_run._autocast,
-            world=world,
+        model = prepare_model(recipe, world)
+        data = TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
+        restore(model, load_checkpoint(checkpoint), checkpoint)
+        result = validation.validate(
+            model, data.val, data.val_features, batch_images=3, autocast=nullcontext, world=world
         )
-        decoded = decoded_validation.decode_and_score(
-            of_run.model,
-            of_run.format.prompt_ids,
-            of_run.val_images,
-            of_run.val_features,
+        decoded = validation.decode_and_score(
+            model,
+            data.format.prompt_ids,
+            data.val_images,
+            data.val_features,
             recipe.decode,
-            of_run._autocast,
+            nullcontext,
             world,
         )
         captioner = Captioner.from_pretrained(checkpoint, "cpu")
-        images = list(of_run.val_images)
+        images = list(data.val_images)
         captions = SharedCaptioner(captioner, world).caption(
             [image.path for image in images],
             decode=recipe.decode,
             batch_size=3,
             progress=lambda done: None,
         )
-        validation = captioner.validate(images, batch_size=3, world=world)
-    return [result, decoded, captions, validation]
+        validated = captioner.validate(images, batch_size=3, world=world)
+    return [result, decoded, captions, validated]
 
 
 def ask_world() -> dict[str, Any]:

@@ -18,8 +18,9 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.errors import CheckpointError
+from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.trainer import Trainer, TrainingResult, train
+from vlm_bridge.training_strategy.trainer import TrainingResult, train
 
 MakeRecipe = Callable[..., Recipe]
 BY_STEPS = ("save_every=4 steps", "validate_every=4 steps")
@@ -61,9 +62,7 @@ class Run:
     def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
         self.lines = log_lines()
         self.folder = Path(recipe.checkpoint_dir)
-        self.result: TrainingResult = train(
-            recipe, resume=resume, force=force, say=self.lines.append
-        )
+        self.result: TrainingResult = train(recipe, resume=resume, force=force)
 
     def checkpoint(self, name: str = checkpoints.LATEST) -> dict[str, Any]:
         return checkpoints.load_checkpoint(self.folder / name)
@@ -121,7 +120,7 @@ def test_resuming_inside_an_epoch_is_never_having_stopped(
 
 def test_every_trained_part_learns_at_its_rate_and_the_rest_stays(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("run", "num_epochs=3")
-    before = Trainer(recipe, print).model
+    before = build_captioner(recipe)
     run = Run(recipe)
     losses = [event["loss"] for event in run.events("validation")]
     assert losses[-1] < losses[0]

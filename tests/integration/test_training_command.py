@@ -59,9 +59,7 @@ class Run:
     def __init__(self, recipe: Recipe, resume: Path | None = None, *, force: bool = False):
         self.lines = log_lines()
         self.folder = Path(recipe.checkpoint_dir)
-        self.result: TrainingResult = train(
-            recipe, resume=resume, force=force, say=self.lines.append
-        )
+        self.result: TrainingResult = train(recipe, resume=resume, force=force)
 
     @property
     def latest(self) -> Path:

@@ -16,7 +16,7 @@ from vlm_bridge.data_pipeline.caption_folder import fingerprint as fingerprint_o
 from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.trainer import Trainer
+from vlm_bridge.training_strategy.trainer import train
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_shards_teach_what_the_same_files_teach(
     for name, data in (("files", files), ("shards", shards)):
         # Of one shard and of several, windows differ: everything is shuffled.
         recipe = recipe_of(data, tmp_path, name, (tiny_vit_dir, tiny_llama_dir), "shuffle_buffer=0")
-        Trainer(recipe, lambda line: None).run()
+        train(recipe)
         taught.append(weights(Path(recipe.checkpoint_dir) / checkpoints.LATEST))
     assert all(torch.equal(taught[0][name], taught[1][name]) for name in taught[0])
     assert (
@@ -134,4 +134,4 @@ def test_shards_teach_what_the_same_files_teach(
     step = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
     other = override_recipe(recipe, ["shuffle_buffer=8"])
     with pytest.raises(CheckpointError, match="shuffle_buffer=8, was 0"):
-        Trainer(other, lambda line: None, resume=step)
+        train(other, resume=step)

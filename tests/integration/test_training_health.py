@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from captioners import places_of_run, tiny_recipe
 from logs import log_lines
 from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.data_pipeline.data_folder import open_data_folder
 from vlm_bridge.errors import TrainingError
+from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import monitor as monitoring
+from vlm_bridge.training_strategy import objectives
+from vlm_bridge.training_strategy import step as step_module
 from vlm_bridge.training_strategy import trainer as training
+from vlm_bridge.training_strategy.data import TrainingData
+from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.monitor import BLIND_VALIDATIONS, Monitor
 from vlm_bridge.training_strategy.out_of_memory import explanation, is_out_of_memory
-from vlm_bridge.training_strategy.trainer import Trainer
+from vlm_bridge.training_strategy.state import TrainState
+from vlm_bridge.training_strategy.step import TrainStep
+from vlm_bridge.training_strategy.trainer import TrainingResult
 from vlm_bridge.training_strategy.validation import BLIND_BELOW, Validation
 
 MakeRecipe = Callable[..., Recipe]
@@ -74,35 +82,48 @@ class Poisoned:
 
 
 class Run:
-    """A trainer in this process; ``weights`` are those after each step."""
+    """A training in this process; ``weights`` are those after each step."""
 
-    def __init__(self, recipe: Recipe, poison: set[int] | None = None, **resume: Any):
+    def __init__(self, recipe: Recipe, poison: set[int] | None = None):
         self.lines = log_lines()
-        self.recipe = recipe
-        self.trainer = Trainer(recipe, self.lines.append, **resume)
+        self.recipe, self.poison = recipe, poison or set()
         self.weights: list[dict[str, torch.Tensor]] = []
-        self.trainer.train_features = Poisoned(self.trainer.train_features, poison or set())  # type: ignore[assignment]
-        # The statistics of features are measured before: a poisoned image would void them all.
-        self.trainer._sample_features = lambda: torch.zeros(2, *self.shape)  # type: ignore[method-assign]
-        after_step = self.trainer._after_step
+        self.explodes_in_step = 0
 
-        def remember() -> None:
-            self.weights.append(self._state())
-            after_step()
+    def train(self) -> TrainingResult:
+        with pytest.MonkeyPatch.context() as patch:
+            opened, taken = TrainingData.open, TrainStep.__call__
 
-        self.trainer._after_step = remember  # type: ignore[method-assign]
+            def open_poisoned(*arguments: Any) -> TrainingData:
+                data = opened(*arguments)
+                return replace(data, train_features=Poisoned(data.train_features, self.poison))  # type: ignore[arg-type]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        encoder: Any = self.trainer.model.vision_encoder
-        return encoder.num_tokens, encoder.embed_dim
+            def take(step: TrainStep, *arguments: Any) -> Any:
+                size = taken(step, *arguments)
+                if step.state.step == self.explodes_in_step:
+                    with torch.no_grad():
+                        step.parameters[0].mul_(torch.inf)
+                self.weights.append(self._state(step.state))
+                return size
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """All that a skipped step must leave alone."""
-        state = {name: p.detach().clone() for name, p in self.trainer.model.named_parameters()}
-        if self.trainer.average is not None:
-            state |= {f"average {k}": v.clone() for k, v in self.trainer.average.weights.items()}
-        for number, of_parameter in self.trainer.optimizer.state_dict()["state"].items():
+            # Statistics are measured before: a poisoned image would void them all.
+            patch.setattr(
+                TrainingData,
+                "sample_features",
+                lambda data, model: torch.zeros(
+                    2, model.vision_encoder.num_tokens, model.vision_encoder.embed_dim
+                ),
+            )
+            patch.setattr(TrainingData, "open", open_poisoned)
+            patch.setattr(TrainStep, "__call__", take)
+            return training.train(self.recipe)
+
+    def _state(self, run: TrainState) -> dict[str, torch.Tensor]:
+        """Everything that a skipped step must leave alone."""
+        state = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        if run.average is not None:
+            state |= {f"average {k}": v.clone() for k, v in run.average.weights.items()}
+        for number, of_parameter in run.optimizer.state_dict()["state"].items():
             state |= {f"{number} {name}": value.clone() for name, value in of_parameter.items()}
         return state
 
@@ -111,12 +132,11 @@ class Run:
         events = map(json.loads, history.read_text(encoding="utf-8").splitlines())
         return [event for event in events if event["event"] == kind]
 
-    def images_of_step(self, step: int) -> list[int]:
-        batches = self.trainer.plan.batches(0)
-        each = self.recipe.gradient_accumulation_steps
-        return [
-            row.image for index in range(step * each, (step + 1) * each) for row in batches[index]
-        ]
+
+def data_of(recipe: Recipe) -> TrainingData:
+    world = World(torch.device("cpu"))
+    model = build_captioner(recipe)
+    return TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +154,11 @@ def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
     make_recipe: MakeRecipe, settings: tuple[str, ...]
 ) -> None:
     recipe = make_recipe("run", *settings)
-    image = Run(recipe).images_of_step(2)[-1]
+    data = data_of(recipe)
+    of_step = [row.image for row in data.rows_of(0, 2)]
+    image = of_step[-1]
     run = Run(recipe, {image})
-    result = run.trainer.run()
+    result = run.train()
     assert result.steps == 6
 
     same = [
@@ -148,8 +170,8 @@ def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
     (skipped,) = run.events("skipped")
     assert skipped["step"] == 3
     assert "nan" in skipped["cause"]
-    paths = run.trainer.train_paths
-    assert skipped["images"] == [paths[index].name for index in run.images_of_step(2)]
+    paths = data.train_images.paths
+    assert skipped["images"] == [paths[index].name for index in of_step]
     assert any(paths[image].name in line and "step 3 skipped" in line for line in run.lines)
     assert [event["step"] for event in run.events("train")] == [1, 2, 4, 5, 6]
     assert all(
@@ -162,12 +184,14 @@ def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
 def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", 2)
+    monkeypatch.setattr(training, "MAX_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr(step_module, "MAX_SKIPPED_IN_A_ROW", 2)
     recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps")
-    images = {image for step in (1, 3, 4, 5) for image in Run(recipe).images_of_step(step)}
+    data = data_of(recipe)
+    images = {row.image for step in (1, 3, 4, 5) for row in data.rows_of(0, step)}
     run = Run(recipe, images)
     with pytest.raises(TrainingError, match="stopped at step 5: 2 steps in a row") as stopped:
-        run.trainer.run()
+        run.train()
     folder = Path(recipe.checkpoint_dir)
     kept = folder / checkpoints.STEP.format(5)
     assert str(kept) in str(stopped.value) and "\n" not in str(stopped.value)
@@ -177,20 +201,6 @@ def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
             assert torch.equal(weights[name], value)
     older = checkpoints.load_checkpoint(folder / checkpoints.STEP.format(2))
     assert all(tensor.isfinite().all() for tensor in older["weights"].values())
-
-
-def explode(run: Run, step: int) -> None:
-    """Make the weights infinite in a step whose loss and gradient are finite."""
-    update = run.trainer.guard.step
-
-    def overflows(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
-        skipped = update(optimizer, norm)
-        if run.trainer.progress.step + 1 == step:
-            with torch.no_grad():
-                run.trainer.parameters[0].mul_(torch.inf)
-        return skipped
-
-    run.trainer.guard.step = overflows  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -203,9 +213,9 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
         f"log_every_n_steps={log_every}",
     )
     run = Run(make_recipe("run", *settings))
-    explode(run, step=3)
+    run.explodes_in_step = 3
     with pytest.raises(TrainingError, match="weights are not finite any more") as stopped:
-        run.trainer.run()
+        run.train()
     folder = Path(run.recipe.checkpoint_dir)
     kept = folder / checkpoints.STEP.format(2)
     assert f"resume {kept}, the last checkpoint before that" in str(stopped.value)
@@ -216,40 +226,37 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 
 def test_weights_that_overflow_before_anything_is_saved(make_recipe: MakeRecipe) -> None:
     run = Run(make_recipe("run"))
-    explode(run, step=1)
+    run.explodes_in_step = 1
     with pytest.raises(
         TrainingError, match=r"stopped at step 1: .* start with a learning_rate below 0.01"
     ):
-        run.trainer.run()
+        run.train()
     assert not Path(run.recipe.checkpoint_dir).exists()
 
 
 def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """TensorBoard's thread fails first, as it does where the disk is full."""
     run = Run(make_recipe("run"))
-    written = RecordWriter.write
+    written = monitoring.append_line
 
-    def full(self: RecordWriter, data: bytes) -> None:
-        if run.trainer.progress.step >= 2:
+    def full(path: Path, line: bytes) -> None:
+        if len(run.weights) >= 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written(self, data)
+        written(path, line)
 
-    monkeypatch.setattr(RecordWriter, "write", full)
-    hook = threading.excepthook
+    monkeypatch.setattr(monitoring, "append_line", full)
     with pytest.raises(TrainingError) as stopped:
-        run.trainer.run()
+        run.train()
     assert str(stopped.value).startswith(
         f"cannot write {run.recipe.log_dir}: No space left on device ("
     )
-    assert threading.excepthook is hook
     assert "Traceback" not in capfd.readouterr().err
 
 
 def out_of_memory_above(rows: int) -> Callable[..., Any]:
     """The loss of a batch, or what a GPU says when a batch has more rows than it has memory for."""
-    batch_loss = training.batch_loss
+    batch_loss = objectives.batch_loss
 
     def loss(model: Any, batch: Any, *arguments: Any) -> Any:
         if len(batch.packed.image_indices) > rows:
@@ -264,7 +271,7 @@ def out_of_memory_above(rows: int) -> Callable[..., Any]:
 def test_running_out_of_memory_is_one_line_that_says_what_to_try(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "batch_loss", out_of_memory_above(rows=0))
+    monkeypatch.setattr(objectives, "batch_loss", out_of_memory_above(rows=0))
     with pytest.raises(TrainingError) as error:
         training.train(make_recipe("run"))
     said = str(error.value)
@@ -293,19 +300,9 @@ def test_only_memory_that_runs_out_is_called_so(make_recipe: MakeRecipe) -> None
     )
 
 
-def test_a_frozen_part_that_changes_is_named(make_recipe: MakeRecipe) -> None:
-    run = Run(make_recipe("run"))
-    language_model: Any = run.trainer.model.language_model
-    run.trainer._show_samples = lambda: language_model.causal_lm.model.norm.weight.data.mul_(1.01)  # type: ignore[method-assign]
-    with pytest.raises(
-        TrainingError, match=r"language_model\.causal_lm\.model\.norm\.weight changed"
-    ):
-        run.trainer.run()
-
-
 def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path) -> None:
     lines = log_lines()
-    monitor = Monitor(tmp_path)
+    monitor = Monitor(tmp_path, "")
     read: Any = SimpleNamespace(mean_length=9.0, token_diversity=0.5)
     blind, seeing = Validation(2.0, BLIND_BELOW / 2, 100), Validation(2.0, 2 * BLIND_BELOW, 100)
 
