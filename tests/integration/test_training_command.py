@@ -20,7 +20,7 @@ from logs import log_lines
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, DataError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.trainer import Trainer, TrainingResult, train
+from vlm_bridge.training_strategy.trainer import TrainingResult, train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -385,7 +385,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         (f"log_dir={tmp_path / 'file' / 'logs'}", ConfigurationError),
     ):
         with pytest.raises(error):
-            Trainer(make_recipe("run", "amp_dtype=bfloat16", override), print)
+            train(make_recipe("run", "amp_dtype=bfloat16", override))
     assert not (tmp_path / "run").exists()
 
 

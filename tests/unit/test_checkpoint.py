@@ -369,7 +369,8 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
             after_epochs.append(kept)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_keep)
-    monkeypatch.setattr(TrainState, "best_watched", 0.0)  # every validation is a bad one
+    watch = TrainState.watch
+    monkeypatch.setattr(TrainState, "watch", lambda state, value: watch(state, value * math.inf))
     train(recipe("whole"))
     monkeypatch.undo()
     *earlier, last, whole = map(checkpoints.load_checkpoint, after_epochs)

@@ -280,12 +280,12 @@ def test_a_run_starts_from_the_weights_of_another(make_recipe: MakeRecipe) -> No
     ("overrides", "says"),
     [
         ((*SCST, "batch_size=10"), "scst_samples=4"),
-        ((*SCST, "scst_samples=1"), "at least 2"),
+        ((*SCST, "scst_samples=1"), "equal to 2"),
         ((*SCST, "scst_temperature=0"), "scst_temperature"),
         ((*SCST, "tokens_per_batch=80"), "tokens_per_batch"),
         ((*SCST, "label_smoothing=0.1"), "label_smoothing"),
-        (("label_smoothing=1",), "below 1"),
-        (("weight_averaging=1",), "below 1"),
+        (("label_smoothing=1",), "less than 1"),
+        (("weight_averaging=1",), "less than 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

@@ -326,7 +326,8 @@ class Judge:
         saved_to = self.saver.latest()
         average = self.state.average
         with average.in_model() if average else nullcontext(), interruption.immediate(saved_to):
-            validation, decoded, samples = self._validate(), self._decode(), self._samples()
+            validation, samples = self._validate(), self._samples()
+            decoded = self._decode(self.recipe.decoded_images)
         state, step = self.state, self.state.step
         is_last = step >= self.data.total_steps
         self.monitor.validation(step, last_epoch(state), validation, self.data.val, is_last=is_last)
@@ -345,7 +346,7 @@ class Judge:
         if state.watch(watched):
             self.saver.best()
         if self.is_finished:
-            self.saver.latest()
+            self._finish(interruption, saved_to)
         self.monitor.restart_clock()
 
     def _validate(self) -> Validation:
@@ -358,8 +359,21 @@ class Judge:
             world=data.world,
         )
 
-    def _decode(self) -> DecodedValidation | None:
-        data, count = self.data, self.recipe.decoded_images
+    def _finish(self, interruption: Interruption, saved_to: Path) -> None:
+        """Decode all validation images, where the recipe decodes some, and save the end."""
+        if self.state.step < self.data.total_steps:
+            patience = self.recipe.early_stopping_patience
+            logger.info(f"early stopping: no improvement in {patience} validations")
+        average, count = self.state.average, len(self.data.val_images)
+        if self.decoded is not None and self.decoded.num_images < count:
+            with average.in_model() if average else nullcontext(), interruption.immediate(saved_to):
+                self.decoded = self._decode(count)
+            assert self.decoded is not None
+            self.monitor.decoded(self.state.step, self.decoded)
+        self.saver.latest()
+
+    def _decode(self, count: int) -> DecodedValidation | None:
+        data = self.data
         if not count:
             return None
         return decode_and_score(
