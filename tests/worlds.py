@@ -97,7 +97,7 @@ def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
 
     lines = log_lines()
     train(recipe, resume=resume)
-    return lines
+    return lines if os.environ.get("RANK", "0") == "0" else []
 
 
 def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any]:

@@ -225,14 +225,13 @@ def test_caches_are_built_together(make_recipe: MakeRecipe, tmp_path: Path) -> N
 def test_what_fails_in_one_process_fails_in_all(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     outcomes = run_world(3, train_until, recipe, 1, 3, "error")
-    assert [outcome.error for outcome in outcomes] == [
-        "PeerFailed: process 1 of 3 failed: picture 7 is a fake",
-        "DataError: picture 7 is a fake",
-        "PeerFailed: process 1 of 3 failed: picture 7 is a fake",
-    ]
+    own, *others = (outcomes[rank].error or "" for rank in (1, 0, 2))
+    assert own == "DataError: image 7 is a fake"
+    assert all(
+        error.startswith("PeerFailed: another process of this run is gone") for error in others
+    )
     first, killed = run_world(2, train_until, recipe, 1, 3, "kill")
-    assert first.error is not None
-    assert first.error.startswith("PeerFailed: another process of this training is gone")
+    assert (first.error or "").startswith("PeerFailed: another process of this run is gone")
     assert killed.error == "it ended without a word"
 
 

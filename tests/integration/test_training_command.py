@@ -184,7 +184,7 @@ def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
 def test_a_run_under_a_budget_continues_inside_an_epoch(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_bridge.training_strategy.trainer.KEPT_STEP_CHECKPOINTS", 99)
+    monkeypatch.setattr("vlm_bridge.training_strategy.saver.KEPT_STEP_CHECKPOINTS", 99)
     settings = ("tokens_per_batch=80", "batch_size=5", "bridge.dropout=0.2", "save_every=1 step")
     whole = Run(make_recipe("whole", *settings, "num_workers=2"))
     inside = whole.result.steps // 4

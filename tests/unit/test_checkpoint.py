@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -368,11 +369,11 @@ def test_resuming_after_any_epoch_is_never_having_stopped(
             shutil.copy(path, kept)
             after_epochs.append(kept)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_keep)
     watch = TrainState.watch
     monkeypatch.setattr(TrainState, "watch", lambda state, value: watch(state, value * math.inf))
-    train(recipe("whole"))
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", save_and_keep)
+        train(recipe("whole"))
     *earlier, last, whole = map(checkpoints.load_checkpoint, after_epochs)
     epochs = [content["training"]["progress"]["epoch"] for content in (*earlier, last, whole)]
     assert epochs == [1, 2, 3, 3]  # the last is saved again after its validation

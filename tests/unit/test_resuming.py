@@ -22,7 +22,7 @@ from captioners import places_of_run, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import trainer
+from vlm_bridge.training_strategy import saver, trainer
 from vlm_bridge.training_strategy.preflight import dataset_changes, dataset_facts
 from vlm_bridge.training_strategy.resume import AUTO, find_run, resumed_recipe
 from vlm_bridge.training_strategy.saver import Interrupted, Interruption
@@ -185,12 +185,10 @@ def test_no_validation_begins_after_a_signal(tmp_path: Path) -> None:
 
 
 def test_auto_starts_anew_resumes_and_skips_damaged_checkpoints(
-    make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
+    make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, recipe = (
-        make_recipe(name, "save_every=1 step", "keep_step_checkpoints=9")
-        for name in ("whole", "run")
-    )
+    monkeypatch.setattr(saver, "KEPT_STEP_CHECKPOINTS", 9)
+    whole, recipe = (make_recipe(name, "save_every=1 step") for name in ("whole", "run"))
     train(whole, resume=AUTO)
     assert f"no checkpoint to resume from in {whole.checkpoint_dir}" in caplog.text
     shutil.copytree(whole.checkpoint_dir, recipe.checkpoint_dir)
