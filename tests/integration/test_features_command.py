@@ -10,7 +10,7 @@ import pytest
 
 from captioners import tiny_recipe
 from vlm_bridge.data_pipeline.features import CacheUnavailable, FeatureCache, caches_below
-from vlm_bridge.training_strategy.trainer import Trainer
+from vlm_bridge.training_strategy.trainer import train
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_training_sees_the_same_views_with_a_cache_and_without(
             learning_rate=1e-2,
             num_validation_samples=0,
         )
-        Trainer(recipe, lambda line: None).run()
+        train(recipe)
         events = map(
             json.loads, (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines()
         )

@@ -88,7 +88,7 @@ def _build(recipe: Recipe, root: Path, verify: bool, json_output: bool) -> None:
     from vlm_bridge.training_strategy.features import cached_features, usable_images
 
     quiet_transformers()
-    folder = open_data_folder(recipe.data_dir, _to_stderr)
+    folder = open_data_folder(recipe.data_dir)
     encoder: Any = build_vision_encoder(recipe.vision_encoder)
     encoder = encoder.to(runtime.resolve_device(recipe.device))
     facts = []

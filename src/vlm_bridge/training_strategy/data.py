@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from vlm_bridge.configuration import Recipe
-
 from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
