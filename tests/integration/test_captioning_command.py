@@ -291,8 +291,8 @@ def test_mistakes_are_one_line(
     empty.mkdir()
     for path, mention in (
         (tmp_path / "no.jpg", "no such picture"),
-        (empty, "no picture in folder"),
-        (tmp_path / "*.jpg", "no picture matches"),
+        (empty, "no image in folder"),
+        (tmp_path / "*.jpg", "no image matches"),
     ):
         result = run_here("caption", path, "--checkpoint", trained.folder)
         assert result.returncode == 1

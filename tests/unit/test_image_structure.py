@@ -18,7 +18,6 @@ from PIL import Image
 
 from demo_server import noise
 from vlm_bridge.data_pipeline import images
-from vlm_bridge.data_pipeline.image_structure import MAX_PARTS, StructureError, essentials, kind_of
 from vlm_bridge.data_pipeline.images import decode_image, image_size, open_image
 from vlm_bridge.errors import ImageError
 
@@ -70,19 +69,15 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_pixels_are_those_of_the_whole_file(name: str) -> None:
+def test_pixels_are_those_that_pillow_reads(name: str) -> None:
     content = FILES[name]()
-    kind = kind_of(content)
-    lean = essentials(content, kind).content
-    with (
-        Image.open(io.BytesIO(content)) as whole,
-        Image.open(io.BytesIO(lean), formats=[kind]) as stripped,
-    ):
-        assert stripped.mode == whole.mode
-        assert stripped.convert("RGBA").tobytes() == whole.convert("RGBA").tobytes()
-    assert open_image_of(content).size == image_size(content)
-    if name == "jpeg":
-        assert len(lean) < len(content) - 3999
+    image = open_image_of(content)
+    assert image.size == image_size(content)
+    if name in ("jpeg", "png", "gif", "webp lossless", "apng", "bmp", "tiff"):
+        with Image.open(io.BytesIO(content)) as whole:
+            rgba = whole.convert("RGBA")
+        white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        assert image.tobytes() == white.convert("RGB").tobytes()
 
 
 def open_image_of(content: bytes) -> Image.Image:
@@ -210,11 +205,10 @@ def test_hostile_metadata_costs_neither_time_nor_memory() -> None:
     assert int(rows[-1][2]) < 1000, rows
 
 
-def test_parts_are_counted() -> None:
-    with pytest.raises(StructureError, match=f"more than {MAX_PARTS:,} chunks"):
-        essentials(png(*[(b"tEXt", b"")] * (MAX_PARTS + 1)), "PNG")
+@pytest.mark.parametrize("name", ["tiff, strips", "jpeg, segments", "png, chunks"])
+def test_parts_are_counted(name: str) -> None:
     with pytest.raises(ImageError, match="no camera writes such a file"):
-        decode_image(HOSTILE["tiff, strips"]())
+        decode_image(HOSTILE[name]())
 
 
 def test_an_image_of_one_long_row_is_refused() -> None:

@@ -1,9 +1,13 @@
-"""Opening pictures from the outside world: a file becomes an upright 8-bit RGB picture or one clear error."""
+"""Open images from outside: a file becomes an upright 8-bit RGB image, or one clear error.
+
+A file is refused by what it would cost, before it is decoded: bytes, pixels, progressive scans, metadata.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,48 +18,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlm_bridge.data_pipeline.image_structure import (
-    ORIENTATION,
-    Essentials,
-    StructureError,
-    essentials,
-    exif_orientation,
-    kind_of,
-)
 from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
 from vlm_bridge.errors import DataError, ImageError
 
 logger = logging.getLogger(__name__)
 
+# 50-megapixel phones (8192 x 6144) fit. Decoding that many takes seconds and, as WebP, 0.8 GB.
 MAX_PIXELS = 51_000_000
-"""A larger image is refused from its header, before anything is decoded: 50-megapixel phones (8192 x 6144) fit. A few
-kilobytes can be that many pixels, and decoding them takes seconds and, as WebP, 0.8 GB. `LIMITS` can raise it."""
-
+# Larger JPEGs are read at a half, a quarter or an eighth of their size, which costs little.
 MAX_JPEG_PIXELS = 178_000_000
-"""A JPEG is read up to here: above `MAX_PIXELS` at a half, a quarter or an eighth of its size, which costs little."""
-
+# JPEG's own limit. Every row costs memory of its own, however short it is.
 MAX_SIDE = 65_535
-"""Pixels; JPEG's own limit. Every row costs memory of its own, however short it is."""
-
+# MAX_PIXELS uncompressed, at six bytes a pixel.
 MAX_FILE_BYTES = 300_000_000
-"""Of a file: what `MAX_PIXELS` take uncompressed, at six bytes a pixel."""
-
+# Pixels of a progressive JPEG times its scans, usually about ten. An empty scan is a pass over all pixels.
 MAX_SCAN_PIXELS = 1_500_000_000
-"""Pixels of a progressive JPEG times its scans, ten or so by any usual encoder. A scan of nothing takes a hundred bytes
-of the file and a pass over all pixels."""
-
+# Segments of a JPEG, text chunks of a PNG, extensions of a GIF, numbers of a TIFF's tag.
+MAX_PARTS = 100_000
+# Pillow knows forty formats more, down to PostScript, for which it starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF", "JPEG2000")
-"""What is decoded. Pillow knows some forty formats more, down to PostScript, for which it starts another program."""
-
 IMAGE_SUFFIXES = frozenset(
     {
-        ".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif",
-        ".tiff", ".webp",
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpeg", ".jpg"),
+        *(".mpo", ".png", ".tif", ".tiff", ".webp"),
     }
-)  # fmt: skip
+)
 
-# MAX_PIXELS is checked as soon as the header is read: Pillow's warning, below it, only adds noise, and so do the
-# thousands that a file of odd metadata gives. Appended, so that a filter which the program set itself comes first.
+# MAX_PIXELS is checked anyway, and a file of odd metadata warns a thousand times. Appended, so that filters
+# of the program come first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
@@ -70,18 +60,61 @@ _UPRIGHT = {
 }
 _START_OF_SCAN = b"\xff\xda"
 _BAND_PIXELS = 1 << 20
-_GLOB_CHARACTERS = frozenset("*?[")
+_ORIENTATION = 0x0112
+_PARTS = {
+    "JPEG": [bytes([0xFF, marker]) for marker in (*range(0xE0, 0xF0), 0xFE)],
+    "PNG": [b"tEXt", b"zTXt", b"iTXt"],
+    "GIF": [b"!\xfe", b"!\xff"],
+}
+_KINDS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"\0\0\0\x0cjP  ": "JPEG2000",
+    b"\xff\x4f\xff\x51": "JPEG2000",
+    b"%PDF": "a PDF",
+    b"%!PS": "a PostScript file",
+    b"\x1aE\xdf\xa3": "a video",
+    b"PK\x03\x04": "an archive or an office document",
+    b"\x1f\x8b": "an archive",
+    b"8BPS": "a Photoshop file",
+    b"\0\0\x01\0": "an icon",
+    b"ID3": "a sound",
+}
+# Brands of files that begin as MP4 does.
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}
+_BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF")
+_VALUE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
 
 
 @dataclass
 class Limits:
-    """What a user may raise (`--max-pixels`): pixels of an image, 0 for none."""
+    """Limits of this process that a user may raise (`--max-pixels`); 0 for none."""
 
     max_pixels: int = MAX_PIXELS
 
 
 LIMITS = Limits()
-"""Those of this process."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +139,30 @@ def open_image(path: str | PictureFile) -> Image.Image:
 
 def decode_image(picture: str | PictureFile | bytes) -> DecodedImage:
     """As :func:`open_image`, also of a file's bytes; also says whether the file could be used as it is."""
-    with _opened(picture) as (opened, parts):
+    with _opened(picture) as opened:
         is_smaller = _shrink_while_read(opened)
         opened.load()
-        turn = _UPRIGHT.get(parts.orientation)
-        is_plain = parts.is_plain and opened.format == "JPEG" and opened.mode == "RGB"
+        turn = _UPRIGHT.get(_orientation(opened))
+        is_plain = opened.format == "JPEG" and opened.mode == "RGB"
         rgb = _to_rgb(opened)
         image = rgb if turn is None else rgb.transpose(turn)
     return DecodedImage(image, is_plain and turn is None and not is_smaller)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image that somebody else opened, as :func:`open_image` gives it; Pillow's errors for damaged pixels."""
-    image.load()  # which turns a TIFF, and with it takes away what says so
-    turn = _UPRIGHT.get(_orientation_of(image))
+    """Convert an image that the caller opened as :func:`open_image` does. Raises Pillow's errors."""
+    image.load()  # a TIFF is upright now, and has lost its orientation
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow meets damaged EXIF with almost any exception
+        turn = None
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_image(path: str | PictureFile) -> None:
     """Raise ImageError where :func:`open_image` would. A JPEG is read whole, but at an eighth of its size: quicker."""
-    with _opened(path) as (opened, _):
+    with _opened(path) as opened:
         if opened.format == "JPEG":
             opened.draft(opened.mode, (opened.width // 8, opened.height // 8))
             opened.load()
@@ -143,10 +179,10 @@ def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
     Raises:
         ImageError: as :func:`open_image`, as far as the header tells.
     """
-    with _opened(picture) as (opened, parts):
+    with _opened(picture) as opened:
         width, height = opened.size
-    # Orientations 5 to 8 turn the image by a quarter.
-    return (height, width) if parts.orientation >= 5 else (width, height)
+        is_turned = _orientation(opened) >= 5  # by a quarter
+    return (height, width) if is_turned else (width, height)
 
 
 def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
@@ -167,16 +203,14 @@ def iter_image_paths(paths: Iterable[str | Path]) -> list[Path]:
             continue
         if path.is_dir():
             matches = _images(path.rglob("*"), given)
-            missing = (
-                f"no picture in folder {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
-        elif _GLOB_CHARACTERS & set(str(path)):
+            missing = f"no image in folder {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        elif set("*?[") & set(str(path)):
             # Path.glob takes relative patterns only.
             anchor = Path(path.anchor)
             matches = _images(anchor.glob(str(path.relative_to(anchor))), given)
-            missing = f"no picture matches the pattern {given}"
+            missing = f"no image matches the pattern {given}"
         else:
-            raise DataError(f"no such picture or folder: {given}")
+            raise DataError(f"no such image or folder: {given}")
         if not matches:
             raise DataError(missing)
         found.extend(matches)
@@ -198,26 +232,25 @@ def _images(candidates: Iterable[Path], given: str | Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(picture: str | PictureFile | bytes) -> Iterator[tuple[Image.Image, Essentials]]:
-    """Open an image without decoding its pixels; whatever fails within the block is an ImageError of this image."""
+def _opened(picture: str | PictureFile | bytes) -> Iterator[Image.Image]:
+    """Open an image without decoding its pixels; any failure within the block is its ImageError."""
     name, kind = name_of(picture), ""
     try:
         content = _content(picture, name)
         kind = kind_of(content)
         if kind not in FORMATS:
             raise ImageError(name, f"it is {kind}")
-        parts = essentials(content, kind)
+        if kind == "GIF":
+            content = _first_of_gif(content)
+        if problem := _costly_metadata(content, kind):
+            raise ImageError(name, f"it has {problem}: no camera writes such a file")
         if kind == "HEIF":
             _register_heif()
-        with Image.open(io.BytesIO(parts.content), formats=[kind]) as opened:
-            _check_cost(opened, parts, name)
-            if exif := opened.info.get("exif"):  # of formats that are not walked
-                parts = Essentials(parts.content, exif_orientation(exif), parts.is_plain)
-            yield opened, parts
+        with Image.open(io.BytesIO(content), formats=[kind]) as opened:
+            _check_cost(opened, content, name)
+            yield opened
     except ImageError:
         raise
-    except StructureError as error:
-        raise ImageError(name, f"it has {error}: no camera writes such a file") from error
     except UnidentifiedImageError:
         raise ImageError(name, f"a damaged {kind} image") from None
     except Image.DecompressionBombError:
@@ -226,7 +259,98 @@ def _opened(picture: str | PictureFile | bytes) -> Iterator[tuple[Image.Image, E
     except Exception as error:
         # Pillow's decoders meet damaged bytes with almost any exception (OSError, SyntaxError, ValueError,
         # struct.error, ...); one damaged file must never end a run over thousands.
-        raise ImageError(name, _one_line(error)) from error
+        raise ImageError(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def kind_of(content: bytes) -> str:
+    """Return the format as Pillow names it, or another kind of file with its article."""
+    for start, kind in _KINDS.items():
+        if content.startswith(start):
+            return kind
+    if content[4:8] == b"ftyp":
+        return next((kind for brand, kind in _BRANDS.items() if brand in content[8:40]), "a video")
+    if content.startswith(b"RIFF") and content[8:12] in (b"WEBP", b"AVI "):
+        return "WEBP" if content[8:12] == b"WEBP" else "a video"
+    text = content[:1000].lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<head", b"<body")) or b"<html" in text:
+        return "an HTML page"
+    return "an SVG drawing" if b"<svg" in text else "no image, or a damaged one"
+
+
+def _costly_metadata(content: bytes, kind: str) -> str:
+    """Name metadata that Pillow would spend gigabytes or minutes on when it opens a file."""
+    if sum(map(content.count, _PARTS.get(kind, ()))) > MAX_PARTS:
+        return f"more than {MAX_PARTS:,} parts"
+    starts = [0] if kind == "TIFF" else []
+    for marker in (b"Exif\0\0", b"MPF\0") if kind == "JPEG" else ():
+        if (place := content.find(marker)) >= 0:
+            starts.append(place + len(marker))
+    return next(filter(None, (_costly_directory(content, start) for start in starts)), "")
+
+
+def _costly_directory(content: bytes, start: int) -> str:
+    """Name what a TIFF's first directory claims beyond the bytes of its file; tags may share bytes."""
+    order = "<" if content[start : start + 2] == b"II" else ">"
+    is_big = content[start + 2 : start + 4] in (b"+\0", b"\0+")
+    offset, number, entry = ("Q", "Q", "HHQ8x") if is_big else ("I", "H", "HHI4x")
+    claimed = 0
+    try:
+        (place,) = struct.unpack_from(order + offset, content, start + (8 if is_big else 4))
+        (count,) = struct.unpack_from(order + number, content, start + place)
+        place += start + struct.calcsize(order + number)
+        if count > MAX_PARTS:
+            return f"{count:,} tags"
+        for _ in range(count):
+            _, kind, values = struct.unpack_from(order + entry, content, place)
+            place += struct.calcsize(order + entry)
+            claimed += values * _VALUE_BYTES.get(kind, 1)
+            if (kind not in (1, 2, 6, 7) and values > MAX_PARTS) or claimed > len(content):
+                return f"a table of {values:,} values"
+    except struct.error:
+        pass  # Pillow names the damage
+    return ""
+
+
+def _first_of_gif(content: bytes) -> bytes:
+    """Return a GIF's first image without comments: Pillow's time is quadratic in their blocks."""
+
+    def colors(flags: bytes) -> int:
+        return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
+
+    def behind_blocks(place: int) -> int:
+        while place < len(content) and content[place]:
+            place += content[place] + 1
+        return place + 1
+
+    place = 13 + colors(content[10:11])
+    kept = [content[:place]]
+    while (kind := content[place : place + 1]) == b"!":
+        start, place = place, behind_blocks(place + 2)
+        if content[start + 1 : start + 2] == b"\xf9":  # transparency
+            kept.append(content[start:place])
+    if kind != b",":
+        return b"".join([*kept, content[place:]])
+    end = behind_blocks(place + 11 + colors(content[place + 9 : place + 10]))
+    return b"".join([*kept, content[place:end], b";"])
+
+
+def _orientation(opened: Image.Image) -> int:
+    """Return EXIF's orientation, 1 (upright) to 8; Pillow turns a TIFF itself."""
+    exif = opened.info.get("exif") or b""
+    exif = exif[exif.find(b"Exif\0\0") + 6 :] if b"Exif\0\0" in exif[:10] else exif
+    if opened.format == "TIFF" or exif[:2] not in (b"II", b"MM"):
+        return 1
+    order = "<" if exif.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * min(count, 1000), 12):
+            tag, kind, values, value = struct.unpack_from(f"{order}HHIH", exif, place)
+            if tag == _ORIENTATION:
+                return value if kind == 3 and values == 1 and 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # damaged
+    return 1
 
 
 def _content(picture: str | PictureFile | bytes, name: str) -> bytes:
@@ -251,7 +375,7 @@ def _content(picture: str | PictureFile | bytes, name: str) -> bytes:
     return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
 
 
-def _check_cost(opened: Image.Image, parts: Essentials, name: str) -> None:
+def _check_cost(opened: Image.Image, content: bytes, name: str) -> None:
     """Raise ImageError for an image that would take too much memory or time to decode, judged by its header."""
     width, height = opened.size
     if LIMITS.max_pixels == 0:
@@ -266,7 +390,7 @@ def _check_cost(opened: Image.Image, parts: Essentials, name: str) -> None:
             f"{width} x {height} is more than {most / 1e6:.0f} million pixels (--max-pixels raises the limit)",
         )
     # Entropy-coded data never holds these bytes; metadata may, a few times.
-    scans = parts.content.count(_START_OF_SCAN) if is_jpeg else 1
+    scans = content.count(_START_OF_SCAN) if is_jpeg else 1
     if scans * width * height > max(MAX_SCAN_PIXELS, 10 * LIMITS.max_pixels):
         raise ImageError(
             name, f"{width} x {height} in {scans:,} scans would take minutes to decode"
@@ -289,14 +413,6 @@ def _register_heif() -> None:
     from pillow_heif import register_heif_opener
 
     register_heif_opener(thumbnails=False)
-
-
-def _orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an image in memory, 1 (upright) where there is none or the metadata is damaged."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF meets its reader with almost any exception, too
-        return 1
 
 
 def name_of(picture: str | PictureFile | bytes) -> str:
@@ -346,7 +462,3 @@ def _eight_bits(band: Image.Image, white: float) -> Image.Image:
     with np.errstate(all="ignore"):
         values = np.nan_to_num(np.asarray(band, dtype=np.float64) / white, nan=0.0)
     return Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)).convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
