@@ -78,26 +78,16 @@ def test_encoding_adds_nothing_and_loses_nothing(folder: Path) -> None:
     assert (model.start_id, model.eos_id) == (1, 2)
 
 
-def test_without_a_start_token_captions_start_with_the_end_token(
+def test_captions_need_an_end_token_and_can_start_with_it(
     tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(tiny_gpt2_dir, tmp_path / "no-bos")
+    folder = shutil.copytree(tiny_gpt2_dir, tmp_path / "tokenizer")
     path = folder / "tokenizer_config.json"
-    settings = {
-        key: value for key, value in json.loads(path.read_text()).items() if key != "bos_token"
-    }
-    path.write_text(json.dumps(settings))
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "bos_token"}))
     model = load(folder)
     assert (model.start_id, model.eos_id) == (2, 2)
-
-
-def test_without_an_end_token_captions_could_not_end(tiny_gpt2_dir: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_gpt2_dir, tmp_path / "no-eos")
-    path = folder / "tokenizer_config.json"
-    settings = {
-        key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"
-    }
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
     with pytest.raises(ModelError, match="has no EOS token"):
         load(folder)
 
@@ -111,15 +101,11 @@ def test_weights_are_stored_as_asked(tiny_llama_dir: Path, dtype: str) -> None:
 def small_causal_lm(family: str) -> Any:
     """Build a small causal language model of a family of transformers."""
     config = AutoConfig.for_model(family)
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-    }
-    sizes |= {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 2}
-    sizes |= {"decoder_ffn_dim": 32, "ffn_dim": 32, "num_layers": 2, "attention_heads": 2}
+    twos = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_layers")
+    twos += ("decoder_layers", "encoder_layers", "decoder_attention_heads", "attention_heads")
+    widths = ("hidden_size", "intermediate_size", "d_model", "decoder_ffn_dim", "ffn_dim")
+    sizes = {"vocab_size": 40, "head_dim": 16, "max_position_embeddings": 64}
+    sizes |= dict.fromkeys(twos, 2) | dict.fromkeys(widths, 32)
     text = config.get_text_config(decoder=True)
     for name, size in sizes.items():
         if hasattr(text, name):
@@ -214,14 +200,8 @@ class TestGemma2:
         folder = shutil.copytree(
             tiny_gemma2_dir, tmp_path / "gemma", ignore=shutil.ignore_patterns("*token*")
         )
-        pieces = [
-            "<pad>",
-            "<eos>",
-            "<bos>",
-            "<unk>",
-            "<mask>",
-            *(f"<0x{byte:02X}>" for byte in range(256)),
-        ]
+        pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+        pieces += [f"<0x{byte:02X}>" for byte in range(256)]
         pieces += ["\u2581", *"adgo.", "do", "dog", "\u2581dog"]
         vocabulary = {piece: number for number, piece in enumerate(pieces)}
         merges = [("d", "o"), ("do", "g"), ("\u2581", "dog")]
@@ -326,15 +306,10 @@ def test_layers_that_cannot_be_masked_are_refused() -> None:
 @torch.no_grad()
 def test_a_window_that_holds_for_every_layer_holds_in_packed_rows() -> None:
     config = MistralConfig(
-        vocab_size=30,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        sliding_window=3,
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, sliding_window=3,
         attn_implementation="eager",
-    )
+    )  # fmt: skip
     model = LanguageModel(MistralForCausalLM(config), None).eval()
     ids = torch.randint(0, 30, (1, 9))
     segments = torch.tensor([[1] * 9])
@@ -353,19 +328,8 @@ class TestPackedRows:
         return [row.nonzero().flatten().tolist() for row in mask == 0]
 
     def test_captions_see_soft_tokens_and_their_own_past(self) -> None:
-        seen = self.allowed(num_soft=2)
-        assert seen == [
-            [0],
-            [0, 1],
-            [0, 1, 2],
-            [0, 1, 2, 3],
-            [0, 1, 4],
-            [0, 1, 4, 5],
-            [0, 1, 4, 5, 6],
-            [7],
-        ]
-
-    def test_without_soft_tokens(self) -> None:
+        first, second = [[0, 1, 2], [0, 1, 2, 3]], [[0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6]]
+        assert self.allowed(num_soft=2) == [[0], [0, 1], *first, *second, [7]]
         assert self.allowed(num_soft=0) == [[0], [0, 1], [2], [2, 3], [2, 3, 4], [5]]
 
     def test_a_window_counts_within_the_caption(self) -> None:

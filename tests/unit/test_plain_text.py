@@ -21,12 +21,8 @@ TEXTS = [
 
 
 def control_ids(tokenizer: Any) -> set[int]:
-    ends = {
-        tokenizer.eos_token_id,
-        tokenizer.bos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.sep_token_id,
-    }
+    roles = ("eos", "bos", "pad", "sep")
+    ends = {getattr(tokenizer, f"{role}_token_id") for role in roles}
     return (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}) | (ends - {None})
 
 
