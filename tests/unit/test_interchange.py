@@ -20,8 +20,8 @@ from vlm_bridge.model_architecture.bridges import TextShape
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import original_run
 from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.resume import take_original_moments
 
 HEADS = 4
 
@@ -287,7 +287,7 @@ def test_moments_of_the_original_optimizer_find_their_tensors(recipe: Recipe) ->
     }
     ours, _ = adamw(trained_parameters(model, recipe.trainable), recipe)
     decay = [group["weight_decay"] for group in ours.param_groups]
-    assert original_run.take_moments(ours, {"optimizer_state_dict": theirs.state_dict()})
+    assert take_original_moments(ours, {"optimizer_state_dict": theirs.state_dict()})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for key in ("exp_avg", "exp_avg_sq", "step"):
@@ -297,7 +297,7 @@ def test_moments_of_the_original_optimizer_find_their_tensors(recipe: Recipe) ->
     other = torch.optim.AdamW(original_block(vision_dim=8).parameters()).state_dict()
     for wrong in ({}, {"optimizer_state_dict": other}, {"optimizer_state_dict": 3}):
         fresh, _ = adamw(trained_parameters(model, recipe.trainable), recipe)
-        assert not original_run.take_moments(fresh, wrong)
+        assert not take_original_moments(fresh, wrong)
         assert not fresh.state
 
 

@@ -23,8 +23,13 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import saver, trainer
-from vlm_bridge.training_strategy.preflight import dataset_changes, dataset_facts
-from vlm_bridge.training_strategy.resume import AUTO, find_run, resumed_recipe
+from vlm_bridge.training_strategy.resume import (
+    AUTO,
+    dataset_changes,
+    dataset_facts,
+    find_run,
+    resumed_recipe,
+)
 from vlm_bridge.training_strategy.saver import Interrupted, Interruption
 from vlm_bridge.training_strategy.state import random_states, restore_random_states, seed_all
 from vlm_bridge.training_strategy.step import TrainStep

@@ -1,12 +1,8 @@
-"""Several processes, on one machine or more.
+"""Several processes, on one machine or more, that `torchrun` or `accelerate launch` started.
 
-`torchrun` and `accelerate launch` start them. Every process holds the whole model and computes its share of
-the rows of every batch. Gradients of the trained weights, a few percent of the parameters, are summed once a
-step: the loss stays that of one process, also under accumulation and with empty shares, which hooks of
-DistributedDataParallel would have to be told.
-
-With one process every method does nothing. Numbers and objects travel between hosts (gloo), only tensors
-between devices, so that no host waits for its device to agree on a step.
+Every process holds the whole model and computes its share of the rows of every batch. Gradients of
+the trained weights, a few percent of the parameters, are summed once a step. DistributedDataParallel
+has no place for accumulation with global token counts or for empty shares.
 """
 
 from __future__ import annotations

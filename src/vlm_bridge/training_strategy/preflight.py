@@ -2,88 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.errors import ConfigurationError, TrainingError
 from vlm_bridge.model_architecture.weights import position_limit
-from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy.distributed import World
 
-PROBE_BYTES = 1 << 20
-"""On a full disk, making an empty file succeeds."""
+logger = logging.getLogger(__name__)
+
+PROBE_BYTES = 1 << 20  # on a full disk, making an empty file succeeds
 
 
-def check_resume(
-    content: Mapping[str, Any],
-    path: Path,
-    recipe: Recipe,
-    manifest: Mapping[str, Any],
-    *,
-    force: bool,
-) -> tuple[list[str], bool]:
-    """Compare a checkpoint with the training that would continue it.
-
-    Args:
-        manifest: of the data that the training reads.
-        force: continue although recipe or data have changed.
-
-    Returns:
-        The changes, and whether the data are among them.
-
-    Raises:
-        CheckpointError: another architecture, weights only, or (without ``force``) changes.
-    """
-    checkpoints.check_architecture(dict(content), recipe, path)
-    if checkpoints.ORIGINAL_TRAINING in content:
-        return [], False
-    training = content.get("training")
-    if training is None:
-        raise CheckpointError(
-            f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}, or "
-            f"train on from these weights with start_from={path}"
+def check_machine(recipe: Recipe, world: World) -> None:
+    """Refuse settings that this machine cannot run, and recipes that differ between processes."""
+    if recipe.autocast_dtype == "float16" and world.device.type != "cuda":
+        raise ConfigurationError(
+            "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or float32"
         )
-    before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
-    of_data = dataset_changes(before, dataset_facts(manifest))
-    of_recipe = recipe.changes_since(checkpoints.recipe_of(dict(content), path, to_build=False))
-    changes = of_data + of_recipe
-    if changes and not force:
-        raise CheckpointError(
-            f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what it "
-            "was, or continue all the same with --force)"
-        )
-    return changes, bool(of_data)
-
-
-def dataset_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about a caption folder that a checkpoint holds, with dotted keys."""
-    wanted = ("source", "counts", "split_rule", "seed", "settings", "fingerprint")
-    return _flat({key: manifest[key] for key in wanted if key in manifest})
-
-
-def dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the differences of two `dataset_facts`; none where the fingerprints are equal."""
-    if before["fingerprint"] == now["fingerprint"]:
-        return []
-    return [
-        f"data {key}={now.get(key, 'nothing')}, was {value}"
-        for key, value in before.items()
-        if key not in now or now[key] != value
-    ]
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    if world.device.type == "cpu":
+        runtime.set_threads()
+        if recipe.autocast_dtype and runtime.cpu_has_bfloat16() is False:
+            logger.info("this processor emulates bfloat16: amp_dtype=float32 is quicker here")
+    places = recipe.keys_marked("place")
+    world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})
 
 
 def check_positions(recipe: Recipe) -> None:
@@ -91,8 +42,8 @@ def check_positions(recipe: Recipe) -> None:
     limit = position_limit(recipe.language_model)
     if limit is not None and recipe.decode.max_new_tokens >= limit:
         raise ConfigurationError(
-            f"decode.max_new_tokens={recipe.decode.max_new_tokens} and the start token are more than the "
-            f"{limit} positions of {recipe.language_model.name}: ask for fewer"
+            f"decode.max_new_tokens={recipe.decode.max_new_tokens} and the start token are more "
+            f"than the {limit} positions of {recipe.language_model.name}: ask for fewer"
         )
 
 
@@ -109,10 +60,38 @@ def check_folders(recipe: Recipe) -> None:
                 os.fsync(probe.fileno())
         except OSError as error:
             raise ConfigurationError(
-                f"cannot write into {key}={folder}: {error.strerror or error} (free some space, or "
-                f"choose another folder with {key}=...)"
+                f"cannot write into {key}={folder}: {error.strerror or error} (free some space, "
+                f"or choose another folder with {key}=...)"
             ) from error
         finally:
             for place in missing:
                 with suppress(OSError):
                     place.rmdir()
+
+
+@contextmanager
+def memory_explained(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Raise TrainingError where memory runs out, with settings that need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # The CPU and Apple's GPUs raise a plain RuntimeError.
+        if not ran_out and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        size = "batch_size" if recipe.tokens_per_batch is None else "tokens_per_batch"
+        settings = [
+            f"a {size} below {getattr(recipe, size)} with more than "
+            f"gradient_accumulation_steps={recipe.gradient_accumulation_steps}"
+        ]
+        if not recipe.gradient_checkpointing:
+            settings.append("gradient_checkpointing=true")
+        if recipe.amp_dtype == "float32":
+            settings.append("amp_dtype=bfloat16")
+        if recipe.language_model.dtype == "float32":
+            settings.append("language_model.dtype=bfloat16")
+        raise TrainingError(
+            f"out of memory on {device}{f', asking for {asked[1]}' if asked else ''}: try "
+            f"{' or '.join(settings)}"
+        ) from error

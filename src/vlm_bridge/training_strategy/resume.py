@@ -1,4 +1,4 @@
-"""Find a checkpoint to continue, and continue from it."""
+"""Find a checkpoint to continue, refuse one of another training, and continue from it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from vlm_bridge.configuration import Recipe, published_recipe
 from vlm_bridge.errors import CheckpointError
+from vlm_bridge.model_architecture.interchange import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import original_run
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.out_of_memory import is_out_of_memory
-from vlm_bridge.training_strategy.preflight import check_resume
 from vlm_bridge.training_strategy.state import TrainState, seed_all
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
-"""Resume the newest sound checkpoint in the recipe's ``checkpoint_dir``, if there is one."""
+AUTO = "auto"  # the newest sound checkpoint in the recipe's checkpoint_dir, if there is one
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Found(NamedTuple):
-    """A checkpoint to continue, and the changes since (`check_resume`)."""
+    """A checkpoint to continue, with the changes of recipe and data since."""
 
     path: Path
     content: dict[str, Any]
-    changes: Sequence[str]
-    is_other_data: bool
+    changes: Sequence[str] = ()
+    is_other_data: bool = False
 
 
 def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -56,6 +56,10 @@ def find_checkpoint(
 ) -> Found | None:
     """Return the checkpoint that a training continues; None for a new run.
 
+    Args:
+        manifest: of the data that the training reads.
+        force: continue although recipe or data have changed.
+
     Raises:
         CheckpointError: there is none, it is damaged, or (without ``force``) of another training.
     """
@@ -64,7 +68,8 @@ def find_checkpoint(
     if resume is None:
         if (folder / checkpoints.LATEST).is_file():
             logger.info(
-                f"{folder} holds an earlier run; its checkpoints will be replaced (--resume continues it)"
+                f"{folder} holds an earlier run; its checkpoints will be replaced "
+                "(--resume continues it)"
             )
         if (start := recipe.start_from) is not None:
             content = world.from_first(lambda: checkpoints.load_checkpoint(start))
@@ -77,9 +82,56 @@ def find_checkpoint(
             return None
     else:
         found = world.from_first(lambda: find_run(resume))
-    path, content = found
-    changes, other_data = check_resume(content, path, recipe, manifest, force=force)
-    return Found(path, content, changes, other_data)
+    return _check(Found(*found), recipe, manifest, force=force)
+
+
+def _check(found: Found, recipe: Recipe, manifest: Mapping[str, Any], *, force: bool) -> Found:
+    path, content, *_ = found
+    checkpoints.check_architecture(content, recipe, path)
+    if checkpoints.ORIGINAL_TRAINING in content:
+        return found
+    if (training := content.get("training")) is None:
+        raise CheckpointError(
+            f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}, "
+            f"or train on from these weights with start_from={path}"
+        )
+    before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
+    of_data = dataset_changes(before, dataset_facts(manifest))
+    of_recipe = recipe.changes_since(checkpoints.recipe_of(content, path, to_build=False))
+    changes = of_data + of_recipe
+    if changes and not force:
+        raise CheckpointError(
+            f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what "
+            "it was, or continue all the same with --force)"
+        )
+    return Found(path, content, changes, bool(of_data))
+
+
+def dataset_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts about a caption folder that a checkpoint holds, with dotted keys."""
+    wanted = ("source", "counts", "split_rule", "seed", "settings", "fingerprint")
+    return _flat({key: manifest[key] for key in wanted if key in manifest})
+
+
+def dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two `dataset_facts`; none where the fingerprints are equal."""
+    if before["fingerprint"] == now["fingerprint"]:
+        return []
+    return [
+        f"data {key}={now.get(key, 'nothing')}, was {value}"
+        for key, value in before.items()
+        if key not in now or now[key] != value
+    ]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def resumed_recipe(path: str | Path) -> Recipe:
@@ -94,7 +146,7 @@ def resumed_recipe(path: str | Path) -> Recipe:
 
 
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
-    """Load a checkpoint into the state of a training.
+    """Load a checkpoint into the state of a training, and log what may make it differ.
 
     Raises:
         CheckpointError: its optimizer has other groups, or it holds no state of a training.
@@ -102,49 +154,49 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     path, content = found.path, found.content
     checkpoints.restore(state.model, content, path)
     if checkpoints.ORIGINAL_TRAINING in content:
-        _continue_original(path, content, state, data)
+        _continue_original(path, content[checkpoints.ORIGINAL_TRAINING], state, data)
         return
     training = content["training"]
-    if _names_by_group(training["optimizer"]) not in (
-        None,
-        _names_by_group(state.optimizer.state_dict()),
-    ):
+    before, now = (
+        _names_by_group(s) for s in (training["optimizer"], state.optimizer.state_dict())
+    )
+    if before not in (None, now):
         raise CheckpointError(
-            f"{path} has its optimizer's state for other groups of parameters: keep the patterns under "
-            "trainable in their order (their learning rates may change)"
+            f"{path} has its optimizer's state for other groups of parameters: keep the patterns "
+            "under trainable in their order (their learning rates may change)"
         )
     try:
         if state.average is not None:
             state.average.restart()
         state.load_state_dict(training, path)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
         raise CheckpointError(
-            f"{path} has a state that no training saves ({type(error).__name__}): train on from its "
-            f"weights with start_from={path}"
+            f"{path} has a state that no training saves ({type(error).__name__}): train on from "
+            f"its weights with start_from={path}"
         ) from error
     logger.info(f"resumed {path} at step {state.step} of {data.total_steps}")
     for change in found.changes:
         logger.info(f"changed by --force: {change}")
     if state.step_in_epoch and (found.is_other_data or training["data_order"] != data.order()):
         logger.info(
-            "the rest of this epoch is of another order: some captions come twice in it, others not at all"
+            "the rest of this epoch is of another order: some captions come twice in it, others "
+            "not at all"
         )
-    has, needs = content.get("versions", {}), checkpoints.package_versions()
-    if others := [
-        f"{k} {needs[k]}, was {has[k]}" for k in needs if has.get(k, needs[k]) != needs[k]
-    ]:
+    if others := _differing(content.get("versions", {}), checkpoints.package_versions(), "was"):
         logger.info(f"other versions may round otherwise: {', '.join(others)}")
-    before, now = training.get("scheduler", {}), schedule_facts(data.recipe, data.total_steps)
-    if changed := [
-        f"{key}={now[key]}, not {value}"
-        for key, value in before.items()
-        if now.get(key, value) != value
-    ]:
-        logger.info(
-            f"the learning rate follows another schedule from here on: {', '.join(changed)}"
-        )
+    schedule = schedule_facts(data.recipe, data.total_steps)
+    if others := _differing(training.get("scheduler", {}), schedule, "not"):
+        logger.info(f"the learning rate follows another schedule from here on: {', '.join(others)}")
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], word: str) -> list[str]:
+    return [
+        f"{key}={now[key]}, {word} {before[key]}"
+        for key in now
+        if before.get(key, now[key]) != now[key]
+    ]
 
 
 def schedule_facts(recipe: Recipe, total_steps: int) -> dict[str, Any]:
@@ -153,30 +205,56 @@ def schedule_facts(recipe: Recipe, total_steps: int) -> dict[str, Any]:
     return {"total_steps": total_steps, **{name: getattr(recipe, name) for name in names}}
 
 
-def _continue_original(
-    path: Path, content: Mapping[str, Any], state: TrainState, data: TrainingData
-) -> None:
-    """Continue a run of dinov2-gemma's own code: moments and position where they fit."""
-    training = content[checkpoints.ORIGINAL_TRAINING]
-    seed_all(data.recipe.seed)  # of dropout
-    place = original_run.position(training)
-    state.epoch = min(place.epochs, data.recipe.num_epochs)
-    steps = sum(data.steps_in_epoch(epoch) for epoch in range(state.epoch))
-    state.step = state.validated_step = min(steps, data.total_steps)
-    taken = original_run.take_moments(state.optimizer, training)
-    logger.info(
-        f"resumed {path} of the original project at epoch {state.epoch + 1}, step {state.step} of "
-        f"{data.total_steps}, with {'its optimizer' if taken else 'a new optimizer'}; its best loss is "
-        "not taken, for it counts pads"
-    )
-    if place.step is not None and (place.step, place.total_steps) != (state.step, data.total_steps):
-        logger.info(
-            f"its schedule stood at step {place.step} of {place.total_steps}: its data or settings are "
-            "others, and the learning rate is this recipe's for the same epoch"
-        )
-
-
 def _names_by_group(optimizer_state: dict[str, Any]) -> list[list[str]] | None:
     """Return parameter names of each group; None where an early version wrote no names."""
     groups = optimizer_state["param_groups"]
     return [group["param_names"] for group in groups] if "param_names" in groups[0] else None
+
+
+def _continue_original(
+    path: Path, training: Mapping[str, Any], state: TrainState, data: TrainingData
+) -> None:
+    """Continue a run of dinov2-gemma's own code: moments and position where they fit."""
+    seed_all(data.recipe.seed)  # of dropout
+    epochs, schedule = training.get("epoch"), training.get("scheduler_state_dict")
+    state.epoch = min(epochs if type(epochs) is int else 0, data.recipe.num_epochs)
+    steps = sum(data.steps_in_epoch(epoch) for epoch in range(state.epoch))
+    state.step = state.validated_step = min(steps, data.total_steps)
+    taken = take_original_moments(state.optimizer, training)
+    logger.info(
+        f"resumed {path} of the original project at epoch {state.epoch + 1}, step {state.step} of "
+        f"{data.total_steps}, with {'its optimizer' if taken else 'a new optimizer'}; its best "
+        "loss is not taken, for it counts pads"
+    )
+    stood = schedule if isinstance(schedule, Mapping) else {}
+    step, total = stood.get("last_epoch"), stood.get("T_max")
+    if step is not None and (step, total) != (state.step, data.total_steps):
+        logger.info(
+            f"its schedule stood at step {step} of {total}: its data or settings are others, and "
+            "the learning rate is this recipe's for the same epoch"
+        )
+
+
+def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[str, Any]) -> bool:
+    """Load AdamW's moments of dinov2-gemma's own code, whose one group has ORIGINAL_NAMES' order.
+
+    Returns:
+        Whether they fit every parameter of the optimizer.
+    """
+    ours = optimizer.state_dict()
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    try:
+        theirs = training["optimizer_state_dict"]["state"]
+        by_name = {name: theirs.get(number) for number, name in enumerate(ORIGINAL_NAMES)}
+        for group, options in zip(optimizer.param_groups, ours["param_groups"], strict=True):
+            members = zip(group["params"], options["params"], options["param_names"], strict=True)
+            for parameter, number, name in members:
+                found = by_name[name]
+                if any(found[key].shape != parameter.shape for key in MOMENTS):
+                    return False
+                moments[number] = {key: found[key] for key in MOMENTS}
+                moments[number]["step"] = torch.as_tensor(found["step"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+    optimizer.load_state_dict({"state": moments, "param_groups": ours["param_groups"]})
+    return True

@@ -18,7 +18,7 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings, Recipe, parse_interval
 from vlm_bridge.data_pipeline.data_folder import open_data_folder
 from vlm_bridge.data_pipeline.images import open_image
-from vlm_bridge.errors import ConfigurationError, TrainingError
+from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -28,10 +28,15 @@ from vlm_bridge.training_strategy.distributed import World, joined
 from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor
 from vlm_bridge.training_strategy.objectives import OBJECTIVES
 from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw, gradient_scaler
-from vlm_bridge.training_strategy.out_of_memory import memory_explained
-from vlm_bridge.training_strategy.preflight import check_folders, check_positions, dataset_facts
+from vlm_bridge.training_strategy.preflight import (
+    check_folders,
+    check_machine,
+    check_positions,
+    memory_explained,
+)
 from vlm_bridge.training_strategy.resume import (
     continue_from,
+    dataset_facts,
     find_checkpoint,
     schedule_facts,
 )
@@ -146,20 +151,6 @@ def train(
             Path(recipe.checkpoint_dir), state.step, time.perf_counter() - started,
             state.best_loss, judge.validation, judge.decoded,
         )  # fmt: skip
-
-
-def check_machine(recipe: Recipe, world: World) -> None:
-    """Refuse settings that this machine cannot run, and recipes that differ between processes."""
-    if recipe.autocast_dtype == "float16" and world.device.type != "cuda":
-        raise ConfigurationError(
-            "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or float32"
-        )
-    if world.device.type == "cpu":
-        runtime.set_threads()
-        if recipe.autocast_dtype and runtime.cpu_has_bfloat16() is False:
-            logger.info("this processor emulates bfloat16: amp_dtype=float32 is quicker here")
-    places = recipe.keys_marked("place")
-    world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})
 
 
 def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
