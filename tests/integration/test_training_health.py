@@ -268,7 +268,7 @@ def test_out_of_memory_is_one_line_with_settings_to_try(
         raise error
 
     monkeypatch.setattr(objectives, "batch_loss", fail)
-    with pytest.raises(TrainingError, match="^out of memory on cpu.*: try [^\n]*$") as raised:
+    with pytest.raises(TrainingError, match=r"^out of memory on cpu.*: try [^\n]*$") as raised:
         training.train(make_recipe("run"))
     for setting in (
         "batch_size below 8", "gradient_accumulation_steps=1", "gradient_checkpointing=true",
@@ -279,7 +279,7 @@ def test_out_of_memory_is_one_line_with_settings_to_try(
 
 def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path) -> None:
     lines = log_lines()
-    monitor = Monitor(tmp_path, "")
+    monitor = Monitor(tmp_path)
     read: Any = SimpleNamespace(mean_length=9.0, token_diversity=0.5)
     blind, seeing = Validation(2.0, BLIND_BELOW / 2, 100), Validation(2.0, 2 * BLIND_BELOW, 100)
 

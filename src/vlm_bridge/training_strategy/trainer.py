@@ -25,7 +25,7 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import World, joined
-from vlm_bridge.training_strategy.monitor import Monitor, Sample, SilentMonitor
+from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.objectives import OBJECTIVES
 from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw, gradient_scaler
 from vlm_bridge.training_strategy.preflight import (
@@ -109,13 +109,12 @@ def train(
         )
         if recipe.weight_averaging is not None:
             state.average = WeightAverage(model, recipe.weight_averaging)
+        log_dir = Path(recipe.log_dir) if world.is_first else None
+        monitor = Monitor(log_dir)
+        state.parts = {"monitor": monitor, "objective": objective} if world.is_first else {}
         if found is None:
             start(state, data, initial_weights)
-        monitor = (
-            Monitor(Path(recipe.log_dir), recipe.to_yaml()) if world.is_first else SilentMonitor()
-        )
-        state.parts = {"monitor": monitor, "objective": objective} if world.is_first else {}
-        if found is not None:
+        else:
             continue_from(found, state, data)
         take_step = TrainStep(
             state, objective, recipe, world,
@@ -129,6 +128,7 @@ def train(
             saver.resumed_from(found.path)
         judge = Judge(state, data, recipe, monitor, saver, autocast)
         log_start(state, data, take_step, world)
+        monitor.start(recipe.to_yaml())
         if judge.is_finished and not judge.is_due:
             logger.info("nothing is left to train")
         model.train()
@@ -214,7 +214,7 @@ def log_step(
     take_step: TrainStep,
     objective: Any,
     data: TrainingData,
-    monitor: Any,
+    monitor: Monitor,
     learning_rate: float,
     saver: Saver,
 ) -> None:
@@ -283,7 +283,7 @@ class Judge:
         state: TrainState,
         data: TrainingData,
         recipe: Recipe,
-        monitor: Any,
+        monitor: Monitor,
         saver: Saver,
         autocast: Callable[[], Any],
     ):
