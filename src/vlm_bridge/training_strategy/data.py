@@ -23,7 +23,7 @@ from vlm_bridge.data_pipeline.loader import (
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.features import SplitFeatures, split_features, usable_images
-from vlm_bridge.training_strategy.objectives import Batch, Objective
+from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
 
 STANDARDIZE_ON_IMAGES, STANDARDIZE_BATCH = 512, 32
 
@@ -97,7 +97,7 @@ class TrainingData:
         return [row for index in groups[step_in_epoch] for row in batches[index]]
 
     def steps(
-        self, objective: Objective, epoch: int, step_in_epoch: int
+        self, objective: CrossEntropy, epoch: int, step_in_epoch: int
     ) -> Iterator[Sequence[Batch]]:
         """Yield the micro-batches of each remaining step of an epoch, on their way to the device.
 

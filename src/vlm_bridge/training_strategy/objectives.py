@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.generation import Caption
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
+# Ends references and finished samples. Without it, training learns to break off.
 END = "</s>"
-"""Token at the end of references and of finished samples. Without it, training learns to break off."""
+SUMS = ("samples", "reward", "baseline", "surprise", "tokens", "unfinished")
 AddUp = Callable[[Sequence[float]], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images [B] with their features or pixels on the way to the device, before captions are sampled."""
+    """Images [B] with their features or pixels on the way to the device; captions are sampled later."""
 
     images: np.ndarray
     tensors: runtime.DeviceCopy
@@ -36,32 +37,12 @@ class ImageBatch:
 Batch = LoadedBatch | ImageBatch
 
 
-class Objective(Protocol):
-    """What training minimizes.
-
-    `load` runs in threads ahead of a step; `captions` and `loss` run within it.
-    """
-
-    def load(self, rows: Sequence[Row], features: Features) -> Batch: ...
-
-    def captions(self, batch: Any, step: int, number: int) -> LoadedBatch:
-        """Return the captions of micro-batch ``number`` of a step, of all processes."""
-        ...
-
-    def loss(self, batch: LoadedBatch) -> torch.Tensor:
-        """Return the loss summed over supervised tokens."""
-        ...
-
-    def statistics(self, add_up: AddUp) -> dict[str, float]:
-        """Return means since the last call; ``add_up`` sums over processes."""
-        ...
-
-    def state_dict(self) -> dict[str, float]: ...
-    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
-
-
 class CrossEntropy:
-    """Cross-entropy of human captions."""
+    """Cross-entropy of human captions.
+
+    Other objectives override its methods. `load` runs in threads ahead of a step; `captions` and
+    `loss` run within it.
+    """
 
     def __init__(
         self,
@@ -72,21 +53,24 @@ class CrossEntropy:
         data: TokenizedImages,
         autocast: Callable[[], Any],
     ):
-        del format, images, autocast
-        self.model, self.data = model, data
-        self.label_smoothing = recipe.label_smoothing
+        self.model, self.recipe, self.format = model, recipe, format
+        self.images, self.data, self.autocast = images, data, autocast
 
-    def load(self, rows: Sequence[Row], features: Features) -> LoadedBatch:
+    def load(self, rows: Sequence[Row], features: Features) -> Batch:
+        """Start to copy the rows of a micro-batch to the device."""
         return load_batch(self.data.pack(rows), features, self.model.device)
 
-    def captions(self, batch: LoadedBatch, step: int, number: int) -> LoadedBatch:
+    def captions(self, batch: Any, step: int, number: int) -> LoadedBatch:
+        """Return the captions of micro-batch ``number`` of a step; numbers count all processes."""
         del step, number
         return batch
 
     def loss(self, batch: LoadedBatch) -> torch.Tensor:
-        return batch_loss(self.model, batch, self.label_smoothing).total
+        """Return the loss summed over supervised tokens."""
+        return batch_loss(self.model, batch, self.recipe.label_smoothing).total
 
     def statistics(self, add_up: AddUp) -> dict[str, float]:
+        """Return means since the last call; ``add_up`` sums over processes."""
         del add_up
         return {}
 
@@ -97,49 +81,27 @@ class CrossEntropy:
         del state
 
 
-@dataclass
-class _Sums:
-    samples: float = 0.0
-    reward: float = 0.0
-    baseline: float = 0.0
-    surprise: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    tokens: float = 0.0
-    unfinished: float = 0.0
-
-    def numbers(self) -> dict[str, float]:
-        return {f.name: float(getattr(self, f.name)) for f in fields(self)}
-
-
-class SelfCritical:
+class SelfCritical(CrossEntropy):
     """Self-critical sequence training (Rennie et al. 2017).
 
-    Captions sampled from the model are rewarded by CIDEr-D with the document frequencies of the training
-    split. Each token's loss is weighted by its caption's reward minus the mean reward of the image's other
-    samples (Kool et al. 2019; Luo 2020). Samples are a function of (seed, step).
+    Captions sampled from the model are rewarded by CIDEr-D with the document frequencies of the
+    training split. Each token's loss is weighted by its caption's reward minus the mean reward of
+    the image's other samples (Kool et al. 2019). Samples are a function of (seed, step).
     """
 
-    def __init__(
-        self,
-        model: CaptionModel,
-        recipe: Recipe,
-        format: CaptionFormat,
-        images: Sequence[CaptionedImage],
-        data: TokenizedImages,
-        autocast: Callable[[], Any],
-    ):
-        del data
-        self.model, self.format, self.autocast = model, format, autocast
-        self.seed, self.num_samples = recipe.seed, recipe.scst_samples
-        self.max_new_tokens = recipe.decode.max_new_tokens
-        tokens = iter(reference_tokens(list(chain.from_iterable(i.captions for i in images))))
-        self.reward = CiderD([[f"{next(tokens)} {END}" for _ in i.captions] for i in images])
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.num_samples = self.recipe.scst_samples
+        references = [image.captions for image in self.images]
+        tokens = iter(reference_tokens(list(chain.from_iterable(references))))
+        self.reward = CiderD([[f"{next(tokens)} {END}" for _ in some] for some in references])
         self._sampling = DecodeSettings(
             num_beams=1,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.recipe.decode.max_new_tokens,
             do_sample=True,
-            temperature=recipe.scst_temperature,
+            temperature=self.recipe.scst_temperature,
         )
-        self._sums = _Sums()
+        self._sums: dict[str, Any] = dict.fromkeys(SUMS, 0.0)
 
     def load(self, rows: Sequence[Row], features: Features) -> ImageBatch:
         images = np.array([row.image for row in rows])
@@ -151,7 +113,7 @@ class SelfCritical:
         model = self.model
         (values,) = batch.tensors.wait()
         features_bnd = model.features(values)
-        seed = int(np.random.SeedSequence([self.seed, step, number]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.recipe.seed, step, number]).generate_state(1)[0])
         was_training = model.training
         model.eval()
         with self.autocast():
@@ -166,11 +128,13 @@ class SelfCritical:
         samples = self._with_ends(captions)
         rewards_bk = self._rewards(batch.images, samples)
         baselines_bk = others_mean(rewards_bk)
-        self._sums.samples += rewards_bk.size
-        self._sums.reward += float(rewards_bk.sum())
-        self._sums.baseline += float(baselines_bk.sum())
-        self._sums.tokens += sum(map(len, samples))
-        self._sums.unfinished += sum(not self._has_ended(ids) for ids in samples)
+        self._add(
+            samples=rewards_bk.size,
+            reward=float(rewards_bk.sum()),
+            baseline=float(baselines_bk.sum()),
+            tokens=sum(map(len, samples)),
+            unfinished=sum(not self._has_ended(ids) for ids in samples),
+        )
 
         targets = [self.format.with_targets(ids) for ids in samples]
         starts = range(0, len(targets), self.num_samples)
@@ -187,56 +151,45 @@ class SelfCritical:
         loss = batch_loss(self.model, batch)
         surprise = loss.token_losses.detach().double().sum()
         # A skipped step must not void the mean of the others.
-        self._sums.surprise = self._sums.surprise.to(surprise) + surprise.nan_to_num(posinf=0.0)
+        self._add(surprise=surprise.nan_to_num(posinf=0.0))
         return loss.total
 
     def statistics(self, add_up: AddUp) -> dict[str, float]:
-        """Means since the last call.
+        """Return means since the last call.
 
-        Reward and baseline are CIDEr-D (1 is what papers print as 100). The entropy of a token in nats is
-        an estimate from the samples. Lengths are in tokens with EOS.
+        Reward and baseline are CIDEr-D (1 is what papers print as 100). The entropy of a token in
+        nats is an estimate from the samples. Lengths are in tokens with EOS.
         """
-        sums = add_up(list(self._sums.numbers().values()))
-        samples, reward, baseline, surprise, tokens, unfinished = sums
-        self._sums = _Sums()
-        count = max(samples, 1)
+        sums = dict(zip(SUMS, add_up(list(self.state_dict().values())), strict=True))
+        self._sums = dict.fromkeys(SUMS, 0.0)
+        count = max(sums["samples"], 1)
         return {
-            "reward": reward / count,
-            "baseline": baseline / count,
-            "entropy": surprise / max(tokens, 1),
-            "sample_length": tokens / count,
-            "unfinished_share": unfinished / count,
+            "reward": sums["reward"] / count,
+            "baseline": sums["baseline"] / count,
+            "entropy": sums["surprise"] / max(sums["tokens"], 1),
+            "sample_length": sums["tokens"] / count,
+            "unfinished_share": sums["unfinished"] / count,
         }
 
     def state_dict(self) -> dict[str, float]:
-        return self._sums.numbers()
+        return {name: float(value) for name, value in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        surprise = torch.tensor(state["surprise"], dtype=torch.float64)
-        self._sums = _Sums(
-            state["samples"],
-            state["reward"],
-            state["baseline"],
-            surprise,
-            state["tokens"],
-            state["unfinished"],
-        )
+        self._sums = {name: state[name] for name in SUMS}
+
+    def _add(self, **values: Any) -> None:
+        for name, value in values.items():
+            self._sums[name] += value  # of a tensor: without waiting for the device
 
     def _rewards(self, images: np.ndarray, samples: Sequence[Sequence[int]]) -> np.ndarray:
         """Return CIDEr-D [B, K] of samples against the references of their image."""
-        sentences = [self._words(ids) for ids in samples]
-        return np.array(
-            [
-                self.reward.scores(image, of_image)
-                for image, of_image in zip(
-                    images.tolist(), np.array_split(sentences, len(images)), strict=True
-                )
-            ]
-        )
+        sentences = np.array_split([self._words(ids) for ids in samples], len(images))
+        pairs = zip(images.tolist(), sentences, strict=True)
+        return np.array([self.reward.scores(image, some) for image, some in pairs])
 
     def _with_ends(self, captions: Sequence[Caption]) -> list[list[int]]:
         """Return token ids with EOS, but for captions that were cut."""
-        limit, eos = self.max_new_tokens, self.format.eos_id
+        limit, eos = self._sampling.max_new_tokens, self.format.eos_id
         return [[*ids, eos] if len(ids) < limit else ids for ids, _ in captions]
 
     def _words(self, ids: Sequence[int]) -> str:
@@ -252,4 +205,4 @@ def others_mean(rewards_bk: np.ndarray) -> np.ndarray:
     return (rewards_bk.sum(1, keepdims=True) - rewards_bk) / (rewards_bk.shape[1] - 1)
 
 
-OBJECTIVES = {"cross_entropy": CrossEntropy, "scst": SelfCritical}
+OBJECTIVES: dict[str, type[CrossEntropy]] = {"cross_entropy": CrossEntropy, "scst": SelfCritical}

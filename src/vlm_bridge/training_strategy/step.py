@@ -15,7 +15,7 @@ from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.training_strategy.distributed import GradientSum, World
-from vlm_bridge.training_strategy.objectives import Batch, Objective
+from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
 from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_within
 from vlm_bridge.training_strategy.state import TrainState
 
@@ -81,7 +81,7 @@ class TrainStep:
     def __init__(
         self,
         state: TrainState,
-        objective: Objective,
+        objective: CrossEntropy,
         recipe: Recipe,
         world: World,
         *,

@@ -26,7 +26,7 @@ from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import World, joined
 from vlm_bridge.training_strategy.monitor import Monitor, Sample
-from vlm_bridge.training_strategy.objectives import OBJECTIVES
+from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
 from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw, gradient_scaler
 from vlm_bridge.training_strategy.preflight import (
     check_folders,
@@ -212,7 +212,7 @@ def log_start(state: TrainState, data: TrainingData, take_step: TrainStep, world
 
 def log_step(
     take_step: TrainStep,
-    objective: Any,
+    objective: CrossEntropy,
     data: TrainingData,
     monitor: Monitor,
     learning_rate: float,
