@@ -1,4 +1,4 @@
-"""The data of a training: its images, captions and features, and the order in which steps read them."""
+"""Images, captions and features of a training, and the order in which steps read them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from vlm_bridge.training_strategy.features import SplitFeatures, split_features,
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
 
 STANDARDIZE_ON_IMAGES, STANDARDIZE_BATCH = 512, 32
+ORDER = (
+    "batch_size", "tokens_per_batch", "max_caption_tokens", "captions_per_image", "scst_samples",
+    "gradient_accumulation_steps", "seed", "shuffle_buffer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,21 +130,9 @@ class TrainingData:
             ]
         )
 
-    def order(self) -> dict[str, int]:
+    def order(self) -> dict[str, int | None]:
         """Return the settings that decide which captions meet in which step."""
-        recipe = self.recipe
-        if recipe.objective == "scst":
-            names = ("batch_size", "scst_samples", "gradient_accumulation_steps", "seed")
-        elif recipe.tokens_per_batch is None:
-            names = ("batch_size", "captions_per_image", "gradient_accumulation_steps", "seed")
-        else:  # the place where long captions are cut decides, too
-            names = (
-                "tokens_per_batch", "max_caption_tokens", "captions_per_image",
-                "gradient_accumulation_steps", "seed",
-            )  # fmt: skip
-        if recipe.shuffle_buffer:
-            names = (*names, "shuffle_buffer")
-        return {name: getattr(recipe, name) for name in names}
+        return {name: getattr(self.recipe, name) for name in ORDER}
 
 
 def epoch_plan(

@@ -1,4 +1,4 @@
-"""Distillation start: before the caption loss, let the projection imitate the encoder that the decoder was made for."""
+"""Distillation start: fit the projection to another encoder before the caption loss."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LOG_TIMES = 10
 
 
 def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
-    """Refuse a distillation that cannot be, from the teacher's configuration alone: before features are computed.
+    """Refuse an impossible distillation by the teacher's configuration, before features are computed.
 
     Raises:
-        ConfigurationError: there is no projection to fit, or the teacher's width is not that of its output.
+        ConfigurationError: there is no projection, or the teacher has another width.
         ModelError: the teacher cannot be found.
     """
     settings = recipe.distillation
@@ -41,8 +41,8 @@ def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
     width = model.language_model.shape.cross_attention_width
     if teacher.embed_dim != width:
         raise ConfigurationError(
-            f"distillation.teacher has features of width {teacher.embed_dim}, the projection's output is {width}: take "
-            "the vision encoder that the decoder was trained with"
+            f"distillation.teacher has features of width {teacher.embed_dim}, the projection's "
+            f"output is {width}: take the vision encoder that the decoder was trained with"
         )
 
 
@@ -52,11 +52,10 @@ def distill_projection(
     features: Features,
     paths: Sequence[PictureFile],
 ) -> list[float]:
-    """Fit the projection of a captioner to a teacher's features of the same pictures (mean squared error per number).
+    """Fit the projection to a teacher's features of the same images by mean squared error, in float32.
 
-    The teacher's patch grid is averaged onto the student's (as Romero et al. 2015, FitNets, match a hint layer); class
-    tokens have no place on it and are left out. Pictures come in an order fixed by the recipe's seed. The projection
-    is small: it is fitted in float32, whatever the recipe's precision.
+    The teacher's patch grid is averaged onto the student's, as Romero et al. 2015 (FitNets) match a
+    hint layer, without class tokens.
 
     Args:
         features: of the training images, or their pixels, by image index.
@@ -111,7 +110,7 @@ def _teacher(settings: DistillationConfig) -> VisionEncoderConfig:
 def on_grid(
     features_bnd: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]
 ) -> torch.Tensor:
-    """Patch features [B, N, D] of one grid averaged onto another [B, rows x columns, D]; leading tokens are dropped."""
+    """Average patch features [B, N, D] of one grid onto another [B, rows x columns, D]."""
     rows, columns = grid
     map_bdhw = features_bnd[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
     return F.adaptive_avg_pool2d(map_bdhw, wanted).flatten(2).transpose(1, 2)

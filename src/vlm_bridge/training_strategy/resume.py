@@ -179,7 +179,9 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     logger.info(f"resumed {path} at step {state.step} of {data.total_steps}")
     for change in found.changes:
         logger.info(f"changed by --force: {change}")
-    if state.step_in_epoch and (found.is_other_data or training["data_order"] != data.order()):
+    if state.step_in_epoch and (
+        found.is_other_data or _differing(training["data_order"], data.order(), "was")
+    ):
         logger.info(
             "the rest of this epoch is of another order: some captions come twice in it, others "
             "not at all"
