@@ -55,6 +55,7 @@ def test_mistakes_of_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     checkpoints.save_checkpoint(bare, recipe, weights)
     refused(make_recipe("batch_size=4"), CheckpointError, "batch_size=4, was 8", resume=path)
     refused(make_recipe("bridge.num_heads=2"), CheckpointError, r"bridge\.num_heads=4", resume=path)
+    refused(recipe, CheckpointError, "no checkpoint at", resume=tmp_path / "nothing.pth")
     refused(recipe, CheckpointError, f"weights only.*start_from={bare}", resume=bare)
     other = make_recipe("bridge.num_heads=2", f"start_from={bare}")
     refused(other, CheckpointError, r"bridge\.num_heads=4, wanted is 2")

@@ -30,7 +30,7 @@ from vlm_bridge.training_strategy.resume import (
     find_run,
     resumed_recipe,
 )
-from vlm_bridge.training_strategy.saver import Interrupted, Interruption
+from vlm_bridge.training_strategy.saver import Interrupted
 from vlm_bridge.training_strategy.state import random_states, restore_random_states, seed_all
 from vlm_bridge.training_strategy.step import TrainStep
 from vlm_bridge.training_strategy.trainer import train
@@ -178,14 +178,6 @@ def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first() -> None:
     assert shell.stdout.endswith("130\n")
 
 
-def test_no_validation_begins_after_a_signal(tmp_path: Path) -> None:
-    watching = Interruption()
-    with watching.watched():
-        send()
-        with pytest.raises(Interrupted), watching.immediate(tmp_path):
-            pytest.fail("it began")
-
-
 # `auto`.
 
 
@@ -313,21 +305,6 @@ def test_other_settings_are_named_field_by_field_and_need_force(
     assert train(other, resume=inside, force=True).steps == 6
     assert "changed by --force: learning_rate=0.5, was 0.01" in caplog.messages
     assert "some captions come twice" in caplog.text
-
-
-def test_what_decides_nothing_may_change(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run")
-    free = [
-        "num_workers=3", "device=cuda", "log_dir=elsewhere", "checkpoint_dir=elsewhere", "feature_cache=elsewhere",
-        "save_every=5 steps", "log_every_n_steps=99", "data_dir=elsewhere",
-        f"vision_encoder.name=moved/{Path(recipe.vision_encoder.name).name}",
-    ]  # fmt: skip
-    assert override_recipe(recipe, free).changes_since(recipe) == []
-    changed = override_recipe(
-        recipe, ["seed=5", "trainable.language_model.*=1e-3", "decode.num_beams=2"]
-    )
-    keys = [change.partition("=")[0] for change in changed.changes_since(recipe)]
-    assert sorted(keys) == ["decode.num_beams", "seed", "trainable.language_model.*"]
 
 
 def test_datasets_are_compared_by_what_their_manifests_say() -> None:
