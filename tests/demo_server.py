@@ -13,7 +13,7 @@ from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.captioning.service import CaptionService
+from vlm_bridge.demo.service import CaptionService
 
 
 def tiny_service(vision_encoder: Path, language_model: Path) -> CaptionService:
@@ -38,7 +38,7 @@ def png(picture: Image.Image) -> bytes:
 @contextlib.contextmanager
 def served(service: CaptionService, **options) -> Iterator[str]:
     """Serve the page of a service; gives its address."""
-    from vlm_bridge.captioning.demo import Demo
+    from vlm_bridge.demo.server import Demo
 
     demo = Demo(service, **options)
     try:
@@ -50,6 +50,6 @@ def served(service: CaptionService, **options) -> Iterator[str]:
 if (
     __name__ == "__main__"
 ):  # python demo_server.py VISION_ENCODER LANGUAGE_MODEL: says its address and serves
-    from vlm_bridge.captioning.demo import Demo, serve
+    from vlm_bridge.demo.server import Demo, serve
 
-    serve(Demo(tiny_service(*map(Path, sys.argv[1:]))), say=lambda line: print(line, flush=True))
+    serve(Demo(tiny_service(*map(Path, sys.argv[1:]))))

@@ -21,8 +21,8 @@ pytest.importorskip("gradio", reason="the demo page needs gradio: pip install 'v
 import httpx
 
 from demo_server import noise, png, served, tiny_service
-from vlm_bridge.captioning import guard
-from vlm_bridge.captioning.service import MAX_UPLOAD, CaptionService
+from vlm_bridge.demo import guard
+from vlm_bridge.demo.service import MAX_UPLOAD, CaptionService
 
 SETTINGS = [2, 0, 1, 6, 1]
 """Of the page's sliders."""
@@ -234,10 +234,10 @@ def test_an_interrupted_server_ends_whatever_it_computes(
 ) -> None:
     program = (
         "import sys, time; from pathlib import Path; from demo_server import tiny_service\n"
-        "from vlm_bridge.captioning.demo import Demo, serve\n"
+        "from vlm_bridge.demo.server import Demo, serve\n"
         "service = tiny_service(*map(Path, sys.argv[1:]))\n"
         "service.answer = lambda *_, **__: time.sleep(600)\n"
-        "serve(Demo(service), say=lambda line: print(line, flush=True))\n"
+        "serve(Demo(service))\n"
     )
     paths = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
     process = subprocess.Popen(

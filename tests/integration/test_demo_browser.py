@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from demo_server import noise, served, tiny_service
-from vlm_bridge.captioning.service import CaptionService
+from vlm_bridge.demo.service import CaptionService
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ pytest.importorskip("gradio", reason="the demo page needs gradio: pip install 'v
 import httpx
 
 from demo_server import noise, png, served, tiny_service
-from vlm_bridge.captioning.service import MAX_UPLOAD, CaptionService
+from vlm_bridge.demo.service import MAX_UPLOAD, CaptionService
 
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>'
 

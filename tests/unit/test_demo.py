@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from demo_server import noise, png, tiny_service
-from vlm_bridge.captioning.live_run import read_live_run, to_html
-from vlm_bridge.captioning.service import (
+from vlm_bridge.demo.live_run import live_html
+from vlm_bridge.demo.service import (
     MAX_UPLOAD,
     CaptionService,
     Request,
@@ -156,31 +156,26 @@ SAMPLES = {
 
 
 def test_a_run_is_shown_with_curves_samples_and_visual_gain(tmp_path: Path) -> None:
-    run = read_live_run(write_log(tmp_path, TRAIN, VALIDATION, SAMPLES, tail='{"event": "tra'))
-    assert run.curves["train/loss"] == [(10, 3.0)]
-    assert (run.last_step, run.samples[0].epoch) == (20, 1)
-    html = to_html(run)
-    assert "visual gain +0.400" in html
-    assert "Epoch 1, step 20" in html
+    html = live_html(write_log(tmp_path, TRAIN, VALIDATION, SAMPLES, tail='{"event": "tra'))
+    assert "Step 20, visual gain +0.400" in html
     assert "a &lt;b&gt; dog" in html and "A dog &amp; a cat." in html
     assert html.count("<svg") == 3
     assert "train/loss" in html and "validation/loss" in html
-    assert read_live_run(tmp_path / "logs") == run
+    assert live_html(tmp_path / "logs") == html
 
 
 def test_samples_of_before_a_resume_are_replaced(tmp_path: Path) -> None:
     again = {**SAMPLES, "captions": [["a cat", "A cat."]]}
-    run = read_live_run(write_log(tmp_path, TRAIN, SAMPLES, {**SAMPLES, "step": 30}, again))
-    assert [(sample.step, sample.captions) for sample in run.samples] == [
-        (20, [("a cat", "A cat.")])
-    ]
+    html = live_html(write_log(tmp_path, TRAIN, SAMPLES, {**SAMPLES, "step": 30}, again))
+    assert "<h4>Step 20</h4><ul><li>a cat <small>A cat.</small></li></ul></div>" in html
+    assert "Step 30</h4>" not in html and "dog" not in html
 
 
-def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give the folder of a training run"):
-        read_live_run(tmp_path)
+        live_html(tmp_path)
     with pytest.raises(DataError, match="nothing yet"):
-        read_live_run(write_log(tmp_path))
+        live_html(write_log(tmp_path))
 
 
 # The command.

@@ -28,15 +28,15 @@ def demo(
     from vlm_bridge.cli.loading import without_garbage_collection
 
     with without_garbage_collection():
-        from vlm_bridge.captioning.demo import Demo, serve
         from vlm_bridge.captioning.pipeline import Captioner
-        from vlm_bridge.captioning.service import DECODE_TOGETHER, CaptionService
         from vlm_bridge.cli.quiet import quiet_transformers
         from vlm_bridge.data_pipeline.isolated import ImageReader
+        from vlm_bridge.demo.server import Demo, serve
+        from vlm_bridge.demo.service import DECODE_TOGETHER, CaptionService
         from vlm_bridge.quickstart import real_photographs
 
         quiet_transformers()
         captioner = Captioner.from_pretrained(checkpoint, device)
     name = str(checkpoint) if checkpoint is not None else f"bundled with vlm-bridge {__version__}"
     service = CaptionService(captioner, name, ImageReader(DECODE_TOGETHER))
-    serve(Demo(service, host, port, run=run, examples=real_photographs()), say=typer.echo)
+    serve(Demo(service, host, port, run=run, examples=real_photographs()))

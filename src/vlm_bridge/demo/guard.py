@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm_bridge.captioning.service import MAX_UPLOAD, MEGABYTE
+from vlm_bridge.demo.service import MAX_UPLOAD, MEGABYTE
 
 PAGE_PATHS = (
     "/api/caption", "/assets/", "/config", "/favicon.ico", "/gradio_api/cancel", "/gradio_api/file=",
