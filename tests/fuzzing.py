@@ -304,7 +304,7 @@ def write_shard(root: Path) -> Path:
 def train_on_shards(root: Path) -> None:
     """What a training reads of a shard folder."""
     from vlm_bridge.data_pipeline.bad_samples import BadSamples
-    from vlm_bridge.data_pipeline.shard_folder import ShardFolder
+    from vlm_bridge.data_pipeline.shards import ShardFolder
 
     bad = BadSamples("samples")
     images = ShardFolder.open(root).split("train", bad)
@@ -651,7 +651,7 @@ def tar_seeds() -> list[bytes]:
 
 
 def shard_index_seeds() -> list[bytes]:
-    from vlm_bridge.data_pipeline.shard_folder import ShardFolder
+    from vlm_bridge.data_pipeline.shards import ShardFolder
 
     with tempfile.TemporaryDirectory() as folder:
         root = write_shard(Path(folder))

@@ -12,7 +12,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     CaptionFolder,
     is_prepared_elsewhere,
 )
-from vlm_bridge.data_pipeline.shard_folder import ShardFolder, ShardImages
+from vlm_bridge.data_pipeline.shards import ShardFolder, ShardImages
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError
 

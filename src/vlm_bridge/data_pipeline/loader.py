@@ -116,7 +116,6 @@ class TokenizedImages:
         self._first_target = _starts(num_targets)
         self.caption_lengths = num_targets + len(format.prompt_ids) - 1
         self.image_lengths = _sums(self.caption_lengths, self._first_caption)
-        self._first_place = _starts(self.caption_lengths)
 
     def __len__(self) -> int:
         return len(self.captions_per_image)
@@ -144,14 +143,7 @@ class TokenizedImages:
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         """Lay the captions of each row one behind the other and pad the rows to one length."""
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
-        first_places = [
-            [
-                int(self._first_place[self._first_caption[row.image] + number])
-                for number in row.captions
-            ]
-            for row in rows
-        ]
-        return pack_rows([row.image for row in rows], chosen, first_places)
+        return pack_rows([row.image for row in rows], chosen)
 
     def digest(self) -> str:
         """Hash over the tokens of all captions, in order."""
@@ -167,14 +159,12 @@ class PackedBatch:
     """B rows of T tokens. ``segments`` holds 0 for pads, otherwise the caption's number within its row.
 
     ``labels[:, t]`` is what position t must predict; ``image_indices`` [B] says whose features a row reads.
-    ``places`` counts the positions of all captions of the split, image after image; 0 for pads.
     """
 
     image_indices: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
     segments: np.ndarray
-    places: np.ndarray
     num_captions: int
 
     @cached_property
@@ -199,33 +189,28 @@ class PackedBatch:
 def pack_rows(
     images: Sequence[int],
     captions_of_rows: Sequence[Sequence[TokenizedCaption]],
-    first_places: Sequence[Sequence[int]] | None = None,
 ) -> PackedBatch:
     """Lay the captions of each row one behind the other and pad the rows to one length.
 
     Args:
         images: [B], whose features each row reads.
-        first_places: where each caption begins among all positions of the split; None for captions that no split has.
     """
     shape = (
         len(images),
         max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows),
     )
-    input_ids, segments, places = (np.zeros(shape, np.int64) for _ in range(3))
+    input_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     for b, captions in enumerate(captions_of_rows):
         start = 0
         for number, caption in enumerate(captions):
             end = start + len(caption.input_ids)
-            if first_places is not None:
-                first = first_places[b][number]
-                places[b, start:end] = np.arange(first, first + end - start)
             input_ids[b, start:end] = caption.input_ids
             labels[b, start:end] = caption.labels
             segments[b, start:end] = number + 1
             start = end
     num_captions = sum(map(len, captions_of_rows))
-    return PackedBatch(np.asarray(images), input_ids, labels, segments, places, num_captions)
+    return PackedBatch(np.asarray(images), input_ids, labels, segments, num_captions)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import io
 import json
 import re
 import shutil
-import signal
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -531,9 +530,7 @@ def _run(tasks: Iterator[_Task], processes: int) -> Generator[_Outcome]:
         while True:
             # Bounded, so that a million tasks or gigabytes of images do not pile up in the queue.
             while len(pending) < processes * _CHUNKS_A_WORKER and (chunk := next(remaining, None)):
-                # Submitting starts the processes: they inherit the hold, so Ctrl-C reaches this one alone.
-                with _holding_interrupts():
-                    pending.append((pool.submit(chunk), chunk))
+                pending.append((pool.submit(chunk), chunk))
             if not pending:
                 return
             yield from pool.result(
@@ -556,19 +553,6 @@ def _chunks(tasks: Iterable[_Task]) -> Iterator[list[_Task]]:
             chunk, weight = [], 0
     if chunk:
         yield chunk
-
-
-@contextlib.contextmanager
-def _holding_interrupts() -> Iterator[None]:
-    """Deliver Ctrl-C after the block instead of within it (where the platform can)."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _make_picture(task: _Task) -> _Outcome:

@@ -9,7 +9,7 @@ from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import features, picture_check
 from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
 from vlm_bridge.data_pipeline.features import CacheUnavailable, FeatureCache, OnTheFlyPixels, Views
-from vlm_bridge.data_pipeline.shard_folder import ShardFolder
+from vlm_bridge.data_pipeline.shards import ShardFolder
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy.distributed import World
