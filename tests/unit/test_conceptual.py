@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -18,7 +15,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.explore import describe_items
 from vlm_bridge.data_pipeline.shards import ShardLoss, ShardSample, TarPicture, read_shard
 from vlm_bridge.data_pipeline.sources import SourceOptions, iter_pictures, make_source
-from vlm_bridge.data_pipeline.sources.conceptual import Conceptual, shards_command
+from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError, UsageError
 
@@ -285,26 +282,6 @@ def test_a_list_of_urls_says_how_to_get_shards(tmp_path: Path) -> None:
         ) as caught:
             make_source("conceptual", SourceOptions(input_dir=given)).items()
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("sh"), reason="needs a POSIX shell")
-def test_the_command_for_shards_is_one_that_a_shell_runs(tmp_path: Path) -> None:
-    table = tmp_path / "it's a table.tsv"
-    table.write_text("a caption\thttp://example.com/1.jpg\n")
-    fake = tmp_path / "img2dataset"
-    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
-    fake.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(
-        ["sh", "-c", shards_command(table, tmp_path / "out dir")],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    words = done.stdout.splitlines()
-    listed = Path(words[words.index("--url_list") + 1])
-    assert listed.read_text() == "caption\turl\na caption\thttp://example.com/1.jpg\n"
-    assert words[words.index("--output_folder") + 1] == str(tmp_path / "out dir")
 
 
 def test_folders_without_shards_are_named(tmp_path: Path) -> None:

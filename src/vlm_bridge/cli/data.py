@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_bridge.cli.download import download
+from vlm_bridge.data_pipeline.downloads import DATASETS
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("download")(download)
+DatasetName = StrEnum("DatasetName", list(DATASETS))
 
 
 # These are written out, since importing the originals would slow down --help; a test compares them.
@@ -89,6 +89,30 @@ _NUM_TEST = typer.Option(
 _WORDINGS = typer.Option(2, min=1, max=2, help="Captions a picture (scenes).")
 _SEED = typer.Option(0, help="Seed of the splits (local) or of the drawing (scenes).")
 _JSON = typer.Option(False, "--json", help="Print JSON.")
+
+
+@app.command("download")
+def download(
+    name: DatasetName = typer.Argument(..., help="The dataset."),
+    output_dir: Path = typer.Option(None, help="Folder to fetch to. (default: datasets/NAME)"),
+    year: int = typer.Option(2017, help="2014 or 2017 (coco)."),
+) -> None:
+    """Print the commands that download a dataset, for `| sh`; run again, they continue."""
+    import shlex
+
+    from vlm_bridge.data_pipeline.sources import SOURCES
+    from vlm_bridge.errors import UsageError
+
+    if year not in (2014, 2017):
+        raise UsageError(f"--year {year}: choose from 2014, 2017")
+    dataset, source = DATASETS[name], SOURCES[name]
+    folder = output_dir or Path("datasets") / name
+    read_from = shlex.quote(str(folder / "shards" if name == "conceptual" else folder))
+    for line in (source.description, f"page: {dataset.page}", f"licence: {source.licence_note}"):
+        print(f"# {line}")
+    print("set -e", *dataset.commands(folder, year), sep="\n")
+    print(f"# then: vlm-data transform --source {name} --input-dir {read_from} ", end="")
+    print(f"--output-dir data/{name}")
 
 
 @app.command("explore-dataset")

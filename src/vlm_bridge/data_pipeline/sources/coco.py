@@ -171,7 +171,7 @@ class Coco:
         wanted = f"captions_train{self.year or YEARS[0]}.json"
         raise DataError(
             f"{self.input_dir} is not COCO: it has neither annotations/{wanted} nor dataset_coco.json "
-            "(vlm-data download coco gets them)"
+            "(vlm-data download coco prints how to get them)"
         )
 
     def _images(self) -> tuple[dict[int, Path], list[str]]:
