@@ -208,8 +208,12 @@ def read_token_file(content: bytes, folder: Path) -> None:
 
 
 def read_tags(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, clean_caption
-    from vlm_bridge.data_pipeline.tags import TagCounter, strip_tags
+    from vlm_bridge.data_pipeline.captions import (
+        MAX_CAPTION_CHARACTERS,
+        clean_caption,
+        strip_tags,
+    )
+    from vlm_bridge.data_pipeline.explore import count_tags
 
     caption = content.decode(errors="replace")[:MAX_CAPTION_CHARACTERS]
     plain = strip_tags(caption)
@@ -217,9 +221,7 @@ def read_tags(content: bytes, folder: Path) -> None:
     for style in ("raw", "sentence"):
         cleaned = clean_caption(plain, style)
         assert clean_caption(cleaned, style) == cleaned and "\n" not in cleaned
-    counter = TagCounter()
-    counter.add(caption)
-    counter.summary()
+    count_tags([caption])
 
 
 def read_recipe(content: bytes, folder: Path) -> None:

@@ -1,10 +1,13 @@
-"""Cleaning captions."""
+"""Clean captions, and remove and count their grounding tags."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from vlm_bridge.data_pipeline.captions import clean_caption
+from vlm_bridge.data_pipeline.captions import clean_caption, find_tags, strip_tags
+from vlm_bridge.data_pipeline.explore import count_tags
 
 SENTENCES = [
     ("A black dog is running in the snow .", "A black dog is running in the snow."),
@@ -42,3 +45,110 @@ def test_raw_style_keeps_wording_and_punctuation() -> None:
     assert clean_caption(' a dog ,  " running "\n', "raw") == 'a dog , " running "'
     assert clean_caption("cafe\u0301", "raw") == "caf\u00e9"
     assert clean_caption("\ufeffa\u200b dog\x07", "raw") == "a dog"
+
+
+# Written text, and the text without tags.
+CASES = {
+    "no tag": ("A man walks.", "A man walks."),
+    "object": ('<gdo class="person" person-0>The man</gdo> walks.', "The man walks."),
+    "action": ('A man <gda class="run" person-0>runs</gda> fast.', "A man runs fast."),
+    "location": ('He sits <gdl class="couch" couch-0>on the couch</gdl>.', "He sits on the couch."),
+    "several ids": ('<gdo class="person" person-0 person-1 person-12>Three people</gdo> wait.', "Three people wait."),
+    "no ids": ('<gdo class="person">The man</gdo> walks.', "The man walks."),
+    "no class": ("<gdo person-0>The man</gdo> walks.", "The man walks."),
+    "bare": ("<gdo>The man</gdo> walks.", "The man walks."),
+    "ids with dashes": ('<gdl class="wall-other-merged" wall-other-merged-3>at the wall</gdl>', "at the wall"),
+    "class of two words": ('<gdo class="dining table" dining table-0>a table</gdo>', "a table"),
+    "nested": (
+        '<gdo class="person" person-0>The man <gda class="hold" person-0>holding <gdo class="cup" cup-0>a cup</gdo>'
+        "</gda></gdo> smiles.",
+        "The man holding a cup smiles.",
+    ),
+    "overlapping": ("<gdo a-0>the <gda b-0>big</gdo> dog</gda>", "the big dog"),
+    "tags alone in a row": ("<gdo p-0>the man</gdo><gda p-0>running</gda>", "the man running"),
+    "never closed": ('<gdo class="person" person-0>The man walks.', "The man walks."),
+    "never opened": ("The man</gdo> walks.", "The man walks."),
+    "closed twice": ("<gdo p-0>The man</gdo></gdo> walks.", "The man walks."),
+    "closed by another": ("<gdo p-0>The man</gda> walks.", "The man walks."),
+    "empty tag": ('A <gdo class="dog" dog-0></gdo> man.', "A man."),
+    "opening without its end": ('<gdo class="person" person-0 The man</gdo> walks.', "The man walks."),
+    "closing without its end": ("<gdo p-0>The man</gdo walks.", "The man walks."),
+    "cut off in a class": ('A man and <gdo class="per', "A man and"),
+    "cut off after the class": ('A man and <gdo class="person" person-', "A man and"),
+    "cut off in a name": ("A man and a dog</g", "A man and a dog"),
+    "cut off after the bracket": ("A man and a dog</", "A man and a dog"),
+    "single quotes": ("<gdo class='person' person-0>The man</gdo>", "The man"),
+    "quote never closed": ('<gdo class="person person-0>The man</gdo> walks.', "The man walks."),
+    "no quotes": ("<gdo class=person person-0>The man</gdo>", "The man"),
+    "capitals": ('<GDO CLASS="person" person-0>The man</GDO>', "The man"),
+    "spaces inside": ('< gdo class = "person"  person-0 >The man</ gdo > walks.', "The man walks."),
+    "no space before class": ('<gdoclass="person" person-0>The man</gdo>', "The man"),
+    "over lines": ('<gdo class="person"\n  person-0>The\nman</gdo>\nwalks.', "The\nman walks."),
+    "self-closing": ("A man <gdo/> walks.", "A man walks."),
+    "space before a full stop": ("He holds <gdo c-0>a cup </gdo>.", "He holds a cup."),
+    "space after an opening": ("He holds<gdo c-0> a cup</gdo>.", "He holds a cup."),
+    "possessive": ("<gdo p-0>the man</gdo>'s hat and <gdo p-1>hers</gdo> \u2019s", "the man's hat and hers\u2019s"),
+    "plural outside": ("two <gdo dog-0 dog-1>dog</gdo>s and <gdo b-0>box</gdo>es", "two dogs and boxes"),
+    "words with no space": ("a<gdo d-0>dog</gdo>runs", "a dog runs"),
+    "sentence after a tag": ("He is <gda p-0>running.</gda><gdo p-1>She</gdo> waits.", "He is running. She waits."),
+    "brackets": ("a cup (<gdo c-0> the red one </gdo>) falls", "a cup (the red one) falls"),
+    "quotation": ('"<gdo p-0>The man</gdo>" walks', '"The man" walks'),
+    "hyphen": ("a well-<gda p-0>dressed</gda> man", "a well-dressed man"),
+    "entities": ("Tom &amp; Jerry&#39;s &quot;house&quot; &#x2014; big", "Tom & Jerry's \"house\" \u2014 big"),
+    "escaped tag": ("&lt;gdo class=&quot;dog&quot; dog-0&gt;a dog&lt;/gdo&gt; runs", "a dog runs"),
+    "escaped twice": ("&amp;lt;gdo dog-0&amp;gt;a dog&amp;lt;/gdo&amp;gt; runs", "a dog runs"),
+    "no entity": ("R&B plays, cat&copy and &unknown; stay", "R&B plays, cat&copy and &unknown; stay"),
+    "less than": ("5 < 6 and 7 > 3, or x<y", "5 < 6 and 7 > 3, or x<y"),
+    "escaped less than": ("5 &lt; 6 in <gdo d-0>a sign</gdo>", "5 < 6 in a sign"),
+    "heart": ("a sign reads I <3 you", "a sign reads I <3 you"),
+    "other markup": ("a <b>bold</b> <sign> stands", "a <b>bold</b> <sign> stands"),
+    "nearly a tag": ("<gdansk> and <gdx> and <gd o> stay", "<gdansk> and <gdx> and <gd o> stay"),
+    "arrow at the end": ("an arrow points left <", "an arrow points left <"),
+    "only tags": ('<gdo class="person" person-0></gdo>', ""),
+    "empty": ("", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tags_go_and_text_stays(case: str) -> None:
+    written, plain = CASES[case]
+    assert strip_tags(written) == plain
+    assert strip_tags(plain) == plain
+
+
+def test_any_mixture_of_pieces_is_clean_after_one_pass() -> None:
+    pieces = ["<gdo", ' class="person"', " person-0", ">", "</gdo>", "<gda x-1>", "the man", " ", "&lt;", "&gt;",
+              "&amp;", "gdl", "<", "/", "'s", ".", "(", "</gd", "\n"]  # fmt: skip
+    rng = random.Random(0)
+    for _ in range(1500):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(12)))
+        once = strip_tags(text)
+        assert strip_tags(once) == once, text
+        assert not find_tags(once), text
+
+
+def test_a_hostile_caption_takes_no_time() -> None:
+    for piece in ("<gdo ", "<gdo class=", "a-0 ", "< ", "</gdo", ' class="', "&lt;"):
+        strip_tags("<gdo " + piece * 3000)
+
+
+def test_counts_by_kind_class_and_number_of_ids() -> None:
+    summary = count_tags(
+        [
+            '<gdo class="person" person-0 person-1>Two men</gdo> '
+            '<gda class="run" person-0 person-1>run</gda>.',
+            "&lt;gdo class='dog' dog-0&gt;A dog&lt;/gdo&gt; <gdo>sits",
+            "Nothing is marked: 3 < 4.",
+        ]
+    )
+    assert summary is not None
+    assert (summary["captions_with_tags"], summary["captions_without_tags"]) == (2, 1)
+    assert summary["captions_with_unbalanced_tags"] == 1
+    assert summary["ids_per_caption"] == 1.5
+    objects, actions, locations = (summary["kinds"][kind] for kind in ("gdo", "gda", "gdl"))
+    assert (objects["tags"], objects["per_caption"]) == (3, 1.0)
+    assert (actions["tags"], locations["tags"]) == (1, 0)
+    assert dict(objects["most_common"]) == {"person": 1, "dog": 1, "(none)": 1}
+    assert objects["ids_per_tag"] == {0: 1, 1: 1, 2: 1}
+    assert (actions["classes"], actions["most_common"]) == (1, [("run", 1)])
+    assert count_tags(["A man <b>walks</b>."]) is None

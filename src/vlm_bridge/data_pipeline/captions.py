@@ -1,53 +1,86 @@
-"""Cleaning captions: the smallest edits that make text of many origins look like one author's sentences."""
+"""Clean captions: whitespace, punctuation, and the grounding tags of GroundCap.
+
+GroundCap (Oliveira, Teodoro and de Matos, 2025, arXiv:2502.13898) ties phrases to detections::
+
+    <gdo class="person" person-0>the man</gdo> <gda class="run" person-0>runs</gda>
+
+A model wrote these captions: tags may be nested, cut short, never closed, or escaped as HTML.
+"""
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 CaptionStyle = Literal["sentence", "raw"]
 CAPTION_STYLES: tuple[str, ...] = get_args(CaptionStyle)
-
 MAX_CAPTION_CHARACTERS = 10_000
-"""A longer text is no caption, and is set aside."""
 
 _SPACE_BEFORE_CLOSING = re.compile(r"\s+([,.;:!?%)\]])")
 _SPACE_AFTER_OPENING = re.compile(r"([(\[])\s+")
-# Tokenised corpora part clitics from their word: "dog 's", "do n't", "they 're".
+# Tokenized corpora separate clitics from their word: "dog 's", "do n't", "they 're".
 _PARTED_CLITIC = re.compile(r"\s+('(?:s|re|ve|ll|d|m)|n't)\b", re.IGNORECASE)
 _QUOTE_LOOKALIKES = re.compile(r"``|''|[“”„«»]")
 _SPACED_QUOTATION = re.compile(r'"\s*([^"]*?)\s*"')
 _CLOSING_MARKS = " .,;:!?…-"
 
+_CLASS = r"""\s*class\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
+_ID = r"[\w.-]*\w-\d+\b"
+# A tag ends at its first ">". Without one, only class and ids go with it; at the end of a caption,
+# any part of a tag does.
+_TAG = rf"""(?:
+    <\s* (?:/\s*)? gd[oal] (?:\b|(?=class\b)) (?:
+        [^<>]* >
+      | \s* (?:c|cl|cla|clas|class \s* (?:=\s*(?:["'][^"'<>]*)?)?) $
+      | (?:{_CLASS})? (?:\s+{_ID})* (?:\s+[\w.-]*-$)?
+    )
+  | < (?:/(?:gd?)?|gd) $
+)"""
+_TAGS = re.compile(_TAG, re.IGNORECASE | re.VERBOSE)
+_RUN_OF_TAGS = re.compile(rf"\s*{_TAG}(?:\s*{_TAG})*\s*", re.IGNORECASE | re.VERBOSE)
+_OPENING = re.compile(
+    r"""<\s*(?P<kind>gd[oal])(?:\s*class\s*=\s*
+    (?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"'>]+)))?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_IDS = re.compile(_ID)
+# With a semicolon only: "R&B" and "cat&copy" are text.
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*);")
+# An ampersand written as an entity, again and again: one step decodes them all.
+_AMPERSANDS = re.compile(r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);)+")
+# Text that belongs to the word before a tag: punctuation, clitics, a plural's ending.
+_ENDING = re.compile(r"[,.;:!?%)\]}]|['\u2019](?:s|re|ve|ll|d|m)\b|(?<=>)e?s\b", re.IGNORECASE)
+
 
 def clean_caption(text: str, style: CaptionStyle) -> str:
     """Return ``text`` cleaned; an empty string where no letter or digit is left.
 
-    ``raw`` normalises Unicode (NFC) and white space and drops control characters. ``sentence`` also removes
-    the spaces that tokenisation left around punctuation, drops stray quotes, and gives a capital first letter
-    and exactly one closing full stop. Cleaning twice changes nothing more.
+    ``raw`` normalizes Unicode (NFC) and white space and drops control characters. ``sentence`` also
+    removes the spaces that tokenization left around punctuation, drops stray quotes, and gives a
+    capital first letter and exactly one full stop. Cleaning twice changes nothing more.
     """
-    # Again, since what is taken away may let an accent meet its letter, or two apostrophes make a quotation mark.
+    # Repeat: a removal may join an accent to its letter, or two apostrophes to a quotation mark.
     while (cleaned := _cleaned_once(text, style)) != text:
         text = cleaned
     return text if any(character.isalnum() for character in text) else ""
 
 
 def _cleaned_once(text: str, style: CaptionStyle) -> str:
-    text = _normalise(text)
+    text = _normalize(text)
     return _as_sentence(text) if style == "sentence" else text
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
-    # Newlines and tabs are control characters too, but they part words.
+    # Newlines and tabs are control characters too, but they separate words.
     kept = "".join(c for c in text if c.isspace() or not _is_noise(c))
     return " ".join(kept.split())
 
 
 def _is_noise(character: str) -> bool:
-    # Joiners and other format characters (Cf) stay, since some scripts need them; these two mean nothing.
+    # Joiners and other format characters (Cf) stay: some scripts need them.
     return unicodedata.category(character) in ("Cc", "Cs") or character in "\ufeff\u200b"
 
 
@@ -65,10 +98,8 @@ def _as_sentence(text: str) -> str:
 
 
 def _closed(text: str) -> str:
-    """``text`` with one full stop for whatever marks end it, behind a closing quote.
-
-    No regular expression: an anchored run of marks takes time in the cube of the marks that a caption is made of.
-    """
+    """Replace the marks at the end by one full stop, behind a closing quote."""
+    # Not a regular expression: on a hostile caption of many marks it would take cubic time.
     body = text.rstrip(_CLOSING_MARKS)
     if body.endswith('"'):
         return body[:-1].rstrip(_CLOSING_MARKS) + '".'
@@ -76,10 +107,60 @@ def _closed(text: str) -> str:
 
 
 def _drop_stray_quotes(text: str) -> str:
-    """Remove double quotes that have no partner or that wrap the whole caption; keep quotations inside it."""
+    """Remove double quotes without a partner or around the whole caption; keep others."""
     if text.count('"') % 2:
         return text.replace('"', "")
     body = text.rstrip(" .")
     if text.count('"') == 2 and body.startswith('"') and body.endswith('"'):
         return text.replace('"', "")
     return text
+
+
+class Tag(NamedTuple):
+    """A grounding tag: ``gdo`` (object), ``gda`` (action) or ``gdl`` (location)."""
+
+    kind: str
+    is_opening: bool
+    object_class: str
+    ids: list[str]
+
+
+def find_tags(caption: str) -> list[Tag]:
+    """Return the opening and closing grounding tags of a caption in their order."""
+    found: list[Tag] = []
+    for text in _TAGS.findall(_decode_entities(caption)):
+        opening = _OPENING.match(text)
+        if opening is None:
+            found.append(Tag("", False, "", []))
+            continue
+        name = opening["double"] or opening["single"] or opening["bare"] or "(none)"
+        ids = _IDS.findall(text, opening.end())
+        found.append(Tag(opening["kind"].lower(), True, name, ids))
+    return found
+
+
+def strip_tags(text: str) -> str:
+    """Remove grounding tags, keep their words, and decode HTML entities.
+
+    Words that only tags separated get a space between them. Punctuation behind a tag moves up to
+    its word. Other markup stays. Stripping twice changes nothing more.
+    """
+    # Repeat: a tag may be escaped twice, or be complete only when another one is removed.
+    while (plain := _RUN_OF_TAGS.sub(_gap, _decode_entities(text))) != text:
+        text = plain
+    return text
+
+
+def _decode_entities(text: str) -> str:
+    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), _AMPERSANDS.sub("&", text))
+
+
+def _gap(run: re.Match[str]) -> str:
+    """Return the replacement for a run of tags and white space: nothing or one space."""
+    text, (start, end) = run.string, run.span()
+    before, after = text[start - 1 : start], text[end : end + 1]
+    if not (start and after) or before in "([{" or _ENDING.match(text, end):
+        return ""
+    if _TAGS.sub("", run[0]):
+        return " "
+    return " " if after.isalnum() and (before.isalnum() or before in ",.;:!?") else ""

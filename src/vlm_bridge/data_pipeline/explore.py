@@ -1,39 +1,39 @@
-"""Statistics of captioned pictures, before (a source) or after (a caption folder) they are transformed."""
+"""Count what is in a source, a caption folder or shards: splits, captions, words, tags, sizes."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, find_tags, strip_tags
 from vlm_bridge.data_pipeline.data_folder import DataFolder
 from vlm_bridge.data_pipeline.images import image_size, open_image
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import SPLITS
-from vlm_bridge.data_pipeline.tags import TagCounter, strip_tags
 from vlm_bridge.errors import ImageError
 
-UNDECIDED = "undecided"
-"""Split of images whose source leaves it to ``transform``."""
+TAG_MEANINGS = {"gdo": "objects", "gda": "actions", "gdl": "locations"}
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_UNDECIDED = "undecided"  # an image that `transform` will assign to a split
 _MOST_COMMON = 20
-_CAPTIONS_AT_ONCE = 1000
+
+Progress = Callable[[int, int], None]
 
 
-def folder_items(folder: DataFolder, set_aside: list[Rejected] | None = None) -> list[SourceItem]:
-    """Return the images of a caption folder or of shards, all splits, as if it were a source.
+def folder_items(folder: DataFolder, skipped: list[Rejected] | None = None) -> list[SourceItem]:
+    """Return the images of all splits of a caption folder or of shards.
 
     Args:
-        set_aside: takes the samples that are skipped, of shards and of folders that other tools prepared.
+        folder: the opened folder.
+        skipped: gets the samples that cannot be used, with a reason each.
     """
     items: list[SourceItem] = []
     for split in SPLITS:
@@ -44,50 +44,47 @@ def folder_items(folder: DataFolder, set_aside: list[Rejected] | None = None) ->
             SourceItem(image.original_id, list(image.captions), split, path=image.path)
             for image in folder.split(split, bad)
         ]
-        if set_aside is not None and bad is not None:
-            set_aside += [Rejected(sample.where, sample.reason) for sample in bad.samples]
+        if skipped is not None and bad is not None:
+            skipped += [Rejected(sample.where, sample.reason) for sample in bad.samples]
     return items
 
 
 def describe_items(
     items: Sequence[SourceItem],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     *,
     count_tokens: Callable[[list[str]], list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Return counts, caption lengths, vocabulary, tags and picture sizes (pixels, from the headers) as plain data.
-
-    A distribution is ``{"min", "median", "p95", "max"}``, or None of nothing; ``unreadable`` lists pictures
-    whose header cannot be read. Drawn pictures have no size before they are drawn. Words and tokens are those
-    of captions without grounding tags, which ``tags`` counts (:meth:`TagCounter.summary`).
+    """Return counts, lengths of captions, vocabulary, tags and image sizes as plain data.
 
     Args:
-        count_tokens: the number of tokens of each caption; without it ``tokens_per_caption`` is None.
+        items: the images. Words and tokens are counted without grounding tags. Sizes in pixels
+            come from the headers of the files; drawn images have none.
+        progress: is called with the number of images measured and their total.
+        count_tokens: returns the number of tokens of each caption.
+
+    Returns:
+        Distributions are ``{"min", "median", "p95", "max"}``, or None without values.
     """
+    captions = [caption for item in items for caption in item.captions]
+    plain = [plain_caption(caption) for caption in captions]
     vocabulary: Counter[str] = Counter()
-    tags = TagCounter()
     num_words: list[int] = []
+    for caption in plain:
+        words = _WORD.findall(caption.lower())
+        num_words.append(len(words))
+        vocabulary.update(words)
     num_tokens: list[int] = []
-    for captions in _batches(
-        (caption for item in items for caption in item.captions), _CAPTIONS_AT_ONCE
-    ):
-        plain = [plain_caption(caption) for caption in captions]
-        for caption, text in zip(captions, plain, strict=True):
-            tags.add(caption[:MAX_CAPTION_CHARACTERS])
-            words = _words(text)
-            num_words.append(len(words))
-            vocabulary.update(words)
-        if count_tokens is not None:
-            num_tokens += count_tokens(plain)
-    sizes, unreadable = _picture_sizes(items, progress)
-    splits = Counter(item.split or UNDECIDED for item in items)
+    if count_tokens is not None:
+        for start in range(0, len(plain), 1000):
+            num_tokens += count_tokens(plain[start : start + 1000])
+    sizes, unreadable = _image_sizes(items, progress)
+    splits = Counter(item.split or _UNDECIDED for item in items)
     films = Counter(item.film for item in items if item.film is not None)
     return {
         "images": len(items),
-        "captions": sum(len(item.captions) for item in items),
-        "images_per_split": {
-            split: splits[split] for split in (*SPLITS, UNDECIDED) if splits[split]
-        },
+        "captions": len(captions),
+        "images_per_split": {s: splits[s] for s in (*SPLITS, _UNDECIDED) if splits[s]},
         "films": len(films),
         "images_per_film": distribution(films.values()),
         "captions_per_image": distribution(len(item.captions) for item in items),
@@ -98,21 +95,56 @@ def describe_items(
             "seen_once": sum(count == 1 for count in vocabulary.values()),
             "most_common": vocabulary.most_common(_MOST_COMMON),
         },
-        "tags": tags.summary(),
+        "tags": count_tags(captions),
         "picture_width": distribution(width for width, _ in sizes),
         "picture_height": distribution(height for _, height in sizes),
         "unreadable": [{"id": item.id, "reason": item.reason} for item in unreadable],
     }
 
 
+def count_tags(captions: Sequence[str], most_common: int = 10) -> dict[str, Any] | None:
+    """Return counts of grounding tags as plain data, None without any.
+
+    For each kind: the number of tags, of classes, the most frequent ``[class, count]``, and how
+    many tags name 0, 1, 2 ... detections. ``ids_per_caption`` is the mean number of different
+    detections.
+    """
+    found = (find_tags(caption[:MAX_CAPTION_CHARACTERS]) for caption in captions)
+    tagged = [tags for tags in found if tags]
+    if not tagged:
+        return None
+    kinds: dict[str, Any] = {}
+    for kind, meaning in TAG_MEANINGS.items():
+        of_kind = [tag for tags in tagged for tag in tags if tag.kind == kind]
+        classes = Counter(tag.object_class for tag in of_kind)
+        kinds[kind] = {
+            "meaning": meaning,
+            "tags": len(of_kind),
+            "per_caption": len(of_kind) / len(captions),
+            "classes": len(classes),
+            "most_common": classes.most_common(most_common),
+            "ids_per_tag": dict(sorted(Counter(len(tag.ids) for tag in of_kind).items())),
+        }
+    num_ids = [len({name for tag in tags for name in tag.ids}) for tags in tagged]
+    return {
+        "captions_with_tags": len(tagged),
+        "captions_without_tags": len(captions) - len(tagged),
+        "captions_with_unbalanced_tags": sum(
+            2 * sum(tag.is_opening for tag in tags) != len(tags) for tags in tagged
+        ),
+        "ids_per_caption": float(np.mean(num_ids)),
+        "kinds": kinds,
+    }
+
+
 def plain_caption(caption: str) -> str:
-    """Return a caption without grounding tags, on one line; a text too long to be a caption keeps what looks so."""
+    """Return a caption on one line and without grounding tags."""
     plain = strip_tags(caption) if len(caption) <= MAX_CAPTION_CHARACTERS else caption
     return " ".join(plain.split())
 
 
 def distribution(values: Iterable[int]) -> dict[str, float] | None:
-    """Return minimum, median, 95th percentile and maximum; None of nothing."""
+    """Return minimum, median, 95th percentile and maximum; None without values."""
     array = np.fromiter(values, dtype=np.int64)
     if not array.size:
         return None
@@ -127,9 +159,9 @@ def sample_items(items: Sequence[SourceItem], count: int, seed: int = 0) -> list
 
 
 def find_broken(
-    items: Sequence[SourceItem], progress: Callable[[int, int], None] = lambda done, total: None
+    items: Sequence[SourceItem], progress: Progress = lambda done, total: None
 ) -> list[Rejected]:
-    """Decode the picture of every item in full and return those that fail."""
+    """Decode every image in full and return those that fail."""
     broken: list[Rejected] = []
     for done, item in enumerate(items, start=1):
         try:
@@ -141,29 +173,19 @@ def find_broken(
     return broken
 
 
-def _words(caption: str) -> list[str]:
-    return _WORD.findall(caption.lower())
-
-
-def _batches(captions: Iterable[str], size: int) -> Iterator[list[str]]:
-    captions = iter(captions)
-    while batch := list(islice(captions, size)):
-        yield batch
-
-
-def _picture_sizes(
-    items: Sequence[SourceItem], progress: Callable[[int, int], None]
+def _image_sizes(
+    items: Sequence[SourceItem], progress: Progress
 ) -> tuple[list[tuple[int, int]], list[Rejected]]:
     sizes: list[tuple[int, int]] = []
     unreadable: list[Rejected] = []
-    made = [item for item in items if item.draw is None]
-    for done, (item, picture) in enumerate(zip(made, iter_pictures(made), strict=True), start=1):
+    stored = [item for item in items if item.draw is None]
+    for done, (item, image) in enumerate(zip(stored, iter_pictures(stored), strict=True), start=1):
         try:
-            if picture is None:
-                raise ImageError(item.image_id, "the source holds no picture for it")
-            assert not callable(picture)
-            sizes.append(image_size(picture))
+            if image is None:
+                raise ImageError(item.image_id, "the source holds no image for it")
+            assert not callable(image)
+            sizes.append(image_size(image))
         except ImageError as error:
             unreadable.append(Rejected(item.image_id, error.reason))
-        progress(done, len(made))
+        progress(done, len(stored))
     return sizes, unreadable

@@ -1,43 +1,36 @@
-"""Which split an image belongs to, decided by a seed, ids and films: never by the order or number of processes."""
+"""Assign images to train, val and test by a seed and their ids, in any order of the images."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
-
-import numpy as np
 
 from vlm_bridge.errors import DataError, UsageError
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+SplitBy = Literal["hash", "image", "film"]
 
 DUPLICATE_PRIORITY: tuple[SplitName, ...] = ("test", "val", "train")
-"""An image found in several splits stays in the first of these: losing a training image costs least."""
-
-SplitBy = Literal["hash", "image", "film"]
-"""How images are dealt out; see :class:`SplitRule`."""
+"""A duplicate stays in the first of these: losing a training image costs least."""
 
 _HELD_OUT: tuple[SplitName, ...] = ("test", "val")
-
 _SYNONYMS: dict[str, SplitName] = {
-    "train": "train",
     "training": "train",
-    "val": "val",
     "valid": "val",
     "validation": "val",
     "dev": "val",
-    "test": "test",
 }
 
 
 def normalise_split(name: str) -> SplitName | None:
-    """Return ours for any usual name of a split (``validation``, ``dev`` ...), None for an unknown one."""
-    return _SYNONYMS.get(name.strip().lower())
+    """Return our name of a split, such as ``val`` for ``dev``; None for an unknown one."""
+    name = name.strip().lower()
+    return name if name in SPLITS else _SYNONYMS.get(name)
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
@@ -47,21 +40,22 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
             raise UsageError(f"{option} must be at least 0 and below 1, not {fraction}")
     if val_fraction + test_fraction >= 1:
         raise UsageError(
-            "--val-fraction and --test-fraction leave nothing to train on: their sum must be below 1"
+            "--val-fraction and --test-fraction leave nothing to train on: "
+            "their sum must be below 1"
         )
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How images are split whose dataset names no split.
+    """Assigns images to splits where the dataset does not.
 
     Attributes:
-        by: ``hash`` looks at each id alone, so that adding images never moves the others, and shares are
-            approximate. ``image`` gives exact shares. ``film`` keeps the images of a film together, as near to
-            the shares as whole films allow. None is ``film`` where every id names one and ``image`` elsewhere.
+        by: ``hash`` uses each id alone: new images never move the others, and shares are
+            approximate. ``image`` gives exact shares. ``film`` keeps the images of a film together,
+            as near to the shares as possible. None is ``film`` where every id names one and
+            ``image`` elsewhere.
         val_fraction, test_fraction: shares of those images, in [0, 1); the rest is for training.
-        held_out_at_least: images that validation and testing get each, for shares made for large sets: a small set
-            is dealt out in exact, larger shares, of a tenth at most. 0 keeps the shares as they are.
+        held_out_at_least: images that val and test get at least, by shares up to a tenth.
 
     Raises:
         UsageError: the fractions leave nothing to train on.
@@ -76,16 +70,15 @@ class SplitRule:
         check_fractions(self.val_fraction, self.test_fraction)
 
     def resolve(self, films: Sequence[str | None]) -> SplitRule:
-        """Return this rule with all decided for images of these films (None: the id names no film)."""
-        if films and self.held_out_at_least > len(films) * min(
-            self.val_fraction, self.test_fraction
-        ):
+        """Return the rule for images of these films (None: the id names no film), fully decided."""
+        val, test = self.val_fraction, self.test_fraction
+        if films and self.held_out_at_least > len(films) * min(val, test):
             share = round(min(0.1, self.held_out_at_least / len(films)), 4)
-            return SplitRule("image", max(self.val_fraction, share), max(self.test_fraction, share))
+            return SplitRule("image", max(val, share), max(test, share))
         if self.by is not None:
             return self
         by = "film" if films and all(film is not None for film in films) else "image"
-        return SplitRule(by, self.val_fraction, self.test_fraction)
+        return SplitRule(by, val, test)
 
     def assign(
         self, image_ids: Sequence[str], films: Sequence[str | None], *, seed: int
@@ -95,32 +88,29 @@ class SplitRule:
         Raises:
             DataError: by film, but an id names none, or there are fewer films than splits to fill.
         """
-        match self.resolve(films).by:
-            case "film":
-                return self._assign_films(image_ids, films, seed)
-            case "image":
-                ranked = sorted(
-                    image_ids, key=lambda image_id: (_position(image_id, seed), image_id)
-                )
-                sizes = self.sizes(len(ranked))
-                dealt: list[SplitName] = [s for s in (*_HELD_OUT, "train") for _ in range(sizes[s])]
-                split_of = dict(zip(ranked, dealt, strict=True))
-                return [split_of[image_id] for image_id in image_ids]
-            case _:
-                fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-                return [assign_split(image_id, seed=seed, **fractions) for image_id in image_ids]
+        by = self.resolve(films).by
+        if by == "film":
+            return self._assign_films(image_ids, films, seed)
+        if by == "hash":
+            val, test = self.val_fraction, self.test_fraction
+            return [
+                assign_split(i, seed=seed, val_fraction=val, test_fraction=test) for i in image_ids
+            ]
+        sizes = self.sizes(len(image_ids))
+        splits: list[SplitName] = [s for s in (*_HELD_OUT, "train") for _ in range(sizes[s])]
+        split_of = dict(zip(_shuffled(image_ids, seed), splits, strict=True))
+        return [split_of[image_id] for image_id in image_ids]
 
     def sizes(self, num_images: int) -> dict[SplitName, int]:
-        """Return how many images each split gets: whole shares, then one more for the largest remainders.
+        """Return the number of images of each split, by the largest-remainder method.
 
-        Equal remainders are served in the order train, val, test. 52,350 images at 80/5/15 are 41,880 / 2,618 / 7,852.
+        52,350 images at 80/5/15 are 41,880 / 2,618 / 7,852.
         """
-        # Of the decimals as they were written: in binary, 1 - 0.05 - 0.15 is a little less than 0.8.
+        # Decimals as they were written: in binary, 1 - 0.05 - 0.15 is a little less than 0.8.
         val, test = Fraction(str(self.val_fraction)), Fraction(str(self.test_fraction))
         share_of: dict[SplitName, Fraction] = {"train": 1 - val - test, "val": val, "test": test}
-        shares = {split: share * num_images for split, share in share_of.items()}
-        sizes: dict[SplitName, int] = {split: int(shares[split]) for split in SPLITS}
-        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - shares[split])
+        sizes: dict[SplitName, int] = {s: int(share_of[s] * num_images) for s in SPLITS}
+        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - share_of[split] * num_images)
         for split in by_remainder[: num_images - sum(sizes.values())]:
             sizes[split] += 1
         return sizes
@@ -138,77 +128,61 @@ class SplitRule:
     def _assign_films(
         self, image_ids: Sequence[str], films: Sequence[str | None], seed: int
     ) -> list[SplitName]:
-        for image_id, film in zip(image_ids, films, strict=True):
-            if film is None:
-                raise DataError(
-                    f"image id {image_id!r} names no film (tt and digits): use --split-by image"
-                )
-        images_of = Counter(film for film in films if film is not None)
+        if None in films:
+            image_id = image_ids[films.index(None)]
+            raise DataError(
+                f"image id {image_id!r} names no film (tt and digits): use --split-by image"
+            )
+        num_images = Counter(film for film in films if film is not None)
         wanted = self.sizes(len(image_ids))
         to_fill: list[SplitName] = [split for split in _HELD_OUT if wanted[split]]
-        if len(images_of) <= len(to_fill) and image_ids:
+        if len(num_images) <= len(to_fill) and image_ids:
             raise DataError(
-                f"{len(images_of)} film(s) cannot fill {len(to_fill) + 1} splits, and a film never spans two: "
-                "use --split-by image"
+                f"{len(num_images)} film(s) cannot fill {len(to_fill) + 1} splits, and a film "
+                "never spans two: use --split-by image"
             )
-        remaining = sorted(images_of, key=lambda film: (_position(film, seed), film))
-        split_of: dict[str, SplitName] = {}
-        for number, split in enumerate(to_fill, start=1):
-            chosen = nearest_subset(
-                [images_of[film] for film in remaining],
-                wanted[split],
-                leave=len(to_fill) + 1 - number,
-            )
+        remaining = _shuffled(num_images, seed)
+        split_of: dict[str | None, SplitName] = {}
+        for left, split in zip(range(len(to_fill), 0, -1), to_fill, strict=True):
+            sizes = [num_images[film] for film in remaining]
+            chosen = nearest_subset(sizes, wanted[split], leave=left)
             split_of |= {remaining[index]: split for index in chosen}
             remaining = [film for film in remaining if film not in split_of]
-        return [split_of.get(film or "", "train") for film in films]
+        return [split_of.get(film, "train") for film in films]
 
 
 def nearest_subset(sizes: Sequence[int], target: int, *, leave: int) -> list[int]:
-    """Return the indices of some ``sizes`` (all positive) whose sum is as near to ``target`` as any can be.
+    """Return indices of ``sizes`` (positive) whose sum is as near to ``target`` as possible.
 
-    At least one is chosen and at least ``leave`` are not. Of equally near sums the one wins that needs the fewest
-    of the first sizes, so that their order (of a shuffle) decides.
-
-    Subset-sum by dynamic programming: O(len(sizes) * (target + largest size)) time, the same in bytes.
+    At least one index is chosen, and at least ``leave`` are not. Among equally near sums, the one
+    found with the fewest leading sizes wins, so a shuffle of the sizes decides. Time is
+    O(len(sizes) * target).
     """
-    # The best sum is below twice the target, or else a single size.
-    limit = max(2 * target, *sizes)
-    most = len(sizes) - leave
-    # Per sum: the fewest sizes that make it. took[k][s]: the best way to s with sizes 0..k takes size k.
-    fewest = np.full(limit + 1, most + 1)
-    fewest[0] = 0
-    took: list[np.ndarray] = []
-    nearest: tuple[int, int] | None = None  # (distance, sum)
-    through = 0
-    distance = np.abs(np.arange(limit + 1) - target)
-    for k, size in enumerate(sizes):
-        with_k = fewest[: limit + 1 - size] + 1
-        better = with_k < fewest[size:]
-        fewest[size:][better] = with_k[better]
-        took.append(np.concatenate((np.zeros(size, dtype=bool), better)))
-        possible = np.flatnonzero((fewest <= most)[1:]) + 1
-        if possible.size:
-            best = int(possible[distance[possible].argmin()])
-            if nearest is None or distance[best] < nearest[0]:
-                nearest, through = (int(distance[best]), best), k
+    limit = max(2 * target, *sizes)  # a better sum is below twice the target, or a single size
+    reached: dict[int, tuple[int, ...]] = {0: ()}  # each sum by the fewest sizes
+    nearest: tuple[int, int] | None = None  # distance, sum
+    chosen: tuple[int, ...] = ()
+    for index, size in enumerate(sizes):
+        for total, before in list(reached.items()):
+            new = total + size
+            if new > limit or len(before) == len(sizes) - leave:
+                continue
+            if new not in reached or len(before) + 1 < len(reached[new]):
+                reached[new] = (*before, index)
+        best = min(((abs(total - target), total) for total in reached if total), default=None)
+        if best is not None and (nearest is None or best[0] < nearest[0]):
+            nearest, chosen = best, reached[best[1]]
         if nearest is not None and nearest[0] == 0:
             break
     if nearest is None:
         raise ValueError(f"{len(sizes)} sizes cannot be chosen from while {leave} are left")
-    chosen: list[int] = []
-    rest = nearest[1]
-    for k in range(through, -1, -1):
-        if took[k][rest]:
-            chosen.append(k)
-            rest -= sizes[k]
-    return chosen[::-1]
+    return list(chosen)
 
 
 def assign_split(
     image_id: str, *, seed: int, val_fraction: float, test_fraction: float
 ) -> SplitName:
-    """Return the split of an image: a hash of (seed, id), so adding images never moves the others."""
+    """Return the split of an image: a hash of (seed, id), so new images never move the others."""
     position = _position(image_id, seed)
     if position < test_fraction:
         return "test"
@@ -219,3 +193,7 @@ def _position(name: str, seed: int) -> float:
     """Return a number in [0, 1) that depends on the name and the seed alone."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
+
+
+def _shuffled(names: Iterable[str], seed: int) -> list[str]:
+    return sorted(names, key=lambda name: (_position(name, seed), name))

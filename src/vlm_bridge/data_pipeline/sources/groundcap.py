@@ -14,7 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle
+from vlm_bridge.data_pipeline.captions import (
+    MAX_CAPTION_CHARACTERS,
+    CaptionStyle,
+    strip_tags,
+)
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
 from vlm_bridge.data_pipeline.splits import (
@@ -23,7 +27,6 @@ from vlm_bridge.data_pipeline.splits import (
     SplitRule,
     normalise_split,
 )
-from vlm_bridge.data_pipeline.tags import strip_tags
 from vlm_bridge.errors import DataError
 from vlm_bridge.hub import hub_problem
 
