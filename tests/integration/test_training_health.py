@@ -206,11 +206,7 @@ def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
 def test_weights_that_overflow_stop_the_run_and_are_never_saved(
     make_recipe: MakeRecipe, log_every: int
 ) -> None:
-    settings = (
-        "num_epochs=2",
-        "save_every=2 steps",
-        f"log_every_n_steps={log_every}",
-    )
+    settings = ("num_epochs=2", "save_every=2 steps", f"log_every_n_steps={log_every}")
     run = Run(make_recipe("run", *settings))
     run.explodes_in_step = 3
     with pytest.raises(TrainingError, match="weights are not finite any more") as stopped:
@@ -226,9 +222,7 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 def test_weights_that_overflow_before_anything_is_saved(make_recipe: MakeRecipe) -> None:
     run = Run(make_recipe("run"))
     run.explodes_in_step = 1
-    with pytest.raises(
-        TrainingError, match=r"stopped at step 1: .* start with a learning_rate below 0.01"
-    ):
+    with pytest.raises(TrainingError, match=r"stopped at step 1: .* start with a learning_rate"):
         run.train()
     assert not Path(run.recipe.checkpoint_dir).exists()
 

@@ -41,11 +41,7 @@ def make_recipe(
             feature_cache=str(tmp_path / "features"),
             num_epochs=1,
             num_validation_samples=0,
-            distillation={
-                "teacher": str(tiny_blip_dir),
-                "steps": 40,
-                "learning_rate": 1e-2,
-            },
+            distillation={"teacher": str(tiny_blip_dir), "steps": 40, "learning_rate": 1e-2},
         )
         return override_recipe(recipe, overrides)
 
@@ -110,10 +106,7 @@ def test_what_cannot_be_distilled_is_refused_before_features_are_computed(
     with pytest.raises(ConfigurationError, match=r"it needs bridge\.kind=projection"):
         train(prefix)
     assert not (tmp_path / "features").exists()
-    for override in (
-        "distillation.steps=0",
-        "distillation.learning_rate=0",
-    ):
+    for override in ("distillation.steps=0", "distillation.learning_rate=0"):
         with pytest.raises(ConfigurationError, match=override.split("=")[0]):
             make_recipe(override)
 

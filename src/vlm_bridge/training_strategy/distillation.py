@@ -27,7 +27,7 @@ LOG_TIMES = 10
 
 
 def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
-    """Refuse an impossible distillation by the teacher's configuration, before features are computed.
+    """Refuse an impossible distillation before features are computed.
 
     Raises:
         ConfigurationError: there is no projection, or the teacher has another width.
@@ -47,15 +47,12 @@ def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
 
 
 def distill_projection(
-    model: CaptionModel,
-    recipe: Recipe,
-    features: Features,
-    paths: Sequence[PictureFile],
+    model: CaptionModel, recipe: Recipe, features: Features, paths: Sequence[PictureFile]
 ) -> list[float]:
-    """Fit the projection to a teacher's features of the same images by mean squared error, in float32.
+    """Fit the projection in float32 to a teacher's features of the same images.
 
-    The teacher's patch grid is averaged onto the student's, as Romero et al. 2015 (FitNets) match a
-    hint layer, without class tokens.
+    The loss is the mean squared error. The teacher's patch grid is averaged onto the student's, as
+    Romero et al. 2015 (FitNets) match a hint layer, without class tokens.
 
     Args:
         features: of the training images, or their pixels, by image index.

@@ -1,8 +1,8 @@
 """Several processes, on one machine or more, that `torchrun` or `accelerate launch` started.
 
 Every process holds the whole model and computes its share of the rows of every batch. Gradients of
-the trained weights, a few percent of the parameters, are summed once a step. DistributedDataParallel
-has no place for accumulation with global token counts or for empty shares.
+the trained weights, a few percent of the parameters, are summed once a step. It does
+without DistributedDataParallel, which has no place for global token counts and empty shares.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import distributed
 from vlm_bridge import runtime
 from vlm_bridge.errors import ConfigurationError, VLMBridgeError
 
+# One machine may prepare its caches long before another; a dead process is noticed at once.
 TIMEOUT = timedelta(days=2)
-"""One machine may prepare its caches long before another; a dead process is noticed at once."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,8 +110,8 @@ class World:
             if fact != first[name]
         ]:
             raise ConfigurationError(
-                f"process {self.rank} of {self.size} has {'; '.join(others)} as the first one: start all "
-                "of them with the same recipe, on the same data"
+                f"process {self.rank} of {self.size} has {'; '.join(others)} as the first one: "
+                "start all of them with the same recipe, on the same data"
             )
 
     @contextmanager
@@ -134,15 +134,15 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerFailed(
-            "another process of this run is gone: see its own message, or it was killed or its machine "
-            "cannot be reached"
+            "another process of this run is gone: see its own message, or it was killed or its "
+            "machine cannot be reached"
         ) from error
 
 
 class GradientSum:
     """Sum gradients over all processes, once an optimizer step.
 
-    The first step decides which parameters take part: a process with an empty share has no gradients.
+    The first step decides which parameters take part: an empty share has no gradients.
     """
 
     def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter]):
@@ -218,12 +218,12 @@ def _own_device(name: str, local_rank: int, local_size: int) -> torch.device:
         return device
     if device.type != "cuda" or device.index is not None:
         raise ConfigurationError(
-            f"device={name!r} cannot be shared by several processes: use device=cuda (a GPU each) or "
-            "device=cpu"
+            f"device={name!r} cannot be shared by several processes: use device=cuda (a GPU "
+            "each) or device=cpu"
         )
     if (count := torch.cuda.device_count()) < local_size:
         raise ConfigurationError(
-            f"{local_size} processes were started on this machine, which has {count} GPUs: start one for "
-            f"each (--nproc-per-node {count}), or use device=cpu"
+            f"{local_size} processes were started on this machine, which has {count} GPUs: start "
+            f"one for each (--nproc-per-node {count}), or use device=cpu"
         )
     return torch.device("cuda", local_rank)

@@ -30,7 +30,7 @@ BLIND_VALIDATIONS = 3  # in a row with a visual gain below BLIND_BELOW before a 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated caption with its image and references. ``token_ids`` are without prompt and EOS."""
+    """A generated caption with its image and references; tokens are without prompt and EOS."""
 
     image: Image.Image
     token_ids: Sequence[int]

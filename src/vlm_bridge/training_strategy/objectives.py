@@ -28,7 +28,7 @@ AddUp = Callable[[Sequence[float]], Sequence[float]]
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images [B] with their features or pixels on the way to the device; captions are sampled later."""
+    """Images [B] with their features or pixels on the way to the device, still without captions."""
 
     images: np.ndarray
     tensors: runtime.DeviceCopy

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.amp import GradScaler
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.model_architecture.trainable import TrainedParameter
@@ -17,8 +18,8 @@ def adamw(
 ) -> tuple[torch.optim.AdamW, list[float]]:
     """Build AdamW without weight decay on biases and norms.
 
-    Each pattern of ``trainable`` is one group with weight decay and one without, so that a resumed run
-    may have other rates. Parameter names are saved with the state.
+    Each pattern of ``trainable`` is one group with weight decay and one without, so that a resumed
+    run may have other rates. Parameter names are saved with the state.
 
     Returns:
         The optimizer, and each group's learning rate relative to the recipe's.
@@ -36,9 +37,9 @@ def adamw(
     return torch.optim.AdamW(options, lr=recipe.learning_rate, fused=True), relative
 
 
-def gradient_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
-    """Build the loss scaling of float16 (Micikevicius et al. 2018); other dtypes need none."""
-    return torch.amp.GradScaler(device.type, enabled=recipe.autocast_dtype == "float16")  # type: ignore[attr-defined]
+def gradient_scaler(recipe: Recipe, device: torch.device) -> GradScaler:
+    """Build the loss scaling of float16 (Micikevicius et al. 2018)."""
+    return GradScaler(device.type, enabled=recipe.autocast_dtype == "float16")
 
 
 def warmup_within(warmup_steps: int, total_steps: int) -> int:
@@ -55,10 +56,9 @@ def learning_rate_at(
     min_lr: float,
     kind: str,
 ) -> float:
-    """Return the learning rate of a 0-based step: linear warm-up from zero, then down to ``min_lr``.
+    """Return the learning rate of a 0-based step: linear warm-up, then down to ``min_lr``.
 
-    It is a function of the step, so a checkpoint holds no schedule. Cosine as in Loshchilov & Hutter
-    2017 without restarts.
+    A checkpoint needs no schedule. Cosine as in Loshchilov & Hutter 2017 without restarts.
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps

@@ -135,7 +135,7 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resumed_recipe(path: str | Path) -> Recipe:
-    """Return the recipe of a run; of dinov2-gemma's own code, its settings over training-default."""
+    """Return the recipe of a run; dinov2-gemma's own settings go over training-default."""
     _, content = find_run(path)
     if "recipe" not in content and checkpoints.ORIGINAL_TRAINING in content:
         settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}

@@ -17,8 +17,7 @@ from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.state import TrainState, all_finite
 
 KEPT_STEP_CHECKPOINTS = 3
-ECHO_SECONDS = 1.0
-"""torchrun repeats a Ctrl-C to its processes, which the terminal told already."""
+ECHO_SECONDS = 1.0  # within which torchrun repeats a Ctrl-C to processes that have had it
 
 
 class Interrupted(Exception):
@@ -88,7 +87,7 @@ class Saver:
         return path
 
     def check_weights(self) -> None:
-        """Raise TrainingError if an update overflowed; the last checkpoint stays. Waits for the device."""
+        """Raise TrainingError if an update overflowed; waits for the device."""
         if all_finite(self.state.model.trained_state_dict().values()) and all_finite(
             self.state.weights().values()
         ):

@@ -37,7 +37,7 @@ class TrainState:
         validated_step: step of the last finished validation.
         best_loss: lowest validation loss, in nats per token.
         best_score: highest BLEU-4 or CIDEr of decoded captions, where the recipe monitors one.
-        best_watched: best value of the monitored quantity as early stopping counts it (lower is better).
+        best_watched: best monitored value as early stopping counts it (lower is better).
         bad_validations: validations in a row without a new best.
         skipped_steps: steps without a finite loss or gradient, which changed nothing.
         parts: parts of the run with a state of their own, by name.
@@ -77,7 +77,7 @@ class TrainState:
             self.step_in_epoch = 0
 
     def watch(self, value: float) -> bool:
-        """Record the monitored value of a validation, lower is better; return whether it is a new best."""
+        """Record the monitored value of a validation; return whether it is the lowest so far."""
         improved = value < self.best_watched
         self.best_watched = value if improved else self.best_watched
         self.bad_validations = 0 if improved else self.bad_validations + 1

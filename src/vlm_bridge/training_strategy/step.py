@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its micro-batches, clipped, applied, and skipped if not finite."""
+"""One optimizer step: sum the gradients of its micro-batches, clip, and apply them if finite."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_with
 from vlm_bridge.training_strategy.state import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 10
-RETURN_MEMORY_EVERY = 20
-"""Steps on a CPU; torch asks for freed memory again in the next step, which takes a tenth of a second."""
+RETURN_MEMORY_EVERY = 20  # steps on a CPU; asking for it again takes a tenth of a second
 
 
 class StepSize(NamedTuple):
@@ -72,10 +71,10 @@ class StepResult:
 
 
 class TrainStep:
-    """Take optimizer steps. The loss is the sum over supervised tokens divided by their global count.
+    """Take optimizer steps on the sum over supervised tokens divided by their global count.
 
-    No step waits for the device: fused optimizers of torch take a flag (``found_inf``) and then change
-    neither weights nor moments, and the numbers of a step are read when they have arrived.
+    No step waits for the device: fused optimizers take a flag (``found_inf``) and then change
+    neither weights nor moments. The numbers of a step are read when they have arrived.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ def train(
         force: continue although recipe or data have changed.
 
     Raises:
-        VLMBridgeError: data, models or the checkpoint cannot be used; nothing has been written then.
+        VLMBridgeError: data, models or the checkpoint cannot be used; nothing is written then.
         Interrupted: a signal came; the state was saved first.
     """
     started = time.perf_counter()
@@ -122,7 +122,8 @@ def train(
         )  # fmt: skip
         saver = Saver(state, recipe, world, {
             "dataset": dataset_facts(folder.manifest), "data_order": data.order(),
-            "dataset_fingerprint": folder.fingerprint, "scheduler": schedule_facts(recipe, data.total_steps),
+            "dataset_fingerprint": folder.fingerprint,
+            "scheduler": schedule_facts(recipe, data.total_steps),
         })  # fmt: skip
         if found is not None:
             saver.resumed_from(found.path)
@@ -154,7 +155,7 @@ def train(
 
 
 def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
-    """Build the captioner on the device, with checkpointed activations and compilation as asked for."""
+    """Build the captioner on the device, with gradient checkpointing and compilation as asked."""
     model = build_captioner(recipe).to(world.device)
     if recipe.distillation is not None:
         check_distillation(model, recipe)
@@ -205,8 +206,9 @@ def log_start(state: TrainState, data: TrainingData, take_step: TrainStep, world
             f"warmup_steps={data.recipe.warmup_steps}"
         )
     logger.info(
-        f"training {trained:,} of {total:,} parameters ({trained / total:.1%}) on {len(data.train):,} "
-        f"images, {data.train.num_captions:,} captions; {data.total_steps:,} steps on {where}"
+        f"training {trained:,} of {total:,} parameters ({trained / total:.1%}) on "
+        f"{len(data.train):,} images, {data.train.num_captions:,} captions; "
+        f"{data.total_steps:,} steps on {where}"
     )
 
 
@@ -260,10 +262,10 @@ def give_up(state: TrainState, recipe: Recipe, world: World, saver: Saver) -> No
     saved_to = saver.step()
     world.wait()
     raise TrainingError(
-        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, since their "
-        f"loss or gradient was not finite. {saved_to} has the weights from before them, and older "
-        f"checkpoints in {recipe.checkpoint_dir} are kept: look at the images named above, or resume "
-        f"with a learning_rate below {recipe.learning_rate:g}"
+        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, since "
+        f"their loss or gradient was not finite. {saved_to} has the weights from before them, and "
+        f"older checkpoints in {recipe.checkpoint_dir} are kept: look at the images named above, "
+        f"or resume with a learning_rate below {recipe.learning_rate:g}"
     )
 
 
@@ -343,11 +345,7 @@ class Judge:
     def _validate(self) -> Validation:
         data = self.data
         return validate(
-            self.state.model,
-            data.val,
-            data.val_features,
-            autocast=self.autocast,
-            world=data.world,
+            self.state.model, data.val, data.val_features, autocast=self.autocast, world=data.world
         )
 
     def _finish(self, interruption: Interruption, saved_to: Path) -> None:

@@ -19,8 +19,7 @@ from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.distributed import World
 
-BLIND_BELOW = 0.05
-"""Visual gain, in nats per token, of a captioner that ignores its images."""
+BLIND_BELOW = 0.05  # nats per token of visual gain
 DECODE_BATCH = 16
 
 
@@ -76,8 +75,8 @@ def validate(
 ) -> Validation:
     """Measure the loss of all captions with their own image and with another one.
 
-    Batches are longest first, so that the first takes the most memory. Neither the batch size nor the
-    number of processes changes the result.
+    Batches are longest first, so that the first takes the most memory. Neither the batch size nor
+    the number of processes changes the result.
 
     Args:
         world: processes that share the batches; each gets the result.
@@ -140,7 +139,7 @@ def decode_and_score(
 
 
 def shuffled_images(count: int) -> np.ndarray:
-    """Return another image's index for each of ``count`` images: the neighbor in a seeded circle."""
+    """Return for each of ``count`` images another one: the neighbor in a seeded circle."""
     circle = np.random.default_rng(0).permutation(count)
     wrong_image = np.empty(count, np.int64)
     wrong_image[circle] = np.roll(circle, 1)
@@ -152,7 +151,7 @@ class LoadedBatch:
     """A packed batch with its tensors on the device, or on their way there.
 
     Attributes:
-        tensors: input ids, labels, segments [R, T], supervised positions [V], and features or pixels.
+        tensors: input ids, labels, segments [R, T], supervised positions [V], features or pixels.
         weights: of the losses of supervised tokens [V]; None is 1 each.
     """
 
