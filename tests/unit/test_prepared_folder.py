@@ -234,6 +234,6 @@ def test_a_folder_whose_caption_files_are_empty_is_none(root: Path) -> None:
 
 def test_transform_leaves_such_a_folder_alone(root: Path) -> None:
     for _ in range(2):
-        with pytest.raises(DataError, match="other tools prepared: train on it as it is"):
+        with pytest.raises(DataError, match="other tools prepared: train on it"):
             transform(Scenes(3, 2, 0), root)
         open_data_folder(root)

@@ -317,16 +317,16 @@ def test_two_processes_do_not_make_one_folder(
 ) -> None:
     source = Scenes(4, 2, 2)
     refused: list[str] = []
-    make = module._make_folder
+    make = module._prepare_pictures
 
     def while_another_begins(*arguments: Any) -> Any:
-        monkeypatch.setattr(module, "_make_folder", make)
+        monkeypatch.setattr(module, "_prepare_pictures", make)
         with pytest.raises(DataError, match="is being made by another process") as error:
             transform(source, tmp_path / "out")
         refused.append(str(error.value))
         return make(*arguments)
 
-    monkeypatch.setattr(module, "_make_folder", while_another_begins)
+    monkeypatch.setattr(module, "_prepare_pictures", while_another_begins)
     manifest = transform(source, tmp_path / "out")
     assert refused
     assert transform(source, tmp_path / "out") == manifest

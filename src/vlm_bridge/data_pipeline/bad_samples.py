@@ -15,7 +15,6 @@ from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError, on_one_line
 
 MAX_BAD_SHARE = 0.01
-"""Where nobody says otherwise."""
 MIN_BAD_ROWS = 3
 """Skipped rows or missing images of a dataset that are an error above that share: one or two are skipped."""
 NUM_CAUSES = 5

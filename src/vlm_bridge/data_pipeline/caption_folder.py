@@ -2,7 +2,7 @@
 
 ::
 
-    ROOT/manifest.json                    what it is, where it came from, what was set aside; written last
+    ROOT/manifest.json                    source, settings, what was skipped; written last
     ROOT/{train,val,test}/captions.jsonl  {"image_path": "images/x.jpg", "caption": "...", "original_id": "x"}
     ROOT/{train,val,test}/images/*.jpg    upright RGB pictures
 
@@ -70,7 +70,7 @@ class CaptionFolder:
             root: the folder that holds train, val and test.
 
         Raises:
-            DataError: missing, unfinished, damaged or of a newer format; the message says how to mend it.
+            DataError: missing, unfinished, damaged or of a newer format.
         """
         from vlm_bridge.data_pipeline.prepared_folder import current_manifest
 
@@ -216,7 +216,7 @@ class CaptionedImages(Sequence[CaptionedImage]):
 
 
 class HasPictures(Protocol):
-    """Images whose pictures can be told without their captions."""
+    """Images whose files can be found without their captions."""
 
     def __len__(self) -> int: ...
     def path(self, index: int) -> PictureFile: ...
@@ -446,7 +446,7 @@ def index_captions(folder: Path, bad: BadSamples | None) -> CaptionedImages:
 
 
 def _picture_problem(folder: Path, name: str, resolved: Path) -> str:
-    """Why a picture that a caption names cannot be used, as far as can be said without opening it."""
+    """Name the reason why an image file cannot be used, without opening it."""
     try:
         path = inside(folder, name)
     except ValueError as error:

@@ -27,7 +27,7 @@ def open_data_folder(path: str | Path) -> DataFolder:
     Args:
 
     Raises:
-        DataError: neither of them, or one that cannot be used; says how to mend it.
+        DataError: neither of them, or one that cannot be used.
     """
     root = Path(path)
     is_ours = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()

@@ -138,7 +138,7 @@ def open_image(path: str | PictureFile) -> Image.Image:
 
 
 def decode_image(picture: str | PictureFile | bytes) -> DecodedImage:
-    """As :func:`open_image`, also of a file's bytes; also says whether the file could be used as it is."""
+    """As :func:`open_image`, also of a file's bytes; and whether the file can be copied unchanged."""
     with _opened(picture) as opened:
         is_smaller = _shrink_while_read(opened)
         opened.load()

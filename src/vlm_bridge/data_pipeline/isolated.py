@@ -1,4 +1,4 @@
-"""Work on files of strangers in processes of its own, with a limit on time and memory: a trick costs one file."""
+"""Processes with limits on time and memory, for files from outside: a hostile one costs itself alone."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ class IsolatedPool(Generic[Task, Result]):
     def result(
         self, future: ProcessFuture, tasks: Sequence[Task], failed: Callable[[Task, str], Result]
     ) -> list[Result]:
-        """Return the results of tasks that were submitted together.
-
-        Where their process was killed, each is done again alone, and the one that did it is told from the others.
+        """Return the results of tasks that were submitted together; after a kill, each is done again alone.
 
         Args:
             failed: makes a result of a task and of the reason that it has none.

@@ -158,7 +158,7 @@ class TokenizedImages:
 class PackedBatch:
     """B rows of T tokens. ``segments`` holds 0 for pads, otherwise the caption's number within its row.
 
-    ``labels[:, t]`` is what position t must predict; ``image_indices`` [B] says whose features a row reads.
+    ``labels[:, t]`` is what position t must predict; ``image_indices`` [B]: the image of each row.
     """
 
     image_indices: np.ndarray

@@ -66,7 +66,7 @@ def current_manifest(root: Path) -> dict[str, Any]:
 def _make(root: Path) -> dict[str, Any]:
     counts: dict[str, dict[str, int]] = {}
     digests: dict[str, dict[str, str]] = {}
-    said = time.monotonic()
+    logged = time.monotonic()
     for split in SPLITS:
         folder = root / split
         if not (folder / CAPTIONS_NAME).is_file():
@@ -84,8 +84,8 @@ def _make(root: Path) -> dict[str, Any]:
         digests[split] = {}
         for path, digest in image_digests(folder):
             digests[split][path] = digest
-            if time.monotonic() - said > SAY_EVERY_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - logged > SAY_EVERY_SECONDS:
+                logged = time.monotonic()
                 logger.info(
                     f"{split}: hashed {len(digests[split]):,} of about {len(images):,} images"
                 )

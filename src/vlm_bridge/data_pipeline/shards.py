@@ -108,7 +108,7 @@ class ShardSample:
 class ShardLoss:
     """A sample or member that cannot be used, and why; ``name`` is None where the rest of the shard is lost.
 
-    ``incomplete`` says that another member of the sample would mend it.
+    ``incomplete``: another member of the sample would complete it.
     """
 
     name: str | None
@@ -117,7 +117,7 @@ class ShardLoss:
 
 
 def read_shard(path: Path) -> Iterator[ShardSample | ShardLoss]:
-    """Yield every whole sample of a tar, and what is lost; a tar cut off anywhere gives all that stands before.
+    """Yield every whole sample of a tar, and what is lost; a tar that was cut off gives the samples before the cut.
 
     Images are not decoded: they may still be damaged. A sample whose members do not stand together is one loss, which
     comes behind the samples.
@@ -162,7 +162,7 @@ def _read_samples(path: Path) -> Iterator[ShardSample | ShardLoss]:
                     sample = _Parts(key)
                 sample.add(extension, member, file)
         except _CutOff as cut:
-            # Nothing tells whether another member of the last sample was to come: it must be usable as it is.
+            # The last sample may lack a member.
             last = sample.finish(path) if sample is not None and sample.key != cut.key else None
             if isinstance(last, ShardSample):
                 yield last
@@ -442,7 +442,7 @@ class ShardFolder:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What a caption folder's manifest says, as far as shards tell it."""
+        """The manifest of a caption folder, as far as shards have it."""
         counts = {
             split: {
                 "images": sum(len(index.samples) for index in self._indices(split)),
@@ -483,11 +483,11 @@ class ShardFolder:
 
     def _indices(self, split: str) -> list[ShardIndex]:
         if split not in self._known:
-            indices, tars, said = [], self.shards[split], time.monotonic()
+            indices, tars, logged = [], self.shards[split], time.monotonic()
             for number, path in enumerate(tars):
                 indices.append(known_index(path, self.notes_dir / split / f"{path.name}.index"))
-                if time.monotonic() - said > SAY_EVERY_SECONDS:
-                    said = time.monotonic()
+                if time.monotonic() - logged > SAY_EVERY_SECONDS:
+                    logged = time.monotonic()
                     logger.info(
                         f"{split}: read the headers of {number + 1:,} of {len(tars):,} shards"
                     )
@@ -580,7 +580,7 @@ def known_index(path: Path, kept: Path) -> ShardIndex:
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Pass over the headers and captions of a tar; a second sample of a key is set aside.
+    """Pass over the headers and captions of a tar; a second sample of a key is skipped.
 
     Raises:
         DataError: the tar is compressed or cannot be read.

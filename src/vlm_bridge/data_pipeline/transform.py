@@ -1,8 +1,8 @@
-"""From a source to a caption folder: clean, split, decode, set aside, and account for everything.
+"""Make a caption folder of a source: clean captions, split, decode images, account for what is skipped.
 
-The work can be stopped at any moment and continued by the same command: a picture is written under another
-name and renamed, a journal remembers the finished ones, and the manifest comes last. The result depends on
-the source and the settings alone, not on the number of processes or on interruptions.
+The same command continues interrupted work: an image is written under another name and renamed, a
+journal lists finished ones, and the manifest comes last. The result depends on the source and the
+settings alone, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -94,28 +94,19 @@ def transform(
     """Write ``source`` as a caption folder and return its manifest.
 
     Args:
-        workers: processes. With several, images are decoded apart from this process, within `isolated`'s limits of
-            time and memory, and a script needs the usual ``if __name__ == "__main__":`` guard.
-        seed: of the splits, for images whose source decides none.
-        split_by: of those images, see :class:`SplitRule`; None takes the source's usual.
-        val_fraction: likewise.
-        test_fraction: likewise.
-        image_size: longest side in pixels; an upright RGB JPEG that is no larger is copied unchanged.
-        caption_style: see :func:`clean_caption`; None takes the source's usual one.
-        limit: at most this many images a split: a sample by hash of (seed, id), whatever their order.
-        near_duplicate_distance: report pictures whose 64-bit perceptual hashes differ in no more bits.
+        workers: processes; with several, images are decoded within the limits of `isolated`.
+        seed, split_by, val_fraction, test_fraction: see `SplitRule`; None for the source's.
+        image_size: longest side in pixels; smaller upright RGB JPEGs are copied unchanged.
+        caption_style: see :func:`clean_caption`; None for the source's.
+        limit: images a split: a sample by hash of (seed, id), whatever their order.
+        near_duplicate_distance: differing bits of 64-bit perceptual hashes to report.
 
     Raises:
-        UsageError: an option is out of range.
-        DataError: the source is malformed or holds nothing usable, or the folder holds something else.
-        KeyboardInterrupt: interrupted; the same call continues.
+        VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
     """
     rule = split_rule(source, split_by, val_fraction, test_fraction)
     _check_at_least_one(workers=workers, image_size=image_size, limit=limit)
-    if not 0 <= near_duplicate_distance <= 64:
-        raise UsageError(
-            f"--near-duplicate-distance must be from 0 to 64, not {near_duplicate_distance}"
-        )
+    _check_distance(near_duplicate_distance)
     style = caption_style or source.default_caption_style
     planned, rejected, rule = _plan(source, style, rule, seed, limit)
     settings = {
@@ -127,38 +118,34 @@ def transform(
         "limit": limit,
         "near_duplicate_distance": near_duplicate_distance,
     }
-    identity = {
-        "source": source.name,
-        "seed": seed,
-        **settings,
-        "content": _content_digest(planned),
-    }
-
+    identity = {"source": source.name, "seed": seed, **settings, "content": _digest(planned)}
     writer = CaptionFolderWriter(Path(output_dir))
     if finished := _claim(writer, identity):
         return finished
     with _alone(writer):
-        return _make_folder(
-            source, writer, planned, rejected, rule, settings, identity, workers, progress
-        )
+        finds_near = source.finds_near_duplicates
+        outcomes = _prepare_pictures(writer, planned, image_size, finds_near, workers, progress)
+        kept, duplicates = _keep(source, planned, outcomes, rejected)
+        near = _near_duplicates(kept, outcomes, near_duplicate_distance) if finds_near else None
+        facts = {
+            "split_rule": source.split_rule or rule.describe(),
+            "seed": seed,
+            "settings": settings,
+            "content": identity["content"],
+            "duplicates": duplicates,
+            "near_duplicates": near,
+            "rejected": [asdict(item) for item in rejected],
+        }
+        return _finish(source, writer, kept, outcomes, facts)
 
 
-def _make_folder(
+def _keep(
     source: Source,
-    writer: CaptionFolderWriter,
     planned: list[_Planned],
+    outcomes: dict[str, _Outcome],
     rejected: list[Rejected],
-    rule: SplitRule,
-    settings: dict[str, Any],
-    identity: dict[str, Any],
-    workers: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Make the images and write what is planned; return the manifest."""
-    outcomes = _prepare_pictures(
-        writer, planned, settings["image_size"], source.finds_near_duplicates, workers, progress
-    )
-
+) -> tuple[list[_Planned], dict[str, Any]]:
+    """Return the images to keep and facts on duplicates; add the others to ``rejected``."""
     rejected += [
         Rejected(p.image_id, o.error) for p in planned if (o := outcomes[p.image_id]).error
     ]
@@ -169,16 +156,22 @@ def _make_folder(
         causes = by_cause((item.id, item.reason) for item in rejected)[:NUM_CAUSES]
         why = f": {'; '.join(causes)}" if causes else ""
         raise DataError(f"no usable image in source {source.name}{why}")
+    rule = f"equal pixels across splits: kept in the first of {', '.join(DUPLICATE_PRIORITY)}"
+    return kept, {"rule": rule, "set_aside": len(doubles), "within_a_split": within_split}
 
+
+def _finish(
+    source: Source,
+    writer: CaptionFolderWriter,
+    kept: list[_Planned],
+    outcomes: dict[str, _Outcome],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the captions and the manifest, and return it."""
     lines = {split: _caption_lines(kept, split) for split in SPLITS}
-    digests = {
-        split: {
-            f"{IMAGES_NAME}/{p.file_name}": outcomes[p.image_id].sha256
-            for p in kept
-            if p.split == split
-        }
-        for split in SPLITS
-    }
+    digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    for p in kept:
+        digests[p.split][f"{IMAGES_NAME}/{p.file_name}"] = outcomes[p.image_id].sha256
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -190,25 +183,15 @@ def _make_folder(
             split: {"images": len(digests[split]), "captions": len(lines[split])}
             for split in SPLITS
         },
-        "split_rule": source.split_rule or rule.describe(),
-        "seed": identity["seed"],
-        "settings": settings,
-        "content": identity["content"],
-        "duplicates": {
-            "rule": "equal pixels across splits: kept in the first of "
-            + ", ".join(DUPLICATE_PRIORITY),
-            "set_aside": len(doubles),
-            "within_a_split": within_split,
-        },
-        "near_duplicates": _near_duplicates(kept, outcomes, settings["near_duplicate_distance"])
-        if source.finds_near_duplicates
-        else None,
-        "rejected": [asdict(item) for item in rejected],
+        **facts,
         "fingerprint": fingerprint(lines, digests),
     }
     for split in SPLITS:
         writer.write_captions(split, lines[split])
-        _remove_strangers(writer.images_dir(split), digests[split])
+        names = {Path(path).name for path in digests[split]}
+        for path in writer.images_dir(split).iterdir():
+            if path.name not in names:  # a duplicate
+                path.unlink()
     writer.finish(manifest)
     shutil.rmtree(writer.working_dir, ignore_errors=True)
     return manifest
@@ -266,7 +249,7 @@ class _Planned:
 def _plan(
     source: Source, style: CaptionStyle, rule: SplitRule, seed: int, limit: int | None
 ) -> tuple[list[_Planned], list[Rejected], SplitRule]:
-    """Read, clean and split: what to make, what was set aside so far, and the rule that was used."""
+    """Read, clean and split: what to make, what was skipped so far, and the rule that was used."""
     items = source.items()
     # Names of files that are no text cannot be written into captions.jsonl.
     rejected = [
@@ -337,12 +320,17 @@ def _file_name(image_id: str, taken: set[str]) -> str:
     return f"{name}.jpg"
 
 
-def _content_digest(planned: list[_Planned]) -> str:
+def _digest(planned: list[_Planned]) -> str:
     """Hash what will be made, wherever the source lies: a changed one must not continue an older folder."""
     digest = hashlib.sha256()
     for p in planned:
         digest.update(json.dumps([p.image_id, p.split, p.captions]).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _check_distance(bits: int) -> None:
+    if not 0 <= bits <= 64:
+        raise UsageError(f"--near-duplicate-distance must be from 0 to 64, not {bits}")
 
 
 def _check_at_least_one(**options: int | None) -> None:
@@ -365,7 +353,7 @@ def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, A
         raise DataError(f"{root} is a file: choose another --output-dir")
     if is_prepared_elsewhere(root):
         raise DataError(
-            f"{root} is a caption folder that other tools prepared: train on it as it is, "
+            f"{root} is a caption folder that other tools prepared: train on it, "
             "or choose another --output-dir"
         )
     state = writer.working_dir / "settings.json"
@@ -448,7 +436,7 @@ class _Journal:
 
 @dataclass(frozen=True)
 class _Task:
-    """One picture to make; all that a process needs to know."""
+    """One image to make, as a process needs it."""
 
     image_id: str
     picture: Picture | None
@@ -603,7 +591,7 @@ def _perceptual_hash(image: Image.Image) -> str:
 def _drop_duplicates(
     usable: list[_Planned], outcomes: dict[str, _Outcome]
 ) -> tuple[list[_Planned], list[Rejected], int]:
-    """Keep equal pictures in one split only: (kept, set aside, number of copies left within a split)."""
+    """Keep equal pictures in one split only: (kept, skipped, copies left within a split)."""
     home: dict[str, _Planned] = {}
     for p in sorted(usable, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
         home.setdefault(outcomes[p.image_id].pixels, p)
@@ -683,11 +671,3 @@ def _caption_lines(kept: list[_Planned], split: SplitName) -> list[str]:
         if p.split == split
         for caption in p.captions
     ]
-
-
-def _remove_strangers(folder: Path, wanted: Iterable[str]) -> None:
-    """Remove pictures that were made but set aside as duplicates."""
-    names = {Path(path).name for path in wanted}
-    for path in folder.iterdir():
-        if path.name not in names:
-            path.unlink()
