@@ -40,8 +40,8 @@ from transformers import (
 
 from benchmarks import harness
 from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, shipped_recipe
+from vlm_bridge.formats.dinov2_gemma import to_original
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.interchange import to_original
 from vlm_bridge.training_strategy.trainer import train
 
 LARGEST_DIFFERENCE = 1e-2

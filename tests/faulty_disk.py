@@ -18,15 +18,13 @@ from typing import Any
 DIES = ("stop", "power_cut")
 FAULTS = {
     "open": ("ENOSPC", "EIO", *DIES),
-    "write": ("ENOSPC", "EIO", "short", "flip", *DIES),
+    "write": ("ENOSPC", "EIO", *DIES),
     "fsync": ("ENOSPC", "EIO", *DIES),
-    "rename": ("EIO", "truncated", *DIES),
-    "link": ("EIO", *DIES),
+    "rename": ("EIO", *DIES),
     "unlink": ("EIO", *DIES),
 }
-"""What can go wrong in each kind of operation. `short` writes half, `flip` changes a bit, `truncated` renames a file of
-which half is then missing: these three report success. With `stop` and
-`power_cut` the process ends in the middle, and loses nothing, or all that was not brought to disk."""
+"""What can go wrong in each kind of operation. With `stop` and `power_cut` the process ends in the middle, and loses
+nothing, or all that was not brought to disk."""
 
 
 class PowerCut(BaseException):
@@ -114,11 +112,8 @@ class FaultyDisk:
     def _replace(self, source: Any, target: Any) -> None:
         if not self._is_below(target):
             return self._real["replace"](source, target)
-        assert Path(source).is_file() or self.fault != "truncated", "half of a folder"
         if self.goes_wrong("rename"):
-            if self.fault != "truncated":
-                self.die()
-            os.truncate(source, Path(source).stat().st_size // 2)
+            self.die()
         self._real["replace"](source, target)
         inode = Path(target).stat().st_ino
         if inode in self._not_on_disk:
@@ -126,10 +121,6 @@ class FaultyDisk:
 
     def _rename(self, source: Any, target: Any) -> None:
         self._replace(source, target)
-
-    def _link(self, source: Any, target: Any, **named: Any) -> None:
-        self._count_only("link", target)
-        self._real["link"](source, target, **named)
 
     def _unlink(self, path: Any, **named: Any) -> None:
         self._count_only("unlink", path)
@@ -140,7 +131,7 @@ class FaultyDisk:
             self.die()
 
 
-_OF_OS = ("fsync", "replace", "rename", "link", "unlink")
+_OF_OS = ("fsync", "replace", "rename", "unlink")
 
 
 class _File(io.FileIO):
@@ -157,13 +148,9 @@ class _File(io.FileIO):
         self._disk.wrote(os.fstat(self.fileno()).st_ino, self._path)
         if not self._disk.goes_wrong("write"):
             self._whole(content)
-        elif self._disk.fault == "flip":
-            middle = len(content) // 2
-            self._whole(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         else:
             self._whole(content[: len(content) // 2])
-            if self._disk.fault != "short":
-                self._disk.die()
+            self._disk.die()
         return len(content)
 
     def _whole(self, content: bytes) -> None:

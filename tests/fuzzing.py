@@ -547,7 +547,7 @@ def tiny_checkpoint() -> dict[str, Any]:
 def checkpoint_seeds() -> list[bytes]:
     import torch
 
-    from vlm_bridge.model_architecture.interchange import ORIGINAL_NAMES
+    from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 
     contents = [
         tiny_checkpoint(),

@@ -15,7 +15,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder, write_atomica
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.evaluation import run_folder
 from vlm_bridge.hub import SITE, hub_problem
-from vlm_bridge.model_architecture import interchange
+from vlm_bridge.model_architecture import tensor_files
 from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLLM2
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -85,12 +85,12 @@ def write_huggingface_folder(
     local = recipe.keys_marked("place")
     shared = {key: value for key, value in recipe.to_dict().items() if key not in local}
     try:
-        interchange.write_folder(
+        tensor_files.write_folder(
             folder, checkpoints.exported_config(shared, content), content["weights"]
         )
         title = facts.title or folder.resolve().name
         card = model_card(title, shared, content["weights"], facts, manifest)
-        write_atomically(folder / interchange.CARD_NAME, redact(card).encode())
+        write_atomically(folder / tensor_files.CARD_NAME, redact(card).encode())
     except OSError as error:
         raise CheckpointError(
             f"cannot write {folder}: {error.strerror or error} (free some space, or choose another folder)"
@@ -128,7 +128,7 @@ def model_card(
         **licence,
     }
     metadata = {key: value for key, value in metadata.items() if value}
-    plain = interchange.dequantized(weights)  # two weights of four bits are one number of a file
+    plain = tensor_files.dequantized(weights)  # two weights of four bits are one number of a file
     trained = sum(tensor.numel() for name, tensor in plain.items() if name.startswith("bridge."))
     return "\n".join(
         [
@@ -179,9 +179,9 @@ def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
             repo_id=full_name,
             folder_path=folder,
             allow_patterns=[
-                interchange.CONFIG_NAME,
-                interchange.WEIGHTS_NAME,
-                interchange.CARD_NAME,
+                tensor_files.CONFIG_NAME,
+                tensor_files.WEIGHTS_NAME,
+                tensor_files.CARD_NAME,
             ],
             commit_message="Upload a vlm-bridge captioner",
         )
@@ -222,7 +222,7 @@ def export_notes(recipe: Recipe, facts: CardFacts, *, original: bool) -> list[st
         return notes
     if not facts.license:
         notes.append(
-            f"the model card names no licence: give --license, or edit {interchange.CARD_NAME}"
+            f"the model card names no licence: give --license, or edit {tensor_files.CARD_NAME}"
         )
     if not facts.metrics:
         notes.append(

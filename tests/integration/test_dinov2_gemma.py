@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm_bridge.cli.main import run_training
 from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
-from vlm_bridge.model_architecture import interchange
+from vlm_bridge.formats import dinov2_gemma
 from vlm_bridge.training_strategy.monitor import Sample, sample_statistics
 from vlm_bridge.training_strategy.optimizer import gradient_scaler
 
@@ -207,11 +207,11 @@ def test_a_run_of_the_original_project_goes_on(
         for group in groups
         for name, i in zip(group["param_names"], group["params"], strict=True)
     }
-    order = list(interchange.ORIGINAL_NAMES)
+    order = list(dinov2_gemma.ORIGINAL_NAMES)
     assert len(names) == len(order)
     original = {
         "epoch": 2,
-        "model_state_dict": interchange.to_original(content["weights"], "it"),
+        "model_state_dict": dinov2_gemma.to_original(content["weights"], "it"),
         "optimizer_state_dict": {
             "state": {i: state[number[name]] for i, name in enumerate(order)},
             "param_groups": [{"lr": 1e-5, "params": list(range(len(order)))}],

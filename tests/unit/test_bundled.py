@@ -14,7 +14,7 @@ from vlm_bridge.captioning import bundled
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import CheckpointError, ModelError
-from vlm_bridge.model_architecture import interchange, weights
+from vlm_bridge.model_architecture import tensor_files, weights
 from vlm_bridge.model_architecture.weights import packaged_weights_of, require_weights
 
 MOST_MB = 12
@@ -96,8 +96,8 @@ class TestTheBundle:
     """What is in the package."""
 
     def test_it_is_small_and_sound(self) -> None:
-        config, weights = interchange.read_folder(bundled.bundled_captioner())
-        size = (bundled.FOLDER / interchange.WEIGHTS_NAME).stat().st_size
+        config, weights = tensor_files.read_folder(bundled.bundled_captioner())
+        size = (bundled.FOLDER / tensor_files.WEIGHTS_NAME).stat().st_size
         assert size <= MOST_MB * 1e6
         assert all(tensor.isfinite().all() for tensor in weights.values())
         matrices = [t for name, t in weights.items() if name.startswith("bridge.") and t.ndim > 1]
@@ -105,7 +105,7 @@ class TestTheBundle:
         recipe_from_dict(config["recipe"])
 
     def test_its_card_says_where_it_comes_from_and_what_it_cannot_do(self) -> None:
-        card = (bundled.FOLDER / interchange.CARD_NAME).read_text(encoding="utf-8")
+        card = (bundled.FOLDER / tensor_files.CARD_NAME).read_text(encoding="utf-8")
         for mention in (
             "flickr8k",
             "CIDEr",

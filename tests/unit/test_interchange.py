@@ -15,7 +15,8 @@ from captioners import BRIDGES, SPEAKS_TO, random_features, randomise, tiny_capt
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.model_architecture import interchange
+from vlm_bridge.formats import dinov2_gemma
+from vlm_bridge.model_architecture import tensor_files
 from vlm_bridge.model_architecture.bridges import TextShape
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
 from vlm_bridge.model_architecture.trainable import trained_parameters
@@ -104,7 +105,7 @@ def test_the_published_bridge_has_the_published_names_and_size() -> None:
     config = recipe_from_dict({"bridge": {"kind": "cross_attention"}}).bridge
     bridge = build_bridge(config, 1024, TextShape(2304, 26, 4, 256), 257, meta=True)
     weights = {f"bridge.{name}": tensor for name, tensor in bridge.state_dict().items()}
-    state = interchange.to_original(weights, "it")
+    state = dinov2_gemma.to_original(weights, "it")
     with torch.device("meta"):
         published = OriginalBlock(1024, 2304).checkpoint()["model_state_dict"]
     assert {name: t.shape for name, t in state.items()} == {
@@ -119,7 +120,7 @@ def test_the_same_weights_are_the_same_function(recipe: Recipe) -> None:
     block = original_block(vision_dim=24)
     state = block.checkpoint()["model_state_dict"]
     bridge: Any = build_bridge(recipe.bridge, 24, TextShape(32, 2, 2, 8), 5)
-    ours = interchange.from_original(state, "it")
+    ours = dinov2_gemma.from_original(state, "it")
     bridge.load_state_dict({name.removeprefix("bridge."): tensor for name, tensor in ours.items()})
     features, text = torch.randn(2, 5, 24), torch.randn(2, 7, 32)
     edited = bridge.encode(features).edit(text)
@@ -152,7 +153,7 @@ def test_logits_and_loss_are_those_of_the_published_formula(
     )
     model = tiny_captioner(recipe)
     features = random_features(model, 2)
-    checkpoints.save_original(
+    dinov2_gemma.save_original(
         tmp_path / "c.pth", recipe, {"weights": model.trained_state_dict()}, "it"
     )
     state = torch.load(tmp_path / "c.pth", weights_only=True)["model_state_dict"]
@@ -201,12 +202,12 @@ def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: t
     state = {
         name: t.to(dtype) for name, t in original_block().checkpoint()["model_state_dict"].items()
     }
-    weights = interchange.from_original(state, "it")
-    assert equal(interchange.to_original(weights, "it"), state)
+    weights = dinov2_gemma.from_original(state, "it")
+    assert equal(dinov2_gemma.to_original(weights, "it"), state)
 
     ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
     checkpoints.save_checkpoint(ours, recipe, weights)
-    checkpoints.save_original(theirs, recipe, checkpoints.load_checkpoint(ours), ours)
+    dinov2_gemma.save_original(theirs, recipe, checkpoints.load_checkpoint(ours), ours)
     published = torch.load(theirs, weights_only=True)
     assert equal(published["model_state_dict"], state)
     assert published["config"]["learning_rate"] == recipe.learning_rate
@@ -218,7 +219,7 @@ def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: t
 def test_an_original_checkpoint_captions_with_a_recipe(original: Path, recipe: Recipe) -> None:
     captioner = Captioner.from_pretrained(original, "cpu", recipe=recipe)
     state = torch.load(original, weights_only=True)["model_state_dict"]
-    assert equal(interchange.to_original(captioner.model.trained_state_dict(), "it"), state)
+    assert equal(dinov2_gemma.to_original(captioner.model.trained_state_dict(), "it"), state)
 
 
 def test_without_a_recipe_the_line_says_where_to_get_one(original: Path) -> None:
@@ -283,7 +284,7 @@ def test_moments_of_the_original_optimizer_find_their_tensors(recipe: Recipe) ->
     theirs.step()
     expected = {
         ours: theirs.state[dict(block.named_parameters())[name.removeprefix("bridge_module.")]]
-        for ours, name in interchange.ORIGINAL_NAMES.items()
+        for ours, name in dinov2_gemma.ORIGINAL_NAMES.items()
     }
     ours, _ = adamw(trained_parameters(model, recipe.trainable), recipe)
     decay = [group["weight_decay"] for group in ours.param_groups]
@@ -311,7 +312,7 @@ def test_what_the_original_layout_cannot_hold_is_not_written(
     with pytest.raises(
         CheckpointError, match=r"cannot be written in the original layout.* is (missing|unknown)"
     ):
-        checkpoints.save_original(tmp_path / "c.pth", recipe, {"weights": weights}, "it")
+        dinov2_gemma.save_original(tmp_path / "c.pth", recipe, {"weights": weights}, "it")
     assert not list(tmp_path.iterdir())
 
 
@@ -327,8 +328,8 @@ def test_a_bridge_that_enters_above_layer_0_has_no_original_layout(
     )
     content = {"weights": tiny_captioner(published).trained_state_dict()}
     with pytest.raises(CheckpointError, match=r"original layout.* bridge\.enter_at_layer=1"):
-        checkpoints.save_original(tmp_path / "above.pth", above, content, "it")
-    checkpoints.save_original(tmp_path / "published.pth", published, content, "it")
+        dinov2_gemma.save_original(tmp_path / "above.pth", above, content, "it")
+    dinov2_gemma.save_original(tmp_path / "published.pth", published, content, "it")
     content = checkpoints.load_checkpoint(tmp_path / "published.pth")
     content.pop("recipe")  # which the original does not write
     checkpoints.check_architecture(content, published, "it")
@@ -341,20 +342,20 @@ def test_exported_folders_are_read_whole_or_refused(tmp_path: Path, recipe: Reci
     config = checkpoints.exported_config(
         recipe.to_dict(), {"sizes": {"language_model.embed_dim": 32}}
     )
-    interchange.write_folder(tmp_path, config, weights)
+    tensor_files.write_folder(tmp_path, config, weights)
     content = checkpoints.load_checkpoint(tmp_path)
     assert equal(content["weights"], weights)
     assert checkpoints.recipe_of(content, tmp_path) == recipe
     assert {path.name for path in tmp_path.iterdir()} == {
-        interchange.CONFIG_NAME,
-        interchange.WEIGHTS_NAME,
+        tensor_files.CONFIG_NAME,
+        tensor_files.WEIGHTS_NAME,
     }
 
-    whole = (tmp_path / interchange.WEIGHTS_NAME).read_bytes()
+    whole = (tmp_path / tensor_files.WEIGHTS_NAME).read_bytes()
     for damaged in (b"", whole[:-9], b"\xff" * 40 + whole[40:]):
-        (tmp_path / interchange.WEIGHTS_NAME).write_bytes(damaged)
+        (tmp_path / tensor_files.WEIGHTS_NAME).write_bytes(damaged)
         with pytest.raises(CheckpointError, match="is damaged"):
             checkpoints.load_checkpoint(tmp_path)
-    (tmp_path / interchange.CONFIG_NAME).unlink()
+    (tmp_path / tensor_files.CONFIG_NAME).unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         checkpoints.load_checkpoint(tmp_path)

@@ -72,7 +72,8 @@ def export(
     from vlm_bridge import publishing
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe
-    from vlm_bridge.model_architecture.interchange import WEIGHTS_NAME
+    from vlm_bridge.formats.dinov2_gemma import save_original
+    from vlm_bridge.model_architecture.tensor_files import WEIGHTS_NAME
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
     quiet_transformers()
@@ -89,7 +90,7 @@ def export(
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.value)
     facts = publishing.CardFacts(title, license, dataset)
     if original:
-        checkpoints.save_original(target, recipe, content, where)
+        save_original(target, recipe, content, where)
     else:
         facts = dataclasses.replace(facts, metrics=publishing.read_metrics(where, metrics))
         publishing.write_huggingface_folder(content, recipe, output_dir, facts)

@@ -19,11 +19,11 @@ def report(
     ),
 ) -> None:
     """Write one HTML file about a run: recipe, curves, scores, pictures, statistics of its captions, environment."""
-    from vlm_bridge.durable_files import made_folder
     from vlm_bridge.errors import DataError
     from vlm_bridge.evaluation.report import write_report
     from vlm_bridge.evaluation.run import REPORT_NAME
     from vlm_bridge.evaluation.run_folder import read_run
+    from vlm_bridge.files import made_folder
 
     reported = read_run(run)
     path = output or (run if run.is_dir() else run.parent) / REPORT_NAME

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError, on_one_line
+from vlm_bridge.files import write_atomically
 
 MAX_BAD_SHARE = 0.01
 MIN_BAD_ROWS = 3
@@ -111,4 +111,4 @@ def write_listing(path: Path, parts: Sequence[BadSamples]) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_durably(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())

@@ -28,8 +28,8 @@ from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
-from vlm_bridge.durable_files import write_bytes_durably
 from vlm_bridge.errors import DataError
+from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
 
 FORMAT = "vlm-bridge caption folder"
@@ -392,11 +392,6 @@ def is_inside(resolved: Path, path: Path) -> bool:
         return path.resolve().is_relative_to(resolved)
     except (OSError, RuntimeError):  # links in a circle
         return False
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either absent (or its old self) or complete, also after a power cut. Raises OSError."""
-    write_bytes_durably(path, content)
 
 
 def _encoded(text: str) -> bytes:

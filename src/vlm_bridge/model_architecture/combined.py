@@ -26,9 +26,9 @@ from vlm_bridge.model_architecture.combined_sizes import (
     text_config,
     text_config_like,
 )
-from vlm_bridge.model_architecture.interchange import shortened
 from vlm_bridge.model_architecture.pvt_blip import MapLinear, PvtBlip
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
+from vlm_bridge.model_architecture.tensor_files import shortened
 
 OUR_PREFIXES: dict[str, str] = dict(
     zip(

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import CheckpointError, ModelError
-from vlm_bridge.model_architecture.interchange import (
+from vlm_bridge.model_architecture.tensor_files import (
     CONFIG_NAME,
+    misfits,
     read_folder,
     shortened,
     write_folder,
-    wrong_names,
 )
 from vlm_bridge.parsing import parse_json
 
@@ -388,12 +388,6 @@ def image_processor(folder: Path | None = None, resample: str | None = None) -> 
 
 
 def _load_weights(model: PvtCbam, weights: Mapping[str, torch.Tensor], where: Path) -> None:
-    wanted = model.state_dict()
-    problems = wrong_names(weights, wanted) + [
-        f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & weights.keys())
-        if weights[name].shape != wanted[name].shape
-    ]
-    if problems:
+    if problems := misfits(weights, model.state_dict()):
         raise CheckpointError(f"{where} does not fit its {CONFIG_NAME}: {shortened(problems)}")
     model.load_state_dict(weights, assign=True)

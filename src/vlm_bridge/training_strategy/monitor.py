@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vlm_bridge.data_pipeline.loader import TokenizedImages
-from vlm_bridge.durable_files import append_line
 from vlm_bridge.errors import TrainingError
+from vlm_bridge.files import append_line
 from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.training_strategy.step import StepSize
 from vlm_bridge.training_strategy.validation import DecodedValidation, Validation

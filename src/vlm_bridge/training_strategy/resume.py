@@ -11,7 +11,7 @@ import torch
 
 from vlm_bridge.configuration import Recipe, published_recipe
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.model_architecture.interchange import ORIGINAL_NAMES
+from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World

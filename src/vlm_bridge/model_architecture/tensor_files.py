@@ -1,0 +1,257 @@
+"""Read and write files of tensors: ``torch.save``'s without code, and Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from vlm_bridge.errors import CheckpointError
+from vlm_bridge.files import made_folder, write_atomically
+from vlm_bridge.parsing import parse_json
+from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
+
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+MAX_CONFIG_BYTES = 1_000_000  # a recipe has about 4,000
+MAX_PICKLE_BYTES = 4_000_000  # a training state of 1,000 tensors has about 300,000
+MAX_VALUES = 300_000  # a training state has about 5 a tensor, and 2,000 beside
+MAX_DEPTH = 50
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_PLAIN = (str, int, float, bytes, type(None), torch.dtype, torch.device, argparse.Namespace)
+_INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
+_DOS_DIRECTORY = 0x10
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file that cannot be used at all."""
+
+
+def write_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file by ``torch.save`` of a dict, or leave it as it was.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(dict(content), file))
+    except (OSError, RuntimeError) as error:  # torch turns some errors of a file into RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {reason or error} "
+            "(free some space or change the folder)"
+        ) from error
+
+
+def read_file(path: Path) -> Any:
+    """Read a file of ``torch.save`` on the CPU without running code.
+
+    Raises:
+        DamagedCheckpointError: it is damaged, or holds anything but tensors and plain values.
+    """
+    try:
+        _check_archive(path)
+        # The pvt-blip project keeps its command line, a Namespace, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpointError(
+            f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
+        ) from error
+    except Exception as error:  # damaged bytes raise almost any exception in the readers
+        raise DamagedCheckpointError(
+            f"{path} is damaged or is not a checkpoint: it cannot be read"
+        ) from error
+    try:
+        check_content(content, path.stat().st_size)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint: {error}") from None
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums, which torch does not, and refuse parts larger than the file."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (
+            sum(entry.file_size for entry in entries) > path.stat().st_size
+            or any(e.filename.endswith(".pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries)
+            # torch would leave the memory of such a tensor as it was.
+            or any(entry.external_attr & _DOS_DIRECTORY for entry in entries)
+            or archive.testzip() is not None
+        ):
+            raise zipfile.BadZipFile
+
+
+def check_content(content: Any, file_bytes: int) -> None:
+    """Refuse content that needs more memory or time than its file is large.
+
+    A pickle without code can name a billion values by aliases of aliases, or make gigabytes of
+    one number by a stride of 0.
+
+    Raises:
+        ValueError: too many values or levels, an object that is not plain, or such a tensor.
+    """
+    waiting, num_values, tensor_bytes = [(content, 0)], 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        num_values += 1
+        if isinstance(value, Mapping | list | tuple):
+            children = [*value, *value.values()] if isinstance(value, Mapping) else value
+            if depth >= MAX_DEPTH:
+                raise ValueError(f"it has more than {MAX_DEPTH} levels")
+            if num_values + len(waiting) + len(children) > MAX_VALUES:
+                raise ValueError(f"it has more than {MAX_VALUES:,} values, aliases written out")
+            waiting += [(child, depth + 1) for child in children]
+        elif isinstance(value, torch.Tensor):
+            tensor_bytes += _checked_bytes(value, file_bytes)
+            if (
+                tensor_bytes > 4 * file_bytes
+            ):  # tied weights are stored once and named several times
+                raise ValueError("its tensors are larger than the file")
+        elif not isinstance(value, _PLAIN):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        elif isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError("it holds an integer of more than 64 bits")
+
+
+def _checked_bytes(tensor: torch.Tensor, file_bytes: int) -> int:
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_neg():
+        raise ValueError("it holds a tensor that is not dense and on the CPU")
+    if tensor.dtype not in (*FLOATS, *_INTEGERS):
+        raise ValueError(f"it holds a tensor of type {tensor.dtype}")
+    size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if size > stored or stored > file_bytes:
+        raise ValueError(
+            f"it holds a tensor of shape {list(tensor.shape)} that is larger than what is stored"
+        )
+    return size
+
+
+def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are no finite floating-point numbers. Raises ValueError."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"its weight {name} is of type {tensor.dtype}, not a floating one")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"its weight {name} is not finite")
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``. Raises OSError."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with made_folder(folder):
+        had_config = (folder / CONFIG_NAME).exists()
+        try:
+            write_atomically(folder / CONFIG_NAME, text.encode())
+            write_atomically(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+        except OSError:
+            if not had_config:
+                (folder / CONFIG_NAME).unlink(missing_ok=True)
+            raise
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read the configuration and the weights of a folder by `write_folder`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        with (folder / CONFIG_NAME).open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{CONFIG_NAME} has more than {MAX_CONFIG_BYTES:,} bytes")
+        config = parse_json(text)
+        weights = dequantized(load_file(folder / WEIGHTS_NAME))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is not whole: {error.filename or error} is missing"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged or is not an exported captioner: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG_NAME} must hold an object")
+    return config, weights
+
+
+def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """Return matrices in 8 or 4 bits with their scales; `read_folder` makes float32 of them.
+
+    Rows that are no whole number of `GROUP` stay in 8 bits.
+    """
+    stored = {}
+    for name, tensor in matrices.items():
+        if bits == 4 and tensor.shape[-1] % GROUP == 0:
+            stored[name], stored[_INT4_SCALE + name] = to_int4(tensor.detach())
+        else:
+            stored[name], stored[_INT8_SCALE + name] = to_int8(tensor.detach())
+    return stored
+
+
+def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of a file, in float32 where `quantized` wrote them.
+
+    Raises:
+        ValueError: levels or scales are missing or of another shape.
+    """
+    weights = {
+        name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))
+    }
+    for prefix, dtype in ((_INT8_SCALE, torch.int8), (_INT4_SCALE, torch.uint8)):
+        scales = {
+            name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)
+        }
+        if unpaired := scales.keys() ^ {name for name, x in weights.items() if x.dtype is dtype}:
+            raise ValueError(f"levels or scales are missing: {shortened(sorted(unpaired))}")
+        for name, scale in scales.items():
+            levels = weights[name]
+            per_row = 1 if dtype is torch.int8 else levels.shape[-1] * 2 // GROUP
+            if scale.shape != (*levels.shape[:-1], per_row):  # broadcasting could make gigabytes
+                raise ValueError(f"the scales of {name} are of another shape")
+            weights[name] = levels * scale if dtype is torch.int8 else from_int4(levels, scale)
+    return weights
+
+
+def misfits(
+    found: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    same: Callable[[torch.Size, torch.Size], bool] = torch.Size.__eq__,
+) -> list[str]:
+    """Return the differences in names and shapes, a phrase each.
+
+    Args:
+        same: compares a shape found with the wanted one.
+    """
+    return [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & found.keys())
+        if not same(found[name].shape, wanted[name].shape)
+    ] + wrong_names(found, wanted)
+
+
+def wrong_names(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Return the missing and the unknown names, a phrase each."""
+    found, wanted = set(found), set(wanted)
+    missing = [f"{name} is missing" for name in sorted(wanted - found)]
+    return missing + [f"{name} is unknown" for name in sorted(found - wanted)]
+
+
+def shortened(items: list[str], count: int = 3) -> str:
+    """Join the first items in one line, with the number of the others."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return "; ".join(items[:count]) + more
