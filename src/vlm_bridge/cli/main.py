@@ -94,9 +94,8 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
     logger = logging.getLogger("vlm_bridge")
     logger.setLevel(logging.INFO)
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes
-    logger.handlers = [
-        ConsoleHandler(to_stdout=logs_to_stdout) if is_first else logging.NullHandler()
-    ]
+    to_stdout = logs_to_stdout and "--json" not in sys.argv  # stdout is then JSON alone
+    logger.handlers = [ConsoleHandler(to_stdout=to_stdout) if is_first else logging.NullHandler()]
     debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if debug:
