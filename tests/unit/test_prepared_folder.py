@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from logs import log_lines
-from vlm_bridge.data_pipeline import prepared_folder
+from vlm_bridge.data_pipeline import caption_folder
 from vlm_bridge.data_pipeline.caption_folder import CAPTIONS_NAME, MANIFEST_NAME, CaptionFolder
 from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
 from vlm_bridge.data_pipeline.explore import folder_items
@@ -54,14 +54,14 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def read_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, where nothing can be written. Root may write anywhere, so permissions do not do it."""
-    write = prepared_folder.write_atomically
+    write = caption_folder.write_atomically
 
     def refuse(path: Path, content: bytes) -> None:
         if path.is_relative_to(root):
             raise PermissionError(13, "Permission denied", str(path))
         write(path, content)
 
-    monkeypatch.setattr(prepared_folder, "write_atomically", refuse)
+    monkeypatch.setattr(caption_folder, "write_atomically", refuse)
     return root
 
 
@@ -129,7 +129,7 @@ def test_where_nothing_can_be_written_it_is_read_all_the_same(
         del content
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(prepared_folder, "write_atomically", refuse)
+    monkeypatch.setattr(caption_folder, "write_atomically", refuse)
     said = log_lines()
     assert len(open_data_folder(root).split("train")) == 4
     assert "every start makes a manifest anew" in said[0]

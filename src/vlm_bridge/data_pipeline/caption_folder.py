@@ -7,27 +7,31 @@
     ROOT/{train,val,test}/images/*.jpg    upright RGB pictures
 
 An image has one line per caption. Other tools prepare the same layout without a manifest, as the dinov2-gemma project
-does: such a folder is read too, and its manifest is made on first use (`prepared_folder`).
+does: such a folder is read too, and its manifest is made on first use.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, overload
 
 import numpy as np
 
+from vlm_bridge import __version__
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import DataError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
@@ -44,6 +48,7 @@ MAX_PATH_CHARACTERS, MAX_NAME_BYTES = 1024, 255
 PREPARED_ELSEWHERE = "prepared by other tools"
 """The manifest's `source` of a folder that other tools prepared."""
 _KEYS = ("image_path", "caption")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,6 @@ class CaptionFolder:
         Raises:
             DataError: missing, unfinished, damaged or of a newer format.
         """
-        from vlm_bridge.data_pipeline.prepared_folder import current_manifest
-
         root = Path(root)
         if not root.is_dir():
             raise DataError(
@@ -324,7 +327,7 @@ def caption_lines(split_dir: Path) -> list[str]:
 
 
 def is_prepared_elsewhere(root: Path) -> bool:
-    """Whether a folder has the layout of a caption folder, but its manifest is missing or `prepared_folder`'s."""
+    """Whether a folder has the layout of a caption folder, but its manifest is missing or made on first use."""
     if (root / UNFINISHED_NAME).is_dir() or not any(
         (root / s / CAPTIONS_NAME).is_file() for s in SPLITS
     ):
@@ -491,3 +494,113 @@ def _parse_record(line: bytes | None) -> tuple[dict[str, str], str]:
     if len(record["caption"]) > MAX_CAPTION_CHARACTERS:
         return {}, f"a caption of {len(record['caption']):,} characters"
     return record, "" if record["caption"].strip() else "an empty caption"
+
+
+# Manifests of folders that other tools prepared: made on first use, beside the splits or, where the
+# folder is read-only, in the user's cache, and made again when the folder has changed. The
+# fingerprint depends on content alone, so checkpoints continue on another machine.
+
+
+def current_manifest(root: Path) -> dict[str, Any]:
+    """Return the manifest of a folder that other tools prepared; make it where there is none for its present state.
+
+    Args:
+        root: the folder that holds train, val and test.
+
+    Raises:
+        DataError: no line of a split can be used.
+    """
+    state, places = _state(root), (root / MANIFEST_NAME, _cached(root))
+    known = [manifest for place in places if (manifest := _known_manifest(place)) is not None]
+    manifest = next((manifest for manifest in known if manifest.get("state") == state), None)
+    if manifest is None:
+        manifest = {**_make_manifest(root), "state": state}
+        why = "has changed since its manifest was made" if known else f"has no {MANIFEST_NAME}"
+        logger.info(
+            f"{root} {why}: {_write_manifest(manifest, *places)} ({_sizes(manifest['counts'])})"
+        )
+    if shared := manifest.get("also_in_train"):
+        counts = " and ".join(f"{number:,} {split} images" for split, number in shared.items())
+        logger.info(f"{counts} of {root} are in train too: scores on them are too good")
+    return manifest
+
+
+def _make_manifest(root: Path) -> dict[str, Any]:
+    counts: dict[str, dict[str, int]] = {}
+    digests: dict[str, dict[str, str]] = {}
+    for split in SPLITS:
+        folder = root / split
+        if not (folder / CAPTIONS_NAME).is_file():
+            continue
+        bad = BadSamples(f"{split} captions")
+        images = index_captions(folder, bad)
+        if bad.total and not len(images):
+            raise DataError(
+                f"none of the {bad.total:,} lines of {folder / CAPTIONS_NAME} can be used: {bad.summary()}; captions "
+                f"in another form: `vlm-data transform --source local --input-dir {root} --output-dir NEW_FOLDER`"
+            )
+        if not bad.total:
+            continue
+        counts[split] = {"images": len(images), "captions": images.num_captions}
+        digests[split] = dict(image_digests(folder))
+    if not counts:
+        raise DataError(
+            f"the {CAPTIONS_NAME} files in {root} have no lines: prepare the folder again"
+        )
+    train = set(digests.get("train", {}).values())
+    shared = {s: len(train & set(digests[s].values())) for s in counts if s != "train"}
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_with": f"vlm-bridge {__version__}",
+        "source": PREPARED_ELSEWHERE,
+        "counts": counts,
+        "also_in_train": {split: number for split, number in shared.items() if number},
+        "fingerprint": fingerprint(
+            {split: caption_lines(root / split) for split in counts}, digests
+        ),
+    }
+
+
+def _write_manifest(manifest: Mapping[str, Any], beside: Path, cached: Path) -> str:
+    """Write a manifest to the first place that can be written, and say which."""
+    content = (json.dumps(manifest, indent=2) + "\n").encode()
+    for place in (beside, cached):
+        with suppress(OSError):
+            if place == cached:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, content)
+            return f"made {place}"
+    return f"neither it nor {cached.parent} can be written, so every start makes a manifest anew"
+
+
+def _known_manifest(place: Path) -> dict[str, Any] | None:
+    try:
+        return parse_manifest(place)
+    except (OSError, DataError):
+        return None
+
+
+def _cached(root: Path) -> Path:
+    name = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
+    return cache_dir() / "manifests" / f"{name}.json"
+
+
+def _state(root: Path) -> str:
+    """Hash caption files, and names and sizes of images: what a look at each start can afford."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in SPLITS:
+        folder = root / split
+        if (folder / CAPTIONS_NAME).is_file():
+            with (folder / CAPTIONS_NAME).open("rb") as file:
+                digest.update(
+                    f"{split}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode()
+                )
+            for path in image_files(folder):
+                line = f"{path.name}\0{path.stat().st_size}\0"
+                digest.update(line.encode(errors="surrogateescape"))
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def _sizes(counts: Mapping[str, Mapping[str, int]]) -> str:
+    return ", ".join(f"{split} {count['images']:,} images" for split, count in counts.items())
