@@ -38,7 +38,7 @@ def features(
     ),
     json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
 ) -> None:
-    """Encode the images of a recipe's training ahead of it, or remove the least recently used caches."""
+    """Encode the images of a recipe ahead of training, or remove the least recently used caches."""
     from vlm_bridge.configuration import DEFAULT_RECIPE, load_recipe, shipped_recipe
     from vlm_bridge.data_pipeline.features import cache_root
     from vlm_bridge.errors import ConfigurationError, UsageError

@@ -1,7 +1,4 @@
-"""Samples that cannot be used: skipped, counted and listed; where they are too many, the work stops.
-
-One damaged image among a hundred thousand must not end a training, and a damaged disk must not go unnoticed.
-"""
+"""Skipped samples: counted and listed; too many of them are an error."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from vlm_bridge.files import write_atomically
 
 MAX_BAD_SHARE = 0.01
 MIN_BAD_ROWS = 3
-"""Skipped rows or missing images of a dataset that are an error above that share: one or two are skipped."""
 NUM_CAUSES = 5
 """Causes that a message names."""
 NUM_NAMED = 3
@@ -60,10 +56,10 @@ class BadSamples:
         listing: Path | None = None,
         setting: str | None = None,
     ) -> None:
-        """Raise DataError where more than ``max_share`` of the samples are skipped; it names the causes.
+        """Raise DataError if more than ``max_share`` of the samples are skipped; it names the causes.
 
         Args:
-            at_least: so many are needed for an error: one of ten is a large share, but no sign of a system.
+            at_least: fewer are no error, whatever their share.
             listing: the file that names all of them.
             setting: what the user can raise to go on all the same.
         """
@@ -76,7 +72,7 @@ class BadSamples:
             )
 
     def summary(self, listing: Path | None = None) -> str:
-        """Return the causes on one line, each once with a count and a few samples, and where all are listed."""
+        """Return the causes on one line, each with a count and a few samples."""
         causes = by_cause((bad.where, bad.reason) for bad in self.samples)
         named = on_one_line("; ".join(causes[:NUM_CAUSES]))
         more = f"; and {len(causes) - NUM_CAUSES:,} more causes" if len(causes) > NUM_CAUSES else ""
@@ -84,10 +80,10 @@ class BadSamples:
 
 
 def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
-    """Return a line for each cause, the most frequent first: its count, its first reason and its first samples.
+    """Return a line for each cause, the most frequent first: count, reason, first samples.
 
     Args:
-        skipped: (what, reason) of each sample; reasons that differ in numbers and names only are one cause.
+        skipped: (what, reason) of each; reasons that differ in numbers and names are one cause.
     """
     causes: dict[str, list[tuple[str, str]]] = {}
     for what, reason in skipped:

@@ -6,10 +6,10 @@
     ROOT/KEY/features.building  the same while it is written; an interrupted build continues here
     ROOT/KEY/index.json         what the records are and how fast they were made
     ROOT/KEY/.lock              exclusive for the one process that builds, shared by those that read
-    ROOT/.pictures-DIGEST       the content hash of a list of images, which saves reading them at every start
+    ROOT/.pictures-DIGEST       content hash of a list of images, kept while no file is touched
 
-KEY hashes everything that features depend on: encoder weights, preprocessing, images, format. A cache of another
-encoder or of other images is therefore never found.
+KEY hashes everything that features depend on: encoder weights, preprocessing, images, format.
+A cache of another encoder or of other images is therefore never found.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CacheUnavailable(DataError):
 
 
 class Encoder(Protocol):
-    """A frozen vision encoder: pixels [B, 3, h, w] -> features [B, ``num_tokens``, ``embed_dim``]."""
+    """A frozen vision encoder: pixels [B, 3, h, w] -> features [B, N, D]."""
 
     num_tokens: int
     embed_dim: int
@@ -72,7 +72,7 @@ class Encoder(Protocol):
 
 
 class Features(Protocol):
-    """By image index: features [len(indices), N, D] of a cache, or pixels [len(indices), 3, h, w] to encode."""
+    """By image index: features [B, N, D] of a cache, or pixels [B, 3, h, w] to encode."""
 
     def __getitem__(self, indices: np.ndarray) -> Any: ...
 
@@ -108,13 +108,13 @@ class Views:
         return ImageOps.mirror(cropped) if random.random() < 0.5 else cropped
 
     def of_epoch(self, num_images: int, epoch: int) -> np.ndarray:
-        """Return the view [num_images] that each image shows in an epoch: each once in ``count`` epochs."""
+        """Return the view [num_images] of each image in an epoch: each once in ``count`` epochs."""
         first = np.random.default_rng(self.seed).integers(self.count, size=num_images)
         return (first + epoch) % self.count
 
 
 class OnTheFlyPixels:
-    """Images opened when they are needed: ``[indices]`` gives encoder input [len(indices), 3, h, w].
+    """Images opened when they are needed: ``[indices]`` gives encoder input [B, 3, h, w].
 
     With ``views``, index i is view i % count of image i // count.
     """
@@ -144,7 +144,7 @@ class OnTheFlyPixels:
 
 @dataclass(frozen=True)
 class SplitFeatures:
-    """Features or pixels of a split by image index; where images have several views, those of one epoch."""
+    """Features or pixels of a split by image index; of several views, those of one epoch."""
 
     items: Features
     num_images: int
@@ -189,7 +189,10 @@ def cached_features(
     num_workers: int = 0,
     check_all: bool = False,
 ) -> FeatureCache:
-    """Open the cache of some images below ``root``, or make it. Raises as `FeatureCache.open_or_build`."""
+    """Open the cache of some images below ``root``, or make it.
+
+    Raises: as `FeatureCache.open_or_build`.
+    """
     key = cache_key(LAYOUT, fingerprint, pictures_digest(paths, root), dtype, repr(views))
     device = next(encoder.parameters()).device
 
@@ -247,7 +250,7 @@ def pictures_digest(paths: Sequence[PictureFile], root: Path) -> str:
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """Features [N, D] of one image as bytes; `int8` gives every token a float32 scale, behind the values."""
+    """Features [N, D] of one image as bytes; `int8` has a float32 scale per token, behind the values."""
 
     num_tokens: int
     dim: int
@@ -275,7 +278,7 @@ class FeatureFormat:
         return _bytes_of(stored_bnd)
 
     def unpack(self, records: np.ndarray) -> torch.Tensor:
-        """Records [B, ``record_bytes``] -> features [B, N, D]: in the stored type, of `int8` in float32."""
+        """Records [B, ``record_bytes``] -> features [B, N, D]; those of `int8` in float32."""
         shape = len(records), self.num_tokens, self.dim
         if self.dtype == "int8":
             num_values = self.num_tokens * self.dim
@@ -319,7 +322,7 @@ class FeatureCache:
     ) -> FeatureCache:
         """Open the cache in ``folder``; encode what is missing or damaged.
 
-        Decoding runs in threads: Pillow and NumPy release the interpreter lock, so processes are no faster.
+        Decoding runs in threads: Pillow releases the interpreter lock, so processes are no faster.
 
         Args:
             pixels: what to encode, with a length.
@@ -484,8 +487,8 @@ def _check_room(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted and free < wanted + FREE_SPACE_TO_LEAVE:
         raise CacheUnavailable(
-            f"no room for {as_bytes(wanted)} of cached features below {folder.parent}: {as_bytes(free)} are "
-            f"free, and {as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
+            f"no room for {as_bytes(wanted)} of cached features below {folder.parent}: "
+            f"{as_bytes(free)} are free, and {as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
         )
 
 
@@ -543,7 +546,7 @@ def caches_below(root: Path) -> list[CacheOnDisk]:
 
 
 def evict(root: Path, max_bytes: int) -> list[CacheOnDisk]:
-    """Remove the least recently used caches that nobody uses until the rest fits into ``max_bytes``."""
+    """Remove the least recently used caches until the rest fits into ``max_bytes``; none in use."""
     caches = caches_below(root)
     total = sum(cache.num_bytes for cache in caches)
     removed = []

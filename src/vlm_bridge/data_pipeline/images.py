@@ -1,6 +1,6 @@
 """Open images from outside: a file becomes an upright 8-bit RGB image, or one clear error.
 
-A file is refused by what it would cost, before it is decoded: bytes, pixels, progressive scans, metadata.
+A file is refused by its cost before it is decoded: bytes, pixels, progressive scans, metadata.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_JPEG_PIXELS = 178_000_000
 MAX_SIDE = 65_535
 # MAX_PIXELS uncompressed, at six bytes a pixel.
 MAX_FILE_BYTES = 300_000_000
-# Pixels of a progressive JPEG times its scans, usually about ten. An empty scan is a pass over all pixels.
+# Pixels of a progressive JPEG times its scans (usually ten): an empty scan is a pass over all.
 MAX_SCAN_PIXELS = 1_500_000_000
 # Segments of a JPEG, text chunks of a PNG, extensions of a GIF, numbers of a TIFF's tag.
 MAX_PARTS = 100_000
@@ -126,10 +126,10 @@ class DecodedImage:
 
 
 def open_image(path: str | PictureFile) -> Image.Image:
-    """Return the image at ``path`` (a file, or a place in a tar), upright and RGB (8 bits a channel).
+    """Return the image at ``path`` (a file, or a place in a tar), upright and 8-bit RGB.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit grayscale is scaled to 8 bits, CMYK is
-    converted, an animation gives its first frame, and a JPEG of more than `MAX_PIXELS` is read smaller.
+    EXIF rotation is applied, transparency is laid on white, 16-bit grayscale is scaled to 8 bits, an
+    animation gives its first frame, and a JPEG of more than `MAX_PIXELS` is read smaller.
 
     Raises:
         ImageError: missing, empty, truncated, no image, or beyond a limit of this module.
@@ -138,7 +138,7 @@ def open_image(path: str | PictureFile) -> Image.Image:
 
 
 def decode_image(picture: str | PictureFile | bytes) -> DecodedImage:
-    """As :func:`open_image`, also of a file's bytes; and whether the file can be copied unchanged."""
+    """Open an image or a file's bytes; and whether the file can be copied unchanged."""
     with _opened(picture) as opened:
         is_smaller = _shrink_while_read(opened)
         opened.load()
@@ -161,7 +161,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_image(path: str | PictureFile) -> None:
-    """Raise ImageError where :func:`open_image` would. A JPEG is read whole, but at an eighth of its size: quicker."""
+    """Raise ImageError where :func:`open_image` would; a JPEG is decoded at an eighth of its size."""
     with _opened(path) as opened:
         if opened.format == "JPEG":
             opened.draft(opened.mode, (opened.width // 8, opened.height // 8))
@@ -289,7 +289,7 @@ def _costly_metadata(content: bytes, kind: str) -> str:
 
 
 def _costly_directory(content: bytes, start: int) -> str:
-    """Name what a TIFF's first directory claims beyond the bytes of its file; tags may share bytes."""
+    """Name a table that a TIFF's first directory claims beyond the bytes of its file."""
     order = "<" if content[start : start + 2] == b"II" else ">"
     is_big = content[start + 2 : start + 4] in (b"+\0", b"\0+")
     offset, number, entry = ("Q", "Q", "HHQ8x") if is_big else ("I", "H", "HHI4x")
@@ -376,7 +376,7 @@ def _content(picture: str | PictureFile | bytes, name: str) -> bytes:
 
 
 def _check_cost(opened: Image.Image, content: bytes, name: str) -> None:
-    """Raise ImageError for an image that would take too much memory or time to decode, judged by its header."""
+    """Raise ImageError if decoding would take too much memory or time, judged by the header."""
     width, height = opened.size
     if LIMITS.max_pixels == 0:
         return
@@ -398,7 +398,7 @@ def _check_cost(opened: Image.Image, content: bytes, name: str) -> None:
 
 
 def _shrink_while_read(opened: Image.Image) -> bool:
-    """Let a JPEG beyond the limit be decoded at a half, a quarter or an eighth of its size; whether it will be."""
+    """Decode a JPEG beyond the limit at a half, a quarter or an eighth; return whether it is."""
     width, height = opened.size
     for factor in (1, 2, 4, 8):
         if LIMITS.max_pixels == 0 or width * height <= LIMITS.max_pixels * factor**2:
@@ -421,7 +421,7 @@ def name_of(picture: str | PictureFile | bytes) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, a band of rows at a time: besides the result, nothing is as large as it."""
+    """Convert any mode to RGB, a band of rows at a time to save memory."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
     convert = _converter(image)
@@ -447,8 +447,10 @@ def _on_white(band: Image.Image) -> Image.Image:
 
 
 def _white_level(image: Image.Image) -> float:
-    """What is white in a one-channel integer or float picture: the top of the narrowest usual range that holds its
-    brightest pixel, of 1.0, 8 bits and 16 bits. 16-bit modes always use 16 bits, so that a dark picture stays dark.
+    """Return the white of a one-channel integer or float image.
+
+    It is the smallest of 1.0, 255 and 65535 that holds the brightest pixel. 16-bit modes always use
+    65535, so that a dark image stays dark.
     """
     if image.mode.startswith("I;16"):
         return 65535.0

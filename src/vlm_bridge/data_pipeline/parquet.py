@@ -1,7 +1,7 @@
-"""Pictures that lie in parquet files, as Hugging Face datasets store them: read in order and a few at a time.
+"""Images in parquet files, as Hugging Face datasets store them: read in order, a few at a time.
 
-An image column is a struct ``{bytes, path}``. A picture is named by its file, row group and row, which is all that
-a plan of many thousand pictures needs to hold; the bytes are read when their turn comes.
+An image column is a struct ``{bytes, path}``. A plan of many thousand images names each by file, row
+group and row; the bytes are read when their turn comes.
 """
 
 from __future__ import annotations

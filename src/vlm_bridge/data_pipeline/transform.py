@@ -97,8 +97,7 @@ def transform(
         workers: processes; with several, images are decoded within the limits of `isolated`.
         seed, split_by, val_fraction, test_fraction: see `SplitRule`; None for the source's.
         image_size: longest side in pixels; smaller upright RGB JPEGs are copied unchanged.
-        caption_style: see :func:`clean_caption`; None for the source's.
-        limit: images a split: a sample by hash of (seed, id), whatever their order.
+        limit: images a split, sampled by hash of (seed, id).
         near_duplicate_distance: differing bits of 64-bit perceptual hashes to report.
 
     Raises:
