@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from vlm_bridge.cli.main import run_program
-from vlm_bridge.combined_files import BLIP, DEFAULT_FILE, load_combined_model
+from vlm_bridge.formats.pvt_blip import BLIP, DEFAULT_FILE, load_combined_model
 
 __all__ = ["load_combined_model"]
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from vlm_bridge import runtime
-from vlm_bridge.combined_files import combine_checkpoint, read_combined, write_combined
 from vlm_bridge.configuration import ProjectionOptions, Recipe, load_recipe, shipped_recipe
 from vlm_bridge.data_pipeline.caption_folder import (
     MANIFEST_NAME,
@@ -26,16 +25,21 @@ from vlm_bridge.data_pipeline.caption_folder import (
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError, ModelError, UsageError
-from vlm_bridge.model_architecture.combined import (
+from vlm_bridge.formats.pvt_blip import (
+    PREFIXES,
     CombinedModel,
     build_combined,
     from_combined,
     projection_for,
     projection_kind,
+    read_combined,
+    to_combined,
+    write_combined,
 )
-from vlm_bridge.model_architecture.combined_layouts import PREFIXES
+from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.pvt_blip import load_tokenizer, why
 from vlm_bridge.model_architecture.pvt_cbam import image_processor
+from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.resume import AUTO
 from vlm_bridge.training_strategy.trainer import TrainingResult, train
 
@@ -300,3 +304,25 @@ def _processor(name: str | None, resample: str) -> Any:
         raise ModelError(
             f"cannot load the image processor of {name!r}: {why(error, name)} (--pvt names another model or folder)"
         ) from error
+
+
+def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a trained captioner as a combined file has them.
+
+    Args:
+        path: a checkpoint, or the folder of a run, whose best one in full precision is taken.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of a captioner that is no PVT + projection + BLIP.
+        ModelError: a part cannot be loaded.
+    """
+    whole = [
+        Path(path) / place / name
+        for place in ("", "checkpoints")
+        for name in (checkpoints.BEST, checkpoints.LATEST)
+    ]
+    where = checkpoints.checkpoint_path(next((file for file in whole if file.is_file()), path))
+    content = checkpoints.load_checkpoint(where)
+    captioner = build_captioner(checkpoints.recipe_of(content, where))
+    checkpoints.restore(captioner, content, where)
+    return to_combined(captioner, where)

@@ -26,14 +26,14 @@ from transformers import (
 )
 
 from tiny_models import seeded
-from vlm_bridge.combined_files import (
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.formats.pvt_blip import (
     BLIP,
     combine_models,
     load_combined_model,
     read_combined,
     write_combined,
 )
-from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 

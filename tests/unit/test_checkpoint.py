@@ -204,7 +204,7 @@ def test_another_architecture_is_refused_and_its_keys_are_named(
 def test_other_sizes_and_missing_statistics_are_refused(saved: Path, recipe: Recipe) -> None:
     weights = checkpoints.load_checkpoint(saved)["weights"]
     plain = recipe.replace(bridge=recipe.bridge.replace(standardize_features=False))
-    with pytest.raises(CheckpointError, match=r"feature_scale\.mean is unknown"):
+    with pytest.raises(CheckpointError, match=r"feature_scale\.mean \(32,\) is unknown"):
         checkpoints.load_weights(build_captioner(plain), weights, saved)
     wider = {**weights, "feature_scale.mean": torch.zeros(99)}
     with pytest.raises(CheckpointError, match=r"feature_scale\.mean is \(99,\), not \(32,\)"):

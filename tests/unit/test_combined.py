@@ -20,16 +20,17 @@ from transformers import (
 
 from captioners import tiny_captioner, tiny_recipe
 from tiny_models import seeded
-from vlm_bridge.combined_files import (
-    combine_checkpoint,
+from vlm_bridge.configuration import Recipe, recipe_from_dict
+from vlm_bridge.errors import CheckpointError, ModelError
+from vlm_bridge.finetuning import combine_checkpoint
+from vlm_bridge.formats import pvt_blip as combined
+from vlm_bridge.formats import pvt_blip_sizes
+from vlm_bridge.formats.pvt_blip import (
     combine_models,
     load_combined_model,
     read_combined,
     write_combined,
 )
-from vlm_bridge.configuration import Recipe, recipe_from_dict
-from vlm_bridge.errors import CheckpointError, ModelError
-from vlm_bridge.model_architecture import combined, combined_sizes
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.pvt_blip import PvtBlip
 from vlm_bridge.model_architecture.weights import known_architecture
@@ -188,7 +189,7 @@ def test_tensors_tell_the_sizes_of_published_encoders(name: str, number: int | N
     assert published is not None
     with torch.device("meta"):
         model = (PvtModel if published.config.model_type == "pvt" else PvtV2Model)(published.config)
-    read = combined_sizes.pvt_config(model.state_dict()).to_dict()
+    read = pvt_blip_sizes.pvt_config(model.state_dict()).to_dict()
     assert read == published.config.to_dict()
     assert number in (None, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -199,7 +200,7 @@ def test_tensors_tell_the_sizes_of_the_published_decoder() -> None:
     with torch.device("meta"):
         model = BlipTextLMHeadModel(published.config.text_config)
     assert (
-        combined_sizes.text_config(model.state_dict()).to_dict()
+        pvt_blip_sizes.text_config(model.state_dict()).to_dict()
         == published.config.text_config.to_dict()
     )
 

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from tiny_models import seeded
-from vlm_bridge.combined_files import (
+from vlm_bridge.errors import CheckpointError, ConfigurationError
+from vlm_bridge.formats.pvt_blip import (
     combine_models,
     load_combined_model,
     read_combined,
     write_combined,
 )
-from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture.pvt_blip import PvtBlip
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
 
@@ -101,14 +101,15 @@ def by_the_originals_loader(
 @pytest.mark.parametrize("has_vit", [True, False], ids=["vit", "no vit"])
 @pytest.mark.parametrize("projection", ["visual_proj.", "visual_proj.proj_layer.", None])
 def test_the_originals_files_load(
-    projection: str | None, has_vit: bool, blip: Any, proj: nn.Linear, load: Any, capsys: Any
+    projection: str | None, has_vit: bool, blip: Any, proj: nn.Linear, load: Any, caplog: Any
 ) -> None:
     state = prefixed("visual_encoder.", small_pvt().state_dict())
     state |= prefixed("text_decoder.", blip.state_dict())
     state |= prefixed(projection, proj.state_dict()) if projection else {}
     state = {name: x for name, x in state.items() if has_vit or ".vision_model." not in name}
+    caplog.set_level("INFO", "vlm_bridge")
     model = load(state)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert "the original's combined file: PVT-Tiny with CBAM, BLIP's decoder of 2 layers" in line
     assert ("its ViT is left out" in line) is has_vit and ("no projection" in line) is (
         projection is None
@@ -159,7 +160,7 @@ def test_both_layouts_hold_the_same(ours: Tensors, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["whole BLIP", "decoder", "ours"])
 def test_the_guides_three_state_dicts_load(
-    form: str, ours: Tensors, blip: Any, proj: nn.Linear, load: Any, capsys: Any
+    form: str, ours: Tensors, blip: Any, proj: nn.Linear, load: Any, caplog: Any
 ) -> None:
     blips = {
         "whole BLIP": blip.state_dict(),
@@ -171,8 +172,9 @@ def test_the_guides_three_state_dicts_load(
         "blip": blips[form],
         "projection": proj.state_dict(),
     }
+    caplog.set_level("INFO", "vlm_bridge")
     assert equal(load(content).blip.state_dict(), ours)
-    assert "the guide's dict of state dicts" in capsys.readouterr().err
+    assert "the guide's dict of state dicts" in caplog.text
     without = load({"pvt": content["pvt"], "blip": content["blip"]})
     assert without.proj is None
 

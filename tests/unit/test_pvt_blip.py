@@ -12,10 +12,9 @@ from transformers import BlipProcessor
 
 from captioners import tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.combined_files import load_combined_model, write_combined
 from vlm_bridge.configuration import load_recipe, override_recipe, recipe_from_dict, shipped_recipe
 from vlm_bridge.errors import ModelError, UsageError
-from vlm_bridge.model_architecture.combined import to_combined
+from vlm_bridge.formats.pvt_blip import load_combined_model, to_combined, write_combined
 from vlm_bridge.model_architecture.pvt_blip import NO_REPEAT_NGRAM_SIZE, PROMPT, MapLinear
 
 ENCODERS = ("tiny_pvt_dir", "tiny_pvt_v2_dir", "tiny_pvt_cbam_dir")

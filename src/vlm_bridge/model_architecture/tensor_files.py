@@ -237,11 +237,16 @@ def misfits(
     Args:
         same: compares a shape found with the wanted one.
     """
+    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     return [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & found.keys())
-        if not same(found[name].shape, wanted[name].shape)
-    ] + wrong_names(found, wanted)
+        *(
+            f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & found.keys())
+            if not same(found[name].shape, wanted[name].shape)
+        ),
+        *(f"{name} {tuple(wanted[name].shape)} is missing" for name in sorted(missing)),
+        *(f"{name} {tuple(found[name].shape)} is unknown" for name in sorted(unknown)),
+    ]
 
 
 def wrong_names(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
