@@ -1,4 +1,4 @@
-"""Look at this machine: what works, what is missing, and the one command that mends it."""
+"""Check this machine, and name the command that mends each finding."""
 
 from __future__ import annotations
 
@@ -28,13 +28,10 @@ from vlm_bridge.environment import (
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.metrics.java import install_java_command
 
-HUB_TIMEOUT = 4.0
-"""Seconds for the model hub to answer, name resolution included."""
+HUB_TIMEOUT = 4.0  # seconds, name resolution included
 GIB = 2**30
-MIN_RAM_GIB = 4.0
-"""The quickstart keeps below this."""
-MIN_DISK_GIB = 5.0
-"""A converted language model, a feature cache and a few checkpoints."""
+MIN_RAM_GIB = 4.0  # enough for the quickstart
+MIN_DISK_GIB = 5.0  # a converted language model, a feature cache and a few checkpoints
 
 
 @dataclass(frozen=True)
@@ -48,34 +45,24 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Run every check, in seconds even without a network. Never raises: a check that breaks is a finding."""
+    """Run every check. A check that fails to run is a finding, never an error."""
     checks: list[Check] = []
     for examine in (
-        _packages,
-        _devices,
-        _memory,
-        _java,
-        _disk,
-        _hub,
-        _token,
-        _extras,
-        _lite_weights,
+        _packages, _devices, _memory, _java, _disk, _hub, _token, _extras, _lite_weights,
         _bundled_captioner,
-    ):
+    ):  # fmt: skip
         try:
             checks.extend(examine())
         except Exception as error:
             name = examine.__name__.strip("_").replace("_", " ")
-            checks.append(
-                Check(name, "warn", f"could not be checked: {type(error).__name__}: {error}")
-            )
+            detail = f"could not be checked: {type(error).__name__}: {error}"
+            checks.append(Check(name, "warn", detail))
     return checks
 
 
 def _packages() -> Iterator[Check]:
-    yield Check(
-        "python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})"
-    )
+    system = f"{platform.system()} {platform.machine()}"
+    yield Check("python", "ok", f"{platform.python_version()} ({system})")
     yield Check(DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
     for requirement in requirements():
         yield _installed(requirement, missing="fail")
@@ -83,12 +70,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _installed(requirement: Requirement, *, missing: Literal["warn", "fail"]) -> Check:
-    """Look whether a dependency is there, in a version of the tested range.
-
-    Args:
-        requirement: what is declared of it.
-        missing: the status where it is not there or too old.
-    """
+    """Compare an installed dependency with its tested range; `missing` is the status without it."""
     name = requirement.name
     install = f"{_python()} -m pip install"
     fix = f"{install} '{name}{requirement.specifier}'"
@@ -105,19 +87,18 @@ def _installed(requirement: Requirement, *, missing: Literal["warn", "fail"]) ->
 
 
 def _imports() -> Iterator[Check]:
-    """Installed is not importable: a torchvision built for another torch takes transformers down with it."""
+    """Import what may be installed and broken: a torchvision for another torch, for example."""
+    pip = f"{_python()} -m pip"
     for name in ("torch", "transformers", "torchvision"):
         try:
             __import__(name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                yield Check(
-                    f"import {name}", "fail", str(error), f"{_python()} -m pip install {error.name}"
-                )
+                yield Check(f"import {name}", "fail", str(error), f"{pip} install {error.name}")
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             action = "uninstall -y" if name == "torchvision" else "install --force-reinstall"
-            yield Check(f"import {name}", "fail", reason, f"{_python()} -m pip {action} {name}")
+            yield Check(f"import {name}", "fail", reason, f"{pip} {action} {name}")
 
 
 def _devices() -> Iterator[Check]:
@@ -131,13 +112,9 @@ def _devices() -> Iterator[Check]:
     if torch.backends.mps.is_available():
         yield Check("mps", "ok", "Apple GPU")
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        detail = f"an NVIDIA driver is here but torch {torch.__version__} cannot use it"
         fix = f"{_python()} -m pip install --force-reinstall torch"
-        yield Check(
-            "cuda",
-            "warn",
-            f"an NVIDIA driver is here but torch {torch.__version__} cannot use it",
-            fix,
-        )
+        yield Check("cuda", "warn", detail, fix)
     bf16 = {
         True: "bf16 in hardware",
         False: "bf16 emulated (slow: amp_dtype=float32)",
@@ -165,23 +142,21 @@ def _java() -> Iterator[Check]:
     if version := java_version():
         yield Check("java", "ok", version)
     else:
-        detail = "no working Java: METEOR and SPICE are skipped, the other metrics use a simple tokenizer"
+        detail = "no working Java: METEOR and SPICE are skipped, the others use a simple tokenizer"
         yield Check("java", "warn", detail, install_java_command())
 
 
 def _disk() -> Iterator[Check]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for name, folder in (("disk here", Path.cwd()), ("disk of the hub cache", Path(HF_HUB_CACHE))):
+    for name, folder, fix in (
+        ("disk here", Path.cwd(), "free some space, or work in another folder"),
+        ("disk of the hub cache", Path(HF_HUB_CACHE), "hf cache prune"),
+    ):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(existing).free / GIB
         detail = f"{free:.1f} GiB free in {folder}"
         if free < MIN_DISK_GIB:
-            fix = (
-                "hf cache prune"
-                if "cache" in name
-                else "free some space, or work in another folder"
-            )
             yield Check(name, "warn", detail, fix)
         else:
             yield Check(name, "ok", detail)
@@ -208,7 +183,7 @@ def _ask_hub() -> None:
 
 
 def _succeeds(ask: Callable[[], None], *, within: float) -> bool:
-    """Whether ``ask`` returns in time without an error; a socket's own time-out spares name resolution."""
+    """Return whether `ask` succeeds in time; a thread also limits slow name resolution."""
     succeeded = threading.Event()
 
     def target() -> None:
@@ -226,16 +201,12 @@ def _token() -> Iterator[Check]:
     if get_token():
         yield Check("hub token", "ok", "there is one")
     else:
-        yield Check(
-            "hub token",
-            "warn",
-            "none: gated models such as Gemma cannot be fetched",
-            "hf auth login",
-        )
+        detail = "none: gated models such as Gemma cannot be fetched"
+        yield Check("hub token", "warn", detail, "hf auth login")
 
 
 def _extras() -> Iterator[Check]:
-    """Every optional group the package declares, less what this machine or a user has no use for."""
+    """Check the optional groups, but not `gpu` without a GPU."""
     import torch
 
     unused = set() if torch.cuda.is_available() else {"gpu"}
@@ -243,19 +214,16 @@ def _extras() -> Iterator[Check]:
         checks = [_installed(requirement, missing="warn") for requirement in requirements(extra)]
         if not checks:  # an old name of what the core has now
             continue
-        missing = [check for check in checks if check.status != "ok"]
         detail = ", ".join(f"{check.name} {check.detail}" for check in checks)
-        if missing:
-            wanted = " ".join(
-                check.fix.rpartition(" install ")[2] for check in missing if check.fix
-            )
-            yield Check(f"extra {extra}", "warn", detail, f"{_python()} -m pip install {wanted}")
+        fixes = [check.fix.rpartition(" install ")[2] for check in checks if check.fix]
+        if fixes:
+            fix = f"{_python()} -m pip install {' '.join(fixes)}"
+            yield Check(f"extra {extra}", "warn", detail, fix)
         else:
             yield Check(f"extra {extra}", "ok", detail)
 
 
 def _lite_weights() -> Iterator[Check]:
-    """Of the lite recipes and of the bundled captioner."""
     from vlm_bridge.model_architecture.weights import SMOLLM2, packaged_weights_of
 
     for weights in packaged_weights_of([SMOLLM2, "efficientnet-lite0", *bundled_models()]):
@@ -278,6 +246,6 @@ def _bundled_captioner() -> Iterator[Check]:
 
 
 def _python() -> str:
-    """The interpreter to name in a command: plain ``python`` where that is this one."""
+    """Return `python` where that is this interpreter, else its path."""
     found = shutil.which("python")
     return "python" if found and Path(found).samefile(sys.executable) else sys.executable

@@ -1,4 +1,4 @@
-"""What this installation is made of, and which versions lie outside the range that is tested."""
+"""Versions of installed packages, and the range that is tested."""
 
 from __future__ import annotations
 
@@ -18,21 +18,12 @@ from packaging.version import Version
 
 DISTRIBUTION = "vlm-bridge"
 LOCK = "constraints.txt"
-"""The newest tested version of every package: in the installed package, or at a checkout's root."""
-DEVELOPMENT = "dev"
-"""The extra that no command imports."""
+"""Newest tested versions: in the installed package, or at a checkout's root."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """An installed version outside the tested range.
-
-    Attributes:
-        name: the distribution.
-        installed: its version.
-        tested: the end of the range that it lies beyond.
-        is_newer: whether that is the upper end.
-    """
+    """An installed version beyond one end (`tested`) of the tested range."""
 
     name: str
     installed: str
@@ -41,7 +32,6 @@ class Deviation:
 
     @property
     def kind(self) -> str:
-        """Where it lies, in words."""
         return "newer than tested" if self.is_newer else "older than the lowest tested"
 
     def __str__(self) -> str:
@@ -51,39 +41,32 @@ class Deviation:
 def extras() -> list[str]:
     """Return the optional groups that the package declares for its users."""
     declared = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
-    return sorted(set(declared) - {DEVELOPMENT})
+    return sorted(set(declared) - {"dev"})
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
-    """Return the direct dependencies that the package declares.
-
-    Args:
-        extra: an optional group, for what it adds; None for the core.
-    """
+    """Return the declared direct dependencies: of the core, or what an extra adds."""
     declared = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     core = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
     if extra is None:
         return core
-    return [
-        r for r in declared if r not in core and r.marker and r.marker.evaluate({"extra": extra})
-    ]
+    others = [r for r in declared if r not in core and r.marker]
+    return [r for r in others if r.marker and r.marker.evaluate({"extra": extra})]
 
 
 def newest_tested() -> dict[str, str]:
     """Return the version that the lock pins for this Python and system, by canonical name."""
     package = Path(__file__).parent
-    for folder in (package, package.parents[1]):
-        if (path := folder / LOCK).is_file():
-            lines = (
-                line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines()
-            )
-            pins = [Requirement(line) for line in lines if line]
-            return {
-                canonicalize_name(pin.name): next(iter(pin.specifier)).version
-                for pin in pins
-                if pin.marker is None or pin.marker.evaluate()
-            }
-    return {}
+    locks = [folder / LOCK for folder in (package, package.parents[1])]
+    lock = next((path for path in locks if path.is_file()), None)
+    text = lock.read_text("utf-8") if lock else ""
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    pins = [Requirement(line) for line in lines if line]
+    return {
+        canonicalize_name(pin.name): next(iter(pin.specifier)).version
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate()
+    }
 
 
 def deviation_of(requirement: Requirement) -> Deviation | None:
@@ -99,7 +82,7 @@ def deviation_of(requirement: Requirement) -> Deviation | None:
     newest = newest_tested().get(canonicalize_name(name))
     if lowest and Version(installed) < Version(lowest):
         return Deviation(name, installed, lowest, is_newer=False)
-    if newest and _public(installed) > _public(newest):
+    if newest and Version(Version(installed).public) > Version(newest):
         return Deviation(name, installed, newest, is_newer=True)
     return None
 
@@ -131,7 +114,7 @@ def environment() -> dict[str, str]:
 
 
 def cache_dir() -> Path:
-    """Return the user's cache: ``$VLM_BRIDGE_CACHE``, else ``$XDG_CACHE_HOME/vlm-bridge``, else below ~/.cache."""
+    """Return `$VLM_BRIDGE_CACHE`, else `vlm-bridge` in `$XDG_CACHE_HOME` or ~/.cache."""
     if explicit := os.environ.get("VLM_BRIDGE_CACHE"):
         return Path(explicit)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -139,7 +122,7 @@ def cache_dir() -> Path:
 
 
 def java_version() -> str | None:
-    """Return what ``java -version`` says; None without a working Java (macOS's own is none)."""
+    """Return the first line of `java -version`; None without a working Java."""
     executable = shutil.which("java")
     if executable is None:
         return None
@@ -151,12 +134,8 @@ def java_version() -> str | None:
     return None
 
 
-def _public(version: str) -> Version:
-    return Version(Version(version).public)
-
-
 def _is_imported(name: str) -> bool:
-    """Whether a module of a distribution is imported, or was until its import failed half-way."""
+    """Return whether a module of a distribution is imported, if only in part."""
     files = metadata.files(name) or ()
     own = {file.parts[0].removesuffix(".py") for file in files} | {name.replace("-", "_")}
     return any(module.partition(".")[0] in own for module in sys.modules)

@@ -1,4 +1,4 @@
-"""Fine-tune a combined file on a dataset: captions made ready, parts laid out, training, a combined file again."""
+"""Fine-tune a combined file on a dataset, and write a combined file."""
 
 from __future__ import annotations
 
@@ -46,18 +46,11 @@ from vlm_bridge.training_strategy.trainer import TrainingResult, train
 logger = logging.getLogger(__name__)
 
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
-"""What is counted -> a context that gives what is called with (done, total)."""
+"""Name of what is counted -> a context with a function of (done, total)."""
 
 
 class Dataset(NamedTuple):
-    """How a dataset of the published guide is read.
-
-    Attributes:
-        source: a name of `vlm-data transform --source`.
-        recipe: a recipe in config/.
-        folder: where `vlm-data download` leaves it; None where nothing can be downloaded.
-        limit: images a split at most.
-    """
+    """A dataset's source, shipped recipe, folder of its download, and most images per split."""
 
     source: str
     recipe: str
@@ -82,17 +75,17 @@ class FineTuning:
     Attributes:
         checkpoint: the combined file to start from.
         dataset: a name in `DATASETS`.
-        dataset_path: the dataset in its own layout, or a caption folder that is used as it is; None is where
-            `vlm-data download` leaves it.
-        output: the combined file to write, ending in .pth; the run's folder has its name without the ending.
-        overrides: ``key=value`` changes of the dataset's recipe.
-        config: a recipe in the place of the dataset's own.
-        dataset_size: at most this many images a split.
-        pvt: whose configuration and preprocessing the encoder has; None reads sizes from the tensors and normalizes
-            images as PVT's, by ImageNet's mean and standard deviation.
-        blip: whose configuration and tokenizer the decoder has; None is the recipe's decoder.
-        force: continue an interrupted run although its recipe or its data have changed.
-        follow_links: read images that links outside the dataset's folder lead to.
+        dataset_path: the dataset in its own layout, or a caption folder; None is the folder of
+            `vlm-data download`.
+        output: the combined file to write; the run's folder has its name without the ending.
+        overrides: `key=value` changes of the dataset's recipe.
+        config: a recipe instead of the dataset's own.
+        dataset_size: at most this many images per split.
+        pvt: model with the encoder's configuration and preprocessing; None reads sizes from the
+            tensors and normalizes as PVT does.
+        blip: model with the decoder's configuration and tokenizer; None is the recipe's decoder.
+        force: resume although the recipe or the data have changed.
+        follow_links: read images through links that leave the dataset's folder.
     """
 
     checkpoint: Path
@@ -121,12 +114,7 @@ class FineTuning:
 
     @property
     def data(self) -> Path:
-        """The folder of the dataset.
-
-        Raises:
-            UsageError: it is not given, and the dataset cannot be downloaded.
-            DataError: there is no such folder.
-        """
+        """The folder of the dataset; DataError without one."""
         dataset = DATASETS[self.dataset]
         if self.dataset_path is None and dataset.folder is None:
             raise UsageError(f"--dataset {self.dataset} needs --dataset_path DIR")
@@ -136,20 +124,17 @@ class FineTuning:
         if self.dataset_path is not None:
             raise DataError(f"no such folder: {path} (--dataset_path)")
         raise DataError(
-            f"no dataset at {path}: run vlm-data download {dataset.source} here and follow its steps, or give "
-            "--dataset_path DIR"
+            f"no dataset at {path}: run vlm-data download {dataset.source} here and follow its "
+            "steps, or give --dataset_path DIR"
         )
 
     @property
     def run_dir(self) -> Path:
-        """Checkpoints, logs, and the models that the training starts from."""
         return self.output.with_suffix("").resolve()
 
     def recipe(self) -> Recipe:
-        """The dataset's recipe with the overrides; ConfigurationError as `load_recipe`."""
-        return load_recipe(
-            self.config or shipped_recipe(DATASETS[self.dataset].recipe), self.overrides
-        )
+        path = self.config or shipped_recipe(DATASETS[self.dataset].recipe)
+        return load_recipe(path, self.overrides)
 
 
 def finetune_combined(
@@ -157,17 +142,12 @@ def finetune_combined(
     *,
     show_progress: ShowProgress = lambda what: nullcontext(lambda done, total: None),
 ) -> TrainingResult:
-    """Fine-tune a combined file and write another. Interrupted, the same call continues.
+    """Fine-tune a combined file and write one with the best weights; resume if interrupted.
 
-    Everything else goes beside the output: the dataset as a caption folder, which later outputs there share, and the
-    run's folder, which captions and evaluates like any other (``vlm-bridge caption --checkpoint``). The output
-    holds the best weights by the recipe's `monitor`.
-
-    Args:
-        show_progress: gives what is told of the images while the caption folder is made.
+    The caption folder and the run's folder are written beside the output.
 
     Raises:
-        VLMBridgeError: the file, the data or a model cannot be used, or the run's folder holds another training.
+        VLMBridgeError: a file, the data or a model cannot be used, or another training is there.
         Interrupted: a signal came; the state was saved first.
     """
     recipe = settings.recipe()
@@ -183,28 +163,18 @@ def finetune_combined(
     logger.info(f"captions and images: {folder}")
     start = _lay_out(settings, recipe, parts)
     checkpoint_dir = settings.run_dir / "checkpoints"
+    encoder, decoder = str(start / "vision_encoder"), str(start / "language_model")
     recipe = recipe.replace(
-        vision_encoder=recipe.vision_encoder.replace(
-            name=str(start / "vision_encoder"), revision=None
-        ),
-        language_model=recipe.language_model.replace(
-            name=str(start / "language_model"), revision=None
-        ),
+        vision_encoder=recipe.vision_encoder.replace(name=encoder, revision=None),
+        language_model=recipe.language_model.replace(name=decoder, revision=None),
         bridge=_bridge(recipe, projection),
         data_dir=str(folder),
         checkpoint_dir=str(checkpoint_dir),
         log_dir=str(settings.run_dir / "logs"),
     )
-    bridge = {
-        name: tensor
-        for name, tensor in from_combined(state, settings.checkpoint).items()
-        if name.startswith("bridge.")
-    }
-    del (
-        state,
-        parts,
-        projection,
-    )  # the trainer loads the frozen parts and the decoder from their folders
+    tensors = from_combined(state, settings.checkpoint)
+    bridge = {name: tensor for name, tensor in tensors.items() if name.startswith("bridge.")}
+    del state, parts, projection, tensors  # `train` loads the frozen parts from their folders
     resume = AUTO if checkpoint_dir.is_dir() else None
     result = train(recipe, resume=resume, initial_weights=bridge, force=settings.force)
     write_combined(settings.output, combine_checkpoint(checkpoint_dir))
@@ -217,32 +187,27 @@ def _new_projection(parts: CombinedModel, seed: int) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         projection = projection_for(config, "linear", width)
-    logger.info(
-        f"no projection in the file: a new linear one, {config.hidden_sizes[-1]} -> {width}, with seed {seed}"
-    )
+    sizes = f"{config.hidden_sizes[-1]} -> {width}"
+    logger.info(f"no projection in the file: a new linear one, {sizes}, with seed {seed}")
     return projection
 
 
 def _caption_folder(settings: FineTuning, path: Path, recipe: Recipe, progress: Progress) -> Path:
-    """The dataset as a caption folder: itself if it is one, else one beside the output, made or continued if need be.
-
-    Raises:
-        DataError: the dataset cannot be read, or that folder holds another one.
-    """
+    """Return the dataset as a caption folder: itself, or one made beside the output."""
     dataset = DATASETS[settings.dataset]
     if (path / MANIFEST_NAME).is_file() or is_prepared_elsewhere(path):
         if settings.dataset_size is not None:
             raise UsageError(
-                f"{path} is a caption folder already: --dataset_size is for datasets in their own layout"
+                f"{path} is a caption folder already: --dataset_size is for datasets in their own "
+                "layout"
             )
         return CaptionFolder.open(path).root.resolve()
     limit = settings.dataset_size or dataset.limit
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name
+    options = SourceOptions(input_dir=path, follow_links=settings.follow_links)
     transform(
-        make_source(
-            dataset.source, SourceOptions(input_dir=path, follow_links=settings.follow_links)
-        ),
+        make_source(dataset.source, options),
         folder,
         workers=max(1, recipe.num_workers),
         limit=limit,
@@ -252,10 +217,7 @@ def _caption_folder(settings: FineTuning, path: Path, recipe: Recipe, progress: 
 
 
 def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path:
-    """The encoder and the decoder of the combined file as folders that `from_pretrained` loads.
-
-    The checkpoints of the run name them: what was never trained is then this file's, not the hub's.
-    """
+    """Save the encoder and the decoder as folders that `from_pretrained` loads."""
     start = settings.run_dir / "start"
     with settings.checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -263,8 +225,8 @@ def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path
     if start.is_dir():
         if json.loads((start / "combined.json").read_bytes()) != identity:
             raise UsageError(
-                f"{settings.run_dir} holds a training that started from another combined file or with other models: "
-                "choose another --output, or delete that folder"
+                f"{settings.run_dir} holds a training that started from another combined file or "
+                "with other models: choose another --output, or delete that folder"
             )
         return start
     blip = settings.blip or recipe.language_model.name
@@ -272,18 +234,17 @@ def _lay_out(settings: FineTuning, recipe: Recipe, parts: CombinedModel) -> Path
     processor = _processor(settings.pvt, recipe.vision_encoder.resample or "bicubic")
     unfinished = start.with_name(".start")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for model, its, name in (
-        (parts.pvt, processor, "vision_encoder"), (parts.blip.text_decoder, tokenizer, "language_model"),
-    ):  # fmt: skip
-        model.save_pretrained(unfinished / name)
-        its.save_pretrained(unfinished / name)
+    for part in (parts.pvt, processor):
+        part.save_pretrained(unfinished / "vision_encoder")
+    for part in (parts.blip.text_decoder, tokenizer):
+        part.save_pretrained(unfinished / "language_model")
     (unfinished / "combined.json").write_text(json.dumps(identity) + "\n", encoding="utf-8")
     unfinished.rename(start)
     return start
 
 
 def _bridge(recipe: Recipe, projection: nn.Module) -> ProjectionOptions:
-    """A plain projection of the file's kind, else as the recipe's."""
+    """Return the recipe's bridge as a plain projection of the file's kind."""
     bridge = recipe.bridge
     bridge = bridge if isinstance(bridge, ProjectionOptions) else ProjectionOptions()
     kind = projection_kind(projection.state_dict())
@@ -302,7 +263,8 @@ def _processor(name: str | None, resample: str) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"cannot load the image processor of {name!r}: {why(error, name)} (--pvt names another model or folder)"
+            f"cannot load the image processor of {name!r}: {why(error, name)} (--pvt names another "
+            "model or folder)"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Facts about the machine a command runs on: device, precision, memory."""
+"""Devices, precision, threads and memory of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm_bridge.errors import ConfigurationError
 
 
 def resolve_device(name: str) -> Any:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU.
+    """Return a torch device; `auto` is CUDA, else Apple's MPS, else the CPU.
 
     Raises:
         ConfigurationError: an unknown device, or one that this machine does not have.
@@ -32,31 +32,29 @@ def resolve_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigurationError(
-            f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)"
-        ) from None
-    if device.type not in ("cpu", "cuda", "mps"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigurationError(f"device={name!r}, but torch sees no Apple GPU here")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
-            f"device={name!r}, but torch sees no CUDA GPU here (vlm-bridge doctor says more)"
+            f"device={name!r}, but torch sees no CUDA GPU here (see vlm-bridge doctor)"
         )
     return device
 
 
 LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"})
-"""What torchrun and accelerate launch put into the environment of the processes that they start."""
+"""Environment variables that torchrun and accelerate launch set."""
 
 
 def process_rank() -> int:
-    """The rank of this process among those that a launcher started together; 0 without a launcher."""
+    """Return the rank of this process; 0 without a launcher."""
     return int(os.environ["RANK"]) if os.environ.keys() >= LAUNCHED else 0
 
 
 def autocast(device: Any, dtype_name: str | None) -> Any:
-    """Mixed precision on a device, or nothing when ``dtype_name`` is None. Use a new one for every block."""
+    """Return a new context of mixed precision; one without effect where `dtype_name` is None."""
     import torch
 
     if dtype_name is None:
@@ -65,9 +63,9 @@ def autocast(device: Any, dtype_name: str | None) -> Any:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may compute on: in its affinity, and no more than its container is given.
+    """Return the physical cores in this process's affinity and its container's limit.
 
-    Hyper-threads of a core share the units that matrix products keep busy.
+    Hyper-threads of a core share the units for matrix products.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
@@ -82,20 +80,16 @@ def usable_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """The hyper-threads of a logical processor's core."""
+    """Return the hyper-threads of a logical processor's core."""
+    topology = f"/sys/devices/system/cpu/cpu{cpu}/topology"
     try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(
-            "ascii"
-        )
+        return Path(f"{topology}/thread_siblings_list").read_text("ascii")
     except OSError:
         return str(cpu)
 
 
 def set_threads() -> int:
-    """Give torch a thread for every one of `usable_cores`, unless OMP_NUM_THREADS says how many; and say how many.
-
-    Those are the threads within an operator. Operators run one after the other here: the pool between them is idle.
-    """
+    """Use OMP_NUM_THREADS, else one thread per usable core; return the number of threads."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -104,7 +98,7 @@ def set_threads() -> int:
 
 
 def cpu_has_bfloat16() -> bool | None:
-    """Whether the processor multiplies bfloat16 itself (AVX-512 BF16, AMX, Arm); None where nobody says."""
+    """Return whether the CPU computes in bfloat16 (AVX-512, AMX, Arm); None where unknown."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
     except OSError:
@@ -113,7 +107,7 @@ def cpu_has_bfloat16() -> bool | None:
 
 
 def missing_compiler(device: Any) -> str | None:
-    """What `torch.compile` lacks for a device, or None. It writes C++ for CPUs and Triton for GPUs."""
+    """Return what `torch.compile` lacks for a device, or None."""
     compilers = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
     if not any(name and shutil.which(name) for name in compilers):
         return "there is no C++ compiler (g++, clang++)"
@@ -123,10 +117,9 @@ def missing_compiler(device: Any) -> str | None:
 
 
 class DeviceCopy:
-    """Tensors copied to a device beside its work: begun where they are loaded, waited for where they are read.
+    """Copy tensors to a device while it computes.
 
-    For CUDA they go through pinned memory on a stream of their own, and it is the device that waits, never the
-    program. Elsewhere a copy is begun and done at once; on the CPU there is none.
+    On CUDA through pinned memory and a stream of its own, else at once.
     """
 
     def __init__(self, tensors: Sequence[Any], device: Any):
@@ -145,15 +138,13 @@ class DeviceCopy:
             self.done = stream.record_event()
 
     def wait(self) -> list[Any]:
-        """The tensors, for work that is queued from now on."""
+        """Return the tensors, ready for work that is queued from now on."""
         import torch
 
         if self.done is not None:
             current = torch.cuda.current_stream(self.tensors[0].device)
             current.wait_event(self.done)
-            for (
-                tensor
-            ) in self.tensors:  # or their memory could be given to the next copy while it is read
+            for tensor in self.tensors:  # keeps their memory from the next copy while in use
                 tensor.record_stream(current)
         return self.tensors
 
@@ -166,17 +157,16 @@ def _copy_stream(device: Any) -> Any:
 
 
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it (glibc).
+    """Return freed memory to the system (glibc).
 
-    Tensors of ever other sizes leave holes between them that only a smaller one fits into: a process that trains on
-    batches of all lengths holds a gigabyte of them after an hour.
+    Batches of many lengths leave holes: about a gigabyte after an hour of training.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_rss_gib() -> float:
-    """Peak resident memory of this process so far, in GiB."""
+    """Return the peak resident memory of this process, in GiB."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,14 +57,12 @@ def caption(
         False, "--json", help="Print a JSON list of {image, caption, score}."
     ),
 ) -> None:
-    """Caption images in the order given, a line each: NAME<TAB>CAPTION, or the caption alone of a single image.
+    """Caption images in the order given, a line each: NAME<TAB>CAPTION, or CAPTION for one image.
 
-    Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are. A file that cannot be
-    read is one line on stderr (exit code 1).
+    Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are.
+    A file that cannot be read is one line on stderr (exit code 1).
     """
-    import json
-
-    from vlm_bridge.cli.loading import without_garbage_collection
+    from vlm_bridge.cli.quiet import quiet_transformers, without_garbage_collection
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.isolated import ImageReader
@@ -78,58 +77,59 @@ def caption(
 
     with without_garbage_collection():
         from vlm_bridge.captioning.pipeline import Captioner
-        from vlm_bridge.cli.quiet import quiet_transformers
 
         quiet_transformers()
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     changes = {
-        "num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
-        "object_bonus": object_bonus, "do_sample": do_sample or None, "temperature": temperature, "seed": seed,
-    }  # fmt: skip
+        "num_beams": 1 if do_sample and num_beams is None else num_beams,
+        "max_new_tokens": max_new_tokens,
+        "length_penalty": length_penalty,
+        "object_bonus": object_bonus,
+        "do_sample": do_sample or None,
+        "temperature": temperature,
+        "seed": seed,
+    }
     given = {key: value for key, value in changes.items() if value is not None}
-    if do_sample and num_beams is None:
-        given["num_beams"] = 1
     decode = captioner.recipe.decode.replace(**given)
 
     with ImageReader(min(2, len(pictures))) as reader:
         results = captioner.caption(
             pictures, decode=decode, batch_size=batch_size, open_image=reader.open_image
         )
-        explanations = (
-            _write_explanations(captioner, results, explain, reader) if explain is not None else {}
-        )
-    for result in results:
-        if result.error is not None:
-            typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
-        elif not json_output:
-            # A name may hold a line break or a tab: escaped, an image stays one line of two fields.
-            line = on_one_line(result.caption or "")
-            typer.echo(f"{on_one_line(str(result.image))}\t{line}" if len(results) > 1 else line)
+        panels = _write_explanations(captioner, results, explain, reader) if explain else {}
+    _print_lines(results, captions=not json_output)
     if json_output:
-        rows = [
-            {"image": redact(str(r.image)), "error": redact(r.error)}
-            if r.error is not None
-            else {
-                "image": r.image,
-                "caption": r.caption,
-                "score": r.score,
-                **explanations.get(i, {}),
-            }
-            for i, r in enumerate(results)
-        ]
+        rows = [_json_row(result, panels.get(i)) for i, result in enumerate(results)]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     if any(result.error is not None for result in results):
         raise typer.Exit(1)
 
 
+def _print_lines(results: list[CaptionResult], *, captions: bool) -> None:
+    """Print errors to stderr, and captions to stdout if asked for."""
+    for result in results:
+        if result.error is not None:
+            typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
+        elif captions:
+            line = on_one_line(result.caption or "")
+            typer.echo(f"{on_one_line(str(result.image))}\t{line}" if len(results) > 1 else line)
+
+
+def _json_row(result: CaptionResult, panel: str | None) -> dict[str, object]:
+    if result.error is not None:
+        return {"image": redact(str(result.image)), "error": redact(result.error)}
+    row = {"image": result.image, "caption": result.caption, "score": result.score}
+    return row | ({"explanation": panel} if panel else {})
+
+
 def _write_explanations(
     captioner: Captioner, results: list[CaptionResult], folder: Path, reader: ImageReader
-) -> dict[int, dict[str, str]]:
-    """Write a PNG for each captioned picture, named as the picture is; {index of the result: what JSON says of it}."""
+) -> dict[int, str]:
+    """Write a PNG named like each captioned image; return the path of each result's index."""
     from vlm_bridge.captioning.attention_panels import attention_panels
     from vlm_bridge.captioning.explain import explain
 
-    written: dict[int, dict[str, str]] = {}
+    written: dict[int, str] = {}
     taken: set[str] = set()
     for index, result in enumerate(results):
         if result.caption is None:
@@ -141,5 +141,5 @@ def _write_explanations(
         picture = reader.open_image(result.image)
         path = folder / f"{name}.png"
         attention_panels(explain(captioner, picture, caption=result.caption), picture).save(path)
-        written[index] = {"explanation": str(path)}
+        written[index] = str(path)
     return written

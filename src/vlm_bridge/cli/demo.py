@@ -25,11 +25,10 @@ def demo(
     """Serve a page that captions pictures and shows a training run live, and a JSON endpoint (/api/caption)."""
     if find_spec("gradio") is None:
         raise UsageError("the demo page needs gradio: pip install 'vlm-bridge[demo]'")
-    from vlm_bridge.cli.loading import without_garbage_collection
+    from vlm_bridge.cli.quiet import quiet_transformers, without_garbage_collection
 
     with without_garbage_collection():
         from vlm_bridge.captioning.pipeline import Captioner
-        from vlm_bridge.cli.quiet import quiet_transformers
         from vlm_bridge.data_pipeline.isolated import ImageReader
         from vlm_bridge.demo.server import Demo, serve
         from vlm_bridge.demo.service import DECODE_TOGETHER, CaptionService

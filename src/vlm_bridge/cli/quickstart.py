@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from vlm_bridge.quickstart import QuickstartResult
 
 
 def quickstart(
@@ -31,31 +35,8 @@ def quickstart(
     located = [f"{key}={output_dir / folder}" for key, folder in places.items()]
     recipe = load_recipe(shipped_recipe("quickstart"), [*located, *(overrides or ())])
     with exit_when_interrupted():
-        result = first_minutes.run(
-            recipe,
-            output_dir,
-            workers=os.cpu_count() or 1,
-        )
-    metrics = result.metrics
-    print()
-    for prediction in result.evaluation.predictions[:8]:
-        print(
-            f"  {prediction.image.path.name}: {prediction.caption}   (a reference: {prediction.image.captions[0]})"
-        )
-    print()
-    print(
-        f"On {metrics['num_images']} scenes made of colour-shape pairs that training never showed:"
-    )
-    print(f"  colour and shape right   {metrics['colour_shape_accuracy']:.1%}")
-    print(f"  relation right           {metrics['relation_accuracy']:.1%}")
-    print(f"  visual gain              {metrics['visual_gain']:.2f} nats per token")
-    print(
-        f"  CIDEr {metrics['CIDEr']:.2f}, BLEU-4 {metrics['BLEU-4']:.2f}, perplexity {metrics['perplexity']:.2f}"
-    )
-    print(
-        f"  {metrics['total_seconds']:.0f} s in all, {metrics['train_seconds']:.0f} s of it training, "
-        f"peak memory {metrics['peak_rss_gib']:.1f} GiB"
-    )
+        result = first_minutes.run(recipe, output_dir, workers=os.cpu_count() or 1)
+    _print_scores(result)
     print(f"Open {output_dir / 'report.html'} and {output_dir / 'contact_sheet.png'}.")
 
     if has_checkpoint(photo_checkpoint) and (photographs := first_minutes.real_photographs()):
@@ -69,3 +50,23 @@ def quickstart(
     print("  vlm-data transform --source flickr8k --input-dir DIR --output-dir data/flickr8k")
     print("  vlm-training --config config/lite-flickr8k.yaml")
     print("  vlm-bridge caption PHOTO.jpg --checkpoint runs/lite-flickr8k")
+
+
+def _print_scores(result: QuickstartResult) -> None:
+    metrics = result.metrics
+    print()
+    for prediction in result.evaluation.predictions[:8]:
+        image = prediction.image
+        print(f"  {image.path.name}: {prediction.caption}   (a reference: {image.captions[0]})")
+    scenes = f"{metrics['num_images']} scenes made of colour-shape pairs"
+    print(f"\nOn {scenes} that training never showed:")
+    print(f"  colour and shape right   {metrics['colour_shape_accuracy']:.1%}")
+    print(f"  relation right           {metrics['relation_accuracy']:.1%}")
+    print(f"  visual gain              {metrics['visual_gain']:.2f} nats per token")
+    cider, bleu, perplexity = (metrics[name] for name in ("CIDEr", "BLEU-4", "perplexity"))
+    print(f"  CIDEr {cider:.2f}, BLEU-4 {bleu:.2f}, perplexity {perplexity:.2f}")
+    total, training = metrics["total_seconds"], metrics["train_seconds"]
+    print(
+        f"  {total:.0f} s in all, {training:.0f} s of it training, "
+        f"peak memory {metrics['peak_rss_gib']:.1f} GiB"
+    )

@@ -1,14 +1,17 @@
-"""Keep libraries' chatter (loading bars, advice) out of our commands' output."""
+"""Load libraries and models quickly and without their own output."""
 
 from __future__ import annotations
 
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def quiet_transformers() -> None:
-    """Errors of transformers and the hub still show; progress bars and warnings do not."""
-    import os
-    import warnings
-
-    # transformers shows a bar of its own while it reads GGUF; tqdm looks at this once, when it is imported.
+    """Turn off progress bars and warnings of transformers and the hub; errors still show."""
+    # tqdm reads this once, when it is imported; transformers shows a bar while it reads GGUF.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
@@ -17,3 +20,18 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection while torch, transformers and models load.
+
+    They make a million objects and drop few. Collection takes a fifth of that time, and a second
+    more at exit: frozen objects are never looked at again.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
