@@ -10,7 +10,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def font_for(text: str, size: int) -> Font:
-    """Pillow's own font looks the same everywhere but has only ASCII: other text gets a system font."""
+    """Return Pillow's own font, which has only ASCII, or a system font for other text."""
     for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
         with suppress(OSError):
             return ImageFont.truetype(name, size)

@@ -1,4 +1,4 @@
-"""The first five minutes: draw scenes, train a bridge on them, and judge it on pairs it never saw."""
+"""Train a bridge on drawn scenes in minutes, and evaluate it on unseen pairs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class QuickstartResult:
 
 
 def run(recipe: Recipe, output_dir: Path, *, workers: int) -> QuickstartResult:
-    """Draw, train, evaluate on the unseen pairs, and write report, contact sheet and metrics to ``output_dir``."""
+    """Draw, train, evaluate on unseen pairs, and write the results to `output_dir`."""
     started = time.perf_counter()
     data_dir = Path(recipe.data_dir)
     logger.info(f"1/4 drawing {NUM_TRAIN + NUM_VAL + NUM_TEST} scenes into {data_dir}")
@@ -95,7 +95,7 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> QuickstartResult:
 
 
 def real_photographs() -> list[tuple[str, Any]]:
-    """Photographs with a clear licence that scikit-image and scikit-learn carry, as (name, RGB picture)."""
+    """Return the free photos of scikit-image and scikit-learn as (name, RGB image)."""
     from PIL import Image
 
     photographs = []
@@ -110,12 +110,8 @@ def real_photographs() -> list[tuple[str, Any]]:
         from sklearn.datasets import load_sample_image
 
         for name in ("china.jpg", "flower.jpg"):
-            photographs.append(
-                (
-                    f"scikit-learn {name.removesuffix('.jpg')}",
-                    Image.fromarray(load_sample_image(name)),
-                )
-            )
+            title = f"scikit-learn {name.removesuffix('.jpg')}"
+            photographs.append((title, Image.fromarray(load_sample_image(name))))
     except Exception:
         pass
     return photographs

@@ -290,7 +290,7 @@ def test_mistakes_are_one_line(
     empty = tmp_path / "empty"
     empty.mkdir()
     for path, mention in (
-        (tmp_path / "no.jpg", "no such picture"),
+        (tmp_path / "no.jpg", "no such image"),
         (empty, "no image in folder"),
         (tmp_path / "*.jpg", "no image matches"),
     ):

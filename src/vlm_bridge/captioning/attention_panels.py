@@ -1,4 +1,4 @@
-"""The attention of a caption's words on one PNG: a panel for each word, the picture under a heat map."""
+"""Draw the attention of a caption's words on one image, one panel per word."""
 
 from __future__ import annotations
 
@@ -8,31 +8,28 @@ from PIL import Image, ImageDraw, ImageOps
 from vlm_bridge.captioning.explain import Explanation, WordAttention
 from vlm_bridge.fonts import Font, font_for
 
-PANEL = 208
-"""Pixels of a panel's longer side."""
+PANEL = 208  # pixels of the longer side
 GAP, MAX_COLUMNS = 18, 6
 TITLE_SIZE, WORD_SIZE, NOTE_SIZE = 24, 20, 14
 BACKGROUND, INK, GREY = "#ffffff", "#212529", "#6c757d"
 
-# Five of viridis' colours (van der Walt & Smith 2015), even in lightness and told apart with any colour vision.
+# Five colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
 HEAT = np.array(
     [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64
 )
-FAINTEST, STRONGEST = 0.45, 0.75
-"""How much the heat map covers the picture, from its coldest to its hottest place."""
+FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
 EVEN_SCALE = 3.0
-"""A panel's brightest colour stands for its highest attention, but for no less than this many times an even spread: a
-word that looks everywhere must not seem to look somewhere."""
+"""Least top of the color scale, as a multiple of even attention; even maps then stay pale."""
 NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
 
 
 def word_overlays(
     explanation: Explanation, picture: Image.Image, side: int = PANEL
 ) -> list[Image.Image]:
-    """A picture under the heat map of each word, in order; the longer side of each has ``side`` pixels.
+    """Return the image under each word's heat map, in order; `side` pixels on the longer side.
 
     Args:
-        picture: the picture that was explained, in the size that `explain` was given.
+        picture: the image in the size that `explain` was given.
     """
     shown = ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
     area = _scaled(explanation.area, picture, shown)
@@ -40,10 +37,10 @@ def word_overlays(
 
 
 def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Image:
-    """The caption as a title, the picture, and a panel for each word with the word and its highest attention below.
+    """Draw the caption, the image, and a panel with the highest attention of each word.
 
     Args:
-        picture: the picture that was explained, in the size that `explain` was given.
+        picture: the image in the size that `explain` was given.
     """
     shown = ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL), Image.Resampling.LANCZOS)
     panels = [(shown, "", "")]
@@ -77,7 +74,7 @@ def attention_panels(explanation: Explanation, picture: Image.Image) -> Image.Im
 def _overlay(
     shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]
 ) -> Image.Image:
-    """The picture in grey under the word's heat map; what the encoder does not see stays grey."""
+    """Return the gray image under a heat map; areas that the encoder does not see stay gray."""
     left, top, right, bottom = area
     ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
     values = Image.fromarray((word.map / ceiling).astype(np.float32))
@@ -98,7 +95,7 @@ def _overlay(
 def _scaled(
     area: tuple[float, float, float, float], picture: Image.Image, shown: Image.Image
 ) -> tuple[int, int, int, int]:
-    """An area of the picture in whole pixels of the picture as shown, at least one each way."""
+    """Return an area in whole pixels of the image as shown, at least one each way."""
     across, down = shown.width / picture.width, shown.height / picture.height
     left, top, right, bottom = area[0] * across, area[1] * down, area[2] * across, area[3] * down
     left, top = round(max(left, 0)), round(max(top, 0))
@@ -111,7 +108,7 @@ def _scaled(
 
 
 def _fitting(word: str) -> Font:
-    """A font in which the word is no wider than its panel, as far as letters can be read."""
+    """Return a font that fits the word into its panel, down to a readable size."""
     size = WORD_SIZE
     while size > NOTE_SIZE // 2 and font_for(word, size).getlength(word) > PANEL:
         size -= 1

@@ -23,7 +23,7 @@ def bundled_captioner() -> Path:
 
 
 def bundled_models() -> list[str]:
-    """Names of the frozen parts that the bundled captioner is made for; none where this build has no captioner."""
+    """Return the names of the bundled captioner's frozen parts; none without one."""
     if not (FOLDER / CONFIG).is_file():
         return []
     recipe = json.loads((FOLDER / CONFIG).read_text(encoding="utf-8"))["recipe"]

@@ -1,4 +1,4 @@
-"""Where in the picture each word of a caption looked."""
+"""Map each word of a caption to the places in the image that it attends to."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from vlm_bridge.model_architecture.captioner import image_attention
 
 __all__ = ["Explanation", "WordAttention", "explain"]
 
-UNLIMITED = 2**31
-"""Tokens of a caption: what was generated is explained to its end."""
+UNLIMITED = 2**31  # tokens of an explained caption
 
 
 @dataclass(frozen=True, eq=False)
 class WordAttention:
-    """A word and how its look at the picture spreads over the encoder's grid: ``map`` [rows, columns] sums to 1."""
+    """A word and its attention over the encoder's grid: `map` [rows, columns] sums to 1."""
 
     word: str
     map: np.ndarray
@@ -57,17 +56,17 @@ def explain(
     *,
     caption: str | None = None,
 ) -> Explanation:
-    """Where each word of a picture's caption looked, by the attention of the position that predicts it.
+    """Compute where each word looks, by the attention of the position that predicts it.
 
-    Attention is averaged over heads and layers. What does not go to the picture's grid (the text, the start token,
-    class and register tokens of the encoder) is left out, and the rest made to sum to one.
+    Attention is averaged over heads and layers, and normalized over the grid of the image: text,
+    start, class and register tokens are left out.
 
     Args:
         decode: how to generate the caption; None means the recipe's settings.
         caption: explain this text instead of generating one.
 
     Raises:
-        ImageError: the picture cannot be read.
+        ImageError: the image cannot be read.
         ModelError: the language model does not return its attention weights.
     """
     image = upright_rgb(picture) if isinstance(picture, Image.Image) else open_image(picture)
@@ -94,10 +93,9 @@ def explain(
 def group_words(
     ids: Sequence[int], decode: Callable[[list[int]], str]
 ) -> list[tuple[str, list[int]]]:
-    """The words of tokens and, of each, the indices of its tokens; punctuation around a word is not part of it.
+    """Return words without outer punctuation, each with the indices of its tokens.
 
-    Tokens are placed by decoding what stands before them, so that any kind of tokenizer will do: byte pairs with their
-    leading spaces, pieces of letters, word pieces.
+    Decoding growing prefixes places the tokens of any kind of tokenizer.
     """
     text = decode(list(ids))
     marks = "".join(char for char in text if unicodedata.category(char).startswith("P"))
@@ -116,7 +114,6 @@ def group_words(
 
 
 def _as_map(attention_tn: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """The map [rows, columns] of a word, from the rows of its tokens over a grid that lies row by row."""
-    # Where nothing at all goes to the grid, the map is even.
+    """Return the map [rows, columns] of a word from the rows of its tokens."""
     mass_n = attention_tn.double().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     return (mass_n / mass_n.sum()).reshape(grid).numpy()

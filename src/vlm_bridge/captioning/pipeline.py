@@ -1,4 +1,4 @@
-"""Paths in, captions out: the captioner that users hold in their hands."""
+"""Caption images with a trained captioner."""
 
 from __future__ import annotations
 
@@ -34,19 +34,17 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "CaptionResult", "Captioner", "DecodeSettings"]
 
 VALIDATION_MEMORY = 2**30
-DECODE_AHEAD = 2
-"""Batches of pictures that are opened and preprocessed while another is captioned. The encoder runs with the language
-model: on the same device, both would only wait for each other."""
+DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is captioned
 
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """One picture's caption, or why there is none.
+    """An image's caption, or an error.
 
     Attributes:
-        score: mean log-probability per token of the caption, in nats (0 is certain).
-        error: set, with ``caption`` None, when the picture cannot be read.
-        finished: whether it came to its end (EOS) rather than to ``max_new_tokens``; None when there is none.
+        score: mean log-probability per token of the caption, in nats.
+        error: set, with `caption` None, if the image cannot be read.
+        finished: whether the caption ended with EOS before `max_new_tokens`; None without one.
     """
 
     image: str
@@ -58,14 +56,14 @@ class CaptionResult:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of several captions of a picture; ``score`` is its mean log-probability per token, in nats."""
+    """One of several captions; `score` is its mean log-probability per token, in nats."""
 
     caption: str
     score: float
 
 
 class Captioner:
-    """A trained captioner. ``Captioner.from_pretrained()("photo.jpg")`` captions with the one that is bundled."""
+    """A trained captioner: `Captioner.from_pretrained()("photo.jpg")` uses the bundled one."""
 
     def __init__(self, model: CaptionModel, recipe: Recipe):
         self.model = model.eval()
@@ -82,19 +80,17 @@ class Captioner:
         revision: str | None = None,
         compile: bool = False,
     ) -> Captioner:
-        """Load a checkpoint file, a run folder's best checkpoint, an exported folder, or a model on the hub.
+        """Load a checkpoint, a run folder's best one, an exported folder, or a model on the hub.
 
         Args:
-            path: a path; or, where there is none, the name of an exported captioner on the Hugging Face hub. None is
-                the captioner that comes with this package.
-            recipe: needed for checkpoints of the original project; else the checkpoint's own.
+            path: a path, or the name of an exported captioner on the hub; None is the bundled one.
+            recipe: for checkpoints of the original project; else the checkpoint's own.
             revision: branch, tag or commit of a model on the hub.
-            compile: compile the step that makes a token (`CaptionModel.use_static_cache`): for NVIDIA GPUs and
-                many pictures.
+            compile: compile the decoding step, for NVIDIA GPUs and many images.
 
         Raises:
-            CheckpointError: missing, damaged, or of another architecture; or no captioner is bundled.
-            ModelError: a frozen part it names cannot be loaded.
+            CheckpointError: missing, damaged, or of another architecture; or none is bundled.
+            ModelError: a frozen part cannot be loaded.
         """
         where = checkpoints.find_checkpoint(bundled_captioner() if path is None else path, revision)
         content = checkpoints.load_checkpoint(where)
@@ -120,13 +116,13 @@ class Captioner:
         progress: Callable[[int], None] = lambda done: None,
         open_image: Callable[[Any], Image.Image] = open_image,
     ) -> list[CaptionResult]:
-        """Caption images, in the order given; an image that cannot be read has an ``error`` instead.
+        """Caption images, in the order given; an unreadable one gets an `error` instead.
 
         Args:
             decode: how to generate; None means the recipe's settings.
-            batch_size: images that are encoded and decoded together; it does not change the captions.
+            batch_size: images encoded and decoded together; captions do not depend on it.
             progress: called with the number of images done.
-            open_image: reads a file: in this process, or in others (`data_pipeline.isolated.ImageReader`).
+            open_image: reads a file, such as `ImageReader.open_image` in another process.
         """
         chosen = decode or self.recipe.decode
         encoder: Any = self.model.vision_encoder
@@ -142,15 +138,13 @@ class Captioner:
     def candidates(
         self, pictures: Sequence[Image.Image], count: int, *, decode: DecodeSettings | None = None
     ) -> list[list[Candidate]]:
-        """The ``count`` best captions that a beam search finds for each picture, best first; or as many draws.
-
-        The first of a search is what `caption` says. Draws are independent: some may be equal.
+        """Return `count` captions per image: the best beams, best first, or independent draws.
 
         Args:
             decode: how to generate; None means the recipe's settings.
 
         Raises:
-            ConfigurationError: a search is asked for more captions than it has beams.
+            ConfigurationError: `count` is above the number of beams.
         """
         encoder: Any = self.model.vision_encoder
         pixels = encoder.preprocess([upright_rgb(picture) for picture in pictures])
@@ -169,11 +163,11 @@ class Captioner:
         """Caption as an image-to-text pipeline of `transformers` does.
 
         Returns:
-            ``[{"generated_text": caption}, ...]`` of a picture; of a list of pictures, a list of these.
+            `[{"generated_text": caption}, ...]` for one image; for a list, a list of these.
 
         Raises:
-            ImageError: a picture cannot be read.
-            ConfigurationError: a search is asked for more captions than it has beams.
+            ImageError: an image cannot be read.
+            ConfigurationError: more captions than beams are asked for.
         """
         single = isinstance(images, str | PictureFile | Image.Image)
         answers: list[Any] = []
@@ -186,10 +180,10 @@ class Captioner:
         return answers[0] if single else answers
 
     def save_pretrained(self, folder: str | Path, facts: CardFacts | None = None) -> None:
-        """Write a folder that `from_pretrained` and the hub read: what was trained, the recipe and a model card.
+        """Write a folder for `from_pretrained` and the hub: trained weights, recipe, model card.
 
         Args:
-            facts: what the model card says beside the recipe.
+            facts: further facts for the model card.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -287,15 +281,13 @@ def caption_in_batches(
     prepare: Callable[[list[Image.Image]], Any] = lambda pictures: pictures,
     open_image: Callable[[Any], Image.Image] = open_image,
 ) -> list[CaptionResult]:
-    """Caption pictures in the order given; a broken one gets an ``error``.
-
-    Threads open and prepare the next ``DECODE_AHEAD`` batches meanwhile; no more are held, however many there are.
+    """Caption images in the order given, while threads open and prepare the next batches.
 
     Args:
-        caption_batch: RGB pictures as ``prepare`` leaves them -> (caption, mean log-probability per token, whether
-            it is finished) of each.
-        progress: called with the number of pictures done.
-        prepare: what can be done with the RGB images of a batch beside the captioning of another.
+        caption_batch: prepared images -> (caption, mean log-probability per token, finished) of
+            each.
+        progress: called with the number of images done.
+        prepare: turns the RGB images of a batch into the input of `caption_batch`.
         open_image: reads a file.
     """
 

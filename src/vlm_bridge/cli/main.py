@@ -1,4 +1,4 @@
-"""The command line: thin Typer commands. Heavy imports stay inside the commands so that --help is instant."""
+"""The command line. Commands import heavy packages themselves, which keeps --help instant."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from vlm_bridge.cli import (
 from vlm_bridge.credentials import redact
 from vlm_bridge.errors import VLMBridgeError
 
-# torch reads this when it loads: large CPU tensors in huge pages halve the time of encoding pictures, most of
-# which the kernel otherwise spends on page faults.
+# torch reads this when it loads: huge pages halve the time of encoding images.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HELP = "Caption images by training a small bridge between a frozen vision encoder and a frozen language model."
+HELP = (
+    "Caption images by training a small bridge between a frozen vision encoder and a frozen "
+    "language model."
+)
 
 app = typer.Typer(
     name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False
@@ -74,7 +76,7 @@ def _global_options(
         help="Print the version and exit.",
     ),
 ) -> None:
-    """Options that stand before every command (`--debug`, anywhere on the line, shows full tracebacks)."""
+    """Options before every command (`--debug`, anywhere, shows full tracebacks)."""
 
 
 class ConsoleHandler(logging.Handler):
@@ -127,8 +129,8 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
                 error.add_note(note)
             raise
         print(
-            f"error: unexpected {type(error).__name__}: {redact(str(error))} (run again with --debug for the "
-            "traceback)",
+            f"error: unexpected {type(error).__name__}: {redact(str(error))} "
+            "(run again with --debug for the traceback)",
             file=sys.stderr,
         )
         if note:
