@@ -101,7 +101,7 @@ def side_mass(explanation: Explanation, kind: Kind, side: Side) -> tuple[float, 
     """Shares of the maps of an object's colour and shape word on a half of the picture; None if it is not named."""
     words = [word.word.lower() for word in explanation.words]
     for index, pair in enumerate(pairwise(words)):
-        if pair == (kind.colour, kind.shape):
+        if pair == (kind.color, kind.shape):
             colour, shape = (_on_side(explanation.words[index + n].map, side) for n in (0, 1))
             return colour, shape
     return None

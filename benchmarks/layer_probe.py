@@ -54,7 +54,7 @@ def main() -> None:
             pooled(encoder, pictures).numpy() for pictures in (train_pictures, test_pictures)
         )
         scores = []
-        for what in ("colour", "shape"):
+        for what in ("color", "shape"):
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
             probe.fit(train, [getattr(kind, what) for kind in train_kinds])
             scores.append(probe.score(test, [getattr(kind, what) for kind in test_kinds]))

@@ -186,8 +186,7 @@ def read_sidecar(content: bytes, folder: Path) -> None:
 
 
 def read_token_file(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
-    from vlm_bridge.data_pipeline.sources.flickr30k import Flickr30k
+    from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
 
     (folder / "Flickr8k.token.txt").write_bytes(content)
     (folder / "Flickr_8k.trainImages.txt").write_bytes(b"a.jpg\nb.png\nlink.jpg\n")

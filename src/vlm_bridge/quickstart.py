@@ -66,11 +66,11 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> QuickstartResult:
 
     scores = evaluation.to_json()
     metrics = {
-        "colour_shape_accuracy": _share(verdict.colour_shape for verdict in verdicts),
-        "relation_accuracy": _share(verdict.relation for verdict in verdicts),
-        "colour_accuracy": _share(verdict.colour for verdict in verdicts),
-        "shape_accuracy": _share(verdict.shape for verdict in verdicts),
-        "count_accuracy": _share(verdict.count for verdict in verdicts),
+        "colour_shape_accuracy": _share(verdict["color_shape"] for verdict in verdicts),
+        "relation_accuracy": _share(verdict["relation"] for verdict in verdicts),
+        "colour_accuracy": _share(verdict["color"] for verdict in verdicts),
+        "shape_accuracy": _share(verdict["shape"] for verdict in verdicts),
+        "count_accuracy": _share(verdict["count"] for verdict in verdicts),
         "visual_gain": scores["visual_gain"],
         "CIDEr": scores["CIDEr"],
         "BLEU-4": scores["BLEU-4"],

@@ -209,7 +209,7 @@ def test_a_list_of_urls_is_answered_with_the_command(run_here: Run, tmp_path: Pa
     assert failed.returncode == 2
     (line,) = failed.stderr.strip().splitlines()
     assert (
-        "lists pictures by URL" in line
+        "lists images by URL" in line
         and "img2dataset --url_list" in line
         and "--output_format webdataset" in line
     )

@@ -265,7 +265,7 @@ def test_text_files_beside_images(tmp_path: Path) -> None:
         ),
         ("a.json", '{"images": [{"filename": 1}]}', "image 0 lacks filename"),
         ("a.parquet", "no parquet", "is damaged or no parquet file"),
-        ("a.csv", b"\xff\xfei\0m\0a\0g\0e\0", "a.csv:1: not UTF-8 text; save the file as UTF-8"),
+        ("a.csv", b"\xff\xfei", "is damaged UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(

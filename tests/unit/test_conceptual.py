@@ -278,7 +278,7 @@ def test_a_list_of_urls_says_how_to_get_shards(tmp_path: Path) -> None:
     table.write_text("a very typical bus station\thttp://example.com/1.jpg\n")
     for given in (table, table.parent):
         with pytest.raises(
-            UsageError, match=r"lists pictures by URL.*img2dataset --url_list"
+            UsageError, match=r"lists images by URL.*img2dataset --url_list"
         ) as caught:
             make_source("conceptual", SourceOptions(input_dir=given)).items()
         assert "\n" not in str(caught.value)

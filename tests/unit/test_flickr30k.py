@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
-from vlm_bridge.data_pipeline.sources.flickr30k import Flickr30k
+from vlm_bridge.data_pipeline.sources.flickr import Flickr30k
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
 
@@ -106,7 +106,7 @@ def test_the_table_with_raw_captions_has_the_splits_too(pictures: Path) -> None:
     assert source.split_rule == "Karpathy's splits (flickr_annotations_30k.csv)"
 
 
-def test_the_barred_table_is_read_with_its_broken_line(tmp_path: Path) -> None:
+def test_the_barred_table_is_read_but_for_its_broken_lines(tmp_path: Path) -> None:
     # As on Kaggle: the table lies beside a folder of its own folder's name.
     root = tmp_path / "archive"
     write_pictures(root / "flickr30k_images" / "flickr30k_images", [*NAMES[:2], "2199200615.jpg"])
@@ -117,8 +117,7 @@ def test_the_barred_table_is_read_with_its_broken_line(tmp_path: Path) -> None:
     (root / "flickr30k_images" / "results.csv").write_text("\n".join(lines) + "\n")
     source = Flickr30k(root)
     items = {item.image_id: item for item in source.items()}
-    assert [len(item.captions) for item in items.values()] == [5, 5, 5]
-    assert items["2199200615"].captions[4] == "A dog runs across the grass ."
+    assert [len(item.captions) for item in items.values()] == [5, 5, 4]
     assert items[NAMES[0][:-4]].captions[0] == f"A man , in {NAMES[0]} | outside ."
     assert [(entry.id, entry.reason) for entry in source.rejected] == [
         ("results.csv:17", "no line of name| number| caption")
@@ -187,16 +186,16 @@ def test_a_caption_file_may_lie_elsewhere(pictures: Path, tmp_path: Path) -> Non
     options = SourceOptions(input_dir=pictures, captions_file=tmp_path / "mine.csv")
     assert {item.split for item in make_source("flickr30k", options).items()} == {"val"}
     with pytest.raises(DataError, match="no such caption file"):
-        Flickr30k(pictures, tmp_path / "none.token").items()
+        make_source("flickr30k", SourceOptions(pictures, tmp_path / "none.token"))
 
 
 def test_what_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"is not Flickr30k: it has none of dataset_flickr30k\.json"
+        DataError, match=r"is not flickr30k: it has none of dataset_flickr30k\.json"
     ):
         Flickr30k(pictures).items()
     (pictures / "results_20130124.token").write_text("1.jpg A man.\n")
-    with pytest.raises(DataError, match=r"results_20130124\.token:1: expected name"):
+    with pytest.raises(DataError, match=r"results_20130124\.token:1: the header must"):
         Flickr30k(pictures).items()
     write_token_file(pictures / "results_20130124.token", ["other.jpg"])
     with pytest.raises(DataError, match="none of the 1 images"):

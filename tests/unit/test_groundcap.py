@@ -225,7 +225,7 @@ def test_what_is_not_groundcap_is_named(dataset: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pytest.raises(DataError, match=r"no such folder.*--source-path"):
+    with pytest.raises(DataError, match=r"no such folder.*--input-dir"):
         make_source("groundcap", SourceOptions(input_dir=tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no parquet file in .*--source local"):

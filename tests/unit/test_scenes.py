@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 
 from vlm_bridge.data_pipeline.sources.scenes import (
-    ALL_PAIRS,
-    COLOURS,
+    COLORS,
     HELD_OUT_PAIRS,
+    INVERSE,
     PICTURE_SIZE,
-    RELATIONS,
     SHAPES,
     SIZES,
     TRAINING_PAIRS,
     Kind,
     SceneFacts,
     Scenes,
-    SceneVerdict,
     describe,
     judge_caption,
     make_scene,
@@ -31,28 +29,20 @@ SCENES = [make_scene(0, "train", index) for index in range(300)]
 
 
 def all_facts() -> list[SceneFacts]:
+    kinds = sorted(TRAINING_PAIRS | HELD_OUT_PAIRS)
     equal = [
         SceneFacts((kind,), count, size)
-        for kind in ALL_PAIRS
+        for kind in kinds
         for count in (1, 2, 3, 4)
         for size in SIZES
     ]
-    pairs = list(combinations(ALL_PAIRS, 2))[::7]
-    return equal + [
-        SceneFacts(pair, 2, relation=relation) for pair in pairs for relation in RELATIONS
-    ]
+    pairs = list(combinations(kinds, 2))[::7]
+    return equal + [SceneFacts(pair, 2, relation=name) for pair in pairs for name in INVERSE]
 
 
 def test_every_caption_of_every_scene_states_its_facts() -> None:
     for facts in all_facts():
-        captions = describe(facts)
-        assert parse_caption(captions[0]) == facts
-        for caption in captions:
-            said = parse_caption(caption)
-            assert said is not None
-            assert set(said.kinds) == set(facts.kinds)
-            assert (said.count, said.size) == (facts.count, facts.size)
-            assert said.canonical_relation() == facts.canonical_relation()
+        assert [parse_caption(caption) for caption in describe(facts)] == [facts, facts]
 
 
 def test_captions_read_like_english() -> None:
@@ -94,12 +84,12 @@ def test_what_is_outside_the_grammar_is_refused(text: str) -> None:
     assert parse_caption(text) is None
 
 
-def test_held_out_pairs_leave_every_colour_and_shape_to_training() -> None:
-    assert len(HELD_OUT_PAIRS) == len(COLOURS)
-    for colour in COLOURS:
-        assert sum(kind.colour == colour for kind in TRAINING_PAIRS) == len(SHAPES) - 1
+def test_held_out_pairs_leave_every_color_and_shape_to_training() -> None:
+    assert len(HELD_OUT_PAIRS) == len(COLORS)
+    for color in COLORS:
+        assert sum(kind.color == color for kind in TRAINING_PAIRS) == len(SHAPES) - 1
     for shape in SHAPES:
-        assert sum(kind.shape == shape for kind in TRAINING_PAIRS) >= len(COLOURS) - 2
+        assert sum(kind.shape == shape for kind in TRAINING_PAIRS) >= len(COLORS) - 2
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -114,14 +104,9 @@ def test_objects_are_what_the_caption_says() -> None:
         assert {item.kind for item in scene.objects} == set(scene.facts.kinds)
         if scene.facts.relation is None:
             continue
-        (x1, y1), (x2, y2) = (item.centre for item in scene.objects)
+        (x1, y1), (x2, y2) = (item.center for item in scene.objects)
         across, down = x2 - x1, y2 - y1
-        expected = {
-            "above": down,
-            "below": -down,
-            "to the left of": across,
-            "to the right of": -across,
-        }
+        expected = {"above": down, "to the left of": across}
         assert expected[scene.facts.relation] > 80
         # No other relation could be meant.
         assert sorted((abs(across), abs(down)))[0] < 30
@@ -138,10 +123,10 @@ def test_small_and_large_never_meet() -> None:
 def test_objects_stay_inside_and_apart() -> None:
     for scene in SCENES:
         for item in scene.objects:
-            for coordinate in item.centre:
+            for coordinate in item.center:
                 assert item.diameter / 2 < coordinate < PICTURE_SIZE - item.diameter / 2
         for first, second in combinations(scene.objects, 2):
-            distance = max(abs(a - b) for a, b in zip(first.centre, second.centre, strict=True))
+            distance = max(abs(a - b) for a, b in zip(first.center, second.center, strict=True))
             assert distance > (first.diameter + second.diameter) / 2
 
 
@@ -150,9 +135,9 @@ def test_objects_stand_out_from_the_background() -> None:
         pixels = np.asarray(scene.draw(), dtype=int)
         assert pixels.shape == (PICTURE_SIZE, PICTURE_SIZE, 3)
         for item in scene.objects:
-            x, y = (round(coordinate) for coordinate in item.centre)
-            assert tuple(pixels[y, x]) == item.colour
-            assert max(abs(a - b) for a, b in zip(item.colour, scene.background, strict=True)) > 60
+            x, y = (round(coordinate) for coordinate in item.center)
+            assert tuple(pixels[y, x]) == item.color
+            assert max(abs(a - b) for a, b in zip(item.color, scene.background, strict=True)) > 60
 
 
 def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
@@ -168,32 +153,28 @@ def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
 
 
 REFERENCE = "A green star above a red heart."
+FACTS = ("color_shape", "color", "shape", "count", "size", "relation")
 
 
 @pytest.mark.parametrize(
-    ("hypothesis", "verdict"),
+    ("hypothesis", "reference", "verdict"),
     [
-        ("A green star above a red heart.", SceneVerdict(True, True, True, True, None, True)),
-        ("a red heart below a green star", SceneVerdict(True, True, True, True, None, True)),
-        ("A red heart above a green star.", SceneVerdict(True, True, True, True, None, False)),
-        ("A red star above a green heart.", SceneVerdict(False, True, True, True, None, False)),
-        ("A green star above a red circle.", SceneVerdict(False, True, False, True, None, False)),
-        ("A green star.", SceneVerdict(False, False, False, False, None, False)),
-        ("A dog on grass.", SceneVerdict(False, False, False, False, None, False)),
+        ("A green star above a red heart.", REFERENCE, (True, True, True, True, None, True)),
+        ("a red heart below a green star", REFERENCE, (True, True, True, True, None, True)),
+        ("A red heart above a green star.", REFERENCE, (True, True, True, True, None, False)),
+        ("A red star above a green heart.", REFERENCE, (False, True, True, True, None, False)),
+        ("A green star above a red circle.", REFERENCE, (False, True, False, True, None, False)),
+        ("A green star.", REFERENCE, (False, False, False, False, None, False)),
+        ("A dog on grass.", REFERENCE, (False, False, False, False, None, False)),
+        ("There are 3 small blue squares.", "Three small blue squares.", (True,) * 5 + (None,)),
+        ("Two large blue squares.", "Three small blue squares.",
+         (True, True, True, False, False, None)),
     ],
-)
-def test_judging_relations(hypothesis: str, verdict: SceneVerdict) -> None:
-    assert judge_caption(hypothesis, REFERENCE) == verdict
-
-
-def test_judging_counts_and_sizes() -> None:
-    reference = "Three small blue squares."
-    assert judge_caption("There are three small blue squares.", reference) == SceneVerdict(
-        True, True, True, True, True, None
-    )
-    assert judge_caption("Two large blue squares.", reference) == SceneVerdict(
-        True, True, True, False, False, None
-    )
+)  # fmt: skip
+def test_captions_are_judged_by_their_facts(
+    hypothesis: str, reference: str, verdict: tuple[bool | None, ...]
+) -> None:
+    assert judge_caption(hypothesis, reference) == dict(zip(FACTS, verdict, strict=True))
 
 
 def test_a_reference_outside_the_grammar_is_an_error() -> None:

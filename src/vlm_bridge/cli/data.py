@@ -154,7 +154,7 @@ def explore_dataset(
         plain_caption,
         sample_items,
     )
-    from vlm_bridge.data_pipeline.sources import Described, SourceOptions
+    from vlm_bridge.data_pipeline.sources import SourceOptions
     from vlm_bridge.errors import UsageError
 
     if source is not None and data_dir is not None:
@@ -176,7 +176,7 @@ def explore_dataset(
         opened = _open_source(source, options)
         name = opened.name
         items, set_aside = opened.items(), opened.rejected
-        facts = opened.facts() if isinstance(opened, Described) else {}
+        facts = opened.facts()
     with show_progress("pictures measured") as report:
         statistics = describe_items(items, report, count_tokens=count_tokens)
     shown = sample_items(items, samples, seed)

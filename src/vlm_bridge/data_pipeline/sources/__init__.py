@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from vlm_bridge.data_pipeline.sources.base import (
-    Described,
     Rejected,
     Source,
     SourceItem,
@@ -12,26 +11,19 @@ from vlm_bridge.data_pipeline.sources.base import (
 )
 from vlm_bridge.data_pipeline.sources.coco import Coco
 from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
-from vlm_bridge.data_pipeline.sources.flickr import Flickr8k
-from vlm_bridge.data_pipeline.sources.flickr30k import Flickr30k
+from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.errors import DataError, UsageError
 
 SOURCES: dict[str, type[Source]] = {
-    GroundCap.name: GroundCap,
-    Flickr8k.name: Flickr8k,
-    Flickr30k.name: Flickr30k,
-    Coco.name: Coco,
-    Conceptual.name: Conceptual,
-    LocalFolder.name: LocalFolder,
-    Scenes.name: Scenes,
+    source.name: source
+    for source in (GroundCap, Flickr8k, Flickr30k, Coco, Conceptual, LocalFolder, Scenes)
 }
 
 __all__ = [
     "SOURCES",
-    "Described",
     "Rejected",
     "Source",
     "SourceItem",
@@ -43,36 +35,29 @@ __all__ = [
 
 
 def find_source(options: SourceOptions) -> tuple[str, str]:
-    """Return the name of the source that reads the input folder, and the name of the file that tells it.
+    """Return the name of the source that reads the input folder, and the file that tells it.
 
     Raises:
         DataError: no such folder, or nothing in it tells what it is.
     """
-    folder = options.input_dir
+    folder, captions = options.input_dir, options.captions_file
     if folder is None:
-        return (
-            (LocalFolder.name, "")
-            if options.captions_file is not None
-            else (GroundCap.name, "the hub")
-        )
+        return (LocalFolder.name, "") if captions is not None else (GroundCap.name, "the hub")
     if folder.is_file():
         return Conceptual.name if folder.suffix.lower() == ".tsv" else GroundCap.name, folder.name
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder} (--input-dir)")
-    if options.captions_file is not None:
-        named = options.captions_file.stem.removeprefix(
-            "dataset_"
-        )  # as Karpathy's files are called
-        return named if named in (
-            Coco.name,
-            Flickr30k.name,
-        ) else LocalFolder.name, options.captions_file.name
+    if captions is not None:
+        named = captions.stem.removeprefix("dataset_")  # as Karpathy's files are called
+        is_known = named in (Coco.name, Flickr30k.name)
+        return named if is_known else LocalFolder.name, captions.name
     for name, source in SOURCES.items():
         if file := source.recognize(folder):
             return name, file
     raise DataError(
-        f"cannot tell which dataset {folder} holds: it has no caption file, no text files beside images, no parquet "
-        "file and no shards; name it with --source, and its captions with --captions-file"
+        f"cannot tell which dataset {folder} holds: it has no caption file, no text files beside "
+        "images, no parquet file and no shards; name it with --source, and its captions with "
+        "--captions-file"
     )
 
 

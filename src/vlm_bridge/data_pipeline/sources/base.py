@@ -1,32 +1,30 @@
-"""The contract of sources: images with captions, and what was skipped with the reason."""
+"""What a source is: a dataset in its own layout, read as images with captions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self
 
 from PIL import Image
 
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import DataError, UsageError
-from vlm_bridge.parsing import lines_of
 
 Picture = PictureFile | bytes | Callable[[], Image.Image]
-"""A file, the bytes of a file, or what draws the picture."""
+"""An image file, the bytes of one, or a function that draws the image."""
 
 
 class StoredPicture(Protocol):
-    """Where a picture lies within a large file: a row of a parquet file, a member of a tar."""
+    """The place of an image within a large file: a row of a parquet file, a member of a tar."""
 
     @classmethod
     def read_in_order(cls, pictures: Iterable[Self]) -> Iterator[bytes | None]:
-        """Yield the bytes of each, None where there are none; each file is opened once and read forward.
+        """Yield the bytes of each image, None where there are none; read each file once, forward.
 
         Raises:
             DataError: a file is missing, damaged or changed.
@@ -36,11 +34,13 @@ class StoredPicture(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """One image: its captions as found, its split if the dataset decides it, and its picture.
+    """One image with its captions as found.
 
-    The picture is a file (``path``), something that draws it (``draw``, picklable: any process can), or part of a
-    large file (``stored``; items come in the order of their files then, so that these are read once).
-    ``film`` names the film that it is a frame of, if its id tells.
+    Attributes:
+        split: None where the dataset does not decide it.
+        path, draw, stored: the image: a file, a picklable function that draws it, or a part of a
+            large file. Exactly one is given; stored images come in the order of their files.
+        film: the film that the image is a frame of, if its id names one.
     """
 
     image_id: str
@@ -54,7 +54,7 @@ class SourceItem:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Something that is not used, and why."""
+    """A skipped image, caption or file, and the reason."""
 
     id: str
     reason: str
@@ -62,7 +62,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Everything the command line can say about a source; each source takes what it knows."""
+    """Options of all sources; each source takes those that are fields of its own."""
 
     input_dir: Path | None = None
     captions_file: Path | None = None
@@ -77,110 +77,75 @@ class SourceOptions:
     restval: bool = True
     follow_links: bool = False
 
-    def require_input_dir(self, source: str) -> Path:
-        """Return the input folder; UsageError where none was named, DataError where it does not exist."""
-        if self.input_dir is None:
-            raise UsageError(f"source {source} needs --input-dir")
-        if not self.input_dir.is_dir():
-            raise DataError(f"no such folder: {self.input_dir} (--input-dir)")
-        return self.input_dir
 
+@dataclass
+class Source:
+    """A dataset in its own layout.
 
-class Source(Protocol):
-    """A dataset in its own layout, read as a list of :class:`SourceItem`."""
+    Attributes:
+        finds_near_duplicates: whether perceptual hashes, which see brightness, tell its images
+            apart and are few enough to compare every pair.
+        split_rule: how the dataset decides its splits; None where it leaves images to a rule.
+        rejected: what ``items`` skipped.
+    """
 
     name: ClassVar[str]
     description: ClassVar[str]
     licence_note: ClassVar[str]
-    default_caption_style: ClassVar[CaptionStyle]
+    default_caption_style: ClassVar[CaptionStyle] = "sentence"
+    finds_near_duplicates: ClassVar[bool] = True
+    needs_input_dir: ClassVar[bool] = True
 
-    @property
-    def split_rule(self) -> str | None:
-        """How the dataset decides its splits; None where it leaves some or all images to a rule."""
-        ...
-
-    @property
-    def default_split_rule(self) -> SplitRule:
-        """Splits images that the dataset leaves undecided, unless the command line says otherwise."""
-        ...
-
-    finds_near_duplicates: ClassVar[bool]
-    """False where a perceptual hash (which sees brightness, not colour) says nothing about the pictures, and
-    where they are too many to compare every pair."""
-    rejected: list[Rejected]
-    """What ``items`` skipped (captions of a missing image, an image without caption ...)."""
+    split_rule: str | None = field(default=None, init=False)
+    rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod
-    def from_options(cls, options: SourceOptions) -> Source: ...
+    def from_options(cls, options: SourceOptions) -> Self:
+        """Return the source with the options that it knows.
+
+        Raises:
+            UsageError: the source needs an input folder, and none is named.
+            DataError: the named folder does not exist.
+        """
+        folder = options.input_dir
+        if folder is None and cls.needs_input_dir:
+            raise UsageError(f"source {cls.name} needs --input-dir")
+        if folder is not None and not folder.exists():
+            raise DataError(f"no such folder: {folder} (--input-dir)")
+        if options.captions_file is not None and not options.captions_file.is_file():
+            raise DataError(f"no such caption file: {options.captions_file} (--captions-file)")
+        return cls(**{f.name: getattr(options, f.name) for f in fields(cls) if f.init})
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of what tells that a folder holds this dataset, None where nothing does."""
-        ...
+        """Return the name of the file by which a folder is recognized as this dataset, or None."""
+        return None
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        """The rule for images whose split the dataset does not decide."""
+        return SplitRule()
 
     def items(self) -> list[SourceItem]:
-        """Read the dataset; DataError with file and line where it is malformed."""
-        ...
+        """Read the dataset.
 
+        Raises:
+            DataError: it is malformed, with file and line.
+        """
+        raise NotImplementedError
 
-@runtime_checkable
-class Described(Protocol):
-    """A source whose files say something of themselves: sizes, fields and their types."""
-
-    def facts(self) -> dict[str, Any]: ...
+    def facts(self) -> dict[str, Any]:
+        """Return sizes, fields and types that the files state; empty where they state nothing."""
+        return {}
 
 
 def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
-    """Yield the picture of each item when it is asked for, None where a large file holds none for it.
+    """Yield the image of each item, None where a large file holds none for it.
 
-    What lies in large files is read in their order and dropped again: memory does not grow with the dataset.
+    Large files are read in order, a few images at a time.
     """
     items = list(items)
     by_kind = groupby((item.stored for item in items if item.stored is not None), key=type)
     stored = (content for kind, pictures in by_kind for content in kind.read_in_order(pictures))
     for item in items:
         yield next(stored) if item.stored is not None else item.path or item.draw
-
-
-def read_lines(
-    path: Path, bad: BadSamples | None = None, *, keep_blank: bool = False
-) -> Iterator[tuple[str, str]]:
-    """Yield ("file:line", text) for every line that is not blank.
-
-    Args:
-        bad: takes the lines that are not UTF-8 or far too long; without it, the first of them is a DataError.
-        keep_blank: yield blank lines too, and leave it to the caller to count what it makes of the lines.
-    """
-    for number, _, raw in lines_of(path):
-        where = f"{path}:{number}"
-        try:
-            if raw is None:
-                raise ValueError("the line is too long for a caption")
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except ValueError as error:
-            problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-            if bad is None:
-                raise DataError(
-                    f"{where}: {problem}; save the file as UTF-8, a line each"
-                ) from None
-            bad.total += 1
-            bad.set_aside(where, problem)
-            continue
-        if keep_blank or line.strip():
-            if bad is not None and not keep_blank:
-                bad.total += 1
-            yield where, line.rstrip("\r\n")
-
-
-def read_token_lines(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield ("file:line", file name, caption) for the ``name.jpg#number<TAB>caption`` lines of Flickr8k and Flickr30k.
-
-    Raises:
-        DataError: a line is not of that form, or not UTF-8.
-    """
-    for where, line in read_lines(path):
-        key, tab, caption = line.partition("\t")
-        file_name, hash_sign, _ = key.partition("#")
-        if not (tab and hash_sign):
-            raise DataError(f"{where}: expected name.jpg#number<TAB>caption")
-        yield where, file_name, caption

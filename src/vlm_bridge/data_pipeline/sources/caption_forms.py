@@ -1,4 +1,4 @@
-"""Read captions in the forms that people and programs write them in, each as a stream of `CaptionRecord`.
+"""Read captions in the forms that people and programs write them in, each as `CaptionRecord`.
 
 To add a form, write a reader and name it in `READERS` or in `_read_document`.
 """
@@ -6,34 +6,43 @@ To add a form, write a reader and name it in `READERS` or in `_read_document`.
 from __future__ import annotations
 
 import ast
-import io
+import codecs
+import csv
 import re
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
+from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_rows, schema_of
-from vlm_bridge.data_pipeline.sources.base import read_lines
-from vlm_bridge.data_pipeline.sources.karpathy import karpathy_images
-from vlm_bridge.data_pipeline.sources.tables import (
-    CAPTION_FIELDS,
-    IMAGE_FIELDS,
-    IsImage,
-    read_table,
-)
+from vlm_bridge.data_pipeline.sources.image_files import without_number
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
-from vlm_bridge.parsing import is_text, parse_json, shown
+from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
 
+IMAGE_FIELDS = (
+    "image", "file_name", "filename", "image_path", "image_name", "name", "path", "file",
+)  # fmt: skip
+CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "description", "comment", "raw")
 SPLIT_FIELD, CONVERSATIONS = "split", "conversations"
+OPEN_QUOTE = (
+    "a double quote opens here and does not close before the next row: close it, or write it twice"
+)
+STRAY_QUOTE = "a stray double quote: put the whole cell in quotes and write those within it twice"
+MAX_CELL_LINES = 100
+"""Lines of a quoted cell: a quote that is open for longer was opened by mistake."""
 
 _NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
-"""Cells that say that there is no caption, in lower case: what pandas and databases write."""
 _QUOTED_ITEM = re.compile(r"""\[\s*["']""")
+_NO_COMMA = re.compile(r"""["']\s+["']""")  # numpy writes lists of texts so
+
+IsImage = Callable[[str], bool]
+"""Whether the dataset has an image of that name."""
+Fields = Iterator[tuple[str, Any]]
+"""("file:line", a record by the names of its fields)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +54,7 @@ class CaptionRecord:
         image: the image's name as it is written.
         split: the split that is written beside it.
         stored: the image itself, where the file holds it.
-        skipped: what the record holds besides and why it is not used.
+        skipped: reasons for what the record holds besides.
     """
 
     where: str
@@ -65,7 +74,7 @@ def read_captions(path: Path, bad: BadSamples, is_image: IsImage = lambda name: 
     Args:
         path: a file with one of the suffixes of `READERS`; another one is read as a table.
         bad: takes the records that cannot be used.
-        is_image: whether the dataset has an image of a name, see `read_table`.
+        is_image: tells a row from a line of text within a quoted cell, besides image suffixes.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -74,14 +83,39 @@ def read_captions(path: Path, bad: BadSamples, is_image: IsImage = lambda name: 
 
 
 def read_sidecars(folder: Path, images: Iterable[str], bad: BadSamples) -> Records:
-    """Yield the captions of images from text files of the same name beside them, a caption a line."""
+    """Yield the captions of images from text files beside them, a caption a line."""
     lines = (
         (where, {"image": image, "caption": line})
         for image in images
         if (text := (folder / image).with_suffix(".txt")).is_file()
         for where, line in read_lines(text, bad)
+        if line.strip()
     )
     return _records(lines, bad)
+
+
+def read_lines(path: Path, bad: BadSamples) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", text) for every line; ``bad`` takes those that are no text."""
+    with path.open("rb") as file:
+        mark = file.read(2)
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # a spreadsheet's "Unicode text"
+        try:
+            lines = path.read_text(encoding="utf-16").splitlines()
+        except ValueError:
+            raise DataError(f"{path} is damaged UTF-16: save it as UTF-8") from None
+        yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1))
+        return
+    for number, _, raw in lines_of(path):
+        where = f"{path}:{number}"
+        if raw is None:
+            _skip(bad, where, "the line is too long for a caption")
+            continue
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            _skip(bad, where, "not UTF-8 text")
+            continue
+        yield where, line.rstrip("\r\n")
 
 
 def make_record(where: str, fields: dict[str, Any]) -> CaptionRecord:
@@ -96,32 +130,42 @@ def make_record(where: str, fields: dict[str, Any]) -> CaptionRecord:
     captions, skipped = _captions_of(fields)
     split = None
     if named := fields.get(SPLIT_FIELD):
-        split = normalise_split(str(named))
+        split = "train" if named == "restval" else normalise_split(str(named))
         if split is None:
             raise ValueError(f"unknown split {shown(named)} (train, val or test)")
     return CaptionRecord(where, image.strip(), captions, split, skipped=skipped)
 
 
+def _skip(bad: BadSamples, where: str, reason: str) -> None:
+    bad.total += 1
+    bad.set_aside(where, reason)
+
+
+def _records(found: Iterable[tuple[str, Any]], bad: BadSamples) -> Records:
+    for where, fields in found:
+        bad.total += 1
+        try:
+            if not isinstance(fields, dict):
+                raise ValueError("not a JSON object")
+            yield make_record(where, fields)
+        except ValueError as error:
+            bad.set_aside(where, str(error))
+
+
 def _captions_of(fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the captions of a record, and what of it is not used and why; ValueError where it has none."""
+    """Return a record's captions, and reasons for those not used; ValueError where it has none."""
     named = [fields[name] for name in CAPTION_FIELDS if name in fields]
     if not named and CONVERSATIONS in fields:
         return _answer_of(fields[CONVERSATIONS])
     if not named:
         raise ValueError(f"has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
     value = next((value for value in named if value is not None), None)
-    texts = _listed(value) if isinstance(value, str) else value
-    if (
-        isinstance(texts, float) and texts != texts
-    ) or texts is None:  # what pandas makes of an empty cell
-        texts = [""]
-    texts = [""] if texts == [] else texts
+    if isinstance(value, float) and value != value:  # pandas writes NaN for an empty cell
+        value = None
+    texts = _listed(value) if isinstance(value, str) else value or [""]
     if not isinstance(texts, list) or not all(is_text(text) or text is None for text in texts):
         raise ValueError("its caption is neither text nor a list of texts")
-    captions = [
-        text for text in texts if text is not None and text.strip().lower() not in _NO_CAPTION
-    ]
-    # Dropped here, since a parquet file holds once what stands in each of its rows.
+    captions = [text for text in texts if text and text.strip().lower() not in _NO_CAPTION]
     short = tuple(text for text in captions if len(text) <= MAX_CAPTION_CHARACTERS)
     empty, long = len(texts) - len(captions), len(captions) - len(short)
     skipped = []
@@ -133,7 +177,7 @@ def _captions_of(fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ..
 
 
 def _listed(text: str) -> list[str]:
-    """Return the captions of a cell: those of a list as JSON or Python writes it, or else the text itself.
+    """Return the captions of a cell: those of a list as JSON or Python writes it, else the text.
 
     Raises:
         ValueError: a list that cannot be read, or not of texts.
@@ -142,71 +186,156 @@ def _listed(text: str) -> list[str]:
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return [text]
     try:
-        values = _parse_list(stripped)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
-        if _QUOTED_ITEM.match(stripped):
-            raise ValueError(f"a list of captions that cannot be read: {shown(text)}") from None
-        return [text]
+        values = parse_json(stripped)
+    except ValueError:
+        try:
+            values = ast.literal_eval(stripped)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            values = None
+        # Python joins neighboring texts.
+        if values is None or (values and _NO_COMMA.search(stripped)):
+            if _QUOTED_ITEM.match(stripped):
+                raise ValueError(f"a list of captions that cannot be read: {shown(text)}") from None
+            return [text]
     if not isinstance(values, list) or not all(map(is_text, values)):
         raise ValueError(f"a list that is not of captions: {shown(text)}")
-    return values
-
-
-def _parse_list(text: str) -> Any:
-    """Return the value of a list as JSON or Python writes it; ValueError and others where it is none."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        values = ast.literal_eval(text)
-    # Python joins neighbouring texts, which numpy writes without commas.
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    if sum(token.type == tokenize.STRING for token in tokens) > len(values):
-        raise ValueError("texts without commas between them")
-    return values
+    return values or [""]
 
 
 def _answer_of(conversation: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the first answer of a LLaVA conversation; later ones answer questions that the caption lacks."""
-    if not isinstance(conversation, list) or not all(
-        isinstance(turn, dict) for turn in conversation
-    ):
-        raise ValueError(f"its {CONVERSATIONS} are no list of turns")
-    answers = [turn.get("value") for turn in conversation if turn.get("from") == "gpt"]
+    """Return the first answer of a LLaVA conversation; later ones answer unknown questions."""
+    turns = conversation if isinstance(conversation, list) else []
+    answers = [t.get("value") for t in turns if isinstance(t, dict) and t.get("from") == "gpt"]
     if not answers or not is_text(answers[0]):
         raise ValueError(f'its {CONVERSATIONS} have no answer (a turn from "gpt")')
     further = len(answers) - 1
     return (answers[0],), (f"{further} further answers of its conversation",) if further else ()
 
 
+# --- tables ---
+
+
 def _read_table(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
-    return _records(read_table(path, bad, is_image), bad)
+    return _records(_rows(path, bad, is_image), bad)
+
+
+def _rows(path: Path, bad: BadSamples, is_image: IsImage) -> Fields:
+    """Yield the rows of a table; a damaged row costs no other row.
+
+    Commas, semicolons, tabs or bars part the cells. A table with tabs may have no header; its
+    columns are image and caption. With tabs and bars, a quote that does not close is text.
+    """
+    lines = list(read_lines(path, bad))
+    position = next((n for n, (_, line) in enumerate(lines) if line.strip()), None)
+    if position is None:
+        raise DataError(f"{path}: the caption file is empty or {bad.summary() or 'blank'}")
+    where, first = lines[position]
+    delimiter = _delimiter(path, first)
+    header = [cell.strip().strip('"').strip().lower() for cell in first.split(delimiter)]
+    if set(header) & set(IMAGE_FIELDS) and set(header) & set(CAPTION_FIELDS):
+        position += 1
+    elif delimiter == "\t":
+        header = ["image", "caption"]
+    else:
+        raise DataError(
+            f"{where}: the header must name an image column ({', '.join(IMAGE_FIELDS)}) "
+            f"and a caption column ({', '.join(CAPTION_FIELDS)})"
+        )
+    image_column = next(n for n, name in enumerate(header) if name in IMAGE_FIELDS)
+
+    def begins_row(line: str) -> bool:
+        cells = line.split(delimiter)
+        if len(cells) <= max(1, image_column):
+            return False
+        name = without_number(cells[image_column].strip().strip('"'))
+        suffix = PurePosixPath(name.replace("\\", "/")).suffix.lower()
+        return bool(name) and (suffix in IMAGE_SUFFIXES or is_image(name))
+
+    while position < len(lines):
+        where, text = lines[position]
+        if not text.strip():
+            position += 1
+            continue
+        cells, position = _parse_row(lines, position, delimiter, begins_row)
+        cells = _fitted(cells, header, delimiter) if isinstance(cells, list) else cells
+        if isinstance(cells, str):
+            _skip(bad, where, cells)
+        else:
+            yield where, dict(zip(header, cells, strict=True))
+
+
+def _parse_row(
+    lines: list[tuple[str, str]], start: int, delimiter: str, begins_row: Callable[[str], bool]
+) -> tuple[list[str] | str, int]:
+    """Return the cells of the row at ``start`` or the reason of its damage, and the next line."""
+    reason, after = OPEN_QUOTE, start + 1
+    for end in range(start + 1, min(start + MAX_CELL_LINES, len(lines)) + 1):
+        row = [f"{line}\n" for _, line in lines[start:end]]
+        try:
+            reader = csv.reader(row, delimiter=delimiter, strict=True, skipinitialspace=True)
+            return next(reader), end
+        except csv.Error as error:
+            if "end of data" not in str(error):
+                reason = f"{STRAY_QUOTE} ({error})"
+                break
+        if end < len(lines) and begins_row(lines[end][1]):
+            after = end  # the lines between are part of the damaged row
+            break
+    if delimiter in "\t|":
+        return lines[start][1].split(delimiter), start + 1
+    return reason, after
+
+
+def _fitted(cells: list[str], header: list[str], delimiter: str) -> list[str] | str:
+    """Return as many cells as the header has, or a reason."""
+    wanted = len(header)
+    while len(cells) > wanted and not cells[-1].strip():  # spreadsheets add empty cells
+        cells.pop()
+    is_plain = delimiter in "\t|"
+    if is_plain and len(cells) > wanted and header[-1] in CAPTION_FIELDS:
+        glue = "| " if delimiter == "|" else delimiter  # blanks after a bar are not kept
+        cells[wanted - 1 :] = [glue.join(cells[wanted - 1 :])]
+    if len(cells) == wanted:
+        return cells
+    hint = "" if is_plain else "; put captions with commas in double quotes"
+    return f"{len(cells)} cells instead of {wanted} ({delimiter.join(header)}){hint}"
+
+
+def _delimiter(path: Path, first: str) -> str:
+    if path.suffix.lower() == ".tsv" or "\t" in first:
+        return "\t"
+    return next((mark for mark in "|;" if mark in first and "," not in first), ",")
+
+
+# --- JSON and parquet ---
 
 
 def _read_json_lines(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
-    _, first = next(read_lines(path, BadSamples("")), ("", ""))
-    if first.lstrip("\ufeff ").startswith("["):
+    lines = (line for _, line in read_lines(path, BadSamples("")) if line.strip())
+    if next(lines, "").lstrip().startswith("["):
         return _read_document(path, bad, is_image)
     return _records(_json_lines(path, bad), bad)
 
 
-def _json_lines(path: Path, bad: BadSamples) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, bad: BadSamples) -> Fields:
     is_empty = True
     for where, line in read_lines(path, bad):
-        is_empty = False
-        try:
-            yield where, parse_json(line)
-        except ValueError as error:
-            bad.set_aside(where, f"not a JSON object ({error})")
+        if line.strip():
+            is_empty = False
+            try:
+                yield where, parse_json(line)
+            except ValueError as error:
+                _skip(bad, where, f"not a JSON object ({error})")
     if is_empty and not bad.samples:
         raise DataError(f"{path}: the caption file is empty")
 
 
 def _read_document(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
-    """Read JSON: a list of records (BLIP, LAVIS, LLaVA), COCO's form, Karpathy's form, or an object a line."""
+    """Read a list of records (BLIP, LAVIS, LLaVA), COCO's or Karpathy's form, or JSON lines."""
     try:
         content = parse_json(path.read_bytes())
     except ValueError as error:
-        _, first = next(read_lines(path, BadSamples("")), ("", ""))
+        first = next((line for _, line in read_lines(path, BadSamples("")) if line.strip()), "")
         try:
             is_lines = isinstance(parse_json(first), dict)
         except ValueError:
@@ -215,36 +344,23 @@ def _read_document(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
             return _records(_json_lines(path, bad), bad)
         raise DataError(f"{path} is not JSON ({error}): get it again") from None
     if isinstance(content, list):
-        return _records(_counted(path, content, bad), bad)
+        entries = ((f"{path}: entry {number}", record) for number, record in enumerate(content))
+        return _records(entries, bad)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
-        return (
-            _read_coco(path, content, bad)
-            if "annotations" in content
-            else _read_karpathy(path, content, bad)
-        )
+        if "annotations" in content:
+            captions = coco_captions(path, content, bad)
+            named = (
+                (f"{path}: image {i['id']}",
+                 {"image": i.get("file_name"), "captions": captions[i["id"]]})
+                for i in content["images"]
+            )  # fmt: skip
+        else:
+            named = karpathy_images(path, content)
+        return _records(named, bad)
     raise DataError(
-        f"{path} is no caption file: a list of records with image and caption, COCO's form (images, annotations) and "
-        "Karpathy's (images with sentences) are read"
+        f"{path} is no caption file: a list of records with image and caption, COCO's form "
+        "(images, annotations) and Karpathy's (images with sentences) are read"
     )
-
-
-def _counted(path: Path, records: Iterable[Any], bad: BadSamples) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(records):
-        bad.total += 1
-        yield f"{path}: entry {number}", record
-
-
-def _read_coco(path: Path, content: dict[str, Any], bad: BadSamples) -> Records:
-    captions = coco_captions(path, content, bad)
-    for image in content["images"]:
-        bad.total += 1
-        where = f"{path}: image {image['id']}"
-        try:
-            yield make_record(
-                where, {"image": image.get("file_name"), "captions": captions[image["id"]]}
-            )
-        except ValueError as error:
-            bad.set_aside(where, str(error))
 
 
 def coco_captions(path: Path, content: Any, bad: BadSamples) -> dict[Any, list[str]]:
@@ -260,15 +376,14 @@ def coco_captions(path: Path, content: Any, bad: BadSamples) -> dict[Any, list[s
         captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             bad.total += 1
-            if annotation["image_id"] in captions:
-                if not is_text(annotation["caption"]):
-                    raise TypeError(f"the caption of annotation {annotation.get('id')} is no text")
-                captions[annotation["image_id"]].append(annotation["caption"])
+            text, image_id = annotation["caption"], annotation["image_id"]
+            if not is_text(text):
+                raise TypeError(f"the caption of annotation {annotation.get('id')} is no text")
+            if image_id in captions:
+                captions[image_id].append(text)
             else:
-                bad.set_aside(
-                    f"{path}: annotation {annotation.get('id')}",
-                    f"its image {annotation['image_id']} is not among the images listed",
-                )
+                where = f"{path}: annotation {annotation.get('id')}"
+                bad.set_aside(where, f"its image {image_id} is not among the images listed")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged or no caption annotations of COCO ({shown(error)}): get it again"
@@ -276,19 +391,40 @@ def coco_captions(path: Path, content: Any, bad: BadSamples) -> dict[Any, list[s
     return captions
 
 
-def _read_karpathy(path: Path, content: dict[str, Any], bad: BadSamples) -> Records:
-    for number, image in enumerate(karpathy_images(path, content)):
-        bad.total += 1
-        yield CaptionRecord(
-            f"{path}: image {number}",
-            image.file_path,
-            tuple(image.captions),
-            image.split or "train",
-        )
+def karpathy_images(path: Path, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield image, captions and split of each image of Karpathy's split files (CVPR 2015)::
+
+        {"images": [{"filename": "COCO_val2014_000000391895.jpg", "filepath": "val2014",
+                     "split": "restval", "sentences": [{"raw": "A man with ..."}]}]}
+
+    Raises:
+        DataError: the content is of another form.
+    """
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise DataError(f"{path} is not one of Karpathy's split files: it has no list of images")
+    for number, image in enumerate(images):
+        where = f"{path}: image {number}"
+        try:
+            folder, name = image.get("filepath") or "", image["filename"]
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            fields = {"image": f"{folder}/{name}" if folder else name, "captions": captions}
+            yield where, fields | {SPLIT_FIELD: image["split"]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{where} lacks filename, split or sentences with raw text ({shown(error)})"
+            ) from None
+
+
+def find_karpathy_file(folder: Path, dataset: str) -> Path | None:
+    """Return ``dataset_DATASET.json`` in one of the usual places below ``folder``, or None."""
+    places = ("", "annotations", "karpathy", "caption_datasets")
+    candidates = (folder / place / f"dataset_{dataset}.json" for place in places)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _read_parquet(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
-    """Read columns as fields; an image column with the bytes of the images is read from when their turn comes."""
+    """Read columns as fields; the bytes of an image column are read later."""
     schema = schema_of(path)
 
     import pyarrow.types as types
@@ -304,25 +440,12 @@ def _read_parquet(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
         )
     columns = [f"{name}.path" if name == stored else name for name in names]
     for number, (row_group, row, values) in enumerate(read_rows(path, columns)):
-        bad.total += 1
-        where, place = f"{path}: row {number}", None
+        place = None
         if stored is not None:
             place = ParquetPicture(path, row_group, row, stored)
             values["image"] = (values.pop(stored) or {}).get("path") or f"{path.stem}-{number:06d}"
-        try:
-            yield replace(make_record(where, values), stored=place)
-        except ValueError as error:
-            bad.set_aside(where, str(error))
-
-
-def _records(found: Iterable[tuple[str, Any]], bad: BadSamples) -> Records:
-    for where, fields in found:
-        try:
-            if not isinstance(fields, dict):
-                raise ValueError("not a JSON object")
-            yield make_record(where, fields)
-        except ValueError as error:
-            bad.set_aside(where, str(error))
+        for record in _records([(f"{path}: row {number}", values)], bad):
+            yield replace(record, stored=place)
 
 
 READERS: dict[str, Callable[[Path, BadSamples, IsImage], Records]] = {

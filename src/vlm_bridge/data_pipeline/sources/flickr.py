@@ -1,50 +1,150 @@
-"""Flickr8k (Hodosh, Young and Hockenmaier, JAIR 2013) in the layouts that people have it in.
+"""Flickr8k (Hodosh et al., JAIR 2013) and Flickr30k (Young et al., TACL 2014).
 
-Captions come from the first of these that is there:
-
-- ``Flickr8k.token.txt``: the dataset's own, lines of ``name.jpg#number<TAB>caption``;
-- ``dataset_flickr8k.json``: Karpathy's file, with the splits;
-- ``captions.txt``: CSV with the columns image, caption, as copies on Kaggle have it.
-
-The official lists decide the splits where one of them is there.
+Captions come from the first of a dataset's usual files that is there, and splits with them where
+it has some. Of Flickr8k, the official lists decide the splits where one of them is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, BadSamples
-from vlm_bridge.data_pipeline.caption_folder import inside
-from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.sources.base import (
-    Rejected,
-    SourceItem,
-    SourceOptions,
-    read_lines,
-    read_token_lines,
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources.caption_forms import find_karpathy_file, read_captions
+from vlm_bridge.data_pipeline.sources.image_files import (
+    LEADS_OUT,
+    MISSING,
+    ImageFiles,
+    without_number,
 )
-from vlm_bridge.data_pipeline.sources.caption_forms import read_captions
-from vlm_bridge.data_pipeline.sources.image_files import LEADS_OUT, MISSING, ImageFiles
-from vlm_bridge.data_pipeline.sources.karpathy import find_karpathy_file, read_karpathy_file
-from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
+from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import DataError
-
-CAPTIONS_FILE, KAGGLE_FILE = "Flickr8k.token.txt", "captions.txt"
-# The second name (spelled so) is that of the folder in the authors' archive.
-IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
-SPLIT_FILES: Mapping[SplitName, str] = {
-    "train": "Flickr_8k.trainImages.txt",
-    "val": "Flickr_8k.devImages.txt",
-    "test": "Flickr_8k.testImages.txt",
-}
 
 
 @dataclass
-class Flickr8k:
-    """8,000 photographs with five human captions each; an absent list file leaves its split empty."""
+class _Flickr(Source):
+    """Photographs from Flickr with five human captions each.
+
+    Attributes:
+        captions_file: one of the usual files, by whatever name; None finds it.
+    """
+
+    caption_files: ClassVar[tuple[str, ...]]
+    image_folders: ClassVar[tuple[str, ...]]
+    split_lists: ClassVar[dict[str, SplitName]] = {}
+
+    input_dir: Path
+    captions_file: Path | None = None
+    follow_links: bool = False
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of the caption file; ``captions.txt`` may be of any images."""
+        found = cls._find_captions(folder)
+        return found.name if found is not None and found.name != "captions.txt" else None
+
+    def items(self) -> list[SourceItem]:
+        """Return the images in the order of the official lists, or else of the caption file."""
+        self.rejected = []
+        path = self.captions_file or self._find_captions(self.input_dir)
+        if path is None:
+            names = ", ".join((f"dataset_{self.name}.json", *self.caption_files))
+            raise DataError(f"{self.input_dir} is not {self.name}: it has none of {names}")
+        captions, split_of = self._read_captions(path)
+        listed = self._split_lists() or split_of
+        images = self._images()
+        items: list[SourceItem] = []
+        for name, split in listed.items():
+            image, problem = images.look_up(name)
+            image_id = Path(name).stem
+            if image is None:
+                self.rejected.append(Rejected(image_id, problem))
+            elif not captions.get(name):
+                self.rejected.append(Rejected(image_id, "it has no caption"))
+            else:
+                items.append(SourceItem(image_id, captions[name], split, path=image))
+        if not items:
+            linked = ", ".join(images.linked_out[:3])
+            why = f": {linked} is {LEADS_OUT}" if linked else f"; looked in {images.folder}"
+            raise DataError(f"none of the {len(listed)} images of {path} can be used{why}")
+        for name in captions.keys() - listed.keys():
+            reason = "it is in no split list" if name in images.paths else MISSING
+            self.rejected.append(Rejected(Path(name).stem, reason))
+        self.rejected += [
+            Rejected(Path(name).stem, f"it is not in {path.name}")
+            for name in images.paths.keys() - captions.keys() - listed.keys()
+        ]
+        self.rejected.sort(key=lambda rejected: rejected.id)
+        if self.split_rule is None and all(item.split is not None for item in items):
+            self.split_rule = f"Karpathy's splits ({path.name})"
+        return items
+
+    @classmethod
+    def _find_captions(cls, folder: Path) -> Path | None:
+        if karpathy := find_karpathy_file(folder, cls.name):
+            return karpathy
+        folders = [folder, *(folder / name for name in cls.image_folders)]
+        candidates = (below / name for name in cls.caption_files for below in folders)
+        return next((path for path in candidates if path.is_file()), None)
+
+    def _read_captions(
+        self, path: Path
+    ) -> tuple[dict[str, list[str]], dict[str, SplitName | None]]:
+        """Return captions and splits by file name, in file order."""
+        bad = BadSamples(f"rows of {path.name}")
+        captions: dict[str, list[str]] = {}
+        split_of: dict[str, SplitName | None] = {}
+        for record in read_captions(path, bad):
+            name = without_number(record.image)
+            captions.setdefault(name, []).extend(record.captions)
+            split_of.setdefault(name, record.split)
+        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
+        if not captions:
+            raise DataError(f"{path} has no captions: {bad.summary() or 'it is empty'}")
+        self.rejected += [Rejected(Path(skip.where).name, skip.reason) for skip in bad.samples]
+        return captions, split_of
+
+    def _split_lists(self) -> dict[str, SplitName | None]:
+        """Return the split of every listed image; empty without lists."""
+        listed: dict[str, SplitName | None] = {}
+        self.split_rule = None
+        for name, split in self.split_lists.items():
+            path = self.input_dir / name
+            if not path.is_file():
+                continue
+            self.split_rule = "official lists (train, dev as val, test)"
+            for number, line in enumerate(
+                path.read_text("utf-8", errors="replace").splitlines(), start=1
+            ):
+                if not (image := line.strip()):
+                    continue
+                if image in listed:
+                    raise DataError(
+                        f"{path}:{number}: {image} is listed twice (also in {listed[image]}): "
+                        "remove it from one of the lists"
+                    )
+                listed[image] = split
+        return listed
+
+    def _images(self) -> ImageFiles:
+        # A folder within another of its name is a usual accident of unpacking.
+        names = self.image_folders
+        folders = [self.input_dir / name / inner for name in names for inner in ("", name)]
+        for folder in (*folders, self.input_dir):
+            if folder.is_dir():
+                images = ImageFiles(self.input_dir, folder, self.follow_links, recursive=False)
+                if images.paths or images.linked_out:
+                    return images
+        raise DataError(
+            f"{self.input_dir} has no folder of images (looked for {', '.join(names)} and in itself)"
+        )
+
+
+@dataclass
+class Flickr8k(_Flickr):
+    """8,000 photographs; an absent list file leaves its split empty."""
 
     name: ClassVar[str] = "flickr8k"
     description: ClassVar[str] = (
@@ -53,126 +153,36 @@ class Flickr8k:
     licence_note: ClassVar[str] = (
         "Flickr photographs of many owners: research use only, not to be redistributed"
     )
-    default_caption_style: ClassVar[CaptionStyle] = "sentence"
-    finds_near_duplicates: ClassVar[bool] = True
-
-    input_dir: Path
-    follow_links: bool = False
-    split_rule: str | None = field(default="official lists (train, dev as val, test)", init=False)
-    rejected: list[Rejected] = field(default_factory=list, init=False)
-
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> Flickr8k:
-        return cls(options.require_input_dir(cls.name), options.follow_links)
-
-    @classmethod
-    def recognize(cls, folder: Path) -> str | None:
-        """Return the name of the file that tells Flickr8k, None where there is none."""
-        if (folder / CAPTIONS_FILE).is_file():
-            return CAPTIONS_FILE
-        karpathy = find_karpathy_file(folder, cls.name)
-        return karpathy.name if karpathy else None
-
-    @property
-    def default_split_rule(self) -> SplitRule:
-        return SplitRule()
-
-    def items(self) -> list[SourceItem]:
-        """Return the images in the order of the official lists, or else of the caption file."""
-        self.rejected = []
-        captions, split_of = self._read_captions()
-        images = ImageFiles(
-            self.input_dir, self._image_folder(), self.follow_links, recursive=False
-        )
-        listed = self._listed_images(split_of)
-        items: list[SourceItem] = []
-        for file_name, split in listed.items():
-            path, problem = images.look_up(file_name)
-            image_id = Path(file_name).stem
-            if path is None:
-                self.rejected.append(Rejected(image_id, problem))
-            elif file_name not in captions:
-                self.rejected.append(Rejected(image_id, "it has no caption"))
-            else:
-                items.append(SourceItem(image_id, captions[file_name], split, path=path))
-        for file_name in captions.keys() - listed.keys():
-            reason = "it is in no split list" if file_name in images.paths else MISSING
-            self.rejected.append(Rejected(Path(file_name).stem, reason))
-        self.rejected.sort(key=lambda rejected: rejected.id)
-        if not items:
-            why = (
-                f": {', '.join(images.linked_out[:3])} is {LEADS_OUT}" if images.linked_out else ""
-            )
-            raise DataError(
-                f"no listed image of {self.input_dir} can be used{why or f'; looked in {images.folder}'}"
-            )
-        return items
-
-    def _read_captions(self) -> tuple[dict[str, list[str]], dict[str, SplitName | None]]:
-        """Return captions by file name, in file order, and the splits that the caption file knows."""
-        captions: dict[str, list[str]] = {}
-        path = self.input_dir / CAPTIONS_FILE
-        if path.is_file():
-            for where, file_name, caption in read_token_lines(path):
-                captions.setdefault(_checked(self.input_dir, file_name, where), []).append(caption)
-            return captions, dict.fromkeys(captions)
-        if karpathy := find_karpathy_file(self.input_dir, self.name):
-            known = read_karpathy_file(karpathy, self.name)
-            self.split_rule = f"Karpathy's splits ({karpathy.name})"
-            return {image.file_name: image.captions for image in known}, {
-                i.file_name: i.split for i in known
-            }
-        path = self.input_dir / KAGGLE_FILE
-        if not path.is_file():
-            raise DataError(
-                f"{self.input_dir} is not Flickr8k: it has none of {CAPTIONS_FILE}, "
-                f"dataset_flickr8k.json, {KAGGLE_FILE}"
-            )
-        bad = BadSamples(f"rows of {path.name}")
-        for record in read_captions(path, bad):
-            captions.setdefault(record.image, []).extend(record.captions)
-        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
-        self.rejected += [
-            Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples
-        ]
-        self.split_rule = None
-        return captions, dict.fromkeys(captions)
-
-    def _image_folder(self) -> Path:
-        for name in IMAGE_FOLDERS:
-            if (self.input_dir / name).is_dir():
-                return self.input_dir / name
-        raise DataError(
-            f"{self.input_dir} has no folder of images (looked for {', '.join(IMAGE_FOLDERS)})"
-        )
-
-    def _listed_images(self, split_of: dict[str, SplitName | None]) -> dict[str, SplitName | None]:
-        """Return the split of every image: of the official lists, or else what the caption file says."""
-        lists: dict[SplitName, Path] = {
-            split: self.input_dir / name for split, name in SPLIT_FILES.items()
-        }
-        if not any(path.is_file() for path in lists.values()):
-            if (self.input_dir / CAPTIONS_FILE).is_file():
-                raise DataError(
-                    f"{self.input_dir} has none of the split lists {', '.join(SPLIT_FILES.values())}"
-                )
-            return split_of
-        self.split_rule = "official lists (train, dev as val, test)"
-        listed: dict[str, SplitName | None] = {}
-        for split, path in lists.items():
-            for where, line in read_lines(path) if path.is_file() else ():
-                file_name = _checked(self.input_dir, line.strip(), where)
-                if file_name in listed:
-                    raise DataError(
-                        f"{where}: {file_name} is listed twice (also in {listed[file_name]})"
-                    )
-                listed[file_name] = split
-        return listed
+    caption_files: ClassVar[tuple[str, ...]] = ("Flickr8k.token.txt", "captions.txt")
+    # The second name (spelled so) is that of the folder in the authors' archive.
+    image_folders: ClassVar[tuple[str, ...]] = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+    split_lists: ClassVar[dict[str, SplitName]] = {
+        "Flickr_8k.trainImages.txt": "train",
+        "Flickr_8k.devImages.txt": "val",
+        "Flickr_8k.testImages.txt": "test",
+    }
 
 
-def _checked(folder: Path, file_name: str, where: str) -> str:
-    try:
-        inside(folder, file_name)
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
-    return file_name
+@dataclass
+class Flickr30k(_Flickr):
+    """31,783 photographs; 31,014 of them are in Karpathy's splits."""
+
+    name: ClassVar[str] = "flickr30k"
+    description: ClassVar[str] = "Flickr30k: photographs of everyday life, five human captions each"
+    licence_note: ClassVar[str] = (
+        "Flickr photographs of many owners under Flickr's terms of use: for non-commercial "
+        "research and education only, not to be redistributed"
+    )
+    caption_files: ClassVar[tuple[str, ...]] = (
+        "flickr_annotations_30k.csv",
+        "results_20130124.token",
+        "results.csv",
+        "captions.txt",
+    )
+    image_folders: ClassVar[tuple[str, ...]] = (
+        "flickr30k-images",
+        "flickr30k_images",
+        "Images",
+        "images",
+        "flickr30k",
+    )

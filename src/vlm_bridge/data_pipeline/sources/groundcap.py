@@ -1,7 +1,7 @@
-"""GroundCap: film frames with grounded captions (Oliveira, Teodoro and de Matos, 2025, arXiv:2502.13898).
+"""GroundCap: film frames with grounded captions (Oliveira et al., 2025, arXiv:2502.13898).
 
-Read from the Hugging Face hub or from a local folder of its parquet files, with the columns that the dataset
-publishes: ``id``, ``image`` (``{bytes, path}``), ``detections``, ``caption`` and ``human_annotated``.
+Read from the Hugging Face hub or from a local folder of its parquet files with the columns
+``id``, ``image`` (``{bytes, path}``), ``detections``, ``caption`` and ``human_annotated``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from vlm_bridge.data_pipeline.captions import (
     strip_tags,
 )
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
-from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import (
     DUPLICATE_PRIORITY,
     SplitName,
@@ -39,30 +39,26 @@ _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
 
 
 @dataclass
-class GroundCap:
-    """52,350 film frames; rows that share an id are one image with several captions."""
+class GroundCap(Source):
+    """52,350 film frames; rows that share an id are one image with several captions.
+
+    Attributes:
+        input_dir: searched for parquet files to its depth; None is the hub.
+        official_split: keep the dataset's own test part.
+    """
 
     name: ClassVar[str] = "groundcap"
     description: ClassVar[str] = "GroundCap: film frames, each with a grounded paragraph"
     licence_note: ClassVar[str] = (
-        "CC-BY-4.0: credit Oliveira, Teodoro and de Matos, GroundCap (2025); the frames are from MovieNet's films"
+        "CC-BY-4.0: credit Oliveira, Teodoro and de Matos, GroundCap (2025); the frames are from "
+        "MovieNet's films"
     )
     default_caption_style: ClassVar[CaptionStyle] = "raw"
-    finds_near_duplicates: ClassVar[bool] = True
+    needs_input_dir: ClassVar[bool] = False
 
-    folder: Path | None = None
-    """Of parquet files, searched to its depth; None is the hub."""
+    input_dir: Path | None = None
     official_split: bool = False
-    """Keep the dataset's own test part; validation images come from the rest."""
     keep_tags: bool = False
-    split_rule: str | None = field(default=None, init=False)
-    rejected: list[Rejected] = field(default_factory=list, init=False)
-
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> GroundCap:
-        if options.input_dir is not None and not options.input_dir.exists():
-            raise DataError(f"no such folder: {options.input_dir} (--source-path)")
-        return cls(options.input_dir, options.official_split, options.keep_tags)
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
@@ -75,7 +71,7 @@ class GroundCap:
 
     @property
     def default_split_rule(self) -> SplitRule:
-        """80/5/15 in whole films where ids name them; with the official test part, no other image is for testing."""
+        """80/5/15 in whole films where ids name them; the official test part takes no others."""
         return SplitRule(
             None, val_fraction=0.05, test_fraction=0.0 if self.official_split else 0.15
         )
@@ -87,38 +83,30 @@ class GroundCap:
         for path, part in self._files:
             split = part if self.official_split and part == "test" else None
             for number, (row_group, row, values) in enumerate(read_rows(path, [ID, CAPTION])):
-                image_id = values[ID]
-                if not image_id:
-                    self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
-                    continue
-                caption = values[CAPTION] or ""
+                image_id, caption = values[ID], values[CAPTION] or ""
+                reason = "" if image_id else "it has no id"
                 if len(caption) > MAX_CAPTION_CHARACTERS:
                     reason = f"a caption of {len(caption):,} characters"
+                if reason:
                     self.rejected.append(Rejected(f"{path.name} row {number}", reason))
                     continue
-                caption = caption if self.keep_tags else strip_tags(caption)
-                earlier = items.get(image_id)
-                if earlier is None:
-                    film = _FILM.search(image_id)
-                    items[image_id] = SourceItem(
-                        image_id,
-                        [caption],
-                        split,
-                        stored=ParquetPicture(path, row_group, row, IMAGE),
-                        film=film[0] if film else None,
-                    )
-                elif earlier.split == split:
-                    earlier.captions.append(caption)
+                film = _FILM.search(image_id)
+                stored = ParquetPicture(path, row_group, row, IMAGE)
+                item = items.setdefault(
+                    image_id,
+                    SourceItem(image_id, [], split, stored=stored, film=film[0] if film else None),
+                )
+                if item.split == split:
+                    item.captions.append(caption if self.keep_tags else strip_tags(caption))
                 else:
-                    self.rejected.append(
-                        Rejected(image_id, f"{part}: the same id as an image of test")
-                    )
+                    reason = f"{part}: the same id as an image of test"
+                    self.rejected.append(Rejected(image_id, reason))
         if not items:
             raise DataError(f"{self._where} holds no rows")
         return list(items.values())
 
     def facts(self) -> dict[str, Any]:
-        """Return what the files say of themselves: rows and bytes of each part, fields and their types."""
+        """Return rows and bytes of each part, and the fields with their types."""
         files = self._files
         rows: Counter[str] = Counter()
         for path, part in files:
@@ -141,17 +129,17 @@ class GroundCap:
 
     @property
     def _where(self) -> str:
-        return str(self.folder or f"the hub's {HUB_NAME}")
+        return str(self.input_dir or f"the hub's {HUB_NAME}")
 
     @cached_property
     def _files(self) -> list[tuple[Path, SplitName | None]]:
         """Find the parquet files, those of the test part first, and check that they are GroundCap's."""
-        root = self.folder or _download()
+        root = self.input_dir or _download()
         paths = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
         if not paths:
             raise DataError(
-                f"no parquet file in {root}: --source-path is a folder of {HUB_NAME}'s parquet files "
-                "(your own pictures: --source local)"
+                f"no parquet file in {root}: --source-path is a folder of {HUB_NAME}'s parquet "
+                "files (your own images: --source local)"
             )
         for path in paths:
             _check_columns(path)
@@ -167,28 +155,25 @@ def _part_of(path: Path) -> SplitName | None:
 
 
 def _check_columns(path: Path) -> None:
-    schema = schema_of(path)
-
     import pyarrow.types as types
 
-    wanted = {
-        ID: lambda kind: types.is_string(kind) or types.is_large_string(kind),
-        CAPTION: lambda kind: types.is_string(kind) or types.is_large_string(kind),
-        IMAGE: lambda kind: types.is_struct(kind) and kind.get_field_index("bytes") >= 0,
-    }
-    for name, fits in wanted.items():
-        if name not in schema.names:
-            raise DataError(
-                f"{path} is not GroundCap: no column {name} (it has {', '.join(schema.names)})"
-            )
-        if not fits(schema.field(name).type):
-            raise DataError(
-                f"{path} is not GroundCap: its column {name} is {schema.field(name).type}"
-            )
+    schema = schema_of(path)
+    if missing := {ID, CAPTION, IMAGE} - set(schema.names):
+        raise DataError(
+            f"{path} is not GroundCap: no column {min(missing)} (it has {', '.join(schema.names)})"
+        )
+    for name in (ID, CAPTION, IMAGE):
+        kind = schema.field(name).type
+        if name == IMAGE:
+            fits = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        else:
+            fits = types.is_string(kind) or types.is_large_string(kind)
+        if not fits:
+            raise DataError(f"{path} is not GroundCap: its column {name} is {kind}")
 
 
 def _download() -> Path:
-    """Return the hub's copy in the user's cache (1.9 GB the first time; an interrupted download goes on)."""
+    """Return the hub's copy in the user's cache (1.9 GB; an interrupted download continues)."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -196,10 +181,10 @@ def _download() -> Path:
             snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet")
         )
     except Exception as error:
-        # Whatever fails on the way to the hub, in whichever library: the way out is the same.
+        # Any library on the way to the hub may fail; the remedy is the same.
         why = hub_problem(error, HUB_NAME, "dataset")
         why = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"cannot get {HUB_NAME} from the Hugging Face hub: {why}; or name a folder of its parquet files "
-            "with --source-path"
+            f"cannot get {HUB_NAME} from the Hugging Face hub: {why}; or name a folder of its "
+            "parquet files with --source-path"
         ) from error

@@ -1,4 +1,4 @@
-"""A folder of images with captions in one of the usual forms, or in Hugging Face's image-folder layout."""
+"""A folder of images with captions in one of the usual forms, or in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from vlm_bridge.data_pipeline.bad_samples import (
 )
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture
-from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, SourceOptions
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
     READERS,
     CaptionRecord,
     read_captions,
     read_sidecars,
 )
-from vlm_bridge.data_pipeline.sources.image_files import LEADS_OUT, ImageFiles, LeadsOutError
-from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
+from vlm_bridge.data_pipeline.sources.image_files import (
+    LEADS_OUT,
+    MISSING,
+    ImageFiles,
+    LeadsOutError,
+)
+from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
 
 CAPTION_FILES = (
@@ -33,7 +38,6 @@ CAPTION_FILES = (
     *(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet")),
     "annotations.json",
 )
-Place = Path | ParquetPicture
 
 
 @dataclass
@@ -41,12 +45,12 @@ class _Found:
     """An image with the records that caption it."""
 
     name: str
-    place: Place
+    place: Path | ParquetPicture
     records: list[CaptionRecord] = field(default_factory=list)
 
 
 @dataclass
-class LocalFolder:
+class LocalFolder(Source):
     """Your own images; splits come from folders, a ``split`` column or else from image ids."""
 
     name: ClassVar[str] = "local"
@@ -54,37 +58,27 @@ class LocalFolder:
         "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
     )
     licence_note: ClassVar[str] = (
-        "Your own pictures and captions: under whatever licence you hold them"
+        "Your own images and captions: under whatever licence you hold them"
     )
     default_caption_style: ClassVar[CaptionStyle] = "raw"
-    finds_near_duplicates: ClassVar[bool] = True
 
     input_dir: Path
     captions_file: Path | None = None
     follow_links: bool = False
-    split_rule: str | None = field(default=None, init=False)
-    rejected: list[Rejected] = field(default_factory=list, init=False)
-
-    @classmethod
-    def from_options(cls, options: SourceOptions) -> LocalFolder:
-        return cls(options.require_input_dir(cls.name), options.captions_file, options.follow_links)
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of the caption file of a folder of one's own images, None where it has none."""
+        """Return the name of the caption file, or what stands for one."""
         here = _candidates(folder) or [path for path, _ in _files_of_splits(folder)]
         if here:
             return here[0].relative_to(folder).as_posix()
         return "text files beside images" if _has_sidecars(ImageFiles(folder)) else None
 
-    @property
-    def default_split_rule(self) -> SplitRule:
-        return SplitRule()
-
     def items(self) -> list[SourceItem]:
         """Return the images in the order of their first caption.
 
-        Rows that cannot be used and missing images are skipped, up to two of each or a share (`MAX_BAD_SHARE`).
+        Rows that cannot be used and missing images are skipped, up to two of each or a share
+        (`MAX_BAD_SHARE`).
 
         Raises:
             DataError: there is no caption file, nothing in it can be used, or more is missing.
@@ -94,79 +88,58 @@ class LocalFolder:
         bad = BadSamples("captions in the caption file")
         found, missing = self._match(images, bad)
         bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
-        self._check_missing(images, found, missing)
+        self._check_missing(images, len(found), missing)
         captioned = [one for one in found if any(record.captions for record in one.records)]
+        skipped = [Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples]
         if not captioned:
             if images.linked_out:
                 raise DataError(
                     f"the images of {self.input_dir} cannot be used, each is {LEADS_OUT}"
                 )
-            skipped = [(sample.where, sample.reason) for sample in bad.samples]
-            causes = by_cause([*skipped, *((item.id, item.reason) for item in self.rejected)])[
-                :NUM_CAUSES
-            ]
-            why = f": {'; '.join(causes)}" if causes else ""
+            causes = by_cause((item.id, item.reason) for item in [*skipped, *self.rejected])
+            why = f": {'; '.join(causes[:NUM_CAUSES])}" if causes else ""
             raise DataError(f"the caption file in {self.input_dir} has no captions{why}")
-        self._account(images, {one.place for one in captioned}, bad, missing)
+        self.rejected += skipped
+        for record in missing:
+            name = f"{record.image} ({Path(record.where).name})"
+            self.rejected.append(Rejected(name, MISSING))
+        self.rejected += [Rejected(name, LEADS_OUT) for name in images.linked_out]
+        places = {one.place for one in captioned}
+        self.rejected += [
+            Rejected(name, "it has no caption")
+            for name, path in images.paths.items()
+            if path not in places
+        ]
         ids = _image_ids(captioned)
         return [_item(image_id, one) for image_id, one in zip(ids, captioned, strict=True)]
-
-    def _account(
-        self,
-        images: ImageFiles,
-        captioned: set[Place],
-        bad: BadSamples,
-        missing: list[CaptionRecord],
-    ) -> None:
-        """Note what is skipped, besides what the records say themselves."""
-        self.rejected += [Rejected(_short(sample.where), sample.reason) for sample in bad.samples]
-        for record in missing:
-            self.rejected.append(
-                Rejected(f"{record.image} ({_short(record.where)})", "its image is missing")
-            )
-        without_caption = [name for name, path in images.paths.items() if path not in captioned]
-        # Captions may name a file by another path, through a link.
-        known = set(images.paths.values())
-        linked = {place.resolve() for place in captioned - known if isinstance(place, Path)}
-        if linked:
-            without_caption = [
-                name for name in without_caption if images.paths[name].resolve() not in linked
-            ]
-        self.rejected += [Rejected(name, LEADS_OUT) for name in images.linked_out]
-        self.rejected += [Rejected(name, "it has no caption") for name in without_caption]
 
     def _match(
         self, images: ImageFiles, bad: BadSamples
     ) -> tuple[list[_Found], list[CaptionRecord]]:
-        """Read all records: those of each image, and those whose image is missing."""
-        found: dict[Place, _Found] = {}
+        """Return the images with their records, and the records whose image is missing."""
+        found: dict[Path | ParquetPicture, _Found] = {}
         missing: list[CaptionRecord] = []
-        linked: set[Path] = set()
         for record, beside in self._records(images, bad):
-            try:
-                path = images.find(record.image, beside) if record.stored is None else None
-            except LeadsOutError as error:
-                linked.add(error.path)
-                continue
-            except ValueError as error:
-                bad.set_aside(record.where, str(error))
-                continue
-            place = record.stored or path
+            name, place = record.image, record.stored
             if place is None:
-                missing.append(record)
-                continue
-            if place not in found:
-                found[place] = _Found(
-                    self._relative(path) if path is not None else record.image, place
-                )
-            found[place].records.append(record)
-            self.rejected += [Rejected(_short(record.where), reason) for reason in record.skipped]
-        for path in sorted(linked):
-            images.note_link(path)
+                try:
+                    place = images.find(record.image, beside)
+                except LeadsOutError:
+                    continue  # images.linked_out names it
+                except ValueError as error:
+                    bad.set_aside(record.where, str(error))
+                    continue
+                if place is None:
+                    missing.append(record)
+                    continue
+                name = place.relative_to(self.input_dir).as_posix()
+            found.setdefault(place, _Found(name, place)).records.append(record)
+            where = Path(record.where).name
+            self.rejected += [Rejected(where, reason) for reason in record.skipped]
         return list(found.values()), missing
 
     def _records(self, images: ImageFiles, bad: BadSamples) -> Iterator[tuple[CaptionRecord, Path]]:
-        """Yield every record with the folder of its file; the split of a folder's own file is the record's."""
+        """Yield every record with the folder of its file, whose split becomes the record's."""
         files = self._caption_files(images)
         if not files:
             for record in read_sidecars(self.input_dir, images.paths, bad):
@@ -182,55 +155,45 @@ class LocalFolder:
             for record in read_captions(path, bad, is_image):
                 if of_file is not None and record.split not in (None, of_file):
                     raise DataError(
-                        f"{record.where}: {record.image} is in several splits ({record.split} by its row, {of_file} "
-                        f"by {path.relative_to(self.input_dir).as_posix()}): correct one of them"
+                        f"{record.where}: {record.image} is in several splits ({record.split} by "
+                        f"its row, {of_file} by {path}): correct one of them"
                     )
-                yield record if of_file is None else replace(record, split=of_file), path.parent
+                yield replace(record, split=of_file or record.split), path.parent
 
     def _caption_files(self, images: ImageFiles) -> list[tuple[Path, SplitName | None]]:
-        """Return the caption file, or one of each split, or none where text files lie beside the images.
+        """Return the caption file, or one of each split, or none where text files are captions.
 
         Raises:
             DataError: there is nothing of these, or several caption files.
         """
         if self.captions_file is not None:
-            if not self.captions_file.is_file():
-                raise DataError(f"no such caption file: {self.captions_file} (--captions-file)")
             return [(self.captions_file, None)]
-        here = _candidates(self.input_dir)
-        if here:
-            return [(_only(self.input_dir, here), None)]
+        if here := _candidates(self.input_dir):
+            return [(_only(here), None)]
         if found := _files_of_splits(self.input_dir):
             return found
         if not _has_sidecars(images):
             raise DataError(
-                f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}, *.parquet, and text "
-                "files beside images): name it with --captions-file"
+                f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}, "
+                "*.parquet, and text files beside images): name it with --captions-file"
             )
         return []
 
     def _check_missing(
-        self, images: ImageFiles, found: list[_Found], missing: list[CaptionRecord]
+        self, images: ImageFiles, num_found: int, missing: list[CaptionRecord]
     ) -> None:
-        """Raise DataError where more than a few images are missing; name files that look like the first."""
+        """Raise DataError where more than a few images are missing."""
         names = list(dict.fromkeys(record.image for record in missing))
-        total = len(names) + len(found)
-        if not names or (
-            found and (len(names) < MIN_BAD_ROWS or len(names) <= MAX_BAD_SHARE * total)
-        ):
+        total = len(names) + num_found
+        allowed = max(MIN_BAD_ROWS - 1, MAX_BAD_SHARE * total) if num_found else 0
+        if len(names) <= allowed:
             return
         near = images.nearest(names[0])
         hint = f"the nearest files are {', '.join(near)}" if near else "no file has a similar name"
         raise DataError(
-            f"{len(names):,} of {total:,} images in the caption file are missing under {self.input_dir}; the first is "
-            f"{names[0]} ({_short(missing[0].where)}), {hint}: correct the names or remove these captions"
-        )
-
-    def _relative(self, path: Path) -> str:
-        return (
-            path.relative_to(self.input_dir).as_posix()
-            if path.is_relative_to(self.input_dir)
-            else path.name
+            f"{len(names):,} of {total:,} images in the caption file are missing under "
+            f"{self.input_dir}; the first is {names[0]} ({Path(missing[0].where).name}), {hint}: "
+            "correct the names or remove these captions"
         )
 
 
@@ -243,62 +206,56 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _files_of_splits(folder: Path) -> list[tuple[Path, SplitName | None]]:
-    """Return the caption file of each split folder (``train/``, ``validation/`` ...), or all parquet files."""
+    """Return the caption file of each split folder (``validation/`` ...), or all parquet files."""
     found: list[tuple[Path, SplitName | None]] = []
     for below in sorted(path for path in folder.iterdir() if path.is_dir()):
         split = normalise_split(below.name)
         if split is not None and (here := _candidates(below)):
-            found.append((_only(below, here), split))
+            found.append((_only(here), split))
     if not found:
         tables = [*sorted(folder.glob("*.parquet")), *sorted((folder / "data").glob("*.parquet"))]
         found = [(path, normalise_split(path.stem.split("-")[0])) for path in tables]
     return found
 
 
-def _only(folder: Path, files: list[Path]) -> Path:
+def _only(files: list[Path]) -> Path:
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
         raise DataError(
-            f"{folder} has several caption files ({names}): choose one with --captions-file"
+            f"{files[0].parent} has several caption files ({names}): "
+            "choose one with --captions-file"
         )
     return files[0]
 
 
 def _item(image_id: str, found: _Found) -> SourceItem:
+    captions = [caption for record in found.records for caption in record.captions]
     place = found.place
-    return SourceItem(
-        image_id,
-        [caption for record in found.records for caption in record.captions],
-        _one_split(found),
-        path=place if isinstance(place, Path) else None,
-        stored=None if isinstance(place, Path) else place,
-    )
+    if isinstance(place, Path):
+        return SourceItem(image_id, captions, _one_split(found), path=place)
+    return SourceItem(image_id, captions, _one_split(found), stored=place)
 
 
 def _one_split(found: _Found) -> SplitName | None:
-    """Return the split that an image's folders and records state; DataError where they contradict each other."""
+    """Return the split of an image's folders and records; DataError where they differ."""
     stated: dict[SplitName, str] = {}
-    for folder in PurePosixPath(found.name).parts[:-1]:
-        if isinstance(found.place, Path) and (split := normalise_split(folder)) is not None:
+    for folder in PurePosixPath(found.name).parts[:-1] if isinstance(found.place, Path) else ():
+        if (split := normalise_split(folder)) is not None:
             stated[split] = f"by its folder {folder}"
             break
     for record in found.records:
         if record.split is not None:
-            stated.setdefault(record.split, f"by {_short(record.where)}")
-            if len(stated) > 1:
-                told = ", ".join(f"{split} {by}" for split, by in stated.items())
-                raise DataError(
-                    f"{record.where}: {found.name} is in several splits ({told}): correct one of them"
-                )
+            stated.setdefault(record.split, f"by {Path(record.where).name}")
+        if len(stated) > 1:
+            told = ", ".join(f"{split} {by}" for split, by in stated.items())
+            raise DataError(
+                f"{record.where}: {found.name} is in several splits ({told}): correct one of them"
+            )
     return next(iter(stated), None)
 
 
-def _short(where: str) -> str:
-    return Path(where).name
-
-
 def _image_ids(found: list[_Found]) -> list[str]:
-    """Name images by their path below the input folder, without its suffix unless two would then be alike."""
+    """Return paths below the input folder, without suffix unless two would then be equal."""
     stems = [PurePosixPath(one.name).with_suffix("").as_posix() for one in found]
     uses, names = Counter(stems), Counter(one.name for one in found)
     ids = []
