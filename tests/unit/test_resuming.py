@@ -366,3 +366,19 @@ def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> 
             CheckpointError, match=rf"{path} has a state that no training saves .*start_from="
         ):
             train(recipe, resume=path)
+
+
+def test_a_checkpoint_of_an_early_version_continues_behind_its_epoch(
+    make_recipe: MakeRecipe,
+) -> None:
+    """There, a step at the end of an epoch was saved before the epoch counted and was validated."""
+    whole, recipe = (make_recipe(name, "save_every=3 steps") for name in ("whole", "run"))
+    train(whole)
+    path = Path(whole.checkpoint_dir) / checkpoints.STEP.format(3)
+    content = checkpoints.read_file(path)
+    progress = content["training"]["progress"]
+    del progress["validated_step"]
+    progress |= {"epoch": 0, "step_in_epoch": 3, "owes_decoding": False}
+    torch.save(content, path)
+    assert train(recipe, resume=path).steps == 6
+    assert_same_end(whole, recipe)

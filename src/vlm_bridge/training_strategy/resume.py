@@ -176,6 +176,9 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
             f"{path} has a state that no training saves ({type(error).__name__}): train on from "
             f"its weights with start_from={path}"
         ) from error
+    if state.step_in_epoch and state.step_in_epoch >= data.steps_in_epoch(state.epoch):
+        # Early versions counted an epoch after its validation.
+        state.epoch, state.step_in_epoch, state.validated_step = state.epoch + 1, 0, 0
     logger.info(f"resumed {path} at step {state.step} of {data.total_steps}")
     for change in found.changes:
         logger.info(f"changed by --force: {change}")
