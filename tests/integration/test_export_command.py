@@ -202,7 +202,9 @@ def test_quantised_weights_without_their_scales_are_refused(
         {name: tensor for name, tensor in stored.items() if name != lost},
         folder / "model.safetensors",
     )
-    with pytest.raises(CheckpointError, match=f"levels or scales are missing: {lost.removeprefix(prefix)}"):
+    with pytest.raises(
+        CheckpointError, match=f"levels or scales are missing: {lost.removeprefix(prefix)}"
+    ):
         Captioner.from_pretrained(folder, "cpu")
 
 

@@ -115,11 +115,16 @@ def _print_lines(results: list[CaptionResult], *, captions: bool) -> None:
             typer.echo(f"{on_one_line(str(result.image))}\t{line}" if len(results) > 1 else line)
 
 
-def _json_row(result: CaptionResult, panel: str | None) -> dict[str, object]:
+def _json_row(result: CaptionResult, panel: str | None) -> dict[str, str | float | None]:
     if result.error is not None:
         return {"image": redact(str(result.image)), "error": redact(result.error)}
-    row = {"image": result.image, "caption": result.caption, "score": result.score}
-    return row | ({"explanation": panel} if panel else {})
+    explanation = {"explanation": panel} if panel else {}
+    return {
+        "image": result.image,
+        "caption": result.caption,
+        "score": result.score,
+        **explanation,
+    }
 
 
 def _write_explanations(

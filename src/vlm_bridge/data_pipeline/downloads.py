@@ -73,7 +73,10 @@ def _coco(folder: Path, year: int) -> list[str]:
     files = _COCO_FILES[year]
     return [
         _karpathy("coco", folder),
-        *(_archive(f"{_COCO}/{path}", *rest, folder) for path, *rest in files),
+        *(
+            _archive(f"{_COCO}/{path}", members, size, sha256, folder)
+            for path, members, size, sha256 in files
+        ),
     ]
 
 

@@ -95,7 +95,8 @@ def transform(
 
     Args:
         workers: processes; with several, images are decoded within the limits of `isolated`.
-        seed, split_by, val_fraction, test_fraction: see `SplitRule`; None for the source's.
+        seed: of the split and of the sample.
+        split_by: see `SplitRule`; None is the source's rule, as for the two fractions.
         image_size: longest side in pixels; smaller upright RGB JPEGs are copied unchanged.
         limit: images a split, sampled by hash of (seed, id).
         near_duplicate_distance: differing bits of 64-bit perceptual hashes to report.

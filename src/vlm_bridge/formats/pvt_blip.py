@@ -58,7 +58,7 @@ Layout = Literal["auto", "original", "own"]
 ProjectionKind = Literal["linear", "mlp", "conv3x3"]
 
 PREFIXES = ("visual_encoder.", "text_decoder.", "visual_proj.")
-OUR_PREFIXES = dict(
+OUR_PREFIXES: dict[str, str] = dict(
     zip(
         PREFIXES,
         ("vision_encoder.model.", "language_model.causal_lm.", "bridge.projection."),

@@ -138,10 +138,10 @@ class Coco(Source):
         captioned: Captioned = []
         for part, path in paths.items():
             if path.is_file():
-                captions = coco_captions(path, _read_json(path), unlisted)
-                if not all(isinstance(coco_id, int) for coco_id in captions):
-                    raise DataError(f"{path} is damaged: the id of an image is no number")
-                captioned += [(coco_id, texts, part) for coco_id, texts in captions.items()]
+                for coco_id, texts in coco_captions(path, _read_json(path), unlisted).items():
+                    if not isinstance(coco_id, int):
+                        raise DataError(f"{path} is damaged: the id of an image is no number")
+                    captioned.append((coco_id, texts, part))
         self.rejected += [Rejected(Path(bad.where).name, bad.reason) for bad in unlisted.samples]
         return captioned
 
