@@ -58,7 +58,7 @@ def test_from_a_folder_of_pictures_to_the_first_batch(
         2,
     )
     assert done.returncode == 0, done.stderr
-    assert "3: the file is empty" in done.stdout and "pictures: 12 of 12" in done.stderr
+    assert "3: the file is empty" in done.stdout and "images: 12 of 12" in done.stderr
 
     inspected = run_cli(
         "data", "inspect-loader", "--data-dir", out, "--all", "--batch-size", 2, "--json"
@@ -117,7 +117,7 @@ def test_a_changed_folder_is_noticed(run_cli: RunCLI, tmp_path: Path) -> None:
     assert changed.returncode == 1 and "fingerprint differs" in changed.stderr
     picture.write_bytes(whole[:500])
     broken = run_cli("data", "inspect-loader", "--data-dir", tmp_path / "out")
-    assert broken.returncode == 1 and "1 pictures" in broken.stderr
+    assert broken.returncode == 1 and "1 images" in broken.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -137,6 +137,15 @@ def count_tags(captions: Sequence[str], most_common: int = 10) -> dict[str, Any]
     }
 
 
+def describe_samples(items: Sequence[SourceItem], *, keep_tags: bool) -> list[dict[str, Any]]:
+    """Return id, split and captions of items, without grounding tags unless they are kept."""
+    text_of = str if keep_tags else plain_caption
+    return [
+        {"id": i.image_id, "split": i.split, "captions": [text_of(text) for text in i.captions]}
+        for i in items
+    ]
+
+
 def plain_caption(caption: str) -> str:
     """Return a caption on one line and without grounding tags."""
     plain = strip_tags(caption) if len(caption) <= MAX_CAPTION_CHARACTERS else caption
