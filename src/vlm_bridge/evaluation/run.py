@@ -171,7 +171,22 @@ def evaluate_captioner(
     if validation is None:
         reasons = dict.fromkeys(("perplexity", "visual_gain"), NOT_MEASURED)
         scores = dataclasses.replace(scores, skipped={**scores.skipped, **reasons})
-    predictions = tuple(
+    return Evaluation(
+        _predictions(images, results, scores),
+        scores,
+        validation.perplexity if validation else None,
+        validation.visual_gain if validation else None,
+        decode,
+        environment(),
+        model or {},
+        data or {},
+    )
+
+
+def _predictions(
+    images: Sequence[CaptionedImage], results: Sequence[Captioned], scores: CaptionScores
+) -> tuple[Prediction, ...]:
+    return tuple(
         Prediction(
             image,
             result.caption or "",
@@ -181,16 +196,6 @@ def evaluate_captioner(
             result.finished,
         )
         for image, result in zip(images, results, strict=True)
-    )
-    return Evaluation(
-        predictions,
-        scores,
-        validation.perplexity if validation else None,
-        validation.visual_gain if validation else None,
-        decode,
-        environment(),
-        model or {},
-        data or {},
     )
 
 

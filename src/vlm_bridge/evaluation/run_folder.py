@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,36 +70,8 @@ def read_run(path: Path) -> ReportedRun:
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
     notes: list[str] = []
     evaluations = evaluations_in(path)
-    metrics: dict[str, Any] = {}
-    predictions: list[Prediction] = []
-    file = None
-    if evaluations:
-        file = evaluations[-1]
-        metrics = _or_note(read_metrics, file, notes, {})
-        if (
-            file.name == METRICS_NAME
-        ):  # or --json wrote it: what lies beside it is another evaluation's
-            predictions = _or_note(read_predictions, file.parent / PREDICTIONS_NAME, notes, [])
-        if not (file.parent / PREDICTIONS_NAME).is_file() or file.name != METRICS_NAME:
-            notes.append(
-                f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see images."
-            )
-        if gone := [
-            prediction for prediction in predictions if not prediction.image.path.is_file()
-        ]:
-            notes.append(
-                f"{len(gone):,} of {len(predictions):,} images are not where they were evaluated, such as "
-                f"{gone[0].image.path}."
-            )
-        if others := [str(other.parent) for other in evaluations[:-1]]:
-            notes.append(
-                f"Scores of {file.parent}, the latest evaluation; there are also {', '.join(others)}."
-            )
-    else:
-        notes.append(
-            "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir RUN/val` adds "
-            "scores and images."
-        )
+    metrics, predictions = _read_evaluation(evaluations, notes)
+    file = evaluations[-1] if evaluations else None
     root = _run_of(path)
     curves = _or_note(read_curves, root / "logs", notes, {})
     if not (root / "logs" / HISTORY_NAME).is_file():
@@ -125,6 +97,37 @@ def read_run(path: Path) -> ReportedRun:
         recipe_yaml=recipe.to_yaml() if recipe else "",
         notes=notes,
     )
+
+
+def _read_evaluation(
+    evaluations: Sequence[Path], notes: list[str]
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Read the scores and predictions of the latest evaluation; add notes about gaps."""
+    if not evaluations:
+        notes.append(
+            "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir "
+            "RUN/val` adds scores and images."
+        )
+        return {}, []
+    *earlier, file = evaluations
+    metrics = _or_note(read_metrics, file, notes, {})
+    predictions: list[Prediction] = []
+    # A file that --json wrote may lie beside another evaluation's predictions.
+    if file.name == METRICS_NAME:
+        predictions = _or_note(read_predictions, file.parent / PREDICTIONS_NAME, notes, [])
+    if not (file.parent / PREDICTIONS_NAME).is_file() or file.name != METRICS_NAME:
+        notes.append(
+            f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see images."
+        )
+    if gone := [one.image.path for one in predictions if not one.image.path.is_file()]:
+        notes.append(
+            f"{len(gone):,} of {len(predictions):,} images are not where they were evaluated, such "
+            f"as {gone[0]}."
+        )
+    if earlier:
+        others = ", ".join(str(other.parent) for other in earlier)
+        notes.append(f"Scores of {file.parent}, the latest evaluation; there are also {others}.")
+    return metrics, predictions
 
 
 def _or_note(read: Callable[[Path], T], path: Path, notes: list[str], otherwise: T) -> T:
