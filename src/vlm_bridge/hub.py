@@ -98,7 +98,7 @@ def reach_hub(name: str, revision: str | None = None) -> None:
         revision: of the repository.
 
     Raises:
-        ConnectionError: `hub_problem` says it in one line.
+        ConnectionError: no answer; `hub_problem` turns it into one line.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -44,7 +44,7 @@ ORIGINAL_HEADS = 8
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says beside the recipe; what is None is left open in the card.
+    """Facts of a model card beside the recipe. None leaves a field of the card open.
 
     Attributes:
         title: of the card; None is the name of the folder.

@@ -321,7 +321,7 @@ def test_mistakes_are_one_line_and_nothing_is_overwritten(
     assert run_here("export", run, "--output-dir", out).returncode == 0
     for arguments, code, mention in (
         (["--output-dir", out], 2, "replace it with --overwrite"),
-        (["--output-dir", tmp_path, "--private"], 2, "--private says how to push"),
+        (["--output-dir", tmp_path, "--private"], 2, "--private needs --push-to-hub"),
         (
             ["--output-dir", tmp_path, "--format", "original", "--push-to-hub", "me/it"],
             2,

@@ -216,7 +216,7 @@ def test_incomplete_samples_are_rejected_with_their_reason(
         "000000000": "it has no image (from http://example.com/0.jpg)",
         "000000001": "it has no caption",
         "000000002": "it has no caption",
-        "000000003": "img2dataset says failed_to_download (from http://example.com/3)",
+        "000000003": "img2dataset status failed_to_download (from http://example.com/3)",
         "000000004": "its .jpg has 0 MB (from http://example.com/4.jpg)",
         "000000005": "its caption is not UTF-8 text",
         "000000006": "it has several images (000000006.jpg, 000000006.png)",

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from vlm_bridge.captioning.explain import Explanation, WordAttention
-from vlm_bridge.fonts import Font, font_for
+from vlm_bridge.captioning.fonts import Font, font_for
 
 PANEL = 208  # pixels of the longer side
 GAP, MAX_COLUMNS = 18, 6

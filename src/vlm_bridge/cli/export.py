@@ -67,7 +67,7 @@ def export(
     if original and dtype in (Dtype.int8, Dtype.int4):
         raise UsageError(f"the original project's layout has no {dtype}: use another --dtype")
     if private and not push_to_hub:
-        raise UsageError("--private says how to push: it needs --push-to-hub REPO")
+        raise UsageError("--private needs --push-to-hub REPO")
 
     from vlm_bridge import publishing
     from vlm_bridge.cli.quiet import quiet_transformers

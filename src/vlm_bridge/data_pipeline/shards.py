@@ -258,7 +258,7 @@ class _Parts:
         ):
             return self._loss(problem, metadata)
         if (status := metadata.get("status", "success")) != "success":
-            return self._loss(f"img2dataset says {status}", metadata)
+            return self._loss(f"img2dataset status {status}", metadata)
         if not images:
             return self._loss("it has no image", metadata, incomplete=True)
         text_member, content = self.texts[captions[0]] if captions else (None, b"")

@@ -130,7 +130,7 @@ class Guard:
                 raise Refused(403, "requests of other pages are refused")
 
     def _bounded(self, path: str, headers: Headers, receive: Receive) -> Receive:
-        """Return a ``receive`` that ends where a body is too large or too slow; raise Refused where it says so."""
+        """Return a ``receive`` that raises Refused for a body that is too large or too slow."""
         limit = MAX_JSON
         if path.startswith(UPLOAD_PATHS):
             limit = FORM_ALLOWANCE + MAX_UPLOAD * (1 if path == "/api/caption" else FILES_TOGETHER)

@@ -33,7 +33,7 @@ DECODE_TOGETHER = 2
 
 
 class UploadError(DataError):
-    """An upload is no picture that can be captioned; ``status`` is the HTTP code that says so."""
+    """An upload cannot be captioned; ``status`` is the HTTP code of the answer."""
 
     def __init__(self, message: str, status: int):
         self.status = status

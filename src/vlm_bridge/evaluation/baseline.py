@@ -200,6 +200,6 @@ def _first_id(places: Sequence[Any], names: Sequence[str]) -> int:
 def _why(error: Exception, name: str) -> str:
     if problem := hub_problem(error, name):
         return problem
-    # transformers goes on with advice about names on the hub, which is misleading for a folder.
+    # transformers adds advice about names on the hub, which misleads for a folder.
     first = str(error).strip().split("\n")[0].split(". If you ")[0] or type(error).__name__
     return f"{first} (give a folder made by save_pretrained, or a hub name with network access)"

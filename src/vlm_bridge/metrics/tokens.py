@@ -31,7 +31,7 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
-    # The jar reads one sentence a line. A line break inside a caption would shift all that follow.
+    # The jar reads one sentence a line. A line break inside a caption would shift the rest.
     lines = [" ".join(sentence.split()) for sentence in sentences]
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     program = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer")

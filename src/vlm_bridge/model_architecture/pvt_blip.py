@@ -212,7 +212,7 @@ def load_tokenizer(name: str, *, remedy: str) -> Any:
     """Load the tokenizer of a name or folder.
 
     Args:
-        remedy: what the message says of other names.
+        remedy: end of the error message.
 
     Raises:
         ModelError: it cannot be had.

@@ -46,7 +46,7 @@ class PvtCbamConfig:
         cbam: the spatial attention: `sequence`, a Conv1d over the tokens in their order (the original's); `map`, a
             Conv2d over their grid (Woo et al. 2018); None has no CBAM.
         cbam_reduction: width of a stage over the hidden width of its channel attention.
-        image_size: side in pixels of the images that it is given unless a recipe says otherwise.
+        image_size: default side of an image, in pixels.
     """
 
     hidden_sizes: tuple[int, ...] = (32, 64, 160, 256)
@@ -287,7 +287,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Scale each token by what a convolution over the mean and the maximum of channels says of it."""
+    """Scale each token by a convolution over the mean and the maximum of its channels."""
 
     def __init__(self, kernel: int, *, over_map: bool):
         super().__init__()

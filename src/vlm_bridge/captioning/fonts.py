@@ -1,4 +1,4 @@
-"""The lettering of the pictures that the project draws."""
+"""Fonts of drawn text."""
 
 from __future__ import annotations
 
