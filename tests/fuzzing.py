@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import os
@@ -22,9 +21,7 @@ import signal
 import struct
 import sys
 import tarfile
-import tempfile
 import time
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -147,16 +144,6 @@ def read_caption_folder(content: bytes, folder: Path) -> None:
     bad.check(0.01)
 
 
-def read_manifest(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-
-    (folder / "manifest.json").write_bytes(content)
-    (folder / "train" / "captions.jsonl").parent.mkdir(exist_ok=True)
-    (folder / "train" / "captions.jsonl").touch()
-    opened = CaptionFolder.open(folder)
-    assert isinstance(opened.fingerprint, str) and set(opened.splits) <= {"train", "val", "test"}
-
-
 def read_local(suffix: str) -> Callable[[bytes, Path], None]:
     def read(content: bytes, folder: Path) -> None:
         from vlm_bridge.data_pipeline.sources.local import LocalFolder
@@ -175,35 +162,6 @@ def read_local(suffix: str) -> Callable[[bytes, Path], None]:
         preview(source)
 
     return read
-
-
-def read_sidecar(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.sources.local import LocalFolder
-
-    (folder / "images" / "a.txt").write_bytes(content)
-    items = LocalFolder(folder).items()
-    assert [item.image_id for item in items] == ["images/a"]
-
-
-def read_token_file(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
-
-    (folder / "Flickr8k.token.txt").write_bytes(content)
-    (folder / "Flickr_8k.trainImages.txt").write_bytes(b"a.jpg\nb.png\nlink.jpg\n")
-    if not (folder / "Images").is_dir():
-        shutil.copytree(folder / "images", folder / "Images", symlinks=True)
-    for name in (
-        "results_20130124.token",
-        "results.csv",
-        "flickr_annotations_30k.csv",
-        "dataset_flickr30k.json",
-    ):
-        (folder / name).write_bytes(content)
-        with contextlib.suppress(VLMBridgeError):
-            items = Flickr30k(folder, folder / name).items()
-            assert "link" not in {item.image_id for item in items}
-    items = Flickr8k(folder).items()
-    assert "link" not in {item.image_id for item in items}
 
 
 def read_tags(content: bytes, folder: Path) -> None:
@@ -228,12 +186,6 @@ def read_recipe(content: bytes, folder: Path) -> None:
 
     (folder / "recipe.yaml").write_bytes(content)
     load_recipe(folder / "recipe.yaml")
-
-
-def read_override(content: bytes, folder: Path) -> None:
-    from vlm_bridge.configuration import load_recipe
-
-    load_recipe(None, [content.decode(errors="replace")])
 
 
 def read_checkpoint(content: bytes, folder: Path) -> None:
@@ -270,28 +222,11 @@ def read_parquet(content: bytes, folder: Path) -> None:
     decode_all(iter_pictures(source.items()))
 
 
-def read_tar(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.sources.base import iter_pictures
-    from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
-
-    (folder / "00000.tar").write_bytes(content)
-    decode_all(iter_pictures(Conceptual(folder).items()))
-
-
 def read_shards(content: bytes, folder: Path) -> None:
     tar = folder / "shards" / "train" / "00000.tar"
     tar.parent.mkdir(parents=True, exist_ok=True)
     tar.write_bytes(content)
     train_on_shards(folder / "shards")
-
-
-def read_shard_index(content: bytes, folder: Path) -> None:
-    """An index that lies beside a sound shard."""
-    root = write_shard(folder / "indexed")
-    kept = root / ".shards" / "train" / "00000.tar.index"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_bytes(content)
-    train_on_shards(root)
 
 
 def write_shard(root: Path) -> Path:
@@ -401,17 +336,6 @@ def caption_folder_seeds() -> list[bytes]:
     ]
 
 
-def manifest_seeds() -> list[bytes]:
-    counts = {split: {"images": 2, "captions": 4} for split in ("train",)}
-    manifest = {
-        "format": "vlm-bridge caption folder",
-        "format_version": 1,
-        "fingerprint": "sha256:0",
-        "counts": counts,
-    }
-    return [json.dumps(manifest, indent=indent).encode() for indent in (None, 2)]
-
-
 def table(separator: str, *, header: bool) -> bytes:
     rows = [["image", "caption", "split"]] if header else []
     rows += [
@@ -451,31 +375,6 @@ def local_json_seeds() -> list[bytes]:
     return [json.dumps(document).encode() for document in documents]
 
 
-def token_seeds() -> list[bytes]:
-    karpathy = {
-        "dataset": "flickr30k",
-        "images": [
-            {
-                "filename": Path(name).name,
-                "split": "train",
-                "sentences": [{"raw": "A dog."}, {"raw": "B."}],
-            }
-            for name in NAMES
-        ],
-    }
-    annotations = b'raw,sentids,split,filename\n"[""A dog."", ""B.""]","[0, 1]",train,a.jpg\n'
-    return [
-        b"".join(
-            f"{Path(name).name}#{n}\tA dog , number {n} .\n".encode()
-            for name in NAMES
-            for n in range(5)
-        ),
-        b"image_name| comment_number| comment\n" + b"a.jpg| 0| A dog .\nb.png| 1   A cat .\n" * 5,
-        annotations,
-        json.dumps(karpathy).encode(),
-    ]
-
-
 def tag_seeds() -> list[bytes]:
     return [
         b'<gdo class="person" person-0>The man</gdo> <gda class="run" person-0>runs</gda> <gdl class="road" road-1>by</gdl>.',  # noqa: E501
@@ -509,15 +408,6 @@ YAML_WORDS = [
     b"!!timestamp 2001-99-99", b"0x", b"1:99:99", b".inf", b"~", b"- ", b": ", b"{", b"[", b"|\n  ", b"'", b"bridge: ",
     b"\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in range(98, 107)),
 ]  # fmt: skip
-
-
-def override_seeds() -> list[bytes]:
-    return [
-        b"learning_rate=1e-4",
-        b"bridge.num_queries=8",
-        b"trainable.bridge.*=1e-4",
-        b"vision_encoder.layers=[1, 2]",
-    ]
 
 
 def tiny_checkpoint() -> dict[str, Any]:
@@ -567,33 +457,6 @@ PICKLE_WORDS = [
     b"cposix\nsystem\n(Vtouch ../touched\ntR.", b"cbuiltins\neval\n(V1\ntR", b"\x8a\xff", b"\x8d" + b"\xff" * 8, b"(", b"t", b"R",  # noqa: E501
     b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n(L99999999999L\ntR", b"ccollections\nOrderedDict\n", b"2" * 40,  # noqa: E501
 ]  # fmt: skip
-
-
-def mend_zip(content: bytes) -> bytes:
-    """A torch file whose pickle is damaged and whose checksums are right: mutations inside `data.pkl`."""
-    rng = random.Random(zlib.crc32(content))
-    seeds = checkpoint_seeds_once()
-    seed = rng.choice(seeds)
-    source, target = zipfile.ZipFile(io.BytesIO(seed)), io.BytesIO()
-    pickles = [
-        s.read(next(n for n in s.namelist() if n.endswith("data.pkl"))) for s in map(zip_of, seeds)
-    ]
-    with zipfile.ZipFile(target, "w") as archive:
-        for name in source.namelist():
-            if name.endswith("data.pkl"):
-                archive.writestr(name, mutated(rng, pickles, PICKLE_WORDS))
-            else:
-                archive.writestr(name, source.read(name))
-    return target.getvalue()
-
-
-def zip_of(content: bytes) -> zipfile.ZipFile:
-    return zipfile.ZipFile(io.BytesIO(content))
-
-
-@functools.cache
-def checkpoint_seeds_once() -> list[bytes]:
-    return checkpoint_seeds()
 
 
 @functools.cache
@@ -651,22 +514,6 @@ def tar_seeds() -> list[bytes]:
     return saved
 
 
-def shard_index_seeds() -> list[bytes]:
-    from vlm_bridge.data_pipeline.shards import ShardFolder
-
-    with tempfile.TemporaryDirectory() as folder:
-        root = write_shard(Path(folder))
-        ShardFolder.open(root).manifest  # noqa: B018 - it indexes
-        return [(root / ".shards" / "train" / "00000.tar.index").read_bytes()]
-
-
-def mend_shard_index(content: bytes) -> bytes:
-    """The right checksum behind whatever header there is."""
-    header, newline, samples = content.partition(b"\n")
-    checksum = hashlib.blake2b(samples, digest_size=16).hexdigest().encode()
-    return re.sub(rb'("checksum": ")[^"]*', rb"\g<1>" + checksum, header) + newline + samples
-
-
 def mend_tar(content: bytes) -> bytes:
     """The right checksum in every block that looks like a header."""
     blocks = [bytearray(content[at : at + 512]) for at in range(0, len(content), 512)]
@@ -690,22 +537,16 @@ TAR_WORDS = [
 READERS = {
     "picture": Reader(read_picture, picture_seeds, mend=mend_png),
     "caption-folder": Reader(read_caption_folder, caption_folder_seeds),
-    "manifest": Reader(read_manifest, manifest_seeds),
     "jsonl": Reader(read_local("jsonl"), local_jsonl_seeds),
     "csv": Reader(read_local("csv"), lambda: [table(",", header=True), table(";", header=True)]),
     "tsv": Reader(read_local("tsv"), lambda: [table("\t", header=True), table("\t", header=False)]),
     "json": Reader(read_local("json"), local_json_seeds),
-    "sidecar": Reader(read_sidecar, lambda: [b"A dog.\n['a', 'b']\nnan\n", b"A cat."]),
-    "token-file": Reader(read_token_file, token_seeds),
     "tags": Reader(read_tags, tag_seeds, TAG_WORDS),
     "recipe": Reader(read_recipe, recipe_seeds, YAML_WORDS),
-    "override": Reader(read_override, override_seeds, YAML_WORDS),
-    "checkpoint": Reader(read_checkpoint, checkpoint_seeds, mend=mend_zip),
+    "checkpoint": Reader(read_checkpoint, checkpoint_seeds, PICKLE_WORDS),
     "exported": Reader(read_exported, exported_seeds),
     "parquet": Reader(read_parquet, parquet_seeds),
-    "tar": Reader(read_tar, tar_seeds, TAR_WORDS, mend=mend_tar),
     "shards": Reader(read_shards, tar_seeds, TAR_WORDS, mend=mend_tar),
-    "shard-index": Reader(read_shard_index, shard_index_seeds, mend=mend_shard_index),
 }  # fmt: skip
 
 

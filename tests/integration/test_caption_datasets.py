@@ -178,38 +178,3 @@ def test_from_the_published_layout_to_the_first_batch(run_here: Run, source: str
     assert inspected.returncode == 0, inspected.stderr
     result = json.loads(inspected.stdout)
     assert result["pictures_decoded"] == sum(counts.values()) and not result["broken"]
-
-
-def test_a_small_sample_depends_on_the_seed(run_here: Run, source: str) -> None:
-    def ids(name: str, seed: int) -> list[str]:
-        done = run_here(
-            "data", "transform", "--source", source, "--input-dir", f"datasets/{source}", "--limit", 5,
-            "--seed", seed, "--output-dir", name, "--workers", 1,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return [image.original_id for image in CaptionFolder.open(name).split("train")]
-
-    first, other = ids("first", 0), ids("other", 1)
-    assert len(first) == len(other) == 5 and first != other
-    assert first == sorted(first), "in the order of the dataset"
-
-
-def test_a_list_of_urls_is_answered_with_the_command(run_here: Run, tmp_path: Path) -> None:
-    (tmp_path / "Train_GCC-training.tsv").write_text("a bus station\thttp://example.com/1.jpg\n")
-    failed = run_here(
-        "data",
-        "transform",
-        "--source",
-        "conceptual",
-        "--input-dir",
-        tmp_path,
-        "--output-dir",
-        tmp_path / "out",
-    )
-    assert failed.returncode == 2
-    (line,) = failed.stderr.strip().splitlines()
-    assert (
-        "lists images by URL" in line
-        and "img2dataset --url_list" in line
-        and "--output_format webdataset" in line
-    )

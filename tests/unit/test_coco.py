@@ -96,7 +96,8 @@ def test_coco_decides_train_and_val_and_test_is_empty(coco2017: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "folder", ["train2014/COCO_train2014_", "images/train2014/COCO_train2014_", "images/"]
+    "folder",
+    ["train2014/COCO_train2014_", "images/train2014/train2014/COCO_train2014_", "images/", ""],
 )
 def test_the_year_2014_in_its_folders(tmp_path: Path, folder: str) -> None:
     write_annotations(tmp_path, "train", 2014, {9: ["A meal."]})
@@ -169,13 +170,6 @@ def test_an_annotation_of_an_unlisted_image_is_one_skipped_caption(coco2017: Pat
     ]
 
 
-@pytest.mark.parametrize("folder", ["train2014/train2014", "images/train2014/train2014", "."])
-def test_images_in_nested_folders_or_flat(tmp_path: Path, folder: str) -> None:
-    write_annotations(tmp_path, "train", 2014, {9: ["A meal."]})
-    add_picture(tmp_path / folder / "COCO_train2014_000000000009.jpg", 9)
-    assert [item.image_id for item in Coco(tmp_path).items()] == ["000000000009"]
-
-
 def test_linked_images_need_to_be_allowed(coco2017: Path, tmp_path: Path) -> None:
     (coco2017 / "train2017").rename(tmp_path / "elsewhere")
     (coco2017 / "train2017").symlink_to(tmp_path / "elsewhere")
@@ -186,11 +180,6 @@ def test_linked_images_need_to_be_allowed(coco2017: Path, tmp_path: Path) -> Non
     link = tmp_path / "link"
     link.symlink_to(coco2017)
     assert len(Coco(link).items()) == 3
-
-
-def test_limit_takes_a_sample(coco2017: Path, tmp_path: Path) -> None:
-    manifest = transform(Coco(coco2017), tmp_path / "small", limit=2)
-    assert manifest["counts"]["train"]["images"] == manifest["counts"]["val"]["images"] == 2
 
 
 BROKEN_ANNOTATIONS = {

@@ -12,8 +12,7 @@ import pytest
 from shards import Members, jpeg, write_tar
 from vlm_bridge.data_pipeline import shards as shards_module
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.explore import describe_items
-from vlm_bridge.data_pipeline.shards import ShardLoss, ShardSample, TarPicture, read_shard
+from vlm_bridge.data_pipeline.shards import ShardLoss, ShardSample, read_shard
 from vlm_bridge.data_pipeline.sources import SourceOptions, iter_pictures, make_source
 from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
 from vlm_bridge.data_pipeline.transform import transform
@@ -78,31 +77,6 @@ def test_a_small_set_gets_validation_images(tmp_path: Path) -> None:
     assert official["split_rule"].startswith("the dataset's own parts")
 
 
-def test_processes_interruptions_and_unpacking_do_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = write_shards(tmp_path / "cc", shards=4)
-    one = transform(Conceptual(root), tmp_path / "one")
-    assert transform(Conceptual(root), tmp_path / "two", workers=2) == one
-
-    def interrupt(done: int, total: int) -> None:
-        if done == 30:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        transform(Conceptual(root), tmp_path / "three", progress=interrupt)
-    read: list[TarPicture] = []
-    reader = TarPicture.read_in_order
-
-    def watched(pictures):  # type: ignore[no-untyped-def]
-        return reader(read.append(picture) or picture for picture in pictures)
-
-    monkeypatch.setattr(TarPicture, "read_in_order", watched)
-    assert transform(Conceptual(root), tmp_path / "three") == one
-    assert len(read) == 50
-    assert {path.suffix for path in root.iterdir()} == {".tar", ".json", ".parquet"}
-
-
 def test_a_tar_cut_off_at_any_byte_gives_its_whole_samples(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [member for n in range(4) for member in sample(n)])
     with tarfile.open(whole) as tar:
@@ -122,19 +96,6 @@ def test_a_tar_cut_off_at_any_byte_gives_its_whole_samples(tmp_path: Path) -> No
         losses = [result for result in results if isinstance(result, ShardLoss)]
         assert len(losses) == (0 if length >= archive_end + 512 else 1)
         assert all("cut off or damaged" in loss.reason and loss.name is None for loss in losses)
-
-
-def test_a_tar_cut_in_the_middle_is_one_entry_and_the_others_are_read(tmp_path: Path) -> None:
-    root = write_shards(tmp_path / "cc")
-    with tarfile.open(root / "00000.tar") as tar:
-        member = tar.getmember("000000012.jpg")
-    cut(root / "00000.tar", member.offset_data + 100)
-    manifest = transform(Conceptual(root), tmp_path / "out")
-    assert sum(counts["images"] for counts in manifest["counts"].values()) == 12 + 20
-    (entry,) = manifest["rejected"]
-    assert entry["id"] == "00000.tar"
-    assert "in the middle of 000000012.jpg" in entry["reason"]
-    assert "the 12 samples before are read, the rest is lost" in entry["reason"]
 
 
 def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
@@ -290,9 +251,3 @@ def test_folders_without_shards_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [("readme.md", b"text")])
     with pytest.raises(DataError, match=r"no whole sample in the 1 shards.*it has no image"):
         Conceptual(tmp_path).items()
-
-
-def test_statistics_read_pictures_from_the_tar(tmp_path: Path) -> None:
-    statistics = describe_items(Conceptual(write_shards(tmp_path / "cc")).items())
-    assert statistics["images"] == statistics["captions"] == 40
-    assert statistics["picture_width"] == {"min": 24, "median": 24, "p95": 24, "max": 24}

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 
 from groundcap import frame, make_row, write_groundcap, write_rows
-from vlm_bridge.data_pipeline import parquet
-from vlm_bridge.data_pipeline import transform as transform_module
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.explore import describe_items
-from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_pictures
+from vlm_bridge.data_pipeline.parquet import read_pictures
 from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.data_pipeline.transform import preview, transform
@@ -44,22 +38,6 @@ def test_pictures_are_those_of_their_rows(dataset: Path) -> None:
     some = [item for number, item in enumerate(items) if number % 7 == 0]
     contents = list(read_pictures(item.stored for item in some if item.stored))
     assert contents == [frame(int(item.image_id.split("_")[1])) for item in some]
-
-
-def test_row_groups_without_a_wanted_picture_are_not_read(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[int] = []
-    batches = parquet._batches
-
-    def watched(file: Any, row_group: int, *rest: Any) -> Any:
-        read.append(row_group)
-        return batches(file, row_group, *rest)
-
-    monkeypatch.setattr(parquet, "_batches", watched)
-    file = sorted(dataset.rglob("train-*.parquet"))[0]
-    assert len(list(read_pictures([ParquetPicture(file, 0, 3), ParquetPicture(file, 2, 1)]))) == 2
-    assert read == [0, 2]
 
 
 def test_films_stay_together_and_parts_are_as_near_as_they_allow(
@@ -144,50 +122,6 @@ def test_broken_rows_are_set_aside(tmp_path: Path) -> None:
     }
     assert any(word in reasons["frame_000004"].lower() for word in ("truncated", "damaged"))
     assert sum(counts["images"] for counts in manifest["counts"].values()) == 33
-
-
-def test_the_number_of_processes_and_interruptions_do_not_matter(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = transform(GroundCap(dataset), tmp_path / "one")
-    assert transform(GroundCap(dataset), tmp_path / "two", workers=2) == one
-
-    def interrupt(done: int, total: int) -> None:
-        if done == 120:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        transform(GroundCap(dataset), tmp_path / "three", progress=interrupt)
-    made: list[str] = []
-    make = transform_module._make_picture
-    monkeypatch.setattr(
-        transform_module, "_make_picture", lambda task: made.append(task.image_id) or make(task)
-    )
-    assert transform(GroundCap(dataset), tmp_path / "three") == one
-    assert len(made) == 180
-
-
-def test_pictures_in_flight_are_few_and_light(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform_module, "_CHUNK_BYTES", 1000)
-    task = transform_module._Task("x", b"x" * 400, Path(), Path(), 640, False)
-    chunks = list(transform_module._chunks([task] * 10))
-    assert [len(chunk) for chunk in chunks] == [3, 3, 3, 1]
-    light = transform_module._Task("x", Path("x.jpg"), Path(), Path(), 640, False)
-    assert [len(chunk) for chunk in transform_module._chunks([light] * 20)] == [16, 4]
-
-
-def test_changed_settings_are_named(dataset: Path, tmp_path: Path) -> None:
-    transform(GroundCap(dataset), tmp_path / "out", limit=3)
-    with pytest.raises(DataError, match="split_by was film"):
-        transform(GroundCap(dataset), tmp_path / "out", limit=3, split_by="image")
-    with pytest.raises(DataError, match="captions or images of the source differ"):
-        transform(GroundCap(dataset, keep_tags=True), tmp_path / "out", limit=3)
-
-
-def test_kept_tags_reach_the_caption_folder(dataset: Path, tmp_path: Path) -> None:
-    transform(GroundCap(dataset, keep_tags=True), tmp_path / "out", limit=2)
-    image = CaptionFolder.open(tmp_path / "out").split("train")[0]
-    assert image.captions[0].startswith('<gdo class="') and image.captions[0].count("</gd") == 3
 
 
 def test_statistics_count_words_without_tags_and_the_tags(dataset: Path) -> None:
@@ -282,16 +216,3 @@ def test_without_the_hub_the_way_out_is_named(
     ) as caught:
         GroundCap().items()
     assert "\n" not in str(caught.value)
-
-
-def test_datasets_reads_what_the_tests_write(dataset: Path) -> None:
-    """The schema of the fixtures is the one that Hugging Face datasets means by its features."""
-    datasets = pytest.importorskip("datasets")
-    loaded = datasets.Dataset.from_parquet(
-        str(next(dataset.rglob("test-*.parquet"))), keep_in_memory=True
-    )
-    assert isinstance(loaded.features["image"], datasets.Image)
-    assert loaded[0]["image"].size == Image.open(io.BytesIO(frame(0))).size
-    assert Counter(loaded["human_annotated"])[True] == sum(
-        int(name.split("_")[1]) % 10 == 0 for name in loaded["id"]
-    )
