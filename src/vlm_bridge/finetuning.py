@@ -22,7 +22,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     CaptionFolder,
     is_prepared_elsewhere,
 )
-from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources import make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError, ModelError, UsageError
 from vlm_bridge.formats.pvt_blip import (
@@ -205,9 +205,8 @@ def _caption_folder(settings: FineTuning, path: Path, recipe: Recipe, progress: 
     limit = settings.dataset_size or dataset.limit
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name
-    options = SourceOptions(input_dir=path, follow_links=settings.follow_links)
     transform(
-        make_source(dataset.source, options),
+        make_source(dataset.source, input_dir=path, follow_links=settings.follow_links),
         folder,
         workers=max(1, recipe.num_workers),
         limit=limit,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources import make_source
 from vlm_bridge.data_pipeline.sources.coco import Coco
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
@@ -141,10 +141,10 @@ def test_karpathy_names_2014_and_the_pictures_of_2017_are_found(coco2017: Path) 
 
 def test_karpathys_file_may_lie_elsewhere(coco2017: Path, tmp_path: Path) -> None:
     elsewhere = write_karpathy(tmp_path / "splits.json", [karpathy_image(1, "test")])
-    options = SourceOptions(input_dir=coco2017, captions_file=elsewhere)
-    assert [item.split for item in make_source("coco", options).items()] == ["test"]
+    options = {"input_dir": coco2017, "captions_file": elsewhere}
+    assert [item.split for item in make_source("coco", **options).items()] == ["test"]
     with pytest.raises(DataError, match=r"no such caption file: .*none\.json"):
-        make_source("coco", SourceOptions(coco2017, tmp_path / "none.json"))
+        make_source("coco", input_dir=coco2017, captions_file=tmp_path / "none.json")
 
 
 def test_missing_pictures_and_captions_are_set_aside(coco2017: Path) -> None:

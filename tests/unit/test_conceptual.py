@@ -13,7 +13,7 @@ from shards import Members, jpeg, write_tar
 from vlm_bridge.data_pipeline import shards as shards_module
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.shards import ShardLoss, ShardSample, read_shard
-from vlm_bridge.data_pipeline.sources import SourceOptions, iter_pictures, make_source
+from vlm_bridge.data_pipeline.sources import iter_pictures, make_source
 from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError, UsageError
@@ -241,7 +241,7 @@ def test_a_list_of_urls_says_how_to_get_shards(tmp_path: Path) -> None:
         with pytest.raises(
             UsageError, match=r"lists images by URL.*img2dataset --url_list"
         ) as caught:
-            make_source("conceptual", SourceOptions(input_dir=given)).items()
+            make_source("conceptual", input_dir=given).items()
         assert "\n" not in str(caught.value)
 
 

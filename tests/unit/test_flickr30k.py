@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources import make_source
 from vlm_bridge.data_pipeline.sources.flickr import Flickr30k
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
@@ -171,10 +171,10 @@ def test_missing_and_extra_pictures_are_set_aside(pictures: Path) -> None:
 
 def test_a_caption_file_may_lie_elsewhere(pictures: Path, tmp_path: Path) -> None:
     write_annotations(tmp_path / "mine.csv", ["val"] * 20)
-    options = SourceOptions(input_dir=pictures, captions_file=tmp_path / "mine.csv")
-    assert {item.split for item in make_source("flickr30k", options).items()} == {"val"}
+    options = {"input_dir": pictures, "captions_file": tmp_path / "mine.csv"}
+    assert {item.split for item in make_source("flickr30k", **options).items()} == {"val"}
     with pytest.raises(DataError, match="no such caption file"):
-        make_source("flickr30k", SourceOptions(pictures, tmp_path / "none.token"))
+        make_source("flickr30k", input_dir=pictures, captions_file=tmp_path / "none.token")
 
 
 def test_what_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from groundcap import frame, make_row, write_groundcap, write_rows
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.explore import describe_items
 from vlm_bridge.data_pipeline.parquet import read_pictures
-from vlm_bridge.data_pipeline.sources import SourceOptions, make_source
+from vlm_bridge.data_pipeline.sources import make_source
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.data_pipeline.transform import preview, transform
 from vlm_bridge.errors import DataError
@@ -160,7 +160,7 @@ def test_what_is_not_groundcap_is_named(dataset: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     with pytest.raises(DataError, match=r"no such folder.*--input-dir"):
-        make_source("groundcap", SourceOptions(input_dir=tmp_path / "missing"))
+        make_source("groundcap", input_dir=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no parquet file in .*--source local"):
         GroundCap(tmp_path / "empty").items()

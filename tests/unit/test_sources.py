@@ -14,7 +14,6 @@ from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
 from vlm_bridge.data_pipeline.sources import (
     SOURCES,
     Rejected,
-    SourceOptions,
     find_source,
     make_source,
 )
@@ -356,21 +355,18 @@ def test_sources_by_name(tmp_path: Path) -> None:
     assert set(SOURCES) == {name.value for name in SourceName}
     assert set(CAPTION_STYLES) == {name.value for name in CaptionStyleName}
     assert set(get_args(SplitBy)) == {name.value for name in SplitByName}
-    assert (
-        make_source("scenes", SourceOptions(num_train=1, num_val=2, num_test=3)).items()[-1].split
-        == "test"
-    )
+    assert make_source("scenes", num_train=1, num_val=2, num_test=3).items()[-1].split == "test"
     with pytest.raises(UsageError, match="unknown source"):
-        make_source("flickr9k", SourceOptions())
+        make_source("flickr9k")
     with pytest.raises(UsageError, match="--input-dir"):
-        make_source("local", SourceOptions())
+        make_source("local")
     with pytest.raises(DataError, match="no such folder"):
-        make_source("local", SourceOptions(input_dir=tmp_path / "missing"))
+        make_source("local", input_dir=tmp_path / "missing")
 
 
 def test_the_source_of_a_folder_is_found_out(tmp_path: Path, flickr: Path) -> None:
-    assert find_source(SourceOptions())[0] == "groundcap"
-    assert find_source(SourceOptions(input_dir=flickr)) == ("flickr8k", "Flickr8k.token.txt")
+    assert find_source()[0] == "groundcap"
+    assert find_source(input_dir=flickr) == ("flickr8k", "Flickr8k.token.txt")
     folders = {
         "annotations/captions_val2017.json": "coco",
         "dataset_flickr30k.json": "flickr30k",
@@ -384,14 +380,14 @@ def test_the_source_of_a_folder_is_found_out(tmp_path: Path, flickr: Path) -> No
         path = tmp_path / str(index) / file
         path.parent.mkdir(parents=True)
         path.touch()
-        assert find_source(SourceOptions(input_dir=tmp_path / str(index))) == (source, file)
+        assert find_source(input_dir=tmp_path / str(index)) == (source, file)
     (tmp_path / "4" / "images.tar").touch()
-    assert find_source(SourceOptions(input_dir=tmp_path / "4")) == ("local", "metadata.parquet")
-    assert find_source(SourceOptions(captions_file=tmp_path / "mine.csv"))[0] == "local"
-    named = SourceOptions(input_dir=tmp_path, captions_file=tmp_path / "mine.json")
-    assert find_source(named) == ("local", "mine.json")
+    assert find_source(input_dir=tmp_path / "4") == ("local", "metadata.parquet")
+    assert find_source(captions_file=tmp_path / "mine.csv")[0] == "local"
+    named = {"input_dir": tmp_path, "captions_file": tmp_path / "mine.json"}
+    assert find_source(**named) == ("local", "mine.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"cannot tell which dataset .* --source"):
-        find_source(SourceOptions(input_dir=tmp_path / "empty"))
+        find_source(input_dir=tmp_path / "empty")
     with pytest.raises(DataError, match="no such folder"):
-        find_source(SourceOptions(input_dir=tmp_path / "none"))
+        find_source(input_dir=tmp_path / "none")

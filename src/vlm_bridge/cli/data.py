@@ -14,7 +14,7 @@ from vlm_bridge.data_pipeline.downloads import DATASETS
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.data_folder import SplitImages
-    from vlm_bridge.data_pipeline.sources import Source, SourceItem, SourceOptions
+    from vlm_bridge.data_pipeline.sources import Source, SourceItem
 
 app = typer.Typer(
     name="vlm-data",
@@ -56,6 +56,26 @@ Share = Annotated[
     float | None,
     Option(help="Share of images the source gives no split. (default: the source's, often 0.1)"),
 ]
+Split = Annotated[SplitKind, Option(help="official keeps the dataset's test part (groundcap).")]
+SplitBy = Annotated[
+    SplitByName | None,
+    Option(
+        help="What is split: ids by hash, images in exact shares, or whole films. "
+        "(default: groundcap film, others hash)"
+    ),
+]
+ImageSize = Annotated[int, Option(help="Longest side of a stored image in pixels.")]
+CaptionStyle = Annotated[
+    CaptionStyleName | None, Option(help="sentence tidies captions. (default: the source's)")
+]
+Limit = Annotated[int | None, Option(help="A sample of at most N images a split.")]
+Distance = Annotated[int, Option(help="Report images whose hashes differ in at most N of 64 bits.")]
+MaxPixels = Annotated[
+    int | None, Option(min=0, help="Pixels of an image, 0: any. (default: 51,000,000)")
+]
+Workers = Annotated[int | None, Option(help="Processes. (default: by cores, 2 to 8)")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only show the splits.")]
+NumRows = Annotated[int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
@@ -110,7 +130,7 @@ def explore_dataset(
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.data_folder import open_data_folder
-    from vlm_bridge.data_pipeline.sources import Rejected, SourceOptions
+    from vlm_bridge.data_pipeline.sources import Rejected
     from vlm_bridge.errors import UsageError
 
     if source is not None and data_dir is not None:
@@ -123,10 +143,11 @@ def explore_dataset(
             explore.folder_items(open_data_folder(data_dir), skipped),
         )
     else:  # with tags, which are counted
-        opened = _open_source(source, SourceOptions(
-            input_dir, captions_file, num_train, num_val, num_test, seed, wordings, keep_tags=True,
-            year=year, restval=restval, follow_links=follow_links,
-        ))  # fmt: skip
+        opened = _open_source(
+            source, input_dir, captions_file, num_train=num_train, num_val=num_val, year=year,
+            num_test=num_test, seed=seed, wordings=wordings, restval=restval, keep_tags=True,
+            follow_links=follow_links,
+        )  # fmt: skip
         name, items, facts, skipped = opened.name, opened.items(), opened.facts(), opened.rejected
     with show_progress("images measured") as report:
         statistics = explore.describe_items(items, report, count_tokens=_token_counter(tokenizer))
@@ -156,38 +177,23 @@ def transform(
     num_test: NumImages = 1_000,
     wordings: Wordings = 2,
     seed: Seed = 0,
-    split: Annotated[
-        SplitKind, Option(help="official keeps the dataset's test part (groundcap).")
-    ] = SplitKind.fractions,
-    split_by: Annotated[
-        SplitByName | None,
-        Option(help="What is split: ids by hash, images in exact shares, or whole films. "
-               "(default: groundcap film, others hash)"),
-    ] = None,
+    split: Split = SplitKind.fractions,
+    split_by: SplitBy = None,
     val_fraction: Share = None,
     test_fraction: Share = None,
-    image_size: Annotated[int, Option(help="Longest side of a stored image in pixels.")] = 640,
-    caption_style: Annotated[
-        CaptionStyleName | None, Option(help="sentence tidies. (default: the source's)")
-    ] = None,
+    image_size: ImageSize = 640,
+    caption_style: CaptionStyle = None,
     keep_tags: KeepTags = False,
-    limit: Annotated[int | None, Option(help="A sample of at most N images a split.")] = None,
-    near_duplicate_distance: Annotated[
-        int, Option(help="Report images whose hashes differ in at most N of 64 bits.")
-    ] = 4,
-    max_pixels: Annotated[
-        int | None, Option(min=0, help="Pixels of an image, 0: any. (default: 51,000,000)")
-    ] = None,
-    workers: Annotated[int | None, Option(help="Processes. (default: by cores, 2 to 8)")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show the splits.")] = False,
-    num_rows: Annotated[
-        int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")
-    ] = None,
+    limit: Limit = None,
+    near_duplicate_distance: Distance = 4,
+    max_pixels: MaxPixels = None,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    num_rows: NumRows = None,
     json_output: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
     from vlm_bridge.data_pipeline import images
-    from vlm_bridge.data_pipeline.sources import SourceOptions
     from vlm_bridge.errors import UsageError
 
     if output_dir is None and not dry_run:
@@ -196,10 +202,11 @@ def transform(
         raise UsageError("--num-rows goes with --dry-run; for fewer images there is --limit")
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
-    opened = _open_source(source, SourceOptions(
-        input_dir, captions_file, num_train, num_val, num_test, seed, wordings,
-        split == SplitKind.official, keep_tags, year, restval, follow_links,
-    ))  # fmt: skip
+    opened = _open_source(
+        source, input_dir, captions_file, num_train=num_train, num_val=num_val, year=year,
+        num_test=num_test, seed=seed, wordings=wordings, restval=restval, keep_tags=keep_tags,
+        follow_links=follow_links, official_split=split == SplitKind.official,
+    )  # fmt: skip
     planning: dict[str, Any] = {
         "seed": seed,
         "split_by": split_by,
@@ -209,8 +216,8 @@ def transform(
         "limit": limit,
     }
     if output_dir is None or dry_run:
-        outlook = _outlook(opened, planning, num_rows)
-        _print_result(outlook, json_output, _outlook_lines)
+        result = _preview(opened, planning, num_rows)
+        _print_result(result, json_output, _preview_lines)
         return
     more = {"image_size": image_size, "near_duplicate_distance": near_duplicate_distance}
     manifest = _transform(opened, output_dir, workers, planning | more)
@@ -288,17 +295,19 @@ def _transform(
         raise typer.Exit(130) from None
 
 
-def _open_source(name: SourceName | None, options: SourceOptions) -> Source:
+def _open_source(
+    name: SourceName | None, input_dir: Path | None, captions_file: Path | None, **options: Any
+) -> Source:
     """Return the named source, or the one that the input folder's files tell, and log it."""
     from vlm_bridge.cli.progress import note
     from vlm_bridge.data_pipeline.sources import find_source, make_source
 
-    if name is not None:
-        return make_source(name, options)
-    found, file = find_source(options)
-    if options.input_dir is not None:
-        note(f"source: {found} ({file})")
-    return make_source(found, options)
+    found: str | None = name
+    if found is None:
+        found, file = find_source(input_dir, captions_file)
+        if input_dir is not None:
+            note(f"source: {found} ({file})")
+    return make_source(found, input_dir=input_dir, captions_file=captions_file, **options)
 
 
 def _first_batch(images: SplitImages, recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
@@ -339,7 +348,7 @@ def _first_batch(images: SplitImages, recipe: Recipe, with_tokens: bool) -> dict
     return batch
 
 
-def _outlook(source: Source, planning: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
+def _preview(source: Source, planning: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
     """Return images of each split and steps per epoch of the default recipe."""
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.loader import EpochPlan
@@ -429,14 +438,14 @@ def _print_result(
         print("\n".join(lines(result)))
 
 
-def _outlook_lines(outlook: dict[str, Any]) -> Iterable[str]:
-    about = "" if outlook["exact"] else "about "
-    images = " / ".join(f"{count:,}" for count in outlook["images"].values())
-    total = sum(outlook["images"].values())
-    yield f"{outlook['source']}, train / val / test: {about}{images} of {total:,} images"
-    steps, size = outlook["steps_per_epoch"], outlook["batch_size"]
+def _preview_lines(result: dict[str, Any]) -> Iterable[str]:
+    about = "" if result["exact"] else "about "
+    images = " / ".join(f"{count:,}" for count in result["images"].values())
+    total = sum(result["images"].values())
+    yield f"{result['source']}, train / val / test: {about}{images} of {total:,} images"
+    steps, size = result["steps_per_epoch"], result["batch_size"]
     yield f"{about}{steps:,} steps per epoch at batch size {size}"
-    yield f"split rule: {outlook['split_rule']}"
+    yield f"split rule: {result['split_rule']}"
     yield "nothing was written (--dry-run)"
 
 

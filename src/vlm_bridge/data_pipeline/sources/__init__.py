@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from vlm_bridge.data_pipeline.sources.base import (
     Rejected,
     Source,
     SourceItem,
-    SourceOptions,
     iter_pictures,
 )
 from vlm_bridge.data_pipeline.sources.coco import Coco
@@ -27,20 +29,21 @@ __all__ = [
     "Rejected",
     "Source",
     "SourceItem",
-    "SourceOptions",
     "find_source",
     "iter_pictures",
     "make_source",
 ]
 
 
-def find_source(options: SourceOptions) -> tuple[str, str]:
+def find_source(
+    input_dir: Path | None = None, captions_file: Path | None = None
+) -> tuple[str, str]:
     """Return the name of the source that reads the input folder, and the file that tells it.
 
     Raises:
         DataError: no such folder, or nothing in it tells what it is.
     """
-    folder, captions = options.input_dir, options.captions_file
+    folder, captions = input_dir, captions_file
     if folder is None:
         return (LocalFolder.name, "") if captions is not None else (GroundCap.name, "the hub")
     if folder.is_file():
@@ -61,8 +64,8 @@ def find_source(options: SourceOptions) -> tuple[str, str]:
     )
 
 
-def make_source(name: str, options: SourceOptions) -> Source:
+def make_source(name: str, **options: Any) -> Source:
     """Return the source called ``name``; UsageError where there is none or an option is missing."""
     if name not in SOURCES:
         raise UsageError(f"unknown source {name!r}: choose from {', '.join(SOURCES)}")
-    return SOURCES[name].from_options(options)
+    return SOURCES[name].from_options(**options)

@@ -60,24 +60,6 @@ class Rejected:
     reason: str
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """Options of all sources; each source takes those that are fields of its own."""
-
-    input_dir: Path | None = None
-    captions_file: Path | None = None
-    num_train: int = 10_000
-    num_val: int = 500
-    num_test: int = 1_000
-    seed: int = 0
-    wordings: int = 2
-    official_split: bool = False
-    keep_tags: bool = False
-    year: int | None = None
-    restval: bool = True
-    follow_links: bool = False
-
-
 @dataclass
 class Source:
     """A dataset in its own layout.
@@ -100,21 +82,24 @@ class Source:
     rejected: list[Rejected] = field(default_factory=list, init=False)
 
     @classmethod
-    def from_options(cls, options: SourceOptions) -> Self:
-        """Return the source with the options that it knows.
+    def from_options(
+        cls, input_dir: Path | None = None, captions_file: Path | None = None, **options: Any
+    ) -> Self:
+        """Return the source with those of the options that are its fields.
 
         Raises:
             UsageError: the source needs an input folder, and none is named.
-            DataError: the named folder does not exist.
+            DataError: a named folder or file does not exist.
         """
-        folder = options.input_dir
-        if folder is None and cls.needs_input_dir:
+        if input_dir is None and cls.needs_input_dir:
             raise UsageError(f"source {cls.name} needs --input-dir")
-        if folder is not None and not folder.exists():
-            raise DataError(f"no such folder: {folder} (--input-dir)")
-        if options.captions_file is not None and not options.captions_file.is_file():
-            raise DataError(f"no such caption file: {options.captions_file} (--captions-file)")
-        return cls(**{f.name: getattr(options, f.name) for f in fields(cls) if f.init})
+        if input_dir is not None and not input_dir.exists():
+            raise DataError(f"no such folder: {input_dir} (--input-dir)")
+        if captions_file is not None and not captions_file.is_file():
+            raise DataError(f"no such caption file: {captions_file} (--captions-file)")
+        options |= {"input_dir": input_dir, "captions_file": captions_file}
+        known = {field.name for field in fields(cls) if field.init}
+        return cls(**{name: value for name, value in options.items() if name in known})
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:

@@ -51,7 +51,7 @@ class CaptionRecord:
 
     Attributes:
         where: "file:line" or "file: entry 3".
-        image: the image's name as it is written.
+        image: the image's name in the file.
         split: the split that is written beside it.
         stored: the image itself, where the file holds it.
         skipped: reasons for what the record holds besides.

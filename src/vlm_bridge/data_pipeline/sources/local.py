@@ -68,7 +68,7 @@ class LocalFolder(Source):
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of the caption file, or what stands for one."""
+        """Return the name of the caption file, or of its substitute."""
         here = _candidates(folder) or [path for path, _ in _files_of_splits(folder)]
         if here:
             return here[0].relative_to(folder).as_posix()
@@ -247,9 +247,9 @@ def _one_split(found: _Found) -> SplitName | None:
         if record.split is not None:
             stated.setdefault(record.split, f"by {Path(record.where).name}")
         if len(stated) > 1:
-            told = ", ".join(f"{split} {by}" for split, by in stated.items())
+            named = ", ".join(f"{split} {by}" for split, by in stated.items())
             raise DataError(
-                f"{record.where}: {found.name} is in several splits ({told}): correct one of them"
+                f"{record.where}: {found.name} is in several splits ({named}): correct one of them"
             )
     return next(iter(stated), None)
 

@@ -195,7 +195,7 @@ def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
     Raises:
         ValueError: the reference does not follow the grammar.
     """
-    truth, said = parse_caption(reference), parse_caption(hypothesis)
+    truth, guess = parse_caption(reference), parse_caption(hypothesis)
     if truth is None:
         raise ValueError(f"the reference is not a scene caption: {reference!r}")
 
@@ -210,7 +210,7 @@ def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
         }
 
     right = facts_of(truth)
-    stated = facts_of(said) if said is not None else {}
+    stated = facts_of(guess) if guess is not None else {}
     return {
         name: None if value is None else stated.get(name) == value for name, value in right.items()
     }
