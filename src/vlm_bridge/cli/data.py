@@ -135,6 +135,8 @@ def explore_dataset(
 
     if source is not None and data_dir is not None:
         raise UsageError("give either --source or --data-dir")
+    if no_grid and grid is not None:
+        raise UsageError("give either --grid or --no-grid")
     skipped: list[Rejected] = []
     facts: dict[str, Any] = {}
     if data_dir is not None:
@@ -200,6 +202,8 @@ def transform(
         raise UsageError("give --output-dir, the caption folder to make (or --dry-run)")
     if num_rows is not None and not dry_run:
         raise UsageError("--num-rows goes with --dry-run; for fewer images there is --limit")
+    if num_rows is not None and split == SplitKind.official:
+        raise UsageError("--num-rows knows no official split: leave it out to read the dataset")
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
     opened = _open_source(
