@@ -40,7 +40,7 @@ def test_bad_pictures_are_set_aside_named_and_never_replaced(
     images = usable_images(folder, "train", max_bad_share=0.1, listing=listing)
     assert list(images) == expected
     assert list(images.paths) == [image.path for image in expected]
-    assert len(said) == 1 and said[0].startswith("set aside 2 of 24 train pictures")
+    assert len(said) == 1 and said[0].startswith("skipped 2 of 24 train pictures")
     assert [json.loads(line)["where"] for line in listing.read_text().splitlines()] == list(
         map(str, broken)
     )

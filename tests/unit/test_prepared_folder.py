@@ -198,7 +198,7 @@ def test_lines_that_cannot_be_used_are_skipped_with_a_reason(root: Path, line: b
     said = log_lines()
     images = usable_images(folder, "train", max_bad_share=0.2)
     assert len(images) == 4
-    assert "set aside 1 of 5 train captions" in said[0]
+    assert "skipped 1 of 5 train captions" in said[0]
     assert f"{CAPTIONS_NAME}:5: " in said[0] and LINES[line] in said[0]
     with pytest.raises(
         DataError, match=r"1 of 5 train captions cannot be used, more than max_bad_samples=0.01"

@@ -197,7 +197,7 @@ def test_bad_samples_are_set_aside_and_counted(root: Path) -> None:
     lines = log_lines()
     used = usable_images(open_data_folder(root), "train", max_bad_share=0.1)
     assert [image.original_id for image in used][-2:] == ["00042", "00043"]
-    assert any("set aside 1 of 33 train pictures" in line and "00041.jpg" in line for line in lines)
+    assert any("skipped 1 of 33 train pictures" in line and "00041.jpg" in line for line in lines)
     with pytest.raises(
         DataError, match="2 of 35 train captions cannot be used, more than max_bad_samples"
     ):

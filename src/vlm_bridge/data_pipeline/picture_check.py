@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_TOGETHER = 64
 MOST_THREADS = 16
-SAY_EVERY_SECONDS = 10.0
+LOG_EVERY_SECONDS = 10.0
 
 
 def usable_images(
@@ -48,11 +48,11 @@ def usable_images(
     Args:
         limit: look at the first images only.
         max_bad_share: of captions, and of pictures.
-        listing: the file that names everything set aside; none is written where there is nothing.
+        listing: the file that lists everything skipped; not written where there is nothing.
         remember_in: the folder that keeps the outcome while no picture is touched.
 
     Raises:
-        DataError: there is no such split, or more than ``max_bad_share`` is set aside.
+        DataError: there is no such split, or more than ``max_bad_share`` is skipped.
     """
     captions, pictures = BadSamples(f"{split} captions"), BadSamples(f"{split} pictures")
     images = folder.split(split, captions)[:limit]
@@ -66,7 +66,7 @@ def usable_images(
         part.check(max_bad_share, listing=listing, setting="max_bad_samples")
         if len(part):
             logger.info(
-                f"set aside {len(part):,} of {part.total:,} {part.kind}: {part.summary(listing)}"
+                f"skipped {len(part):,} of {part.total:,} {part.kind}: {part.summary(listing)}"
             )
     return images.take(np.setdiff1d(np.arange(len(images)), list(bad))) if bad else images
 
@@ -82,7 +82,7 @@ def check_pictures(paths: Sequence[PictureFile], remember_in: Path | None = None
                 int(index): str(reason) for index, reason in parse_json(remembered.read_bytes())
             }
     bad: dict[int, str] = {}
-    done, said = 0, time.monotonic()
+    done, logged = 0, time.monotonic()
     parts = [
         range(start, min(start + CHECK_TOGETHER, len(paths)))
         for start in range(0, len(paths), CHECK_TOGETHER)
@@ -94,8 +94,8 @@ def check_pictures(paths: Sequence[PictureFile], remember_in: Path | None = None
     ):
         bad |= problems
         done += len(part)
-        if time.monotonic() - said > SAY_EVERY_SECONDS:
-            said = time.monotonic()
+        if time.monotonic() - logged > LOG_EVERY_SECONDS:
+            logged = time.monotonic()
             logger.info(f"checked {done:,} of {len(paths):,} pictures")
     if remembered is not None:
         with contextlib.suppress(OSError):  # a read-only folder remembers nothing
@@ -115,7 +115,7 @@ def _problems(paths: Sequence[PictureFile], part: range) -> dict[int, str]:
 
 
 def _state_of(paths: Sequence[PictureFile]) -> str:
-    """Hash over all that the outcome depends on: the files, by time and size, and what decodes them."""
+    """Hash names, times and sizes of the files, and the version of the decoder."""
     digest = hashlib.blake2b(f"{PIL.__version__} {MAX_PIXELS}".encode(), digest_size=12)
     for path in paths:
         try:

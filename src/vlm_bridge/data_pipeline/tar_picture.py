@@ -1,4 +1,4 @@
-"""A picture inside a tar, by its place: what stands for a file wherever pictures are read."""
+"""An image inside a tar, by its place; it replaces a path wherever images are read."""
 
 from __future__ import annotations
 
