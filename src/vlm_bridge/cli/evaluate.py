@@ -115,7 +115,12 @@ def evaluate(
         output_dir.mkdir(parents=True, exist_ok=True)
 
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
+    from vlm_bridge.evaluation.run import (
+        caption_and_validate,
+        evaluate_captioner,
+        write_evaluation,
+        write_json,
+    )
     from vlm_bridge.evaluation.shared import SharedCaptioner
     from vlm_bridge.training_strategy.distributed import joined
 
@@ -132,14 +137,23 @@ def evaluate(
             if checkpoint
             else _open_model(str(model), str(world.device), revision, prompt)
         )
-        with _progress(len(images), shown=world.is_first) as advance:
+        captioner, decode = (
+            SharedCaptioner(subject.captioner, world),
+            subject.decode.replace(**given),
+        )
+        if not world.is_first:  # the first process scores and writes
+            caption_and_validate(
+                captioner, images, decode=decode, validate=subject.validate, batch_size=batch_size
+            )
+            return
+        with _progress(len(images)) as advance:
             evaluation = evaluate_captioner(
-                SharedCaptioner(subject.captioner, world),
+                captioner,
                 images,
-                decode=subject.decode.replace(**given),
+                decode=decode,
                 validate=subject.validate,
                 batch_size=batch_size,
-                spice=spice and world.is_first,
+                spice=spice,
                 progress=advance,
                 model=subject.facts,
                 data={
@@ -148,8 +162,6 @@ def evaluate(
                     "fingerprint": folder.fingerprint,
                 },
             )
-        if not world.is_first:
-            return
     if json_file:
         write_json(json_file, evaluation.to_json())
     if output_dir:
@@ -237,13 +249,13 @@ def _print_scores(evaluation: Evaluation) -> None:
 
 
 @contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """Show the number of captioned images: a bar on a terminal, plain lines elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True, quiet=not shown)
-    if shown and console.is_terminal:
+    console = Console(stderr=True)
+    if console.is_terminal:
         with Progress(console=console) as bar:
             task = bar.add_task("captioning", total=total)
             yield lambda done: bar.update(task, completed=done)
@@ -252,7 +264,7 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
 
     def report(done: int) -> None:
         nonlocal tenths
-        if shown and done * 10 // total > tenths:
+        if done * 10 // total > tenths:
             tenths = done * 10 // total
             print(f"captioned {done} of {total} images", file=sys.stderr, flush=True)
 

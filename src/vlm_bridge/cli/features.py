@@ -118,10 +118,6 @@ def _build(recipe: Recipe, root: Path, verify: bool, json_output: bool) -> None:
         typer.echo(f"{f['split']}: {size} in {f['folder']}: {state}{rate}")
 
 
-def _to_stderr(line: str) -> None:
-    typer.echo(line, err=True)
-
-
 def _bytes_of(text: str) -> int:
     """Parse a size such as 5GiB, 500MB or 0 into bytes."""
     from vlm_bridge.errors import UsageError

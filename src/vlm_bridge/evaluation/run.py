@@ -121,6 +121,29 @@ class Evaluation:
         }
 
 
+def caption_and_validate(
+    captioner: EvaluableCaptioner,
+    images: Sequence[CaptionedImage],
+    *,
+    decode: DecodeSettings,
+    validate: Validate | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Sequence[Captioned], Validated | None]:
+    """Run the part of an evaluation that several processes share. See `evaluate_captioner`."""
+    if not images:
+        raise DataError("there are no images to evaluate on")
+    results = captioner.caption(
+        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
+    )
+    readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
+    if not readable:
+        raise DataError(
+            f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
+        )
+    return results, validate(readable, batch_size=batch_size) if validate else None
+
+
 def evaluate_captioner(
     captioner: EvaluableCaptioner,
     images: Sequence[CaptionedImage],
@@ -148,17 +171,14 @@ def evaluate_captioner(
     """
     from vlm_bridge.environment import environment
 
-    if not images:
-        raise DataError("there are no images to evaluate on")
-    results = captioner.caption(
-        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
+    results, validation = caption_and_validate(
+        captioner,
+        images,
+        decode=decode,
+        validate=validate,
+        batch_size=batch_size,
+        progress=progress,
     )
-    readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
-    if not readable:
-        raise DataError(
-            f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
-        )
-    validation = validate(readable, batch_size=batch_size) if validate else None
     # Paths, not original ids, tell images apart: images from several folders may share an id.
     scores = score_captions(
         {str(image.path): image.captions for image in images},
