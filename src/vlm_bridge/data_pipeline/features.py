@@ -344,11 +344,16 @@ class FeatureCache:
         cache = cls(folder, format, len(pixels), lock)  # type: ignore[arg-type]
         try:
             cache.was_there = cache._is_sound(check_all)
-            if not cache.was_there:
-                if not _try_lock(lock):
+            waiting = False
+            while not (cache.was_there or _try_lock(lock)):
+                if not waiting:
                     logger.info("%s: waiting for the process that builds %s", name, folder)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    waiting = True
+                time.sleep(0.1)
+                # Shared: the process that built it keeps a shared lock for as long as it reads.
+                fcntl.flock(lock, fcntl.LOCK_SH)
                 cache.was_there = cache._is_sound(check_all)
+            cache.was_there = cache.was_there or cache._is_sound(check_all)
             if not cache.was_there:
                 cache._build(building, pixels, encode, name, batch_images, num_workers)
             fcntl.flock(lock, fcntl.LOCK_SH)
