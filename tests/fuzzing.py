@@ -123,8 +123,8 @@ def read_picture(content: bytes, folder: Path) -> None:
 
 
 def read_caption_folder(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.bad_samples import BadSamples
     from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+    from vlm_bridge.data_pipeline.samples import Skipped
 
     manifest = {"format": "vlm-bridge caption folder", "format_version": 1, "fingerprint": "x"}
     manifest["counts"] = {"train": {"images": 2}}
@@ -132,7 +132,7 @@ def read_caption_folder(content: bytes, folder: Path) -> None:
     if not (folder / "train").is_dir():
         shutil.copytree(folder / "images", folder / "train" / "images", symlinks=True)
     (folder / "train" / "captions.jsonl").write_bytes(content)
-    bad = BadSamples("lines")
+    bad = Skipped("lines")
     images = CaptionFolder.open(folder).split("train", bad)
     num_captions = sum(len(image.captions) for image in images)
     assert len(bad) + num_captions == bad.total
@@ -239,10 +239,10 @@ def write_shard(root: Path) -> Path:
 
 def train_on_shards(root: Path) -> None:
     """What a training reads of a shard folder."""
-    from vlm_bridge.data_pipeline.bad_samples import BadSamples
+    from vlm_bridge.data_pipeline.samples import Skipped
     from vlm_bridge.data_pipeline.shards import ShardFolder
 
-    bad = BadSamples("samples")
+    bad = Skipped("samples")
     images = ShardFolder.open(root).split("train", bad)
     bad.check(0.5)  # one of three is a link from the start
     decode_all(images.paths)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from logs import log_lines
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.image_check import check_images, usable_images
 from vlm_bridge.data_pipeline.images import check_image
-from vlm_bridge.data_pipeline.picture_check import check_pictures, usable_images
+from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.errors import DataError, ImageError
 
 
@@ -40,7 +40,7 @@ def test_bad_pictures_are_set_aside_named_and_never_replaced(
     images = usable_images(folder, "train", max_bad_share=0.1, listing=listing)
     assert list(images) == expected
     assert list(images.paths) == [image.path for image in expected]
-    assert len(said) == 1 and said[0].startswith("skipped 2 of 24 train pictures")
+    assert len(said) == 1 and said[0].startswith("skipped 2 of 24 train images")
     assert [json.loads(line)["where"] for line in listing.read_text().splitlines()] == list(
         map(str, broken)
     )
@@ -53,7 +53,7 @@ def test_above_the_share_training_stops_with_the_list(
         cut(folder, number)
     listing = tmp_path / "set_aside.jsonl"
     with pytest.raises(
-        DataError, match=r"12 of 24 train pictures .* max_bad_samples=0.01"
+        DataError, match=r"12 of 24 train images .* max_bad_samples=0.01"
     ) as caught:
         usable_images(folder, "train", max_bad_share=0.01, listing=listing)
     message = str(caught.value)
@@ -90,7 +90,7 @@ def test_bad_captions_are_set_aside_and_the_others_stay(
     whole = {"image_path": "images/train-00.jpg", "caption": "A.", "original_id": "x"}
     with (folder.root / "train" / "captions.jsonl").open("a") as file:
         file.write(json.dumps({**whole, **record}) + "\n")
-    bad = BadSamples("train captions")
+    bad = Skipped("train captions")
     assert list(folder.split("train", bad)) == expected
     assert (len(bad), bad.total) == (1, 49)
     assert "captions.jsonl:49" in bad.samples[0].where and reason in bad.samples[0].reason
@@ -112,12 +112,12 @@ def test_the_outcome_is_remembered_until_a_picture_is_touched(
 ) -> None:
     path = cut(folder, 5)
     paths = folder.split("train").paths
-    assert list(check_pictures(paths, tmp_path / "kept")) == [5]
+    assert list(check_images(paths, tmp_path / "kept")) == [5]
     (remembered,) = (tmp_path / "kept").iterdir()
     remembered.write_text('[[6, "from memory"]]')
-    assert check_pictures(paths, tmp_path / "kept") == {6: "from memory"}
+    assert check_images(paths, tmp_path / "kept") == {6: "from memory"}
     shutil.copy(paths[0], path)
-    assert check_pictures(paths, tmp_path / "kept") == {}
+    assert check_images(paths, tmp_path / "kept") == {}
 
 
 def test_slices_are_views(folder: CaptionFolder) -> None:
@@ -134,13 +134,13 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
 
 
 def test_a_cause_is_told_once_with_its_count() -> None:
-    bad = BadSamples("rows", total=100)
+    bad = Skipped("rows", total=100)
     for number in range(20):
-        bad.set_aside(f"a.csv:{number}", f"{number + 3} cells where the header has 2")
-    bad.set_aside("a.csv:50", "not UTF-8 text")
+        bad.add(f"a.csv:{number}", f"{number + 3} cells where the header has 2")
+    bad.add("a.csv:50", "not UTF-8 text")
     assert bad.summary() == (
         "20 times 3 cells where the header has 2: a.csv:0, a.csv:1, a.csv:2 and 17 more; a.csv:50: not UTF-8 text"
     )
-    BadSamples("rows", 2, bad.samples[:2]).check(0.01, at_least=3)
+    Skipped("rows", 2, bad.samples[:2]).check(0.01, at_least=3)
     with pytest.raises(DataError, match="3 of 9 rows"):
-        BadSamples("rows", 9, bad.samples[:3]).check(0.01, at_least=3)
+        Skipped("rows", 9, bad.samples[:3]).check(0.01, at_least=3)

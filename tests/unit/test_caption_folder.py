@@ -130,15 +130,15 @@ def test_a_missing_caption_file_is_found_on_opening(root: Path) -> None:
         ),
         (
             b'{"image_path": "images/x.jpg", "caption": "A.", "original_id": "x"}',
-            r":1: picture .* is missing",
+            r":1: image .* is missing",
         ),
         (
             b'{"image_path": "../x.jpg", "caption": "A.", "original_id": "x"}',
-            r":1: picture path .* inside",
+            r":1: image path .* inside",
         ),
         (
             b'{"image_path": "/x.jpg", "caption": "A.", "original_id": "x"}',
-            r":1: picture path .* inside",
+            r":1: image path .* inside",
         ),
     ],
 )

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards import jpeg
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import iter_pictures
 from vlm_bridge.data_pipeline.sources.caption_forms import read_captions
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
@@ -26,7 +26,7 @@ Captions = dict[str, tuple[str, ...]]
 def read(path: Path, content: str | bytes) -> tuple[Captions, dict[str, str]]:
     """Captions by image, and the reason of each skipped row by "file:line"."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    bad = BadSamples("rows")
+    bad = Skipped("rows")
     captions: Captions = {}
     for record in read_captions(path, bad):
         captions[record.image] = captions.get(record.image, ()) + record.captions
@@ -278,4 +278,4 @@ def test_a_file_that_cannot_be_read_is_one_line(
 def test_a_parquet_file_of_other_columns_says_what_it_has(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["x"], "caption": ["y"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"needs an image column .* it has url, caption"):
-        list(read_captions(tmp_path / "a.parquet", BadSamples("rows")))
+        list(read_captions(tmp_path / "a.parquet", Skipped("rows")))

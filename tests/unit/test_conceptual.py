@@ -226,10 +226,10 @@ def test_a_shard_that_shrinks_or_goes_is_named(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "cc", shards=1)
     items = Conceptual(root).items()
     cut(root / "00000.tar", 3000)
-    with pytest.raises(DataError, match=r"00000\.tar became shorter"):
+    with pytest.raises(DataError, match=r"00000\.tar.* its shard became shorter"):
         list(iter_pictures(items))
     (root / "00000.tar").unlink()
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="its shard cannot be read"):
         list(iter_pictures(items))
 
 

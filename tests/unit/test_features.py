@@ -34,7 +34,7 @@ from vlm_bridge.data_pipeline.features import (
     cache_key,
     caches_below,
     evict,
-    pictures_digest,
+    images_digest,
 )
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
@@ -314,18 +314,18 @@ def paths(drawn_caption_folder: Path, tmp_path: Path) -> list[Path]:
 def test_the_digest_is_that_of_contents_in_order(
     tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = pictures_digest(paths, tmp_path / "one")
+    digest = images_digest(paths, tmp_path / "one")
     moved = shutil.copytree(paths[0].parent, tmp_path / "moved")
-    assert pictures_digest(sorted(moved.iterdir()), tmp_path / "two") == digest
-    assert pictures_digest(paths[::-1], tmp_path / "one") != digest
-    assert pictures_digest(paths[:-1], tmp_path / "one") != digest
+    assert images_digest(sorted(moved.iterdir()), tmp_path / "two") == digest
+    assert images_digest(paths[::-1], tmp_path / "one") != digest
+    assert images_digest(paths[:-1], tmp_path / "one") != digest
     with monkeypatch.context() as patch:  # nobody touched them: they are not read again
         patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
-        assert pictures_digest(paths, tmp_path / "one") == digest
+        assert images_digest(paths, tmp_path / "one") == digest
     paths[2].write_bytes(paths[3].read_bytes())
-    assert pictures_digest(paths, tmp_path / "one") != digest
+    assert images_digest(paths, tmp_path / "one") != digest
     with pytest.raises(DataError, match=r"gone\.jpg"):
-        pictures_digest([tmp_path / "gone.jpg"], tmp_path)
+        images_digest([tmp_path / "gone.jpg"], tmp_path)
     assert cache_key("ab", "c") != cache_key("a", "bc")
 
 

@@ -162,7 +162,7 @@ def test_missing_and_extra_pictures_are_set_aside(pictures: Path) -> None:
     assert len(source.items()) == 17
     assert {entry.id: entry.reason for entry in source.rejected} == {
         NAMES[0][:-4]: "its image is missing",
-        "secret": "picture path '../../../secret.jpg' must be relative and stay inside "
+        "secret": "image path '../../../secret.jpg' must be relative and stay inside "
         f"{pictures / 'flickr30k-images'}",
         NAMES[18][:-4]: "it is not in results_20130124.token",
         NAMES[19][:-4]: "it is not in results_20130124.token",

@@ -15,7 +15,7 @@ from vlm_bridge.data_pipeline import caption_folder
 from vlm_bridge.data_pipeline.caption_folder import CAPTIONS_NAME, MANIFEST_NAME, CaptionFolder
 from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
 from vlm_bridge.data_pipeline.explore import folder_items
-from vlm_bridge.data_pipeline.picture_check import usable_images
+from vlm_bridge.data_pipeline.image_check import usable_images
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError

@@ -15,15 +15,14 @@ from logs import log_lines
 from shards import jpeg, sample, write_shard_folder, write_tar
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline import shards as shard_folder
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
-from vlm_bridge.data_pipeline.features import pictures_digest
+from vlm_bridge.data_pipeline.features import images_digest
+from vlm_bridge.data_pipeline.image_check import check_images, usable_images
 from vlm_bridge.data_pipeline.images import check_image, image_size, open_image
 from vlm_bridge.data_pipeline.loader import EpochPlan, TokenBudget
-from vlm_bridge.data_pipeline.picture_check import check_pictures, usable_images
+from vlm_bridge.data_pipeline.samples import Skipped, TarImage
 from vlm_bridge.data_pipeline.shards import SAMPLE, ShardFolder, known_index
-from vlm_bridge.data_pipeline.tar_picture import TarPicture
 from vlm_bridge.errors import ConfigurationError, DataError, ImageError
 from vlm_bridge.evaluation.predictions import Prediction
 from vlm_bridge.training_strategy.data import epoch_plan
@@ -84,7 +83,7 @@ def test_captions_in_json_png_pictures_and_folders(tmp_path: Path) -> None:
 
 def read_all(root: Path, members: list[tuple[str, bytes]]) -> tuple[dict[str, str], dict[str, str]]:
     """The captions and the losses of a shard by key."""
-    bad = BadSamples("samples")
+    bad = Skipped("samples")
     write_tar(root / "train" / "0.tar", members)
     images = open_data_folder(root).split("train", bad)
     return (
@@ -184,7 +183,7 @@ def test_bad_samples_are_set_aside_and_counted(root: Path) -> None:
     broken = [("00041.jpg", b"no picture"), ("00041.txt", b"it has a caption")]
     twice = [*sample(42), *sample(43), *sample(42, "the same key again")]
     write_tar(root / "train" / "00003.tar", [("00040.jpg", jpeg(40)), *broken, *twice])
-    bad = BadSamples("train captions")
+    bad = Skipped("train captions")
     images = open_data_folder(root).split("train", bad)
     assert (len(images), bad.total) == (33, 35)
     shard = root / "train" / "00003.tar"
@@ -197,7 +196,7 @@ def test_bad_samples_are_set_aside_and_counted(root: Path) -> None:
     lines = log_lines()
     used = usable_images(open_data_folder(root), "train", max_bad_share=0.1)
     assert [image.original_id for image in used][-2:] == ["00042", "00043"]
-    assert any("skipped 1 of 33 train pictures" in line and "00041.jpg" in line for line in lines)
+    assert any("skipped 1 of 33 train images" in line and "00041.jpg" in line for line in lines)
     with pytest.raises(
         DataError, match="2 of 35 train captions cannot be used, more than max_bad_samples"
     ):
@@ -211,7 +210,7 @@ def test_a_tar_that_was_cut_off_gives_what_stands_before(root: Path) -> None:
     with tarfile.open(path) as tar:
         middle = tar.getmember("00015.jpg").offset_data + 10
     os.truncate(path, middle)
-    bad = BadSamples("train captions")
+    bad = Skipped("train captions")
     images = open_data_folder(root).split("train", bad)
     assert len(images) == 25
     assert "in the middle of 00015.jpg" in bad.samples[0].reason
@@ -223,7 +222,7 @@ def test_a_tar_cut_off_between_index_and_read_is_an_error_for_each_sample(root: 
     pictures = list(images.paths)
     path = root / "train" / "00001.tar"
     os.truncate(path, pictures[13].offset + 10)
-    assert list(check_pictures(pictures)) == list(range(13, 20))
+    assert list(check_images(pictures)) == list(range(13, 20))
     with pytest.raises(ImageError, match=r"00001.tar/00013.jpg: its shard became shorter") as error:
         open_image(pictures[13])
     assert "\n" not in str(error.value)
@@ -235,7 +234,7 @@ def test_a_tar_cut_off_between_index_and_read_is_an_error_for_each_sample(root: 
         with pytest.raises(ImageError, match="cannot be read"):
             read(pictures[12])
     with pytest.raises(DataError):
-        pictures_digest(pictures, root / "nowhere")
+        images_digest(pictures, root / "nowhere")
 
 
 def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
@@ -254,7 +253,7 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
         text = tarfile.TarInfo(os.fsdecode(b"\xff.txt"))
         text.size = 4
         tar.addfile(text, io.BytesIO(b"text"))
-    bad = BadSamples("train")
+    bad = Skipped("train")
     images = open_data_folder(tmp_path).split("train", bad)
     assert [image.original_id for image in images] == ["00000", "\\xff"]
     assert images[1].captions == ("text",)
@@ -265,7 +264,7 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
     lying.size = 2**40
     (tmp_path / "train" / "1.tar").write_bytes(lying.tobuf() + bytes(2048))
     (tmp_path / "train" / "2.tar").write_bytes(b"no tar at all")
-    bad = BadSamples("train")
+    bad = Skipped("train")
     assert len(open_data_folder(tmp_path).split("train", bad)) == 2
     assert [sample.reason for sample in bad.samples if "cut off" in sample.reason].__len__() == 2
 
@@ -316,7 +315,7 @@ def test_the_content_hash_is_that_of_the_same_files(root: Path, tmp_path: Path) 
     for picture in images.paths:
         copies.append(tmp_path / picture.name)
         copies[-1].write_bytes(picture.read_bytes())
-    assert pictures_digest(images.paths, tmp_path / "a") == pictures_digest(copies, tmp_path / "b")
+    assert images_digest(images.paths, tmp_path / "a") == images_digest(copies, tmp_path / "b")
 
 
 def test_predictions_find_their_pictures_again(root: Path) -> None:
@@ -327,7 +326,7 @@ def test_predictions_find_their_pictures_again(root: Path) -> None:
     record["tar"]["offset"] = -1
     with pytest.raises(ValueError):
         Prediction.from_record(record)
-    assert isinstance(image, CaptionedImage) and isinstance(image.path, TarPicture)
+    assert isinstance(image, CaptionedImage) and isinstance(image.path, TarImage)
 
 
 # The order of an epoch.

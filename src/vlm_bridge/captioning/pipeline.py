@@ -19,7 +19,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.generation import image_keys
@@ -109,7 +109,7 @@ class Captioner:
 
     def caption(
         self,
-        images: Sequence[str | PictureFile | Image.Image],
+        images: Sequence[str | ImageFile | Image.Image],
         *,
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
@@ -154,7 +154,7 @@ class Captioner:
 
     def __call__(
         self,
-        images: str | PictureFile | Image.Image | Sequence[str | PictureFile | Image.Image],
+        images: str | ImageFile | Image.Image | Sequence[str | ImageFile | Image.Image],
         *,
         batch_size: int = 32,
         num_return_sequences: int = 1,
@@ -169,7 +169,7 @@ class Captioner:
             ImageError: an image cannot be read.
             ConfigurationError: more captions than beams are asked for.
         """
-        single = isinstance(images, str | PictureFile | Image.Image)
+        single = isinstance(images, str | ImageFile | Image.Image)
         answers: list[Any] = []
         for batch in in_batches([images] if single else list(images), batch_size):
             pictures = [
@@ -273,7 +273,7 @@ class Captioner:
 
 
 def caption_in_batches(
-    images: Sequence[str | PictureFile | Image.Image],
+    images: Sequence[str | ImageFile | Image.Image],
     caption_batch: Callable[[Any], list[tuple[str, float, bool]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
@@ -292,7 +292,7 @@ def caption_in_batches(
     """
 
     def read(
-        batch: list[str | PictureFile | Image.Image],
+        batch: list[str | ImageFile | Image.Image],
     ) -> tuple[list[tuple[str, ImageError | None]], Any]:
         opened = [_open(image, open_image) for image in batch]
         readable = [picture for _, picture in opened if isinstance(picture, Image.Image)]
@@ -315,7 +315,7 @@ def caption_in_batches(
 
 
 def _open(
-    image: str | PictureFile | Image.Image, open_image: Callable[[Any], Image.Image]
+    image: str | ImageFile | Image.Image, open_image: Callable[[Any], Image.Image]
 ) -> tuple[str, Image.Image | ImageError]:
     if isinstance(image, Image.Image):
         return "<picture>", upright_rgb(image)

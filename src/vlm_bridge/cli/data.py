@@ -525,7 +525,7 @@ def _inspection_lines(result: dict[str, Any]) -> Iterable[str]:
 
 def _reason_lines(what: str, items: Sequence[dict[str, str]], shown: int = 8) -> Iterable[str]:
     """Yield a line for each cause with its count: a thousand equal ones are one line."""
-    from vlm_bridge.data_pipeline.bad_samples import by_cause
+    from vlm_bridge.data_pipeline.samples import by_cause
     from vlm_bridge.errors import on_one_line
 
     if items:

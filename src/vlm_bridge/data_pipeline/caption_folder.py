@@ -20,17 +20,16 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, overload
 
 import numpy as np
 
 from vlm_bridge import __version__
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
+from vlm_bridge.data_pipeline.samples import CaptionedImage, ImageFile, Skipped, inside, is_inside
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import DataError
 from vlm_bridge.files import write_atomically
@@ -43,21 +42,10 @@ CAPTIONS_NAME = "captions.jsonl"
 IMAGES_NAME = "images"
 UNFINISHED_NAME = ".unfinished"
 """Working files of a transformation under way; without a manifest beside them it can be continued."""
-MAX_PATH_CHARACTERS, MAX_NAME_BYTES = 1024, 255
-"""Of a picture's path and of each of its parts: what file systems take."""
 PREPARED_ELSEWHERE = "prepared by other tools"
 """The manifest's `source` of a folder that other tools prepared."""
 _KEYS = ("image_path", "caption")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One picture with all its captions."""
-
-    path: PictureFile
-    captions: tuple[str, ...]
-    original_id: str
 
 
 @dataclass(frozen=True)
@@ -120,7 +108,7 @@ class CaptionFolder:
             split for split in SPLITS if self.manifest["counts"].get(split, {}).get("images", 0) > 0
         ]
 
-    def split(self, name: SplitName, bad: BadSamples | None = None) -> CaptionedImages:
+    def split(self, name: SplitName, bad: Skipped | None = None) -> CaptionedImages:
         """Return the images of one split with their captions, in the order of the file.
 
         Args:
@@ -222,12 +210,12 @@ class HasPictures(Protocol):
     """Images whose files can be found without their captions."""
 
     def __len__(self) -> int: ...
-    def path(self, index: int) -> PictureFile: ...
+    def path(self, index: int) -> ImageFile: ...
     def take(self, indices: np.ndarray) -> HasPictures: ...
 
 
 @dataclass(frozen=True)
-class Pictures(Sequence[PictureFile]):
+class Pictures(Sequence[ImageFile]):
     """Where the pictures of some images are; a slice is a view."""
 
     images: HasPictures
@@ -236,10 +224,10 @@ class Pictures(Sequence[PictureFile]):
         return len(self.images)
 
     @overload
-    def __getitem__(self, index: int) -> PictureFile: ...
+    def __getitem__(self, index: int) -> ImageFile: ...
     @overload
     def __getitem__(self, index: slice) -> Pictures: ...
-    def __getitem__(self, index: int | slice) -> PictureFile | Pictures:
+    def __getitem__(self, index: int | slice) -> ImageFile | Pictures:
         if isinstance(index, slice):
             return Pictures(self.images.take(np.arange(len(self))[index]))
         return self.images.path(index)
@@ -371,38 +359,12 @@ def _are_counts(counts: Any) -> bool:
     )
 
 
-def inside(folder: Path, name: str) -> Path:
-    """Return ``folder / name``; ValueError where ``name`` is absolute or climbs out of ``folder``.
-
-    Windows forms are refused everywhere: a caption file that is harmless here must not become harmful there.
-    """
-    windows = PureWindowsPath(name)
-    climbs = (
-        PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts
-    )
-    if climbs or "\0" in name or not name.strip():
-        raise ValueError(f"picture path {shown(name)} must be relative and stay inside {folder}")
-    if len(name) > MAX_PATH_CHARACTERS or any(
-        len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in windows.parts
-    ):
-        raise ValueError(f"picture path {shown(name)} is too long for a file name")
-    return folder / name
-
-
-def is_inside(resolved: Path, path: Path) -> bool:
-    """Whether a file is below a folder, given by its resolved path, and not elsewhere by a symbolic link."""
-    try:
-        return path.resolve().is_relative_to(resolved)
-    except (OSError, RuntimeError):  # links in a circle
-        return False
-
-
 def _encoded(text: str) -> bytes:
     """UTF-8 of JSON whose strings may hold halves of characters (names of files that are not UTF-8): escaped."""
     return text.encode(errors="backslashreplace")
 
 
-def index_captions(folder: Path, bad: BadSamples | None) -> CaptionedImages:
+def index_captions(folder: Path, bad: Skipped | None) -> CaptionedImages:
     """Look at every line of a ``captions.jsonl`` once, and remember where those of each image begin.
 
     The lines of an image usually stand together: a run of them is an image, unless another run has the same name.
@@ -423,7 +385,7 @@ def index_captions(folder: Path, bad: BadSamples | None) -> CaptionedImages:
                 )  # of 64 bits: no two of a billion names are likely to share one
         if problem:
             assert bad is not None
-            bad.set_aside(where, problem)
+            bad.add(where, problem)
         else:
             offsets.append(offset)
     lines = np.array(offsets, np.int64)
@@ -449,14 +411,15 @@ def _picture_problem(folder: Path, name: str, resolved: Path) -> str:
         path = inside(folder, name)
     except ValueError as error:
         return str(error)
-    if not path.is_file():
-        return f"picture {path} is missing"
-    return (
-        "" if is_inside(resolved, path) else f"picture {path} is a link that leads out of {folder}"
-    )
+    try:
+        if not path.is_file():
+            return f"image {path} is missing"
+    except OSError as error:
+        return f"image {shown(str(path))} cannot be opened ({error.strerror})"
+    return "" if is_inside(resolved, path) else f"image {path} is a link that leads out of {folder}"
 
 
-def _read_records(path: Path, bad: BadSamples | None) -> Iterator[tuple[str, int, dict[str, str]]]:
+def _read_records(path: Path, bad: Skipped | None) -> Iterator[tuple[str, int, dict[str, str]]]:
     """Yield ("file:line", offset in bytes, record) for every usable line of a ``captions.jsonl``."""
     for number, offset, line in lines_of(path):
         if bad is not None:
@@ -468,7 +431,7 @@ def _read_records(path: Path, bad: BadSamples | None) -> Iterator[tuple[str, int
         elif bad is None:
             raise DataError(f"{where}: {problem}; make the folder again")
         else:
-            bad.set_aside(where, problem)
+            bad.add(where, problem)
 
 
 def _id_of(record: Mapping[str, Any]) -> str:
@@ -532,7 +495,7 @@ def _make_manifest(root: Path) -> dict[str, Any]:
         folder = root / split
         if not (folder / CAPTIONS_NAME).is_file():
             continue
-        bad = BadSamples(f"{split} captions")
+        bad = Skipped(f"{split} captions")
         images = index_captions(folder, bad)
         if bad.total and not len(images):
             raise DataError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, BadSamples
 from vlm_bridge.data_pipeline.caption_folder import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
@@ -12,6 +11,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     CaptionFolder,
     is_prepared_elsewhere,
 )
+from vlm_bridge.data_pipeline.samples import MAX_SKIPPED_SHARE, Skipped
 from vlm_bridge.data_pipeline.shards import ShardFolder, ShardImages
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError
@@ -46,19 +46,19 @@ def open_data_folder(path: str | Path) -> DataFolder:
     )
 
 
-def readable_split(folder: DataFolder, split: SplitName) -> tuple[SplitImages, BadSamples]:
+def readable_split(folder: DataFolder, split: SplitName) -> tuple[SplitImages, Skipped]:
     """Return the images of a split, and what of its shards or captions was skipped.
 
     Of a caption folder that was checked when it was made, the first line that cannot be read is an error.
 
     Raises:
-        DataError: no such split, a line that cannot be read, or more than `MAX_BAD_SHARE` of a split's samples.
+        DataError: no such split, a line that cannot be read, or more than `MAX_SKIPPED_SHARE` of a split's samples.
     """
-    bad = BadSamples(f"{split} samples")
+    bad = Skipped(f"{split} samples")
     if isinstance(folder, CaptionFolder) and folder.is_checked:
         return folder.split(split), bad
     images = folder.split(split, bad)
-    bad.check(MAX_BAD_SHARE)
+    bad.check(MAX_SKIPPED_SHARE)
     return images, bad
 
 

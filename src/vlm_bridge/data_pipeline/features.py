@@ -40,7 +40,7 @@ from PIL import Image, ImageOps
 from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import DataError
 from vlm_bridge.quantization import to_int8
 
@@ -121,7 +121,7 @@ class OnTheFlyPixels:
 
     def __init__(
         self,
-        paths: Sequence[PictureFile],
+        paths: Sequence[ImageFile],
         preprocess: Callable[[list[Image.Image]], Any],
         views: Views | None = None,
     ):
@@ -180,7 +180,7 @@ def cache_root(feature_cache: str, data_dir: str | Path) -> Path | None:
 def cached_features(
     encoder: Encoder,
     fingerprint: str,
-    paths: Sequence[PictureFile],
+    paths: Sequence[ImageFile],
     root: Path,
     *,
     split: str,
@@ -193,7 +193,7 @@ def cached_features(
 
     Raises: as `FeatureCache.open_or_build`.
     """
-    key = cache_key(LAYOUT, fingerprint, pictures_digest(paths, root), dtype, repr(views))
+    key = cache_key(LAYOUT, fingerprint, images_digest(paths, root), dtype, repr(views))
     device = next(encoder.parameters()).device
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ def cache_key(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def pictures_digest(paths: Sequence[PictureFile], root: Path) -> str:
+def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
     """Hash the content of image files, in order; ``root`` keeps the hash while no file is touched.
 
     Raises:

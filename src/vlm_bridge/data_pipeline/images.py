@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
+from vlm_bridge.data_pipeline.samples import ImageFile, TarImage
 from vlm_bridge.errors import DataError, ImageError
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class DecodedImage:
     is_plain_jpeg: bool
 
 
-def open_image(path: str | PictureFile) -> Image.Image:
+def open_image(path: str | ImageFile) -> Image.Image:
     """Return the image at ``path`` (a file, or a place in a tar), upright and 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grayscale is scaled to 8 bits, an
@@ -137,7 +137,7 @@ def open_image(path: str | PictureFile) -> Image.Image:
     return decode_image(path).image
 
 
-def decode_image(picture: str | PictureFile | bytes) -> DecodedImage:
+def decode_image(picture: str | ImageFile | bytes) -> DecodedImage:
     """Open an image or a file's bytes; and whether the file can be copied unchanged."""
     with _opened(picture) as opened:
         is_smaller = _shrink_while_read(opened)
@@ -160,7 +160,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def check_image(path: str | PictureFile) -> None:
+def check_image(path: str | ImageFile) -> None:
     """Raise ImageError where :func:`open_image` would; a JPEG is decoded at an eighth of its size."""
     with _opened(path) as opened:
         if opened.format == "JPEG":
@@ -171,7 +171,7 @@ def check_image(path: str | PictureFile) -> None:
             _to_rgb(opened)
 
 
-def image_size(picture: str | PictureFile | bytes) -> tuple[int, int]:
+def image_size(picture: str | ImageFile | bytes) -> tuple[int, int]:
     """Return (width, height) as displayed, from the header alone: the pixels may still be damaged.
 
     ``picture`` is a file, a place in a tar, or a file's bytes.
@@ -232,7 +232,7 @@ def _images(candidates: Iterable[Path], given: str | Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(picture: str | PictureFile | bytes) -> Iterator[Image.Image]:
+def _opened(picture: str | ImageFile | bytes) -> Iterator[Image.Image]:
     """Open an image without decoding its pixels; any failure within the block is its ImageError."""
     name, kind = name_of(picture), ""
     try:
@@ -353,9 +353,9 @@ def _orientation(opened: Image.Image) -> int:
     return 1
 
 
-def _content(picture: str | PictureFile | bytes, name: str) -> bytes:
+def _content(picture: str | ImageFile | bytes, name: str) -> bytes:
     """The bytes of an image's file, if it is one and not too large."""
-    if isinstance(picture, TarPicture):
+    if isinstance(picture, TarImage):
         picture = picture.read_bytes()
     if isinstance(picture, bytes):
         size = len(picture)
@@ -415,7 +415,7 @@ def _register_heif() -> None:
     register_heif_opener(thumbnails=False)
 
 
-def name_of(picture: str | PictureFile | bytes) -> str:
+def name_of(picture: str | ImageFile | bytes) -> str:
     """What messages call an image."""
     return f"in memory ({len(picture)} bytes)" if isinstance(picture, bytes) else str(picture)
 

@@ -13,7 +13,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from PIL import Image
 
 from vlm_bridge.data_pipeline import images
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ImageError
 
 SECONDS_AN_IMAGE = 10.0
@@ -79,9 +79,9 @@ class ImageReader:
     """`open_image` in processes of its own, from any number of threads."""
 
     def __init__(self, workers: int = 1):
-        self._pool: IsolatedPool[str | PictureFile | bytes, Any] = IsolatedPool(_read, workers)
+        self._pool: IsolatedPool[str | ImageFile | bytes, Any] = IsolatedPool(_read, workers)
 
-    def open_image(self, picture: str | PictureFile | bytes) -> Image.Image:
+    def open_image(self, picture: str | ImageFile | bytes) -> Image.Image:
         """As `images.open_image`, also of a file's bytes. Raises ImageError."""
         (read,) = self._pool.result(
             self._pool.submit([picture]), [picture], lambda _, reason: reason
@@ -102,7 +102,7 @@ class ImageReader:
         self.close()
 
 
-def _read(picture: str | PictureFile | bytes) -> tuple[tuple[int, int], bytes] | str:
+def _read(picture: str | ImageFile | bytes) -> tuple[tuple[int, int], bytes] | str:
     """Size and pixels of an image, upright and RGB; or why there are none."""
     try:
         image = images.decode_image(picture).image

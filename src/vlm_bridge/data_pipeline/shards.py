@@ -28,7 +28,6 @@ from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.caption_folder import (
     CaptionedImage,
     Pictures,
@@ -36,8 +35,8 @@ from vlm_bridge.data_pipeline.caption_folder import (
     write_atomically,
 )
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
+from vlm_bridge.data_pipeline.samples import Skipped, TarImage
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
-from vlm_bridge.data_pipeline.tar_picture import TarPicture, read_at
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, parse_json
 
@@ -100,7 +99,7 @@ class ShardSample:
 
     key: str
     caption: str
-    picture: TarPicture
+    picture: TarImage
     caption_place: CaptionPlace
 
 
@@ -278,7 +277,7 @@ class _Parts:
         return ShardSample(
             self.key,
             caption,
-            TarPicture(path, image.offset_data, image.size, image.name),
+            TarImage(path, image.offset_data, image.size, image.name),
             CaptionPlace(held_by.offset_data, held_by.size, is_json=not text),
         )
 
@@ -331,6 +330,11 @@ def _parse_object(content: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -355,12 +359,12 @@ class ShardIndex:
     losses: tuple[ShardLoss, ...]
     size: int
 
-    def picture(self, number: int) -> TarPicture:
+    def picture(self, number: int) -> TarImage:
         sample = self.samples[number]
         start = int(self.samples[number - 1]["name_end"]) if number else 0
         # What is not UTF-8 must still be fit for a line of JSON.
         name = self.names[start : int(sample["name_end"])].decode(errors="backslashreplace")
-        return TarPicture(self.path, int(sample["picture"]), int(sample["picture_size"]), name)
+        return TarImage(self.path, int(sample["picture"]), int(sample["picture_size"]), name)
 
     def caption(self, number: int) -> str:
         """Read a caption from the tar. DataError where it is not what was indexed."""
@@ -452,7 +456,7 @@ class ShardFolder:
         }
         return {"source": "shards", "counts": counts, "fingerprint": self.fingerprint}
 
-    def split(self, name: SplitName, bad: BadSamples | None = None) -> ShardImages:
+    def split(self, name: SplitName, bad: Skipped | None = None) -> ShardImages:
         """Return the images of one split, in the order of the shards' names and of the samples in each.
 
         Args:
@@ -474,7 +478,7 @@ class ShardFolder:
                 where = index.path if loss.name is None else f"{index.path}/{loss.name}"
                 if bad is None:
                     raise DataError(f"{where}: {loss.reason}; fetch or write the shard again")
-                bad.set_aside(where, loss.reason)
+                bad.add(where, loss.reason)
         return ShardImages(indices, np.arange(sum(len(index.samples) for index in indices)))
 
     @cached_property
@@ -530,7 +534,7 @@ class ShardImages(Sequence[CaptionedImage]):
         """Where the pictures are, each place made when it is asked for."""
         return Pictures(self)
 
-    def path(self, index: int) -> TarPicture:
+    def path(self, index: int) -> TarImage:
         """Where the picture of one image is."""
         shard, number = self._place(index)
         return shard.picture(number)

@@ -25,7 +25,6 @@ import numpy as np
 from PIL import Image
 
 from vlm_bridge import __version__
-from vlm_bridge.data_pipeline.bad_samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.caption_folder import (
     FORMAT,
     FORMAT_VERSION,
@@ -42,6 +41,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import decode_image
 from vlm_bridge.data_pipeline.isolated import IsolatedPool
+from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.sources.base import (
     Picture,
     Rejected,

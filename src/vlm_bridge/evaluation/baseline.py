@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import CaptionResult, caption_in_batches
 from vlm_bridge.configuration import DecodeSettings
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ModelError, UsageError
 from vlm_bridge.hub import hub_problem, reach_hub
 
@@ -102,7 +102,7 @@ class BaselineCaptioner:
 
     def caption(
         self,
-        images: Sequence[str | PictureFile | Image.Image],
+        images: Sequence[str | ImageFile | Image.Image],
         *,
         decode: DecodeSettings,
         batch_size: int = 16,

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from vlm_bridge.data_pipeline.images import open_image
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ImageError
 
 TILE = (288, 216)
@@ -24,7 +24,7 @@ BROKEN = "#ced4da"
 class SheetItem:
     """An image file with its caption, and a reference and score to compare the caption with."""
 
-    image: PictureFile
+    image: ImageFile
     caption: str
     reference: str | None = None
     score: float | None = None
@@ -70,7 +70,7 @@ def contact_sheet(
         figure.savefig(path, format="png")
 
 
-def thumbnail(path: PictureFile, size: tuple[int, int]) -> Image.Image | None:
+def thumbnail(path: ImageFile, size: tuple[int, int]) -> Image.Image | None:
     """Return the image scaled to fit ``size`` (width, height) in pixels; None if it cannot be read."""
     try:
         return ImageOps.contain(open_image(path), size, Image.Resampling.LANCZOS)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
 from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
-from vlm_bridge.data_pipeline.tar_picture import PictureFile, TarPicture
+from vlm_bridge.data_pipeline.samples import ImageFile, TarImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import SheetItem
 
@@ -67,14 +67,14 @@ class Prediction:
         return cls(image, record["caption"], score, error, scores, record.get("finished"))
 
 
-def _place(image: PictureFile) -> dict[str, Any]:
+def _place(image: ImageFile) -> dict[str, Any]:
     """Return the place of an image in a tar file."""
     if isinstance(image, Path):
         return {}
     return {"tar": {"file": str(image.file), "offset": image.offset, "size": image.size}}
 
 
-def _file(record: Mapping[str, Any]) -> PictureFile:
+def _file(record: Mapping[str, Any]) -> ImageFile:
     if "tar" not in record:
         return Path(record["image"])
     file, offset, size = (record["tar"][key] for key in ("file", "offset", "size"))
@@ -82,7 +82,7 @@ def _file(record: Mapping[str, Any]) -> PictureFile:
         raise ValueError("no place in a tar")
     if not 0 <= size <= MAX_FILE_BYTES:
         raise ValueError("no place in a tar")
-    return TarPicture(Path(file), offset, size, str(record["image"]).removeprefix(f"{file}/"))
+    return TarImage(Path(file), offset, size, str(record["image"]).removeprefix(f"{file}/"))
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

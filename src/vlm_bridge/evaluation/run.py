@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import contact_sheet
 from vlm_bridge.evaluation.predictions import (
@@ -60,7 +60,7 @@ class EvaluableCaptioner(Protocol):
 
     def caption(
         self,
-        images: Sequence[PictureFile],
+        images: Sequence[ImageFile],
         *,
         decode: DecodeSettings,
         batch_size: int,

@@ -7,7 +7,7 @@ from itertools import chain
 
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.evaluation.run import Captioned, EvaluableCaptioner
 from vlm_bridge.training_strategy.distributed import World
 
@@ -21,7 +21,7 @@ class SharedCaptioner:
 
     def caption(
         self,
-        images: Sequence[PictureFile],
+        images: Sequence[ImageFile],
         *,
         decode: DecodeSettings,
         batch_size: int,

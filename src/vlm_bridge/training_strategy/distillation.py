@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vlm_bridge.configuration import DistillationConfig, Recipe, VisionEncoderConfig
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import prefetch
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import ProjectionBridge
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -47,7 +47,7 @@ def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
 
 
 def distill_projection(
-    model: CaptionModel, recipe: Recipe, features: Features, paths: Sequence[PictureFile]
+    model: CaptionModel, recipe: Recipe, features: Features, paths: Sequence[ImageFile]
 ) -> list[float]:
     """Fit the projection in float32 to a teacher's features of the same images.
 

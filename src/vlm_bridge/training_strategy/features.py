@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline import features, picture_check
+from vlm_bridge.data_pipeline import features, image_check
 from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
 from vlm_bridge.data_pipeline.features import CacheUnavailable, FeatureCache, OnTheFlyPixels, Views
 from vlm_bridge.data_pipeline.shards import ShardFolder
@@ -29,7 +29,7 @@ def usable_images(
         DataError: more than ``max_bad_samples`` of the captions or images cannot be read.
     """
     notes_dir = folder.notes_dir if isinstance(folder, ShardFolder) else None
-    return picture_check.usable_images(
+    return image_check.usable_images(
         folder,
         split,
         limit=recipe.max_validation_images if split == "val" else None,

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Protocol, Self
 from PIL import Image
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import DataError, UsageError
 
-Picture = PictureFile | bytes | Callable[[], Image.Image]
+Picture = ImageFile | bytes | Callable[[], Image.Image]
 """An image file, the bytes of one, or a function that draws the image."""
 
 
@@ -46,7 +46,7 @@ class SourceItem:
     image_id: str
     captions: list[str]
     split: SplitName | None
-    path: PictureFile | None = None
+    path: ImageFile | None = None
     draw: Callable[[], Image.Image] | None = None
     stored: StoredPicture | None = None
     film: str | None = None

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_rows, schema_of
+from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.image_files import without_number
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
@@ -68,7 +68,7 @@ class CaptionRecord:
 Records = Iterator[CaptionRecord]
 
 
-def read_captions(path: Path, bad: BadSamples, is_image: IsImage = lambda name: False) -> Records:
+def read_captions(path: Path, bad: Skipped, is_image: IsImage = lambda name: False) -> Records:
     """Yield the records of a caption file, whose suffix tells its form.
 
     Args:
@@ -82,7 +82,7 @@ def read_captions(path: Path, bad: BadSamples, is_image: IsImage = lambda name: 
     return READERS.get(path.suffix.lower(), _read_table)(path, bad, is_image)
 
 
-def read_sidecars(folder: Path, images: Iterable[str], bad: BadSamples) -> Records:
+def read_sidecars(folder: Path, images: Iterable[str], bad: Skipped) -> Records:
     """Yield the captions of images from text files beside them, a caption a line."""
     lines = (
         (where, {"image": image, "caption": line})
@@ -94,7 +94,7 @@ def read_sidecars(folder: Path, images: Iterable[str], bad: BadSamples) -> Recor
     return _records(lines, bad)
 
 
-def read_lines(path: Path, bad: BadSamples) -> Iterator[tuple[str, str]]:
+def read_lines(path: Path, bad: Skipped) -> Iterator[tuple[str, str]]:
     """Yield ("file:line", text) for every line; ``bad`` takes those that are no text."""
     with path.open("rb") as file:
         mark = file.read(2)
@@ -136,12 +136,12 @@ def make_record(where: str, fields: dict[str, Any]) -> CaptionRecord:
     return CaptionRecord(where, image.strip(), captions, split, skipped=skipped)
 
 
-def _skip(bad: BadSamples, where: str, reason: str) -> None:
+def _skip(bad: Skipped, where: str, reason: str) -> None:
     bad.total += 1
-    bad.set_aside(where, reason)
+    bad.add(where, reason)
 
 
-def _records(found: Iterable[tuple[str, Any]], bad: BadSamples) -> Records:
+def _records(found: Iterable[tuple[str, Any]], bad: Skipped) -> Records:
     for where, fields in found:
         bad.total += 1
         try:
@@ -149,7 +149,7 @@ def _records(found: Iterable[tuple[str, Any]], bad: BadSamples) -> Records:
                 raise ValueError("not a JSON object")
             yield make_record(where, fields)
         except ValueError as error:
-            bad.set_aside(where, str(error))
+            bad.add(where, str(error))
 
 
 def _captions_of(fields: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -215,11 +215,11 @@ def _answer_of(conversation: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 # --- tables ---
 
 
-def _read_table(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
+def _read_table(path: Path, bad: Skipped, is_image: IsImage) -> Records:
     return _records(_rows(path, bad, is_image), bad)
 
 
-def _rows(path: Path, bad: BadSamples, is_image: IsImage) -> Fields:
+def _rows(path: Path, bad: Skipped, is_image: IsImage) -> Fields:
     """Yield the rows of a table; a damaged row costs no other row.
 
     Commas, semicolons, tabs or bars part the cells. A table with tabs may have no header; its
@@ -310,14 +310,14 @@ def _delimiter(path: Path, first: str) -> str:
 # --- JSON and parquet ---
 
 
-def _read_json_lines(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
-    lines = (line for _, line in read_lines(path, BadSamples("")) if line.strip())
+def _read_json_lines(path: Path, bad: Skipped, is_image: IsImage) -> Records:
+    lines = (line for _, line in read_lines(path, Skipped("")) if line.strip())
     if next(lines, "").lstrip().startswith("["):
         return _read_document(path, bad, is_image)
     return _records(_json_lines(path, bad), bad)
 
 
-def _json_lines(path: Path, bad: BadSamples) -> Fields:
+def _json_lines(path: Path, bad: Skipped) -> Fields:
     is_empty = True
     for where, line in read_lines(path, bad):
         if line.strip():
@@ -330,12 +330,12 @@ def _json_lines(path: Path, bad: BadSamples) -> Fields:
         raise DataError(f"{path}: the caption file is empty")
 
 
-def _read_document(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
+def _read_document(path: Path, bad: Skipped, is_image: IsImage) -> Records:
     """Read a list of records (BLIP, LAVIS, LLaVA), COCO's or Karpathy's form, or JSON lines."""
     try:
         content = parse_json(path.read_bytes())
     except ValueError as error:
-        first = next((line for _, line in read_lines(path, BadSamples("")) if line.strip()), "")
+        first = next((line for _, line in read_lines(path, Skipped("")) if line.strip()), "")
         try:
             is_lines = isinstance(parse_json(first), dict)
         except ValueError:
@@ -363,7 +363,7 @@ def _read_document(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
     )
 
 
-def coco_captions(path: Path, content: Any, bad: BadSamples) -> dict[Any, list[str]]:
+def coco_captions(path: Path, content: Any, bad: Skipped) -> dict[Any, list[str]]:
     """Return the captions of every image of COCO-form annotations by its id, in file order.
 
     Args:
@@ -383,7 +383,7 @@ def coco_captions(path: Path, content: Any, bad: BadSamples) -> dict[Any, list[s
                 captions[image_id].append(text)
             else:
                 where = f"{path}: annotation {annotation.get('id')}"
-                bad.set_aside(where, f"its image {image_id} is not among the images listed")
+                bad.add(where, f"its image {image_id} is not among the images listed")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged or no caption annotations of COCO ({shown(error)}): get it again"
@@ -423,7 +423,7 @@ def find_karpathy_file(folder: Path, dataset: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_parquet(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
+def _read_parquet(path: Path, bad: Skipped, is_image: IsImage) -> Records:
     """Read columns as fields; the bytes of an image column are read later."""
     schema = schema_of(path)
 
@@ -448,7 +448,7 @@ def _read_parquet(path: Path, bad: BadSamples, is_image: IsImage) -> Records:
             yield replace(record, stored=place)
 
 
-READERS: dict[str, Callable[[Path, BadSamples, IsImage], Records]] = {
+READERS: dict[str, Callable[[Path, Skipped, IsImage], Records]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_document,
     ".csv": _read_table,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import BadSamples
+from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
     coco_captions,
@@ -134,7 +134,7 @@ class Coco(Source):
             f"COCO {year}'s own train and val; test is empty, since COCO keeps the captions of its "
             "test images (Karpathy's dataset_coco.json has a test split)"
         )
-        unlisted = BadSamples("annotations")
+        unlisted = Skipped("annotations")
         captioned: Captioned = []
         for part, path in paths.items():
             if path.is_file():

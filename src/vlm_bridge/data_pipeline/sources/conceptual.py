@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.downloads import shards_command
+from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.shards import ShardLoss, read_shard
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split

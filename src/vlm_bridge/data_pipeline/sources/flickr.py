@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import MAX_BAD_SHARE, MIN_BAD_ROWS, BadSamples
+from vlm_bridge.data_pipeline.samples import MAX_SKIPPED_SHARE, MIN_SKIPPED_ROWS, Skipped
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import find_karpathy_file, read_captions
 from vlm_bridge.data_pipeline.sources.image_files import (
@@ -93,14 +93,14 @@ class _Flickr(Source):
         self, path: Path
     ) -> tuple[dict[str, list[str]], dict[str, SplitName | None]]:
         """Return captions and splits by file name, in file order."""
-        bad = BadSamples(f"rows of {path.name}")
+        bad = Skipped(f"rows of {path.name}")
         captions: dict[str, list[str]] = {}
         split_of: dict[str, SplitName | None] = {}
         for record in read_captions(path, bad):
             name = without_number(record.image)
             captions.setdefault(name, []).extend(record.captions)
             split_of.setdefault(name, record.split)
-        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
+        bad.check(MAX_SKIPPED_SHARE, at_least=MIN_SKIPPED_ROWS)
         if not captions:
             raise DataError(f"{path} has no captions: {bad.summary() or 'it is empty'}")
         self.rejected += [Rejected(Path(skip.where).name, skip.reason) for skip in bad.samples]

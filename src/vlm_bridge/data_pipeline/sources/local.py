@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.bad_samples import (
-    MAX_BAD_SHARE,
-    MIN_BAD_ROWS,
-    NUM_CAUSES,
-    BadSamples,
-    by_cause,
-)
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetPicture
+from vlm_bridge.data_pipeline.samples import (
+    MAX_SKIPPED_SHARE,
+    MIN_SKIPPED_ROWS,
+    NUM_CAUSES,
+    Skipped,
+    by_cause,
+)
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
     READERS,
@@ -78,16 +78,16 @@ class LocalFolder(Source):
         """Return the images in the order of their first caption.
 
         Rows that cannot be used and missing images are skipped, up to two of each or a share
-        (`MAX_BAD_SHARE`).
+        (`MAX_SKIPPED_SHARE`).
 
         Raises:
             DataError: there is no caption file, nothing in it can be used, or more is missing.
         """
         self.rejected = []
         images = ImageFiles(self.input_dir, follow_links=self.follow_links)
-        bad = BadSamples("captions in the caption file")
+        bad = Skipped("captions in the caption file")
         found, missing = self._match(images, bad)
-        bad.check(MAX_BAD_SHARE, at_least=MIN_BAD_ROWS)
+        bad.check(MAX_SKIPPED_SHARE, at_least=MIN_SKIPPED_ROWS)
         self._check_missing(images, len(found), missing)
         captioned = [one for one in found if any(record.captions for record in one.records)]
         skipped = [Rejected(Path(sample.where).name, sample.reason) for sample in bad.samples]
@@ -113,9 +113,7 @@ class LocalFolder(Source):
         ids = _image_ids(captioned)
         return [_item(image_id, one) for image_id, one in zip(ids, captioned, strict=True)]
 
-    def _match(
-        self, images: ImageFiles, bad: BadSamples
-    ) -> tuple[list[_Found], list[CaptionRecord]]:
+    def _match(self, images: ImageFiles, bad: Skipped) -> tuple[list[_Found], list[CaptionRecord]]:
         """Return the images with their records, and the records whose image is missing."""
         found: dict[Path | ParquetPicture, _Found] = {}
         missing: list[CaptionRecord] = []
@@ -127,7 +125,7 @@ class LocalFolder(Source):
                 except LeadsOutError:
                     continue  # images.linked_out names it
                 except ValueError as error:
-                    bad.set_aside(record.where, str(error))
+                    bad.add(record.where, str(error))
                     continue
                 if place is None:
                     missing.append(record)
@@ -138,7 +136,7 @@ class LocalFolder(Source):
             self.rejected += [Rejected(where, reason) for reason in record.skipped]
         return list(found.values()), missing
 
-    def _records(self, images: ImageFiles, bad: BadSamples) -> Iterator[tuple[CaptionRecord, Path]]:
+    def _records(self, images: ImageFiles, bad: Skipped) -> Iterator[tuple[CaptionRecord, Path]]:
         """Yield every record with the folder of its file, whose split becomes the record's."""
         files = self._caption_files(images)
         if not files:
@@ -185,7 +183,7 @@ class LocalFolder(Source):
         """Raise DataError where more than a few images are missing."""
         names = list(dict.fromkeys(record.image for record in missing))
         total = len(names) + num_found
-        allowed = max(MIN_BAD_ROWS - 1, MAX_BAD_SHARE * total) if num_found else 0
+        allowed = max(MIN_SKIPPED_ROWS - 1, MAX_SKIPPED_SHARE * total) if num_found else 0
         if len(names) <= allowed:
             return
         near = images.nearest(names[0])

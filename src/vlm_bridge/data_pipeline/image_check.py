@@ -1,6 +1,6 @@
-"""Which images of a split training can use: every picture is decoded once, before anything is made of it.
+"""Which images of a split training can use: every image is decoded once, before anything is made of it.
 
-Found in the middle of a training, a damaged picture would end it, or change what the steps after it see.
+Found in the middle of a training, a damaged image would end it, or change what the steps after it see.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from vlm_bridge.data_pipeline.bad_samples import BadSamples, write_listing
 from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
 from vlm_bridge.data_pipeline.images import MAX_PIXELS, check_image
 from vlm_bridge.data_pipeline.loader import prefetch
+from vlm_bridge.data_pipeline.samples import ImageFile, Skipped, write_listing
 from vlm_bridge.data_pipeline.splits import SplitName
-from vlm_bridge.data_pipeline.tar_picture import PictureFile
 from vlm_bridge.errors import ImageError
 from vlm_bridge.parsing import parse_json
 
@@ -43,26 +42,26 @@ def usable_images(
     listing: Path | None = None,
     remember_in: Path | None = None,
 ) -> SplitImages:
-    """The images of a split without the captions that cannot be read and the pictures that cannot be decoded.
+    """The images of a split without the captions that cannot be read and the images that cannot be decoded.
 
     Args:
         limit: look at the first images only.
-        max_bad_share: of captions, and of pictures.
+        max_bad_share: of captions, and of images.
         listing: the file that lists everything skipped; not written where there is nothing.
-        remember_in: the folder that keeps the outcome while no picture is touched.
+        remember_in: the folder that keeps the outcome while no image is touched.
 
     Raises:
         DataError: there is no such split, or more than ``max_bad_share`` is skipped.
     """
-    captions, pictures = BadSamples(f"{split} captions"), BadSamples(f"{split} pictures")
+    captions, unreadable = Skipped(f"{split} captions"), Skipped(f"{split} images")
     images = folder.split(split, captions)[:limit]
-    bad = check_pictures(images.paths, remember_in)
-    pictures.total = len(images)
+    bad = check_images(images.paths, remember_in)
+    unreadable.total = len(images)
     for index, reason in bad.items():
-        pictures.set_aside(images.path(index), reason)
+        unreadable.add(images.path(index), reason)
     if listing is not None:
-        write_listing(listing, [captions, pictures])
-    for part in (captions, pictures):
+        write_listing(listing, [captions, unreadable])
+    for part in (captions, unreadable):
         part.check(max_bad_share, listing=listing, setting="max_bad_samples")
         if len(part):
             logger.info(
@@ -71,8 +70,8 @@ def usable_images(
     return images.take(np.setdiff1d(np.arange(len(images)), list(bad))) if bad else images
 
 
-def check_pictures(paths: Sequence[PictureFile], remember_in: Path | None = None) -> dict[int, str]:
-    """Decode every picture, in threads; why some cannot be, by index. Arguments as of `usable_images`."""
+def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) -> dict[int, str]:
+    """Decode every image, in threads; why some cannot be, by index. Arguments as of `usable_images`."""
     if not len(paths):
         return {}
     remembered = remember_in / f".checked-{_state_of(paths)}" if remember_in is not None else None
@@ -96,7 +95,7 @@ def check_pictures(paths: Sequence[PictureFile], remember_in: Path | None = None
         done += len(part)
         if time.monotonic() - logged > LOG_EVERY_SECONDS:
             logged = time.monotonic()
-            logger.info(f"checked {done:,} of {len(paths):,} pictures")
+            logger.info(f"checked {done:,} of {len(paths):,} images")
     if remembered is not None:
         with contextlib.suppress(OSError):  # a read-only folder remembers nothing
             remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ def check_pictures(paths: Sequence[PictureFile], remember_in: Path | None = None
     return bad
 
 
-def _problems(paths: Sequence[PictureFile], part: range) -> dict[int, str]:
+def _problems(paths: Sequence[ImageFile], part: range) -> dict[int, str]:
     problems = {}
     for index in part:
         try:
@@ -114,7 +113,7 @@ def _problems(paths: Sequence[PictureFile], part: range) -> dict[int, str]:
     return problems
 
 
-def _state_of(paths: Sequence[PictureFile]) -> str:
+def _state_of(paths: Sequence[ImageFile]) -> str:
     """Hash names, times and sizes of the files, and the version of the decoder."""
     digest = hashlib.blake2b(f"{PIL.__version__} {MAX_PIXELS}".encode(), digest_size=12)
     for path in paths:

@@ -1,0 +1,189 @@
+"""Samples of a data folder: an image with its captions, and those that were skipped with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from vlm_bridge.errors import DataError, ImageError, on_one_line
+from vlm_bridge.files import write_atomically
+from vlm_bridge.parsing import shown
+
+MAX_SKIPPED_SHARE = 0.01
+MIN_SKIPPED_ROWS = 3
+NUM_CAUSES = 5  # causes that a message names
+NUM_NAMED = 3  # samples that a message names for each cause
+
+# What differs from sample to sample within one cause: quoted names, numbers, paths.
+_PARTICULARS = re.compile(r"'[^']*'|\d[\d,.]*|\S*/\S*")
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """An image in an uncompressed tar; it has the methods of `Path` that images need.
+
+    Attributes:
+        offset: where the content begins, in bytes.
+        member: its name in the tar, for messages only.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    member: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}/{self.member or self.offset}"
+
+    @property
+    def name(self) -> str:
+        return self.member.rpartition("/")[2] or str(self.offset)
+
+    def is_file(self) -> bool:
+        return self.file.is_file() and self.file.stat().st_size >= self.offset + self.size
+
+    def resolve(self) -> TarImage:
+        return replace(self, file=self.file.resolve())
+
+    def stat(self) -> os.stat_result:
+        """Return the status of the tar. Raises OSError."""
+        return self.file.stat()
+
+    def read_bytes(self) -> bytes:
+        """Read the image's file. Raises ImageError where the tar is gone or was cut off."""
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            reason = f"its shard cannot be read ({error.strerror or error})"
+            raise ImageError(self, reason) from None
+        if len(content) < self.size:
+            raise ImageError(self, "its shard became shorter: fetch the shard again")
+        return content
+
+    @classmethod
+    def read_in_order(cls, images: Iterable[TarImage]) -> Iterator[bytes]:
+        for image in images:
+            yield image.read_bytes()
+
+
+ImageFile = Path | TarImage
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImage:
+    """One image with all its captions."""
+
+    path: ImageFile
+    captions: tuple[str, ...]
+    original_id: str
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name``; ValueError where ``name`` is absolute or climbs out of ``folder``.
+
+    Windows forms are refused everywhere, so that a folder that works here does no harm there.
+    """
+    windows = PureWindowsPath(name)
+    leaves = PurePosixPath(name).is_absolute() or windows.drive or windows.root
+    if leaves or ".." in windows.parts or "\0" in name or not name.strip():
+        raise ValueError(f"image path {shown(name)} must be relative and stay inside {folder}")
+    return folder / name
+
+
+def is_inside(resolved: Path, path: Path) -> bool:
+    """Return whether a file is below a resolved folder, and not elsewhere by a symbolic link."""
+    try:
+        return path.resolve().is_relative_to(resolved)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedSample:
+    """A skipped sample (a file, or "file:line") and the reason."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Skipped:
+    """The skipped ones among ``total`` samples.
+
+    Attributes:
+        kind: what they are, for messages: "train images".
+    """
+
+    kind: str
+    total: int = 0
+    samples: list[SkippedSample] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def add(self, where: object, reason: str) -> None:
+        self.samples.append(SkippedSample(str(where), reason))
+
+    def check(
+        self,
+        max_share: float = MAX_SKIPPED_SHARE,
+        *,
+        at_least: int = 1,
+        listing: Path | None = None,
+        setting: str | None = None,
+    ) -> None:
+        """Raise DataError if more than ``max_share`` of the samples are skipped.
+
+        Args:
+            at_least: fewer are no error, whatever their share.
+            listing: the file that names all of them.
+            setting: the recipe's key for the share.
+        """
+        if len(self) >= at_least and len(self) > max_share * self.total:
+            limit = f"{setting}={max_share:g}" if setting else f"{max_share:.3g} of them"
+            way_out = f", or raise {setting}" if setting else ""
+            raise DataError(
+                f"{len(self):,} of {self.total:,} {self.kind} cannot be used, more than {limit}: "
+                f"{self.summary(listing)}; mend or remove them{way_out}"
+            )
+
+    def summary(self, listing: Path | None = None) -> str:
+        """Return the causes on one line, each with a count and a few samples."""
+        causes = by_cause((sample.where, sample.reason) for sample in self.samples)
+        named = on_one_line("; ".join(causes[:NUM_CAUSES]))
+        more = f"; and {len(causes) - NUM_CAUSES:,} more causes" if len(causes) > NUM_CAUSES else ""
+        return named + more + (f" (all in {listing})" if listing is not None else "")
+
+
+def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each cause, the most frequent first: count, reason, first samples.
+
+    Args:
+        skipped: (what, reason) of each; reasons that differ in numbers and names are one cause.
+    """
+    causes: dict[str, list[tuple[str, str]]] = {}
+    for what, reason in skipped:
+        causes.setdefault(_PARTICULARS.sub("", reason), []).append((what, reason))
+    lines = []
+    for found in sorted(causes.values(), key=len, reverse=True):
+        (first, reason), names = found[0], ", ".join(what for what, _ in found[:NUM_NAMED])
+        more = f" and {len(found) - NUM_NAMED:,} more" if len(found) > NUM_NAMED else ""
+        several = f"{len(found):,} times {reason}: {names}{more}"
+        lines.append(several if len(found) > 1 else f"{first}: {reason}")
+    return lines
+
+
+def write_listing(path: Path, parts: Sequence[Skipped]) -> None:
+    """Write every skipped sample as a line of JSON, or remove a listing of nothing."""
+    records = [{"kind": part.kind, **asdict(sample)} for part in parts for sample in part.samples]
+    if not records:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
