@@ -20,8 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlm_bridge.captioning.attention_panels import attention_panels
-from vlm_bridge.captioning.explain import Explanation, explain
+from vlm_bridge.captioning.explain import Explanation, attention_panels, explain
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.cli.quiet import quiet_transformers
 from vlm_bridge.configuration import Recipe, recipe_from_dict

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 
 from vlm_bridge import runtime
-from vlm_bridge.captioning.bundled import bundled_captioner, bundled_models
+from vlm_bridge.captioning import bundled_captioner, bundled_models
 from vlm_bridge.environment import (
     DISTRIBUTION,
     deviation_of,

@@ -109,7 +109,7 @@ def clone(
 
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"max_new_tokens": 5})
     Captioner(tiny_captioner(recipe), recipe).save_pretrained(tmp_path / "bundled")
-    monkeypatch.setattr("vlm_bridge.captioning.bundled.FOLDER", tmp_path / "bundled")
+    monkeypatch.setattr("vlm_bridge.captioning.BUNDLED", tmp_path / "bundled")
 
     folder = CaptionFolder.open(drawn_caption_folder)
     splits = {

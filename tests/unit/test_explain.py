@@ -11,8 +11,13 @@ import torch
 from PIL import Image
 
 from captioners import SPEAKS_TO, SYSTEMS, random_features, tiny_captioner, tiny_recipe
-from vlm_bridge.captioning.attention_panels import attention_panels
-from vlm_bridge.captioning.explain import Explanation, WordAttention, explain, group_words
+from vlm_bridge.captioning.explain import (
+    Explanation,
+    WordAttention,
+    attention_panels,
+    explain,
+    group_words,
+)
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.errors import ModelError

@@ -13,8 +13,8 @@ from PIL import Image
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
 from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.captioning.publish import CardFacts
 from vlm_bridge.errors import CheckpointError, ImageError
-from vlm_bridge.publishing import CardFacts
 
 
 @pytest.fixture(scope="module")

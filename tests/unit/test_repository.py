@@ -172,13 +172,11 @@ FLOORS = [
     {"training_strategy"},
     {"captioning"},
     {"evaluation"},
-    {"finetuning", "quickstart", "doctor", "demo", "publishing"},
+    {"finetuning", "quickstart", "doctor", "demo"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-UPWARD = {("captioning", "publishing")}
-"""`Captioner.save_pretrained` writes the folder that publishing describes."""
 
 
 def _imported_parts(module: Path) -> set[str]:
@@ -208,7 +206,7 @@ def test_imports_point_down() -> None:
         if room == "__init__":
             continue
         for name in _imported_parts(module) - {"__version__", "__init__"}:
-            if FLOOR.get(name, -1) > FLOOR[room] and (room, name) not in UPWARD:
+            if FLOOR.get(name, -1) > FLOOR[room]:
                 upward.add(f"{module.relative_to(PACKAGE)} imports {name}")
     assert not upward
 

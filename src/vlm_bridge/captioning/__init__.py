@@ -1,0 +1,29 @@
+"""Captions from images. The bundled captioner is a folder that `save_pretrained` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlm_bridge.errors import CheckpointError
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+
+
+def bundled_captioner() -> Path:
+    """Return the folder of the bundled captioner.
+
+    Raises:
+        CheckpointError: this build has none.
+    """
+    if not (BUNDLED / "config.json").is_file():
+        raise CheckpointError("no captioner is bundled with this build: give --checkpoint")
+    return BUNDLED
+
+
+def bundled_models() -> list[str]:
+    """Return the names of the bundled captioner's frozen parts; none without one."""
+    if not (BUNDLED / "config.json").is_file():
+        return []
+    recipe = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))["recipe"]
+    return [*recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]]

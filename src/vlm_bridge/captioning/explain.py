@@ -1,26 +1,37 @@
-"""Map each word of a caption to the places in the image that it attends to."""
+"""Map each word of a caption to the places in the image that it attends to, and draw the maps."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
 from vlm_bridge.model_architecture.captioner import image_attention
 
-__all__ = ["Explanation", "WordAttention", "explain"]
+__all__ = ["Explanation", "WordAttention", "attention_panels", "explain", "word_overlays"]
 
 UNLIMITED = 2**31  # tokens of an explained caption
+PANEL, GAP, MAX_COLUMNS = 208, 18, 6  # PANEL: pixels of the longer side
+TITLE_SIZE, WORD_SIZE, NOTE_SIZE = 24, 20, 14
+INK, GRAY = "#212529", "#6c757d"
+# Five colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
+HEAT = np.array(
+    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64
+)
+FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
+EVEN_SCALE = 3.0
+"""Least top of the color scale, as a multiple of even attention; even maps then stay pale."""
+NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +52,7 @@ class Explanation:
     """A caption and the attention of its words, in order; punctuation has none.
 
     Attributes:
-        area: left, top, right and bottom, in pixels of the picture, of what the grid covers.
+        area: left, top, right and bottom, in pixels of the image, of what the grid covers.
     """
 
     caption: str
@@ -51,7 +62,7 @@ class Explanation:
 
 def explain(
     captioner: Captioner,
-    picture: str | Path | Image.Image,
+    image: str | Path | Image.Image,
     decode: DecodeSettings | None = None,
     *,
     caption: str | None = None,
@@ -69,25 +80,24 @@ def explain(
         ImageError: the image cannot be read.
         ModelError: the language model does not return its attention weights.
     """
-    image = upright_rgb(picture) if isinstance(picture, Image.Image) else open_image(picture)
+    image = upright_rgb(image) if isinstance(image, Image.Image) else open_image(image)
     if caption is None:
         caption = captioner.caption([image], decode=decode)[0].caption or ""
     model, language_model = captioner.model, captioner.model.language_model
-    encoder: Any = model.vision_encoder
+    grid = model.vision_encoder.grid
 
     tokens = replace(captioner.format, max_caption_tokens=UNLIMITED).tokenize(caption)
     ids_bt = torch.tensor([tokens.input_ids], device=model.device)
     attention_tn = image_attention(model, model.encode_images([image]), ids_bt)[0]
-    on_grid_tn = attention_tn[:, -encoder.grid[0] * encoder.grid[1] :].cpu()
+    on_grid_tn = attention_tn[:, -grid[0] * grid[1] :].double().cpu()
 
     skipped = {IGNORE_INDEX, *language_model.tokenizer.all_special_ids, language_model.eos_id}
     positions = [t for t, predicted in enumerate(tokens.labels) if predicted not in skipped]
-    words = group_words([tokens.labels[t] for t in positions], language_model.decode)
-    maps = [
-        WordAttention(word, _as_map(on_grid_tn[[positions[i] for i in indices]], encoder.grid))
-        for word, indices in words
-    ]
-    return Explanation(caption, maps, encoder.seen_area(image.size))
+    words = []
+    for word, indices in group_words([tokens.labels[t] for t in positions], language_model.decode):
+        mass_n = on_grid_tn[[positions[i] for i in indices]].sum(0).clamp_min(1e-38)
+        words.append(WordAttention(word, (mass_n / mass_n.sum()).reshape(grid).numpy()))
+    return Explanation(caption, words, model.vision_encoder.seen_area(image.size))
 
 
 def group_words(
@@ -113,7 +123,94 @@ def group_words(
     return words
 
 
-def _as_map(attention_tn: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """Return the map [rows, columns] of a word from the rows of its tokens."""
-    mass_n = attention_tn.double().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    return (mass_n / mass_n.sum()).reshape(grid).numpy()
+def word_overlays(
+    explanation: Explanation, image: Image.Image, side: int = PANEL
+) -> list[Image.Image]:
+    """Return the image under each word's heat map, in order; `side` pixels on the longer side.
+
+    Args:
+        image: in the size that `explain` was given.
+    """
+    shown = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    scale = (shown.width / image.width, shown.height / image.height) * 2
+    left, top, right, bottom = (round(x * s) for x, s in zip(explanation.area, scale, strict=True))
+    left, top = max(left, 0), max(top, 0)
+    right, bottom = max(min(right, shown.width), left + 1), max(min(bottom, shown.height), top + 1)
+    return [_overlay(shown, word, (left, top, right, bottom)) for word in explanation.words]
+
+
+def _overlay(
+    shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]
+) -> Image.Image:
+    """Return the gray image under a heat map; areas that the encoder does not see stay gray."""
+    left, top, right, bottom = area
+    ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
+    heat = Image.fromarray((word.map / ceiling).astype(np.float32))
+    heat_hw = np.asarray(heat.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
+    heat_hw = heat_hw.clip(0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colors_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
+    cover_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
+    gray = shown.convert("L").convert("RGB")
+    below_hwc = np.asarray(gray.crop(area), dtype=np.float64)
+    covered = (1 - cover_hw1) * below_hwc + cover_hw1 * colors_hwc
+    gray.paste(Image.fromarray(covered.round().astype(np.uint8)), (left, top))
+    return gray
+
+
+def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Image:
+    """Draw the caption, the image, and a panel with the highest attention of each word.
+
+    Args:
+        image: in the size that `explain` was given.
+    """
+    shown = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL), Image.Resampling.LANCZOS)
+    panels = [(shown, "", "")]
+    for word, overlay in zip(explanation.words, word_overlays(explanation, image), strict=True):
+        panels.append((overlay, word.word, f"{word.peak:.1f}x"))
+
+    columns = min(len(panels), MAX_COLUMNS)
+    width = max(columns, 3) * (PANEL + GAP) + GAP
+    title_font = _font(explanation.caption, TITLE_SIZE)
+    title = _wrap(explanation.caption or "(no caption)", title_font, width - 2 * GAP)
+    line_height = round(1.3 * TITLE_SIZE)
+    top = GAP + len(title) * line_height + GAP // 2
+    row_height = shown.height + round(1.4 * WORD_SIZE + 1.4 * NOTE_SIZE) + GAP
+    bottom = top + -(-len(panels) // columns) * row_height
+
+    sheet = Image.new("RGB", (width, bottom + NOTE_SIZE + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(title):
+        pen.text((GAP, GAP + number * line_height), line, fill=INK, font=title_font)
+    for index, (panel, word, note) in enumerate(panels):
+        row, column = divmod(index, columns)
+        left, upper = GAP + column * (PANEL + GAP), top + row * row_height
+        sheet.paste(panel, (left + (PANEL - shown.width) // 2, upper))
+        middle, below = left + PANEL // 2, upper + shown.height + 6
+        size = WORD_SIZE
+        while size > NOTE_SIZE // 2 and _font(word, size).getlength(word) > PANEL:
+            size -= 1
+        pen.text((middle, below), word, fill=INK, font=_font(word, size), anchor="ma")
+        below += round(1.3 * WORD_SIZE)
+        pen.text((middle, below), note, fill=GRAY, font=_font(note, NOTE_SIZE), anchor="ma")
+    pen.text((GAP, bottom), NOTE, fill=GRAY, font=_font(NOTE, NOTE_SIZE))
+    return sheet
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return Pillow's own font, which has only ASCII, or a system font for other text."""
+    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vlm_bridge import runtime
-from vlm_bridge.captioning.bundled import bundled_captioner
+from vlm_bridge.captioning import bundled_captioner
+from vlm_bridge.captioning.publish import CardFacts, push_to_hub, write_huggingface_folder
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.features import OnTheFlyPixels
@@ -28,13 +31,12 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Validation, validate
 
-if TYPE_CHECKING:
-    from vlm_bridge.publishing import CardFacts
-
 __all__ = ["Candidate", "CaptionResult", "Captioner", "DecodeSettings"]
 
 VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is captioned
+
+ImageSource = str | ImageFile | Image.Image
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Captioner:
 
     def caption(
         self,
-        images: Sequence[str | ImageFile | Image.Image],
+        images: Sequence[ImageSource],
         *,
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
@@ -124,19 +126,17 @@ class Captioner:
             progress: called with the number of images done.
             open_image: reads a file, such as `ImageReader.open_image` in another process.
         """
-        chosen = decode or self.recipe.decode
-        encoder: Any = self.model.vision_encoder
         return caption_in_batches(
             images,
-            lambda pixels: self._caption_batch(pixels, chosen),
+            partial(self._caption_batch, decode=decode or self.recipe.decode),
             batch_size,
             progress,
-            prepare=encoder.preprocess,
+            prepare=self.model.vision_encoder.preprocess,
             open_image=open_image,
         )
 
     def candidates(
-        self, pictures: Sequence[Image.Image], count: int, *, decode: DecodeSettings | None = None
+        self, images: Sequence[Image.Image], count: int, *, decode: DecodeSettings | None = None
     ) -> list[list[Candidate]]:
         """Return `count` captions per image: the best beams, best first, or independent draws.
 
@@ -146,15 +146,13 @@ class Captioner:
         Raises:
             ConfigurationError: `count` is above the number of beams.
         """
-        encoder: Any = self.model.vision_encoder
-        pixels = encoder.preprocess([upright_rgb(picture) for picture in pictures])
+        pixels = self.model.vision_encoder.preprocess([upright_rgb(image) for image in images])
         captions = self._caption_batch(pixels, decode or self.recipe.decode, count)
-        found = [Candidate(caption, score) for caption, score, _ in captions]
-        return [found[start : start + count] for start in range(0, len(found), count)]
+        return in_batches([Candidate(caption, score) for caption, score, _ in captions], count)
 
     def __call__(
         self,
-        images: str | ImageFile | Image.Image | Sequence[str | ImageFile | Image.Image],
+        images: ImageSource | Sequence[ImageSource],
         *,
         batch_size: int = 32,
         num_return_sequences: int = 1,
@@ -169,15 +167,15 @@ class Captioner:
             ImageError: an image cannot be read.
             ConfigurationError: more captions than beams are asked for.
         """
-        single = isinstance(images, str | ImageFile | Image.Image)
+        if isinstance(images, ImageSource):
+            images = [images]
+            return self(images, num_return_sequences=num_return_sequences, decode=decode)[0]
         answers: list[Any] = []
-        for batch in in_batches([images] if single else list(images), batch_size):
-            pictures = [
-                image if isinstance(image, Image.Image) else open_image(image) for image in batch
-            ]
-            for found in self.candidates(pictures, num_return_sequences, decode=decode):
+        for batch in in_batches(images, batch_size):
+            opened = [x if isinstance(x, Image.Image) else open_image(x) for x in batch]
+            for found in self.candidates(opened, num_return_sequences, decode=decode):
                 answers.append([{"generated_text": candidate.caption} for candidate in found])
-        return answers[0] if single else answers
+        return answers
 
     def save_pretrained(self, folder: str | Path, facts: CardFacts | None = None) -> None:
         """Write a folder for `from_pretrained` and the hub: trained weights, recipe, model card.
@@ -188,31 +186,23 @@ class Captioner:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        from vlm_bridge import publishing
-
-        content = {
-            "weights": self.model.trained_state_dict(),
-            "sizes": checkpoints.captioner_sizes(self.model),
-        }
-        publishing.write_huggingface_folder(
-            content, self.recipe, Path(folder), facts or publishing.CardFacts()
-        )
+        sizes = checkpoints.captioner_sizes(self.model)
+        content = {"weights": self.model.trained_state_dict(), "sizes": sizes}
+        write_huggingface_folder(content, self.recipe, Path(folder), facts or CardFacts())
 
     def push_to_hub(
         self, repo: str, *, private: bool = False, facts: CardFacts | None = None
     ) -> str:
-        """Upload to a model repository (``owner/model``), made if need be; returns its address.
+        """Upload to a model repository (`owner/model`), made if need be; return its address.
 
         Raises:
-            UsageError: ``repo`` is no name of a repository.
+            UsageError: `repo` is no name of a repository.
             CheckpointError: there is no token (HF_TOKEN), or the hub refuses.
         """
-        from vlm_bridge import publishing
-
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / (Path(repo).name or "captioner")  # the title of its card
             self.save_pretrained(folder, facts)
-            return publishing.push_to_hub(folder, repo, private=private)
+            return push_to_hub(folder, repo, private=private)
 
     def validate(
         self,
@@ -222,31 +212,27 @@ class Captioner:
         world: World | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Validation:
-        """Loss, perplexity and visual gain on captioned images.
+        """Measure loss, perplexity and visual gain on captioned images.
 
         Args:
             world: the processes that share the work, and all get the result.
         """
         world = world or World(self.model.device)
-        data = TokenizedImages(images, self.format)
-        encoder: Any = self.model.vision_encoder
+        encoder = self.model.vision_encoder
         pixels = OnTheFlyPixels(
             [image.path for image in images], lambda x: encoder.preprocess(x).numpy()
         )
         features: Any = pixels
         if len(images) * encoder.num_tokens * encoder.embed_dim * 4 <= VALIDATION_MEMORY:
-            # Every image is read twice, with its own captions and with another's: encode it once.
-            parts = [
-                self.model.features(torch.from_numpy(pixels[np.array(indices)]))
-                .float()
-                .cpu()
-                .numpy()
-                for indices in world.share(in_batches(range(len(images)), batch_size))
-            ]
+            # Every image is read with its own captions and with another's: encode it once.
+            parts = []
+            for indices in world.share(in_batches(range(len(images)), batch_size)):
+                encoded = self.model.features(torch.from_numpy(pixels[np.array(indices)]))
+                parts.append(encoded.float().cpu().numpy())
             features = np.concatenate(world.interleave(parts))
         return validate(
             self.model,
-            data,
+            TokenizedImages(images, self.format),
             features,
             batch_images=batch_size,
             autocast=self._autocast,
@@ -257,6 +243,7 @@ class Captioner:
     def _caption_batch(
         self, pixels: torch.Tensor, decode: DecodeSettings, per_image: int = 1
     ) -> list[tuple[str, float, bool]]:
+        """Return (caption, score, finished) of pixels [B, 3, h, w], `per_image` for each."""
         features = self.model.features(pixels)
         with self._autocast():
             # Draws follow from pixels: features round differently in batches of another size.
@@ -268,58 +255,50 @@ class Captioner:
         # EOS is one of the new tokens, and cut off.
         return [(text_of(ids), score, len(ids) < decode.max_new_tokens) for ids, score in captions]
 
-    def _autocast(self) -> Any:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return runtime.autocast(self.model.device, self.recipe.autocast_dtype)
 
 
 def caption_in_batches(
-    images: Sequence[str | ImageFile | Image.Image],
+    images: Sequence[ImageSource],
     caption_batch: Callable[[Any], list[tuple[str, float, bool]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
     *,
-    prepare: Callable[[list[Image.Image]], Any] = lambda pictures: pictures,
+    prepare: Callable[[list[Image.Image]], Any] = lambda images: images,
     open_image: Callable[[Any], Image.Image] = open_image,
 ) -> list[CaptionResult]:
     """Caption images in the order given, while threads open and prepare the next batches.
 
     Args:
-        caption_batch: prepared images -> (caption, mean log-probability per token, finished) of
-            each.
+        caption_batch: prepared images -> (caption, mean log-probability per token, finished).
         progress: called with the number of images done.
         prepare: turns the RGB images of a batch into the input of `caption_batch`.
         open_image: reads a file.
     """
 
-    def read(
-        batch: list[str | ImageFile | Image.Image],
-    ) -> tuple[list[tuple[str, ImageError | None]], Any]:
-        opened = [_open(image, open_image) for image in batch]
-        readable = [picture for _, picture in opened if isinstance(picture, Image.Image)]
-        outcomes = [
-            (name, picture if isinstance(picture, ImageError) else None) for name, picture in opened
-        ]
-        return outcomes, prepare(readable) if readable else None
+    def read(batch: list[ImageSource]) -> tuple[dict[int, str], Any]:
+        opened, errors = [], {}
+        for place, image in enumerate(batch):
+            try:
+                is_open = isinstance(image, Image.Image)
+                opened.append(upright_rgb(image) if is_open else open_image(image))
+            except ImageError as error:
+                errors[place] = error.reason
+        return errors, prepare(opened) if opened else None
 
     results: list[CaptionResult] = []
-    for outcomes, prepared in prefetch(in_batches(list(images), batch_size), read, DECODE_AHEAD):
+    batches = in_batches(images, batch_size)
+    for batch, (errors, prepared) in zip(
+        batches, prefetch(batches, read, DECODE_AHEAD), strict=True
+    ):
         captions = iter(caption_batch(prepared) if prepared is not None else [])
-        for name, error in outcomes:
-            if error is not None:
-                results.append(CaptionResult(name, None, None, error.reason))
+        for place, image in enumerate(batch):
+            name = "<image>" if isinstance(image, Image.Image) else str(image)
+            if place in errors:
+                results.append(CaptionResult(name, None, None, errors[place]))
             else:
                 caption, score, finished = next(captions)
                 results.append(CaptionResult(name, caption, score, finished=finished))
         progress(len(results))
     return results
-
-
-def _open(
-    image: str | ImageFile | Image.Image, open_image: Callable[[Any], Image.Image]
-) -> tuple[str, Image.Image | ImageError]:
-    if isinstance(image, Image.Image):
-        return "<picture>", upright_rgb(image)
-    try:
-        return str(image), open_image(image)
-    except ImageError as error:
-        return str(image), error

@@ -1,4 +1,4 @@
-"""``vlm-bridge doctor``."""
+"""`vlm-bridge doctor`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,25 @@ import sys
 
 import typer
 
+from vlm_bridge.cli import options
 
-def doctor(
-    as_json: bool = typer.Option(False, "--json", help="Print a JSON list instead of a table."),
-) -> None:
-    """Check versions, devices, Java, disk and hub access, and name the command that mends what is missing."""
+
+def doctor(as_json: options.AsJson = False) -> None:
+    """Check versions, devices, Java, disk and hub access, and name commands that mend problems."""
     from vlm_bridge.doctor import run_checks
 
     checks = run_checks()
     if as_json:
-        print(
-            json.dumps(
-                [dataclasses.asdict(check) for check in checks], indent=2, ensure_ascii=False
-            )
-        )
+        rows = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
-        from rich.console import Console
-        from rich.text import Text
-
-        console = Console(soft_wrap=True, highlight=False)
-        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         width = max(len(check.name) for check in checks)
+        colors = {"ok": "green", "warn": "yellow", "fail": "red"}
         for check in checks:
-            line = Text.assemble(
-                (f"{check.status:<5}", colours[check.status]), f"{check.name:<{width}}  "
-            )
-            console.print(line.append(check.detail, "default" if check.status == "ok" else "bold"))
+            status = typer.style(f"{check.status:<5}", colors[check.status])
+            typer.echo(f"{status}{check.name:<{width}}  {check.detail}")
             if check.fix:
-                console.print(Text(f"{'':<{width + 7}}mend: {check.fix}", "cyan"))
-    failures = [check.name for check in checks if check.status == "fail"]
-    if failures:
+                typer.echo(f"{'':<{width + 7}}mend: {check.fix}")
+    if failures := [check.name for check in checks if check.status == "fail"]:
         print(f"error: required and missing or broken: {', '.join(failures)}", file=sys.stderr)
         raise typer.Exit(1)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_bridge.cli import options
+from vlm_bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from vlm_bridge.captioning.publish import CardFacts
+    from vlm_bridge.configuration import Recipe
+
+ORIGINAL_HEADS = 8  # of the original project's bridge; its checkpoints do not name them
+
 
 class Layout(StrEnum):
-    """What an exported checkpoint is for."""
-
     huggingface = "huggingface"
     original = "original"
 
 
 class Dtype(StrEnum):
-    """How the trained weights are stored; a captioner computes in its recipe's dtype all the same."""
+    """Dtypes of stored weights; a captioner computes in its recipe's dtype all the same."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -27,25 +35,18 @@ class Dtype(StrEnum):
 
 
 def export(
-    checkpoint: str = typer.Argument(
-        ..., help="A checkpoint, the folder of a run, or a model on the hub."
-    ),
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint, the folder of a run, or a model on the hub.")
+    ],
     output_dir: Path = typer.Option(..., help="Where to write; made if need be."),
     format: Layout = typer.Option(
         Layout.huggingface,
         help="A Hugging Face folder, or a .pth of the original project's layout.",
     ),
-    config: Path = typer.Option(
-        None,
-        "--config",
-        "-c",
-        help="Recipe of a checkpoint that names none (the original project's).",
-    ),
-    dtype: Dtype = typer.Option(
-        None, help="How to store the weights. (default: as the checkpoint does)"
-    ),
+    config: options.Config = None,
+    dtype: Dtype = typer.Option(None, help="Of the weights. (default: as the checkpoint does)"),
     title: str = typer.Option(None, help="Title of the model card. (default: the folder's name)"),
-    license: str = typer.Option(None, help="Licence for the model card, e.g. mit."),
+    license: str = typer.Option(None, help="License for the model card, e.g. mit."),
     dataset: str = typer.Option(
         None, help="Training data for the model card, e.g. daniel3303/GroundCap."
     ),
@@ -58,9 +59,7 @@ def export(
     ),
     private: bool = typer.Option(False, "--private", help="Make the hub's repository private."),
 ) -> None:
-    """Write a trained captioner for others: a Hugging Face folder, or the original project's layout."""
-    from vlm_bridge.errors import UsageError
-
+    """Write a trained captioner as a Hugging Face folder, or in the original project's layout."""
     original = format is Layout.original
     if push_to_hub and original:
         raise UsageError("--push-to-hub uploads a Hugging Face folder: leave --format out")
@@ -69,15 +68,14 @@ def export(
     if private and not push_to_hub:
         raise UsageError("--private needs --push-to-hub REPO")
 
-    from vlm_bridge import publishing
+    from vlm_bridge.captioning import publish
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.formats.dinov2_gemma import save_original
-    from vlm_bridge.model_architecture.tensor_files import WEIGHTS_NAME
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
     quiet_transformers()
-    target = output_dir / (checkpoints.BEST_WEIGHTS if original else WEIGHTS_NAME)
+    target = output_dir / (checkpoints.BEST_WEIGHTS if original else checkpoints.WEIGHTS_NAME)
     if target.exists() and not overwrite:
         raise UsageError(
             f"{target} exists; choose another --output-dir, or replace it with --overwrite"
@@ -88,16 +86,45 @@ def export(
     recipe = checkpoints.recipe_of(content, where, given, to_build=False)
     if dtype is not None:
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.value)
-    facts = publishing.CardFacts(title, license, dataset)
+    facts = publish.CardFacts(title, license, dataset, _scores(where, metrics))
     if original:
         save_original(target, recipe, content, where)
     else:
-        facts = dataclasses.replace(facts, metrics=publishing.read_metrics(where, metrics))
-        publishing.write_huggingface_folder(content, recipe, output_dir, facts)
-    for note in publishing.export_notes(recipe, facts, original=original):
+        publish.write_huggingface_folder(content, recipe, output_dir, facts)
+    for note in _notes(recipe, facts, original):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {where}")
     if push_to_hub:
-        typer.echo(f"pushed to {publishing.push_to_hub(output_dir, push_to_hub, private=private)}")
+        typer.echo(f"pushed to {publish.push_to_hub(output_dir, push_to_hub, private=private)}")
     else:
-        typer.echo(f"next: vlm-bridge caption PICTURE --checkpoint {output_dir}")
+        typer.echo(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
+
+
+def _scores(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
+    """Return given scores, or those of the last evaluation beside a checkpoint or in its run."""
+    from vlm_bridge.evaluation import run_folder
+
+    if given is not None:
+        return run_folder.read_metrics(given)
+    folder = checkpoint.parent
+    places = (folder, folder.parent) if folder.name == "checkpoints" else (folder,)
+    written = [file for place in places for file in run_folder.evaluations_in(place)]
+    return run_folder.read_metrics(written[-1]) if written else None
+
+
+def _notes(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:
+    """Yield what is left open, or needs care on other machines."""
+    from vlm_bridge.captioning.publish import is_local
+
+    for name in filter(is_local, [*recipe.vision_encoder.names, recipe.language_model.name]):
+        yield f"{name} is a folder of this machine: others must have it in the same place"
+    heads = getattr(recipe.bridge, "num_heads", ORIGINAL_HEADS)
+    if original and heads != ORIGINAL_HEADS:
+        yield (
+            f"the original project builds {ORIGINAL_HEADS} heads: construct its FullModel with "
+            f"bridge_num_heads={heads}"
+        )
+    if not original and not facts.license:
+        yield "the model card names no license: give --license, or edit README.md"
+    if not original and not facts.metrics:
+        yield "the model card has no scores: evaluate with --output-dir RUN/val before exporting"

