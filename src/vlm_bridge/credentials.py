@@ -1,13 +1,17 @@
-"""Keep tokens and passwords out of messages, checkpoints, reports and logs."""
+"""Access to the Hugging Face hub: hidden tokens, and one plain line when a download fails."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from typing import Literal
 
+SITE = "https://huggingface.co"
 HIDDEN = "***"
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 SHORTEST_TOKEN = 8  # hiding shorter values would garble text that has them by chance
+PROBE_SECONDS = 5.0
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _USER_OF_ADDRESS = re.compile(r"(:/{1,2})[^/\s@]+@")  # Path turns two slashes into one
 
@@ -23,3 +27,94 @@ def redact(text: str) -> str:
         if len(token) >= SHORTEST_TOKEN:
             text = text.replace(token, HIDDEN)
     return _USER_OF_ADDRESS.sub(rf"\1{HIDDEN}@", _HUB_TOKEN.sub(HIDDEN, text))
+
+
+def hub_problem(
+    error: BaseException, name: str, kind: Literal["model", "dataset"] = "model"
+) -> str | None:
+    """Explain on one line why the hub did not give ``name``, and how to mend it.
+
+    No message of the hub is repeated, since it may quote a request with its token.
+
+    Args:
+        error: raised by a library; its chain of causes is searched.
+        name: OWNER/NAME, or a folder.
+
+    Returns:
+        None where the hub has no part in the error.
+    """
+    from huggingface_hub import constants, errors
+
+    if kind == "model" and os.path.exists(name):  # noqa: PTH110 (Path raises for a long name)
+        return None
+    page = f"{SITE}/{name}" if kind == "model" else f"{SITE}/datasets/{name}"
+    token = f"export HF_TOKEN=hf_...; tokens are made on {SITE}/settings/tokens"
+    causes = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(errors.GatedRepoError):
+        return f"access is gated: accept its terms on {page} and set HF_TOKEN ({token})"
+    if caused_by(errors.RevisionNotFoundError):
+        return f"it has no such revision; {page}/commits/main lists them"
+    if caused_by(errors.RepositoryNotFoundError):
+        return (
+            f"it is no folder here and no public {kind} on {SITE}; check the name, or for a private "
+            f"one set HF_TOKEN to a token that may read it ({token})"
+        )
+    statuses = (getattr(getattr(e, "response", None), "status_code", None) for e in causes)
+    if status := next((status for status in statuses if status in (401, 403)), None):
+        return (
+            f"the hub refused access to {page} ({status}): the token is missing, wrong or expired; "
+            f"set HF_TOKEN ({token})"
+        )
+    offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
+    # The hub's client is httpx or httpx2, whose errors share no base class with others.
+    if caused_by(*offline, ConnectionError, TimeoutError) or any(
+        base.__name__ == "TransportError" for e in causes for base in type(e).__mro__
+    ):
+        mend = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
+        folder = ", or give a folder made by save_pretrained" if kind == "model" else ""
+        return (
+            f"it is not in the hub's cache, and {constants.ENDPOINT} cannot be reached: "
+            f"{mend}{folder}"
+        )
+    return None
+
+
+def reach_hub(name: str, revision: str | None = None) -> None:
+    """Ask whether the hub answers, before a download that would retry for half a minute.
+
+    Nothing is asked for a folder or a model in the hub's cache, nor with HF_HUB_OFFLINE.
+
+    Raises:
+        ConnectionError: no answer; `hub_problem` turns it into one line.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or os.path.exists(name):  # noqa: PTH110
+        return
+    try:
+        is_cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name of a repository
+        return
+    if not isinstance(is_cached, str) and not hub_answers():
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer")
+
+
+def hub_answers() -> bool:
+    """Return whether the hub, or the proxy that leads to it, answers within a few seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # of whichever client the hub's library uses
+        return False
+    return True
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import IO
 
 
+def cache_dir() -> Path:
+    """Return `$VLM_BRIDGE_CACHE`, else `vlm-bridge` in `$XDG_CACHE_HOME` or ~/.cache."""
+    if explicit := os.environ.get("VLM_BRIDGE_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vlm-bridge"
+
+
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Replace a file by a complete new one, or leave it as it was.
 

@@ -229,7 +229,7 @@ def test_compiling_changes_no_loss_and_no_name(
 def test_without_a_compiler_training_says_so_and_goes_on(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_bridge.runtime.shutil.which", lambda name: None)
+    monkeypatch.setattr("vlm_bridge.device.shutil.which", lambda name: None)
     run = Run(make_recipe("run", "compile=true", "max_steps=1"))
     assert run.said("compile=true has no effect here: there is no C++ compiler")
     assert run.result.steps == 1

@@ -139,13 +139,12 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
 
 
 def _note_of_versions() -> str | None:
-    """Name the imported packages whose versions are outside the tested range, if there are any."""
+    """Name the installed packages whose versions are outside the tested range, if there are any."""
     with suppress(Exception):  # an error is being reported: nothing may hide it
-        from vlm_bridge.environment import imported_deviations
+        from vlm_bridge.version import untested_packages
 
-        if deviations := imported_deviations():
-            named = ", ".join(map(str, deviations))
-            return f"note: {named}, which may be the cause: vlm-bridge doctor"
+        if found := untested_packages():
+            return f"note: {'; '.join(found)}; this may be the cause: vlm-bridge doctor"
     return None
 
 

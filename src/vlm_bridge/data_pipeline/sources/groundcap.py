@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vlm_bridge.credentials import hub_problem
 from vlm_bridge.data_pipeline.captions import (
     MAX_CAPTION_CHARACTERS,
     CaptionStyle,
@@ -28,7 +29,6 @@ from vlm_bridge.data_pipeline.splits import (
     normalise_split,
 )
 from vlm_bridge.errors import DataError
-from vlm_bridge.hub import hub_problem
 
 HUB_NAME = "daniel3303/GroundCap"
 ID, IMAGE, CAPTION, HUMAN = "id", "image", "caption", "human_annotated"

@@ -1,0 +1,156 @@
+"""Devices, precision, threads and memory of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm_bridge.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+
+LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"})
+"""Environment variables that torchrun and accelerate launch set."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return a torch device; `auto` is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        ConfigurationError: an unknown device, or one that this machine does not have.
+    """
+    import torch
+
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
+        raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)")
+    device = torch.device(name)
+    if device.type == "mps" and not has_mps:
+        raise ConfigurationError(f"device={name!r}, but torch sees no Apple GPU here")
+    if device.type == "cuda" and not has_cuda:
+        raise ConfigurationError(
+            f"device={name!r}, but torch sees no CUDA GPU here (see vlm-bridge doctor)"
+        )
+    return device
+
+
+def process_rank() -> int:
+    """Return the rank of this process; 0 without a launcher."""
+    return int(os.environ["RANK"]) if os.environ.keys() >= LAUNCHED else 0
+
+
+def autocast(
+    device: torch.device, dtype_name: str | None
+) -> contextlib.AbstractContextManager[object]:
+    """Return a new context of mixed precision; one without effect where `dtype_name` is None."""
+    import torch
+
+    if dtype_name is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype_name))
+
+
+def usable_cores() -> int:
+    """Return the physical cores that this process and its container may use."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, -(-int(quota) // int(period)))
+    return max(1, cores)
+
+
+def set_threads() -> int:
+    """Use OMP_NUM_THREADS, else one thread per usable core; return the number of threads."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
+    return torch.get_num_threads()
+
+
+def cpu_has_bfloat16() -> bool | None:
+    """Return whether the CPU computes in bfloat16 (AVX-512, AMX, Arm); None where unknown."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return None
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what `torch.compile` lacks for a device, or None."""
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "there is no C++ compiler (g++, clang++)"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+class DeviceCopy:
+    """Copy tensors to a device while it computes.
+
+    On CUDA through pinned memory and a stream of its own, else at once.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device):
+        import torch
+
+        self.done = None
+        if device.type != "cuda":
+            self.tensors = [tensor.to(device) for tensor in tensors]
+            return
+        with torch.cuda.stream(stream := _copy_stream(device)):
+            self.tensors = [
+                tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+                for tensor in tensors
+            ]
+            self.done = stream.record_event()
+
+    def wait(self) -> list[torch.Tensor]:
+        """Return the tensors, ready for work that is queued from now on."""
+        import torch
+
+        if self.done is not None:
+            current = torch.cuda.current_stream(self.tensors[0].device)
+            current.wait_event(self.done)
+            for tensor in self.tensors:  # keeps their memory from the next copy while in use
+                tensor.record_stream(current)
+        return self.tensors
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system (glibc); batches of many lengths leave gigabytes of holes."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_rss_gib() -> float:
+    """Return the peak resident memory of this process, in GiB."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
