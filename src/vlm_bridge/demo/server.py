@@ -1,38 +1,106 @@
-"""The demo's server: the page at `/` and a JSON endpoint. Needs the extra `demo`."""
+"""Serve the page at `/` and a JSON endpoint at `/api/caption`. Needs the extra `demo`."""
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
+import ipaddress
 import os
 import socket
 import tempfile
-import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from gradio.themes import Default
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.middleware import Middleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm_bridge.demo.guard import Guard, close_idle
-from vlm_bridge.demo.page import CSS, Examples, build_page, theme
-from vlm_bridge.demo.service import MAX_UPLOAD, Answer, CaptionService, UploadError
+from vlm_bridge.demo.page import CSS, Examples, build_page
+from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService, UploadError
 from vlm_bridge.errors import UsageError, VLMBridgeError
 
+UPLOAD_PATHS = ("/api/caption", "/gradio_api/upload")
+MAX_UPLOAD_REQUEST_MB = 200
+MAX_REQUEST_MB = 1  # of a request that carries no image
 QUEUE_SIZE = 100
+HEADERS = {
+    # The browser then refuses to fetch anything from another host.
+    "Content-Security-Policy": "default-src 'self' data: blob:; frame-ancestors 'self'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
-class Demo:
-    """The page at `/` and the endpoint at `/api/caption`, served by threads of their own until closed.
+class Guard:
+    """ASGI middleware: refuse foreign hosts (DNS rebinding), foreign pages, and large bodies."""
 
-    One worker is on the model for both. Gradio launches the page itself: files that clients name are then read from
-    where their uploads are kept and from nowhere else. `Guard` stands before it.
+    def __init__(self, app: ASGIApp, listens_on: str):
+        self.app = app
+        self.listens_on = listens_on
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if refused := self._refusal(scope):
+            status, message = refused
+            headers = {**HEADERS, "Connection": "close"}
+            await JSONResponse({"error": message}, status, headers)(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Return the status and message of a refused request."""
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if scope["type"] != "http" or not is_own_name(host, self.listens_on):
+            return 400, f"this server is not {host[:100]!r}: open it by its address, or use --host"
+        if origin is not None and urlsplit(origin).netloc != host:
+            return 403, "requests of other pages are refused"
+        if "transfer-encoding" in headers:
+            return 411, "send a Content-Length: the size is checked before the body is read"
+        most = MAX_UPLOAD_REQUEST_MB if scope["path"].startswith(UPLOAD_PATHS) else MAX_REQUEST_MB
+        if int(headers.get("content-length", 0)) > most * MEGABYTE:
+            return 413, f"the request is too large: send at most {most} MB"
+        return None
+
+
+def is_own_name(host: str, listens_on: str) -> bool:
+    """Return whether a Host header names this server.
+
+    Anyone can make a domain lead here (DNS rebinding), but not an address or this machine's name.
+    """
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        own = {"localhost", listens_on.lower(), socket.gethostname().lower(), socket.getfqdn()}
+        return name in own or bool(ipaddress.ip_address(name))
+    return False
+
+
+@contextmanager
+def serving(
+    service: CaptionService,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    run: Path | None = None,
+    examples: Examples = (),
+) -> Iterator[str]:
+    """Serve until the block ends, and yield the address. What clients sent is deleted then.
 
     Args:
         host: address to listen on.
@@ -41,119 +109,66 @@ class Demo:
         examples: (name, image) that a visitor may caption with a click.
 
     Raises:
-        UsageError: the address cannot be had.
+        UsageError: the address is taken or does not exist.
     """
 
-    def __init__(
-        self,
-        service: CaptionService,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        *,
-        run: Path | None = None,
-        examples: Examples = (),
-    ):
-        self.service = service
-        self._uploads = tempfile.TemporaryDirectory(prefix="vlm-bridge-demo-")
-        os.environ["GRADIO_TEMP_DIR"] = self._uploads.name
-        active: Counter[Any] = Counter()
-
-        @asynccontextmanager
-        async def lifespan(_: object) -> AsyncIterator[None]:
-            sweeping = asyncio.create_task(close_idle(active, self._connections))
-            yield
-            sweeping.cancel()
-
-        self.page = build_page(service, Path(self._uploads.name), run=run, examples=examples)
-        self.page.queue(default_concurrency_limit=1, max_size=QUEUE_SIZE, api_open=False)
-        port = port or free_port(host)
+    async def caption(request: HTTPRequest) -> JSONResponse:
         try:
-            self.page.launch(
-                server_name=host,
-                server_port=port,
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                inbrowser=False,
-                max_file_size=MAX_UPLOAD,
-                ssr_mode=False,
-                footer_links=["settings"],  # light or dark
-                theme=theme(),
-                css=CSS,
-                app_kwargs={
-                    "lifespan": lifespan,
-                    "middleware": [
-                        Middleware(Guard, host=host, uploads=Path(self._uploads.name), active=active)
-                    ],
-                    "routes": [Route("/api/caption", self._caption, methods=["POST"])],
-                    # Its own pages load scripts from elsewhere.
-                    "docs_url": None, "redoc_url": None, "openapi_url": None,
-                },
-            )  # fmt: skip
-        except (OSError, RuntimeError) as error:
-            self._uploads.cleanup()
-            raise UsageError(
-                f"cannot serve on {host}:{port}: {error}; give another --port or --host"
-            ) from error
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-    def close(self) -> None:
-        """Stop serving, within seconds whatever is being computed, and delete what clients sent."""
-        self.page.close(verbose=False)
-        self._uploads.cleanup()
-
-    def _connections(self) -> Iterable[Any]:
-        return list(self.page.server.server_state.connections)
-
-    async def _caption(self, request: HTTPRequest) -> JSONResponse:
-        try:
-            answer = await _answer_form(self.service, request)
+            return JSONResponse(await _answer_form(service, request))
         except VLMBridgeError as error:
             status = error.status if isinstance(error, UploadError) else 422
-            return JSONResponse({"error": str(error)}, status_code=status)
-        return JSONResponse(answer.to_json())
+            return JSONResponse({"error": str(error)}, status)
 
-
-async def _answer_form(service: CaptionService, request: HTTPRequest) -> Answer:
-    """Caption the picture in a multipart form: field `image`, and any field of `Request`."""
-    length = request.headers.get("content-length", "")
-    if not length.isdigit():
-        raise UploadError(
-            "send a Content-Length: the size of a picture is checked before it is read", 411
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as probe:
+            port = probe.getsockname()[1]
+    except OSError as error:
+        raise UsageError(
+            f"cannot serve on {host}:{port}: {error.strerror}; give another --port or --host"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="vlm-bridge-demo-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        page = build_page(service, run=run, examples=examples)
+        page.queue(default_concurrency_limit=1, max_size=QUEUE_SIZE, api_open=False)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            max_file_size=MAX_UPLOAD_MB * MEGABYTE,
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=["settings"],  # light or dark
+            theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css_paths=CSS,
+            app_kwargs={
+                "middleware": [Middleware(Guard, listens_on=host)],
+                "routes": [Route("/api/caption", caption, methods=["POST"])],
+                "docs_url": None,  # these pages load scripts from elsewhere
+                "redoc_url": None,
+                "openapi_url": None,
+            },
         )
+        try:
+            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        finally:
+            page.close(verbose=False)
+
+
+async def _answer_form(service: CaptionService, request: HTTPRequest) -> dict[str, Any]:
+    """Caption the image in a multipart form: file `image`, and any field of `Request`."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise UploadError("send multipart/form-data with the picture as the file `image`", 415)
+        raise UploadError("send multipart/form-data with the image as the file `image`", 415)
     async with request.form(max_files=1, max_fields=10) as form:
         upload = form.get("image")
         if not isinstance(upload, UploadFile):
             raise UploadError("the form has no file `image`", 422)
-        given = {name: value for name, value in form.items() if isinstance(value, str)}
-        chosen = service.default_request.updated(given)
-        content = await upload.read()
-        return await run_in_threadpool(
-            service.answer, content, upload.filename or "the upload", chosen
-        )
-
-
-def serve(demo: Demo) -> None:
-    """Serve until interrupted; then end within seconds, whatever a request is computing."""
-    print(f"serving on {demo.address} (Ctrl-C stops)", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        demo.close()
-        print("stopped", flush=True)
-        os._exit(130)  # a thread on the model would keep the process until its caption is done
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on. Raises UsageError where the address cannot be had."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)
-            return probe.getsockname()[1]
-    except OSError as error:
-        raise UsageError(
-            f"cannot serve on {host}: {error.strerror or error}; give another --host"
-        ) from error
+        fields = {name: value for name, value in form.items() if isinstance(value, str)}
+        chosen = service.default_request.updated(fields)
+        name = upload.filename or "the upload"
+        answer = await run_in_threadpool(service.answer, await upload.read(), name, chosen)
+    alternatives = [dataclasses.asdict(candidate) for candidate in answer.alternatives]
+    seconds = round(answer.seconds, 3)
+    return {"caption": answer.caption, "alternatives": alternatives, "seconds": seconds}
