@@ -31,7 +31,8 @@ from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat
 from vlm_bridge.data_pipeline.loader import CaptionFormat, EpochBatches, TokenizedImages, prefetch
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
+from vlm_bridge.model_architecture.bridges import build_bridge
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable, trained_parameters
 from vlm_bridge.training_strategy.data import epoch_plan

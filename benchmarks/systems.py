@@ -36,12 +36,8 @@ from vlm_bridge.configuration import (
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import CaptionFormat, TokenizedImages
-from vlm_bridge.model_architecture.captioner import (
-    CaptionModel,
-    build_bridge,
-    build_captioner,
-    caption_format,
-)
+from vlm_bridge.model_architecture.bridges import build_bridge
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder

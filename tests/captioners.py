@@ -13,8 +13,8 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from tiny_models import seeded
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.loader import PackedBatch
-from vlm_bridge.model_architecture.bridges import ImageInputs
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge, build_captioner
+from vlm_bridge.model_architecture.bridges import ImageInputs, build_bridge
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
 
 BRIDGES: dict[str, dict[str, Any]] = {

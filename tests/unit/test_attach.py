@@ -23,8 +23,13 @@ from captioners import (
 from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import Attached, attach
-from vlm_bridge.model_architecture.bridges import ImageInputs, KeyValuePrefix, TextShape
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
+from vlm_bridge.model_architecture.bridges import (
+    ImageInputs,
+    KeyValuePrefix,
+    TextShape,
+    build_bridge,
+)
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.weights import build_language_model
 
@@ -157,7 +162,7 @@ def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: boo
     expected = gradients(model)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
     runs: list[object] = []
-    part = next(model.language_model.layers("")[-1].children())
+    part = next(model.language_model.layers()[-1].children())
     part.register_forward_pre_hook(lambda layer, _: runs.append(layer))
     model.language_model.checkpoint_activations()
     found = gradients(model, in_a_thread=in_a_thread)
@@ -196,11 +201,13 @@ def test_without_a_prefix_nothing_changes(folder: Path, attention: str) -> None:
     model = load(folder, attention)
     ids = torch.randint(3, 300, (2, 9))
     segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
-    inputs = (ids, model.packed_mask(segments, 0))
-    plain, packed = model.hidden_states(ids), model.hidden_states(*inputs)
+    mask = model.packed_mask(segments, 0)
+    plain, packed = model.hidden_states(ids), model.hidden_states(ids, attention_mask=mask)
     model.accept_prefix()
     torch.testing.assert_close(model.hidden_states(ids), plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.hidden_states(*inputs), packed, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.hidden_states(ids, attention_mask=mask), packed, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -252,7 +259,7 @@ def above(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> CaptionModel:
 
 def test_layers_below_run_without_a_graph(above: CaptionModel) -> None:
     needs_gradient = []
-    for layer in above.language_model.layers(""):
+    for layer in above.language_model.layers():
         layer.register_forward_hook(lambda *args: needs_gradient.append(args[2].requires_grad))
     above.text_states(IDS, above.image_inputs(random_features(above, 1)))
     assert needs_gradient == [False, True]

@@ -8,8 +8,7 @@ import torch
 from captioners import what_is_read
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.bridges import BRIDGES, TextShape
-from vlm_bridge.model_architecture.captioner import build_bridge
+from vlm_bridge.model_architecture.bridges import BRIDGES, TextShape, build_bridge
 
 
 def bridge_of(

@@ -17,8 +17,8 @@ from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.formats import dinov2_gemma
 from vlm_bridge.model_architecture import tensor_files
-from vlm_bridge.model_architecture.bridges import TextShape
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_bridge
+from vlm_bridge.model_architecture.bridges import TextShape, build_bridge
+from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.optimizer import adamw

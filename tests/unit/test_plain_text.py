@@ -60,7 +60,7 @@ def test_a_vocabulary_with_control_tokens_as_pieces_gives_none() -> None:
     )
     encoded = encode_as_text(tokenizer, ["A man </s> sits", "A man sits"])
     assert tokenizer.eos_token_id not in encoded[0]
-    assert [tokenizer.decode(ids) for ids in encoded] == ["A man < / s > sits", "A man sits"]
+    assert tokenizer.decode(encoded[0]).split() == tokenizer.decode(encoded[1]).split()
 
 
 def test_a_tokenizer_in_python_reads_control_tokens_as_text(tmp_path: Path) -> None:

@@ -14,12 +14,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_bridge.configuration import BridgeOptions, DecodeSettings, Recipe
+from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.loader import CaptionFormat
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
-from vlm_bridge.model_architecture.bridges import BRIDGES, ImageInputs, TextShape
-from vlm_bridge.model_architecture.generation import Caption, draws_beams, image_keys, search
+from vlm_bridge.model_architecture.bridges import (
+    Bridge,
+    CrossAttentionBridge,
+    DeepPrefixBridge,
+    ImageInputs,
+    build_bridge,
+)
+from vlm_bridge.model_architecture.generation import Caption, beams, image_keys, search
 from vlm_bridge.model_architecture.language_model import (
     LanguageModel,
     cross_attention_cache,
@@ -37,7 +43,6 @@ from vlm_bridge.model_architecture.weights import build_language_model
 # On a CPU, torch 2.13 runs other kernels for fewer images or rows of text. They round differently,
 # and the caption of an image would depend on its batch.
 FEWEST_IMAGES, FEWEST_ROWS = 2, 3
-MAX_RETURN_SEQUENCES = 1_000
 
 
 class FeatureScale(nn.Module):
@@ -66,46 +71,46 @@ class CaptionModel(nn.Module):
     """Composes the three parts; parameters that require gradients are trained."""
 
     def __init__(
-        self, vision_encoder: Any, language_model: LanguageModel, bridge: Any, *, standardize: bool
+        self,
+        vision_encoder: Any,
+        language_model: LanguageModel,
+        bridge: Bridge,
+        *,
+        standardize: bool,
     ):
         super().__init__()
         self.vision_encoder = vision_encoder
         self.language_model = language_model
         self.bridge = bridge
-        self.edits_text = isinstance(bridge, BRIDGES["cross_attention"])
-        if isinstance(bridge, BRIDGES["deep_prefix"]):
+        if isinstance(bridge, DeepPrefixBridge):
             language_model.accept_prefix()
-        if self.edits_text:
+        if isinstance(bridge, CrossAttentionBridge):
             language_model.open_layer(bridge.first_layer)
-        if self.edits_text and bridge.first_layer == 0:
-            language_model.check_embedding_scale()
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None
+        # Positions before the text: soft tokens, and the start token before them.
+        self.num_soft_positions = bridge.num_soft_tokens + (bridge.num_soft_tokens > 0)
         self._cache_options: dict[str, Any] = {}
         self._object_namer: ObjectNamer | None = None
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
     def edits_scaled_embeddings(self) -> bool:
         """Whether its bridge changes token embeddings that the language model then scales."""
-        edits_embeddings = self.edits_text and self.bridge.first_layer == 0
-        return edits_embeddings and float(self.language_model.embedding_scale) != 1
+        edits = isinstance(self.bridge, CrossAttentionBridge) and self.bridge.first_layer == 0
+        return edits and float(self.language_model.embedding_scale) != 1
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> CaptionModel:
         """Switch the bridge, and modules that are trained whole; frozen parts get no dropout."""
         super().train(False)
         self.training = mode
         self.bridge.train(mode)
-        if mode and self.language_model.is_trained:
-            for module in self.language_model.modules():
-                parameters = list(module.parameters())
-                if parameters and all(parameter.requires_grad for parameter in parameters):
-                    module.train()
+        for module in self.language_model.modules() if mode else ():
+            if all(p.requires_grad for p in module.parameters()) and any(module.parameters()):
+                module.train()
         return self
-
-    # Image side: once per image.
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return features [B, N, D] of RGB images."""
@@ -119,11 +124,12 @@ class CaptionModel(nn.Module):
             return values
         together = ENCODE_TOGETHER_ON_CPU if values.device.type == "cpu" else len(values)
         with torch.autocast(values.device.type, enabled=False):
-            parts = [
-                self.vision_encoder(filled_up(some, FEWEST_IMAGES))[: len(some)]
-                for some in values.split(max(together, 1))
-            ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return torch.cat(
+                [
+                    self.vision_encoder(_filled_up(some, FEWEST_IMAGES))[: len(some)]
+                    for some in values.split(max(together, 1))
+                ]
+            )
 
     def image_inputs(self, features_bnd: torch.Tensor) -> ImageInputs:
         """Return what the language model reads of images; captions of an image share it."""
@@ -135,8 +141,6 @@ class CaptionModel(nn.Module):
         if self.feature_scale is not None:
             features_bnd = self.feature_scale(features_bnd)
         return features_bnd.to(next(self.bridge.parameters()).dtype)
-
-    # Text side: training.
 
     def text_states(
         self, input_ids: torch.Tensor, image: ImageInputs, segments: torch.Tensor | None = None
@@ -151,8 +155,7 @@ class CaptionModel(nn.Module):
         Raises:
             ModelError: the language model does not read what the bridge makes.
         """
-        num_soft = self._num_soft_positions
-        packed: dict[str, Any] = {}
+        num_soft, packed = self.num_soft_positions, {}
         if segments is not None:
             packed["attention_mask"] = self.language_model.packed_mask(segments, num_soft)
             packed["position_ids"] = packed_positions(segments, num_soft)
@@ -160,12 +163,6 @@ class CaptionModel(nn.Module):
             states = self.language_model.hidden_states(**packed, **attached.inputs(input_ids))
             attached.check_it_was_read()
         return states[:, num_soft:]
-
-    @property
-    def _num_soft_positions(self) -> int:
-        """Positions before the text: soft tokens, and the start token before them."""
-        num_soft = self.bridge.num_soft_tokens
-        return num_soft + (num_soft > 0)
 
     def forward(
         self, input_ids: torch.Tensor, image: ImageInputs, segments: torch.Tensor | None = None
@@ -198,8 +195,6 @@ class CaptionModel(nn.Module):
             label_smoothing=label_smoothing,
         )
 
-    # Captioning.
-
     @torch.inference_mode()
     def generate(
         self,
@@ -219,37 +214,15 @@ class CaptionModel(nn.Module):
             ConfigurationError: captions may become longer than the language model can count, or
                 more captions are asked for than there are beams.
         """
-        num_before = len(prompt_ids) + self._num_soft_positions
-        limit = self.language_model.max_positions
-        _check_lengths(decode, num_return_sequences, num_before, limit)
-        if decode.do_sample and keys is None:
-            keys = image_keys(features_bnd)
-        num_captions = len(features_bnd) * num_return_sequences
-        together = 1  # beams are drawn for one image at a time, whatever the batch
-        if not draws_beams(decode):
-            num_images = -(-FEWEST_ROWS // max(decode.num_beams, num_return_sequences))
-            features_bnd = filled_up(features_bnd, num_images)
-            together = max(len(features_bnd), 1)
-            keys = keys and [*keys, *[keys[-1]] * num_images][:together]
-        captions: list[Caption] = []
-        for start in range(0, len(features_bnd), together):
-            part = slice(start, start + together)
-            captions += self._search(
-                features_bnd[part], prompt_ids, decode, num_return_sequences, keys and keys[part]
-            )
-        return captions[:num_captions]
-
-    def _search(
-        self,
-        features_bnd: torch.Tensor,
-        prompt_ids: Sequence[int],
-        decode: DecodeSettings,
-        per_image: int,
-        keys: Sequence[int] | None,
-    ) -> list[Caption]:
-        model = self.language_model
+        model, per_image = self.language_model, num_return_sequences
+        self._check_request(decode, per_image, len(prompt_ids) + self.num_soft_positions)
+        num_captions = len(features_bnd) * per_image
+        features_bnd = _filled_up(features_bnd, -(-FEWEST_ROWS // max(beams(decode), per_image)))
+        if decode.do_sample:
+            keys = image_keys(features_bnd) if keys is None else list(keys)
+            keys += keys[-1:] * (len(features_bnd) - len(keys))
         # transformers itself makes a row for each beam.
-        num_rows = len(features_bnd) * (1 if decode.num_beams > 1 else per_image)
+        num_rows = len(features_bnd) * (1 if beams(decode) > 1 else per_image)
         prompt_rt = torch.tensor([list(prompt_ids)], device=self.device).repeat(num_rows, 1)
         bonus = []
         if decode.object_bonus:
@@ -266,8 +239,9 @@ class CaptionModel(nn.Module):
                 "attention_mask": prompt_rt.new_ones(num_rows, length),
             }
             options = {**inputs, **cross_attention_cache(model), **self._cache_options}
+            generate = partial(model.causal_lm.generate, **options)
             captions = search(
-                partial(model.causal_lm.generate, **options),
+                generate,
                 prompt_rt,
                 decode,
                 model.eos_id,
@@ -276,7 +250,20 @@ class CaptionModel(nn.Module):
                 more=bonus,
             )
             attached.check_it_was_read()
-        return captions
+        return captions[:num_captions]
+
+    def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
+        if not decode.do_sample and per_image > decode.num_beams:
+            raise ConfigurationError(
+                f"num_return_sequences={per_image} is more than decode.num_beams="
+                f"{decode.num_beams}: search with more beams, or sample"
+            )
+        limit = self.language_model.max_positions
+        if limit is not None and num_before + decode.max_new_tokens > limit:
+            raise ConfigurationError(
+                f"decode.max_new_tokens={decode.max_new_tokens} after {num_before} positions of "
+                f"prompt and image is more than the language model has, {limit}: ask for fewer"
+            )
 
     def use_static_cache(self) -> None:
         """Generate with a KV cache of fixed size, whose step transformers compiles (NVIDIA GPUs).
@@ -284,14 +271,11 @@ class CaptionModel(nn.Module):
         Raises:
             ModelError: the device is no NVIDIA GPU, or the language model cross-attends.
         """
-        if self.device.type != "cuda":
+        cross_attends = self.language_model.shape.cross_attention_width is not None
+        if self.device.type != "cuda" or cross_attends:
             raise ModelError(
-                f"transformers compiles generation for NVIDIA GPUs, not for {self.device.type}"
-            )
-        if self.language_model.shape.cross_attention_width is not None:
-            raise ModelError(
-                f"{type(self.language_model.causal_lm).__name__} cross-attends, and its cache "
-                "cannot be of fixed size: caption without --compile"
+                "generation is compiled on NVIDIA GPUs, and for language models that do not "
+                "cross-attend: caption without --compile"
             )
         self.language_model.is_compiled = True
         self._cache_options = {"cache_implementation": "static"}
@@ -328,86 +312,60 @@ def image_attention(
     Raises:
         ModelError: the language model does not return its attention weights.
     """
-    language_model, image = model.language_model, model.image_inputs(features_bnd)
-    texts: list[torch.Tensor] = []
-    if (edit := image.edit) is not None:
-
-        def keep_text(text_bth: torch.Tensor) -> torch.Tensor:
-            texts.append(text_bth)
-            return edit(text_bth)
-
-        image = replace(image, edit=keep_text)
-    with language_model.use_attention("eager"), attach(language_model, image) as attached:
-        output = language_model.causal_lm.base_model(
-            **attached.inputs(input_ids_bt), output_attentions=True, use_cache=False
-        )
+    image = model.image_inputs(features_bnd)
+    look = _attention_to_image if image.edit is None else _text_before_edit
+    with model.language_model.use_attention("eager"):
+        seen_bt = look(model.language_model, image, input_ids_bt)
     features_bnd = model.bridge_features(features_bnd)
-    seen_bt = texts[0] if texts else _attention_to(image, output, input_ids_bt.shape[1])
     return model.bridge.image_attention(features_bnd, seen_bt.to(features_bnd.dtype)).float()
 
 
-def _attention_to(image: ImageInputs, output: Any, length: int) -> torch.Tensor:
-    """Return the mean attention [B, T, P] of the last T positions to soft tokens or the like."""
+def _text_before_edit(
+    model: LanguageModel, image: ImageInputs, input_ids_bt: torch.Tensor
+) -> torch.Tensor:
+    """Return the text [B, T, H] that enters the edit."""
+    texts: list[torch.Tensor] = []
+
+    def keep(text_bth: torch.Tensor) -> torch.Tensor:
+        texts.append(text_bth)
+        return text_bth
+
+    with attach(model, replace(image, edit=keep)) as attached:
+        model.hidden_states(**attached.inputs(input_ids_bt))
+    return texts[0]
+
+
+def _attention_to_image(
+    model: LanguageModel, image: ImageInputs, input_ids_bt: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean attention [B, T, P] to soft tokens, prefix keys or encoder states."""
+    with attach(model, image) as attached:
+        output = model.causal_lm.base_model(
+            **attached.inputs(input_ids_bt), output_attentions=True, use_cache=False
+        )
+    layers, columns = output.attentions or (), slice(None)
     if image.encoder_hidden_states is not None:
-        layers, columns = output.cross_attentions, slice(None)
-    elif image.soft_tokens is not None:
-        # The start token stands before the soft tokens.
-        layers, columns = output.attentions, slice(1, 1 + image.soft_tokens.shape[1])
-    else:
-        prefix = image.key_value_prefix
-        assert prefix is not None
-        layers = (output.attentions or ())[prefix.first_layer :]
-        columns = slice(prefix.states.shape[4])
+        layers = output.cross_attentions
+    elif image.soft_tokens is not None:  # the start token stands before them
+        columns = slice(1, 1 + image.soft_tokens.shape[1])
+    elif image.key_value_prefix is not None:
+        layers = layers[image.key_value_prefix.first_layer :]
+        columns = slice(image.key_value_prefix.states.shape[4])
     if not layers:
         raise ModelError(
             "the language model does not return its attention weights: its captions cannot be "
             "explained"
         )
+    length = input_ids_bt.shape[1]
     return torch.stack([layer[:, :, -length:, columns].float().mean(1) for layer in layers]).mean(0)
 
 
-def _check_lengths(
-    decode: DecodeSettings, per_image: int, num_before: int, limit: int | None
-) -> None:
-    if per_image > MAX_RETURN_SEQUENCES:
-        raise ConfigurationError(
-            f"num_return_sequences must be at most {MAX_RETURN_SEQUENCES}, not {per_image}"
-        )
-    is_search = not decode.do_sample or decode.num_beams > 1
-    if is_search and per_image > decode.num_beams:
-        raise ConfigurationError(
-            f"num_return_sequences={per_image} is more than decode.num_beams={decode.num_beams}: "
-            "search with more beams, or sample"
-        )
-    if limit is not None and num_before + decode.max_new_tokens > limit:
-        raise ConfigurationError(
-            f"decode.max_new_tokens={decode.max_new_tokens} after {num_before} positions of prompt "
-            f"and image is more than the language model has, {limit}: ask for fewer"
-        )
-
-
-def filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
+def _filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
     """Fill a batch [B, ...] on a CPU up to ``count`` by repeating its last item."""
-    last = len(tensor_b) - 1
-    if last < 0 or last + 1 >= count or tensor_b.device.type != "cpu":
+    missing = count - len(tensor_b)
+    if missing <= 0 or tensor_b.device.type != "cpu":
         return tensor_b
-    return tensor_b[torch.arange(count).clamp_max(last)]
-
-
-def build_bridge(
-    config: BridgeOptions,
-    vision_dim: int,
-    text: TextShape,
-    num_image_tokens: int,
-    *,
-    meta: bool = False,
-) -> nn.Module:
-    """Build the recipe's bridge between two widths, on the CPU or on the meta device."""
-    try:
-        with torch.device("meta" if meta else "cpu"):
-            return BRIDGES[config.kind](config, vision_dim, text, num_image_tokens)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
+    return torch.cat((tensor_b, *[tensor_b[-1:]] * missing))
 
 
 def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
@@ -421,10 +379,10 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
         torch.manual_seed(recipe.seed)  # of cross-attention that no checkpoint held
         language_model = build_language_model(recipe.language_model, meta=meta)
         torch.manual_seed(recipe.seed)
-        bridge: Any = build_bridge(
+        bridge = build_bridge(
             recipe.bridge, encoder.embed_dim, language_model.shape, encoder.num_tokens, meta=meta
         )
-    if not meta and isinstance(bridge, BRIDGES["prefix"]):
+    if not meta:
         bridge.set_output_scale(language_model.embedding_std())
     standardize = recipe.bridge.standardize_features
     model = CaptionModel(encoder, language_model, bridge, standardize=standardize)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +33,11 @@ class Caption(NamedTuple):
     score: float
 
 
+def beams(decode: DecodeSettings) -> int:
+    """Return the beams of a search; each draw stands alone."""
+    return 1 if decode.do_sample else decode.num_beams
+
+
 def search(
     generate: Callable[..., Any],
     prompt_rt: torch.Tensor,
@@ -54,41 +58,28 @@ def search(
         per_image: captions of each image.
         more: further processors, applied after the penalties.
     """
-    device, length, is_beams = prompt_rt.device, prompt_rt.shape[1], decode.num_beams > 1
-    log_probs = TokenLogProbs(eos_id, decode.num_beams)
+    device, length = prompt_rt.device, prompt_rt.shape[1]
+    log_probs = TokenLogProbs(eos_id, beams(decode))
     processors = [log_probs, *_penalties(decode, prompt_rt, eos_id), *more]
+    options: dict[str, Any] = {"num_beams": beams(decode), "max_new_tokens": decode.max_new_tokens}
+    if beams(decode) > 1:  # transformers warns about options that a way of decoding does not read
+        options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
     if decode.do_sample:
         assert keys is not None
-        processors += _warpers(decode)
-        if not is_beams:
-            processors.append(Draw(decode.seed, keys, per_image, decode.max_new_tokens, device))
-    options: dict[str, Any] = {
-        "num_beams": decode.num_beams,
-        "max_new_tokens": decode.max_new_tokens,
-    }
-    if is_beams:  # transformers warns about options that a way of decoding does not read
-        options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
-    random_state: AbstractContextManager[None] = nullcontext()
-    if draws_beams(decode):
-        options |= {"do_sample": True, "top_k": 0}
-        random_state = _own_random_state(device, decode.seed, keys or ())
-    with random_state:
-        output = generate(
-            **options,
-            logits_processor=LogitsProcessorList(processors),
-            eos_token_id=eos_id,
-            return_dict_in_generate=True,
-        )
+        processors.append(TemperatureLogitsWarper(decode.temperature))
+        processors.append(TopPLogitsWarper(decode.top_p))
+        processors.append(Draw(decode.seed, keys, per_image, decode.max_new_tokens, device))
+    output = generate(
+        **options,
+        logits_processor=LogitsProcessorList(processors),
+        eos_token_id=eos_id,
+        return_dict_in_generate=True,
+    )
     ids_st = output.sequences[:, length:]
     rows_st = getattr(output, "beam_indices", None)
     if rows_st is None:
         rows_st = torch.arange(len(ids_st), device=device)[:, None].expand_as(ids_st)
     return _captions(ids_st, log_probs.of(ids_st, rows_st.long().clamp_min(0)), eos_id)
-
-
-def draws_beams(decode: DecodeSettings) -> bool:
-    """Return whether beams are drawn, which takes torch's global generator."""
-    return decode.do_sample and decode.num_beams > 1
 
 
 def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> list[Caption]:
@@ -116,26 +107,6 @@ def _penalties(
         limits = (prompt_rt.shape[1], decode.min_new_tokens, eos_id, str(prompt_rt.device))
         found.append(MinNewTokensLengthLogitsProcessor(*limits))
     return found
-
-
-def _warpers(decode: DecodeSettings) -> list[LogitsProcessor]:
-    """Return the processors of sampling: temperature, then nucleus."""
-    found: list[LogitsProcessor] = []
-    if decode.temperature != 1:
-        found.append(TemperatureLogitsWarper(decode.temperature))
-    if decode.top_p < 1:
-        keep = 2 if decode.num_beams > 1 else 1
-        found.append(TopPLogitsWarper(decode.top_p, min_tokens_to_keep=keep))
-    return found
-
-
-@contextmanager
-def _own_random_state(device: torch.device, seed: int, keys: Sequence[int]) -> Iterator[None]:
-    """Seed torch for a block, and restore its state: training may be interrupted by captioning."""
-    (state,) = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(state >> np.uint64(1)))
-        yield
 
 
 def image_keys(tensor_b: torch.Tensor) -> list[int]:
@@ -166,10 +137,8 @@ class Draw(LogitsProcessor):
         device: torch.device,
     ):
         rows = [(seed, key, alternative) for key in keys for alternative in range(per_image)]
-        uniform = np.stack(
-            [np.random.default_rng(row).random(max_new_tokens, np.float32) for row in rows]
-        )
-        self.uniform_rt = torch.from_numpy(uniform).to(device)
+        numbers = [np.random.default_rng(row).random(max_new_tokens, np.float32) for row in rows]
+        self.uniform_rt = torch.from_numpy(np.stack(numbers)).to(device)
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.attach import ATTENTION, install_hook, keep_attached
+from vlm_bridge.model_architecture.attach import (
+    ATTENTION,
+    edit_embeddings,
+    edit_layer_input,
+    keep_attached,
+)
 from vlm_bridge.model_architecture.bridges.base import TextShape
 
 BLIP_TEXT = "blip_text_model"  # transformers' model_type of BLIP's text decoder
@@ -57,15 +61,27 @@ class LanguageModel(nn.Module):
             bos_token_id=self.start_id, eos_token_id=self.eos_id, pad_token_id=self.eos_id
         )
         self.attention = attention
-        self._reads_prefix = False
+        self._attention_names = "{}"
         self._set_attention(attention)
-        self._open_layers: set[int] = set()
         self._packed_body: Any = causal_lm.base_model.forward
         self.is_compiled = False
 
     @property
     def shape(self) -> TextShape:
-        return TextShape.of(self.text_config, self.embed_dim)
+        config = self.text_config
+        heads = config.num_attention_heads
+        cross_attention_width = None
+        if self.is_blip and config.is_decoder:
+            cross_attention_width = config.encoder_hidden_size
+        elif not self.is_blip and getattr(config, "add_cross_attention", False):
+            cross_attention_width = config.hidden_size
+        return TextShape(
+            self.embed_dim,
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            cross_attention_width,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,10 +91,6 @@ class LanguageModel(nn.Module):
     def decoder_options(self) -> dict[str, Any]:
         """Options of every call: BLIP's text model masks later tokens only with ``is_decoder``."""
         return {"is_decoder": True} if self.is_blip else {}
-
-    @property
-    def is_trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def head_module(self) -> nn.Module:
@@ -115,66 +127,43 @@ class LanguageModel(nn.Module):
         weight = self.causal_lm.get_input_embeddings().weight
         return weight.float().std().item() * float(self.embedding_scale)
 
-    @torch.no_grad()
-    def check_embedding_scale(self) -> None:
-        """Raise ModelError if the embedding layer does more to its rows than to scale them."""
-        layer = self.causal_lm.get_input_embeddings()
-        ids = torch.arange(min(4, len(layer.weight)), device=layer.weight.device)
-        scaled = self.token_vectors(ids) * self.embedding_scale
-        if not ids.is_meta and not torch.allclose(self.embed(ids), scaled):
-            raise ModelError(
-                f"{type(layer).__name__} is no scaled matrix: its embeddings cannot be changed "
-                "before they are scaled; use bridge.enter_at_layer=1"
-            )
-
-    def hidden_states(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.Tensor | None = None,
-        **inputs: Any,
-    ) -> torch.Tensor:
+    def hidden_states(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
         """Return the body's last states [B, T, H] before the head.
 
         Args:
-            attention_mask: None (plain causal) or of `packed_mask`.
-            inputs: further arguments of the body, such as ``inputs_embeds``.
+            inputs: further arguments of the body: ``inputs_embeds``, and for packed rows
+                ``attention_mask`` (`packed_mask`) and ``position_ids`` (`packed_positions`).
         """
-        is_packed = attention_mask is not None
-        body = self._packed_body if is_packed else self.causal_lm.base_model
-        return body(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **(self.decoder_options | inputs),
-        ).last_hidden_state
+        body = self._packed_body if "attention_mask" in inputs else self.causal_lm.base_model
+        inputs = self.decoder_options | inputs
+        return body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
-    def layers(self, remedy: str) -> nn.ModuleList:
-        """Return the body's layers.
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [..., vocabulary] of states [..., H], soft-capped as Gemma 2's are."""
+        logits = self.head_module(hidden)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-        Raises:
-            ModelError: the model does not show which of its modules are layers; ``remedy`` needs
-                none.
-        """
+    def layers(self) -> nn.ModuleList:
+        """Return the body's layers. Raises ModelError if they cannot be found."""
         count = self.text_config.num_hidden_layers
         for module in self.causal_lm.base_model.modules():  # outer modules first
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
         raise ModelError(
             f"{type(self.causal_lm).__name__} does not show which of its modules are layers: use "
-            f"{remedy}"
+            "bridge.enter_at_layer=0 and gradient_checkpointing=false"
         )
+
+    def entrance(self, layer: int) -> nn.Module:
+        """Return the module at which text enters a layer: for layer 0, the token embeddings."""
+        return self.layers()[layer] if layer else self.causal_lm.get_input_embeddings()
 
     def open_layer(self, layer: int) -> None:
         """Let attached images edit the text that enters a layer. Raises ModelError as `layers`."""
-        if layer in self._open_layers:
-            return
-        module = self.causal_lm.get_input_embeddings()
         if layer:
-            module = self.layers("bridge.enter_at_layer=0")[layer]
-        install_hook(self, layer, module)
-        self._open_layers.add(layer)
+            self.entrance(layer).register_forward_pre_hook(edit_layer_input)
+        else:
+            self.entrance(layer).register_forward_hook(edit_embeddings)
 
     def checkpoint_activations(self) -> None:
         """Keep only the input of every layer for back-propagation, and compute the layer again.
@@ -185,7 +174,7 @@ class LanguageModel(nn.Module):
         Raises:
             ModelError: as `layers`.
         """
-        for layer in self.layers("gradient_checkpointing=false"):
+        for layer in self.layers():
             layer.forward = partial(_checkpointed, layer.forward)
 
     def compile_body(self) -> None:
@@ -200,7 +189,7 @@ class LanguageModel(nn.Module):
                 "bridge.kind=deep_prefix works with language_model.attention=eager or sdpa, not "
                 f"{self.attention}"
             )
-        self._reads_prefix = True
+        self._attention_names = ATTENTION
         self._set_attention(self.attention)
 
     @contextmanager
@@ -213,8 +202,7 @@ class LanguageModel(nn.Module):
             self._set_attention(self.attention)
 
     def _set_attention(self, attention: str) -> None:
-        name = ATTENTION.format(attention) if self._reads_prefix else attention
-        self.causal_lm.set_attn_implementation(name)
+        self.causal_lm.set_attn_implementation(self._attention_names.format(attention))
 
     def packed_mask(
         self, segments_bt: torch.Tensor, num_soft_tokens: int
@@ -240,17 +228,12 @@ class LanguageModel(nn.Module):
         windows = {"full_attention": None, "sliding_attention": window}
         return {kind: make_mask(window=windows[kind]) for kind in kinds}
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits [..., vocabulary] of states [..., H], soft-capped as Gemma 2's are."""
-        logits = self.head_module(hidden)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
     def encode(self, text: str) -> list[int]:
-        """Return token ids of a text, as `encode_all`."""
-        return self.encode_all([text])[0]
+        """Return token ids of a text, as `encode_as_text`."""
+        return encode_as_text(self.tokenizer, [text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return token ids of texts, without any special token, also where one spells it."""
+        """Return token ids of texts, as `encode_as_text`."""
         return encode_as_text(self.tokenizer, texts)
 
     def decode(self, ids: list[int]) -> str:
@@ -303,31 +286,18 @@ def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False}
-    encode = partial(tokenizer, split_special_tokens=True, **options)
-    encoded: list[list[int]] = encode(texts)["input_ids"]
-    control_ids = _control_ids(tokenizer)
-    # Some vocabularies (Unigram) hold control tokens as ordinary pieces: spaces take them apart.
-    leaking = [index for index, ids in enumerate(encoded) if not control_ids.isdisjoint(ids)]
-    if leaking:
-        tokens = tokenizer.convert_ids_to_tokens(sorted(control_ids))
-        spelled = re.compile("|".join(map(re.escape, tokens)))
-        parted = [spelled.sub(lambda found: " ".join(found[0]), texts[index]) for index in leaking]
-        for index, ids in zip(leaking, encode(parted)["input_ids"], strict=True):
-            encoded[index] = [token for token in ids if token not in control_ids]
-    return encoded
-
-
-def _control_ids(tokenizer: Any) -> set[int]:
-    """Return the ids of all special tokens but the one for unknown characters."""
+    encoded = tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
     added = tokenizer.added_tokens_decoder.items()
     control = {token_id for token_id, token in added if token.special}
     control |= set(tokenizer.all_special_ids)
     # GPT-2 names one token for everything: end and start of a text, and unknown characters.
-    roles = ("eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id")
-    unknown = tokenizer.unk_token_id
-    return (
-        control if unknown in [getattr(tokenizer, role) for role in roles] else control - {unknown}
-    )
+    if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        control.discard(tokenizer.unk_token_id)
+    # Some vocabularies (Unigram) hold control tokens as ordinary pieces.
+    return [
+        ids if control.isdisjoint(ids) else [token for token in ids if token not in control]
+        for ids in encoded
+    ]
 
 
 def causal_block_mask(
@@ -343,19 +313,15 @@ def causal_block_mask(
         num_soft_tokens: P soft tokens before the text; causal among themselves.
         window: a token sees itself and ``window - 1`` positions before it, within its caption.
     """
-    batch, length = segments_bt.shape
-    total = num_soft_tokens + length
-    segments = segments_bt.new_full((batch, total), -1)
-    segments[:, num_soft_tokens:] = segments_bt
-    allowed = segments[:, :, None] == segments[:, None, :]
-    allowed |= (segments > 0)[:, :, None] & (segments == -1)[:, None, :]
-    allowed &= torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
-    itself = torch.eye(total, dtype=torch.bool, device=segments.device)
-    allowed &= (segments != 0)[:, None, :] | itself
+    segments = F.pad(segments_bt, (num_soft_tokens, 0), value=-1)
+    index = torch.arange(segments.shape[1], device=segments.device)
+    queries, keys = segments[:, :, None], segments[:, None, :]
+    allowed = (queries == keys) & (queries != 0) | (queries > 0) & (keys == -1)
+    allowed = (allowed | (index[:, None] == index)) & (index[:, None] >= index)
     if window is not None:
         positions = packed_positions(segments_bt, num_soft_tokens)
         allowed &= positions[:, :, None] - positions[:, None, :] < window
-    mask = torch.full((batch, total, total), -math.inf, dtype=dtype, device=segments.device)
+    mask = torch.full(allowed.shape, -math.inf, dtype=dtype, device=segments.device)
     return mask.masked_fill_(allowed, 0.0)[:, None]
 
 
@@ -364,11 +330,7 @@ def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.T
 
     Counted on, many pads would run past a model's table of positions.
     """
-    batch, length = segments_bt.shape
-    index = torch.arange(length, device=segments_bt.device).expand(batch, length)
-    starts_here = torch.ones_like(segments_bt, dtype=torch.bool)
-    starts_here[:, 1:] = segments_bt[:, 1:] != segments_bt[:, :-1]
-    start = torch.where(starts_here, index, 0).cummax(dim=1).values
-    in_caption = torch.where(segments_bt == 0, 0, index - start)
-    soft = torch.arange(num_soft_tokens, device=segments_bt.device).expand(batch, num_soft_tokens)
-    return torch.cat((soft, num_soft_tokens + in_caption), dim=1)
+    same = segments_bt[:, :, None] == segments_bt[:, None, :]
+    in_caption = (same.tril().sum(-1) - 1).masked_fill(segments_bt == 0, 0)
+    soft = torch.arange(num_soft_tokens, device=segments_bt.device)
+    return torch.cat((soft.expand(len(segments_bt), -1), num_soft_tokens + in_caption), dim=1)

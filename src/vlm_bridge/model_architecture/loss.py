@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100
+from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
+
 # Positions per chunk at most: 256 x 49,152 float32 logits are 48 MiB; 256 x 256,000 are 250 MiB.
 CHUNK_POSITIONS = 256
-MIN_CHUNK_POSITIONS = 16
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -64,15 +64,23 @@ def caption_cross_entropy(
         supervised_v = (labels_bt != IGNORE_INDEX).flatten().nonzero()[:, 0]
     hidden_vh = hidden_bth.flatten(0, 1).index_select(0, supervised_v)
     labels_v = labels_bt.flatten().index_select(0, supervised_v)
-    losses = _trained_head_losses if head_is_trained else _frozen_head_losses
-    smoothed_v, token_losses_v = losses(hidden_vh, labels_v, head, label_smoothing)
+    if head_is_trained:  # the backward pass computes each chunk's logits again
+        chunks = [
+            checkpoint(_token_losses, *chunk, head, label_smoothing, use_reentrant=False)
+            for chunk in _chunks(hidden_vh, labels_v)
+        ]
+        smoothed_v, losses_v = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # type: ignore[arg-type]
+    else:
+        wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
+        smoothed_v, losses_v = _FrozenHeadLosses.apply(
+            hidden_vh, labels_v, head, label_smoothing, wants_gradient
+        )
     total = smoothed_v.sum() if weights_v is None else (smoothed_v * weights_v).sum()
-    return CaptionLoss(total, token_losses_v.detach())
+    return CaptionLoss(total, losses_v.detach())
 
 
-def positions_per_chunk(num_positions: int) -> int:
-    """Return a quarter of the positions: few enough to save memory, enough for fast products."""
-    return min(CHUNK_POSITIONS, max(MIN_CHUNK_POSITIONS, -(-num_positions // 4)))
+def _chunks(*tensors_v: torch.Tensor) -> Any:
+    return zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors_v), strict=True)
 
 
 def _token_losses(
@@ -80,31 +88,11 @@ def _token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the smoothed losses [V] and the plain ones."""
     logits_vw = head(hidden_vh).float()
+    losses_v = F.cross_entropy(logits_vw, labels_v, reduction="none")
     if not label_smoothing:
-        losses_v = F.cross_entropy(logits_vw, labels_v, reduction="none")
         return losses_v, losses_v
-    log_probabilities_vw = logits_vw.log_softmax(-1)
-    losses_v = F.nll_loss(log_probabilities_vw, labels_v, reduction="none")
-    return torch.lerp(losses_v, -log_probabilities_vw.mean(-1), label_smoothing), losses_v
-
-
-def _trained_head_losses(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, label_smoothing: float
-) -> tuple[torch.Tensor, ...]:
-    """Return `_token_losses` chunk by chunk; the backward pass computes each chunk again."""
-    size = positions_per_chunk(len(labels_v))
-    chunks = [
-        checkpoint(_token_losses, hidden, labels, head, label_smoothing, use_reentrant=False)
-        for hidden, labels in zip(hidden_vh.split(size), labels_v.split(size), strict=True)
-    ]
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))  # type: ignore[arg-type]
-
-
-def _frozen_head_losses(
-    hidden_vh: torch.Tensor, labels_v: torch.Tensor, head: Head, label_smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
-    return _FrozenHeadLosses.apply(hidden_vh, labels_v, head, label_smoothing, wants_gradient)
+    spread_v = logits_vw.logsumexp(-1) - logits_vw.mean(-1)  # the mean loss of all tokens
+    return torch.lerp(losses_v, spread_v, label_smoothing), losses_v
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
@@ -124,18 +112,16 @@ class _FrozenHeadLosses(torch.autograd.Function):
         label_smoothing: float,
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        smoothed_v, losses_v = hidden_vh.new_empty(2, len(labels_v), dtype=torch.float32)
-        gradient_vh = torch.empty_like(hidden_vh) if wants_gradient else None
-        size = positions_per_chunk(len(labels_v))
-        for start in range(0, len(labels_v), size):
-            chunk = slice(start, start + size)
+        parts, gradients = [], []
+        for states, labels in _chunks(hidden_vh, labels_v):
             with torch.set_grad_enabled(wants_gradient):
-                hidden = hidden_vh[chunk].detach().requires_grad_(wants_gradient)
-                smoothed, losses = _token_losses(hidden, labels_v[chunk], head, label_smoothing)
-                if gradient_vh is not None:
-                    (gradient_vh[chunk],) = torch.autograd.grad(smoothed.sum(), hidden)
-            smoothed_v[chunk], losses_v[chunk] = smoothed.detach(), losses.detach()
-        ctx.save_for_backward(gradient_vh)
+                states = states.detach().requires_grad_(wants_gradient)
+                losses = _token_losses(states, labels, head, label_smoothing)
+                if wants_gradient:
+                    gradients += torch.autograd.grad(losses[0].sum(), states)
+            parts.append(torch.stack(losses).detach())
+        ctx.save_for_backward(torch.cat(gradients) if wants_gradient else None)
+        smoothed_v, losses_v = torch.cat(parts, dim=1)
         ctx.mark_non_differentiable(losses_v)
         return smoothed_v, losses_v
 

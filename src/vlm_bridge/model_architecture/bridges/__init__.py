@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
+from vlm_bridge.configuration import BridgeOptions
+from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges.base import (
     Bridge,
     ImageInputs,
@@ -12,7 +16,17 @@ from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttention
 from vlm_bridge.model_architecture.bridges.prefix import DeepPrefixBridge, PrefixBridge
 from vlm_bridge.model_architecture.bridges.projection import ProjectionBridge
 
-__all__ = ["BRIDGES", "Bridge", "ImageInputs", "KeyValuePrefix", "TextShape"]
+__all__ = [
+    "BRIDGES",
+    "Bridge",
+    "CrossAttentionBridge",
+    "DeepPrefixBridge",
+    "ImageInputs",
+    "KeyValuePrefix",
+    "ProjectionBridge",
+    "TextShape",
+    "build_bridge",
+]
 
 BRIDGES = {
     "cross_attention": CrossAttentionBridge,
@@ -20,3 +34,19 @@ BRIDGES = {
     "prefix": PrefixBridge,
     "projection": ProjectionBridge,
 }
+
+
+def build_bridge(
+    options: BridgeOptions,
+    vision_dim: int,
+    text: TextShape,
+    num_image_tokens: int,
+    *,
+    meta: bool = False,
+) -> Bridge:
+    """Build a bridge on the CPU or the meta device; ConfigurationError if an option is impossible."""
+    try:
+        with torch.device("meta" if meta else "cpu"):
+            return BRIDGES[options.kind](options, vision_dim, text, num_image_tokens)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None

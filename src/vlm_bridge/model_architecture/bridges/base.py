@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 
 class TextShape(NamedTuple):
@@ -22,24 +23,6 @@ class TextShape(NamedTuple):
     num_key_value_heads: int
     head_dim: int
     cross_attention_width: int | None = None
-
-    @classmethod
-    def of(cls, text_config: Any, width: int) -> TextShape:
-        """Read them from a transformers text configuration."""
-        heads = text_config.num_attention_heads
-        cross_attention_width = None
-        if text_config.model_type == "blip_text_model":
-            if text_config.is_decoder:
-                cross_attention_width = text_config.encoder_hidden_size
-        elif getattr(text_config, "add_cross_attention", False):
-            cross_attention_width = text_config.hidden_size
-        return cls(
-            width,
-            text_config.num_hidden_layers,
-            getattr(text_config, "num_key_value_heads", None) or heads,
-            getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
-            cross_attention_width,
-        )
 
 
 @dataclass
@@ -82,26 +65,26 @@ class ImageInputs:
     edit_layer: int = 0
 
 
-class Bridge(Protocol):
-    """Turns image features [B, N, D] into what the language model reads of images.
+class Bridge(nn.Module):
+    """Turn image features [B, N, D] into what the language model reads of images.
 
-    A bridge is built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on
-    the meta device.
+    Built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on the meta
+    device. An impossible option is a ValueError.
 
     Attributes:
         first_layer: layer of the language model, from 0, below which nothing depends on the image.
         num_soft_tokens: P, soft tokens before the text; 0 for most bridges.
     """
 
-    first_layer: int
-    num_soft_tokens: int
+    first_layer: int = 0
+    num_soft_tokens: int = 0
 
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
         """Compute everything that depends on the image alone, once per image.
 
         An edit of the text never mixes positions: causality.
         """
-        ...
+        raise NotImplementedError
 
     def image_attention(self, features_bnd: torch.Tensor, seen_bt: torch.Tensor) -> torch.Tensor:
         """Return how each text position attends to the N image tokens, [B, T, N], not normalized.
@@ -112,7 +95,10 @@ class Bridge(Protocol):
                 the language model attends to their soft tokens, prefix keys or encoder states,
                 [B, T, P].
         """
-        ...
+        raise NotImplementedError
+
+    def set_output_scale(self, embedding_std: float) -> None:
+        """Start at the size of the language model's embeddings, where the output stands beside them."""
 
 
 def entered_layer(layer: int, text: TextShape) -> int:
@@ -123,6 +109,11 @@ def entered_layer(layer: int, text: TextShape) -> int:
             f"{text.num_layers - 1}"
         )
     return layer
+
+
+def in_heads(x_bth: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return states [B, T, heads x head_dim] as [B, heads, T, head_dim]."""
+    return x_bth.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def mean_attention_weights(query_bhqd: torch.Tensor, key_bhkd: torch.Tensor) -> torch.Tensor:

@@ -8,30 +8,41 @@ from torch.nn import functional as F
 
 from vlm_bridge.configuration import DeepPrefixOptions, PrefixOptions, ResamplerOptions
 from vlm_bridge.model_architecture.bridges.base import (
+    Bridge,
     ImageInputs,
     KeyValuePrefix,
     TextShape,
     entered_layer,
+    in_heads,
     mean_attention_weights,
 )
 
 
-class PrefixBridge(nn.Module):
+class ResamplerBridge(Bridge):
+    """Base of bridges that read an image through learned queries."""
+
+    def __init__(self, options: ResamplerOptions, vision_dim: int, width: int, num_tokens: int):
+        super().__init__()
+        self.resampler = Resampler(options, vision_dim, width, num_tokens)
+
+    def image_attention(self, features_bnd: torch.Tensor, seen_bt: torch.Tensor) -> torch.Tensor:
+        """Roll attention out in two steps: text to queries [B, T, P], queries to image tokens."""
+        return seen_bt @ self.resampler.image_attention(features_bnd)
+
+
+class PrefixBridge(ResamplerBridge):
     """Soft tokens from the image (ClipCap, Mokady et al. 2021, with a resampler as the mapping).
 
     They leave through a layer norm whose gain starts at the size of the language model's own
     embeddings (`set_output_scale`).
     """
 
-    first_layer = 0
-
     def __init__(
         self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
-        super().__init__()
         width = options.width or text.width
+        super().__init__(options, vision_dim, width, num_image_tokens)
         self.num_soft_tokens = options.num_queries
-        self.resampler = Resampler(options, vision_dim, width, num_image_tokens)
         self.output_projection = nn.Linear(width, text.width)
         self.output_norm = nn.LayerNorm(text.width)
 
@@ -43,14 +54,8 @@ class PrefixBridge(nn.Module):
         soft_bph = self.output_norm(self.output_projection(self.resampler(features_bnd)))
         return ImageInputs(len(features_bnd), soft_tokens=soft_bph)
 
-    def image_attention(
-        self, features_bnd: torch.Tensor, attention_btp: torch.Tensor
-    ) -> torch.Tensor:
-        """Roll attention out in two steps: text to soft tokens, their queries to image tokens."""
-        return attention_btp @ self.resampler.image_attention(features_bnd)
 
-
-class DeepPrefixBridge(nn.Module):
+class DeepPrefixBridge(ResamplerBridge):
     """Prefix tuning (Li & Liang 2021) with a prefix made from the image.
 
     A query of the resampler becomes one key and one value per layer and head, beside the text's
@@ -59,23 +64,17 @@ class DeepPrefixBridge(nn.Module):
     LLaMA-Adapter, Zhang et al. 2023).
     """
 
-    num_soft_tokens = 0
-
     def __init__(
         self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
-        super().__init__()
+        width = options.width or text.width
+        super().__init__(options, vision_dim, width, num_image_tokens)
         layer = options.enter_at_layer
         self.first_layer = entered_layer(text.num_layers // 3 if layer is None else layer, text)
-        width = options.width or text.width
         layers = text.num_layers - self.first_layer
         self.shape = (layers, 2, text.num_key_value_heads, text.head_dim)
-        self.resampler = Resampler(options, vision_dim, width, num_image_tokens)
         self.output_norm = nn.LayerNorm(width)
         self.keys_values = nn.Linear(width, layers * 2 * text.num_key_value_heads * text.head_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
         nn.init.normal_(self.keys_values.weight, std=0.02)
         nn.init.zeros_(self.keys_values.bias)
         with torch.no_grad():
@@ -87,12 +86,6 @@ class DeepPrefixBridge(nn.Module):
         states = flat_bpo.unflatten(-1, self.shape).permute(0, 2, 3, 4, 1, 5).contiguous()
         prefix = KeyValuePrefix(states, self.first_layer)
         return ImageInputs(len(features_bnd), key_value_prefix=prefix)
-
-    def image_attention(
-        self, features_bnd: torch.Tensor, attention_btp: torch.Tensor
-    ) -> torch.Tensor:
-        """Roll attention out in two steps: text to prefix keys, their queries to image tokens."""
-        return attention_btp @ self.resampler.image_attention(features_bnd)
 
 
 class Resampler(nn.Module):
@@ -113,22 +106,17 @@ class Resampler(nn.Module):
         self.queries = nn.Parameter(torch.empty(options.num_queries, width))
         self.vision_projection = nn.Linear(vision_dim, width)
         self.vision_norm = nn.LayerNorm(width)
-        has_positions = options.position_embeddings
-        self.positions = (
-            nn.Parameter(torch.empty(num_image_tokens, width)) if has_positions else None
-        )
+        self.positions = None
+        if options.position_embeddings:
+            self.positions = nn.Parameter(torch.empty(num_image_tokens, width))
         self.layers = nn.ModuleList(ResamplerLayer(options, width) for _ in range(options.depth))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
         # Near the size of the normalized image tokens: attention tells them apart at once.
         nn.init.normal_(self.queries, std=1.0)
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.5)
 
     def forward(self, features_bnd: torch.Tensor) -> torch.Tensor:
-        image_bnw = self._image_tokens(features_bnd)
-        x_bpw = self.queries.expand(len(features_bnd), -1, -1)
+        x_bpw, image_bnw = self._inputs(features_bnd)
         for layer in self.layers:
             x_bpw = layer(x_bpw, image_bnw)
         return x_bpw
@@ -139,8 +127,7 @@ class Resampler(nn.Module):
         Half of a layer's output counts as its attention and half as its input, because of the
         residual connection. Rows sum to less than one: the rest is in the learned queries.
         """
-        image_bnw = self._image_tokens(features_bnd)
-        x_bpw = self.queries.expand(len(features_bnd), -1, -1)
+        x_bpw, image_bnw = self._inputs(features_bnd)
         sizes = (x_bpw.shape[1], image_bnw.shape[1])
         share_bpn = x_bpw.new_zeros(len(x_bpw), *sizes)
         for layer in self.layers:
@@ -150,11 +137,13 @@ class Resampler(nn.Module):
             x_bpw = layer(x_bpw, image_bnw)
         return share_bpn
 
-    def _image_tokens(self, features_bnd: torch.Tensor) -> torch.Tensor:
+    def _inputs(self, features_bnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries [B, P, W] and image tokens [B, N, W]."""
         image_bnw = self.vision_norm(self.vision_projection(features_bnd))
         if self.positions is not None:
             image_bnw = image_bnw + self.positions
-        return F.dropout(image_bnw, self.dropout, self.training)
+        image_bnw = F.dropout(image_bnw, self.dropout, self.training)
+        return self.queries.expand(len(features_bnd), -1, -1), image_bnw
 
 
 class ResamplerLayer(nn.Module):
@@ -162,18 +151,19 @@ class ResamplerLayer(nn.Module):
 
     def __init__(self, options: ResamplerOptions, width: int):
         super().__init__()
-        self.num_heads = options.num_heads
-        self.dropout = options.dropout
+        self.num_heads, self.dropout = options.num_heads, options.dropout
+        hidden = options.feed_forward_multiplier * width
         self.attention_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.attention_output = nn.Linear(width, width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward_in = nn.Linear(width, options.feed_forward_multiplier * width)
-        self.feed_forward_out = nn.Linear(options.feed_forward_multiplier * width, width)
+        self.feed_forward_in = nn.Linear(width, hidden)
+        self.feed_forward_out = nn.Linear(hidden, width)
 
     def forward(self, x_bpw: torch.Tensor, image_bnw: torch.Tensor) -> torch.Tensor:
-        attended = F.scaled_dot_product_attention(*self._query_key_value(x_bpw, image_bnw))
+        query, key, value = self._query_key_value(x_bpw, image_bnw)
+        attended = F.scaled_dot_product_attention(query, key, value)
         x_bpw = x_bpw + self._drop(self.attention_output(attended.transpose(1, 2).flatten(2)))
         hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(x_bpw)))
         return x_bpw + self._drop(self.feed_forward_out(hidden))
@@ -183,15 +173,10 @@ class ResamplerLayer(nn.Module):
         query, key, _ = self._query_key_value(x_bpw, image_bnw)
         return mean_attention_weights(query, key)
 
-    def _query_key_value(
-        self, x_bpw: torch.Tensor, image_bnw: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _query_key_value(self, x_bpw: torch.Tensor, image_bnw: torch.Tensor) -> list[torch.Tensor]:
         normed_bpw = self.attention_norm(x_bpw)
         keys, values = self.key_value(torch.cat((normed_bpw, image_bnw), dim=1)).chunk(2, dim=-1)
-        return self._heads(self.query(normed_bpw)), self._heads(keys), self._heads(values)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return [in_heads(x, self.num_heads) for x in (self.query(normed_bpw), keys, values)]
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -9,18 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import ProjectionOptions
-from vlm_bridge.model_architecture.bridges.base import ImageInputs, TextShape
+from vlm_bridge.model_architecture.bridges.base import Bridge, ImageInputs, TextShape
 
 
-class ProjectionBridge(nn.Module):
+class ProjectionBridge(Bridge):
     """Features [B, N, D] become the encoder states [B, N, W] of a decoder with cross-attention.
 
     The decoder's cross-attention layers (BLIP's, Li et al. 2022) must be pretrained or trained too.
     From 512 to 768, `conv3x3` has 3,539,712 parameters.
     """
-
-    first_layer = 0
-    num_soft_tokens = 0
 
     def __init__(
         self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int
@@ -54,11 +51,9 @@ class ProjectionBridge(nn.Module):
         states_bnw = F.dropout(states_bnw, self.dropout, self.training)
         return ImageInputs(len(features_bnd), encoder_hidden_states=states_bnw)
 
-    def image_attention(
-        self, features_bnd: torch.Tensor, attention_btp: torch.Tensor
-    ) -> torch.Tensor:
+    def image_attention(self, features_bnd: torch.Tensor, seen_bt: torch.Tensor) -> torch.Tensor:
         """Return the decoder's cross-attention [B, T, N]: encoder state n is image token n."""
-        return attention_btp
+        return seen_bt
 
 
 class GridConvolution(nn.Conv2d):
