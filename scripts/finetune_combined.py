@@ -68,6 +68,7 @@ def finetune_combined(
         "--dataset-size",
         "--num-samples",
         "--num_samples",
+        min=1,
         help="At most N images a split. (default: 1000 for coco_sample)",
     ),
     warmup_steps: int = typer.Option(None, "--warmup_steps", "--warmup-steps"),

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm_bridge import runtime
 from vlm_bridge.captioning import bundled_captioner
 from vlm_bridge.captioning.publish import CardFacts, push_to_hub, write_huggingface_folder
 from vlm_bridge.configuration import DecodeSettings, Recipe
@@ -23,6 +22,7 @@ from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
 from vlm_bridge.data_pipeline.samples import ImageFile
+from vlm_bridge.device import autocast, resolve_device
 from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.generation import image_keys
@@ -98,7 +98,7 @@ class Captioner:
         content = checkpoints.load_checkpoint(where)
         recipe = checkpoints.recipe_of(content, where, recipe)
         require_weights([*recipe.vision_encoder.names, recipe.language_model.name])
-        target = runtime.resolve_device(device)
+        target = resolve_device(device)
         if target.type != "cuda" and recipe.language_model.quantization:
             language_model = recipe.language_model.replace(dtype="auto")  # quantized needs a GPU
             recipe = recipe.replace(language_model=language_model)
@@ -256,7 +256,7 @@ class Captioner:
         return [(text_of(ids), score, len(ids) < decode.max_new_tokens) for ids, score in captions]
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return runtime.autocast(self.model.device, self.recipe.autocast_dtype)
+        return autocast(self.model.device, self.recipe.autocast_dtype)
 
 
 def caption_in_batches(
