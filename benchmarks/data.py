@@ -29,8 +29,8 @@ from benchmarks import harness
 from benchmarks.harness import Peak, Report, Variant
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat
-from vlm_bridge.data_pipeline.loader import CaptionFormat, EpochBatches, TokenizedImages, prefetch
+from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat, open_cache
+from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, TokenizedImages, prefetch
 from vlm_bridge.model_architecture.bridges import build_bridge
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
@@ -94,7 +94,7 @@ class Task:
     def padding_share(self) -> float:
         return 1 - self.num_tokens / sum(self.packed())
 
-    def _batches(self) -> EpochBatches:
+    def _batches(self) -> list[list[Row]]:
         return epoch_plan(
             self.recipe, self.data.captions_per_image, self.data.caption_lengths
         ).batches(0)
@@ -189,7 +189,7 @@ def random_cache(folder: Path, num_images: int) -> FeatureCache:
         def __getitem__(self, indices: np.ndarray) -> np.ndarray:
             return indices % len(drawn)
 
-    return FeatureCache.open_or_build(folder, FORMAT, Numbers(), lambda numbers: drawn[numbers])
+    return open_cache(folder, FORMAT, Numbers(), lambda numbers: drawn[numbers])
 
 
 # The two parts.
@@ -304,7 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "benchmarks.data", child_arguments(options, size, features)
             )
             report.add_peak(epoch_of(size), peak)
-        features.close()
 
     small, large = min(sizes), max(sizes)
     report.add_ratio(

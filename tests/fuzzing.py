@@ -245,7 +245,7 @@ def train_on_shards(root: Path) -> None:
     bad = Skipped("samples")
     images = ShardFolder.open(root).split("train", bad)
     bad.check(0.5)  # one of three is a link from the start
-    decode_all(images.paths)
+    decode_all([image.path for image in images])
     assert all(image.captions for image in images)
 
 

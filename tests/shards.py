@@ -1,4 +1,4 @@
-"""Shards as img2dataset writes them, of members given one by one or of a caption folder's pictures."""
+"""Shards as img2dataset writes them, of members given one by one or of a caption folder's images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def jpeg(index: int, side: int = 24) -> bytes:
 
 
 def sample(index: int, caption: str | None = None) -> Members:
-    text = f"picture number {index}" if caption is None else caption
+    text = f"image number {index}" if caption is None else caption
     return [(f"{index:05d}.jpg", jpeg(index)), (f"{index:05d}.txt", text.encode())]
 
 
@@ -37,16 +37,14 @@ def write_tar(path: Path, members: Members) -> Path:
 def write_shard_folder(root: Path, shards: int = 3, each: int = 10) -> Path:
     """``shards`` tars of ``each`` samples for training, and one of four for validation."""
     for number in range(shards):
-        indices = range(number * each, (number + 1) * each)
-        write_tar(
-            root / "train" / f"{number:05d}.tar", [member for n in indices for member in sample(n)]
-        )
+        members = [member for n in range(each) for member in sample(number * each + n)]
+        write_tar(root / "train" / f"{number:05d}.tar", members)
     write_tar(root / "val" / "00000.tar", [member for n in range(900, 904) for member in sample(n)])
     return root
 
 
 def shards_of(folder: CaptionFolder, root: Path, each: int = 10) -> Path:
-    """The pictures of a caption folder in its order, each with its first caption, as shards."""
+    """The images of a caption folder in its order, each with its first caption, as shards."""
     for split in folder.splits:
         images = folder.split(split)  # type: ignore[arg-type] - the splits that it has
         for start in range(0, len(images), each):

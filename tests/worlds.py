@@ -156,7 +156,7 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
     from contextlib import nullcontext
 
     from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.data_pipeline.data_folder import open_data_folder
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder
     from vlm_bridge.evaluation.shared import SharedCaptioner
     from vlm_bridge.training_strategy import validation
     from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from captioners import tiny_recipe
-from vlm_bridge.data_pipeline.features import CacheUnavailable, FeatureCache, caches_below
+from vlm_bridge.data_pipeline import features
+from vlm_bridge.data_pipeline.features import CacheUnavailable, caches_below
 from vlm_bridge.training_strategy.trainer import train
 
 
@@ -86,7 +87,7 @@ def test_no_room_is_one_line(run_here, recipe_file: Path, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise CacheUnavailable("no room for 3 GiB")
 
-    monkeypatch.setattr(FeatureCache, "open_or_build", fail)
+    monkeypatch.setattr(features, "open_cache", fail)
     failed = run_here("features", "--config", recipe_file)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == "error: no room for 3 GiB"

@@ -83,7 +83,7 @@ def test_commands_train_resume_and_evaluate(
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
-    # A sample that cannot be used, of a hundred: it is set aside and told.
+    # A sample that cannot be used, of a hundred, is skipped.
     many = [member for n in range(110) for member in sample(n)]
     write_tar(shards / "val" / "00009.tar", [*many, ("00999.jpg", b"x")])
     scored = run_here(
@@ -129,7 +129,7 @@ def test_shards_teach_what_the_same_files_teach(
         taught.append(weights(Path(recipe.checkpoint_dir) / checkpoints.LATEST))
     assert all(torch.equal(taught[0][name], taught[1][name]) for name in taught[0])
     assert (
-        len(list((tmp_path / "features").glob("*/index.json"))) == 2
+        len(list((tmp_path / "features").glob("*/features.bin"))) == 2
     )  # a cache of each split, for both
     step = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(2)
     other = override_recipe(recipe, ["shuffle_buffer=8"])

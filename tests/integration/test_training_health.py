@@ -18,7 +18,7 @@ import torch
 from captioners import places_of_run, tiny_recipe
 from logs import log_lines
 from vlm_bridge.configuration import Recipe, override_recipe
-from vlm_bridge.data_pipeline.data_folder import open_data_folder
+from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -169,7 +169,7 @@ def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
     (skipped,) = run.events("skipped")
     assert skipped["step"] == 3
     assert "nan" in skipped["cause"]
-    paths = data.train_images.paths
+    paths = [image.path for image in data.train_images]
     assert skipped["images"] == [paths[index].name for index in of_step]
     assert any(paths[image].name in line and "step 3 skipped" in line for line in run.lines)
     assert [event["step"] for event in run.events("train")] == [1, 2, 4, 5, 6]

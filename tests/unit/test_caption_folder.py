@@ -1,24 +1,34 @@
-"""The on-disk format: what is read, and what is refused."""
+"""The on-disk format: folders that `transform` made, and those that other tools prepared."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from logs import log_lines
+from vlm_bridge.data_pipeline import caption_folder
 from vlm_bridge.data_pipeline.caption_folder import (
     CAPTIONS_NAME,
     MANIFEST_NAME,
     UNFINISHED_NAME,
     CaptionFolder,
-    inside,
-    write_atomically,
+    open_data_folder,
+    readable_split,
 )
+from vlm_bridge.data_pipeline.explore import folder_items
+from vlm_bridge.data_pipeline.image_check import usable_images
+from vlm_bridge.data_pipeline.samples import inside
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
+
+FORMAT = {"format": "vlm-bridge caption folder", "format_version": 1}
 
 
 @pytest.fixture(scope="module")
@@ -29,62 +39,49 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(finished: Path, tmp_path: Path) -> Path:
+def made(finished: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(finished, tmp_path / "folder"))
 
 
-def test_images_come_with_all_their_captions_in_file_order(root: Path) -> None:
-    folder = CaptionFolder.open(root)
-    assert folder.splits == ["train", "val"]
-    images = folder.split("train")
-    assert [image.original_id for image in images] == [
-        "train-000000",
-        "train-000001",
-        "train-000002",
-    ]
-    assert all(image.path.is_file() and len(image.captions) == 2 for image in images)
-
-
-def test_captions_of_an_image_need_not_be_neighbours(root: Path) -> None:
-    path = root / "train" / CAPTIONS_NAME
-    path.write_text(
-        "\n".join(path.read_text().splitlines()[::2] + path.read_text().splitlines()[1::2]) + "\n"
-    )
-    images = CaptionFolder.open(root).split("train")
-    assert [len(image.captions) for image in images] == [2, 2, 2]
-
-
-def test_a_split_without_images_is_no_split(root: Path) -> None:
+def test_images_come_with_all_their_captions_in_file_order(made: Path) -> None:
+    path = made / "train" / CAPTIONS_NAME
+    expected = [f"train-{number:06}" for number in range(3)]
+    lines = path.read_text().splitlines()
+    for order in (lines, lines[::2] + lines[1::2]):  # those of an image need not be neighbors
+        path.write_text("\n".join(order) + "\n")
+        folder = CaptionFolder.open(made)
+        images = folder.split("train")
+        assert folder.splits == ["train", "val"]
+        assert [image.original_id for image in images] == expected
+        assert all(image.path.is_file() and len(image.captions) == 2 for image in images)
     with pytest.raises(DataError, match=r"no test images \(it has: train, val\)"):
-        CaptionFolder.open(root).split("test")
+        CaptionFolder.open(made).split("test")
 
 
-def test_the_fingerprint_sees_every_change(root: Path) -> None:
-    folder = CaptionFolder.open(root)
+def test_the_fingerprint_sees_every_change(made: Path) -> None:
+    folder = CaptionFolder.open(made)
     assert folder.compute_fingerprint() == folder.fingerprint
-    path = root / "val" / CAPTIONS_NAME
+    path = made / "val" / CAPTIONS_NAME
     lines = path.read_text().splitlines()
     path.write_text("\n".join(reversed(lines)) + "\n")
     assert folder.compute_fingerprint() == folder.fingerprint, "order does not matter"
     path.write_text("\n".join(lines[:-1]) + "\n")
     assert folder.compute_fingerprint() != folder.fingerprint
     path.write_text("\n".join(lines) + "\n")
-    picture = folder.split("val")[0].path
-    picture.write_bytes(picture.read_bytes() + b"\0")
+    image = made / "val" / "images" / Path(json.loads(lines[0])["image_path"]).name
+    image.write_bytes(image.read_bytes() + b"\0")
     assert folder.compute_fingerprint() != folder.fingerprint
 
 
-def test_an_unfinished_folder_says_how_to_continue(root: Path) -> None:
-    (root / MANIFEST_NAME).unlink()
-    (root / UNFINISHED_NAME).mkdir()
-    with pytest.raises(
-        DataError, match="unfinished: continue it with the same `vlm-data transform`"
-    ):
-        CaptionFolder.open(root)
+def test_an_unfinished_folder_says_how_to_continue(made: Path) -> None:
+    (made / MANIFEST_NAME).unlink()
+    (made / UNFINISHED_NAME).mkdir()
+    with pytest.raises(DataError, match="continue it with the same `vlm-data transform`"):
+        CaptionFolder.open(made)
 
 
-def test_what_is_no_caption_folder_says_how_to_make_one(tmp_path: Path) -> None:
+def test_other_folders_are_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(DataError, match="vlm-data transform"):
             CaptionFolder.open(path)
@@ -96,57 +93,42 @@ def test_what_is_no_caption_folder_says_how_to_make_one(tmp_path: Path) -> None:
         ("{", "damaged"),
         ("[]", "not the manifest"),
         (json.dumps({"format": "other"}), "not the manifest"),
-        (
-            json.dumps({"format": "vlm-bridge caption folder", "format_version": 99}),
-            "format version 99",
-        ),
-        (
-            json.dumps({"format": "vlm-bridge caption folder", "format_version": 1}),
-            "lacks counts, fingerprint",
-        ),
+        (json.dumps({**FORMAT, "format_version": 99}), "format version 99"),
+        (json.dumps(FORMAT), "lacks counts, fingerprint"),
+        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "damaged"),
     ],
 )
-def test_damaged_manifests(root: Path, manifest: str, message: str) -> None:
-    (root / MANIFEST_NAME).write_text(manifest)
+def test_damaged_manifests(made: Path, manifest: str, message: str) -> None:
+    (made / MANIFEST_NAME).write_text(manifest)
     with pytest.raises(DataError, match=message):
-        CaptionFolder.open(root)
+        CaptionFolder.open(made)
 
 
-def test_a_missing_caption_file_is_found_on_opening(root: Path) -> None:
-    (root / "val" / CAPTIONS_NAME).unlink()
+def test_a_missing_caption_file_is_found_on_opening(made: Path) -> None:
+    (made / "val" / CAPTIONS_NAME).unlink()
     with pytest.raises(DataError, match=r"val/captions.jsonl is missing"):
-        CaptionFolder.open(root)
+        CaptionFolder.open(made)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{", r"captions.jsonl:1: not a JSON object"),
-        (b'{"caption": "\xff"}', r"captions.jsonl:1: not UTF-8"),
-        (b"[]", r"captions.jsonl:1: needs the texts"),
-        (
-            b'{"image_path": "images/x.jpg", "caption": 3, "original_id": "x"}',
-            r":1: needs the texts",
-        ),
-        (
-            b'{"image_path": "images/x.jpg", "caption": "A.", "original_id": "x"}',
-            r":1: image .* is missing",
-        ),
-        (
-            b'{"image_path": "../x.jpg", "caption": "A.", "original_id": "x"}',
-            r":1: image path .* inside",
-        ),
-        (
-            b'{"image_path": "/x.jpg", "caption": "A.", "original_id": "x"}',
-            r":1: image path .* inside",
-        ),
-    ],
-)
-def test_malformed_lines_name_file_and_line(root: Path, line: bytes, message: str) -> None:
-    path = root / "train" / CAPTIONS_NAME
+LINES = {
+    b"": "a blank line",
+    b"{": "not a JSON object",
+    b"[]": "needs the texts image_path, caption",
+    b'{"caption": "\xff"}': "not UTF-8 text",
+    b'{"image_path": "images/x.jpg", "caption": 3}': "needs the texts image_path, caption",
+    b'{"image_path": "images/x.jpg", "caption": " "}': "an empty caption",
+    b'{"image_path": "images/x.jpg", "caption": "A."}': r"image .* is missing",
+    b'{"image_path": "../x.jpg", "caption": "A."}': r"image path .* stay inside",
+    b'{"image_path": "/etc/passwd", "caption": "A."}': r"image path .* must be relative",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), LINES.items())
+def test_malformed_lines_name_file_and_line(made: Path, line: bytes, reason: str) -> None:
+    path = made / "train" / CAPTIONS_NAME
     path.write_bytes(line + b"\n" + path.read_bytes())
-    with pytest.raises(DataError, match=message):
-        CaptionFolder.open(root).split("train")
+    with pytest.raises(DataError, match=f"captions.jsonl:1: {reason}"):
+        CaptionFolder.open(made).split("train")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +139,152 @@ def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: str) ->
         inside(tmp_path, name)
 
 
-def test_writing_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a", b"old")
-    write_atomically(tmp_path / "a", b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"new")]
+# Folders that the dinov2-gemma project prepared: no manifest, nothing checked.
+
+NAMES = {"train": range(4), "val": range(4, 6), "test": range(6, 7)}
+
+
+def write_image(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 12), (number * 9, 200, 30)).save(path, "JPEG", quality=95)
+
+
+def write_split(folder: Path, ids: Mapping[str, int]) -> None:
+    lines = []
+    for name, number in ids.items():
+        write_image(folder / "images" / f"{name}.jpg", number)
+        record = {"image_path": f"images/{name}.jpg", "caption": f"Scene {number}."}
+        lines.append(json.dumps({**record, "original_id": name}, ensure_ascii=False))
+    (folder / CAPTIONS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    root = tmp_path / "data" / "groundcap"
+    for split, numbers in NAMES.items():
+        write_split(root / split, {f"tt{number:07}_frame": number for number in numbers})
+    return root
+
+
+def test_a_manifest_is_made_and_logged_once(prepared: Path) -> None:
+    lines = log_lines()
+    folder = open_data_folder(prepared)
+    assert lines == [
+        f"{prepared} has no manifest.json: made {prepared / MANIFEST_NAME} "
+        "(train 4 images, val 2 images, test 1 images)"
+    ]
+    assert folder.splits == ["train", "val", "test"]
+    images, skipped = readable_split(folder, "train")
+    expected = [f"tt{number:07}_frame" for number in range(4)]
+    assert [image.original_id for image in images] == expected
+    assert images[0].captions == ("Scene 0.",) and not len(skipped)
+    assert folder.compute_fingerprint() == folder.fingerprint
+    assert open_data_folder(prepared).manifest == folder.manifest
+    assert len(lines) == 1
+
+
+def test_the_fingerprint_is_of_the_content_alone(prepared: Path, tmp_path: Path) -> None:
+    fingerprint = CaptionFolder.open(prepared).fingerprint
+    elsewhere = tmp_path / "another machine"
+    shutil.copytree(prepared, elsewhere, copy_function=shutil.copyfile)  # other times
+    lines = log_lines()
+    assert CaptionFolder.open(elsewhere).fingerprint == fingerprint and not lines
+    (elsewhere / MANIFEST_NAME).unlink()
+    (elsewhere / "train" / "images" / ".DS_Store").write_bytes(b"left by a file manager")
+    assert CaptionFolder.open(elsewhere).fingerprint == fingerprint
+
+
+def test_a_read_only_folder_is_read_all_the_same(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        del content
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(caption_folder, "write_atomically", refuse)
+    lines = log_lines()
+    assert len(open_data_folder(prepared).split("train")) == 4
+    assert "cannot be written" in lines[0]
+
+
+def test_a_changed_folder_gets_another_manifest(prepared: Path) -> None:
+    lines = log_lines()
+    first = open_data_folder(prepared)
+    path = prepared / "val" / CAPTIONS_NAME
+    path.write_text(path.read_text().replace("Scene 4.", "Another scene."))
+    second = open_data_folder(prepared)
+    assert f"{prepared} has changed since its manifest was made: made " in lines[1]
+    assert second.fingerprint != first.fingerprint
+    assert second.fingerprint == second.compute_fingerprint()
+    write_image(prepared / "train" / "images" / "one more.jpg", 20)
+    assert open_data_folder(prepared).fingerprint != second.fingerprint
+    open_data_folder(prepared)
+    assert len(lines) == 3
+
+
+def test_images_in_several_splits_are_read_and_logged(prepared: Path) -> None:
+    write_split(prepared / "train", {f"tt{number:07}_frame": number for number in range(7)})
+    lines = log_lines()
+    for _ in range(2):
+        folder = open_data_folder(prepared)
+        assert lines.pop() == (
+            f"2 val images and 1 test images of {prepared} are in train too: "
+            "scores on them are too good"
+        )
+    assert [len(folder.split(split)) for split in NAMES] == [7, 2, 1]
+
+
+def test_names_with_spaces_and_of_any_language_are_read(tmp_path: Path) -> None:
+    root = tmp_path / "données de film"
+    names = {"a b": 1, "été 名前": 2, "it's 100%": 3}
+    write_split(root / "train", names)
+    write_split(root / "val", {"ключ": 4})
+    images = CaptionFolder.open(root).split("train")
+    assert [image.original_id for image in images] == list(names)
+    assert all(image.path.is_file() for image in images)
+
+
+@pytest.mark.parametrize(("line", "reason"), list(LINES.items())[::3])
+def test_lines_that_cannot_be_used_are_skipped_with_a_reason(
+    prepared: Path, line: bytes, reason: str
+) -> None:
+    with (prepared / "train" / CAPTIONS_NAME).open("ab") as file:
+        file.write(line + b"\n")
+    folder = open_data_folder(prepared)
+    assert folder.manifest["counts"]["train"] == {"images": 4, "captions": 4}
+    assert folder.compute_fingerprint() == folder.fingerprint
+    lines = log_lines()
+    assert len(usable_images(folder, "train", max_skipped_share=0.2)) == 4
+    assert "skipped 1 of 5 train captions" in lines[0]
+    assert re.search(f"{CAPTIONS_NAME}:5: {reason}", lines[0])
+    with pytest.raises(DataError, match=r"1 of 5 train captions .* more than max_bad_samples=0.01"):
+        usable_images(folder, "train", max_skipped_share=0.01)
+    with pytest.raises(DataError, match="1 of 5 train samples cannot be used"):
+        readable_split(folder, "train")
+    skipped = []
+    assert len(folder_items(folder, skipped)) == 7 and len(skipped) == 1
+
+
+def test_an_image_without_an_id_has_its_file_name(prepared: Path) -> None:
+    write_image(prepared / "val" / "images" / "new.jpg", 9)
+    with (prepared / "val" / CAPTIONS_NAME).open("a") as file:
+        file.write('{"image_path": "images/new.jpg", "caption": "A.", "original_id": 7}\n')
+    assert CaptionFolder.open(prepared).split("val")[-1].original_id == "new"
+
+
+def test_captions_in_another_form_say_how_they_are_read(prepared: Path) -> None:
+    (prepared / "train" / CAPTIONS_NAME).write_text('{"file_name": "a.jpg", "text": "A."}\n')
+    message = r"none of the 1 lines .* needs the texts .*--source local --input-dir"
+    with pytest.raises(DataError, match=message):
+        open_data_folder(prepared)
+    for split in NAMES:
+        (prepared / split / CAPTIONS_NAME).write_bytes(b"")
+    with pytest.raises(DataError, match=r"captions.jsonl files in .* have no lines"):
+        open_data_folder(prepared)
+
+
+def test_transform_leaves_such_a_folder_alone(prepared: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match="other tools prepared: train on it"):
+            transform(Scenes(3, 2, 0), prepared)
+        open_data_folder(prepared)

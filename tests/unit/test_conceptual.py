@@ -12,7 +12,7 @@ import pytest
 from shards import Members, jpeg, write_tar
 from vlm_bridge.data_pipeline import shards as shards_module
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.shards import ShardLoss, ShardSample, read_shard
+from vlm_bridge.data_pipeline.shards import read_shard
 from vlm_bridge.data_pipeline.sources import iter_pictures, make_source
 from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
 from vlm_bridge.data_pipeline.transform import transform
@@ -88,14 +88,13 @@ def test_a_tar_cut_off_at_any_byte_gives_its_whole_samples(tmp_path: Path) -> No
     part = tmp_path / "part.tar"
     for length in range(0, archive_end + 512, 256):
         part.write_bytes(content[:length])
-        results = list(read_shard(part))
-        samples = [result.key for result in results if isinstance(result, ShardSample)]
+        shard = read_shard(part)
+        samples = [sample.key for sample in shard.samples]
         expected = [key for key, end in ends.items() if end <= length]
         # Cut at the header of the last .txt, the sample is usable all the same: its .json holds the caption.
         assert samples == expected or samples == list(ends)[: len(expected) + 1]
-        losses = [result for result in results if isinstance(result, ShardLoss)]
-        assert len(losses) == (0 if length >= archive_end + 512 else 1)
-        assert all("cut off or damaged" in loss.reason and loss.name is None for loss in losses)
+        assert len(shard.skipped) == (0 if length >= archive_end + 512 else 1)
+        assert all("cut off or damaged" in reason and not name for name, reason in shard.skipped)
 
 
 def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
@@ -105,9 +104,9 @@ def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(header)
         file.write(b"\xff" * 512)
-    *samples, loss = read_shard(path)
-    assert [getattr(result, "key", None) for result in samples] == ["000000000", "000000001"]
-    assert isinstance(loss, ShardLoss) and f"at byte {header:,}" in loss.reason
+    shard = read_shard(path)
+    assert [sample.key for sample in shard.samples] == ["000000000", "000000001"]
+    assert f"at byte {header:,}" in shard.skipped[0][1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all", b"\x1f\x8b" + bytes(600)])
@@ -149,7 +148,7 @@ def test_members_that_lead_out_and_odd_ones_are_rejected(tmp_path: Path) -> None
 def test_incomplete_samples_are_rejected_with_their_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "MAX_PICTURE_BYTES", 5000)
+    monkeypatch.setattr(shards_module, "MAX_IMAGE_BYTES", 5000)
     failed = json.dumps(
         {"status": "failed_to_download", "url": "http://example.com/3", "caption": "c"}
     )

@@ -12,7 +12,7 @@ import torch
 
 from captioners import tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
-from vlm_bridge.data_pipeline.data_folder import open_data_folder
+from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -52,7 +52,8 @@ def distil(recipe: Recipe) -> tuple[CaptionModel, list[float]]:
     world = World(torch.device("cpu"))
     model = prepare_model(recipe, world)
     data = TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
-    losses = distill_projection(model, recipe, data.train_features, data.train_images.paths)
+    paths = [image.path for image in data.train_images]
+    losses = distill_projection(model, recipe, data.train_features, paths)
     return model, losses
 
 

@@ -17,6 +17,7 @@ from vlm_bridge.data_pipeline.loader import (
     EpochPlan,
     Row,
     TokenBudget,
+    TokenizedCaption,
     TokenizedImages,
     in_batches,
     prefetch,
@@ -48,45 +49,45 @@ def tokenized(*captions_of_images: tuple[str, ...], **changes: object) -> Tokeni
     return TokenizedImages(images, caption_format(**changes))
 
 
+def tokenize(caption: str, **changes: object) -> TokenizedCaption:
+    format = caption_format(**changes)
+    return format.with_targets(format.targets([caption])[0])
+
+
 def test_every_token_and_the_end_are_supervised() -> None:
-    caption = caption_format().tokenize("ab")
-    assert caption.input_ids == (START, 97, 98)
-    assert caption.labels == (97, 98, EOS)
+    assert tokenize("ab") == ((START, 97, 98), (97, 98, EOS))
+    assert tokenize("") == ((START,), (EOS,))
 
 
 def test_the_prompt_is_read_but_not_supervised() -> None:
-    format = caption_format(prompt="P:")
-    caption = format.tokenize("ab")
+    caption = tokenize("ab", prompt="P:")
     assert caption.input_ids == (START, *encode("P: ab"))
     assert caption.labels == (IGNORE_INDEX, IGNORE_INDEX, *encode(" ab"), EOS)
-    assert list(caption.input_ids[:3]) == format.prompt_ids
+    assert list(caption.input_ids[:3]) == caption_format(prompt="P:").prompt_ids
 
 
 @pytest.mark.parametrize(
     ("limit", "labels"), [(1, "a"), (2, "ab"), (3, "abc"), (4, "abc$"), (9, "abc$")]
 )
 def test_a_cut_caption_has_not_ended(limit: int, labels: str) -> None:
-    caption = caption_format(max_caption_tokens=limit).tokenize("abc")
+    caption = tokenize("abc", max_caption_tokens=limit)
     assert list(caption.labels) == [EOS if c == "$" else ord(c) for c in labels]
     assert len(caption.input_ids) == len(caption.labels)
     assert EOS not in caption.input_ids
 
 
-def test_an_empty_caption_is_just_its_end() -> None:
-    caption = caption_format().tokenize("")
-    assert (caption.input_ids, caption.labels) == ((START,), (EOS,))
-
-
 def test_pads_are_never_supervised() -> None:
-    data = tokenized(("abcd", "x"), ("ab",))
-    batch = data.pack([Row(0, (1, 0)), Row(1, (0,))])
+    batch = tokenized(("abcd", "x"), ("ab",)).pack([Row(0, (1, 0)), Row(1, (0,))])
     assert batch.segments.tolist() == [[1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0]]
     pads = batch.segments == 0
     assert (batch.labels[pads] == IGNORE_INDEX).all()
     assert (batch.labels[~pads] != IGNORE_INDEX).all()
     assert batch.labels[0].tolist() == [ord("x"), EOS, *encode("abcd"), EOS]
     assert (batch.num_supervised, batch.num_tokens, batch.num_captions) == (10, 10, 3)
-    assert batch.image_indices.tolist() == [0, 1]
+    assert (batch.num_positions, batch.image_indices.tolist()) == (14, [0, 1])
+    labels = batch.labels.ravel()[batch.supervised]
+    assert np.array_equal(labels, batch.labels[batch.labels != IGNORE_INDEX])
+    assert all(array.dtype == np.int64 for array in (batch.input_ids, batch.labels, batch.segments))
 
 
 @pytest.mark.parametrize("eos", [0, EOS])
@@ -105,13 +106,13 @@ CAPTIONS = (("abcd", "x"), ("ab",), ("a longer one", "", "abc"))
 
 
 @pytest.mark.parametrize("prompt", ["", "P:"])
-def test_stored_captions_are_those_tokenised_one_by_one(
+def test_stored_captions_are_those_tokenized_one_by_one(
     prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlm_bridge.data_pipeline.loader.TOKENIZE_TOGETHER", 4)
     changes = {"prompt": prompt, "max_caption_tokens": 8}
-    data, format = tokenized(*CAPTIONS, **changes), caption_format(**changes)
-    expected = [[format.tokenize(caption) for caption in captions] for captions in CAPTIONS]
+    data = tokenized(*CAPTIONS, **changes)
+    expected = [[tokenize(caption, **changes) for caption in captions] for captions in CAPTIONS]
     found = [
         [data.caption(i, j) for j in range(len(captions))] for i, captions in enumerate(CAPTIONS)
     ]
@@ -122,20 +123,6 @@ def test_stored_captions_are_those_tokenised_one_by_one(
     assert (len(data), data.num_captions, data.captions_per_image.tolist()) == (3, 6, [2, 1, 3])
 
 
-def test_a_token_takes_four_bytes() -> None:
-    data = tokenized(*[("a" * 49,)] * 1000)
-    held = sum(value.nbytes for value in vars(data).values() if isinstance(value, np.ndarray))
-    assert held < 1000 * (4 * 50 + 50)
-
-
-def test_supervised_positions_are_those_with_a_label() -> None:
-    batch = tokenized(*CAPTIONS, prompt="P:").pack([Row(0, (1, 0)), Row(1, (0,))])
-    assert np.array_equal(
-        batch.labels.ravel()[batch.supervised], batch.labels[batch.labels != IGNORE_INDEX]
-    )
-    assert batch.num_positions == batch.input_ids.size
-
-
 def assert_once_per_epoch(batches: Sequence[list[Row]], counts: Sequence[int] | np.ndarray) -> None:
     seen = Counter(
         (row.image, caption) for rows in batches for row in rows for caption in row.captions
@@ -143,96 +130,122 @@ def assert_once_per_epoch(batches: Sequence[list[Row]], counts: Sequence[int] | 
     assert seen == Counter((image, c) for image, count in enumerate(counts) for c in range(count))
 
 
-class TestEpochPlan:
-    counts = (5, 1, 3, 2, 5, 4, 0, 2)
-
-    def plan(self, row_captions: int = 2, batch_captions: int = 6, seed: int = 0) -> EpochPlan:
-        return EpochPlan(
-            self.counts, row_captions=row_captions, batch_captions=batch_captions, seed=seed
-        )
-
-    @pytest.mark.parametrize("row_captions", [1, 2, 5])
-    def test_every_caption_comes_once_per_epoch(self, row_captions: int) -> None:
-        plan = self.plan(row_captions, batch_captions=5 * row_captions)
-        batches = plan.batches(0)
-        assert len(batches) == plan.num_batches(0)
-        assert_once_per_epoch(batches, self.counts)
-        assert all(len(row.captions) <= row_captions for rows in batches for row in rows)
-        assert max(map(len, batches)) <= 5
-
-    def test_the_order_depends_on_seed_and_epoch_alone(self) -> None:
-        assert list(self.plan().batches(3)) == list(self.plan().batches(3))
-        assert list(self.plan().batches(3)) != list(self.plan().batches(4))
-        assert list(self.plan().batches(3)) != list(self.plan(seed=1).batches(3))
-
-    def test_captions_are_shuffled_image_by_image(self) -> None:
-        # What runs of images are shuffled together for speed comes out as if each were shuffled alone.
-        random, rows = np.random.default_rng([0, 3]), []
-        for image, count in enumerate(self.counts):
-            order = random.permutation(count).tolist()
-            rows += [Row(image, tuple(order[start : start + 2])) for start in range(0, count, 2)]
-        expected = [rows[index] for index in random.permutation(len(rows))]
-        batches = self.plan().batches(3)
-        assert [row for batch in batches for row in batch] == expected
-        assert batches[1:3] == in_batches(expected, 3)[1:3]
+def test_captions_are_shuffled_image_by_image() -> None:
+    random, counts = np.random.default_rng([0, 3]), (5, 1, 3, 2, 5, 4, 0, 2)
+    rows = []
+    for image, count in enumerate(counts):
+        order = random.permutation(count).tolist()
+        rows += [Row(image, tuple(order[start : start + 2])) for start in range(0, count, 2)]
+    expected = [rows[index] for index in random.permutation(len(rows))]
+    plan = EpochPlan(counts, row_captions=2, batch_captions=6, seed=0)
+    assert plan.batches(3) == in_batches(expected, 3)
 
 
-class TestTokenBudget:
-    random = np.random.default_rng(5)
-    counts = random.integers(1, 6, 300)
-    lengths = random.integers(4, 40, counts.sum())
-    budget = 160
+COUNTS = np.random.default_rng(5).integers(1, 6, 200)
+LENGTHS = np.random.default_rng(6).integers(4, 40, COUNTS.sum())
+SHARDS = np.repeat(np.arange(7), [30, 1, 20, 0, 49, 60, 40])
 
-    def plan(self, row_captions: int = 2, seed: int = 0, budget: int | None = budget) -> EpochPlan:
-        chosen = TokenBudget(budget, self.lengths) if budget else None
-        return EpochPlan(
-            self.counts, row_captions=row_captions, batch_captions=8, seed=seed, budget=chosen
-        )
 
-    def row_lengths(self, batch: list[Row]) -> list[int]:
-        first = np.concatenate(([0], np.cumsum(self.counts)))
-        return [int(sum(self.lengths[first[row.image] + c] for c in row.captions)) for row in batch]
+def make_plan(
+    row_captions: int = 2,
+    *,
+    seed: int = 0,
+    budget: int | None = None,
+    buffer: int = 0,
+    shards: np.ndarray | None = SHARDS,
+) -> EpochPlan:
+    return EpochPlan(
+        COUNTS,
+        row_captions=row_captions,
+        batch_captions=4 * row_captions,
+        seed=seed,
+        budget=TokenBudget(budget, LENGTHS) if budget else None,
+        shuffle_buffer=buffer,
+        shards=shards,
+    )
 
-    @pytest.mark.parametrize("row_captions", [1, 2, 5])
-    @pytest.mark.parametrize("budget", [1, 60, 160, 10**9])
-    def test_every_caption_comes_once_per_epoch_and_no_batch_is_too_large(
-        self, row_captions: int, budget: int
-    ) -> None:
-        plan = self.plan(row_captions, budget=budget)
-        for epoch in range(2):
-            batches = plan.batches(epoch)
-            assert len(batches) == plan.num_batches(epoch)
-            assert_once_per_epoch(batches, self.counts)
-            for batch in batches:
-                lengths = self.row_lengths(batch)
+
+def row_lengths(batch: list[Row]) -> list[int]:
+    first = np.concatenate(([0], np.cumsum(COUNTS)))
+    return [int(sum(LENGTHS[first[row.image] + c] for c in row.captions)) for row in batch]
+
+
+@pytest.mark.parametrize("row_captions", [1, 2, 5])
+@pytest.mark.parametrize("budget", [None, 1, 160, 10**9])
+@pytest.mark.parametrize("buffer", [0, 1, 16, 1000])
+def test_every_caption_comes_once_per_epoch_in_an_order_of_seed_and_epoch(
+    row_captions: int, budget: int | None, buffer: int
+) -> None:
+    plan, again = (make_plan(row_captions, budget=budget, buffer=buffer) for _ in range(2))
+    for epoch in (1, 0):
+        batches = plan.batches(epoch)
+        assert batches == again.batches(epoch)
+        assert len(batches) == plan.num_batches(epoch)
+        assert_once_per_epoch(batches, COUNTS)
+        for batch in batches:
+            lengths = row_lengths(batch)
+            assert all(len(row.captions) <= row_captions for row in batch)
+            if budget is None:
+                assert len(batch) <= 4
+            else:
                 assert max(lengths) * len(lengths) <= budget or len(batch) == 1
+    assert plan.batches(0) != plan.batches(1)
+    other = make_plan(row_captions, seed=1, budget=budget, buffer=buffer)
+    assert plan.batches(0) != other.batches(0)
 
-    def test_rows_are_those_of_a_plan_without_budget(self) -> None:
-        rows, expected = (
-            [row for batch in self.plan(budget=budget).batches(1) for row in batch]
-            for budget in (self.budget, None)
+
+def test_a_budget_changes_which_rows_meet_and_no_row() -> None:
+    rows, expected = (
+        [row for batch in make_plan(budget=budget).batches(1) for row in batch]
+        for budget in (160, None)
+    )
+    assert rows != expected
+    assert sorted(rows) == sorted(expected)
+
+
+def test_under_a_budget_few_positions_are_pads_and_batches_are_mixed() -> None:
+    def padding_share(batches: Sequence[list[Row]]) -> float:
+        lengths = [row_lengths(batch) for batch in batches]
+        return 1 - sum(map(sum, lengths)) / sum(max(some) * len(some) for some in lengths)
+
+    batches = make_plan(budget=160).batches(0)
+    assert padding_share(batches) < 0.1
+    assert padding_share(make_plan().batches(0)) > 0.25
+    longest = [max(row_lengths(batch)) for batch in batches]
+    assert longest != sorted(longest, reverse=True)
+    halves = np.array_split(longest, 2)
+    assert abs(halves[0].mean() - halves[1].mean()) < 0.2 * np.mean(longest)
+
+
+def images_in_order(plan: EpochPlan, epoch: int) -> list[int]:
+    """Each image where it is first read."""
+    return list(dict.fromkeys(row.image for batch in plan.batches(epoch) for row in batch))
+
+
+@pytest.mark.parametrize("budget", [None, 160])
+@pytest.mark.parametrize("shards", [SHARDS, None])
+def test_images_stay_within_windows_of_the_stream(
+    shards: np.ndarray | None, budget: int | None
+) -> None:
+    of_image = SHARDS if shards is not None else np.zeros_like(SHARDS)
+    orders = set()
+    for epoch in range(4):
+        order = images_in_order(make_plan(budget=budget, buffer=16, shards=shards), epoch)
+        # Shards follow one another in some order: recovered from where most of each is read.
+        turn = sorted(
+            set(of_image.tolist()), key=lambda s: np.mean(np.flatnonzero(of_image[order] == s))
         )
-        assert rows != expected
-        assert sorted(rows) == sorted(expected)
+        stream = [image for shard in turn for image in np.flatnonzero(of_image == shard).tolist()]
+        place = {image: number for number, image in enumerate(stream)}
+        distances = [abs(place[image] - number) for number, image in enumerate(order)]
+        assert 0 < max(distances) < 16
+        orders.add(tuple(turn))
+    assert len(orders) > 1 or shards is None
 
-    def test_the_order_depends_on_seed_and_epoch_alone(self) -> None:
-        assert list(self.plan().batches(3)) == list(self.plan().batches(3))
-        assert list(self.plan().batches(3)) != list(self.plan().batches(4))
-        assert list(self.plan().batches(3)) != list(self.plan(seed=1).batches(3))
 
-    def test_few_positions_are_pads(self) -> None:
-        def padding_share(batches: Sequence[list[Row]]) -> float:
-            lengths = [self.row_lengths(batch) for batch in batches]
-            return 1 - sum(map(sum, lengths)) / sum(max(some) * len(some) for some in lengths)
-
-        assert padding_share(self.plan().batches(0)) < 0.1
-        assert padding_share(self.plan(budget=None).batches(0)) > 0.25
-
-    def test_long_and_short_batches_are_mixed(self) -> None:
-        longest = [max(self.row_lengths(batch)) for batch in self.plan().batches(0)]
-        assert longest != sorted(longest, reverse=True)
-        halves = np.array_split(longest, 2)
-        assert abs(halves[0].mean() - halves[1].mean()) < 0.2 * np.mean(longest)
+def test_a_large_buffer_shuffles_across_shards() -> None:
+    order = images_in_order(make_plan(buffer=1000), 0)
+    assert len(np.flatnonzero(np.diff(SHARDS[order]))) > 50
 
 
 def test_validation_reads_whole_rows_in_order() -> None:
@@ -263,8 +276,3 @@ class TestPrefetch:
         results.close()
         assert len(begun) <= depth + 1
         assert all("ThreadPoolExecutor" not in thread.name for thread in threading.enumerate())
-
-
-def test_packed_batches_are_what_torch_reads() -> None:
-    batch = tokenized(("ab", "c")).pack([Row(0, (0, 1))])
-    assert all(array.dtype == np.int64 for array in (batch.input_ids, batch.labels, batch.segments))

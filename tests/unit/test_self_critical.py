@@ -19,7 +19,7 @@ from captioners import (
     toy_captioner,
 )
 from vlm_bridge.configuration import DecodeSettings, Recipe, override_recipe
-from vlm_bridge.data_pipeline.data_folder import open_data_folder
+from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints

@@ -13,7 +13,7 @@ from vlm_bridge.data_pipeline.downloads import DATASETS
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
-    from vlm_bridge.data_pipeline.data_folder import SplitImages
+    from vlm_bridge.data_pipeline.samples import CaptionedImage
     from vlm_bridge.data_pipeline.sources import Source, SourceItem
 
 app = typer.Typer(
@@ -129,7 +129,7 @@ def explore_dataset(
     """Show sizes, caption lengths, vocabulary, tags and samples of a source or caption folder."""
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline import explore
-    from vlm_bridge.data_pipeline.data_folder import open_data_folder
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder
     from vlm_bridge.data_pipeline.sources import Rejected
     from vlm_bridge.errors import UsageError
 
@@ -243,7 +243,7 @@ def inspect_loader(
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import explore
-    from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
     from vlm_bridge.data_pipeline.sources import Rejected
     from vlm_bridge.errors import DataError, UsageError
 
@@ -314,10 +314,10 @@ def _open_source(
     return make_source(found, input_dir=input_dir, captions_file=captions_file, **options)
 
 
-def _first_batch(images: SplitImages, recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
+def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch: its rows, and its token counts if they are asked for."""
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
+    from vlm_bridge.data_pipeline.loader import Row, TokenizedImages, shard_numbers
     from vlm_bridge.model_architecture.captioner import caption_format
     from vlm_bridge.model_architecture.weights import build_language_model
     from vlm_bridge.training_strategy.data import epoch_plan
@@ -329,7 +329,8 @@ def _first_batch(images: SplitImages, recipe: Recipe, with_tokens: bool) -> dict
         format = caption_format(language_model, recipe)
         if recipe.tokens_per_batch is not None:
             lengths = TokenizedImages(images, format).caption_lengths
-    plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths, images.shards)
+    counts = [len(image.captions) for image in images]
+    plan = epoch_plan(recipe, counts, lengths, shard_numbers(images))
     rows = plan.batches(0)[0]
     shown = [images[row.image] for row in rows]
     batch: dict[str, Any] = {

@@ -93,7 +93,7 @@ def evaluate(
     Our own (--checkpoint) or a published one (--model), on the same data with the same decoding and metrics.
     """
     from vlm_bridge.cli.progress import note
-    from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
     from vlm_bridge.errors import UsageError
 
     if (checkpoint is None) == (model is None):

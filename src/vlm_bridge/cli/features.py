@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def features(
     if max_bytes is not None:
         _evict(root, max_bytes, json_output)
     else:
-        _build(recipe, root, verify, json_output)
+        _build(recipe, verify, json_output)
 
 
 def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
@@ -72,17 +73,14 @@ def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
         return
     for cache in removed:
         typer.echo(f"removed {cache.folder} ({as_bytes(cache.num_bytes)})")
-    kept_bytes = sum(cache.num_bytes for cache in kept)
-    in_use = " (in use, or unreadable)" if kept_bytes > max_bytes else ""
-    typer.echo(f"{len(kept)} caches below {root} take {as_bytes(kept_bytes)}{in_use}")
+    size = as_bytes(sum(cache.num_bytes for cache in kept))
+    typer.echo(f"{len(kept)} caches below {root} take {size}")
 
 
-def _build(recipe: Recipe, root: Path, verify: bool, json_output: bool) -> None:
-    import time
-
+def _build(recipe: Recipe, verify: bool, json_output: bool) -> None:
     from vlm_bridge import runtime
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.data_pipeline.data_folder import open_data_folder
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder
     from vlm_bridge.data_pipeline.features import as_bytes
     from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
     from vlm_bridge.training_strategy.features import cached_features, usable_images
@@ -94,28 +92,28 @@ def _build(recipe: Recipe, root: Path, verify: bool, json_output: bool) -> None:
     facts = []
     splits: tuple[SplitName, ...] = ("train", "val")
     for split in splits:
-        started = time.perf_counter()
         images = usable_images(folder, split, recipe)
+        started = time.perf_counter()
         cache = cached_features(encoder, recipe, split, images, check_all=verify)
-        of_split = {
-            "split": split,
-            "folder": str(cache.folder),
-            "num_images": len(cache),
-            "num_bytes": cache.num_bytes,
-            "images_per_second": cache.index.get("images_per_second"),
-            "was_there": cache.was_there,
-            "seconds": time.perf_counter() - started,
-        }
-        cache.close()
-        facts.append(of_split)
+        seconds = time.perf_counter() - started
+        facts.append(
+            {
+                "split": split,
+                "folder": str(cache.folder),
+                "num_images": len(cache),
+                "num_bytes": cache.num_bytes,
+                "images_per_second": None if cache.was_there else len(cache) / seconds,
+                "was_there": cache.was_there,
+                "seconds": seconds,
+            }
+        )
+        if not json_output:
+            made = f"made in {seconds:.0f} s, {len(cache) / seconds:.1f} images/s"
+            state = "was there" if cache.was_there else made
+            size = f"{len(cache):,} images, {as_bytes(cache.num_bytes)}"
+            typer.echo(f"{split}: {size} in {cache.folder}: {state}")
     if json_output:
         typer.echo(json.dumps(facts, indent=2))
-        return
-    for f in facts:
-        state = "was there" if f["was_there"] else f"made in {f['seconds']:.0f} s"
-        rate = f", encoded at {f['images_per_second']:.1f} images/s"
-        size = f"{f['num_images']:,} images, {as_bytes(f['num_bytes'])}"
-        typer.echo(f"{f['split']}: {size} in {f['folder']}: {state}{rate}")
 
 
 def _bytes_of(text: str) -> int:

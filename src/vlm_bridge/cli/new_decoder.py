@@ -19,7 +19,7 @@ def new_decoder(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier one."),
 ) -> None:
     """Make a small decoder with cross-attention, to be trained from nothing on your captions."""
-    from vlm_bridge.data_pipeline.data_folder import open_data_folder, readable_split
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
     from vlm_bridge.errors import UsageError
 
     if (output_dir / "config.json").exists() and not overwrite:

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import DataFolder
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, find_tags, strip_tags
-from vlm_bridge.data_pipeline.data_folder import DataFolder
 from vlm_bridge.data_pipeline.images import image_size, open_image
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
@@ -39,12 +38,12 @@ def folder_items(folder: DataFolder, skipped: list[Rejected] | None = None) -> l
     for split in SPLITS:
         if split not in folder.splits:
             continue
-        bad = None if isinstance(folder, CaptionFolder) and folder.is_checked else Skipped(split)
+        bad = Skipped(split)
         items += [
             SourceItem(image.original_id, list(image.captions), split, path=image.path)
             for image in folder.split(split, bad)
         ]
-        if skipped is not None and bad is not None:
+        if skipped is not None:
             skipped += [Rejected(sample.where, sample.reason) for sample in bad.samples]
     return items
 

@@ -4,12 +4,11 @@
 
     ROOT/KEY/features.bin       a record per image: its features, then their CRC-32
     ROOT/KEY/features.building  the same while it is written; an interrupted build continues here
-    ROOT/KEY/index.json         what the records are and how fast they were made
-    ROOT/KEY/.lock              exclusive for the one process that builds, shared by those that read
+    ROOT/KEY/.lock              held by the one process that builds
     ROOT/.pictures-DIGEST       content hash of a list of images, kept while no file is touched
 
 KEY hashes everything that features depend on: encoder weights, preprocessing, images, format.
-A cache of another encoder or of other images is therefore never found.
+A folder's time of change is that of its last use.
 """
 
 from __future__ import annotations
@@ -18,66 +17,47 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import mmap
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, Protocol
+from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vlm_bridge.data_pipeline.caption_folder import write_atomically
 from vlm_bridge.data_pipeline.images import open_image
-from vlm_bridge.data_pipeline.loader import in_batches, prefetch
+from vlm_bridge.data_pipeline.loader import in_batches, logged, prefetch
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import DataError
+from vlm_bridge.files import write_atomically
 from vlm_bridge.quantization import to_int8
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = "vlm-bridge features 3"
 FREE_SPACE_TO_LEAVE = 512 * 2**20
-LOG_EVERY_SECONDS = 10.0
 CHECKSUM_BYTES = SCALE_BYTES = 4
-ENCODE_BATCH = {"cpu": 8, "cuda": 64}
-"""Images encoded together, by kind of device: a GPU is full with 64 x 257 tokens of DINOv2."""
-_KEY = re.compile(r"[0-9a-f]{24}")
-
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
-logger = logging.getLogger(__name__)
+Encode = Callable[[Any], torch.Tensor]
 
 
 class CacheUnavailable(DataError):
     """There is no room or no permission for a cache; images can still be encoded in every step."""
 
 
-class Encoder(Protocol):
-    """A frozen vision encoder: pixels [B, 3, h, w] -> features [B, N, D]."""
-
-    num_tokens: int
-    embed_dim: int
-
-    def preprocess(self, images: list[Image.Image]) -> Any: ...
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-    def __call__(self, pixels_bchw: torch.Tensor) -> torch.Tensor: ...
-
-
 class Features(Protocol):
     """By image index: features [B, N, D] of a cache, or pixels [B, 3, h, w] to encode."""
 
     def __getitem__(self, indices: np.ndarray) -> Any: ...
-
-
-# What is encoded: images, or random views of them.
 
 
 @dataclass(frozen=True)
@@ -90,10 +70,8 @@ class Views:
     count: int
     seed: int
 
-    # Crops as in BLIP's training (Li et al. 2022): smaller ones lose what captions name.
-    AREA: ClassVar = (0.5, 1.0)
-    # Width over height (Szegedy et al. 2015).
-    ASPECT: ClassVar = (3 / 4, 4 / 3)
+    AREA: ClassVar = (0.5, 1.0)  # as in BLIP's training (Li et al. 2022)
+    ASPECT: ClassVar = (3 / 4, 4 / 3)  # width over height (Szegedy et al. 2015)
 
     def view(self, image: Image.Image, index: int, number: int) -> Image.Image:
         """Make view ``number`` of image ``index``."""
@@ -125,9 +103,7 @@ class OnTheFlyPixels:
         preprocess: Callable[[list[Image.Image]], Any],
         views: Views | None = None,
     ):
-        self.paths = paths
-        self.preprocess = preprocess
-        self.views = views
+        self.paths, self.preprocess, self.views = paths, preprocess, views
 
     def __len__(self) -> int:
         return len(self.paths) * (self.views.count if self.views else 1)
@@ -149,25 +125,17 @@ class SplitFeatures:
     items: Features
     num_images: int
     views: Views | None = None
+    epoch: int = 0
 
     def __getitem__(self, indices: np.ndarray) -> Any:
-        return self.in_epoch(0)[indices]
-
-    def in_epoch(self, epoch: int) -> Features:
-        """Return the features that an epoch shows."""
         if self.views is None:
-            return self.items
-        chosen = self.views.of_epoch(self.num_images, epoch)
-        return _Chosen(self.items, np.arange(self.num_images) * self.views.count + chosen)
+            return self.items[indices]
+        chosen = self.views.of_epoch(self.num_images, self.epoch)
+        return self.items[indices * self.views.count + chosen[indices]]
 
-
-@dataclass(frozen=True)
-class _Chosen:
-    items: Features
-    item_of_image: np.ndarray
-
-    def __getitem__(self, indices: np.ndarray) -> Any:
-        return self.items[self.item_of_image[indices]]
+    def in_epoch(self, epoch: int) -> SplitFeatures:
+        """Return the features that an epoch shows."""
+        return replace(self, epoch=epoch)
 
 
 def cache_root(feature_cache: str, data_dir: str | Path) -> Path | None:
@@ -175,41 +143,6 @@ def cache_root(feature_cache: str, data_dir: str | Path) -> Path | None:
     if feature_cache == "off":
         return None
     return Path(data_dir) / ".features" if feature_cache == "auto" else Path(feature_cache)
-
-
-def cached_features(
-    encoder: Encoder,
-    fingerprint: str,
-    paths: Sequence[ImageFile],
-    root: Path,
-    *,
-    split: str,
-    dtype: FeatureDtype = "float16",
-    views: Views | None = None,
-    num_workers: int = 0,
-    check_all: bool = False,
-) -> FeatureCache:
-    """Open the cache of some images below ``root``, or make it.
-
-    Raises: as `FeatureCache.open_or_build`.
-    """
-    key = cache_key(LAYOUT, fingerprint, images_digest(paths, root), dtype, repr(views))
-    device = next(encoder.parameters()).device
-
-    @torch.no_grad()
-    def encode(pixels_bchw: torch.Tensor) -> torch.Tensor:
-        return encoder(pixels_bchw.to(device))
-
-    return FeatureCache.open_or_build(
-        root / key,
-        FeatureFormat(encoder.num_tokens, encoder.embed_dim, dtype),
-        OnTheFlyPixels(paths, encoder.preprocess, views),
-        encode,
-        name=split,
-        batch_images=ENCODE_BATCH.get(device.type, 32),
-        num_workers=num_workers,
-        check_all=check_all,
-    )
 
 
 def cache_key(*parts: str) -> str:
@@ -243,9 +176,6 @@ def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
         root.mkdir(parents=True, exist_ok=True)
         write_atomically(known, content.encode())
     return content
-
-
-# The cache.
 
 
 @dataclass(frozen=True)
@@ -294,81 +224,13 @@ def _bytes_of(values: torch.Tensor) -> np.ndarray:
 
 
 class FeatureCache:
-    """Features of a cache that is whole: ``cache[indices]`` is a tensor [len(indices), N, D].
+    """Features on disk: ``cache[indices]`` is a tensor [len(indices), N, D]."""
 
-    While it lives it holds a shared lock, so that no eviction removes the files.
-    """
-
-    def __init__(self, folder: Path, format: FeatureFormat, num_images: int, lock: IO[bytes]):
-        self.folder = folder
-        self.format = format
-        self.num_images = num_images
-        self.was_there = False
+    def __init__(self, folder: Path, format: FeatureFormat, num_images: int):
+        self.folder, self.format, self.num_images = folder, format, num_images
+        self.was_there = True
+        self.path = folder / "features.bin"
         self._stride = format.record_bytes + CHECKSUM_BYTES
-        self._lock = lock
-
-    @classmethod
-    def open_or_build(
-        cls,
-        folder: Path,
-        format: FeatureFormat,
-        pixels: Features,
-        encode: Callable[[Any], torch.Tensor],
-        *,
-        name: str = "features",
-        batch_images: int = 32,
-        num_workers: int = 0,
-        check_all: bool = False,
-    ) -> FeatureCache:
-        """Open the cache in ``folder``; encode what is missing or damaged.
-
-        Decoding runs in threads: Pillow releases the interpreter lock, so processes are no faster.
-
-        Args:
-            pixels: what to encode, with a length.
-            encode: pixels -> features [B, N, D].
-            name: of the images, for the log.
-            num_workers: batches decoded ahead of the encoder.
-            check_all: compare every checksum instead of one at random.
-
-        Raises:
-            CacheUnavailable: no room, or the files cannot be written.
-            ImageError: an image cannot be read.
-            DataError: features do not fit into the format.
-        """
-        building = folder / "features.building"
-        try:
-            lock = _lock(folder)
-        except OSError as error:
-            raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
-        cache = cls(folder, format, len(pixels), lock)  # type: ignore[arg-type]
-        try:
-            cache.was_there = cache._is_sound(check_all)
-            waiting = False
-            while not (cache.was_there or _try_lock(lock)):
-                if not waiting:
-                    logger.info("%s: waiting for the process that builds %s", name, folder)
-                    waiting = True
-                time.sleep(0.1)
-                # Shared: the process that built it keeps a shared lock for as long as it reads.
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                cache.was_there = cache._is_sound(check_all)
-            cache.was_there = cache.was_there or cache._is_sound(check_all)
-            if not cache.was_there:
-                cache._build(building, pixels, encode, name, batch_images, num_workers)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            with contextlib.suppress(OSError):  # of another user
-                os.utime(folder / ".lock")  # the time of last use
-            cache._map()
-        except BaseException as error:
-            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if building.is_file() and (is_full or not building.stat().st_size):
-                shutil.rmtree(folder, ignore_errors=True)  # checkpoints need the room
-            lock.close()
-            if isinstance(error, OSError):
-                raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
-            raise
-        return cache
 
     def __len__(self) -> int:
         return self.num_images
@@ -381,156 +243,145 @@ class FeatureCache:
             self._mapped.madvise(mmap.MADV_WILLNEED, start - before, before + self._stride)
         return self.format.unpack(self._records[indices][:, :-CHECKSUM_BYTES])
 
+    def map(self) -> None:
+        """Map the file, which then lives until this process ends."""
+        with self.path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._records = np.frombuffer(self._mapped, np.uint8).reshape(-1, self._stride)
+
     @property
     def num_bytes(self) -> int:
         return self.num_images * self._stride
 
-    @property
-    def index(self) -> dict[str, Any]:
-        """What was written when the cache was made."""
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.folder / "index.json").read_bytes())
-        return {}
+    def is_sound(self, check_all: bool = False) -> bool:
+        """Check the size and one checksum at random, or all of them."""
+        sample = int(np.random.default_rng().integers(self.num_images))
+        numbers = range(self.num_images) if check_all else [sample]
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            is_whole = self.path.stat().st_size == self.num_bytes
+            return is_whole and all(self._is_sound_at(file, number) for number in numbers)
+        return False
 
-    def close(self) -> None:
-        """Release the lock."""
-        self._lock.close()
-
-    def _map(self) -> None:
-        with (self.folder / "features.bin").open("rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._records = np.frombuffer(self._mapped, np.uint8).reshape(-1, self._stride)
-
-    def _is_sound(self, check_all: bool) -> bool:
-        """Check the size and one checksum, or all; a damaged file becomes an unfinished one."""
-        path = self.folder / "features.bin"
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            sample = int(np.random.default_rng().integers(self.num_images))
-            is_sound = path.stat().st_size == self.num_bytes and all(
-                self._is_whole(file, number)
-                for number in (range(self.num_images) if check_all else [sample])
-            )
-        if not is_sound and _try_lock(self._lock):
-            logger.warning("%s is damaged: encoding the damaged features again", path)
-            path.replace(self.folder / "features.building")
-        return is_sound
-
-    def _is_whole(self, file: IO[bytes], number: int) -> bool:
+    def _is_sound_at(self, file: IO[bytes], number: int) -> bool:
         file.seek(number * self._stride)
         record = file.read(self._stride)
         checksum = zlib.crc32(record[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little")
         return len(record) == self._stride and record[-CHECKSUM_BYTES:] == checksum
 
-    def _build(
-        self,
-        building: Path,
-        pixels: Features,
-        encode: Callable[[Any], torch.Tensor],
-        name: str,
-        batch_images: int,
-        num_workers: int,
+    def build(
+        self, pixels: Features, encode: Encode, name: str, batch_images: int, num_workers: int
     ) -> None:
-        """Encode the images behind the last sound record of ``building``, and give it its name."""
+        """Encode the images behind the last sound record. Arguments as of `open_cache`."""
+        building = self.folder / "features.building"
+        if self.path.is_file():
+            logger.warning("%s is damaged: encoding the damaged features again", self.path)
+            self.path.replace(building)
         with building.open("a+b") as file:
             first = 0
-            while self._is_whole(file, first):
+            while first < self.num_images and self._is_sound_at(file, first):
                 first += 1
-            first = min(first, self.num_images)
             file.truncate(first * self._stride)
-            remaining = (self.num_images - first) * self._stride
-            _check_room(self.folder, remaining)
+            remaining = self.num_images - first
+            size = as_bytes(remaining * self._stride)
+            if shutil.disk_usage(self.folder).free < remaining * self._stride + FREE_SPACE_TO_LEAVE:
+                raise CacheUnavailable(
+                    f"no room for {size} of cached features below {self.folder.parent}: "
+                    f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
+                )
             logger.info(
-                "%s: encoding %s images into %s (%s)",
-                name, f"{self.num_images - first:,}", self.folder, as_bytes(remaining),
-            )  # fmt: skip
+                "%s: encoding %s images into %s (%s)", name, f"{remaining:,}", self.folder, size
+            )
             batches = in_batches(range(first, self.num_images), batch_images)
             loaded = prefetch(batches, lambda batch: pixels[np.array(batch)], num_workers)
-            progress = _Progress(name, first, self.num_images)
-            for batch, values in zip(batches, loaded, strict=True):
-                try:
-                    records = self.format.pack(encode(values))
-                except OverflowError as error:
-                    raise DataError(
-                        f"the features of images {batch[0]} to {batch[-1]} {error}: "
-                        "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
-                    ) from None
-                sums = np.array([zlib.crc32(record) for record in records], "<u4")
-                file.write(np.hstack([records, sums[:, None].view(np.uint8)]).tobytes())
-                progress(batch[-1] + 1)
+            text = f"{name}: encoded %s of %s batches of {batch_images} images"
+            for batch, values in zip(batches, logged(loaded, len(batches), text), strict=True):
+                file.write(self._records(encode(values), batch))
             file.flush()
             os.fsync(file.fileno())
-        facts = {"layout": LAYOUT, "images": self.num_images, "dtype": self.format.dtype}
-        facts |= {"shape": [self.format.num_tokens, self.format.dim], "split": name}
-        facts["images_per_second"] = round(progress.rate, 2)
-        write_atomically(self.folder / "index.json", json.dumps(facts, indent=2).encode())
-        building.replace(self.folder / "features.bin")
+        building.replace(self.path)
+
+    def _records(self, features_bnd: torch.Tensor, batch: list[int]) -> bytes:
+        try:
+            records = self.format.pack(features_bnd)
+        except OverflowError as error:
+            raise DataError(
+                f"the features of images {batch[0]} to {batch[-1]} {error}: "
+                "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
+            ) from None
+        sums = np.array([zlib.crc32(record) for record in records], "<u4")
+        return np.hstack([records, sums[:, None].view(np.uint8)]).tobytes()
 
 
-class _Progress:
-    """Logs how long encoding will take, and measures its rate."""
+def open_cache(
+    folder: Path,
+    format: FeatureFormat,
+    pixels: OnTheFlyPixels,
+    encode: Encode,
+    *,
+    name: str = "features",
+    batch_images: int = 32,
+    num_workers: int = 0,
+    check_all: bool = False,
+) -> FeatureCache:
+    """Open the cache in ``folder``; encode what is missing or damaged.
 
-    def __init__(self, name: str, done: int, total: int):
-        self.name, self.first, self.total = name, done, total
-        self.started = self.logged = time.perf_counter()
-        self.rate = 0.0
+    Args:
+        pixels: what to encode, with a length.
+        encode: pixels -> features [B, N, D].
+        name: of the images, for the log.
+        num_workers: batches decoded ahead of the encoder, in threads.
+        check_all: compare every checksum instead of one at random.
 
-    def __call__(self, done: int) -> None:
-        now = time.perf_counter()
-        self.rate = (done - self.first) / max(now - self.started, 1e-9)
-        if now - self.logged > LOG_EVERY_SECONDS:
-            self.logged = now
-            minutes = (self.total - done) / self.rate / 60
-            logger.info(
-                "%s: encoded %s of %s images, %.1f a second, about %.0f min left",
-                self.name, f"{done:,}", f"{self.total:,}", self.rate, minutes,
-            )  # fmt: skip
+    Raises:
+        CacheUnavailable: no room, or the files cannot be written.
+        ImageError: an image cannot be read.
+        DataError: features do not fit into the format.
+    """
+    cache = FeatureCache(folder, format, len(pixels))
+    try:
+        if not cache.is_sound(check_all):
+            with _lock(folder, name):
+                cache.was_there = cache.is_sound(check_all)
+                if not cache.was_there:
+                    cache.build(pixels, encode, name, batch_images, num_workers)
+        cache.map()
+    except BaseException as error:
+        building = folder / "features.building"
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or (folder.is_dir() and not (building.is_file() and building.stat().st_size)):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
+        raise
+    with contextlib.suppress(OSError):  # of another user
+        os.utime(folder)
+    return cache
 
 
-def _check_room(folder: Path, wanted: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if wanted and free < wanted + FREE_SPACE_TO_LEAVE:
-        raise CacheUnavailable(
-            f"no room for {as_bytes(wanted)} of cached features below {folder.parent}: "
-            f"{as_bytes(free)} are free, and {as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
-        )
+@contextlib.contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock of the process that builds; the kernel releases it with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: waiting for the process that builds %s", name, folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def as_bytes(count: float) -> str:
     """Return a number of bytes for people: ``4.9 KiB``."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1000:
-            return (
-                f"{count:.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"
-            )
+            digits = 0 if unit == "bytes" or count >= 10 else 1
+            return f"{count:.{digits}f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
 
 
-# Locks (of the kernel: they end with their process) and eviction.
-
-
-def _lock(folder: Path) -> IO[bytes]:
-    """Open and share the lock of a cache, whose folder is made if need be. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    readable = path.is_file() and not os.access(path, os.W_OK)  # a cache for all to read
-    file = path.open("rb" if readable else "a+b")
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """Make a lock exclusive, unless another process holds it."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-@dataclass(frozen=True)
-class CacheOnDisk:
+class CacheOnDisk(NamedTuple):
     """A cache, whole or not. ``last_used``: seconds since the epoch."""
 
     folder: Path
@@ -540,27 +391,25 @@ class CacheOnDisk:
 
 def caches_below(root: Path) -> list[CacheOnDisk]:
     """Return the caches below a folder, the least recently used first."""
-    found = []
-    for folder in root.iterdir() if root.is_dir() else ():
-        if _KEY.fullmatch(folder.name):
-            sizes = [path.stat().st_size for path in folder.iterdir()]
-            lock = folder / ".lock"
-            used = (lock if lock.is_file() else folder).stat().st_mtime
-            found.append(CacheOnDisk(folder, sum(sizes), used))
+    folders = [path for path in root.glob("*") if re.fullmatch("[0-9a-f]{24}", path.name)]
+    found = [
+        CacheOnDisk(folder, sum(f.stat().st_size for f in folder.iterdir()), folder.stat().st_mtime)
+        for folder in folders
+    ]
     return sorted(found, key=lambda cache: cache.last_used)
 
 
 def evict(root: Path, max_bytes: int) -> list[CacheOnDisk]:
-    """Remove the least recently used caches until the rest fits into ``max_bytes``; none in use."""
-    caches = caches_below(root)
+    """Remove the least recently used caches until the rest fits into ``max_bytes``.
+
+    A process that reads one goes on: its file lives until it is closed.
+    """
+    removed, caches = [], caches_below(root)
     total = sum(cache.num_bytes for cache in caches)
-    removed = []
     for cache in caches:
         if total <= max_bytes:
             break
-        with _lock(cache.folder) as lock:
-            if _try_lock(lock):
-                shutil.rmtree(cache.folder, ignore_errors=True)
-                removed.append(cache)
-                total -= cache.num_bytes
+        shutil.rmtree(cache.folder, ignore_errors=True)
+        removed.append(cache)
+        total -= cache.num_bytes
     return removed

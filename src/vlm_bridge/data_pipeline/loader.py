@@ -1,37 +1,39 @@
 """From captioned images to packed token batches.
 
-A row is one image and up to K of its captions, one behind the other: the image side of a step is computed once
-per row, and five short captions leave far fewer pads than five rows would. A batch holds so many captions, or rows of
-like length within a budget of positions. Which rows form which batch depends only on (seed, epoch), so an interrupted
-epoch continues exactly. Captions are kept as arrays of tokens, four bytes each, however many there are.
+A row is one image and up to K of its captions, one behind the other: the image side of a step is
+computed once per row, and few positions are pads. Which rows form which batch depends only on
+(seed, epoch), so an interrupted epoch continues exactly.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import NamedTuple, TypeVar, overload
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
 from vlm_bridge.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100
+LOG_EVERY_SECONDS = 10.0
 TOKENIZE_TOGETHER = 4096
-"""Captions given to the tokenizer at once; only these exist as lists of Python's integers."""
-WINDOW_BATCHES = 50
-"""Rows are sorted by length within windows of so many batches: few pads, and other neighbours in every epoch."""
+WINDOW_BATCHES = 50  # rows are sorted by length within windows of so many batches
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class TokenizedCaption(NamedTuple):
-    """Input ids and, at each position, the token to predict there (IGNORE_INDEX inside the prompt)."""
+    """Input ids and, at each position, the token to predict (IGNORE_INDEX inside the prompt)."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -46,11 +48,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptionFormat:
-    """How a caption becomes tokens: ``start, prompt..., caption..., EOS``. EOS is supervised, the prompt is not.
+    """Tokens of a caption: ``start, prompt..., caption..., EOS``; the prompt is not supervised.
 
     Attributes:
         encode_all: texts -> token ids of each, without special tokens.
-        max_caption_tokens: longer captions are cut there, and then carry no EOS: a cut caption has not ended.
+        max_caption_tokens: longer captions are cut there and carry no EOS.
     """
 
     encode_all: Callable[[list[str]], list[list[int]]]
@@ -61,21 +63,16 @@ class CaptionFormat:
 
     @cached_property
     def prompt_ids(self) -> list[int]:
-        """What generation starts from, the same tokens as in training."""
-        return (
-            [self.start_id, *self.encode_all([self.prompt])[0]] if self.prompt else [self.start_id]
-        )
-
-    def tokenize(self, caption: str) -> TokenizedCaption:
-        return self.with_targets(self.targets([caption])[0])
+        """The tokens that generation starts from."""
+        prompt = self.encode_all([self.prompt])[0] if self.prompt else []
+        return [self.start_id, *prompt]
 
     def targets(self, captions: Sequence[str]) -> list[list[int]]:
-        """The tokens to predict for each caption: its words and EOS, cut at ``max_caption_tokens``."""
+        """Return the tokens to predict for each caption: its words and EOS."""
         # Behind a prompt, words begin with a space as in running text.
         texts = [f" {caption}" if self.prompt else caption for caption in captions]
-        return [
-            [*words, self.eos_id][: self.max_caption_tokens] for words in self.encode_all(texts)
-        ]
+        encoded = self.encode_all(texts)
+        return [[*words, self.eos_id][: self.max_caption_tokens] for words in encoded]
 
     def with_targets(self, targets: Sequence[int]) -> TokenizedCaption:
         prompt = self.prompt_ids
@@ -86,7 +83,7 @@ class CaptionFormat:
 
 
 class TokenizedImages:
-    """The captions of a split as tokens: one flat array, with the place where each caption begins.
+    """The captions of a split as tokens: one flat array of four bytes a token.
 
     Attributes:
         captions_per_image: [images].
@@ -95,25 +92,19 @@ class TokenizedImages:
     """
 
     def __init__(self, images: Sequence[CaptionedImage], format: CaptionFormat):
-        if not len(images):
+        if not images:
             raise DataError("there are no captioned images to load")
         self.format = format
-        self.captions_per_image = np.zeros(len(images), np.int64)
-
-        def read() -> Iterator[str]:
-            for index, image in enumerate(images):
-                self.captions_per_image[index] = len(image.captions)
-                yield from image.captions
-
-        captions = read()
+        self.captions_per_image = np.array([len(image.captions) for image in images])
+        captions = chain.from_iterable(image.captions for image in images)
         tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         while some := list(islice(captions, TOKENIZE_TOGETHER)):
             targets = format.targets(some)
             tokens.append(np.fromiter(chain.from_iterable(targets), np.int32))
             lengths.append(np.fromiter(map(len, targets), np.int64))
-        self._first_caption = _starts(self.captions_per_image)
         self._targets, num_targets = np.concatenate(tokens), np.concatenate(lengths)
         self._first_target = _starts(num_targets)
+        self._first_caption = _starts(self.captions_per_image)
         self.caption_lengths = num_targets + len(format.prompt_ids) - 1
         self.image_lengths = _sums(self.caption_lengths, self._first_caption)
 
@@ -126,7 +117,7 @@ class TokenizedImages:
 
     @property
     def mean_length(self) -> float:
-        """Positions that a caption takes, on average."""
+        """Mean number of positions of a caption."""
         return float(self.caption_lengths.mean())
 
     @property
@@ -135,7 +126,6 @@ class TokenizedImages:
         return len(np.unique(self._targets)) / len(self._targets)
 
     def caption(self, image: int, number: int) -> TokenizedCaption:
-        """Caption ``number`` of an image, as its format tokenises it."""
         place = self._first_caption[image] + number
         targets = self._targets[self._first_target[place] : self._first_target[place + 1]]
         return self.format.with_targets(targets.tolist())
@@ -146,7 +136,7 @@ class TokenizedImages:
         return pack_rows([row.image for row in rows], chosen)
 
     def digest(self) -> str:
-        """Hash over the tokens of all captions, in order."""
+        """Hash the tokens of all captions, in order."""
         digest = hashlib.blake2b(digest_size=12)
         for array in (self._targets, self.caption_lengths, np.array(self.format.prompt_ids)):
             digest.update(f"{array.dtype} {len(array)}".encode())
@@ -156,9 +146,12 @@ class TokenizedImages:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B rows of T tokens. ``segments`` holds 0 for pads, otherwise the caption's number within its row.
+    """B rows of T tokens.
 
-    ``labels[:, t]`` is what position t must predict; ``image_indices`` [B]: the image of each row.
+    Attributes:
+        image_indices: [B], the image of each row.
+        labels: [B, T], what each position must predict.
+        segments: [B, T], 0 for pads, otherwise the caption's number within its row, from 1.
     """
 
     image_indices: np.ndarray
@@ -169,7 +162,7 @@ class PackedBatch:
 
     @cached_property
     def supervised(self) -> np.ndarray:
-        """[V], where something is supervised: indices into the B x T positions, row after row."""
+        """[V], indices into the B x T positions, row after row."""
         return np.flatnonzero(self.labels != IGNORE_INDEX)
 
     @property
@@ -182,45 +175,38 @@ class PackedBatch:
 
     @property
     def num_positions(self) -> int:
-        """B x T: tokens and pads."""
+        """Tokens and pads."""
         return self.segments.size
 
 
 def pack_rows(
-    images: Sequence[int],
-    captions_of_rows: Sequence[Sequence[TokenizedCaption]],
+    images: Sequence[int], captions_of_rows: Sequence[Sequence[TokenizedCaption]]
 ) -> PackedBatch:
     """Lay the captions of each row one behind the other and pad the rows to one length.
 
     Args:
-        images: [B], whose features each row reads.
+        images: [B], the image of each row.
     """
-    shape = (
-        len(images),
-        max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows),
-    )
+    lengths = [sum(len(c.input_ids) for c in captions) for captions in captions_of_rows]
+    shape = len(images), max(lengths)
     input_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     for b, captions in enumerate(captions_of_rows):
         start = 0
-        for number, caption in enumerate(captions):
+        for number, caption in enumerate(captions, 1):
             end = start + len(caption.input_ids)
             input_ids[b, start:end] = caption.input_ids
             labels[b, start:end] = caption.labels
-            segments[b, start:end] = number + 1
+            segments[b, start:end] = number
             start = end
     num_captions = sum(map(len, captions_of_rows))
     return PackedBatch(np.asarray(images), input_ids, labels, segments, num_captions)
 
 
-@dataclass(frozen=True)
-class TokenBudget:
-    """Batches of rows of like length that take at most ``positions`` positions, pads included.
+class TokenBudget(NamedTuple):
+    """At most ``positions`` in a batch of rows of like length, pads included, soft tokens not.
 
-    A single row that is longer is a batch of its own. Soft tokens of a bridge are not counted.
-
-    Attributes:
-        caption_lengths: [captions], see `TokenizedImages`.
+    A single row that is longer is a batch of its own.
     """
 
     positions: int
@@ -228,16 +214,15 @@ class TokenBudget:
 
 
 class EpochPlan:
-    """Which captions meet in which batch: every caption once per epoch, in an order fixed by (seed, epoch).
+    """Rows of each batch: every caption once per epoch, in an order fixed by (seed, epoch).
 
     Args:
         row_captions: captions of an image in one row, at most.
         batch_captions: captions in a batch; not read where there is a ``budget``.
-        budget: fill batches by positions instead; the number of batches then differs from epoch to epoch.
-        shuffle_buffer: 0 shuffles all rows. Otherwise an epoch is read as a stream is: shards in an order of their own,
-            the images of each in their order, shuffled within windows of so many images. Windows begin elsewhere in
-            every epoch. A batch may reach over two windows; one that is filled by positions does not.
-        shards: [images], the number of the shard that each image lies in; None where all lie in one.
+        budget: fill batches by positions instead.
+        shuffle_buffer: 0 shuffles all rows. Otherwise an epoch is read as a stream is: shards in a
+            random order, the images of each in their order, shuffled within windows of so many.
+        shards: [images], the number of the shard that each image lies in; None for one shard.
     """
 
     def __init__(
@@ -251,105 +236,55 @@ class EpochPlan:
         shuffle_buffer: int = 0,
         shards: np.ndarray | None = None,
     ):
-        counts = np.asarray(captions_per_image, np.int64)
+        self.counts = np.asarray(captions_per_image, np.int64)
+        self.row_captions = row_captions
         self.rows_per_batch = max(1, batch_captions // row_captions)
-        self.seed = seed
-        self.budget = budget
-        self.shuffle_buffer = shuffle_buffer
-        self._shards = np.zeros(len(counts), np.int64) if shards is None else shards
-        # Rows of an image stand side by side: row r has places row_start[r] to row_start[r + 1] of all captions.
-        self._counts, self._first_caption = counts, _starts(counts)
-        rows_of_image = -(-counts // row_captions)
-        self._row_image = np.repeat(np.arange(len(counts)), rows_of_image)
-        number_in_image = np.arange(len(self._row_image)) - np.repeat(
-            _starts(rows_of_image)[:-1], rows_of_image
-        )
-        starts = self._first_caption[self._row_image] + number_in_image * row_captions
-        self._row_start = np.append(starts, self._first_caption[-1])
+        self.seed, self.budget, self.shuffle_buffer = seed, budget, shuffle_buffer
+        self._shards = np.zeros(len(self.counts), np.int64) if shards is None else shards
 
     def num_batches(self, epoch: int) -> int:
-        if self.budget is None:
-            return -(-len(self._row_image) // self.rows_per_batch)
-        return len(self.batches(epoch))
+        if self.budget is not None:
+            return len(self.batches(epoch))
+        num_rows = int((-(-self.counts // self.row_captions)).sum())
+        return -(-num_rows // self.rows_per_batch)
 
-    def batches(self, epoch: int) -> EpochBatches:
+    def batches(self, epoch: int) -> list[list[Row]]:
         random = np.random.default_rng([self.seed, epoch])
-        captions = self._shuffled_captions(random)
-        windows = self._windows(random)
+        rows: list[Row] = []
+        for image, count in enumerate(self.counts.tolist()):
+            order = random.permutation(count).tolist()
+            rows += [Row(image, tuple(part)) for part in in_batches(order, self.row_captions)]
+        windows = self._windows(rows, random)
         if self.budget is None:
-            rows = np.concatenate(windows)
-            batches = np.split(rows, range(self.rows_per_batch, len(rows), self.rows_per_batch))
+            order = np.concatenate(windows).tolist()
+            chosen = in_batches(order, self.rows_per_batch)
         else:
-            places = captions + np.repeat(self._first_caption[:-1], self._counts)
-            lengths = _sums(self.budget.caption_lengths[places], self._row_start)
-            batches = []
-            for rows in windows:
-                of_window = bucketed(rows, lengths, self.budget.positions)
-                batches += [of_window[index] for index in random.permutation(len(of_window))]
-        return EpochBatches(batches, self._row_image, self._row_start, captions)
+            lengths = self._lengths(rows, self.budget.caption_lengths)
+            chosen = []
+            for window in windows:
+                parts = _bucketed(window, lengths, self.budget.positions)
+                chosen += [parts[index].tolist() for index in random.permutation(len(parts))]
+        return [[rows[number] for number in batch] for batch in chosen]
 
-    def _windows(self, random: np.random.Generator) -> list[np.ndarray]:
-        """All rows in the order of an epoch, shuffled within each of these parts."""
+    def _windows(self, rows: list[Row], random: np.random.Generator) -> list[np.ndarray]:
+        """Return the numbers of all rows in the order of an epoch, shuffled within each window."""
         if not self.shuffle_buffer:
-            return [random.permutation(len(self._row_image))]
+            return [random.permutation(len(rows))]
         turn_of_shard = random.permutation(int(self._shards.max()) + 1)
-        stream = np.argsort(turn_of_shard[self._shards], kind="stable")
-        place = np.empty_like(stream)
-        place[stream] = np.arange(len(stream))
+        place = np.argsort(np.argsort(turn_of_shard[self._shards], kind="stable"))
         window = (place + random.integers(self.shuffle_buffer)) // self.shuffle_buffer
-        window_of_row = window[self._row_image]
-        rows = np.lexsort((random.permutation(len(window_of_row)), window_of_row))
-        return np.split(rows, np.flatnonzero(np.diff(window_of_row[rows])) + 1)
+        window_of_row = window[[row.image for row in rows]]
+        order = np.lexsort((random.permutation(len(rows)), window_of_row))
+        return np.split(order, np.flatnonzero(np.diff(window_of_row[order])) + 1)
 
-    def _shuffled_captions(self, random: np.random.Generator) -> np.ndarray:
-        """Numbers of captions [captions], those of each image in an order of their own."""
-        counts = self._counts
-        ends = np.flatnonzero(np.append(counts[1:] != counts[:-1], True)) + 1
-        runs = zip(np.append(0, ends[:-1]).tolist(), ends.tolist(), strict=True)
-        # Images with equally many captions are shuffled together: Flickr's and COCO's nearly all have five.
-        shuffled = [
-            random.permuted(
-                np.tile(np.arange(int(counts[start])), (end - start, 1)), axis=1
-            ).ravel()
-            for start, end in runs
-        ]
-        return np.concatenate(shuffled)
+    def _lengths(self, rows: list[Row], caption_lengths: np.ndarray) -> np.ndarray:
+        """Return [rows], the positions of each row."""
+        lengths, first = caption_lengths.tolist(), _starts(self.counts).tolist()
+        return np.array([sum(lengths[first[i] + c] for c in captions) for i, captions in rows])
 
 
-class EpochBatches(Sequence[list[Row]]):
-    """The batches of an epoch; their rows are made when they are asked for."""
-
-    def __init__(
-        self,
-        batches: list[np.ndarray],
-        row_image: np.ndarray,
-        row_start: np.ndarray,
-        captions: np.ndarray,
-    ):
-        self._batches = batches
-        self._row_image, self._row_start, self._captions = row_image, row_start, captions
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @overload
-    def __getitem__(self, index: int) -> list[Row]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[Row]]: ...
-    def __getitem__(self, index: int | slice) -> list[Row] | list[list[Row]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return [self._row(row) for row in self._batches[index].tolist()]
-
-    def _row(self, row: int) -> Row:
-        captions = self._captions[self._row_start[row] : self._row_start[row + 1]]
-        return Row(int(self._row_image[row]), tuple(captions.tolist()))
-
-
-def bucketed(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Shuffled ``rows`` in batches of like length whose longest times their number is at most ``budget``.
-
-    Each window of `WINDOW_BATCHES` batches is sorted, longest first, and cut whenever a batch is full.
+def _bucketed(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Cut shuffled rows into batches of like length within a budget of positions.
 
     Args:
         lengths: positions of each row, by row.
@@ -367,17 +302,24 @@ def bucketed(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndar
 
 
 def whole_rows(captions_per_image: Sequence[int] | np.ndarray) -> list[Row]:
-    """One row per image with all its captions, in order: what validation reads."""
+    """Return one row per image with all its captions, in order, for validation."""
     return [Row(image, tuple(range(count))) for image, count in enumerate(captions_per_image)]
 
 
+def shard_numbers(images: Sequence[CaptionedImage]) -> np.ndarray:
+    """Return [images], the number of the shard that each lies in; 0 for files of their own."""
+    tars = [image.path.file if isinstance(image.path, TarImage) else None for image in images]
+    numbers = {tar: number for number, tar in enumerate(dict.fromkeys(tars))}
+    return np.array([numbers[tar] for tar in tars])
+
+
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where parts of these lengths begin, laid one behind the other; and behind them all, where they end."""
+    """Return where parts of these lengths begin, and where the last one ends."""
     return np.concatenate(([0], np.cumsum(lengths)))
 
 
 def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The sum of each part that begins at ``starts[i]`` and ends before ``starts[i + 1]``."""
+    """Return the sum of each part, from ``starts[i]`` to before ``starts[i + 1]``."""
     return np.diff(_starts(values)[starts])
 
 
@@ -385,16 +327,25 @@ def in_batches(items: Sequence[Item], size: int) -> list[list[Item]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
+def logged(items: Iterable[Item], total: int, text: str) -> Iterator[Item]:
+    """Yield items; log ``text`` with their number and the total every ten seconds."""
+    last = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - last > LOG_EVERY_SECONDS:
+            last = time.monotonic()
+            logger.info(text, f"{number:,}", f"{total:,}")
+        yield item
+
+
 def prefetch(items: Sequence[Item], work: Callable[[Item], Result], depth: int) -> Iterator[Result]:
-    """Yield ``work(item)`` in order while up to ``depth`` later items are worked on in threads (0 = none)."""
+    """Yield ``work(item)`` in order; up to ``depth`` later items are worked on in threads."""
     if depth < 1:
         yield from map(work, items)
         return
     with ThreadPoolExecutor(max_workers=depth) as pool:
         pending = []
-        remaining = iter(items)
         try:
-            for item in remaining:
+            for item in items:
                 pending.append(pool.submit(work, item))
                 if len(pending) > depth:
                     yield pending.pop(0).result()

@@ -130,6 +130,11 @@ class Skipped:
     def add(self, where: object, reason: str) -> None:
         self.samples.append(SkippedSample(str(where), reason))
 
+    def refuse(self, cure: str) -> None:
+        """Raise DataError for the first sample, if there is one."""
+        for sample in self.samples:
+            raise DataError(f"{sample.where}: {sample.reason}; {cure}")
+
     def check(
         self,
         max_share: float = MAX_SKIPPED_SHARE,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
+from vlm_bridge.data_pipeline.caption_folder import DataFolder
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
     EpochPlan,
@@ -19,7 +19,9 @@ from vlm_bridge.data_pipeline.loader import (
     TokenizedImages,
     in_batches,
     prefetch,
+    shard_numbers,
 )
+from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.features import SplitFeatures, split_features, usable_images
@@ -44,8 +46,8 @@ class TrainingData:
     recipe: Recipe
     world: World
     format: CaptionFormat
-    train_images: SplitImages
-    val_images: SplitImages
+    train_images: list[CaptionedImage]
+    val_images: list[CaptionedImage]
     train: TokenizedImages
     val: TokenizedImages
     train_features: SplitFeatures
@@ -75,7 +77,7 @@ class TrainingData:
             world.check_same({"data": folder.fingerprint, "captions in use": digests})
         encoder = model.vision_encoder
         plan = epoch_plan(
-            recipe, train.captions_per_image, train.caption_lengths, train_images.shards
+            recipe, train.captions_per_image, train.caption_lengths, shard_numbers(train_images)
         )
         return cls(
             recipe,

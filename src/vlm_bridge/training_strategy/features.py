@@ -5,21 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import features, image_check
-from vlm_bridge.data_pipeline.data_folder import DataFolder, SplitImages
-from vlm_bridge.data_pipeline.features import CacheUnavailable, FeatureCache, OnTheFlyPixels, Views
-from vlm_bridge.data_pipeline.shards import ShardFolder
+from vlm_bridge.data_pipeline.caption_folder import DataFolder
+from vlm_bridge.data_pipeline.features import (
+    CacheUnavailable,
+    FeatureCache,
+    FeatureFormat,
+    OnTheFlyPixels,
+    SplitFeatures,
+    Views,
+)
+from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy.distributed import World
 
-SplitFeatures = features.SplitFeatures
+ENCODE_BATCH = {"cpu": 8, "cuda": 64}  # images encoded together, by kind of device
 
 
 def usable_images(
     folder: DataFolder, split: SplitName, recipe: Recipe, listing_dir: Path | None = None
-) -> SplitImages:
+) -> list[CaptionedImage]:
     """Return the images of a split without those that cannot be read.
 
     Args:
@@ -28,26 +37,29 @@ def usable_images(
     Raises:
         DataError: more than ``max_bad_samples`` of the captions or images cannot be read.
     """
-    notes_dir = folder.notes_dir if isinstance(folder, ShardFolder) else None
     return image_check.usable_images(
         folder,
         split,
         limit=recipe.max_validation_images if split == "val" else None,
-        max_bad_share=recipe.max_bad_samples,
+        max_skipped_share=recipe.max_bad_samples,
         listing=listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None,
-        remember_in=features.cache_root(recipe.feature_cache, recipe.data_dir) or notes_dir,
+        remember_in=_cache_root(recipe) or folder.notes_dir,
     )
 
 
 def split_features(
-    encoder: Any, recipe: Recipe, split: str, images: SplitImages, world: World | None = None
+    encoder: Any,
+    recipe: Recipe,
+    split: str,
+    images: list[CaptionedImage],
+    world: World | None = None,
 ) -> SplitFeatures:
     """Return the features of a split from its cache, or pixels where there is none.
 
     Processes use a cache if all of them can: cached features are rounded.
     """
-    views = _views(recipe, split)
-    items: Any = OnTheFlyPixels(images.paths, encoder.preprocess, views)
+    pixels = _pixels(encoder, recipe, split, images)
+    items: Any = pixels
     if recipe.feature_cache != "off":
         cache = refusal = None
         try:
@@ -60,30 +72,49 @@ def split_features(
             items = cache
         else:
             features.logger.warning("%s: %s images are encoded in every step", refusal, split)
-    return SplitFeatures(items, len(images), views)
+    return SplitFeatures(items, len(images), pixels.views)
 
 
 def cached_features(
-    encoder: Any, recipe: Recipe, split: str, images: SplitImages, *, check_all: bool = False
+    encoder: Any,
+    recipe: Recipe,
+    split: str,
+    images: list[CaptionedImage],
+    *,
+    check_all: bool = False,
 ) -> FeatureCache:
-    """Open the cache of a split, or make it. Raises as `FeatureCache.open_or_build`."""
-    root = features.cache_root(recipe.feature_cache, recipe.data_dir)
+    """Open the cache of a split, or make it. Raises as `features.open_cache`."""
+    root = _cache_root(recipe)
     assert root is not None, "feature_cache is not off"
-    return features.cached_features(
-        encoder,
-        encoder_fingerprint(encoder),
-        images.paths,
-        root,
-        split=split,
-        dtype=recipe.feature_cache_dtype,
-        views=_views(recipe, split),
+    pixels = _pixels(encoder, recipe, split, images)
+    content = features.images_digest(pixels.paths, root)
+    key = (features.LAYOUT, encoder_fingerprint(encoder), content, recipe.feature_cache_dtype)
+    device = next(encoder.parameters()).device
+
+    @torch.no_grad()
+    def encode(pixels_bchw: torch.Tensor) -> torch.Tensor:
+        return encoder(pixels_bchw.to(device))
+
+    return features.open_cache(
+        root / features.cache_key(*key, repr(pixels.views)),
+        FeatureFormat(encoder.num_tokens, encoder.embed_dim, recipe.feature_cache_dtype),
+        pixels,
+        encode,
+        name=split,
+        batch_images=ENCODE_BATCH.get(device.type, 32),
         num_workers=recipe.num_workers,
         check_all=check_all,
     )
 
 
-def _views(recipe: Recipe, split: str) -> Views | None:
-    """Random crops of training images; validation shows whole images."""
-    if split != "train" or not recipe.feature_cache_views:
-        return None
-    return Views(recipe.feature_cache_views, recipe.seed)
+def _cache_root(recipe: Recipe) -> Path | None:
+    return features.cache_root(recipe.feature_cache, recipe.data_dir)
+
+
+def _pixels(
+    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage]
+) -> OnTheFlyPixels:
+    """Return random crops of training images, if the recipe says so, or else whole images."""
+    has_views = split == "train" and recipe.feature_cache_views
+    views = Views(recipe.feature_cache_views, recipe.seed) if has_views else None
+    return OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)

@@ -16,7 +16,7 @@ import torch
 
 from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings, Recipe, parse_interval
-from vlm_bridge.data_pipeline.data_folder import open_data_folder
+from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
@@ -185,7 +185,8 @@ def start(
     if model.feature_scale is not None and recipe.start_from is None:
         model.feature_scale.measure(data.sample_features(model))
     if recipe.distillation is not None:
-        distill_projection(model, recipe, data.train_features, data.train_images.paths)
+        paths = [image.path for image in data.train_images]
+        distill_projection(model, recipe, data.train_features, paths)
     # Processors differ in how they round.
     world.copy_from_first(list(model.trained_state_dict().values()))
     if state.average is not None:
@@ -232,7 +233,7 @@ def log_step(
     for result in results:
         if result.was_skipped:
             rows = data.rows_of(*result.place)
-            names = [data.train_images.paths[row.image].name for row in rows]
+            names = [data.train_images[row.image].path.name for row in rows]
             monitor.skipped(result.step, result.cause, names)
         else:
             monitor.updated(result.loss)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from vlm_bridge.data_pipeline.downloads import shards_command
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
-from vlm_bridge.data_pipeline.shards import ShardLoss, read_shard
+from vlm_bridge.data_pipeline.shards import read_shard
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError, UsageError
@@ -91,17 +91,18 @@ class Conceptual(Source):
     ) -> None:
         # Keys start from zero in every run of img2dataset: train/ and val/ have the same ones.
         prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
-        for sample in read_shard(shard):
-            if isinstance(sample, ShardLoss):
-                member = "" if sample.name is None else f":{sample.name}"
-                self.rejected.append(Rejected(f"{name.as_posix()}{member}", sample.reason))
-                continue
-            image_id = prefix + sample.key
+        content = read_shard(shard)
+        for member, reason in content.skipped:
+            where = f"{name.as_posix()}:{member}" if member else name.as_posix()
+            self.rejected.append(Rejected(where, reason))
+        for image in content.images(shard):
+            image_id = prefix + image.original_id
             if image_id in items:
                 reason = "a sample with this key came before, in another place or shard"
-                self.rejected.append(Rejected(f"{name.as_posix()}:{sample.key}", reason))
+                where = f"{name.as_posix()}:{image.original_id}"
+                self.rejected.append(Rejected(where, reason))
                 continue
-            items[image_id] = SourceItem(image_id, [sample.caption], split, stored=sample.picture)
+            items[image_id] = SourceItem(image_id, [*image.captions], split, stored=image.path)
 
 
 def _part_of(shard: Path) -> SplitName | None:

@@ -1,4 +1,4 @@
-"""What cannot be read is set aside, counted and named; where it is too much, training does not start."""
+"""Samples that cannot be read are skipped, counted and named; too many of them are an error."""
 
 from __future__ import annotations
 
@@ -19,31 +19,28 @@ from vlm_bridge.errors import DataError, ImageError
 
 @pytest.fixture
 def folder(drawn_caption_folder: Path, tmp_path: Path) -> CaptionFolder:
-    """A copy that a test may damage: 24 training pictures with two captions each."""
+    """A copy that a test may damage: 24 training images with two captions each."""
     return CaptionFolder.open(shutil.copytree(drawn_caption_folder, tmp_path / "data"))
 
 
 def cut(folder: CaptionFolder, number: int) -> Path:
     path = folder.split("train")[number].path
+    assert isinstance(path, Path)
     path.write_bytes(path.read_bytes()[:400])
     return path
 
 
-def test_bad_pictures_are_set_aside_named_and_never_replaced(
+def test_damaged_images_are_skipped_named_and_never_replaced(
     folder: CaptionFolder, tmp_path: Path
 ) -> None:
-    whole = folder.split("train")
-    expected = [image for n, image in enumerate(whole) if n not in (3, 7)]
+    expected = [image for n, image in enumerate(folder.split("train")) if n not in (3, 7)]
     broken = [cut(folder, 3), cut(folder, 7)]
-    said = log_lines()
+    lines = log_lines()
     listing = tmp_path / "logs" / "set_aside.jsonl"
-    images = usable_images(folder, "train", max_bad_share=0.1, listing=listing)
-    assert list(images) == expected
-    assert list(images.paths) == [image.path for image in expected]
-    assert len(said) == 1 and said[0].startswith("skipped 2 of 24 train images")
-    assert [json.loads(line)["where"] for line in listing.read_text().splitlines()] == list(
-        map(str, broken)
-    )
+    assert usable_images(folder, "train", max_skipped_share=0.1, listing=listing) == expected
+    assert len(lines) == 1 and lines[0].startswith("skipped 2 of 24 train images")
+    listed = [json.loads(line)["where"] for line in listing.read_text().splitlines()]
+    assert listed == list(map(str, broken))
 
 
 def test_above_the_share_training_stops_with_the_list(
@@ -52,10 +49,8 @@ def test_above_the_share_training_stops_with_the_list(
     for number in range(12):
         cut(folder, number)
     listing = tmp_path / "set_aside.jsonl"
-    with pytest.raises(
-        DataError, match=r"12 of 24 train images .* max_bad_samples=0.01"
-    ) as caught:
-        usable_images(folder, "train", max_bad_share=0.01, listing=listing)
+    with pytest.raises(DataError, match=r"12 of 24 train images .* max_bad_samples=0.01") as caught:
+        usable_images(folder, "train", max_skipped_share=0.01, listing=listing)
     message = str(caught.value)
     assert message.count("train-") == 3 and "12 times" in message and "and 9 more" in message
     assert str(listing) in message
@@ -65,7 +60,7 @@ def test_above_the_share_training_stops_with_the_list(
 def test_a_folder_without_faults_leaves_no_list(folder: CaptionFolder, tmp_path: Path) -> None:
     listing = tmp_path / "set_aside.jsonl"
     listing.write_text("of an earlier run")
-    assert len(usable_images(folder, "train", max_bad_share=0, listing=listing)) == 24
+    assert len(usable_images(folder, "train", max_skipped_share=0, listing=listing)) == 24
     assert not listing.exists()
 
 
@@ -81,19 +76,20 @@ def test_a_folder_without_faults_leaves_no_list(folder: CaptionFolder, tmp_path:
         ({"image_path": "images/link.jpg"}, "leads out"),
     ],
 )
-def test_bad_captions_are_set_aside_and_the_others_stay(
+def test_captions_that_cannot_be_used_are_skipped_and_the_others_stay(
     folder: CaptionFolder, tmp_path: Path, record: dict[str, str], reason: str
 ) -> None:
-    expected = list(folder.split("train"))
-    shutil.copy(expected[0].path, tmp_path / "outside.jpg")
+    expected = folder.split("train")
+    shutil.copy(str(expected[0].path), tmp_path / "outside.jpg")
     (folder.root / "train" / "images" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     whole = {"image_path": "images/train-00.jpg", "caption": "A.", "original_id": "x"}
     with (folder.root / "train" / "captions.jsonl").open("a") as file:
         file.write(json.dumps({**whole, **record}) + "\n")
-    bad = Skipped("train captions")
-    assert list(folder.split("train", bad)) == expected
-    assert (len(bad), bad.total) == (1, 49)
-    assert "captions.jsonl:49" in bad.samples[0].where and reason in bad.samples[0].reason
+    skipped = Skipped("train captions")
+    assert folder.split("train", skipped) == expected
+    assert (len(skipped), skipped.total) == (1, 49)
+    sample = skipped.samples[0]
+    assert "captions.jsonl:49" in sample.where and reason in sample.reason
     with pytest.raises(DataError, match=reason):
         folder.split("train")
 
@@ -107,40 +103,34 @@ def test_text_of_any_script_is_read_as_it_is(folder: CaptionFolder, caption: str
     assert folder.split("train")[0].captions == (caption,)
 
 
-def test_the_outcome_is_remembered_until_a_picture_is_touched(
+def test_the_outcome_is_remembered_until_an_image_is_touched(
     folder: CaptionFolder, tmp_path: Path
 ) -> None:
     path = cut(folder, 5)
-    paths = folder.split("train").paths
+    paths = [image.path for image in folder.split("train")]
     assert list(check_images(paths, tmp_path / "kept")) == [5]
     (remembered,) = (tmp_path / "kept").iterdir()
     remembered.write_text('[[6, "from memory"]]')
     assert check_images(paths, tmp_path / "kept") == {6: "from memory"}
-    shutil.copy(paths[0], path)
+    shutil.copy(str(paths[0]), path)
     assert check_images(paths, tmp_path / "kept") == {}
 
 
-def test_slices_are_views(folder: CaptionFolder) -> None:
-    images = folder.split("train")
-    assert list(images[5:9]) == list(images)[5:9]
-    assert list(images[::-1].paths) == list(images.paths)[::-1]
-    assert images[-1] == list(images)[-1]
-
-
-def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ImageError, match="pipe"):
         check_image(tmp_path / "pipe.jpg")
 
 
-def test_a_cause_is_told_once_with_its_count() -> None:
-    bad = Skipped("rows", total=100)
+def test_a_cause_is_named_once_with_its_count() -> None:
+    skipped = Skipped("rows", total=100)
     for number in range(20):
-        bad.add(f"a.csv:{number}", f"{number + 3} cells where the header has 2")
-    bad.add("a.csv:50", "not UTF-8 text")
-    assert bad.summary() == (
-        "20 times 3 cells where the header has 2: a.csv:0, a.csv:1, a.csv:2 and 17 more; a.csv:50: not UTF-8 text"
+        skipped.add(f"a.csv:{number}", f"{number + 3} cells where the header has 2")
+    skipped.add("a.csv:50", "not UTF-8 text")
+    assert skipped.summary() == (
+        "20 times 3 cells where the header has 2: a.csv:0, a.csv:1, a.csv:2 and 17 more; "
+        "a.csv:50: not UTF-8 text"
     )
-    Skipped("rows", 2, bad.samples[:2]).check(0.01, at_least=3)
+    Skipped("rows", 2, skipped.samples[:2]).check(at_least=3)
     with pytest.raises(DataError, match="3 of 9 rows"):
-        Skipped("rows", 9, bad.samples[:3]).check(0.01, at_least=3)
+        Skipped("rows", 9, skipped.samples[:3]).check(at_least=3)
