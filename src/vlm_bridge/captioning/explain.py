@@ -171,7 +171,7 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
 
     columns = min(len(panels), MAX_COLUMNS)
     width = max(columns, 3) * (PANEL + GAP) + GAP
-    title_font = _font(explanation.caption, TITLE_SIZE)
+    title_font = font_for(explanation.caption, TITLE_SIZE)
     title = _wrap(explanation.caption or "(no caption)", title_font, width - 2 * GAP)
     line_height = round(1.3 * TITLE_SIZE)
     top = GAP + len(title) * line_height + GAP // 2
@@ -188,16 +188,16 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
         sheet.paste(panel, (left + (PANEL - shown.width) // 2, upper))
         middle, below = left + PANEL // 2, upper + shown.height + 6
         size = WORD_SIZE
-        while size > NOTE_SIZE // 2 and _font(word, size).getlength(word) > PANEL:
+        while size > NOTE_SIZE // 2 and font_for(word, size).getlength(word) > PANEL:
             size -= 1
-        pen.text((middle, below), word, fill=INK, font=_font(word, size), anchor="ma")
+        pen.text((middle, below), word, fill=INK, font=font_for(word, size), anchor="ma")
         below += round(1.3 * WORD_SIZE)
-        pen.text((middle, below), note, fill=GRAY, font=_font(note, NOTE_SIZE), anchor="ma")
-    pen.text((GAP, bottom), NOTE, fill=GRAY, font=_font(NOTE, NOTE_SIZE))
+        pen.text((middle, below), note, fill=GRAY, font=font_for(note, NOTE_SIZE), anchor="ma")
+    pen.text((GAP, bottom), NOTE, fill=GRAY, font=font_for(NOTE, NOTE_SIZE))
     return sheet
 
 
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return Pillow's own font, which has only ASCII, or a system font for other text."""
     for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
         with suppress(OSError):

@@ -27,6 +27,19 @@ NumBeams = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest caption, in tokens. (default: the recipe's)")
 ]
+MinNewTokens = Annotated[
+    int | None, typer.Option(min=0, help="Shortest caption, in tokens. (default: the recipe's)")
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(help="Above 1 discourages repeated tokens. (default: the recipe's)"),
+]
+NoRepeatNgramSize = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Never repeat n-grams of this size; 0 is off. (default: the recipe's)"
+    ),
+]
 LengthPenalty = Annotated[
     float | None,
     typer.Option(help="Above 0 favors long captions among beams. (default: the recipe's)"),

@@ -181,12 +181,10 @@ def live_html(run: Path) -> str:
     except (VLMBridgeError, OSError) as error:
         return _error_card(str(error))
     charts = ""
-    for number, (title, names) in enumerate(CHARTS.items()):
+    for title, names in CHARTS.items():
         drawn = [Line(name, curves[name], i) for i, name in enumerate(names) if name in curves]
         if drawn:
-            charts += line_chart(
-                title, drawn, x_label="training step", key=f"live{number}", legend=len(names) > 1
-            )
+            charts += line_chart(title, drawn, x_label="training step", legend=len(names) > 1)
     samples = ""
     # The last line may be half written.
     events = [json.loads(line) for line in lines if '"samples"' in line and line.endswith("}")]

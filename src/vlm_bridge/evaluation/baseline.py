@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
@@ -26,13 +27,16 @@ MODELS = {
 """``model_type`` of a configuration -> the captioning class of `transformers`."""
 PROMPTS = {"blip": "a picture of"}
 """Text that the authors put before every caption (BLIP: `caption_coco.yaml`)."""
+SETTINGS = (
+    "num_beams", "max_new_tokens", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
 
 
 class BaselineCaptioner:
-    """A published captioner in float32: ``BaselineCaptioner.from_pretrained("microsoft/git-base-coco")``.
+    """A published captioner in float32: ``from_pretrained("microsoft/git-base-coco")``.
 
-    `DecodeSettings` alone decide how captions are decoded. Generation settings that the authors saved
-    are ignored, so that models are compared and not their settings.
+    `DecodeSettings` alone decide how captions are decoded. Generation settings that the authors
+    saved are ignored, so that models are compared and not their settings.
     """
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, prompt: str | None = None):
@@ -40,18 +44,17 @@ class BaselineCaptioner:
         self.processor = processor
         self.tokenizer = tokenizer
         self.model_type: str = model.config.model_type
-        prompt = PROMPTS.get(self.model_type, "") if prompt is None else prompt
-        self.prompt = prompt.strip()
-        # Published folders keep the ids in one of three places.
+        self.prompt = (PROMPTS.get(self.model_type, "") if prompt is None else prompt).strip()
         text = model.config.get_text_config(decoder=True)
-        places = (model.generation_config, model.config, text)
-        starts = ("decoder_start_token_id", "bos_token_id")
-        ends = ("sep_token_id",) if self.model_type == "blip" else ("eos_token_id",)
-        self.start_id, self.eos_id = _first_id(places, starts), _first_id(places, ends)
+        # Published folders keep the ids in one of three places.
+        places = [model.generation_config.to_dict(), model.config.to_dict(), text.to_dict()]
+        self.eos_id = _first_id(
+            places, "sep_token_id" if self.model_type == "blip" else "eos_token_id"
+        )
         words = tokenizer(self.prompt, add_special_tokens=False).input_ids if self.prompt else []
-        self.prompt_ids = [self.start_id, *words]
+        start_id = _first_id(places, "decoder_start_token_id", "bos_token_id")
+        self.prompt_ids = [start_id, *words]
         self.max_positions: int = text.max_position_embeddings
-        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
     def from_pretrained(
@@ -71,26 +74,26 @@ class BaselineCaptioner:
         Raises:
             ModelError: no such model, no captioner, missing weights, or no access.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer
-
         target = runtime.resolve_device(device)
         try:
             reach_hub(name, revision)
             config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-            model_class = _captioning_class(name, config)
+            class_name = _captioning_class(name, config)
             # transformers reads old pickle files with weights_only=True, too.
-            model, loading = model_class.from_pretrained(
+            model, loading = getattr(transformers, class_name).from_pretrained(
                 name, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-            processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                name, revision=revision, backend="pil"
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"cannot load the model {name!r}: {_why(error, name)}") from error
         # Poolers take no part in captioning, and published captioners often lack theirs.
         missing = sorted(key for key in loading["missing_keys"] if ".pooler." not in key)
         if missing:
             raise ModelError(
-                f"{name} is no whole {model_class.__name__}: {len(missing)} weights are missing "
+                f"{name} is no whole {class_name}: {len(missing)} weights are missing "
                 f"({missing[0]}, ...); name a checkpoint of that class"
             )
         # Without its files, transformers builds BERT's tokenizer of special tokens alone.
@@ -117,7 +120,8 @@ class BaselineCaptioner:
         if needed > self.max_positions:
             raise UsageError(
                 f"max_new_tokens={decode.max_new_tokens} needs {needed} positions with the prompt, "
-                f"and the decoder of {type(self.model).__name__} has {self.max_positions}: ask for fewer"
+                f"and the decoder of {type(self.model).__name__} has {self.max_positions}: ask for "
+                "fewer"
             )
         return caption_in_batches(
             images, lambda batch: self._caption_batch(batch, decode), batch_size, progress
@@ -127,7 +131,7 @@ class BaselineCaptioner:
     def _caption_batch(
         self, images: Sequence[Image.Image], decode: DecodeSettings
     ) -> list[tuple[str, float, bool]]:
-        device = self.model.device
+        device, pad_id = self.model.device, self.tokenizer.pad_token_id
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(device)
         ids = torch.tensor([self.prompt_ids] * len(images), device=device)
         model, inputs = self.model, {"pixel_values": pixels, "input_ids": ids}
@@ -138,29 +142,25 @@ class BaselineCaptioner:
         elif self.model_type == "vision-encoder-decoder":
             inputs = {"pixel_values": pixels, "decoder_input_ids": ids}
         settings = GenerationConfig(
-            bos_token_id=self.start_id,
-            decoder_start_token_id=self.start_id,
+            bos_token_id=self.prompt_ids[0],
+            decoder_start_token_id=self.prompt_ids[0],
             eos_token_id=self.eos_id,
-            pad_token_id=self.pad_id,
-            num_beams=decode.num_beams,
-            max_new_tokens=decode.max_new_tokens,
+            pad_token_id=self.eos_id if pad_id is None else pad_id,
             min_new_tokens=decode.min_new_tokens or None,
-            length_penalty=decode.length_penalty,
-            repetition_penalty=decode.repetition_penalty,
-            no_repeat_ngram_size=decode.no_repeat_ngram_size,
             return_dict_in_generate=True,
             output_scores=True,
+            **{name: getattr(decode, name) for name in SETTINGS},
         )
         output = model.generate(**inputs, generation_config=settings)
-        sequences = output.sequences[:, ids.shape[1] :]
         log_probs = model.compute_transition_scores(
             output.sequences,
             output.scores,
-            getattr(output, "beam_indices", None),
+            output.get("beam_indices"),
             normalize_logits=decode.num_beams == 1,
         )
         captions = []
-        for row, scores in zip(sequences.tolist(), log_probs.tolist(), strict=True):
+        rows = output.sequences[:, ids.shape[1] :].tolist()
+        for row, scores in zip(rows, log_probs.tolist(), strict=True):
             finished = self.eos_id in row
             length = row.index(self.eos_id) + 1 if finished else len(row)
             text = self.tokenizer.decode(row[: length - finished], skip_special_tokens=True)
@@ -168,32 +168,28 @@ class BaselineCaptioner:
         return captions
 
 
-def _captioning_class(name: str, config: Mapping[str, Any]) -> Any:
-    """Return the class of `transformers` that captions with a checkpoint."""
-    import transformers
-
+def _captioning_class(name: str, config: dict[str, Any]) -> str:
+    """Return the name of the class of `transformers` that captions with a checkpoint."""
     model_type = config.get("model_type")
     if model_type is None:
         raise ModelError(f"{name} names no model: its config.json is missing or has no model_type")
     if model_type == OUR_MODEL_TYPE:
         raise ModelError(f"{name} is a captioner of vlm-bridge: score it with --checkpoint {name}")
-    class_name = MODELS.get(model_type)
+    class_name = MODELS.get(model_type, "")
     saved_as = (config.get("architectures") or [class_name or f"model of type {model_type}"])[0]
-    if class_name is None or saved_as != class_name:
+    if saved_as != class_name:
         raise ModelError(
             f"{name} holds a {saved_as}, which is no captioner known here; these classes work: "
             f"{', '.join(MODELS.values())}"
         )
-    return getattr(transformers, class_name)
+    return class_name
 
 
-def _first_id(places: Sequence[Any], names: Sequence[str]) -> int:
+def _first_id(places: Sequence[dict[str, Any]], *names: str) -> int:
     """Return the first token id that any place has under the first name that is set."""
-    for name in names:
-        for place in places:
-            value = getattr(place, name, None)
-            if value is not None:
-                return value[0] if isinstance(value, list) else value
+    for value in (place.get(name) for name in names for place in places):
+        if value is not None:
+            return value[0] if isinstance(value, list) else value
     raise ModelError(f"the model's configuration has no {' and no '.join(names)}")
 
 

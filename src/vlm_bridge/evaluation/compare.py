@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,26 @@ def compare(
     """
     if len(paths) < 2:
         raise UsageError("comparing takes the scores of two evaluations or more")
-    runs = _with_unique_names([read_scores(path) for path in paths])
-    chosen = runs[0] if reference is None else _named(reference, runs, paths)
-    obstacles = [line for run in runs if run is not chosen for line in _obstacles(run, chosen)]
+    runs = [read_scores(path) for path in paths]
+    names = [run.name for run in runs]
+    runs = [
+        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run
+        for run in runs
+    ]
+    named = [
+        run
+        for run, path in zip(runs, paths, strict=True)
+        if reference is None or reference == run.name or Path(reference) in (path, run.path)
+    ]
+    if not named:
+        options = ", ".join(run.name for run in runs)
+        raise UsageError(f"--reference {reference} is none of: {options}")
+    obstacles = [line for run in runs for line in _obstacles(run, named[0])]
     if obstacles and not force:
         raise DataError(
             f"these scores cannot be compared: {obstacles[0]} (--force shows them all the same)"
         )
-    return Comparison(runs, chosen, (*obstacles, *_notes(runs, chosen)))
+    return Comparison(tuple(runs), named[0], (*obstacles, *_notes(runs, named[0])))
 
 
 def read_scores(path: Path) -> Scores:
@@ -135,49 +147,34 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 
 def _reported(scores: Scores, comparison: Comparison) -> ReportedRun:
-    in_folder = scores.path.name == METRICS_NAME
-    run = read_run(scores.path.parent if in_folder else scores.path)
+    path = scores.path
+    run = read_run(path.parent if path.name == METRICS_NAME else path)
     shares = {name: comparison.share(scores, name) for name in comparison.metrics}
     known = {name: share for name, share in shares.items() if share is not None}
     return replace(run, name=scores.name, shares={} if scores is comparison.reference else known)
 
 
-def _with_unique_names(runs: Sequence[Scores]) -> tuple[Scores, ...]:
-    """Add the path to names that several runs have."""
-    names = [run.name for run in runs]
-    return tuple(
-        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run
-        for run in runs
-    )
-
-
-def _named(reference: str, runs: Sequence[Scores], paths: Sequence[Path]) -> Scores:
-    for run, path in zip(runs, paths, strict=True):
-        if reference == run.name or Path(reference) in (path, run.path):
-            return run
-    raise UsageError(f"--reference {reference} is none of: {', '.join(run.name for run in runs)}")
-
-
 def _obstacles(run: Scores, reference: Scores) -> list[str]:
     """Return why the scores of two evaluations do not compare."""
+    lines: list[str] = []
 
-    def differ(what: str, get: Callable[[Scores], Any]) -> list[str]:
-        own, other = get(run), get(reference)
-        if own is None or other is None or own == other:
-            return []
-        return [f"{run.name} has {what} {own}, {reference.name} has {other}"]
+    def require_same(what: str, own: object, other: object) -> None:
+        if own is not None and other is not None and own != other:
+            lines.append(f"{run.name} has {what} {own}, {reference.name} has {other}")
 
-    references = run.data("references"), reference.data("references")
-    lines = []
-    if None in references or references[0] != references[1]:
-        lines += differ("num_images", lambda scores: scores.content["num_images"])
-        lines += differ("the split", lambda scores: scores.data("split"))
-        if not lines and None not in references:
+    own, other = run.data("references"), reference.data("references")
+    if own is None or own != other:
+        require_same("num_images", run.content["num_images"], reference.content["num_images"])
+        require_same("the split", run.data("split"), reference.data("split"))
+        if not lines and own and other:
             lines.append(
                 f"{run.name} was scored on {_data_name(run)}, {reference.name} on "
-                f"{_data_name(reference)}, and the images or their reference captions are not the same"
+                f"{_data_name(reference)}, and the images or their reference captions are not the "
+                "same"
             )
-    return lines + differ("scores by the tokenizer", lambda scores: scores.content.get("tokenizer"))
+    tokenizers = run.content.get("tokenizer"), reference.content.get("tokenizer")
+    require_same("scores by the tokenizer", *tokenizers)
+    return lines
 
 
 def _notes(runs: Sequence[Scores], reference: Scores) -> list[str]:
@@ -189,13 +186,15 @@ def _notes(runs: Sequence[Scores], reference: Scores) -> list[str]:
             lines.append(
                 f"{failures} image(s) of {run.name} were not captioned and count as empty captions"
             )
-        own, other = run.data("fingerprint"), reference.data("fingerprint")
-        if None not in (own, other) and own != other:
+        fingerprints = run.data("fingerprint"), reference.data("fingerprint")
+        if all(fingerprints) and len(set(fingerprints)) > 1:
             lines.append(
                 f"the caption folders of {run.name} and {reference.name} differ, their captions do "
                 "not: images may have been prepared differently"
             )
-        if settings := _other_settings(run, reference):
+        own, others = run.content.get("decode") or {}, reference.content.get("decode") or {}
+        differing = [key for key in own if others.get(key, own[key]) != own[key]]
+        if settings := ", ".join(f"{key} {own[key]} and {others[key]}" for key in differing):
             lines.append(f"{run.name} and {reference.name} were decoded differently: {settings}")
     if any(run.content.get("tokenizer") == "regex" for run in runs):
         lines.append("tokenized without Java: do not compare these scores with published ones")
@@ -205,15 +204,6 @@ def _notes(runs: Sequence[Scores], reference: Scores) -> list[str]:
             "only between models of one tokenizer"
         )
     return lines
-
-
-def _other_settings(run: Scores, reference: Scores) -> str:
-    own, others = run.content.get("decode") or {}, reference.content.get("decode") or {}
-    return ", ".join(
-        f"{key} {own[key]} and {others[key]}"
-        for key in own
-        if others.get(key, own[key]) != own[key]
-    )
 
 
 def _data_name(scores: Scores) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ImageError
 
-TILE = (288, 216)
-"""Width and height of an image, in pixels."""
+TILE = (288, 216)  # width and height of an image, in pixels
+GAP, FONT_SIZE, LINE_HEIGHT = 16, 13, 17
 LINE_CHARACTERS, MAX_LINES = 42, 7
 BROKEN = "#ced4da"
 
@@ -26,8 +25,13 @@ class SheetItem:
 
     image: ImageFile
     caption: str
-    reference: str | None = None
+    reference: str = ""
     score: float | None = None
+
+    def text(self) -> str:
+        texts = [_wrapped(self.caption or "(no caption)"), _wrapped(self.reference)]
+        texts.append("" if self.score is None else f"{self.score:.3f}")
+        return "\n".join(filter(None, texts))
 
 
 def contact_sheet(
@@ -40,38 +44,29 @@ def contact_sheet(
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from vlm_bridge.captioning.explain import font_for  # it imports torch
 
     columns = max(1, min(columns, len(items)))
-    rows = -(-len(items) // columns) or 1
-    figure = Figure(figsize=(3.2 * columns, 4 * rows), dpi=100, layout="constrained")
-    figure.suptitle(_plain(title))
-    for axes, item in zip(
-        figure.subplots(rows, columns, squeeze=False).flat,
-        [*items, *[None] * (rows * columns - len(items))],
-        strict=True,
-    ):
-        axes.set_axis_off()
-        if item is None:
-            continue
-        image = thumbnail(item.image, TILE)
-        axes.imshow(
-            ImageOps.pad(image, TILE, color="#f1f3f5") if image else Image.new("RGB", TILE, BROKEN)
-        )
-        if image is None:
-            axes.text(TILE[0] / 2, TILE[1] / 2, "cannot be read", ha="center")
-        texts = [_wrapped(item.caption or "(no caption)"), _wrapped(item.reference or "")]
-        if item.score is not None:
-            texts.append(f"{item.score:.3f}")
-        text = "\n".join(filter(None, texts))
-        axes.text(0, TILE[1] + 8, text, va="top", fontsize=8)
-    with warnings.catch_warnings():  # letters that its font lacks become boxes
-        warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(path, format="png")
+    rows = max(1, -(-len(items) // columns))
+    texts = [item.text() for item in items]
+    lines = max((text.count("\n") + 1 for text in texts), default=0)
+    width, height, top = TILE[0] + GAP, TILE[1] + lines * LINE_HEIGHT + GAP, 40 if title else GAP
+    sheet = Image.new("RGB", (columns * width + GAP, top + rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, 10), title, "black", font_for(title, 16))
+    for index, (item, text) in enumerate(zip(items, texts, strict=True)):
+        x, y = GAP + index % columns * width, top + index // columns * height
+        if image := thumbnail(item.image, TILE):
+            sheet.paste(ImageOps.pad(image, TILE, color="#f1f3f5"), (x, y))
+        else:
+            sheet.paste(BROKEN, (x, y, x + TILE[0], y + TILE[1]))
+            pen.text((x + 8, y + 8), "cannot be read", "black", font_for("", FONT_SIZE))
+        pen.text((x, y + TILE[1] + 4), text, "black", font_for(text, FONT_SIZE), spacing=3)
+    sheet.save(path, "PNG")
 
 
 def thumbnail(path: ImageFile, size: tuple[int, int]) -> Image.Image | None:
-    """Return the image scaled to fit ``size`` (width, height) in pixels; None if it cannot be read."""
+    """Return the image scaled to fit ``size`` (width, height); None if it cannot be read."""
     try:
         return ImageOps.contain(open_image(path), size, Image.Resampling.LANCZOS)
     except ImageError:
@@ -80,9 +75,4 @@ def thumbnail(path: ImageFile, size: tuple[int, int]) -> Image.Image | None:
 
 def _wrapped(text: str) -> str:
     lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=MAX_LINES, placeholder=" ...")
-    return _plain("\n".join(lines))
-
-
-def _plain(text: str) -> str:
-    """Escape the dollar sign, with which matplotlib starts mathematics."""
-    return text.replace("$", r"\$")
+    return "\n".join(lines)

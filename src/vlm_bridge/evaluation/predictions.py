@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
 from vlm_bridge.data_pipeline.samples import ImageFile, TarImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.contact_sheet import SheetItem
+from vlm_bridge.files import write_atomically
 
 PREDICTIONS_NAME = "predictions.jsonl"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,12 @@ class Prediction:
     def cider(self) -> float:
         return self.scores["CIDEr"]
 
-    def sheet_item(self) -> SheetItem:
-        return SheetItem(self.image.path, self.caption, self.image.captions[0], self.cider)
-
     def to_record(self) -> dict[str, Any]:
-        record = {
-            "image": str(self.image.path),
-            **_place(self.image.path),
+        path = self.image.path
+        record: dict[str, Any] = {"image": str(path)}
+        if isinstance(path, TarImage):
+            record["tar"] = {"file": str(path.file), "offset": path.offset, "size": path.size}
+        record |= {
             "original_id": self.image.original_id,
             "caption": self.caption,
             "log_probability": self.log_probability,
@@ -67,30 +64,20 @@ class Prediction:
         return cls(image, record["caption"], score, error, scores, record.get("finished"))
 
 
-def _place(image: ImageFile) -> dict[str, Any]:
-    """Return the place of an image in a tar file."""
-    if isinstance(image, Path):
-        return {}
-    return {"tar": {"file": str(image.file), "offset": image.offset, "size": image.size}}
-
-
 def _file(record: Mapping[str, Any]) -> ImageFile:
+    name = record["image"]
     if "tar" not in record:
-        return Path(record["image"])
+        return Path(name)
     file, offset, size = (record["tar"][key] for key in ("file", "offset", "size"))
-    if type(offset) is not int or type(size) is not int or offset < 0:
+    if type(offset) is not int or type(size) is not int:
+        raise TypeError("the place in a tar is no number")
+    if offset < 0 or not 0 <= size <= MAX_FILE_BYTES:
         raise ValueError("no place in a tar")
-    if not 0 <= size <= MAX_FILE_BYTES:
-        raise ValueError("no place in a tar")
-    return TarImage(Path(file), offset, size, str(record["image"]).removeprefix(f"{file}/"))
+    return TarImage(Path(file), offset, size, name.removeprefix(f"{file}/"))
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write predictions.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write predictions. Raises OSError."""
     lines = [json.dumps(prediction.to_record(), ensure_ascii=False) for prediction in predictions]
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
@@ -99,43 +86,17 @@ def read_predictions(path: Path) -> list[Prediction]:
     """Read predictions; empty where there is no file.
 
     Raises:
-        DataError: the file cannot be read, or a line is damaged.
+        DataError: a line is damaged.
     """
     if not path.is_file():
         return []
-    try:
-        # Captions may hold other ends of lines.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the predictions in {path}: {error}") from error
     predictions = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    # Captions may hold other ends of lines.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            predictions.append(Prediction.from_record(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+            predictions += [Prediction.from_record(json.loads(line))] if line else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}:{number} is not a prediction: evaluate again ({error!r})"
             ) from error
     return predictions
-
-
-def best(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """Return the predictions with the highest CIDEr, best first."""
-    return sorted(predictions, key=lambda prediction: prediction.cider)[::-1][:count]
-
-
-def worst(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """Return the predictions with the lowest CIDEr, worst first."""
-    return sorted(predictions, key=lambda prediction: prediction.cider)[:count]
-
-
-def drawn(items: Sequence[T], count: int) -> list[T]:
-    """Draw items with a fixed seed."""
-    return random.Random(0).sample(list(items), min(count, len(items)))
-
-
-def longest(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """Return the longest captions, in words, where repetition shows."""
-    return sorted(predictions, key=lambda prediction: -len(prediction.caption.split()))[:count]

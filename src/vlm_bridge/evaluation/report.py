@@ -1,7 +1,7 @@
 """Report of one run, or of several side by side, as one HTML file.
 
-Numbers stand in ``<data value="...">`` with all their digits, so that a program reads from the page what the
-JSON holds. The page itself is `report.html.j2`.
+Numbers stand in ``<data value="...">`` with all their digits, so that a program reads from the
+page what the JSON holds. The page itself is `report.html.j2`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import math
+import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,26 +19,21 @@ from typing import Any
 
 import yaml
 
-from vlm_bridge.data_pipeline.caption_folder import write_atomically
-from vlm_bridge.evaluation.caption_statistics import CaptionStatistics, caption_statistics
-from vlm_bridge.evaluation.charts import Line, histogram, line_chart
+from vlm_bridge.evaluation.charts import Line, line_chart
 from vlm_bridge.evaluation.contact_sheet import thumbnail
-from vlm_bridge.evaluation.predictions import Prediction, best, drawn, longest, worst
-from vlm_bridge.metrics import score_notes
+from vlm_bridge.evaluation.predictions import Prediction
+from vlm_bridge.files import write_atomically
+from vlm_bridge.metrics import score_notes, simple_tokenize
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SUMMARY = ("CIDEr", "BLEU-4", "METEOR", "visual_gain", "perplexity", "num_images")
 FIRST_CURVES = ("loss", "visual_gain", "cider", "bleu4", "perplexity")
-LAST_CURVES = ("learning_rate", "gradient_norm")
 SHOWN = 12
 """Images in each gallery."""
 THUMBNAIL = (320, 240)
 PEOPLE = "people"
 """Name of the first reference of each image beside the captioners."""
-
-
-class Share(float):
-    """A fraction shown as a percentage."""
+LABELS = {"num_": "", "_": " ", "bleu4": "BLEU-4", "cider": "CIDEr"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,8 @@ class ReportedRun:
         dataset: name of the data, to find published scores.
         metrics: content of ``metrics.json``; numbers at its top level are scores.
         predictions: in the order of the images.
-        curves: ``series/quantity`` (``train/loss``) -> points. Series of one quantity share a chart.
+        curves: ``series/quantity`` (``train/loss``) -> points. Series of one quantity share a
+            chart.
         recipe_yaml: the whole recipe.
         shares: metric -> fraction of the reference run's score.
         notes: one line each.
@@ -68,11 +64,12 @@ class ReportedRun:
     @property
     def scores(self) -> dict[str, float]:
         """All numbers of the metrics but the failures, in the usual order."""
-        order = (*METRICS, "SPICE", "perplexity", "visual_gain", *self.metrics)
+        names = dict.fromkeys((*METRICS, "SPICE", "perplexity", "visual_gain", *self.metrics))
+        numbers = {name: self.metrics[name] for name in names if name in self.metrics}
         return {
-            name: self.metrics[name]
-            for name in order
-            if type(self.metrics.get(name)) in (int, float) and name != "num_failures"
+            name: value
+            for name, value in numbers.items()
+            if type(value) in (int, float) and name != "num_failures"
         }
 
     def all_notes(self) -> list[str]:
@@ -99,40 +96,27 @@ def write_report(
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("vlm_bridge.evaluation", ""), autoescape=True)
-    environment.filters |= {
-        "exact": repr,
-        "shown": _shown,
-        "label": _label,
-        "score_form": _score_form,
-        "quoted_form": _quoted_form,
-        "with_rows": lambda columns: {name: rows for name, rows in columns.items() if rows},
-        "row_names": lambda columns: list(
-            dict.fromkeys(row for r in columns.values() for row in r)
-        ),
-    }
+    environment.filters |= {"exact": repr, "shown": _shown, "label": _label}
+    prefixes = [f"{run.name}: " if len(runs) > 1 else "" for run in runs]
+    pairs = zip(prefixes, runs, strict=True)
     measured = [run for run in runs if run.scores]
-    scores = runs[0].scores
     page = environment.get_template("report.html.j2").render(
         title=title,
         runs=runs,
-        summary={n: scores[n] for n in SUMMARY if n in scores} if len(runs) == 1 else {},
-        notes=[*notes, *(_of(run, runs) + line for run in runs for line in run.all_notes())],
+        summary={n: runs[0].scores[n] for n in SUMMARY if n in runs[0].scores},
+        notes=[*notes, *(prefix + line for prefix, run in pairs for line in run.all_notes())],
         metrics=list(dict.fromkeys(name for run in measured for name in run.scores)),
-        curves=_curves(runs),
-        galleries=[(heading, figures) for heading, figures in _galleries(runs) if figures],
+        published=[s for name in {run.dataset for run in measured} for s in published_on(name)],
+        reference=next((run.name for run in measured if not run.shares), ""),
+        curves=_curves(runs, prefixes),
+        galleries=[(heading, list(map(_figure, rows))) for heading, rows in _galleries(runs)],
+        statistics=_statistics(runs),
         people=PEOPLE,
         decoding={run.name: run.metrics.get("decode") or {} for run in runs},
         versions={run.name: run.metrics.get("versions") or {} for run in runs},
-        recipes={run.name: run.recipe_yaml for run in runs if run.recipe_yaml},
         differing=_differing(runs),
-        **_published(measured),
-        **_captions(runs),
     )
     write_atomically(Path(path), page.encode())
-
-
-def _of(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
-    return f"{run.name}: " if len(runs) > 1 else ""
 
 
 def published_on(dataset: str) -> list[dict[str, Any]]:
@@ -143,175 +127,128 @@ def published_on(dataset: str) -> list[dict[str, Any]]:
     return [system for key, of in published.items() if name.startswith(key) for system in of]
 
 
-def _published(measured: Sequence[ReportedRun]) -> dict[str, Any]:
-    """Return published systems on the same data, and the note below the table of scores."""
-    datasets = dict.fromkeys(run.dataset for run in measured)
-    systems = [system for dataset in datasets for system in published_on(dataset)]
-    note = "Scores are fractions: papers print CIDEr 1.20 as 120. "
-    if any(run.shares for run in measured):
-        reference = next((run.name for run in measured if not run.shares), "the reference")
-        note += f"Percentages are shares of what {reference} has. "
-    if systems:
-        note += (
-            "Quoted rows were not measured here: images, splits and preprocessing are those of "
-            "their papers. "
-        )
-    if any("visual_gain" in run.scores for run in measured):
-        note += (
-            "Visual gain is the increase of the loss, in nats per token, when images are shuffled "
-            "among the captions. Near 0, the captioner ignores its images."
-        )
-    return {"published": systems, "score_note": note.strip()}
+def by_cider(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Return predictions from the worst to the best."""
+    return sorted(predictions, key=lambda prediction: prediction.cider)
 
 
-def _curves(runs: Sequence[ReportedRun]) -> list[str]:
+def _curves(runs: Sequence[ReportedRun], prefixes: Sequence[str]) -> list[str]:
     """Draw a chart per quantity. Of several runs, each keeps its color, and its series differ in style."""
-    several = len(runs) > 1
     by_quantity: dict[str, list[Line]] = {}
-    for color, run in enumerate(runs):
+    for color, (run, prefix) in enumerate(zip(runs, prefixes, strict=True)):
         for name, curve in run.curves.items():
             series, _, quantity = name.rpartition("/")
-            finite = [(float(step), value) for step, value in curve if math.isfinite(value)]
-            if not finite:
+            points = [(float(step), value) for step, value in curve if math.isfinite(value)]
+            if not points:
                 continue
             lines = by_quantity.setdefault(quantity, [])
-            label = _of(run, runs) + (series or quantity)
-            own = sum(line.color == color for line in lines) if several else len(lines)
-            lines.append(Line(label, finite, *((color, own) if several else (own,))))
+            if len(runs) > 1:
+                style = sum(line.color == color for line in lines)
+                lines.append(Line(prefix + series, points, color, style))
+            else:
+                lines.append(Line(series or quantity, points, len(lines)))
     places = {name: place for place, name in enumerate(FIRST_CURVES)}
-    places |= dict.fromkeys(LAST_CURVES, len(FIRST_CURVES) + 1)
-    order = sorted(by_quantity, key=lambda name: places.get(name, len(FIRST_CURVES)))
+    order = sorted(by_quantity, key=lambda name: places.get(name, len(places)))
     return [
-        line_chart(
-            _label(quantity),
-            by_quantity[quantity],
-            x_label="step",
-            key=f"curve{number}",
-            legend=several or len(by_quantity[quantity]) > 1,
-        )
-        for number, quantity in enumerate(order)
+        line_chart(_label(name), lines, x_label="step", legend=len(runs) > 1 or len(lines) > 1)
+        for name in order
+        if (lines := by_quantity[name])
     ]
 
 
-def _captions(runs: Sequence[ReportedRun]) -> dict[str, Any]:
-    """Return statistics of the captions beside those of one human caption per image."""
-    captioned = [run for run in runs if run.predictions]
-    if not captioned:
-        return {"statistics": {}}
-    statistics = {
-        run.name: caption_statistics(
-            [prediction.caption for prediction in run.predictions],
-            [prediction.finished for prediction in run.predictions],
-        )
-        for run in captioned
-    }
-    human = [prediction.image.captions[0] for prediction in captioned[0].predictions]
-    statistics[PEOPLE] = caption_statistics(human)
-    lengths = {
-        name: {n: count / len(values.lengths) for n, count in Counter(values.lengths).items()}
-        for name, values in statistics.items()
-    }
-    return {
-        "statistics": statistics,
-        "statistics_rows": {name: _statistics_rows(values) for name, values in statistics.items()},
-        "lengths_svg": histogram(
-            "share of captions by length", lengths, x_label="words", key="lengths"
-        ),
-    }
+def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
+    """Count words in the captions of each run, and in one human caption per image."""
+    captions = {run.name: [p.caption for p in run.predictions] for run in runs if run.predictions}
+    if not captions:
+        return {}
+    first = next(run for run in runs if run.predictions)
+    captions[PEOPLE] = [prediction.image.captions[0] for prediction in first.predictions]
+    columns: dict[str, dict[str, float]] = {}
+    for name, texts in captions.items():
+        sentences = [tuple(sentence.split()) for sentence in simple_tokenize(texts)]
+        lengths = list(map(len, sentences))
+        columns[name] = {
+            "captions": len(texts),
+            "mean length, words": sum(lengths) / len(lengths),
+            "longest, words": max(lengths),
+            "vocabulary, words": len(set().union(*sentences)),
+            "distinct, share": len(set(sentences)) / len(sentences),
+        }
+    for run in runs:
+        if known := [p.finished for p in run.predictions if p.finished is not None]:
+            columns[run.name]["unfinished, share"] = known.count(False) / len(known)
+    return columns
 
 
-def _statistics_rows(statistics: CaptionStatistics) -> dict[str, object]:
-    return {
-        "captions": len(statistics.lengths),
-        "mean length, words": statistics.mean_length,
-        "longest, words": max(statistics.lengths),
-        "vocabulary, words": statistics.vocabulary,
-        "distinct": Share(statistics.distinct),
-        "with a repeated trigram or word": Share(statistics.repeating),
-        "unfinished": None if statistics.unfinished is None else Share(statistics.unfinished),
-    }
+Row = Sequence[tuple[str, Prediction]]
+"""An image's captions, each with the name of its run; empty where there is only one."""
 
 
-def _galleries(runs: Sequence[ReportedRun]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+def _galleries(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Sequence[Row]]]:
     """Yield images of one run, or images that all runs captioned."""
     captioned = [run for run in runs if run.predictions]
-    if len(runs) == 1:
-        choices = {
-            "Drawn at random": drawn,
-            "Best by CIDEr": best,
-            "Worst by CIDEr": worst,
-            "Longest captions": longest,
-        }
-        for heading, choose in choices.items():
-            chosen = choose(runs[0].predictions, SHOWN)
-            yield heading, [_figure([("", prediction)]) for prediction in chosen]
-    elif captioned:
-        by_image = [{p.image.original_id: p for p in run.predictions} for run in captioned]
-        rows = [
-            [(run.name, of[key]) for run, of in zip(captioned, by_image, strict=True)]
-            for key in by_image[0]
-            if all(key in of for of in by_image)
-        ]
-
-        def spread(row: Sequence[tuple[str, Prediction]]) -> float:
-            ciders = [prediction.cider for _, prediction in row]
-            return max(ciders) - min(ciders)
-
-        yield "Drawn at random", [_figure(row) for row in drawn(rows, SHOWN)]
-        differing = sorted(rows, key=spread, reverse=True)[:SHOWN]
-        yield "Where CIDEr differs most", [_figure(row) for row in differing]
+    if not captioned:
+        return
+    by_image = [{p.image.original_id: p for p in run.predictions} for run in captioned]
+    names = [run.name if len(runs) > 1 else "" for run in captioned]
+    rows: list[Row] = [
+        [(name, of[key]) for name, of in zip(names, by_image, strict=True)]
+        for key in by_image[0]
+        if all(key in of for of in by_image)
+    ]
+    yield "Drawn at random", random.Random(0).sample(rows, min(SHOWN, len(rows)))
+    if len(runs) > 1:
+        yield "Where CIDEr differs most", sorted(rows, key=_spread, reverse=True)[:SHOWN]
+        return
+    ranked = [[("", prediction)] for prediction in by_cider(runs[0].predictions)]
+    yield "Best by CIDEr", ranked[: -1 - SHOWN : -1]
+    yield "Worst by CIDEr", ranked[:SHOWN]
+    yield (
+        "Longest captions",
+        sorted(ranked, key=lambda row: -len(row[0][1].caption.split()))[:SHOWN],
+    )
 
 
-def _figure(captions: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
-    image = captions[0][1].image
-    source = None
+def _spread(row: Row) -> float:
+    scores = [prediction.cider for _, prediction in row]
+    return max(scores) - min(scores)
+
+
+def _figure(row: Row) -> dict[str, Any]:
+    image, source = row[0][1].image, None
     if small := thumbnail(image.path, THUMBNAIL):
         jpeg = io.BytesIO()
         small.save(jpeg, "JPEG", quality=80, optimize=True)
         source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
-    reference = image.captions[0]
-    return {
-        "name": image.path.name, "source": source, "captions": captions, "reference": reference,
-    }  # fmt: skip
+    name, reference = image.path.name, image.captions[0]
+    return {"name": name, "source": source, "captions": row, "reference": reference}
 
 
 def _differing(runs: Sequence[ReportedRun]) -> dict[str, dict[str, object]]:
     """Return the dotted recipe keys that differ between runs."""
 
-    def flat(value: object, prefix: str = "") -> Iterable[tuple[str, object]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            yield prefix, value
+    def flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+        for key, inner in value.items():
+            if isinstance(inner, dict):
+                yield from flat(inner, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", inner
 
-    recipes = {
-        r.name: dict(flat(yaml.safe_load(r.recipe_yaml) or {})) for r in runs if r.recipe_yaml
-    }
+    given = [run for run in runs if run.recipe_yaml]
+    recipes = {run.name: dict(flat(yaml.safe_load(run.recipe_yaml))) for run in given}
     keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
     differing = [k for k in keys if len({str(recipe.get(k)) for recipe in recipes.values()}) > 1]
     return {name: {key: recipe.get(key) for key in differing} for name, recipe in recipes.items()}
 
 
 def _label(name: str) -> str:
-    for old, new in {"num_": "", "_": " ", "bleu4": "BLEU-4", "cider": "CIDEr"}.items():
+    for old, new in LABELS.items():
         name = name.replace(old, new)
     return name
 
 
-def _score_form(value: object) -> str:
-    """Four decimals, as `vlm-bridge evaluate` prints scores; fewer for large perplexities."""
-    return ".4f" if isinstance(value, float) and abs(value) < 10 else ""
-
-
-def _quoted_form(value: float | None) -> str:
-    """As many decimals as the paper printed, and at least three."""
-    return ".3f" if value is not None and round(value, 3) == value else ".4f"
-
-
-def _shown(value: float, form: str = "") -> str:
-    if isinstance(value, Share):
-        form = form or ".1%"
-    return format(
-        value, form or (".4g" if isinstance(value, float) and abs(value) < 1000 else ",.0f")
-    )
+def _shown(value: float) -> str:
+    """Return a number with up to four decimals; large ones have thousands separators."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{round(value, 4):.6g}"

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, write_atomically
+from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.contact_sheet import contact_sheet
-from vlm_bridge.evaluation.predictions import (
-    PREDICTIONS_NAME,
-    Prediction,
-    best,
-    worst,
-    write_predictions,
-)
-from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
-from vlm_bridge.evaluation.run_folder import METRICS_NAME, Curve
+from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
+from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, write_predictions
+from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, by_cider, write_report
+from vlm_bridge.evaluation.run_folder import METRICS_NAME, REPORT_NAME, Curve
+from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import CaptionScores, score_captions
+from vlm_bridge.version import environment
 
 if TYPE_CHECKING:
+    from vlm_bridge.captioning.pipeline import CaptionResult
     from vlm_bridge.configuration import DecodeSettings
+    from vlm_bridge.training_strategy.distributed import World
+    from vlm_bridge.training_strategy.validation import Validation
 
-REPORT_NAME = "report.html"
+Progress = Callable[[int], None]
+
+
 NOT_MEASURED = "only measured for captioners of vlm-bridge"
-
-
-class Captioned(Protocol):
-    """Caption of an image with its mean log-probability per token, or an error."""
-
-    @property
-    def caption(self) -> str | None: ...
-    @property
-    def score(self) -> float | None: ...
-    @property
-    def error(self) -> str | None: ...
-    @property
-    def finished(self) -> bool | None: ...
-
-
-class Validated(Protocol):
-    """Teacher-forced loss on reference captions."""
-
-    @property
-    def perplexity(self) -> float: ...
-    @property
-    def visual_gain(self) -> float: ...
 
 
 class EvaluableCaptioner(Protocol):
@@ -64,12 +44,8 @@ class EvaluableCaptioner(Protocol):
         *,
         decode: DecodeSettings,
         batch_size: int,
-        progress: Callable[[int], None],
-    ) -> Sequence[Captioned]: ...
-
-
-Validate = Callable[..., Validated]
-"""``validate(images, batch_size=...)`` measures perplexity and visual gain."""
+        progress: Progress,
+    ) -> list[CaptionResult]: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,6 @@ class Evaluation:
     perplexity: float | None
     visual_gain: float | None
     decode: DecodeSettings
-    versions: Mapping[str, str]
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -98,50 +73,21 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``metrics.json``. A skipped metric is null."""
-        metrics = {name: self.scores.corpus.get(name) for name in METRICS}
-        if "SPICE" in self.scores.corpus:
-            metrics["SPICE"] = self.scores.corpus["SPICE"]
+        images = [prediction.image for prediction in self.predictions]
         return {
-            **metrics,
+            **dict.fromkeys(METRICS),
+            **self.scores.corpus,
             "perplexity": _finite(self.perplexity),
             "visual_gain": _finite(self.visual_gain),
-            "num_images": len(self.predictions),
+            "num_images": len(images),
             "num_failures": len(self.failures),
             "decode": self.decode.to_dict(),
             "tokenizer": self.scores.tokenizer,
             "skipped": self.scores.skipped,
-            "versions": dict(self.versions),
+            "versions": environment(),
             "model": dict(self.model),
-            "data": {
-                **self.data,
-                "references": references_digest(
-                    [prediction.image for prediction in self.predictions]
-                ),
-            },
+            "data": {**self.data, "references": references_digest(images)},
         }
-
-
-def caption_and_validate(
-    captioner: EvaluableCaptioner,
-    images: Sequence[CaptionedImage],
-    *,
-    decode: DecodeSettings,
-    validate: Validate | None = None,
-    batch_size: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[Sequence[Captioned], Validated | None]:
-    """Run the part of an evaluation that several processes share. See `evaluate_captioner`."""
-    if not images:
-        raise DataError("there are no images to evaluate on")
-    results = captioner.caption(
-        [image.path for image in images], decode=decode, batch_size=batch_size, progress=progress
-    )
-    readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
-    if not readable:
-        raise DataError(
-            f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
-        )
-    return results, validate(readable, batch_size=batch_size) if validate else None
 
 
 def evaluate_captioner(
@@ -149,74 +95,87 @@ def evaluate_captioner(
     images: Sequence[CaptionedImage],
     *,
     decode: DecodeSettings,
-    validate: Validate | None = None,
+    validate: Callable[..., Validation] | None = None,
     batch_size: int = 32,
     spice: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = lambda done: None,
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Caption every image, score the captions, and measure perplexity and visual gain.
 
-    A failed image counts as an empty caption. Perplexity and visual gain are measured on the others.
+    A failed image counts as an empty caption. Perplexity and visual gain are measured on the
+    others.
 
     Args:
-        validate: measures perplexity and visual gain; None leaves them out.
+        validate: a captioner's `validate`; None leaves perplexity and visual gain out.
         progress: called with the number of images captioned so far.
         model: identity of the captioner for the record, with a ``name``.
         data: ``name``, ``fingerprint`` and ``split`` for the record.
+        world: processes that share the work; the first one scores.
 
     Raises:
         DataError: there are no images, or none of them can be captioned.
     """
-    from vlm_bridge.environment import environment
+    if not images:
+        raise DataError("there are no images to evaluate on")
+    paths = [image.path for image in images]
+    results = (
+        caption_together(captioner, paths, decode, batch_size, world, progress)
+        if world
+        else captioner.caption(paths, decode=decode, batch_size=batch_size, progress=progress)
+    )
+    readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
+    if not readable:
+        raise DataError(
+            f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
+        )
+    validation = validate(readable, batch_size=batch_size, world=world) if validate else None
 
-    results, validation = caption_and_validate(
-        captioner,
-        images,
-        decode=decode,
-        validate=validate,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    # Paths, not original ids, tell images apart: images from several folders may share an id.
-    scores = score_captions(
-        {str(image.path): image.captions for image in images},
-        {
-            str(image.path): result.caption or ""
-            for image, result in zip(images, results, strict=True)
-        },
-        spice=spice,
-    )
+    def scored() -> CaptionScores:
+        # Paths, not original ids, tell images apart: images of several folders may share an id.
+        references = {str(image.path): image.captions for image in images}
+        captions = [result.caption or "" for result in results]
+        return score_captions(
+            references, dict(zip(map(str, paths), captions, strict=True)), spice=spice
+        )
+
+    scores = world.from_first(scored) if world else scored()
     if validation is None:
-        reasons = dict.fromkeys(("perplexity", "visual_gain"), NOT_MEASURED)
-        scores = dataclasses.replace(scores, skipped={**scores.skipped, **reasons})
+        scores.skipped.update(dict.fromkeys(("perplexity", "visual_gain"), NOT_MEASURED))
     return Evaluation(
-        _predictions(images, results, scores),
+        tuple(
+            Prediction(
+                i, r.caption or "", r.score, r.error, scores.per_image[str(i.path)], r.finished
+            )
+            for i, r in zip(images, results, strict=True)
+        ),
         scores,
         validation.perplexity if validation else None,
         validation.visual_gain if validation else None,
         decode,
-        environment(),
         model or {},
         data or {},
     )
 
 
-def _predictions(
-    images: Sequence[CaptionedImage], results: Sequence[Captioned], scores: CaptionScores
-) -> tuple[Prediction, ...]:
-    return tuple(
-        Prediction(
-            image,
-            result.caption or "",
-            result.score,
-            result.error,
-            scores.per_image[str(image.path)],
-            result.finished,
-        )
-        for image, result in zip(images, results, strict=True)
+def caption_together(
+    captioner: EvaluableCaptioner,
+    images: Sequence[ImageFile],
+    decode: DecodeSettings,
+    batch_size: int,
+    world: World,
+    progress: Progress = lambda done: None,
+) -> list[CaptionResult]:
+    """Split the batches among processes; each gets the captions of a single one, to the bit."""
+    results = captioner.caption(
+        list(chain.from_iterable(world.share(in_batches(images, batch_size)))),
+        decode=decode,
+        batch_size=batch_size,
+        progress=lambda done: progress(min(done * world.size, len(images))),
     )
+    return list(chain.from_iterable(world.interleave(in_batches(results, batch_size))))
 
 
 def write_evaluation(
@@ -236,10 +195,10 @@ def write_evaluation(
     metrics, predictions = evaluation.to_json(), evaluation.predictions
     write_json(folder / METRICS_NAME, metrics)
     write_predictions(folder / PREDICTIONS_NAME, predictions)
-
-    half = min(SHOWN, len(predictions) // 2)
-    chosen = [*best(predictions, min(SHOWN, len(predictions) - half)), *worst(predictions, half)]
-    sheet = [prediction.sheet_item() for prediction in chosen]
+    ranked = by_cider(predictions)
+    half = min(SHOWN, len(ranked) // 2)
+    chosen = [*ranked[: -1 - min(SHOWN, len(ranked) - half) : -1], *ranked[:half]]
+    sheet = [SheetItem(p.image.path, p.caption, p.image.captions[0], p.cider) for p in chosen]
     contact_sheet(sheet, folder / "contact_sheet.png", title=f"{title}: best and worst by CIDEr")
     run = ReportedRun(
         str(evaluation.model.get("name") or "this evaluation"),
@@ -260,9 +219,8 @@ def references_digest(images: Sequence[CaptionedImage]) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON, without NaN."""
-    write_atomically(
-        path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    )
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _finite(value: float | None) -> float | None:

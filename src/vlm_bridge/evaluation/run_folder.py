@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vlm_bridge.errors import CheckpointError, DataError
 from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, read_predictions
 from vlm_bridge.evaluation.report import ReportedRun
 
-T = TypeVar("T")
 HISTORY_NAME = "history.jsonl"
 METRICS_NAME = "metrics.json"
+REPORT_NAME = "report.html"
 NOT_CURVES = frozenset(
     {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
 )
-
 SERIES = {"decoded": "validation", "samples": "validation"}
 Curve = list[tuple[int, float]]
 """Points (training step, value)."""
 HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
+NOT_EVALUATED = (
+    "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir RUN/val` "
+    "adds scores and images."
+)
 
 
 def evaluations_in(path: Path) -> list[Path]:
@@ -51,46 +54,37 @@ def read_metrics(file: Path) -> dict[str, Any]:
 def model_name(metrics: Mapping[str, Any], file: Path) -> str:
     """Return the recorded name, or else the name of the run or file."""
     recorded = (metrics.get("model") or {}).get("name")
-    return str(
-        recorded or (_run_of(file).resolve().name if file.name == METRICS_NAME else file.stem)
-    )
+    unrecorded = _run_of(file).resolve().name if file.name == METRICS_NAME else file.stem
+    return str(recorded or unrecorded)
 
 
 def read_run(path: Path) -> ReportedRun:
-    """Read the parts of a run for a report. Missing and damaged ones become notes.
+    """Read the parts of a run for a report. Missing ones become notes.
 
     Args:
-        path: a run folder (``logs``, ``checkpoints``, evaluations in subfolders), an evaluation's folder, alone or
-            within a run folder, or a JSON file of scores.
+        path: a run folder (``logs``, ``checkpoints``, evaluations in subfolders), an evaluation's
+            folder, alone or within a run folder, or a JSON file of scores.
 
     Raises:
-        DataError: there is nothing to report.
+        DataError: there is nothing to report, or a part is damaged.
     """
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
     notes: list[str] = []
-    evaluations = evaluations_in(path)
+    root, evaluations = _run_of(path), evaluations_in(path)
     metrics, predictions = _read_evaluation(evaluations, notes)
-    file = evaluations[-1] if evaluations else None
-    root = _run_of(path)
-    curves = _or_note(read_curves, root / "logs", notes, {})
-    if not (root / "logs" / HISTORY_NAME).is_file():
+    curves, recipe = read_curves(root / "logs"), _recipe(root, notes)
+    if not curves:
         notes.append(f"No training log at {root / 'logs'}: no curves.")
-    recipe = _recipe(root)
-    if recipe is None:
-        notes.append(f"No checkpoint in {root} that names its recipe.")
-    elif isinstance(recipe, str):
-        notes.append(recipe)
-        recipe = None
-    if not (metrics or predictions or curves or recipe):
-        nothing = f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run folder"
-        raise DataError(notes[0] if evaluations else nothing)
-    dataset = (metrics.get("data") or {}).get("name") or (
-        Path(recipe.data_dir).name if recipe else ""
-    )
+    if not (metrics or curves or recipe):
+        raise DataError(
+            f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run "
+            "folder"
+        )
+    trained_on = Path(recipe.data_dir).name if recipe else ""
     return ReportedRun(
-        model_name(metrics, file) if file else root.resolve().name,
-        dataset=str(dataset),
+        model_name(metrics, evaluations[-1]) if evaluations else root.resolve().name,
+        dataset=str((metrics.get("data") or {}).get("name") or trained_on),
         metrics=metrics,
         predictions=predictions,
         curves=curves,
@@ -104,64 +98,45 @@ def _read_evaluation(
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Read the scores and predictions of the latest evaluation; add notes about gaps."""
     if not evaluations:
-        notes.append(
-            "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir "
-            "RUN/val` adds scores and images."
-        )
+        notes.append(NOT_EVALUATED)
         return {}, []
     *earlier, file = evaluations
-    metrics = _or_note(read_metrics, file, notes, {})
-    predictions: list[Prediction] = []
     # A file that --json wrote may lie beside another evaluation's predictions.
-    if file.name == METRICS_NAME:
-        predictions = _or_note(read_predictions, file.parent / PREDICTIONS_NAME, notes, [])
-    if not (file.parent / PREDICTIONS_NAME).is_file() or file.name != METRICS_NAME:
+    found = file.name == METRICS_NAME and read_predictions(file.parent / PREDICTIONS_NAME)
+    if not found:
         notes.append(
             f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see images."
-        )
-    if gone := [one.image.path for one in predictions if not one.image.path.is_file()]:
-        notes.append(
-            f"{len(gone):,} of {len(predictions):,} images are not where they were evaluated, such "
-            f"as {gone[0]}."
         )
     if earlier:
         others = ", ".join(str(other.parent) for other in earlier)
         notes.append(f"Scores of {file.parent}, the latest evaluation; there are also {others}.")
-    return metrics, predictions
-
-
-def _or_note(read: Callable[[Path], T], path: Path, notes: list[str], otherwise: T) -> T:
-    """Read a file, or add a note about its damage and return ``otherwise``."""
-    try:
-        return read(path)
-    except DataError as error:
-        notes.append(f"{error}.")
-        return otherwise
+    return read_metrics(file), found or []
 
 
 def _run_of(path: Path) -> Path:
     """Return the run folder itself, or the one around an evaluation."""
     folder = path if path.is_dir() else path.parent
     parent = folder.resolve().parent
-    lies_in_run = not _is_run(folder) and _is_run(parent)
-    return parent if lies_in_run else folder
+    return parent if _is_run(parent) and not _is_run(folder) else folder
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / "logs").is_dir() or (folder / "checkpoints").is_dir()
 
 
-def _recipe(root: Path) -> Any:
-    """Return the recipe of a run's checkpoint, None without one, or a line about its damage."""
+def _recipe(root: Path, notes: list[str]) -> Any:
+    """Return the recipe of a run's checkpoint, or None with a note."""
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
     if not checkpoints.has_checkpoint(root):
+        notes.append(f"No checkpoint in {root}: no recipe.")
         return None
     where = checkpoints.checkpoint_path(root)
     try:
         return checkpoints.recipe_of(checkpoints.load_checkpoint(where), where, to_build=False)
     except CheckpointError as error:
-        return f"No recipe: {error}"
+        notes.append(f"No recipe: {error}")
+        return None
 
 
 def read_curves(log_dir: Path) -> dict[str, Curve]:
@@ -173,7 +148,7 @@ def read_curves(log_dir: Path) -> dict[str, Curve]:
         DataError: a line is no event. The last one may be half written.
     """
     path = log_dir / HISTORY_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     curves: dict[str, Curve] = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -1,7 +1,7 @@
 """Caption metrics: strings in, scores out.
 
-Every score comes from pycocoevalcap, the reference implementation of the field. A metric is one function
-in `coco` and one line in `METRICS`.
+Every score comes from pycocoevalcap, the reference implementation of the field. A metric is one
+function in `coco` and one line in `METRICS`.
 """
 
 from __future__ import annotations
@@ -60,16 +60,13 @@ def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
 
 
 def score_captions(
-    references: Mapping[str, Sequence[str]],
-    hypotheses: Mapping[str, str],
-    *,
-    spice: bool = False,
+    references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], *, spice: bool = False
 ) -> CaptionScores:
     """Score one caption per image against all its references.
 
-    BLEU and METEOR of the corpus come from summed counts; the others are means over images. An empty
-    caption scores 0. CIDEr weighs words by their document frequency in this collection, so it is 0 for
-    a single image and does not compare between collections.
+    BLEU and METEOR of the corpus come from summed counts; the others are means over images. An
+    empty caption scores 0. CIDEr weighs words by their document frequency in this collection, so
+    it is 0 for a single image and does not compare between collections.
 
     Args:
         references: image id -> human captions, at least one with a word in it.
@@ -79,20 +76,24 @@ def score_captions(
     Raises:
         DataError: there are no images, the ids differ, or an image has no usable reference.
     """
-    _check_ids(references, hypotheses)
+    if not references:
+        raise DataError("no captions to score: the references are empty")
+    if lone := sorted(references.keys() ^ hypotheses.keys()):
+        raise DataError(f"cannot score captions: no caption or no reference for {lone[:5]}")
+    metrics = [name for name in METRICS if spice or name != "SPICE"]
     skipped: dict[str, str] = {}
     try:
         tokenizer, (gts, res) = "ptb", _tokenize(references, hypotheses, ptb_tokenize)
     except JavaError as error:
         tokenizer, (gts, res) = "regex", _tokenize(references, hypotheses, simple_tokenize)
-        skipped = {name: str(error) for name in NEED_JAVA if name != "SPICE" or spice}
+        skipped = {name: str(error) for name in metrics if name in NEED_JAVA}
     corpus: dict[str, float] = {}
     per_image: dict[str, dict[str, float]] = {image_id: {} for image_id in gts}
-    for name, scorer in METRICS.items():
-        if name in skipped or (name == "SPICE" and not spice):
+    for name in metrics:
+        if name in skipped:
             continue
         try:
-            scores = scorer(gts, res)
+            scores = METRICS[name](gts, res)
         except JavaError as error:
             skipped[name] = str(error)
             continue
@@ -113,18 +114,6 @@ def score_without_java(
     return {"BLEU-4": float(bleu[0]), "CIDEr": float(cider[0])}
 
 
-def _check_ids(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str]) -> None:
-    if not references:
-        raise DataError("no captions to score: the references are empty")
-    for what, missing in (
-        ("no generated caption", references.keys() - hypotheses.keys()),
-        ("no reference captions", hypotheses.keys() - references.keys()),
-    ):
-        if missing:
-            named = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
-            raise DataError(f"cannot score captions: {what} for {len(missing)} image(s): {named}")
-
-
 def _tokenize(
     references: Mapping[str, Sequence[str]],
     hypotheses: Mapping[str, str],
@@ -134,14 +123,11 @@ def _tokenize(
 
     ROUGE-L would give an empty caption full marks for them.
     """
-    sentences = [
-        text for image_id, refs in references.items() for text in (hypotheses[image_id], *refs)
-    ]
-    tokenized = iter(tokenize(sentences))
+    tokens = iter(tokenize([text for i in references for text in (hypotheses[i], *references[i])]))
     gts, res = {}, {}
-    for image_id, refs in references.items():
-        res[image_id] = [next(tokenized)]
-        gts[image_id] = [tokens for tokens in (next(tokenized) for _ in refs) if tokens]
+    for image_id, captions in references.items():
+        res[image_id] = [next(tokens)]
+        gts[image_id] = list(filter(None, [next(tokens) for _ in captions]))
         if not gts[image_id]:
             raise DataError(
                 f"cannot score captions: no words in any reference caption for image {image_id}"

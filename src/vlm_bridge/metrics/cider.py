@@ -1,7 +1,7 @@
-"""CIDEr-D of single captions against fixed document frequencies: a reward for self-critical training.
+"""CIDEr-D of single captions against fixed document frequencies, for self-critical training.
 
-pycocoevalcap counts document frequencies in the collection that it scores. A reward needs them once, from
-the training split, and then scores a few captions at a time, thousands of times.
+pycocoevalcap counts document frequencies in the collection that it scores. A reward needs them
+once, from the training split, and then scores a few captions at a time, thousands of times.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_N = 4
-SIGMA = 6.0
-"""Width of the length penalty of CIDEr-D (Vedantam et al. 2015)."""
+SIGMA = 6.0  # width of the length penalty
 Phrase = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Vector:
-    """Tf-idf weights of a sentence's n-grams, their norms for n = 1..4, and its number of word pairs."""
+    """Tf-idf weights of a sentence's n-grams, their norms for n = 1..4, and its word pairs."""
 
     weights: dict[Phrase, float]
     norms: list[float]
@@ -29,8 +28,8 @@ class _Vector:
 class CiderD:
     """CIDEr-D (Vedantam et al. 2015) of captions for a fixed set of images.
 
-    For equal tokens it equals pycocoevalcap's value. References become vectors when their image is asked
-    for: the vectors of all of COCO would fill gigabytes.
+    For equal tokens it equals pycocoevalcap's value. References become vectors when their image
+    is asked for: the vectors of all of COCO would fill gigabytes.
 
     Args:
         references: per image its sentences, as tokens joined by spaces.
@@ -48,7 +47,10 @@ class CiderD:
     def scores(self, image: int, captions: Iterable[str]) -> list[float]:
         """Score captions (tokens joined by spaces) of an image, each from 0 to 10."""
         references = [self._vector(sentence) for sentence in self.references[image]]
-        return [self._score(self._vector(caption), references) for caption in captions]
+        return [
+            10 * sum(_similarity(vector, reference) for reference in references) / len(references)
+            for vector in map(self._vector, captions)
+        ]
 
     def _vector(self, sentence: str) -> _Vector:
         words = sentence.split()
@@ -61,22 +63,19 @@ class CiderD:
         # As in the reference implementation, the length penalty compares numbers of word pairs.
         return _Vector(weights, [math.sqrt(square) for square in squares], max(0, len(words) - 1))
 
-    def _score(self, caption: _Vector, references: Sequence[_Vector]) -> float:
-        total = 0.0
-        for reference in references:
-            similarity = [0.0] * MAX_N
-            of_reference = reference.weights
-            for phrase, weight in caption.weights.items():
-                if phrase in of_reference:
-                    other = of_reference[phrase]
-                    similarity[len(phrase) - 1] += min(weight, other) * other
-            penalty = math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
-            for value, norm, other_norm in zip(
-                similarity, caption.norms, reference.norms, strict=True
-            ):
-                if norm and other_norm:
-                    total += penalty * value / (norm * other_norm)
-        return 10.0 * total / (MAX_N * len(references))
+
+def _similarity(caption: _Vector, reference: _Vector) -> float:
+    products = [0.0] * MAX_N
+    for phrase, weight in caption.weights.items():
+        if other := reference.weights.get(phrase):
+            products[len(phrase) - 1] += min(weight, other) * other
+    cosines = [
+        product / (norm * other)
+        for product, norm, other in zip(products, caption.norms, reference.norms, strict=True)
+        if norm and other
+    ]
+    penalty = math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
+    return penalty * sum(cosines) / MAX_N
 
 
 def _phrases(words: Sequence[str]) -> list[Phrase]:

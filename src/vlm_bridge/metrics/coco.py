@@ -25,9 +25,7 @@ def bleu(gts: Tokens, res: Tokens) -> Scores:
     from pycocoevalcap.bleu.bleu import Bleu
 
     corpus, per_image = Bleu(4).compute_score(gts, res, verbose=0)
-    return {
-        f"BLEU-{n}": scores for n, scores in enumerate(zip(corpus, per_image, strict=True), start=1)
-    }
+    return {f"BLEU-{n}": pair for n, pair in enumerate(zip(corpus, per_image, strict=True), 1)}
 
 
 def rouge(gts: Tokens, res: Tokens) -> Scores:
@@ -47,18 +45,16 @@ def cider(gts: Tokens, res: Tokens) -> Scores:
 def meteor(gts: Tokens, res: Tokens) -> Scores:
     """METEOR 1.5 (Denkowski and Lavie 2014).
 
-    Its line protocol answers statistics to a SCORE line per image, and all scores to one EVAL line.
+    It answers statistics to a SCORE line per image, and all scores to one EVAL line.
     """
     from pycocoevalcap.meteor import meteor as package
 
     jar = Path(package.__file__).with_name(package.METEOR_JAR)
     arguments = ["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with java(arguments, timeout_s=METEOR_TIMEOUT_S) as process:
-        statistics = [
-            _ask(process, "SCORE", *refs, *res[image_id]) for image_id, refs in gts.items()
-        ]
-        answers = [float(_ask(process, "EVAL", *statistics)), *(float(_read(process)) for _ in gts)]
-    return {"METEOR": (answers[-1], answers[:-1])}
+        statistics = [_ask(process, "SCORE", *gts[image], *res[image]) for image in gts]
+        scores = [float(_ask(process, "EVAL", *statistics)), *(float(_read(process)) for _ in gts)]
+    return {"METEOR": (scores[-1], scores[:-1])}
 
 
 def spice(gts: Tokens, res: Tokens) -> Scores:
@@ -68,23 +64,20 @@ def spice(gts: Tokens, res: Tokens) -> Scores:
 
     folder = Path(package.__file__).parent
     if not (folder / models.SPICELIB / f"{models.JAR}-models.jar").is_file():
-        command = "python -m pycocoevalcap.spice.get_stanford_models"
         raise JavaError(
-            f"it needs the Stanford CoreNLP models, fetched once (about 400 MB) by: {command}"
+            "it needs the Stanford CoreNLP models, fetched once (about 400 MB) by: "
+            "python -m pycocoevalcap.spice.get_stanford_models"
         )
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "in.json"), Path(scratch, "out.json")
         entries = [{"image_id": i, "test": res[i][0], "refs": refs} for i, refs in gts.items()]
         asked.write_text(json.dumps(entries), encoding="utf-8")
         program = ["-Xmx8G", "-jar", str(folder / package.SPICE_JAR), str(asked)]
-        run_java(
-            [*program, "-out", str(answered), "-silent"], timeout_s=SPICE_TIMEOUT_S, cwd=folder
-        )
-        if not answered.is_file():
-            raise JavaError("Java failed: SPICE wrote no scores")
+        arguments = [*program, "-out", str(answered), "-silent"]
+        run_java(arguments, timeout_s=SPICE_TIMEOUT_S, cwd=folder)
         results = json.loads(answered.read_text(encoding="utf-8"))
     by_image = {entry["image_id"]: float(entry["scores"]["All"]["f"]) for entry in results}
-    scores = [by_image[image_id] for image_id in gts]
+    scores = [by_image[image] for image in gts]
     return {"SPICE": (sum(scores) / len(scores), scores)}
 
 

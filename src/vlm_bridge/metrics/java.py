@@ -1,7 +1,7 @@
 """Run the Java programs of pycocoevalcap.
 
-Its own wrappers write into the installed package, print to the terminal, and wait forever for a Java that
-has died.
+Its own wrappers write into the installed package, print to the terminal, and wait forever for a
+Java that has died.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,10 @@ from typing import IO
 
 # Otherwise the jars read and write text in the locale's encoding and decimal mark.
 TEXT_OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
+INSTALL = {
+    "darwin": "brew install openjdk",
+    "win32": "winget install EclipseAdoptium.Temurin.21.JRE",
+}
 
 
 class JavaError(Exception):
@@ -29,21 +32,13 @@ class JavaError(Exception):
 
 def install_java_command() -> str:
     """Return the command that installs a Java runtime on this system."""
-    if sys.platform == "darwin":
-        return "brew install openjdk"
-    if sys.platform == "win32":
-        return "winget install EclipseAdoptium.Temurin.21.JRE"
-    return "sudo apt-get install default-jre-headless"
+    return INSTALL.get(sys.platform, "sudo apt-get install default-jre-headless")
 
 
 def run_java(
     arguments: Sequence[str], text: str = "", *, timeout_s: float, cwd: Path | None = None
 ) -> str:
-    """Run a Java program on a text and return its output.
-
-    Raises:
-        JavaError: Java is missing, failed, or gave no answer in time.
-    """
+    """Run a Java program on a text and return its output; JavaError as `java`."""
     with java(arguments, timeout_s=timeout_s, cwd=cwd) as process:
         output, _ = process.communicate(text)
         if process.returncode:
@@ -55,38 +50,33 @@ def run_java(
 def java(
     arguments: Sequence[str], *, timeout_s: float, cwd: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a Java process with text pipes, and kill it with its children at the end of the block.
-
-    A timer kills it after ``timeout_s`` seconds. Blocked reads and writes then fail.
+    """Start a Java process with text pipes; kill it and its children at the end of the block.
 
     Raises:
-        JavaError: Java is missing, failed, or gave no answer in time.
+        JavaError: Java is missing, failed, or gave no answer within `timeout_s` seconds.
     """
     executable = shutil.which("java")
     if executable is None:
         raise JavaError(f"no Java found; install it with: {install_java_command()}")
     # A file for stderr: a full pipe that nobody reads would block Java.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        try:
-            process = subprocess.Popen(
-                [executable, *TEXT_OPTIONS, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=cwd,
-                encoding="utf-8",
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise JavaError(f"cannot start {executable}: {error.strerror}") from error
-        started = time.monotonic()
+        process = subprocess.Popen(
+            [executable, *TEXT_OPTIONS, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=cwd,
+            encoding="utf-8",
+            start_new_session=True,
+        )
         timer = threading.Timer(timeout_s, _kill, [process])
         timer.daemon = True
         timer.start()
         try:
             yield process
         except (EOFError, OSError, ValueError) as error:
-            if time.monotonic() - started >= timeout_s:
+            timer.join(0.1)  # if it fired, let it finish
+            if timer.finished.is_set():
                 reason = f"Java gave no answer within {timeout_s:g} s and was stopped"
             else:
                 reason = f"Java failed: {_complaint(stderr) or error}"
@@ -102,7 +92,6 @@ def java(
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill a process, and everything it started where the system has process groups."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             if sys.platform == "win32":
@@ -115,5 +104,6 @@ def _complaint(stderr: IO[str]) -> str:
     """Return the line that names the exception, or else the last line."""
     stderr.seek(0)
     lines = [line.strip() for line in stderr if line.strip()]
-    errors = (line for line in lines if "Exception" in line or "Error" in line)
-    return next(errors, lines[-1] if lines else "")
+    return next(
+        (line for line in lines if "Exception" in line or "Error" in line), "".join(lines[-1:])
+    )

@@ -13,8 +13,8 @@ PTB_TIMEOUT_S = 300.0
 
 logger = logging.getLogger(__name__)
 
-# A clitic is a token of its own ("do n't", "dog 's"). Words keep their inner hyphens, numbers their
-# inner marks.
+# A clitic is a token of its own ("do n't", "dog 's"). Words keep their inner hyphens, numbers
+# their inner marks.
 _TOKEN = re.compile(
     r"(?P<can>can)(?=not\b)|n't\b|'(?:s|re|ve|ll|d|m)\b"
     r"|\w+?(?=n't\b)|\w+(?:(?!'(?:s|re|ve|ll|d|m)\b)[-'&]\w+|(?<=\d)[.,:/]\d+)*"
@@ -24,7 +24,7 @@ _TOKEN = re.compile(
 def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     """Return lower-case Penn Treebank tokens without punctuation, joined by spaces.
 
-    They equal those of pycocoevalcap's PTBTokenizer, whose own wrapper writes into the installed package.
+    They equal those of pycocoevalcap's PTBTokenizer.
 
     Raises:
         JavaError: Java is missing or failed.
@@ -32,18 +32,15 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     # The jar reads one sentence a line. A line break inside a caption would shift the rest.
-    lines = [" ".join(sentence.split()) for sentence in sentences]
+    text = "".join(f"{' '.join(sentence.split())}\n" for sentence in sentences)
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     program = ("-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer")
-    text = "".join(f"{line}\n" for line in lines)
     output = run_java([*program, "-preserveLines", "-lowerCase"], text, timeout_s=PTB_TIMEOUT_S)
-    tokenized = output.split("\n")[:-1]
-    if len(tokenized) != len(lines):
-        raise JavaError(f"Java failed: PTB tokens for {len(tokenized)} of {len(lines)} lines")
+    lines = output.split("\n")[:-1]
+    if len(lines) != len(sentences):
+        raise JavaError(f"Java failed: PTB tokens for {len(lines)} of {len(sentences)} lines")
     punctuation = set(ptbtokenizer.PUNCTUATIONS)
-    return [
-        " ".join(word for word in line.split() if word not in punctuation) for line in tokenized
-    ]
+    return [" ".join(word for word in line.split() if word not in punctuation) for line in lines]
 
 
 def simple_tokenize(sentences: Sequence[str]) -> list[str]:
@@ -51,12 +48,8 @@ def simple_tokenize(sentences: Sequence[str]) -> list[str]:
 
     For 99.9% of Flickr8k's 30,000 training captions they equal those of `ptb_tokenize`.
     """
-    return [
-        " ".join(
-            match.group() for match in _TOKEN.finditer(sentence.lower().replace("\u2019", "'"))
-        )
-        for sentence in sentences
-    ]
+    plain = (sentence.lower().replace("\u2019", "'") for sentence in sentences)
+    return [" ".join(match.group() for match in _TOKEN.finditer(text)) for text in plain]
 
 
 def reference_tokens(captions: Sequence[str]) -> list[str]:
