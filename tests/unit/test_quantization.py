@@ -27,27 +27,18 @@ def test_int4_packs_two_a_byte_and_keeps_the_largest_of_each_group(values: torch
     packed, scales = to_int4(values)
     assert (packed.shape, packed.dtype) == ((3, 2 * GROUP), torch.uint8)
     assert (scales.shape, scales.dtype) == ((3, 4), torch.bfloat16)
-    restored = from_int4(packed, scales)
-    assert restored.shape == values.shape
-    groups, errors = (
-        values.unflatten(-1, (-1, GROUP)),
-        (restored - values).abs().unflatten(-1, (-1, GROUP)),
-    )
-    assert (errors <= scales.float().abs()[..., None] * 1.01).all()
+    restored = from_int4(packed, scales).unflatten(-1, (-1, GROUP))
+    groups = values.unflatten(-1, (-1, GROUP))
+    assert ((restored - groups).abs() <= scales.float().abs()[..., None] * 1.01).all()
     largest = groups.abs().argmax(-1, keepdim=True)
-    kept = restored.unflatten(-1, (-1, GROUP)).gather(-1, largest)
+    kept = restored.gather(-1, largest)
     torch.testing.assert_close(kept, groups.gather(-1, largest), rtol=2**-8, atol=0)
-    assert torch.cosine_similarity(restored, values, dim=-1).min() > 0.99
 
 
-def test_what_int4_can_say_survives() -> None:
-    values = torch.arange(-8.0, 8.0).repeat(2, GROUP // 16) * 0.25
-    assert torch.equal(from_int4(*to_int4(values)), values)
-
-
-@pytest.mark.parametrize("quantize", [to_int8, to_int4])
-def test_zeros_stay_zeros(quantize) -> None:
-    values = torch.zeros(2, GROUP)
-    first, scales = quantize(values)
-    restored = from_int4(first, scales) if quantize is to_int4 else first * scales
-    assert torch.equal(restored, values)
+def test_levels_and_zeros_stay_equal() -> None:
+    exact = torch.arange(-8.0, 8.0).repeat(2, GROUP // 16) * 0.25
+    assert torch.equal(from_int4(*to_int4(exact)), exact)
+    zeros = torch.zeros(2, GROUP)
+    assert torch.equal(from_int4(*to_int4(zeros)), zeros)
+    levels, scales = to_int8(zeros)
+    assert torch.equal(levels * scales, zeros)

@@ -1,16 +1,11 @@
-"""Where captioned pictures come from."""
+"""Where captioned images come from: a class for each dataset's layout, and a line for it here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from vlm_bridge.data_pipeline.sources.base import (
-    Rejected,
-    Source,
-    SourceItem,
-    iter_pictures,
-)
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.sources.coco import Coco
 from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
 from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
@@ -19,10 +14,9 @@ from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.errors import DataError, UsageError
 
-SOURCES: dict[str, type[Source]] = {
-    source.name: source
-    for source in (GroundCap, Flickr8k, Flickr30k, Coco, Conceptual, LocalFolder, Scenes)
-}
+# In the order in which a folder is recognized.
+_KINDS = (GroundCap, Flickr8k, Flickr30k, Coco, Conceptual, LocalFolder, Scenes)
+SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in _KINDS}
 
 __all__ = [
     "SOURCES",
@@ -38,22 +32,21 @@ __all__ = [
 def find_source(
     input_dir: Path | None = None, captions_file: Path | None = None
 ) -> tuple[str, str]:
-    """Return the name of the source that reads the input folder, and the file that tells it.
+    """Return the name of the source that reads a folder or file, and the file that tells it.
 
     Raises:
         DataError: no such folder, or nothing in it tells what it is.
     """
-    folder, captions = input_dir, captions_file
+    folder = input_dir
     if folder is None:
-        return (LocalFolder.name, "") if captions is not None else (GroundCap.name, "the hub")
+        return ("groundcap", "the hub") if captions_file is None else ("local", "")
     if folder.is_file():
-        return Conceptual.name if folder.suffix.lower() == ".tsv" else GroundCap.name, folder.name
+        return "conceptual" if folder.suffix.lower() == ".tsv" else "groundcap", folder.name
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder} (--input-dir)")
-    if captions is not None:
-        named = captions.stem.removeprefix("dataset_")  # as Karpathy's files are called
-        is_known = named in (Coco.name, Flickr30k.name)
-        return named if is_known else LocalFolder.name, captions.name
+    if captions_file is not None:
+        name = captions_file.stem.removeprefix("dataset_")  # as Karpathy's files are called
+        return name if name in ("coco", "flickr30k") else "local", captions_file.name
     for name, source in SOURCES.items():
         if file := source.recognize(folder):
             return name, file

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from PIL import Image
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_pictures
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
@@ -19,27 +20,14 @@ Picture = ImageFile | bytes | Callable[[], Image.Image]
 """An image file, the bytes of one, or a function that draws the image."""
 
 
-class StoredPicture(Protocol):
-    """The place of an image within a large file: a row of a parquet file, a member of a tar."""
-
-    @classmethod
-    def read_in_order(cls, pictures: Iterable[Self]) -> Iterator[bytes | None]:
-        """Yield the bytes of each image, None where there are none; read each file once, forward.
-
-        Raises:
-            DataError: a file is missing, damaged or changed.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class SourceItem:
     """One image with its captions as found.
 
     Attributes:
         split: None where the dataset does not decide it.
-        path, draw, stored: the image: a file, a picklable function that draws it, or a part of a
-            large file. Exactly one is given; stored images come in the order of their files.
+        path, draw, stored: the image: a file, a picklable function that draws it, or a row of a
+            parquet file. Exactly one is given; stored images come in the order of their files.
         film: the film that the image is a frame of, if its id names one.
     """
 
@@ -48,7 +36,7 @@ class SourceItem:
     split: SplitName | None
     path: ImageFile | None = None
     draw: Callable[[], Image.Image] | None = None
-    stored: StoredPicture | None = None
+    stored: ParquetPicture | None = None
     film: str | None = None
 
 
@@ -125,12 +113,13 @@ class Source:
 
 
 def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
-    """Yield the image of each item, None where a large file holds none for it.
+    """Yield the image of each item, None where a parquet file holds none for it.
 
-    Large files are read in order, a few images at a time.
+    Raises:
+        DataError: a parquet file is missing, damaged or changed.
     """
-    items = list(items)
-    by_kind = groupby((item.stored for item in items if item.stored is not None), key=type)
-    stored = (content for kind, pictures in by_kind for content in kind.read_in_order(pictures))
-    for item in items:
-        yield next(stored) if item.stored is not None else item.path or item.draw
+    for is_stored, group in groupby(items, key=lambda item: item.stored is not None):
+        if is_stored:
+            yield from read_pictures(item.stored for item in group if item.stored)
+        else:
+            yield from (item.path or item.draw for item in group)

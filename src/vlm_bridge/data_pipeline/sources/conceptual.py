@@ -39,10 +39,6 @@ class Conceptual(Source):
 
     input_dir: Path
 
-    def __post_init__(self) -> None:
-        if self.input_dir.suffix.lower() == ".tsv" and self.input_dir.is_file():
-            raise _needs_shards(self.input_dir, self.input_dir.parent)
-
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
         """Return the name of a numbered shard below a folder, None where there is none."""
@@ -61,48 +57,37 @@ class Conceptual(Source):
         split rule. About 1 kB of memory a sample, whatever the size of the shards.
         """
         self.rejected, self.split_rule = [], None
-        shards = sorted(
-            self.input_dir.rglob("*.tar"), key=lambda path: path.relative_to(self.input_dir).parts
-        )
+        root = self.input_dir
+        shards = sorted(root.rglob("*.tar"), key=lambda path: path.relative_to(root).parts)
         if not shards:
-            if tables := sorted(self.input_dir.glob("*.tsv")):
-                raise _needs_shards(tables[0], self.input_dir)
-            raise DataError(
-                f"no shard (*.tar) in {self.input_dir}: --input-dir is the folder that img2dataset "
-                "wrote"
-            )
+            raise _no_shards(root)
         items: dict[str, SourceItem] = {}
-        names = [shard.relative_to(self.input_dir) for shard in shards]
-        has_validation = any(_part_of(name) == "val" for name in names)
-        for shard, name in zip(shards, names, strict=True):
-            part = _part_of(name)
-            split = None if part == "train" and not has_validation else part
-            self._read_shard(shard, name, split, items)
+        names = [shard.relative_to(root) for shard in shards]
+        parts: list[SplitName | None] = [_part_of(name) for name in names]
+        for shard, name, part in zip(shards, names, parts, strict=True):
+            # Keys start from zero in every run of img2dataset: train/ and val/ have the same ones.
+            prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
+            split = part if part != "train" or "val" in parts else None
+            content = read_shard(shard)
+            for member, reason in content.skipped:
+                where = f"{name.as_posix()}:{member}" if member else name.as_posix()
+                self.rejected.append(Rejected(where, reason))
+            for image in content.images(shard):
+                image_id = prefix + image.original_id
+                if image_id in items:
+                    where = f"{name.as_posix()}:{image.original_id}"
+                    self.rejected.append(Rejected(where, "an earlier sample has this key"))
+                else:
+                    captions, path = [*image.captions], image.path
+                    items[image_id] = SourceItem(image_id, captions, split, path=path)
         if not items:
             causes = by_cause((item.id, item.reason) for item in self.rejected)[:NUM_CAUSES]
-            why = f": {'; '.join(causes)}" if causes else ""
-            raise DataError(f"no whole sample in the {len(shards)} shards of {self.input_dir}{why}")
+            raise DataError(
+                f"no whole sample in the {len(shards)} shards of {root}: {'; '.join(causes)}"
+            )
         if all(item.split is not None for item in items.values()):
             self.split_rule = "the dataset's own parts, from the names of the shards"
         return list(items.values())
-
-    def _read_shard(
-        self, shard: Path, name: Path, split: SplitName | None, items: dict[str, SourceItem]
-    ) -> None:
-        # Keys start from zero in every run of img2dataset: train/ and val/ have the same ones.
-        prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
-        content = read_shard(shard)
-        for member, reason in content.skipped:
-            where = f"{name.as_posix()}:{member}" if member else name.as_posix()
-            self.rejected.append(Rejected(where, reason))
-        for image in content.images(shard):
-            image_id = prefix + image.original_id
-            if image_id in items:
-                reason = "a sample with this key came before, in another place or shard"
-                where = f"{name.as_posix()}:{image.original_id}"
-                self.rejected.append(Rejected(where, reason))
-                continue
-            items[image_id] = SourceItem(image_id, [*image.captions], split, stored=image.path)
 
 
 def _part_of(shard: Path) -> SplitName | None:
@@ -111,9 +96,12 @@ def _part_of(shard: Path) -> SplitName | None:
     return next((split for word in words if (split := normalise_split(word)) is not None), None)
 
 
-def _needs_shards(tsv: Path, folder: Path) -> UsageError:
-    shards = folder / "shards"
+def _no_shards(path: Path) -> DataError | UsageError:
+    tables = [path] if path.is_file() else sorted(path.glob("*.tsv"))
+    if not tables:
+        return DataError(f"no shard (*.tar) in {path}: give the folder that img2dataset wrote")
+    shards = tables[0].parent / "shards"
     return UsageError(
-        f"{tsv} lists images by URL; fetch them as shards first: pip install img2dataset, then "
-        f"{shards_command(tsv, shards)}; then --input-dir {shlex.quote(str(shards))}"
+        f"{tables[0]} lists images by URL; fetch them as shards first: pip install img2dataset, "
+        f"then {shards_command(tables[0], shards)}; then --input-dir {shlex.quote(str(shards))}"
     )

@@ -6,38 +6,23 @@ it has some. Of Flickr8k, the official lists decide the splits where one of them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.samples import MAX_SKIPPED_SHARE, MIN_SKIPPED_ROWS, Skipped
-from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
-from vlm_bridge.data_pipeline.sources.caption_forms import find_karpathy_file, read_captions
-from vlm_bridge.data_pipeline.sources.image_files import (
-    LEADS_OUT,
-    MISSING,
-    ImageFiles,
-    without_number,
-)
+from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem
+from vlm_bridge.data_pipeline.sources.caption_forms import find_karpathy_file
+from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import DataError
 
 
 @dataclass
-class _Flickr(Source):
-    """Photographs from Flickr with five human captions each.
+class _Flickr(CaptionedFiles):
+    """Photographs from Flickr with five human captions each."""
 
-    Attributes:
-        captions_file: one of the usual files, by whatever name; None finds it.
-    """
-
-    caption_files: ClassVar[tuple[str, ...]]
-    image_folders: ClassVar[tuple[str, ...]]
+    names: ClassVar[tuple[str, ...]]
     split_lists: ClassVar[dict[str, SplitName]] = {}
-
-    input_dir: Path
-    captions_file: Path | None = None
-    follow_links: bool = False
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
@@ -45,101 +30,46 @@ class _Flickr(Source):
         found = cls._find_captions(folder)
         return found.name if found is not None and found.name != "captions.txt" else None
 
-    def items(self) -> list[SourceItem]:
-        """Return the images in the order of the official lists, or else of the caption file."""
-        self.rejected = []
-        path = self.captions_file or self._find_captions(self.input_dir)
-        if path is None:
-            names = ", ".join((f"dataset_{self.name}.json", *self.caption_files))
-            raise DataError(f"{self.input_dir} is not {self.name}: it has none of {names}")
-        captions, split_of = self._read_captions(path)
-        listed = self._split_lists() or split_of
-        images = self._images()
-        items: list[SourceItem] = []
-        for name, split in listed.items():
-            image, problem = images.look_up(name)
-            image_id = Path(name).stem
-            if image is None:
-                self.rejected.append(Rejected(image_id, problem))
-            elif not captions.get(name):
-                self.rejected.append(Rejected(image_id, "it has no caption"))
-            else:
-                items.append(SourceItem(image_id, captions[name], split, path=image))
-        if not items:
-            linked = ", ".join(images.linked_out[:3])
-            why = f": {linked} is {LEADS_OUT}" if linked else f"; looked in {images.folder}"
-            raise DataError(f"none of the {len(listed)} images of {path} can be used{why}")
-        for name in captions.keys() - listed.keys():
-            reason = "it is in no split list" if name in images.paths else MISSING
-            self.rejected.append(Rejected(Path(name).stem, reason))
-        self.rejected += [
-            Rejected(Path(name).stem, f"it is not in {path.name}")
-            for name in images.paths.keys() - captions.keys() - listed.keys()
-        ]
-        self.rejected.sort(key=lambda rejected: rejected.id)
-        if self.split_rule is None and all(item.split is not None for item in items):
-            self.split_rule = f"Karpathy's splits ({path.name})"
-        return items
-
     @classmethod
     def _find_captions(cls, folder: Path) -> Path | None:
         if karpathy := find_karpathy_file(folder, cls.name):
             return karpathy
-        folders = [folder, *(folder / name for name in cls.image_folders)]
-        candidates = (below / name for name in cls.caption_files for below in folders)
-        return next((path for path in candidates if path.is_file()), None)
+        # At its top, or beside the images.
+        found = (path for name in cls.names for path in (folder / name, *folder.glob(f"*/{name}")))
+        return next((path for path in found if path.is_file()), None)
 
-    def _read_captions(
-        self, path: Path
-    ) -> tuple[dict[str, list[str]], dict[str, SplitName | None]]:
-        """Return captions and splits by file name, in file order."""
-        bad = Skipped(f"rows of {path.name}")
-        captions: dict[str, list[str]] = {}
-        split_of: dict[str, SplitName | None] = {}
-        for record in read_captions(path, bad):
-            name = without_number(record.image)
-            captions.setdefault(name, []).extend(record.captions)
-            split_of.setdefault(name, record.split)
-        bad.check(MAX_SKIPPED_SHARE, at_least=MIN_SKIPPED_ROWS)
-        if not captions:
-            raise DataError(f"{path} has no captions: {bad.summary() or 'it is empty'}")
-        self.rejected += [Rejected(Path(skip.where).name, skip.reason) for skip in bad.samples]
-        return captions, split_of
+    def caption_files(self) -> list[CaptionFile]:
+        """Return the named or the usual caption file. Raises DataError without one."""
+        path = self.captions_file or self._find_captions(self.input_dir)
+        if path is None:
+            names = ", ".join((f"dataset_{self.name}.json", *self.names))
+            raise DataError(f"{self.input_dir} is not {self.name}: it has none of {names}")
+        return [(path, None)]
 
-    def _split_lists(self) -> dict[str, SplitName | None]:
+    def items(self) -> list[SourceItem]:
+        """Return the images in the order of the official lists, or else of the caption file."""
+        items, self.split_rule = super().items(), None
+        if listed := self._listed():
+            self.split_rule = "official lists (train, dev as val, test)"
+            by_name = {Path(str(item.path)).name: item for item in items}
+            unlisted = [by_name[name].image_id for name in by_name if name not in listed]
+            self.rejected += [Rejected(name, "it is in no split list") for name in unlisted]
+            lists = listed.items()
+            return [replace(by_name[n], split=split) for n, split in lists if n in by_name]
+        if all(item.split is not None for item in items):
+            self.split_rule = f"Karpathy's splits ({self.caption_files()[0][0].name})"
+        return items
+
+    def _listed(self) -> dict[str, SplitName]:
         """Return the split of every listed image; empty without lists."""
-        listed: dict[str, SplitName | None] = {}
-        self.split_rule = None
+        listed: dict[str, SplitName] = {}
         for name, split in self.split_lists.items():
             path = self.input_dir / name
-            if not path.is_file():
-                continue
-            self.split_rule = "official lists (train, dev as val, test)"
-            for number, line in enumerate(
-                path.read_text("utf-8", errors="replace").splitlines(), start=1
-            ):
-                if not (image := line.strip()):
-                    continue
-                if image in listed:
-                    raise DataError(
-                        f"{path}:{number}: {image} is listed twice (also in {listed[image]}): "
-                        "remove it from one of the lists"
-                    )
-                listed[image] = split
+            lines = path.read_text("utf-8", errors="replace").split() if path.is_file() else ()
+            for image in lines:
+                if listed.setdefault(image, split) != split:
+                    raise DataError(f"{path}: {image} is also in the list of {listed[image]}")
         return listed
-
-    def _images(self) -> ImageFiles:
-        # A folder within another of its name is a usual accident of unpacking.
-        names = self.image_folders
-        folders = [self.input_dir / name / inner for name in names for inner in ("", name)]
-        for folder in (*folders, self.input_dir):
-            if folder.is_dir():
-                images = ImageFiles(self.input_dir, folder, self.follow_links, recursive=False)
-                if images.paths or images.linked_out:
-                    return images
-        raise DataError(
-            f"{self.input_dir} has no folder of images (looked for {', '.join(names)} and in itself)"
-        )
 
 
 @dataclass
@@ -153,9 +83,7 @@ class Flickr8k(_Flickr):
     licence_note: ClassVar[str] = (
         "Flickr photographs of many owners: research use only, not to be redistributed"
     )
-    caption_files: ClassVar[tuple[str, ...]] = ("Flickr8k.token.txt", "captions.txt")
-    # The second name (spelled so) is that of the folder in the authors' archive.
-    image_folders: ClassVar[tuple[str, ...]] = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+    names: ClassVar[tuple[str, ...]] = ("Flickr8k.token.txt", "captions.txt")
     split_lists: ClassVar[dict[str, SplitName]] = {
         "Flickr_8k.trainImages.txt": "train",
         "Flickr_8k.devImages.txt": "val",
@@ -173,16 +101,9 @@ class Flickr30k(_Flickr):
         "Flickr photographs of many owners under Flickr's terms of use: for non-commercial "
         "research and education only, not to be redistributed"
     )
-    caption_files: ClassVar[tuple[str, ...]] = (
+    names: ClassVar[tuple[str, ...]] = (
         "flickr_annotations_30k.csv",
         "results_20130124.token",
         "results.csv",
         "captions.txt",
-    )
-    image_folders: ClassVar[tuple[str, ...]] = (
-        "flickr30k-images",
-        "flickr30k_images",
-        "Images",
-        "images",
-        "flickr30k",
     )

@@ -15,25 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm_bridge.credentials import hub_problem
-from vlm_bridge.data_pipeline.captions import (
-    MAX_CAPTION_CHARACTERS,
-    CaptionStyle,
-    strip_tags,
-)
+from vlm_bridge.data_pipeline.captions import CaptionStyle, strip_tags
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
-from vlm_bridge.data_pipeline.splits import (
-    DUPLICATE_PRIORITY,
-    SplitName,
-    SplitRule,
-    normalise_split,
-)
+from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
 HUB_NAME = "daniel3303/GroundCap"
 ID, IMAGE, CAPTION, HUMAN = "id", "image", "caption", "human_annotated"
-DETECTIONS = "detections"
-
 # IMDb's number of a title, as MovieNet names its films; not the end of another word.
 _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
 
@@ -65,16 +54,15 @@ class GroundCap(Source):
         """Return the name of a parquet file with GroundCap's columns, None where there is none."""
         path = next(folder.rglob("*.parquet"), None)
         with suppress(DataError):  # a damaged file tells nothing
-            if path is not None and {ID, IMAGE, CAPTION, DETECTIONS} <= set(schema_of(path).names):
+            if path and {ID, IMAGE, CAPTION, "detections"} <= set(schema_of(path).names):
                 return path.relative_to(folder).as_posix()
         return None
 
     @property
     def default_split_rule(self) -> SplitRule:
         """80/5/15 in whole films where ids name them; the official test part takes no others."""
-        return SplitRule(
-            None, val_fraction=0.05, test_fraction=0.0 if self.official_split else 0.15
-        )
+        test_fraction = 0.0 if self.official_split else 0.15
+        return SplitRule(None, val_fraction=0.05, test_fraction=test_fraction)
 
     def items(self) -> list[SourceItem]:
         """Return the images in the order of the files, the test part's first."""
@@ -84,11 +72,8 @@ class GroundCap(Source):
             split = part if self.official_split and part == "test" else None
             for number, (row_group, row, values) in enumerate(read_rows(path, [ID, CAPTION])):
                 image_id, caption = values[ID], values[CAPTION] or ""
-                reason = "" if image_id else "it has no id"
-                if len(caption) > MAX_CAPTION_CHARACTERS:
-                    reason = f"a caption of {len(caption):,} characters"
-                if reason:
-                    self.rejected.append(Rejected(f"{path.name} row {number}", reason))
+                if not image_id:
+                    self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
                     continue
                 film = _FILM.search(image_id)
                 stored = ParquetPicture(path, row_group, row, IMAGE)
@@ -102,38 +87,29 @@ class GroundCap(Source):
                     reason = f"{part}: the same id as an image of test"
                     self.rejected.append(Rejected(image_id, reason))
         if not items:
-            raise DataError(f"{self._where} holds no rows")
+            raise DataError(f"{self.input_dir or HUB_NAME} holds no rows")
         return list(items.values())
 
     def facts(self) -> dict[str, Any]:
         """Return rows and bytes of each part, and the fields with their types."""
-        files = self._files
+        paths = [path for path, _ in self._files]
         rows: Counter[str] = Counter()
-        for path, part in files:
+        for path, part in self._files:
             rows[part or "unnamed"] += count_rows(path)
-        schema = schema_of(files[0][0])
-        human = 0
-        if HUMAN in schema.names:
-            human = sum(
-                bool(values[HUMAN])
-                for path, _ in files
-                for _, _, values in read_rows(path, [HUMAN])
-            )
+        schema = schema_of(paths[0])
+        readable = paths if HUMAN in schema.names else []
+        marks = (values[HUMAN] for path in readable for *_, values in read_rows(path, [HUMAN]))
         return {
-            "files": len(files),
-            "bytes": sum(path.stat().st_size for path, _ in files),
+            "files": len(paths),
+            "bytes": sum(path.stat().st_size for path in paths),
             "rows": dict(rows),
-            "human_annotated_rows": human,
+            "human_annotated_rows": sum(map(bool, marks)),
             "fields": {name: str(schema.field(name).type) for name in schema.names},
         }
 
-    @property
-    def _where(self) -> str:
-        return str(self.input_dir or f"the hub's {HUB_NAME}")
-
     @cached_property
     def _files(self) -> list[tuple[Path, SplitName | None]]:
-        """Find the parquet files, those of the test part first, and check that they are GroundCap's."""
+        """The parquet files with their parts, those of the test part first."""
         root = self.input_dir or _download()
         paths = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
         if not paths:
@@ -143,14 +119,16 @@ class GroundCap(Source):
             )
         for path in paths:
             _check_columns(path)
-        found: list[tuple[Path, SplitName | None]] = [(path, _part_of(path)) for path in paths]
-        if self.official_split and not any(part == "test" for _, part in found):
-            raise DataError(f"--split official: {self._where} has no test part (test-*.parquet)")
-        return sorted(found, key=lambda item: DUPLICATE_PRIORITY.index(item[1] or "train"))
+        order: tuple[SplitName | None, ...] = ("test", "val", "train", None)
+        found: list[tuple[Path, SplitName | None]]
+        found = [(path, part) for part in order for path in paths if _part_of(path) == part]
+        if self.official_split and found[0][1] != "test":
+            raise DataError(f"--split official: {root} has no test part (test-*.parquet)")
+        return found
 
 
 def _part_of(path: Path) -> SplitName | None:
-    """Return the part that a file belongs to: ``train-00000-of-00004.parquet``, or ``train/0000.parquet``."""
+    """Return the part of a file: ``train-00000-of-00004.parquet``, or ``train/0000.parquet``."""
     return normalise_split(path.stem.split("-")[0]) or normalise_split(path.parent.name)
 
 
@@ -158,17 +136,14 @@ def _check_columns(path: Path) -> None:
     import pyarrow.types as types
 
     schema = schema_of(path)
-    if missing := {ID, CAPTION, IMAGE} - set(schema.names):
-        raise DataError(
-            f"{path} is not GroundCap: no column {min(missing)} (it has {', '.join(schema.names)})"
-        )
+    names = ", ".join(schema.names)
     for name in (ID, CAPTION, IMAGE):
+        if name not in schema.names:
+            raise DataError(f"{path} is not GroundCap: no column {name} (it has {names})")
         kind = schema.field(name).type
-        if name == IMAGE:
-            fits = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        else:
-            fits = types.is_string(kind) or types.is_large_string(kind)
-        if not fits:
+        is_image = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        is_text = types.is_string(kind) or types.is_large_string(kind)
+        if not (is_image if name == IMAGE else is_text):
             raise DataError(f"{path} is not GroundCap: its column {name} is {kind}")
 
 
@@ -180,10 +155,8 @@ def _download() -> Path:
         return Path(
             snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet")
         )
-    except Exception as error:
-        # Any library on the way to the hub may fail; the remedy is the same.
-        why = hub_problem(error, HUB_NAME, "dataset")
-        why = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # of any library on the way to the hub
+        why = hub_problem(error, HUB_NAME, "dataset") or f"{type(error).__name__}: {error}"
         raise DataError(
             f"cannot get {HUB_NAME} from the Hugging Face hub: {why}; or name a folder of its "
             "parquet files with --source-path"

@@ -30,7 +30,7 @@ from vlm_bridge.errors import UsageError
 Point = tuple[float, float]
 RGB = tuple[int, ...]
 
-PICTURE_SIZE = 224
+IMAGE_SIZE = 224
 COLORS: dict[str, RGB] = {
     "red": (206, 24, 34),
     "green": (24, 140, 52),
@@ -44,7 +44,7 @@ COLORS: dict[str, RGB] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = ("small", "large")
 INVERSE = {"above": "below", "to the left of": "to the right of"}
-COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = ("one", "two", "three", "four")
 
 
 class Kind(NamedTuple):
@@ -62,13 +62,7 @@ TRAINING_PAIRS = frozenset(Kind(c, s) for c in COLORS for s in SHAPES) - HELD_OU
 _BACKGROUNDS = (
     (158, 158, 158), (172, 168, 160), (160, 166, 174), (180, 172, 158), (148, 152, 148),
 )  # fmt: skip
-# Diameters in pixels of one and of several objects.
-_DIAMETERS = {
-    (1, "small"): (46, 54),
-    (1, "large"): (110, 145),
-    (2, "small"): (46, 54),
-    (2, "large"): (84, 94),
-}
+_SMALL, _LARGE, _LARGEST = (46, 54), (84, 94), (110, 145)  # diameters in pixels
 _SUPERSAMPLING = 4
 
 
@@ -93,6 +87,14 @@ class SceneObject(NamedTuple):
     rotation: float
     color: RGB
 
+    def outline(self) -> list[Point]:
+        """Return its corners in pixels of the enlarged image."""
+        angle, scale = math.radians(self.rotation), _SUPERSAMPLING * self.diameter / 2
+        turn = complex(math.cos(angle), math.sin(angle)) * scale
+        middle = complex(*self.center) * _SUPERSAMPLING
+        corners = (complex(*point) * turn + middle for point in _OUTLINES[self.kind.shape])
+        return [(corner.real, corner.imag) for corner in corners]
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -104,19 +106,19 @@ class Scene:
     light: float
 
     def draw(self) -> Image.Image:
-        """Return the image, ``PICTURE_SIZE`` square, antialiased."""
-        side, big = 8, PICTURE_SIZE * _SUPERSAMPLING
+        """Return the image, ``IMAGE_SIZE`` square, antialiased."""
+        side, big = 8, IMAGE_SIZE * _SUPERSAMPLING
         slope = Image.new("RGB", (side, side))
         for x, y in ((x, y) for x in range(side) for y in range(side)):
             across = (x / (side - 1) - 0.5) * math.cos(self.light)
             across += (y / (side - 1) - 0.5) * math.sin(self.light)
             slope.putpixel((x, y), tuple(round(c + 16 * across) for c in self.background))
-        picture = slope.resize((big, big), Image.Resampling.BICUBIC)
-        pen = ImageDraw.Draw(picture)
+        image = slope.resize((big, big), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(image)
         for item in self.objects:
             edge = tuple(int(channel * 0.72) for channel in item.color)
-            pen.polygon(_outline(item), fill=item.color, outline=edge, width=_SUPERSAMPLING)
-        return picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+            pen.polygon(item.outline(), fill=item.color, outline=edge, width=_SUPERSAMPLING)
+        return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
 def make_scene(seed: int, split: SplitName, index: int) -> Scene:
@@ -136,143 +138,15 @@ def make_scene(seed: int, split: SplitName, index: int) -> Scene:
     return Scene(facts, tuple(objects), background, light)
 
 
-def describe(facts: SceneFacts) -> list[str]:
-    """Return two captions that state the same facts, the canonical one first."""
-    nouns = [_noun(kind, 1 if facts.relation else facts.count, facts.size) for kind in facts.kinds]
-    if facts.relation is not None:
-        first, second = nouns
-        texts = [
-            f"{first} {facts.relation} {second}",
-            f"{second} {INVERSE[facts.relation]} {first}",
-        ]
-    else:
-        texts = [nouns[0], f"there {'is' if facts.count == 1 else 'are'} {nouns[0]}"]
-    return [f"{text[0].upper()}{text[1:]}." for text in texts]
-
-
-_NOUN = re.compile(
-    r"(?:(?P<count>a|an|the|one|two|three|four|[1-4]) )?"
-    rf"(?:(?P<size>{'|'.join(SIZES)}) )?"
-    rf"(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})(?P<plural>s|es)?"
-)
-_OPENING = re.compile(r"^(?:there (?:is|are) |(?:a |the )?(?:picture|image|photo) of )")
-_RELATION = re.compile(r" (?:is |are )?(above|below|to the (?:left|right) of) ")
-_COUNTS = {word: n for n, name in COUNT_WORDS.items() for word in (name, str(n))}
-
-
-def parse_caption(text: str) -> SceneFacts | None:
-    """Return the facts of a caption, None where it does not follow the grammar.
-
-    Case, punctuation, articles, and number words or digits do not matter. A bare plural states no
-    count and is refused.
-    """
-    words = _OPENING.sub("", " ".join(re.findall(r"[a-z0-9]+", text.lower())))
-    parts = _RELATION.split(words)
-    found = [_NOUN.fullmatch(part) for part in parts[::2]]
-    nouns = [noun for noun in found if noun and (noun["count"] or not noun["plural"])]
-    if len(nouns) < len(found) or len(nouns) > 2:
-        return None
-    kinds = tuple(Kind(noun["color"], noun["shape"]) for noun in nouns)
-    counts = [_COUNTS.get(noun["count"], 1) for noun in nouns]
-    if len(nouns) == 1:
-        return SceneFacts(kinds, counts[0], nouns[0]["size"])
-    if counts != [1, 1]:
-        return None
-    for relation, inverse in INVERSE.items():
-        if parts[1] == inverse:
-            return SceneFacts(kinds[::-1], 2, relation=relation)
-    return SceneFacts(kinds, 2, relation=parts[1])
-
-
-def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
-    """Compare the facts of two captions, not their words.
-
-    Returns:
-        Whether ``color_shape``, ``color``, ``shape``, ``count``, ``size`` and ``relation`` are
-        right; None for a size or relation that the reference does not state. A hypothesis outside
-        the grammar is wrong throughout.
-
-    Raises:
-        ValueError: the reference does not follow the grammar.
-    """
-    truth, guess = parse_caption(reference), parse_caption(hypothesis)
-    if truth is None:
-        raise ValueError(f"the reference is not a scene caption: {reference!r}")
-
-    def facts_of(facts: SceneFacts) -> dict[str, object]:
-        return {
-            "color_shape": Counter(facts.kinds),
-            "color": Counter(kind.color for kind in facts.kinds),
-            "shape": Counter(kind.shape for kind in facts.kinds),
-            "count": facts.count,
-            "size": facts.size,
-            "relation": facts.relation and (facts.kinds, facts.relation),
-        }
-
-    right = facts_of(truth)
-    stated = facts_of(guess) if guess is not None else {}
-    return {
-        name: None if value is None else stated.get(name) == value for name, value in right.items()
-    }
-
-
-@dataclass
-class Scenes(Source):
-    """Drawn scenes: so many images a split, each drawable alone from (seed, split, index)."""
-
-    name: ClassVar[str] = "scenes"
-    description: ClassVar[str] = (
-        "Drawn scenes of colored shapes; the test split shows unseen color-shape pairs"
-    )
-    licence_note: ClassVar[str] = "Drawn by this program: free of rights"
-    default_caption_style: ClassVar[CaptionStyle] = "raw"
-    finds_near_duplicates: ClassVar[bool] = False
-    needs_input_dir: ClassVar[bool] = False
-
-    num_train: int
-    num_val: int
-    num_test: int
-    seed: int = 0
-    wordings: int = 2  # captions of an image
-
-    def __post_init__(self) -> None:
-        self.split_rule = "test shows held-out color-shape pairs only, train and val never do"
-        if min(self.num_train, self.num_val, self.num_test) < 0:
-            raise UsageError("--num-train, --num-val and --num-test must not be negative")
-        if self.wordings not in (1, 2):
-            raise UsageError(f"--wordings must be 1 or 2, not {self.wordings}")
-
-    def items(self) -> list[SourceItem]:
-        """Return all scenes, train first; nothing is drawn yet."""
-        counts: dict[SplitName, int] = {
-            "train": self.num_train,
-            "val": self.num_val,
-            "test": self.num_test,
-        }
-        return [
-            SourceItem(
-                f"{split}-{index:06d}",
-                describe(make_scene(self.seed, split, index).facts)[: self.wordings],
-                split,
-                draw=functools.partial(_draw_scene, self.seed, split, index),
-            )
-            for split, count in counts.items()
-            for index in range(count)
-        ]
-
-
-def _draw_scene(seed: int, split: SplitName, index: int) -> Image.Image:
-    return make_scene(seed, split, index).draw()
-
-
 def _equal_objects_scene(
     rng: random.Random, kind: Kind, count: int
 ) -> tuple[SceneFacts, list[SceneObject]]:
     size = rng.choice(SIZES)
-    diameter = rng.uniform(*_DIAMETERS[min(count, 2), size])
+    large = _LARGEST if count == 1 else _LARGE
+    diameter = rng.uniform(*(_SMALL if size == "small" else large))
     # One cell of a square grid each: nothing overlaps.
     cells_a_side = 1 if count == 1 else {"small": 3, "large": 2}[size]
-    cell = PICTURE_SIZE / cells_a_side
+    cell = IMAGE_SIZE / cells_a_side
     slack = (cell - diameter * 1.12) / 2
     objects = []
     for index in rng.sample(range(cells_a_side**2), count):
@@ -307,17 +181,11 @@ def _jitter(color: RGB, rng: random.Random, amount: int) -> RGB:
     return tuple(min(255, max(0, channel + rng.randint(-amount, amount))) for channel in color)
 
 
-def _noun(kind: Kind, count: int, size: str | None) -> str:
-    article = COUNT_WORDS[count]
-    if count == 1:
-        article = "an" if (size or kind.color)[0] in "aeiou" else "a"
-    plural = "" if count == 1 else "es" if kind.shape.endswith("s") else "s"
-    return " ".join(filter(None, (article, size, kind.color, kind.shape + plural)))
-
-
 def _shapes() -> dict[str, list[Point]]:
     """Return outlines about the origin that reach about one unit every way, y downwards."""
     turn = [math.tau * i / 90 for i in range(90)]
+    tenths = [math.tau * i / 10 for i in range(10)]
+    quarters = ((1, 0), (0, 1), (-1, 0), (0, -1))  # cosines and sines
     arm = [(0.32, -1.0), (0.32, -0.32), (1.0, -0.32)]
     heart = [
         13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turn
@@ -327,15 +195,10 @@ def _shapes() -> dict[str, list[Point]]:
         "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
         "triangle": [(0, -0.98), (1.02, 0.8), (-1.02, 0.8)],
         "star": [
-            (r * math.sin(math.tau * i / 10), 0.08 - r * math.cos(math.tau * i / 10))
-            for i, r in enumerate((1.1, 0.45) * 5)
+            (r * math.sin(t), 0.08 - r * math.cos(t))
+            for t, r in zip(tenths, (1.1, 0.45) * 5, strict=True)
         ],
-        "cross": [
-            *arm,
-            *((-y, x) for x, y in arm),
-            *((-x, -y) for x, y in arm),
-            *((y, -x) for x, y in arm),
-        ],
+        "cross": [(x * c - y * s, x * s + y * c) for c, s in quarters for x, y in arm],
         "heart": [(math.sin(t) ** 3, (-y - 2.5) / 15.5) for t, y in zip(turn, heart, strict=True)],
     }
 
@@ -343,14 +206,135 @@ def _shapes() -> dict[str, list[Point]]:
 _OUTLINES = _shapes()
 
 
-def _outline(item: SceneObject) -> list[Point]:
-    """Return the corners of an object in pixels of the enlarged image."""
-    angle, scale = math.radians(item.rotation), item.diameter / 2
-    cos, sin = math.cos(angle), math.sin(angle)
-    return [
-        (
-            (item.center[0] + scale * (x * cos - y * sin)) * _SUPERSAMPLING,
-            (item.center[1] + scale * (x * sin + y * cos)) * _SUPERSAMPLING,
-        )
-        for x, y in _OUTLINES[item.kind.shape]
-    ]
+# --- captions ---
+
+
+def describe(facts: SceneFacts) -> list[str]:
+    """Return two captions that state the same facts, the canonical one first."""
+    nouns = [_noun(kind, 1 if facts.relation else facts.count, facts.size) for kind in facts.kinds]
+    if facts.relation is not None:
+        first, second = nouns
+        texts = [
+            f"{first} {facts.relation} {second}",
+            f"{second} {INVERSE[facts.relation]} {first}",
+        ]
+    else:
+        texts = [nouns[0], f"there {'is' if facts.count == 1 else 'are'} {nouns[0]}"]
+    return [f"{text[0].upper()}{text[1:]}." for text in texts]
+
+
+def _noun(kind: Kind, count: int, size: str | None) -> str:
+    article = COUNT_WORDS[count - 1]
+    if count == 1:
+        article = "an" if (size or kind.color)[0] in "aeiou" else "a"
+    plural = "" if count == 1 else "es" if kind.shape.endswith("s") else "s"
+    return " ".join(filter(None, (article, size, kind.color, kind.shape + plural)))
+
+
+_NOUN = re.compile(
+    r"(?:(?P<count>a|an|the|one|two|three|four|[1-4]) )?"
+    rf"(?:(?P<size>{'|'.join(SIZES)}) )?"
+    rf"(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})(?P<plural>s|es)?"
+)
+_OPENING = re.compile(r"^(?:there (?:is|are) |(?:a |the )?(?:picture|image|photo) of )")
+_RELATION = re.compile(r" (?:is |are )?(above|below|to the (?:left|right) of) ")
+_COUNTS = {word: n for n, name in enumerate(COUNT_WORDS, 1) for word in (name, str(n))}
+
+
+def parse_caption(text: str) -> SceneFacts | None:
+    """Return the facts of a caption, None where it does not follow the grammar.
+
+    Case, punctuation, articles, and number words or digits do not matter. A bare plural states no
+    count and is refused.
+    """
+    words = _OPENING.sub("", " ".join(re.findall(r"[a-z0-9]+", text.lower())))
+    parts = _RELATION.split(words)
+    found = [_NOUN.fullmatch(part) for part in parts[::2]]
+    nouns = [noun for noun in found if noun and (noun["count"] or not noun["plural"])]
+    if len(nouns) < len(found) or len(nouns) > 2:
+        return None
+    kinds = tuple(Kind(noun["color"], noun["shape"]) for noun in nouns)
+    counts = [_COUNTS.get(noun["count"], 1) for noun in nouns]
+    if len(nouns) == 1:
+        return SceneFacts(kinds, counts[0], nouns[0]["size"])
+    if counts != [1, 1]:
+        return None
+    if parts[1] in INVERSE:
+        return SceneFacts(kinds, 2, relation=parts[1])
+    relation = next(relation for relation in INVERSE if INVERSE[relation] == parts[1])
+    return SceneFacts(kinds[::-1], 2, relation=relation)
+
+
+def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
+    """Compare the facts of two captions, not their words.
+
+    Returns:
+        Whether ``color_shape``, ``color``, ``shape``, ``count``, ``size`` and ``relation`` are
+        right; None for a size or relation that the reference does not state. A hypothesis outside
+        the grammar is wrong throughout.
+
+    Raises:
+        ValueError: the reference does not follow the grammar.
+    """
+    truth, guess = parse_caption(reference), parse_caption(hypothesis)
+    if truth is None:
+        raise ValueError(f"the reference is not a scene caption: {reference!r}")
+
+    def facts_of(facts: SceneFacts) -> dict[str, object]:
+        return {
+            "color_shape": Counter(facts.kinds),
+            "color": Counter(kind.color for kind in facts.kinds),
+            "shape": Counter(kind.shape for kind in facts.kinds),
+            "count": facts.count,
+            "size": facts.size,
+            "relation": facts.relation and (facts.kinds, facts.relation),
+        }
+
+    stated = facts_of(guess) if guess is not None else {}
+    return {
+        name: None if value is None else stated.get(name) == value
+        for name, value in facts_of(truth).items()
+    }
+
+
+@dataclass
+class Scenes(Source):
+    """Drawn scenes: so many images a split, each drawable alone from (seed, split, index)."""
+
+    name: ClassVar[str] = "scenes"
+    description: ClassVar[str] = (
+        "Drawn scenes of colored shapes; the test split shows unseen color-shape pairs"
+    )
+    licence_note: ClassVar[str] = "Drawn by this program: free of rights"
+    default_caption_style: ClassVar[CaptionStyle] = "raw"
+    finds_near_duplicates: ClassVar[bool] = False
+    needs_input_dir: ClassVar[bool] = False
+
+    num_train: int
+    num_val: int
+    num_test: int
+    seed: int = 0
+    wordings: int = 2  # captions of an image
+
+    def items(self) -> list[SourceItem]:
+        """Return all scenes, train first; nothing is drawn yet."""
+        if min(self.num_train, self.num_val, self.num_test) < 0 or self.wordings not in (1, 2):
+            raise UsageError("scenes need counts of images from 0 on, and 1 or 2 wordings")
+        self.split_rule = "test shows held-out color-shape pairs only, train and val never do"
+        counts: tuple[tuple[SplitName, int], ...] = (
+            ("train", self.num_train), ("val", self.num_val), ("test", self.num_test),
+        )  # fmt: skip
+        return [
+            SourceItem(
+                f"{split}-{index:06d}",
+                describe(make_scene(self.seed, split, index).facts)[: self.wordings],
+                split,
+                draw=functools.partial(_draw_scene, self.seed, split, index),
+            )
+            for split, count in counts
+            for index in range(count)
+        ]
+
+
+def _draw_scene(seed: int, split: SplitName, index: int) -> Image.Image:
+    return make_scene(seed, split, index).draw()

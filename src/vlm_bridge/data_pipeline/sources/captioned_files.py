@@ -1,0 +1,132 @@
+"""Match image files with the caption files that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from vlm_bridge.data_pipeline.parquet import ParquetPicture
+from vlm_bridge.data_pipeline.samples import MIN_SKIPPED_ROWS, NUM_CAUSES, Skipped, by_cause
+from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources.caption_forms import CaptionRecord, read_captions
+from vlm_bridge.data_pipeline.sources.image_files import LEADS_OUT, ImageFiles, without_number
+from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.errors import DataError
+
+CaptionFile = tuple[Path, SplitName | None]
+"""A caption file, and the split that it decides."""
+
+
+@dataclass
+class _Found:
+    """An image with its captions; each split with the place that states it."""
+
+    name: str
+    captions: list[str] = field(default_factory=list)
+    splits: dict[SplitName | None, str] = field(default_factory=dict)
+
+
+@dataclass
+class CaptionedFiles(Source):
+    """A folder of images with caption files, which a subclass finds."""
+
+    is_complete: ClassVar[bool] = False  # few have all images of a published dataset
+
+    input_dir: Path
+    captions_file: Path | None = None
+    follow_links: bool = False
+
+    def caption_files(self) -> list[CaptionFile]:
+        """Return the caption files. Raises DataError without one."""
+        raise NotImplementedError
+
+    def records(
+        self, images: ImageFiles, skipped: Skipped
+    ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
+        """Yield every record with its file."""
+        for file in self.caption_files():
+            yield from ((record, file) for record in read_captions(file[0], skipped))
+
+    def find_image(self, images: ImageFiles, name: str, beside: Path) -> Path | None:
+        """Return the file of a captioned image; ValueError where its name is unclear."""
+        return images.find(name, beside)
+
+    def split_of_folder(self, name: str) -> SplitName | None:
+        """Return the split that an image's path decides."""
+        return None
+
+    def image_id(self, name: str) -> str:
+        return Path(name).stem
+
+    def items(self) -> list[SourceItem]:
+        """Return the images in the order of their first caption.
+
+        Rows that cannot be used are skipped, up to two or a share (`MAX_SKIPPED_SHARE`).
+
+        Raises:
+            DataError: there is no caption file, nothing in it can be used, or more is damaged.
+        """
+        self.rejected = []
+        images = ImageFiles(self.input_dir, self.follow_links)
+        skipped = Skipped("captions in the caption file")
+        missing: dict[str, str] = {}
+        found: dict[Path | ParquetPicture, _Found] = {}
+        for record, (file, split) in self.records(images, skipped):
+            name, where = record.image, Path(record.where).name
+            place: Path | ParquetPicture | None = record.stored
+            if place is None:
+                try:
+                    place = self.find_image(images, name, file.parent)
+                except ValueError as error:
+                    skipped.add(record.where, str(error))
+                    continue
+                if place is None:
+                    missing.setdefault(without_number(name), where)
+                    continue
+                name = place.relative_to(self.input_dir).as_posix()
+            one = found.setdefault(place, _Found(name))
+            one.captions += record.captions
+            if of_folder := self.split_of_folder(name):
+                one.splits.setdefault(of_folder, "its folder")
+            for stated in filter(None, (split, record.split)):
+                one.splits.setdefault(stated, where)
+            if len(one.splits) > 1:
+                named = ", ".join(f"{split} by {by}" for split, by in one.splits.items())
+                raise DataError(f"{where}: {name} is in several splits ({named}): correct one")
+        skipped.check(at_least=MIN_SKIPPED_ROWS)
+        self._report(images, skipped, missing, {p for p, one in found.items() if one.captions})
+        return [
+            SourceItem(
+                self.image_id(one.name),
+                one.captions,
+                next(iter(one.splits), None),
+                path=place if isinstance(place, Path) else None,
+                stored=place if isinstance(place, ParquetPicture) else None,
+            )
+            for place, one in found.items()
+            if one.captions
+        ]
+
+    def _report(
+        self,
+        images: ImageFiles,
+        skipped: Skipped,
+        missing: dict[str, str],
+        captioned: set[Path | ParquetPicture],
+    ) -> None:
+        """List what is skipped; raise DataError where too many images are missing."""
+        lost = Skipped("captioned images", len(missing) + len(captioned))
+        for name, where in missing.items():
+            lost.add(where, f"its image {name!r} is missing")
+        skips = [(Path(s.where).name, s.reason) for s in (*skipped.samples, *lost.samples)]
+        skips += [(name, LEADS_OUT) for name in images.linked_out]
+        if not captioned:
+            causes = "; ".join(by_cause(skips)[:NUM_CAUSES]) or "all captions are empty"
+            raise DataError(f"no image in {self.input_dir} has a caption: {causes}")
+        if self.is_complete:
+            lost.check(at_least=MIN_SKIPPED_ROWS)
+            others = (name for name, path in images.paths.items() if path not in captioned)
+            skips += [(name, "it has no caption") for name in others]
+        self.rejected += [Rejected(*skip) for skip in skips]

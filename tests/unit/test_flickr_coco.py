@@ -1,0 +1,296 @@
+"""Flickr8k, Flickr30k and COCO in the files and folders that people have them in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
+from vlm_bridge.data_pipeline.sources.coco import Coco
+from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
+from vlm_bridge.data_pipeline.transform import transform
+from vlm_bridge.errors import DataError
+
+NAMES = [f"{1000092795 + n}.jpg" for n in range(20)]
+
+
+def write_images(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pixels = random.Random(name).randbytes(12 * 8 * 3)
+        Image.frombytes("RGB", (12, 8), pixels).save(folder / name)
+    return folder
+
+
+def write_token_file(path: Path, names: list[str]) -> None:
+    lines = [f"{name}#{n}\tImage {name[:-4]} , wording {n} .\n" for name in names for n in range(5)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_karpathy(path: Path, splits: dict[str, str]) -> Path:
+    images = [
+        {
+            "filename": name,
+            "split": split,
+            "sentences": [{"raw": f"Raw {n} of {name}."} for n in range(2)],
+        }
+        for name, split in splits.items()
+    ]
+    path.write_text(json.dumps({"images": images, "dataset": "any"}))
+    return path
+
+
+# --- Flickr8k and Flickr30k ---
+
+
+@pytest.fixture
+def flickr8k(tmp_path: Path) -> Path:
+    write_images(tmp_path / "Images", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    rows = [f"{image}.jpg#{n}\tcaption {n} of {image} ." for image in (1, 2, 3, 5) for n in (0, 1)]
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "Flickr_8k.trainImages.txt").write_text("2.jpg\n4.jpg\n6.jpg\n")
+    (tmp_path / "Flickr_8k.devImages.txt").write_text("1.jpg\n")
+    return tmp_path
+
+
+def test_flickr8k_follows_the_official_lists(flickr8k: Path) -> None:
+    source = Flickr8k(flickr8k)
+    items = source.items()
+    assert [(item.image_id, item.split) for item in items] == [("2", "train"), ("1", "val")]
+    assert items[0].captions == ["caption 0 of 2 .", "caption 1 of 2 ."]
+    assert {item.id: item.reason for item in source.rejected} == {
+        "Flickr8k.token.txt:7": "its image '5.jpg' is missing",
+        "3": "it is in no split list",
+    }
+    (flickr8k / "Flickr_8k.testImages.txt").write_text("2.jpg\n")
+    with pytest.raises(DataError, match=r"testImages.txt: 2.jpg is also in the list of train"):
+        source.items()
+
+
+@pytest.mark.parametrize("folder", ["Images", "Images/Images", "Flicker8k_Dataset", "."])
+def test_flickr8k_without_its_lists(tmp_path: Path, folder: str) -> None:
+    write_images(tmp_path / folder, "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    rows = [f"{n}.jpg,caption {k} of {n} ." for n in (1, 2, 3, 9) for k in (0, 1)]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))  # as on Kaggle
+    source = Flickr8k(tmp_path)
+    splits = [(item.image_id, item.split) for item in source.items()]
+    assert splits == [("1", None), ("2", None), ("3", None)] and source.split_rule is None
+    splits = {"1.jpg": "train", "2.jpg": "val", "3.jpg": "test"}
+    write_karpathy(tmp_path / "dataset_flickr8k.json", splits)
+    assert [item.split for item in source.items()] == ["train", "val", "test"]
+    assert source.split_rule == "Karpathy's splits (dataset_flickr8k.json)"
+
+
+def test_linked_images_say_how_to_read_them(flickr8k: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    (flickr8k / "Images").rename(elsewhere)
+    (flickr8k / "Images").symlink_to(elsewhere)
+    with pytest.raises(DataError, match=r"Images: a link that leads out .* --follow-links"):
+        Flickr8k(flickr8k).items()
+    assert len(Flickr8k(flickr8k, follow_links=True).items()) == 2
+
+
+def test_damaged_lines_are_skipped_up_to_a_share(flickr8k: Path) -> None:
+    token = flickr8k / "Flickr8k.token.txt"
+    whole = token.read_bytes()
+    token.write_bytes(whole + b"2.jpg#0 x\n2.jpg#1\t\xff\n")
+    source = Flickr8k(flickr8k)
+    assert len(source.items()) == 2
+    reasons = [rejected.reason for rejected in source.rejected]
+    assert "1 cells instead of 2 (image\tcaption)" in reasons and "not UTF-8 text" in reasons
+    token.write_bytes(whole + b"2.jpg#0 x\n" * 3)
+    with pytest.raises(DataError, match=r"3 of 11 captions in the caption file cannot be used"):
+        source.items()
+    token.unlink()
+    with pytest.raises(DataError, match="is not flickr8k"):
+        source.items()
+
+
+@pytest.fixture
+def flickr30k(tmp_path: Path) -> Path:
+    """Twenty images in the folder of the authors' archive; no captions yet."""
+    write_images(tmp_path / "flickr30k" / "flickr30k-images", *NAMES)
+    return tmp_path / "flickr30k"
+
+
+def test_captions_without_splits_are_split_by_hash(flickr30k: Path, tmp_path: Path) -> None:
+    write_token_file(flickr30k / "results_20130124.token", NAMES)
+    manifest = transform(Flickr30k(flickr30k), tmp_path / "out")
+    assert manifest["split_rule"].startswith("hash of (seed, image id)")
+    assert "non-commercial" in manifest["licence_note"] and not manifest["rejected"]
+    assert sum(counts["captions"] for counts in manifest["counts"].values()) == 100
+    image = CaptionFolder.open(tmp_path / "out").split("train")[0]
+    assert image.captions[3] == f"Image {image.original_id}, wording 3."
+
+
+def test_the_table_with_raw_captions_has_the_splits_too(flickr30k: Path) -> None:
+    splits = ["train"] * 18 + ["val", "test"]
+    with (flickr30k / "flickr_annotations_30k.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        for index, (name, split) in enumerate(zip(NAMES, splits, strict=True)):
+            captions = [f'Two "young" guys, number {n}.' for n in range(5)]
+            rows.writerow([json.dumps(captions), "[0, 1, 2, 3, 4]", split, name, index])
+    source = Flickr30k(flickr30k)
+    items = source.items()
+    assert [item.split for item in items[-3:]] == ["train", "val", "test"]
+    assert items[0].captions[4] == 'Two "young" guys, number 4.'
+    assert source.split_rule == "Karpathy's splits (flickr_annotations_30k.csv)"
+
+
+def test_the_barred_table_is_read_but_for_its_broken_lines(tmp_path: Path) -> None:
+    # As on Kaggle: the table lies beside a folder of its own folder's name.
+    write_images(tmp_path / "flickr30k_images" / "flickr30k_images", *NAMES[:3])
+    lines = ["image_name| comment_number| comment"]
+    lines += [f"{name}| {n}| A man , in {name} | outside ." for name in NAMES[:2] for n in range(5)]
+    lines += [f"{NAMES[2]}| {n}| A dog ." for n in range(4)]
+    lines += [f"{NAMES[2]}| 4   A dog runs across the grass .", "nonsense"]
+    (tmp_path / "flickr30k_images" / "results.csv").write_text("\n".join(lines) + "\n")
+    source = Flickr30k(tmp_path)
+    items = {item.image_id: item for item in source.items()}
+    assert [len(item.captions) for item in items.values()] == [5, 5, 4]
+    assert items[NAMES[0][:-4]].captions[0] == f"A man , in {NAMES[0]} | outside ."
+    assert [(entry.id, entry.reason) for entry in source.rejected] == [
+        (f"results.csv:{line}", f"{cells} cells instead of 3 (image_name|comment_number|comment)")
+        for line, cells in ((16, 2), (17, 1))
+    ]
+
+
+@pytest.mark.parametrize("header", ["image,caption", "\ufeffimage_name,comment_number,comment"])
+def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path, header: str) -> None:
+    write_images(tmp_path / "flickr30k_images", *NAMES)
+    number = '"0",' if "number" in header else ""
+    rows = [f'{name},{number}" Two ""young"" guys , with a dog ."' for name in NAMES]
+    rows += [f"{name},{number} A man walks ." for name in NAMES]
+    rows += [f"{NAMES[0]},{number} A man , walking .", f',{number}"No image ."', ""]
+    (tmp_path / "captions.txt").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    source = Flickr30k(tmp_path)
+    items = source.items()
+    assert [item.image_id for item in items] == [name[:-4] for name in NAMES]
+    assert items[0].captions == [' Two "young" guys , with a dog .', "A man walks ."]
+    assert [item.id for item in source.rejected] == ["captions.txt:42", "captions.txt:43"]
+    assert "in double quotes" in source.rejected[0].reason
+
+
+# --- COCO ---
+
+
+def write_annotations(root: Path, part: str, year: int, captions: dict[int, list[str]]) -> None:
+    prefix = f"COCO_{part}2014_" if year == 2014 else ""
+    pairs = [(coco_id, text) for coco_id, texts in captions.items() for text in texts]
+    content = {
+        "info": {"description": f"COCO {year} Dataset", "year": year},
+        "images": [{"id": n, "file_name": f"{prefix}{n:012d}.jpg"} for n in captions],
+        "annotations": [
+            {"image_id": coco_id, "id": number, "caption": text}
+            for number, (coco_id, text) in enumerate(pairs)
+        ],
+    }
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "annotations" / f"captions_{part}{year}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def coco2017(tmp_path: Path) -> Path:
+    """Six training and three validation images of 2017 with two captions each."""
+    root = tmp_path / "coco"
+    for part, ids in (("train", range(1, 7)), ("val", range(7, 10))):
+        write_annotations(root, part, 2017, {n: [f"Image {n}.", f"Number {n}"] for n in ids})
+        write_images(root / f"{part}2017", *(f"{n:012d}.jpg" for n in ids))
+    return root
+
+
+def test_coco_decides_train_and_val_and_test_is_empty(coco2017: Path, tmp_path: Path) -> None:
+    manifest = transform(Coco(coco2017), tmp_path / "out")
+    images = {split: counts["images"] for split, counts in manifest["counts"].items()}
+    assert images == {"train": 6, "val": 3, "test": 0}
+    assert manifest["split_rule"].startswith("COCO 2017's own train and val; test is empty")
+    assert "CC BY 4.0" in manifest["licence_note"] and not manifest["rejected"]
+    image = CaptionFolder.open(tmp_path / "out").split("val")[0]
+    assert image.original_id == "000000000007" and image.captions == ("Image 7.", "Number 7.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train2014/COCO_train2014_", "images/train2014/train2014/COCO_train2014_", "images/", ""],
+)
+def test_the_year_2014_in_its_folders(tmp_path: Path, name: str) -> None:
+    write_annotations(tmp_path, "train", 2014, {9: ["A meal."]})
+    path = tmp_path / f"{name}000000000009.jpg"
+    write_images(path.parent, path.name)
+    source = Coco(tmp_path)
+    (item,) = source.items()
+    assert (item.image_id, item.split) == ("000000000009", "train")
+    assert source.split_rule is not None and "2014" in source.split_rule
+
+
+def test_the_newest_year_is_read_unless_one_is_named(coco2017: Path) -> None:
+    write_annotations(coco2017, "val", 2014, {2: ["Two."]})
+    assert len(Coco(coco2017).items()) == 9
+    (item,) = Coco(coco2017, year=2014).items()
+    assert (item.image_id, item.split) == ("000000000002", "val")
+    with pytest.raises(DataError, match=r"neither annotations/captions_train2015\.json"):
+        Coco(coco2017, year=2015).items()
+
+
+def test_karpathy_names_2014_and_the_images_of_2017_are_found(coco2017: Path) -> None:
+    splits = dict(enumerate(("train", "restval", "val", "test"), start=1)) | {7: "test"}
+    named = {f"COCO_val2014_{n:012d}.jpg": split for n, split in splits.items()}
+    karpathy = write_karpathy(coco2017 / "dataset_coco.json", named)
+    source = Coco(coco2017)
+    items = source.items()
+    assert [item.split for item in items] == ["train", "train", "val", "test", "test"]
+    assert source.split_rule == "Karpathy's splits (dataset_coco.json), restval in train"
+    assert items[4].path == coco2017 / "val2017" / "000000000007.jpg"
+    without = Coco(coco2017, restval=False)
+    assert [item.split for item in without.items()] == ["train", "val", "test", "test"]
+    left_out = [(entry.id, entry.reason) for entry in without.rejected]
+    assert left_out == [("restval", "1 images left out (--no-restval)")]
+    assert "restval left out" in str(without.split_rule)
+    assert {item.split for item in Coco(coco2017, year=2017).items()} == {"train", "val"}
+    elsewhere = karpathy.rename(coco2017.parent / "splits.json")
+    assert len(Coco(coco2017, captions_file=elsewhere).items()) == 5
+
+
+def test_missing_images_and_captions_are_skipped(coco2017: Path) -> None:
+    (coco2017 / "train2017" / "000000000003.jpg").unlink()
+    write_annotations(coco2017, "val", 2017, {7: [], 8: ["Eight."]})
+    path = coco2017 / "annotations" / "captions_val2017.json"
+    content: dict[str, Any] = json.loads(path.read_text())
+    content["annotations"].append({"image_id": 99, "id": 4711, "caption": "Of nothing."})
+    path.write_text(json.dumps(content))
+    source = Coco(coco2017)
+    assert len(source.items()) == 6
+    assert {entry.id: entry.reason for entry in source.rejected} == {
+        "captions_train2017.json: image 3": "its image '000000000003.jpg' is missing",
+        "captions_val2017.json: image 99": "its image '000000000099.jpg' is missing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("annotations/captions_val2017.json", "{", r"captions_val2017\.json is damaged"),
+        ("annotations/captions_val2017.json", '{"annotations": []}', r"2017\.json is damaged"),
+        ("dataset_coco.json", '{"images": [{"filename": "a", "split": "val"}]}', "is damaged"),
+        ("dataset_coco.json", '{"images": [{"filename": "a", "split": "x", "sentences": []}]}', "unknown split 'x'"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(coco2017: Path, file: str, content: str, message: str) -> None:
+    (coco2017 / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        Coco(coco2017).items()
+
+
+def test_folders_without_coco_or_its_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not COCO.*vlm-data download coco"):
+        Coco(tmp_path).items()
+    write_annotations(tmp_path, "train", 2017, {1: ["One."]})
+    with pytest.raises(DataError, match=r"no image in .*'000000000001.jpg' is missing"):
+        Coco(tmp_path).items()
