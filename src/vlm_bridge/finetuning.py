@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vlm_bridge.configuration import ProjectionOptions, Recipe, load_recipe, shipped_recipe
+from vlm_bridge.configuration import BridgeOptions, Recipe, load_recipe, shipped_recipe
 from vlm_bridge.data_pipeline.caption_folder import (
     MANIFEST_NAME,
     CaptionFolder,
@@ -216,8 +216,8 @@ def _processor(name: str | None, resample: str) -> Any:
 def _with_parts(recipe: Recipe, start: Path, projection: nn.Module) -> Recipe:
     """Return the recipe with parts from folders and a plain projection of the file's kind."""
     encoder, decoder = str(start / "vision_encoder"), str(start / "language_model")
-    bridge = recipe.bridge
-    bridge = bridge if isinstance(bridge, ProjectionOptions) else ProjectionOptions()
+    is_projection = recipe.bridge.kind == "projection"
+    bridge = recipe.bridge if is_projection else BridgeOptions(kind="projection")
     return recipe.replace(
         vision_encoder=recipe.vision_encoder.replace(name=encoder, revision=None),
         language_model=recipe.language_model.replace(name=decoder, revision=None),

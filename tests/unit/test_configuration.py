@@ -15,7 +15,7 @@ import yaml
 from vlm_bridge import configuration
 from vlm_bridge.configuration import (
     DEFAULT_RECIPE,
-    CrossAttentionOptions,
+    BridgeOptions,
     DecodeSettings,
     Recipe,
     load_recipe,
@@ -61,7 +61,7 @@ def test_defaults_are_the_published_ones() -> None:
         ("bridge.options={depth: 1}", ["unknown key bridge.options"]),
         ("decode.beams=4", ["unknown key decode.beams", "num_beams"]),
         ("language_model.xyz=1", ["unknown key language_model.xyz", "known: "]),
-        ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "did you mean 'prefix'?"]),
+        ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "should be 'prefix'"]),
         ("batch_size=many", ["batch_size='many'", "integer"]),
         ("batch_size='3'", ["batch_size='3'", "integer"]),
         ("batch_size=2.5", ["batch_size=2.5", "integer"]),
@@ -174,9 +174,11 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> No
 def test_another_kind_of_bridge_does_not_take_the_old_ones_options(tmp_path: Path) -> None:
     path = written(tmp_path, "bridge: {kind: prefix, num_queries: 8}\n")
     message = message_of("bridge.kind=cross_attention", recipe=path)
-    assert "unknown key bridge.num_queries" in message
+    assert "bridge.num_queries is no option of kind=cross_attention" in message
     assert "num_heads" in message
-    assert load_recipe(None, ["bridge.kind=cross_attention"]).bridge == CrossAttentionOptions()
+    bridge = load_recipe(None, ["bridge.kind=cross_attention"]).bridge
+    assert bridge == BridgeOptions(kind="cross_attention")
+    assert bridge.enter_at_layer == 0 and "num_queries" not in bridge.to_dict()
 
 
 @pytest.mark.parametrize("kind", BRIDGES)

@@ -143,7 +143,6 @@ def test_captions_are_shuffled_image_by_image() -> None:
 
 COUNTS = np.random.default_rng(5).integers(1, 6, 200)
 LENGTHS = np.random.default_rng(6).integers(4, 40, COUNTS.sum())
-SHARDS = np.repeat(np.arange(7), [30, 1, 20, 0, 49, 60, 40])
 
 
 def make_plan(
@@ -151,8 +150,6 @@ def make_plan(
     *,
     seed: int = 0,
     budget: int | None = None,
-    buffer: int = 0,
-    shards: np.ndarray | None = SHARDS,
 ) -> EpochPlan:
     return EpochPlan(
         COUNTS,
@@ -160,8 +157,6 @@ def make_plan(
         batch_captions=4 * row_captions,
         seed=seed,
         budget=TokenBudget(budget, LENGTHS) if budget else None,
-        shuffle_buffer=buffer,
-        shards=shards,
     )
 
 
@@ -172,11 +167,10 @@ def row_lengths(batch: list[Row]) -> list[int]:
 
 @pytest.mark.parametrize("row_captions", [1, 2, 5])
 @pytest.mark.parametrize("budget", [None, 1, 160, 10**9])
-@pytest.mark.parametrize("buffer", [0, 1, 16, 1000])
 def test_every_caption_comes_once_per_epoch_in_an_order_of_seed_and_epoch(
-    row_captions: int, budget: int | None, buffer: int
+    row_captions: int, budget: int | None
 ) -> None:
-    plan, again = (make_plan(row_captions, budget=budget, buffer=buffer) for _ in range(2))
+    plan, again = (make_plan(row_captions, budget=budget) for _ in range(2))
     for epoch in (1, 0):
         batches = plan.batches(epoch)
         assert batches == again.batches(epoch)
@@ -190,7 +184,7 @@ def test_every_caption_comes_once_per_epoch_in_an_order_of_seed_and_epoch(
             else:
                 assert max(lengths) * len(lengths) <= budget or len(batch) == 1
     assert plan.batches(0) != plan.batches(1)
-    other = make_plan(row_captions, seed=1, budget=budget, buffer=buffer)
+    other = make_plan(row_captions, seed=1, budget=budget)
     assert plan.batches(0) != other.batches(0)
 
 
@@ -215,37 +209,6 @@ def test_under_a_budget_few_positions_are_pads_and_batches_are_mixed() -> None:
     assert longest != sorted(longest, reverse=True)
     halves = np.array_split(longest, 2)
     assert abs(halves[0].mean() - halves[1].mean()) < 0.2 * np.mean(longest)
-
-
-def images_in_order(plan: EpochPlan, epoch: int) -> list[int]:
-    """Each image where it is first read."""
-    return list(dict.fromkeys(row.image for batch in plan.batches(epoch) for row in batch))
-
-
-@pytest.mark.parametrize("budget", [None, 160])
-@pytest.mark.parametrize("shards", [SHARDS, None])
-def test_images_stay_within_windows_of_the_stream(
-    shards: np.ndarray | None, budget: int | None
-) -> None:
-    of_image = SHARDS if shards is not None else np.zeros_like(SHARDS)
-    orders = set()
-    for epoch in range(4):
-        order = images_in_order(make_plan(budget=budget, buffer=16, shards=shards), epoch)
-        # Shards follow one another in some order: recovered from where most of each is read.
-        turn = sorted(
-            set(of_image.tolist()), key=lambda s: np.mean(np.flatnonzero(of_image[order] == s))
-        )
-        stream = [image for shard in turn for image in np.flatnonzero(of_image == shard).tolist()]
-        place = {image: number for number, image in enumerate(stream)}
-        distances = [abs(place[image] - number) for number, image in enumerate(order)]
-        assert 0 < max(distances) < 16
-        orders.add(tuple(turn))
-    assert len(orders) > 1 or shards is None
-
-
-def test_a_large_buffer_shuffles_across_shards() -> None:
-    order = images_in_order(make_plan(buffer=1000), 0)
-    assert len(np.flatnonzero(np.diff(SHARDS[order]))) > 50
 
 
 def test_validation_reads_whole_rows_in_order() -> None:

@@ -98,15 +98,3 @@ def test_under_a_budget_the_batch_size_is_not_read(recipe: Recipe) -> None:
     assert override_recipe(recipe, ["batch_size=7", "tokens_per_batch=100"]).tokens_per_batch == 100
     with pytest.raises(ConfigurationError, match="tokens_per_batch"):
         override_recipe(recipe, ["tokens_per_batch=0"])
-
-
-def test_shuffle_buffer_is_read() -> None:
-    shards = np.repeat(np.arange(7), [30, 1, 20, 0, 49, 60, 40])
-    recipe = override_recipe(Recipe(), ["shuffle_buffer=16", "captions_per_image=1"])
-    counts = np.ones(len(shards), np.int64)
-    windows = epoch_plan(recipe, counts, None, shards)
-    assert windows.batches(0) != epoch_plan(Recipe(), counts, None, shards).batches(0)
-    sampled = override_recipe(recipe, ["objective=scst", "batch_size=10", "start_from=x"])
-    assert epoch_plan(sampled, counts, None, shards).shuffle_buffer == 16
-    with pytest.raises(ConfigurationError, match="shuffle_buffer"):
-        override_recipe(Recipe(), ["shuffle_buffer=-1"])

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from captioners import places_of_run, tiny_recipe
+from same import assert_same_checkpoints
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -74,14 +75,10 @@ def state(recipe: Recipe, name: str = checkpoints.LATEST) -> dict[str, Any]:
 
 
 def assert_same_end(one: Recipe, other: Recipe) -> None:
-    """Two runs ended with the same weights, randomness and position."""
+    """Two runs ended with the same weights, optimizer, randomness and position."""
     for name in (checkpoints.LATEST, checkpoints.BEST):
-        first, second = state(one, name), state(other, name)
-        for key, tensor in first["weights"].items():
-            assert torch.equal(tensor, second["weights"][key]), (name, key)
-        for key in ("progress", "early_stopping", "python_random_state"):
-            assert first["training"][key] == second["training"][key]
-        assert torch.equal(first["training"]["random_state"], second["training"]["random_state"])
+        first, second = (Path(recipe.checkpoint_dir, name) for recipe in (one, other))
+        assert_same_checkpoints(first, second)
 
 
 def decoded_steps(recipe: Recipe) -> set[int]:
@@ -169,13 +166,9 @@ finally:
 
 def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first() -> None:
     python = [sys.executable, "-c", SECOND_CTRL_C]
-    alone = subprocess.run(python, capture_output=True, text=True, timeout=60)
-    assert (alone.stdout, alone.stderr) == (f"goes on {int(signal.SIGINT)}\n", "")
-    assert alone.returncode == -signal.SIGINT
-    shell = subprocess.run(
-        ["sh", "-c", '"$@"; echo $?', "sh", *python], capture_output=True, text=True, timeout=60
-    )
-    assert shell.stdout.endswith("130\n")
+    command = ["sh", "-c", '"$@"; echo $?', "sh", *python]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == f"goes on {int(signal.SIGINT)}\n130\n"
 
 
 # `auto`.
@@ -304,7 +297,6 @@ def test_other_settings_are_named_field_by_field_and_need_force(
     caplog.clear()
     assert train(other, resume=inside, force=True).steps == 6
     assert "changed by --force: learning_rate=0.5, was 0.01" in caplog.messages
-    assert "some captions come twice" in caplog.text
 
 
 def test_datasets_are_compared_by_what_their_manifests_say() -> None:

@@ -317,7 +317,7 @@ def _open_source(
 def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch: its rows, and its token counts if they are asked for."""
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.data_pipeline.loader import Row, TokenizedImages, shard_numbers
+    from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
     from vlm_bridge.model_architecture.captioner import caption_format
     from vlm_bridge.model_architecture.weights import build_language_model
     from vlm_bridge.training_strategy.data import epoch_plan
@@ -329,8 +329,7 @@ def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool
         format = caption_format(language_model, recipe)
         if recipe.tokens_per_batch is not None:
             lengths = TokenizedImages(images, format).caption_lengths
-    counts = [len(image.captions) for image in images]
-    plan = epoch_plan(recipe, counts, lengths, shard_numbers(images))
+    plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths)
     rows = plan.batches(0)[0]
     shown = [images[row.image] for row in rows]
     batch: dict[str, Any] = {

@@ -7,12 +7,12 @@ the model are nested. Defaults are those of the published training where it has 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from vlm_bridge.configuration.checks import (
     MAX_RATE,
@@ -29,8 +29,9 @@ from vlm_bridge.configuration.checks import (
     Share,
     Size,
     UpTo1000,
+    flat,
+    suggest,
 )
-from vlm_bridge.configuration.checks import Interval as Interval
 from vlm_bridge.configuration.checks import parse_interval as parse_interval
 from vlm_bridge.configuration.upgrade import upgrade
 from vlm_bridge.credentials import holds_credential
@@ -42,6 +43,18 @@ logger = logging.getLogger(__name__)
 DEFAULT_RECIPE = "training-default"
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
 MAX_ENCODERS = 8
+RESAMPLER = frozenset({
+    "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", "position_embeddings",
+    "dropout",
+})  # fmt: skip
+BRIDGE_KEYS: dict[str, frozenset[str]] = {
+    "prefix": RESAMPLER,
+    "deep_prefix": RESAMPLER | {"enter_at_layer"},
+    "cross_attention": frozenset(
+        {"num_heads", "feed_forward_multiplier", "dropout", "enter_at_layer"}
+    ),
+    "projection": frozenset({"projection", "position_embeddings", "dropout"}),
+}
 
 # What a resumed run may change: "place" is where things are on this machine, "free" is what a run
 # logs and keeps. All other keys decide what is learned.
@@ -110,79 +123,54 @@ class LanguageModelConfig(Section):
 
 
 class BridgeOptions(Section):
-    """Keys that every kind of bridge has."""
+    """Options of a bridge. Each kind has some of them, see `BRIDGE_KEYS`.
+
+    Attributes:
+        kind: `prefix`: ``num_queries`` soft tokens before the text; `deep_prefix`: keys and values
+            for the layers from ``enter_at_layer`` on; `cross_attention`: the text attends to the
+            image before layer ``enter_at_layer`` (0, as published, edits embeddings);
+            `projection`: encoder states for a decoder that cross-attends.
+        standardize_features: normalize channels by mean and deviation of training images.
+        num_queries: vectors per image.
+        width: of the resampler; None is the language model's.
+        position_embeddings: of image tokens, for convolutional encoders.
+        dropout: on residual branches and on image tokens.
+        enter_at_layer: no gradient flows below it; None means a third of the way up.
+        projection: `linear` (published for PVTv2-B0), `mlp` (two layers with GELU), or `conv3x3`
+            (published, 3.5 M parameters) over the grid of image tokens.
+    """
 
     place = "bridge"
-    kind: str
-    # Normalize every channel by mean and standard deviation of training images.
+    kind: Literal["prefix", "deep_prefix", "cross_attention", "projection"] = "prefix"
     standardize_features: bool = True
-
-
-class ResamplerOptions(BridgeOptions):
-    """Keys of bridges that read an image through a small transformer of learned queries."""
-
-    num_queries: Size = 16  # vectors per image
+    num_queries: Size = 16
     depth: Annotated[int, Field(ge=1, le=100)] = 2
-    width: Size | None = None  # null: the language model's
+    width: Size | None = None
     num_heads: Size = 8
     feed_forward_multiplier: Annotated[int, Field(ge=1, le=100)] = 4
-    position_embeddings: bool = False  # of image tokens, for convolutional encoders
-    dropout: Share = 0.0  # on both residual branches and on image tokens
-
-
-class PrefixOptions(ResamplerOptions):
-    """Options of `prefix`: ``num_queries`` soft tokens before the text."""
-
-    kind: Literal["prefix"] = "prefix"
-
-
-class DeepPrefixOptions(ResamplerOptions):
-    """Options of `deep_prefix`: keys and values for the layers from ``enter_at_layer`` (from 0) on.
-
-    No gradient flows below that layer; None means a third of the way up.
-    """
-
-    kind: Literal["deep_prefix"] = "deep_prefix"
-    enter_at_layer: CountOrZero | None = None
-
-
-class CrossAttentionOptions(BridgeOptions):
-    """Options of `cross_attention`; defaults are those of the published DINOv2 + Gemma-2 system.
-
-    The text attends to the image before layer ``enter_at_layer``; 0, as published, edits
-    embeddings. No gradient flows below that layer.
-    """
-
-    kind: Literal["cross_attention"] = "cross_attention"
-    num_heads: Size = 8
-    feed_forward_multiplier: Annotated[int, Field(ge=1, le=100)] = 4
-    dropout: Share = 0.0
-    enter_at_layer: CountOrZero = 0
-
-
-class ProjectionOptions(BridgeOptions):
-    """Options of `projection`: `linear` (published for PVTv2-B0), `mlp` (two layers with GELU), or
-    `conv3x3` (published, 3.5 M parameters) over the grid of image tokens."""
-
-    kind: Literal["projection"] = "projection"
-    projection: Literal["linear", "mlp", "conv3x3"] = "linear"
     position_embeddings: bool = False
     dropout: Share = 0.0
+    enter_at_layer: CountOrZero | None = None
+    projection: Literal["linear", "mlp", "conv3x3"] = "linear"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _at_the_embeddings(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("kind") == "cross_attention":
+            return {"enter_at_layer": 0, **data}
+        return data
 
-def _off(value: object) -> object:
-    return "off" if value is False else value
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        keys = BRIDGE_KEYS[self.kind]
+        for key in self.model_fields_set - {"kind", "standardize_features"} - keys:
+            raise ValueError(f"{key} is no option of kind={self.kind}{suggest(key, keys)}")
+        return self
 
-
-def _default_kind(data: object) -> object:
-    return {"kind": "prefix", **data} if isinstance(data, Mapping) and "kind" not in data else data
-
-
-AnyBridgeOptions = Annotated[
-    CrossAttentionOptions | DeepPrefixOptions | PrefixOptions | ProjectionOptions,
-    Field(discriminator="kind"),
-    BeforeValidator(_default_kind),
-]
+    @model_serializer(mode="wrap")
+    def _of_kind(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        keys = {"kind", "standardize_features"} | BRIDGE_KEYS[self.kind]
+        return {key: value for key, value in dump(self).items() if key in keys}
 
 
 class DecodeSettings(Section):
@@ -219,7 +207,6 @@ class DistillationConfig(Section):
     place = "distillation"
     teacher: ModelName
     steps: Count = 1000  # of 32 images
-    learning_rate: Positive = 1e-3
 
 
 class Recipe(Section):
@@ -227,7 +214,7 @@ class Recipe(Section):
 
     vision_encoder: VisionEncoderConfig = VisionEncoderConfig()
     language_model: LanguageModelConfig = LanguageModelConfig()
-    bridge: AnyBridgeOptions = PrefixOptions()
+    bridge: BridgeOptions = BridgeOptions()
     decode: DecodeSettings = DecodeSettings()
     distillation: DistillationConfig | None = None
 
@@ -236,13 +223,11 @@ class Recipe(Section):
     captions_per_image: Count = 1  # in one row
     max_caption_tokens: Count = 128
     num_workers: Annotated[CountOrZero, PLACE] = 2
-    # 0 shuffles all images; N reads in order and shuffles within windows of N, for slow disks.
-    shuffle_buffer: CountOrZero = 0
     # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
     max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
     # auto: in data_dir/.features if that is measured to be quicker than encoding; a folder; off
     # (which YAML 1.1 reads as false).
-    feature_cache: Annotated[str, PLACE, BeforeValidator(_off)] = "auto"
+    feature_cache: Annotated[str, PLACE, BeforeValidator(lambda value: value or "off")] = "auto"
     feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
     feature_cache_views: CountOrZero = 0  # random crops per training image; 0: the whole image
 
@@ -293,7 +278,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        texts = {key: text for key, text in _flat(self.to_dict()).items() if isinstance(text, str)}
+        texts = {key: text for key, text in flat(self.to_dict()).items() if isinstance(text, str)}
         if secret := next((key for key, text in texts.items() if holds_credential(text)), None):
             raise ValueError(
                 f"{secret} holds a token or a password, and a recipe goes into checkpoints and "
@@ -339,7 +324,7 @@ class Recipe(Section):
         """Return "key=now, was before" for each key that decides what is learned and differs."""
         free = self.keys_marked("place", "free")
         now, then = (
-            _flat({key: value for key, value in recipe.to_dict().items() if key not in free})
+            flat({key: value for key, value in recipe.to_dict().items() if key not in free})
             for recipe in (self, before)
         )
         return [
@@ -461,12 +446,3 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigurationError(f"{shown(override)}: {parent} is a value, not a section")
     data[last] = value
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
-        flat |= {f"{prefix}{key}": value} if inner is None else inner
-    return flat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -60,8 +60,7 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        kind = cls.model_fields.get("kind")
-        Section.sections[str(kind.default) if kind else cls.place] = cls
+        Section.sections[cls.place] = cls
 
     @classmethod
     def build(cls, data: object, where: str = "") -> Self:
@@ -74,7 +73,8 @@ class Section(BaseModel):
 
     def replace(self, **changes: object) -> Self:
         """Return a validated copy. Raises ConfigurationError as `build` does."""
-        return self.build({**dict(self), **changes})
+        given = {key: getattr(self, key) for key in self.model_fields_set}
+        return self.build({**given, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values in the YAML layout."""
@@ -87,16 +87,10 @@ class Section(BaseModel):
         place, value = [cls.place, *first["loc"]] if cls.place else first["loc"], first["input"]
         names = [str(name) for name in place]
         owner = Section.sections.get(names[-2], cls) if len(names) > 1 else cls
-        if names[:1] == ["bridge"] and len(first["loc"]) > 1:
-            names[1:] = names[2:]  # pydantic adds the kind of a bridge
         plain = (name if name.isprintable() and len(name) <= 100 else shown(name) for name in names)
         key = ".".join(plain)
         if first["type"] in ("extra_forbidden", "invalid_key"):
             return f"unknown key {key}{suggest(names[-1], owner.model_fields)}"
-        if first["type"] == "union_tag_invalid":
-            tag, kinds = (first.get("ctx", {})[name] for name in ("tag", "expected_tags"))
-            known = kinds.replace("'", "").split(", ")
-            return f"{key}.kind={shown(tag)} is unknown{suggest(tag, known)}"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if isinstance(value, BaseModel | dict) and first["type"] == "value_error":
             return f"{key}.{message}" if key else message  # of several keys of a section
@@ -107,3 +101,14 @@ def suggest(key: str, known: Iterable[str]) -> str:
     """Return the nearest known key, or all of them, as the end of an error message."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

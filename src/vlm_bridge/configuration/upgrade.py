@@ -44,6 +44,8 @@ REMOVED: dict[str, object] = {
     "distillation.revision": None,
     "distillation.image_size": None,
     "distillation.batch_size": 32,
+    "distillation.learning_rate": 1e-3,
+    "shuffle_buffer": 0,
 }
 """Keys without a meaning today, and the value that is today's behavior."""
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
+from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -220,9 +220,6 @@ class EpochPlan:
         row_captions: captions of an image in one row, at most.
         batch_captions: captions in a batch; not read where there is a ``budget``.
         budget: fill batches by positions instead.
-        shuffle_buffer: 0 shuffles all rows. Otherwise an epoch is read as a stream is: shards in a
-            random order, the images of each in their order, shuffled within windows of so many.
-        shards: [images], the number of the shard that each image lies in; None for one shard.
     """
 
     def __init__(
@@ -233,14 +230,11 @@ class EpochPlan:
         batch_captions: int,
         seed: int,
         budget: TokenBudget | None = None,
-        shuffle_buffer: int = 0,
-        shards: np.ndarray | None = None,
     ):
         self.counts = np.asarray(captions_per_image, np.int64)
         self.row_captions = row_captions
         self.rows_per_batch = max(1, batch_captions // row_captions)
-        self.seed, self.budget, self.shuffle_buffer = seed, budget, shuffle_buffer
-        self._shards = np.zeros(len(self.counts), np.int64) if shards is None else shards
+        self.seed, self.budget = seed, budget
 
     def num_batches(self, epoch: int) -> int:
         if self.budget is not None:
@@ -254,28 +248,14 @@ class EpochPlan:
         for image, count in enumerate(self.counts.tolist()):
             order = random.permutation(count).tolist()
             rows += [Row(image, tuple(part)) for part in in_batches(order, self.row_captions)]
-        windows = self._windows(rows, random)
+        shuffled = random.permutation(len(rows))
         if self.budget is None:
-            order = np.concatenate(windows).tolist()
-            chosen = in_batches(order, self.rows_per_batch)
+            chosen = in_batches(shuffled.tolist(), self.rows_per_batch)
         else:
             lengths = self._lengths(rows, self.budget.caption_lengths)
-            chosen = []
-            for window in windows:
-                parts = _bucketed(window, lengths, self.budget.positions)
-                chosen += [parts[index].tolist() for index in random.permutation(len(parts))]
+            parts = _bucketed(shuffled, lengths, self.budget.positions)
+            chosen = [parts[index].tolist() for index in random.permutation(len(parts))]
         return [[rows[number] for number in batch] for batch in chosen]
-
-    def _windows(self, rows: list[Row], random: np.random.Generator) -> list[np.ndarray]:
-        """Return the numbers of all rows in the order of an epoch, shuffled within each window."""
-        if not self.shuffle_buffer:
-            return [random.permutation(len(rows))]
-        turn_of_shard = random.permutation(int(self._shards.max()) + 1)
-        place = np.argsort(np.argsort(turn_of_shard[self._shards], kind="stable"))
-        window = (place + random.integers(self.shuffle_buffer)) // self.shuffle_buffer
-        window_of_row = window[[row.image for row in rows]]
-        order = np.lexsort((random.permutation(len(rows)), window_of_row))
-        return np.split(order, np.flatnonzero(np.diff(window_of_row[order])) + 1)
 
     def _lengths(self, rows: list[Row], caption_lengths: np.ndarray) -> np.ndarray:
         """Return [rows], the positions of each row."""
@@ -304,13 +284,6 @@ def _bucketed(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.nda
 def whole_rows(captions_per_image: Sequence[int] | np.ndarray) -> list[Row]:
     """Return one row per image with all its captions, in order, for validation."""
     return [Row(image, tuple(range(count))) for image, count in enumerate(captions_per_image)]
-
-
-def shard_numbers(images: Sequence[CaptionedImage]) -> np.ndarray:
-    """Return [images], the number of the shard that each lies in; 0 for files of their own."""
-    tars = [image.path.file if isinstance(image.path, TarImage) else None for image in images]
-    numbers = {tar: number for number, tar in enumerate(dict.fromkeys(tars))}
-    return np.array([numbers[tar] for tar in tars])
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

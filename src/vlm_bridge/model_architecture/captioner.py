@@ -108,7 +108,8 @@ class CaptionModel(nn.Module):
         self.training = mode
         self.bridge.train(mode)
         for module in self.language_model.modules() if mode else ():
-            if all(p.requires_grad for p in module.parameters()) and any(module.parameters()):
+            parameters = list(module.parameters())
+            if parameters and all(p.requires_grad for p in parameters):
                 module.train()
         return self
 

@@ -6,7 +6,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,9 @@ import torch
 
 from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict, same_setting
+from vlm_bridge.credentials import hub_problem, reach_hub
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.formats import dinov2_gemma
-from vlm_bridge.hub import hub_problem, reach_hub
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.tensor_files import (
     CONFIG_NAME,
@@ -42,14 +42,14 @@ ORIGINAL_TRAINING = "original_training"
 # Since 2, a cross_attention bridge at layer 0 changes embeddings before a model scales them.
 FORMAT_VERSION = 2
 # The original's losses count pads, so its best loss is not read.
-ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict", "scheduler_state_dict")
-STEP = "step_{:08d}.pth"
-STEP_PATTERN = "step_*.pth"
-LATEST, BEST, BEST_WEIGHTS = (
-    "latest_checkpoint.pth",
-    "best_model.pth",
-    "best_model_weights_only.pth",
-)
+ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict")
+STEP, STEP_PATTERN = "step_{:08d}.pth", "step_*.pth"
+LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
+BEST_WEIGHTS = "best_model_weights_only.pth"
+ARCHITECTURE = {
+    "vision_encoder": ("name", "revision", "image_size", "layers", "resample"),
+    "language_model": ("name", "revision", "add_cross_attention"),
+}
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
@@ -78,31 +78,18 @@ def save_checkpoint(
         "versions": package_versions(),
         "recipe": recipe.to_dict(),
         "sizes": dict(sizes or {}),
-        "weights": dict(weights),
+        "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
     }
     if training is not None:
         content |= {"training": training, "saved_at": time.time()}
-    write_file(path, _on_cpu(content))
+    write_file(path, content)
 
 
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that decide what a step computes."""
     packages = ("torch", "transformers", "accelerate", "numpy")
-    return {
-        "vlm_bridge": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_on_cpu, value))
-    return value
+    installed = {name: metadata.version(name) for name in packages}
+    return {"vlm_bridge": __version__, "python": platform.python_version(), **installed}
 
 
 def keep_newest_steps(folder: Path, count: int) -> None:
@@ -133,7 +120,6 @@ def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         if "training" in content or content["format"] == ORIGINAL_FORMAT:
             return path, content
-        logger.info(f"skipping {path}: it holds weights only")
     return None
 
 
@@ -156,16 +142,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         the file has them; ``original_training`` of the original project's.
 
     Raises:
-        CheckpointError: missing, damaged, or none of these.
+        CheckpointError: missing, damaged, none of these, or written by a newer vlm-bridge.
     """
     path = checkpoint_path(path)
+    content: Any
     if path.name == WEIGHTS_NAME:
         config, weights = read_folder(path.parent)
-        content: Any = {**config, "weights": weights}
+        content = {**config, "weights": weights}
     else:
         content = read_file(path)
     try:
-        content = upgrade(_checked(content), path)
+        _check_layout(content)
+        if content.get("format_version", 1) > FORMAT_VERSION:
+            raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
+        if dinov2_gemma.is_original(content):
+            content = _from_original(content, path)
         check_weights(content["weights"])
     except ValueError as error:
         raise DamagedCheckpointError(
@@ -175,37 +166,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _checked(content: Any) -> dict[str, Any]:
-    """Refuse parts of wrong types. Raises ValueError."""
+def _check_layout(content: Any) -> None:
+    """Refuse missing parts and parts of wrong types. Raises ValueError."""
     if not isinstance(content, dict) or not (
         dinov2_gemma.is_original(content)
         or (content.get("format") == FORMAT and {"recipe", "weights"} <= content.keys())
     ):
         raise ValueError("it has other keys")
-    tensors = [content[key] for key in ("weights", "model_state_dict") if key in content]
-    plain = [content[key] for key in ("recipe", "sizes") if key in content]
-    if not all(isinstance(x, Mapping) for x in [*tensors, *plain, content.get("training", {})]):
+    kinds = ("weights", "model_state_dict", "recipe", "sizes", "training")
+    parts = {kind: content[kind] for kind in kinds if kind in content}
+    if not all(isinstance(part, Mapping) for part in parts.values()):
         raise ValueError("a part of it is no mapping")
-    check_content(plain, 0)  # no tensors
-    for name, value in (item for part in tensors for item in part.items()):
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"its weight {shown(name)} is no tensor")
+    check_content([parts.get("recipe"), parts.get("sizes")], 0)  # no tensors
+    for kind in ("weights", "model_state_dict"):
+        for name, tensor in parts.get(kind, {}).items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"its weight {shown(name)} is no tensor")
     version = content.get("format_version", 1 if "model_state_dict" in content else None)
     if type(version) is not int or version < 1:  # True is an int, too
         raise ValueError(f"its format_version is {shown(version)}, not a whole number from 1")
-    return content
 
 
-def upgrade(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Bring the content of any checkpoint written so far to today's keys.
-
-    Raises:
-        CheckpointError: it was written by a newer vlm-bridge.
-    """
-    if content.get("format_version", 1) > FORMAT_VERSION:
-        raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
-    if not dinov2_gemma.is_original(content):
-        return content
+def _from_original(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Bring a checkpoint of dinov2-gemma's own code to our keys."""
     weights = dinov2_gemma.from_original(content["model_state_dict"], path)
     recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
     return {
@@ -233,9 +216,9 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
         CheckpointError: a weight is too large for the dtype.
     """
     if dtype in ("int8", "int4"):
+        matrices = {name: tensor.float() for name, tensor in weights.items() if tensor.ndim >= 2}
         vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
-        matrices = {name: tensor for name, tensor in weights.items() if tensor.ndim >= 2}
-        small = quantized(stored_as(matrices, "float32"), bits=8 if dtype == "int8" else 4)
+        small = quantized(matrices, bits=8 if dtype == "int8" else 4)
         return stored_as(vectors, "float16") | small
     stored = {
         name: tensor if name.startswith("feature_scale.") else tensor.to(getattr(torch, dtype))
@@ -245,26 +228,6 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
         if not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} does not fit into {dtype}")
     return stored
-
-
-def save_average(target: Path, paths: Sequence[Path]) -> None:
-    """Write the mean of checkpoints' weights in float32, with the recipe of the first.
-
-    Raises:
-        CheckpointError: one is missing or damaged, or they are not of one architecture.
-    """
-    first, *others = contents = [load_checkpoint(path) for path in paths]
-    recipe = recipe_of(first, paths[0], to_build=False)
-    mean = {name: tensor.double() for name, tensor in first["weights"].items()}
-    for path, content in zip(paths[1:], others, strict=True):
-        check_architecture(content, recipe, path)
-        if wrong := misfits(content["weights"], mean):
-            raise CheckpointError(f"{path} has other weights than {paths[0]}: {shortened(wrong)}")
-        for name, tensor in content["weights"].items():
-            mean[name] += tensor.double()
-    weights = {name: (tensor / len(paths)).float() for name, tensor in mean.items()}
-    version = min(content["format_version"] for content in contents)
-    save_checkpoint(target, recipe, weights, sizes=first.get("sizes"), format_version=version)
 
 
 def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,6 +258,14 @@ def checkpoint_path(path: str | Path) -> Path:
     return path
 
 
+def has_checkpoint(path: str | Path) -> bool:
+    """Return whether a path is a checkpoint file or a folder that holds one."""
+    try:
+        return bool(checkpoint_path(path))
+    except CheckpointError:
+        return False
+
+
 def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     """Return `checkpoint_path` of a path, or download a model of the Hugging Face hub.
 
@@ -306,7 +277,10 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         CheckpointError: nothing is there, or the hub does not give it.
     """
     path = Path(name)
-    if path.exists() or not _may_be_on_hub(path):
+    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path.as_posix()) and (
+        path.suffix not in (".pth", ".pt", ".safetensors") and not path.parent.is_dir()
+    )
+    if path.exists() or not looks_like_hub or path.parts[0] in ("runs", "checkpoints"):
         if revision is not None:
             raise CheckpointError(
                 f"revision={revision!r} is for models on the hub; {path} is a path here"
@@ -314,37 +288,17 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         return checkpoint_path(path)
     from huggingface_hub import snapshot_download
 
+    model = path.as_posix()
     try:
-        reach_hub(path.as_posix(), revision)
-        folder = snapshot_download(
-            path.as_posix(), revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]
-        )
+        reach_hub(model, revision)
+        wanted = [CONFIG_NAME, WEIGHTS_NAME]
+        return checkpoint_path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises errors of several libraries
-        if (problem := hub_problem(error, path.as_posix())) is None:
+        if (problem := hub_problem(error, model)) is None:
             raise
         raise CheckpointError(
             f"no checkpoint at {path}, and none from the hub: {problem}"
         ) from error
-    return checkpoint_path(folder)
-
-
-def _may_be_on_hub(path: Path) -> bool:
-    """Return whether a name is `owner/model`, and `owner` no folder that runs are kept in."""
-    return (
-        len(path.parts) == 2
-        and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in path.parts)
-        and path.suffix not in (".pth", ".pt", ".safetensors")
-        and path.parts[0] not in ("runs", "checkpoints")
-        and not Path(path.parts[0]).is_dir()
-    )
-
-
-def has_checkpoint(path: str | Path) -> bool:
-    """Return whether a path is a checkpoint file or a folder that holds one."""
-    try:
-        return bool(checkpoint_path(path))
-    except CheckpointError:
-        return False
 
 
 def recipe_of(
@@ -378,11 +332,6 @@ def recipe_of(
             recipe = recipe_from_dict(content["recipe"], where=str(where))
         except ConfigurationError as error:
             raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
-        if content["recipe"].get("feature_cache_pooling", 1) != 1:
-            raise CheckpointError(
-                f"{where} was trained on averaged features (feature_cache_pooling=2), which are no "
-                "longer supported: train it again"
-            )
     if to_build:
         _check_sizes(recipe, content, where)
     return recipe
@@ -392,11 +341,8 @@ def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) 
     """Compare the shapes of a recipe's captioner with the weights before memory is allocated."""
     try:
         model: Any = build_captioner(recipe, meta=True)
-    except ConfigurationError as error:
+    except (ConfigurationError, RuntimeError, OverflowError) as error:  # a tensor of 2**63 bytes
         raise CheckpointError(f"{where}: its recipe cannot be built: {error}") from error
-    except (RuntimeError, OverflowError) as error:  # a tensor of 2**63 bytes
-        raise CheckpointError(f"{where}: its recipe asks for impossible sizes") from error
-    _check_widths(model, content, where)
     any_size = model.vision_encoder.num_tokens  # unknown without the encoder's processor
 
     def same(has: torch.Size, wants: torch.Size) -> bool:
@@ -420,32 +366,22 @@ def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Pat
     wants = architecture(wanted)
     if has["bridge.kind"] != wants["bridge.kind"]:  # the options of two kinds cannot be compared
         has = {k: v for k, v in has.items() if k == "bridge.kind" or not k.startswith("bridge.")}
-    _refuse(
-        _differences(
-            {k: v for k, v in has.items() if k in wants and not same_setting(k, v, wants[k])}, wants
-        ),
-        where,
-    )
+    changed = [k for k in has.keys() & wants.keys() if not same_setting(k, has[k], wants[k])]
+    _refuse([f"it has {k}={has[k]}, wanted is {wants[k]}" for k in sorted(changed)], where)
 
 
 def architecture(recipe: Recipe) -> dict[str, Any]:
     """Return the dotted keys of a recipe that decide what a bridge's weights mean."""
     plain = recipe.to_dict()
-    keys = {
-        "vision_encoder": ("name", "revision", "image_size", "layers", "resample"),
-        "language_model": ("name", "revision", "add_cross_attention"),
-        "bridge": [key for key in plain["bridge"] if key != "dropout"],
-    }
+    keys = {**ARCHITECTURE, "bridge": [key for key in plain["bridge"] if key != "dropout"]}
     named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
     return {**named, "trainable": sorted(plain["trainable"])}
 
 
 def captioner_sizes(model: Any) -> dict[str, int]:
     """Return the widths of the frozen parts that a captioner's bridge connects."""
-    return {
-        "vision_encoder.embed_dim": model.vision_encoder.embed_dim,
-        "language_model.embed_dim": model.language_model.embed_dim,
-    }
+    parts = ("vision_encoder", "language_model")
+    return {f"{part}.embed_dim": getattr(model, part).embed_dim for part in parts}
 
 
 def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
@@ -461,7 +397,6 @@ def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
             f"{type(model.language_model.causal_lm).__name__} had scaled them; now, as published, "
             "it changes them before: train it again"
         )
-    _check_widths(model, content, where)
     load_weights(model, content["weights"], where)
 
 
@@ -473,16 +408,6 @@ def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | P
     """
     _refuse(misfits(weights, model.trained_state_dict()), where)
     model.load_state_dict(weights, strict=False)
-
-
-def _check_widths(model: Any, content: Mapping[str, Any], where: str | Path) -> None:
-    wanted, has = captioner_sizes(model), content.get("sizes", {})
-    other = {key: has[key] for key in wanted if key in has and has[key] != wanted[key]}
-    _refuse(_differences(other, wanted), where)
-
-
-def _differences(has: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    return [f"it has {key}={value}, wanted is {wanted[key]}" for key, value in has.items()]
 
 
 def _refuse(problems: list[str], where: str | Path) -> None:

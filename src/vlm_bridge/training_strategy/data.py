@@ -19,7 +19,6 @@ from vlm_bridge.data_pipeline.loader import (
     TokenizedImages,
     in_batches,
     prefetch,
-    shard_numbers,
 )
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
@@ -28,10 +27,6 @@ from vlm_bridge.training_strategy.features import SplitFeatures, split_features,
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
 
 STANDARDIZE_ON_IMAGES, STANDARDIZE_BATCH = 512, 32
-ORDER = (
-    "batch_size", "tokens_per_batch", "max_caption_tokens", "captions_per_image", "scst_samples",
-    "gradient_accumulation_steps", "seed", "shuffle_buffer",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,31 +71,22 @@ class TrainingData:
             digests = train.digest(), val.digest()
             world.check_same({"data": folder.fingerprint, "captions in use": digests})
         encoder = model.vision_encoder
-        plan = epoch_plan(
-            recipe, train.captions_per_image, train.caption_lengths, shard_numbers(train_images)
-        )
+        plan = epoch_plan(recipe, train.captions_per_image, train.caption_lengths)
+        train_features = split_features(encoder, recipe, "train", train_images, world)
+        val_features = split_features(encoder, recipe, "val", val_images, world)
         return cls(
-            recipe,
-            world,
-            format,
-            train_images,
-            val_images,
-            train,
-            val,
-            split_features(encoder, recipe, "train", train_images, world),
-            split_features(encoder, recipe, "val", val_images, world),
-            plan,
-            count_steps(recipe, plan),
-        )
+            recipe, world, format, train_images, val_images, train, val,
+            train_features, val_features, plan, count_steps(recipe, plan),
+        )  # fmt: skip
 
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.plan.num_batches(epoch) // self.recipe.gradient_accumulation_steps)
 
     def rows_of(self, epoch: int, step_in_epoch: int) -> list[Row]:
         """Return the rows of a step, of all processes."""
-        batches = self.plan.batches(epoch)
-        groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
-        return [row for index in groups[step_in_epoch] for row in batches[index]]
+        batches, accumulated = self.plan.batches(epoch), self.recipe.gradient_accumulation_steps
+        group = in_batches(range(len(batches)), accumulated)[step_in_epoch]
+        return [row for index in group for row in batches[index]]
 
     def steps(
         self, objective: CrossEntropy, epoch: int, step_in_epoch: int
@@ -109,9 +95,8 @@ class TrainingData:
 
         Of several processes each gets its share of the rows of every micro-batch.
         """
-        batches = self.plan.batches(epoch)
+        batches, features = self.plan.batches(epoch), self.train_features.in_epoch(epoch)
         groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
-        features = self.train_features.in_epoch(epoch)
 
         def load(group: list[int]) -> Sequence[Batch]:
             shares = [rows for index in group if (rows := self.world.share(batches[index]))]
@@ -125,37 +110,26 @@ class TrainingData:
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.train))
         chosen = np.sort(order[:count])
         parts = np.array_split(chosen, -(-count // STANDARDIZE_BATCH))
-        return torch.cat(
-            [
-                model.features(torch.as_tensor(self.train_features[part])).float().cpu()
-                for part in parts
-            ]
-        )
-
-    def order(self) -> dict[str, int | None]:
-        """Return the settings that decide which captions meet in which step."""
-        return {name: getattr(self.recipe, name) for name in ORDER}
+        read = (torch.as_tensor(self.train_features[part]) for part in parts)
+        return torch.cat([model.features(features).float().cpu() for features in read])
 
 
 def epoch_plan(
     recipe: Recipe,
     captions_per_image: Sequence[int] | np.ndarray,
     caption_lengths: np.ndarray | None,
-    shards: np.ndarray | None = None,
 ) -> EpochPlan:
     """Plan which captions meet in which batch; with sampled captions, which images.
 
     Args:
         caption_lengths: see `TokenizedImages`; needed with ``tokens_per_batch``.
-        shards: see `EpochPlan`; needed with ``shuffle_buffer``.
     """
-    common = {"seed": recipe.seed, "shuffle_buffer": recipe.shuffle_buffer, "shards": shards}
     if recipe.objective == "scst":
         return EpochPlan(
             np.ones(len(captions_per_image), np.int64),
             row_captions=1,
             batch_captions=recipe.batch_size // recipe.scst_samples,
-            **common,
+            seed=recipe.seed,
         )
     budget = None
     if recipe.tokens_per_batch is not None:
@@ -166,7 +140,7 @@ def epoch_plan(
         row_captions=recipe.captions_per_image,
         batch_captions=recipe.batch_size,
         budget=budget,
-        **common,
+        seed=recipe.seed,
     )
 
 

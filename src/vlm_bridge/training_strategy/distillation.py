@@ -22,7 +22,7 @@ from vlm_bridge.training_strategy.validation import Features
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 32
+BATCH_SIZE, LEARNING_RATE = 32, 1e-3
 LOG_TIMES = 10
 
 
@@ -78,7 +78,7 @@ def distill_projection(
             [open_image(paths[index]) for index in indices]
         )
 
-    optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=LEARNING_RATE)
     model.train()
     losses = []
     for step, (of_student, pixels) in enumerate(

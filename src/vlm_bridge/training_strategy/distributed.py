@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from vlm_bridge import runtime
+from vlm_bridge import device as devices
 from vlm_bridge.errors import ConfigurationError, VLMBridgeError
 
 # One machine may prepare its caches long before another; a dead process is noticed at once.
@@ -58,11 +58,10 @@ class World:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Sum over all processes in float64, exact for counts."""
-        if self.size == 1:
-            return list(numbers)
         sums = torch.tensor(list(numbers), dtype=torch.float64)
-        with _together():
-            distributed.all_reduce(sums, group=self.hosts)
+        if self.size > 1:
+            with _together():
+                distributed.all_reduce(sums, group=self.hosts)
         return sums.tolist()
 
     def largest(self, number: int) -> int:
@@ -89,9 +88,8 @@ class World:
         made = [make() if self.is_first else None]
         if self.size > 1:
             with _together():
-                distributed.broadcast_object_list(
-                    made, src=0, group=self.hosts, device=torch.device("cpu")
-                )
+                cpu = torch.device("cpu")
+                distributed.broadcast_object_list(made, src=0, group=self.hosts, device=cpu)
         return made[0]  # type: ignore[return-value]
 
     def copy_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -104,11 +102,8 @@ class World:
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise ConfigurationError where a process has other facts than the first."""
         first = self.from_first(lambda: facts)
-        if others := [
-            f"{name}={fact}, not {first[name]}"
-            for name, fact in facts.items()
-            if fact != first[name]
-        ]:
+        others = [f"{k}={v}, not {first[k]}" for k, v in facts.items() if v != first[k]]
+        if others:
             raise ConfigurationError(
                 f"process {self.rank} of {self.size} has {'; '.join(others)} as the first one: "
                 "start all of them with the same recipe, on the same data"
@@ -150,6 +145,7 @@ class GradientSum:
         self.parameters = parameters
         self._taking_part: list[torch.nn.Parameter] | None = None
 
+    @torch.no_grad()
     def __call__(self, loss: torch.Tensor) -> None:
         """Replace the gradients and a step's loss by their sums."""
         if self.world.size == 1:
@@ -167,9 +163,8 @@ class GradientSum:
         flat = torch.cat([tensor.flatten().float() for tensor in tensors])
         with _together():
             distributed.all_reduce(flat)
-        with torch.no_grad():
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 _joined: World | None = None
@@ -187,9 +182,9 @@ def joined(device: str) -> Iterator[World]:
         PeerFailed: another process failed.
     """
     global _joined
-    size = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= runtime.LAUNCHED else 1
+    size = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= devices.LAUNCHED else 1
     if size == 1:
-        yield World(runtime.resolve_device(device))
+        yield World(devices.resolve_device(device))
         return
     _joined = _joined or _join(device, size)
     try:
@@ -205,25 +200,20 @@ def _join(device_name: str, size: int) -> World:
 
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    device = _own_device(device_name, local_rank, local_size)
+    device = devices.resolve_device(device_name)
+    if device.type != "cpu":
+        if device.type != "cuda" or device.index is not None:
+            raise ConfigurationError(
+                f"device={device_name!r} cannot be shared by several processes: use device=cuda "
+                "(a GPU each) or device=cpu"
+            )
+        if (count := torch.cuda.device_count()) < local_size:
+            raise ConfigurationError(
+                f"{local_size} processes were started on this machine, which has {count} GPUs: "
+                f"start one for each (--nproc-per-node {count}), or use device=cpu"
+            )
+        device = torch.device("cuda", local_rank)
     PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     atexit.register(distributed.destroy_process_group)
     hosts = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-    return World(device, runtime.process_rank(), size, local_rank, hosts)
-
-
-def _own_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    device = runtime.resolve_device(name)
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or device.index is not None:
-        raise ConfigurationError(
-            f"device={name!r} cannot be shared by several processes: use device=cuda (a GPU "
-            "each) or device=cpu"
-        )
-    if (count := torch.cuda.device_count()) < local_size:
-        raise ConfigurationError(
-            f"{local_size} processes were started on this machine, which has {count} GPUs: start "
-            f"one for each (--nproc-per-node {count}), or use device=cpu"
-        )
-    return torch.device("cuda", local_rank)
+    return World(device, devices.process_rank(), size, local_rank, hosts)

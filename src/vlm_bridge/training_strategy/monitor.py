@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 8  # of a skipped step, on the console
 BLIND_VALIDATIONS = 3  # in a row with a visual gain below BLIND_BELOW before a warning
+KEPT = ("epoch_loss", "epoch_steps", "blind_validations")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
     """Compute length, diversity and BLEU-4 of at least one caption."""
     from pycocoevalcap.bleu.bleu import Bleu
 
-    token_ids = list(chain.from_iterable(sample.token_ids for sample in samples))
+    token_ids = [token for sample in samples for token in sample.token_ids]
     references = {i: simple_tokenize(sample.references) for i, sample in enumerate(samples)}
     captions = {i: simple_tokenize([sample.caption]) for i, sample in enumerate(samples)}
     _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
@@ -86,8 +87,6 @@ class Monitor:
 
     def __init__(self, log_dir: Path | None):
         self.log_dir = log_dir
-        # Since the last log line, and since the start of the epoch.
-        self.steps = self.captions = self.tokens = self.positions = 0
         self.epoch_loss, self.epoch_steps, self.blind_validations = 0.0, 0, 0
         self._board: Any = None
         self.restart_clock()
@@ -101,12 +100,13 @@ class Monitor:
                 self._board = SummaryWriter(str(self.log_dir))
                 self._board.add_text("training/config", f"```yaml\n{recipe_yaml}```", 0)
 
+    def restart_clock(self) -> None:
+        """Leave validation, saving and sampling out of the next throughput."""
+        self._started, self._sizes = time.perf_counter(), []
+
     def step(self, size: StepSize) -> None:
         """Count an optimizer step of all processes."""
-        self.steps += 1
-        self.captions += size.num_captions
-        self.tokens += size.num_tokens
-        self.positions += size.num_positions
+        self._sizes.append(size)
 
     def updated(self, loss: float) -> None:
         """Count the loss of a step into the mean of its epoch."""
@@ -120,54 +120,40 @@ class Monitor:
         self.epoch_loss, self.epoch_steps = 0.0, 0
 
     def training(
-        self,
-        *,
-        step: int,
-        total_steps: int,
-        epoch: int,
-        loss: float,
-        learning_rate: float,
-        gradient_norm: float,
-        of_objective: Mapping[str, float],
+        self, step: int, total_steps: int, epoch: int, gradient_norm: float, **means: float
     ) -> None:
-        """Log a step. ``of_objective``: further means by name."""
+        """Log a step. ``means``: loss, learning rate and what the objective adds."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        ms_per_step = 1000 * seconds / max(self.steps, 1)
+        _, captions, tokens, positions = map(sum, zip(*self._sizes, strict=True))
+        per_step = seconds / len(self._sizes)
         rates = {
-            "samples_per_second": self.captions / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "padding_share": 1 - self.tokens / max(self.positions, 1),
+            "samples_per_second": captions / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - tokens / positions,
         }
-        eta = _duration((total_steps - step) * ms_per_step / 1000)
-        others = "".join(f"{k.replace('_', ' ')} {v:.3f} | " for k, v in of_objective.items())
+        others = {k: v for k, v in means.items() if k not in ("loss", "learning_rate")}
         logger.info(
-            f"epoch {epoch + 1} step {step}/{total_steps} | loss {loss:.4f} | {others}"
-            f"lr {learning_rate:.2e} | grad {gradient_norm:.2f} | {ms_per_step:.0f} ms/step | "
-            f"{rates['samples_per_second']:.1f} samples/s | "
+            f"epoch {epoch + 1} step {step}/{total_steps} | loss {means['loss']:.4f} | "
+            + "".join(f"{name.replace('_', ' ')} {mean:.3f} | " for name, mean in others.items())
+            + f"lr {means['learning_rate']:.2e} | grad {gradient_norm:.2f} | "
+            f"{1000 * per_step:.0f} ms/step | {rates['samples_per_second']:.1f} samples/s | "
             f"{rates['tokens_per_second']:.0f} tokens/s | {rates['padding_share']:.0%} pads | "
-            f"ETA {eta}"
+            f"ETA {timedelta(seconds=round((total_steps - step) * per_step))}"
         )
-        scalars = {"loss": loss, "learning_rate": learning_rate, **of_objective}
-        tags = {f"train/{name}": value for name, value in scalars.items()}
+        tags = {f"train/{name}": mean for name, mean in means.items()}
         self._scalars({**tags, "train/grad_norm_before_clip": gradient_norm}, step)
-        self._record("train", step, **scalars, gradient_norm=gradient_norm, **rates)
+        self._record("train", step, **means, gradient_norm=gradient_norm, **rates)
         self.restart_clock()
 
     def skipped(self, step: int, cause: str, images: Sequence[str]) -> None:
-        """Log a step that changed nothing, with the ids of its images."""
+        """Log a step that changed nothing, with the names of its images."""
         others = len(images) - SHOWN_IMAGES
         shown = ", ".join(images[:SHOWN_IMAGES]) + (f" and {others} more" if others > 0 else "")
         logger.warning(f"step {step} skipped: {cause} | images {shown}")
         self._record("skipped", step, cause=cause, images=list(images))
 
     def validation(
-        self,
-        step: int,
-        epoch: int,
-        result: Validation,
-        captions: TokenizedImages,
-        *,
-        is_last: bool = False,
+        self, step: int, epoch: int, result: Validation, captions: TokenizedImages
     ) -> None:
         """Log a validation on human ``captions``, and warn where images are ignored."""
         gain = f"{result.visual_gain:+.3f} nats"
@@ -183,18 +169,10 @@ class Monitor:
                 "same for every image. Train longer, raise learning_rate, or check that captions "
                 "and images belong together (vlm-data inspect-loader)."
             )
-        elif is_last and 0 < self.blind_validations < BLIND_VALIDATIONS:
-            logger.info(
-                f"after these {step} steps the captioner does not look at its images yet "
-                f"(visual gain {gain} per token): train longer"
-            )
-        names = ("loss", "perplexity", "visual_gain")
-        scalars = {name: getattr(result, name) for name in names}
-        counted = {
-            "avg_sequence_length": captions.mean_length,
-            "token_diversity": captions.token_diversity,
-        }
-        self._scalars({f"val/{name}": value for name, value in (scalars | counted).items()}, step)
+        scalars = {name: getattr(result, name) for name in ("loss", "perplexity", "visual_gain")}
+        lengths = {"avg_sequence_length": captions.mean_length}
+        counted = {**scalars, **lengths, "token_diversity": captions.token_diversity}
+        self._scalars({f"val/{name}": value for name, value in counted.items()}, step)
         self._record("validation", step, epoch=epoch, **scalars)
 
     def decoded(self, step: int, result: DecodedValidation) -> None:
@@ -230,23 +208,12 @@ class Monitor:
         numbers = {"mean_length": length, "token_diversity": diversity, "sample_bleu4": bleu}
         self._record("samples", step, captions=captions, **numbers)
 
-    def restart_clock(self) -> None:
-        """Leave validation, saving and sampling out of the next throughput."""
-        self._started = time.perf_counter()
-        self.steps = self.captions = self.tokens = self.positions = 0
-
     def state_dict(self) -> dict[str, float]:
-        names = (
-            "steps", "captions", "tokens", "positions", "epoch_loss", "epoch_steps",
-            "blind_validations",
-        )  # fmt: skip
-        seconds = time.perf_counter() - self._started
-        return {"seconds": seconds, **{name: getattr(self, name) for name in names}}
+        return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        for name in self.state_dict().keys() & state.keys() - {"seconds"}:
+        for name in state.keys() & set(KEPT):
             setattr(self, name, state[name])
-        self._started = time.perf_counter() - state["seconds"]
 
     def close(self) -> None:
         if self._board is not None:
@@ -274,9 +241,3 @@ class Monitor:
                 f"cannot write {self.log_dir}: {error.strerror or error} (free some space, or "
                 "choose another folder with log_dir=...)"
             ) from error
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

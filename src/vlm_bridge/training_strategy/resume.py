@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlm_bridge.configuration import Recipe, published_recipe
+from vlm_bridge.configuration import Recipe, flat, published_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -20,7 +20,7 @@ from vlm_bridge.training_strategy.state import TrainState, seed_all
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # the newest sound checkpoint in the recipe's checkpoint_dir, if there is one
-MOMENTS = ("exp_avg", "exp_avg_sq")
+DATASET_FACTS = ("source", "counts", "split_rule", "seed", "settings", "fingerprint")
 
 
 class Found(NamedTuple):
@@ -29,7 +29,6 @@ class Found(NamedTuple):
     path: Path
     content: dict[str, Any]
     changes: Sequence[str] = ()
-    is_other_data: bool = False
 
 
 def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -64,7 +63,6 @@ def find_checkpoint(
         CheckpointError: there is none, it is damaged, or (without ``force``) of another training.
     """
     folder = Path(recipe.checkpoint_dir)
-    resume = world.from_first(lambda: resume)
     if resume is None:
         if (folder / checkpoints.LATEST).is_file():
             logger.info(
@@ -82,35 +80,29 @@ def find_checkpoint(
             return None
     else:
         found = world.from_first(lambda: find_run(resume))
-    return _check(Found(*found), recipe, manifest, force=force)
-
-
-def _check(found: Found, recipe: Recipe, manifest: Mapping[str, Any], *, force: bool) -> Found:
-    path, content, *_ = found
+    path, content = found
     checkpoints.check_architecture(content, recipe, path)
     if checkpoints.ORIGINAL_TRAINING in content:
-        return found
+        return Found(path, content)
     if (training := content.get("training")) is None:
         raise CheckpointError(
             f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}, "
             f"or train on from these weights with start_from={path}"
         )
     before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
-    of_data = dataset_changes(before, dataset_facts(manifest))
     of_recipe = recipe.changes_since(checkpoints.recipe_of(content, path, to_build=False))
-    changes = of_data + of_recipe
+    changes = dataset_changes(before, dataset_facts(manifest)) + of_recipe
     if changes and not force:
         raise CheckpointError(
             f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what "
             "it was, or continue all the same with --force)"
         )
-    return Found(path, content, changes, bool(of_data))
+    return Found(path, content, changes)
 
 
 def dataset_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts about a caption folder that a checkpoint holds, with dotted keys."""
-    wanted = ("source", "counts", "split_rule", "seed", "settings", "fingerprint")
-    return _flat({key: manifest[key] for key in wanted if key in manifest})
+    return flat({key: manifest[key] for key in DATASET_FACTS if key in manifest})
 
 
 def dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -124,48 +116,37 @@ def dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     ]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def resumed_recipe(path: str | Path) -> Recipe:
     """Return the recipe of a run; dinov2-gemma's own settings go over training-default."""
     _, content = find_run(path)
-    if "recipe" not in content and checkpoints.ORIGINAL_TRAINING in content:
+    if "recipe" in content:
+        recipe = checkpoints.recipe_of(content, path)
+    else:
         settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
         recipe = published_recipe(settings, str(path))
-    else:
-        recipe = checkpoints.recipe_of(content, path)
     return recipe.replace(resume_from_checkpoint=str(path))
 
 
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
-    """Load a checkpoint into the state of a training, and log what may make it differ.
+    """Load a checkpoint into the state of a training.
 
     Raises:
         CheckpointError: its optimizer has other groups, or it holds no state of a training.
     """
-    path, content = found.path, found.content
+    path, content, changes = found
     checkpoints.restore(state.model, content, path)
     if checkpoints.ORIGINAL_TRAINING in content:
         _continue_original(path, content[checkpoints.ORIGINAL_TRAINING], state, data)
         return
     training = content["training"]
-    before, now = (
-        _names_by_group(s) for s in (training["optimizer"], state.optimizer.state_dict())
-    )
-    if before not in (None, now):
-        raise CheckpointError(
-            f"{path} has its optimizer's state for other groups of parameters: keep the patterns "
-            "under trainable in their order (their learning rates may change)"
-        )
     try:
+        before = [group.get("param_names") for group in training["optimizer"]["param_groups"]]
+        now = [group["param_names"] for group in state.optimizer.state_dict()["param_groups"]]
+        if before[0] is not None and before != now:  # an early version wrote no names
+            raise CheckpointError(
+                f"{path} has its optimizer's state for other groups of parameters: keep the "
+                "patterns under trainable in their order (their learning rates may change)"
+            )
         if state.average is not None:
             state.average.restart()
         state.load_state_dict(training, path)
@@ -180,48 +161,19 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
         # Early versions counted an epoch after its validation.
         state.epoch, state.step_in_epoch, state.validated_step = state.epoch + 1, 0, 0
     logger.info(f"resumed {path} at step {state.step} of {data.total_steps}")
-    for change in found.changes:
+    for change in changes:
         logger.info(f"changed by --force: {change}")
-    if state.step_in_epoch and (
-        found.is_other_data or _differing(training["data_order"], data.order(), "was")
-    ):
-        logger.info(
-            "the rest of this epoch is of another order: some captions come twice in it, others "
-            "not at all"
-        )
-    if others := _differing(content.get("versions", {}), checkpoints.package_versions(), "was"):
+    was, versions = content.get("versions", {}), checkpoints.package_versions()
+    if others := [f"{k}={v}, was {was[k]}" for k, v in versions.items() if was.get(k, v) != v]:
         logger.info(f"other versions may round otherwise: {', '.join(others)}")
-    schedule = schedule_facts(data.recipe, data.total_steps)
-    if others := _differing(training.get("scheduler", {}), schedule, "not"):
-        logger.info(f"the learning rate follows another schedule from here on: {', '.join(others)}")
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any], word: str) -> list[str]:
-    return [
-        f"{key}={now[key]}, {word} {before[key]}"
-        for key in now
-        if before.get(key, now[key]) != now[key]
-    ]
-
-
-def schedule_facts(recipe: Recipe, total_steps: int) -> dict[str, Any]:
-    """Return the settings that decide the learning rate of a step."""
-    names = ("scheduler_type", "learning_rate", "min_lr", "warmup_steps", "trainable")
-    return {"total_steps": total_steps, **{name: getattr(recipe, name) for name in names}}
-
-
-def _names_by_group(optimizer_state: dict[str, Any]) -> list[list[str]] | None:
-    """Return parameter names of each group; None where an early version wrote no names."""
-    groups = optimizer_state["param_groups"]
-    return [group["param_names"] for group in groups] if "param_names" in groups[0] else None
 
 
 def _continue_original(
     path: Path, training: Mapping[str, Any], state: TrainState, data: TrainingData
 ) -> None:
-    """Continue a run of dinov2-gemma's own code: moments and position where they fit."""
+    """Continue a run of dinov2-gemma's own code: moments where they fit, and the epoch."""
     seed_all(data.recipe.seed)  # of dropout
-    epochs, schedule = training.get("epoch"), training.get("scheduler_state_dict")
+    epochs = training.get("epoch")
     state.epoch = min(epochs if type(epochs) is int else 0, data.recipe.num_epochs)
     steps = sum(data.steps_in_epoch(epoch) for epoch in range(state.epoch))
     state.step = state.validated_step = min(steps, data.total_steps)
@@ -231,13 +183,6 @@ def _continue_original(
         f"{data.total_steps}, with {'its optimizer' if taken else 'a new optimizer'}; its best "
         "loss is not taken, for it counts pads"
     )
-    stood = schedule if isinstance(schedule, Mapping) else {}
-    step, total = stood.get("last_epoch"), stood.get("T_max")
-    if step is not None and (step, total) != (state.step, data.total_steps):
-        logger.info(
-            f"its schedule stood at step {step} of {total}: its data or settings are others, and "
-            "the learning rate is this recipe's for the same epoch"
-        )
 
 
 def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[str, Any]) -> bool:
@@ -247,18 +192,18 @@ def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[st
         Whether they fit every parameter of the optimizer.
     """
     ours = optimizer.state_dict()
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for group in ours["param_groups"] for name in group["param_names"]]
     try:
         theirs = training["optimizer_state_dict"]["state"]
-        by_name = {name: theirs.get(number) for number, name in enumerate(ORIGINAL_NAMES)}
-        for group, options in zip(optimizer.param_groups, ours["param_groups"], strict=True):
-            members = zip(group["params"], options["params"], options["param_names"], strict=True)
-            for parameter, number, name in members:
-                found = by_name[name]
-                if any(found[key].shape != parameter.shape for key in MOMENTS):
-                    return False
-                moments[number] = {key: found[key] for key in MOMENTS}
-                moments[number]["step"] = torch.as_tensor(found["step"])
+        by_name = {name: theirs[number] for number, name in enumerate(ORIGINAL_NAMES)}
+        moments = {}
+        for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+            exp_avg, exp_avg_sq = (by_name[name][key] for key in ("exp_avg", "exp_avg_sq"))
+            if not exp_avg.shape == exp_avg_sq.shape == parameter.shape:
+                return False
+            step = torch.as_tensor(by_name[name]["step"])
+            moments[number] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
     except (KeyError, TypeError, AttributeError):
         return False
     optimizer.load_state_dict({"state": moments, "param_groups": ours["param_groups"]})

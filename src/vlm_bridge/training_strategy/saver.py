@@ -14,7 +14,7 @@ from vlm_bridge.configuration import Recipe, parse_interval
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.state import TrainState, all_finite
+from vlm_bridge.training_strategy.state import TrainState
 
 KEPT_STEP_CHECKPOINTS = 3
 ECHO_SECONDS = 1.0  # within which torchrun repeats a Ctrl-C to processes that have had it
@@ -33,31 +33,37 @@ class Saver:
     """Save checkpoints of a state.
 
     Args:
-        facts: entries of every full checkpoint beside the state: data and data order.
+        facts: entries of every full checkpoint beside the state.
+        resumed: the checkpoint that the state was loaded from.
     """
 
-    def __init__(self, state: TrainState, recipe: Recipe, world: World, facts: Mapping[str, Any]):
+    def __init__(
+        self,
+        state: TrainState,
+        recipe: Recipe,
+        world: World,
+        facts: Mapping[str, Any],
+        resumed: Path | None = None,
+    ):
         self.state, self.recipe, self.world, self.facts = state, recipe, world, facts
         self.folder = Path(recipe.checkpoint_dir)
         self.every = parse_interval(recipe.save_every)
         self.saved_at = time.monotonic()
-        self.last_sound: Path | None = None
-        self._latest_holds: tuple[int, int] | None = None
+        self.last_sound = resumed
+        is_latest = resumed and resumed.resolve() == (self.folder / checkpoints.LATEST).resolve()
+        self._latest_holds = self._position if is_latest else None
         if world.is_first:
             checkpoints.discard_unfinished(self.folder)
 
-    def resumed_from(self, path: Path) -> None:
-        """Note that the state was loaded from a checkpoint."""
-        self.last_sound = path
-        if path.resolve() == (self.folder / checkpoints.LATEST).resolve():
-            self._latest_holds = (self.state.step, self.state.validated_step)
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.state.step, self.state.validated_step
 
     def latest(self) -> Path:
         """Save the latest checkpoint, unless it holds this state already."""
-        position = (self.state.step, self.state.validated_step)
-        if self._latest_holds != position:
+        if self._latest_holds != self._position:
             self._save(checkpoints.LATEST)
-            self._latest_holds = position
+            self._latest_holds = self._position
         return self.folder / checkpoints.LATEST
 
     def best(self) -> None:
@@ -70,13 +76,12 @@ class Saver:
 
     def after_step(self) -> None:
         """Save where the recipe's ``save_every`` asks for it."""
-        count, unit = self.every
-        is_epoch_end = self.state.step_in_epoch == 0
-        if unit == "step" and self.state.step % count == 0:
+        (count, unit), state = self.every, self.state
+        if unit == "step" and state.step % count == 0:
             self.step()
         if unit == "minute" and time.monotonic() - self.saved_at >= 60 * count:
             self.latest()
-        if unit == "epoch" and is_epoch_end and self.state.epoch % count == 0:
+        if unit == "epoch" and state.step_in_epoch == 0 and state.epoch % count == 0:
             self.latest()
 
     def step(self) -> Path:
@@ -88,18 +93,13 @@ class Saver:
 
     def check_weights(self) -> None:
         """Raise TrainingError if an update overflowed; waits for the device."""
-        if all_finite(self.state.model.trained_state_dict().values()) and all_finite(
-            self.state.weights().values()
-        ):
-            return
-        rate = f"a learning_rate below {self.recipe.learning_rate:g}"
-        mend = f"start with {rate}"
-        if self.last_sound:
-            mend = f"resume {self.last_sound}, the last checkpoint before that, with {rate}"
-        raise TrainingError(
-            f"stopped at step {self.state.step}: the weights are not finite any more, and were not "
-            f"saved: {mend}"
-        )
+        if not self.state.is_finite():
+            before = self.last_sound
+            mend = f"resume {before}, the last checkpoint before that," if before else "start"
+            raise TrainingError(
+                f"stopped at step {self.state.step}: the weights are not finite any more, and were "
+                f"not saved: {mend} with a learning_rate below {self.recipe.learning_rate:g}"
+            )
 
     def _save(self, name: str) -> Path:
         self.check_weights()

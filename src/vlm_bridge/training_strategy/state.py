@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.optimizer import WeightAverage
 
 POSITION = ("step", "epoch", "step_in_epoch", "validated_step")
+PROGRESS = (*POSITION, "best_loss", "best_score", "skipped_steps")
 
 
 class Stateful(Protocol):
@@ -68,6 +70,14 @@ class TrainState:
         averaged = self.average.weights if self.average is not None else {}
         return {**self.model.trained_state_dict(), **averaged}
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Swap the average, where there is one, into the model for a block."""
+        return self.average.in_model() if self.average is not None else nullcontext()
+
+    def is_finite(self) -> bool:
+        """Return whether every trained and averaged weight is finite; waits for the device."""
+        return all_finite([*self.model.trained_state_dict().values(), *self.weights().values()])
+
     def advance(self, steps_in_epoch: int) -> None:
         """Count an optimizer step."""
         self.step += 1
@@ -85,21 +95,17 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint beside weights and recipe."""
-        kept = (*POSITION, "best_loss", "best_score", "skipped_steps")
-        state = {
-            "progress": {name: getattr(self, name) for name in kept},
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        average = self.average
+        return {
+            "progress": {name: getattr(self, name) for name in PROGRESS},
             "early_stopping": {"best": self.best_watched, "bad_validations": self.bad_validations},
-            "running": {
-                "skipped_in_a_row": self.skipped_in_a_row,
-                **{name: part.state_dict() for name, part in self.parts.items()},
-            },
+            "running": {"skipped_in_a_row": self.skipped_in_a_row, **parts},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **random_states(self.device),
+            **({"live_weights": average.live_weights} if average is not None else {}),
         }
-        if self.average is not None:
-            state["live_weights"] = self.average.live_weights
-        return state
 
     def load_state_dict(self, training: Mapping[str, Any], where: Path) -> None:
         """Continue from `state_dict`; the model's weights are loaded already.
@@ -118,8 +124,8 @@ class TrainState:
         progress = training["progress"]
         if not all(type(progress[name]) is int and progress[name] >= 0 for name in POSITION):
             raise ValueError(f"its position is {progress}")
-        for name, value in progress.items():
-            setattr(self, name, value)
+        for name in progress.keys() & set(PROGRESS):
+            setattr(self, name, progress[name])
         self.best_watched = float(training["early_stopping"]["best"])
         self.bad_validations = int(training["early_stopping"]["bad_validations"])
         running = training["running"]
@@ -133,8 +139,7 @@ class TrainState:
 def upgrade(training: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the state in a checkpoint of an earlier version to today's layout."""
     progress = dict(training["progress"])
-    owes = progress.pop("owes_decoding", False)
-    progress.setdefault("validated_step", 0 if owes else progress["step"])
+    progress.setdefault("validated_step", 0 if progress.get("owes_decoding") else progress["step"])
     running = dict(training.get("running", {}))
     if "self_critical" in running:
         running["objective"] = running.pop("self_critical")
@@ -175,6 +180,5 @@ def restore_random_states(states: Mapping[str, Any], device: torch.device) -> No
     if "python_random_state" in states:
         version, internal, gauss = states["python_random_state"]
         random.setstate((version, tuple(internal), gauss))
-    if "numpy_random_state" in states:
         kind, key, *rest = states["numpy_random_state"]
         np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_bridge import runtime
+from vlm_bridge import device
 from vlm_bridge.configuration import DecodeSettings, Recipe, parse_interval
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.data_pipeline.images import open_image
@@ -34,15 +34,10 @@ from vlm_bridge.training_strategy.preflight import (
     check_positions,
     memory_explained,
 )
-from vlm_bridge.training_strategy.resume import (
-    continue_from,
-    dataset_facts,
-    find_checkpoint,
-    schedule_facts,
-)
+from vlm_bridge.training_strategy.resume import continue_from, dataset_facts, find_checkpoint
 from vlm_bridge.training_strategy.saver import Interrupted, Interruption, Saver
 from vlm_bridge.training_strategy.state import TrainState, seed_all
-from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, StepResult, TrainStep
+from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep
 from vlm_bridge.training_strategy.validation import (
     DecodedValidation,
     Validation,
@@ -101,17 +96,16 @@ def train(
 
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
-        autocast = partial(runtime.autocast, world.device, recipe.autocast_dtype)
+        autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
         optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
-        state = TrainState(model, optimizer, gradient_scaler(recipe, world.device))
         objective = OBJECTIVES[recipe.objective](
             model, recipe, data.format, data.train_images, data.train, autocast
         )
+        monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
+        state = TrainState(model, optimizer, gradient_scaler(recipe, world.device))
+        state.parts = {"monitor": monitor, "objective": objective} if world.is_first else {}
         if recipe.weight_averaging is not None:
             state.average = WeightAverage(model, recipe.weight_averaging)
-        log_dir = Path(recipe.log_dir) if world.is_first else None
-        monitor = Monitor(log_dir)
-        state.parts = {"monitor": monitor, "objective": objective} if world.is_first else {}
         if found is None:
             start(state, data, initial_weights)
         else:
@@ -120,15 +114,13 @@ def train(
             state, objective, recipe, world,
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
         )  # fmt: skip
-        saver = Saver(state, recipe, world, {
-            "dataset": dataset_facts(folder.manifest), "data_order": data.order(),
+        facts = {
+            "dataset": dataset_facts(folder.manifest),
             "dataset_fingerprint": folder.fingerprint,
-            "scheduler": schedule_facts(recipe, data.total_steps),
-        })  # fmt: skip
-        if found is not None:
-            saver.resumed_from(found.path)
-        judge = Judge(state, data, recipe, monitor, saver, autocast)
-        log_start(state, data, take_step, world)
+        }
+        saver = Saver(state, recipe, world, facts, resumed=found and found.path)
+        judge = Judge(state, data, monitor, saver, autocast)
+        log_start(state, data, take_step)
         monitor.start(recipe.to_yaml())
         if judge.is_finished and not judge.is_due:
             logger.info("nothing is left to train")
@@ -139,9 +131,9 @@ def train(
             while not judge.is_finished:
                 epoch, steps = state.epoch, data.steps_in_epoch(state.epoch)
                 for batches in data.steps(objective, epoch, state.step_in_epoch):
-                    learning_rate = take_step.learning_rate
+                    rate = take_step.learning_rate
                     monitor.step(take_step(batches, steps))
-                    log_step(take_step, objective, data, monitor, learning_rate, saver)
+                    log_step(take_step, objective, data, monitor, rate, saver)
                     saver.after_step()
                     judge.validate_if_due(interruption)
                     if signal_number := world.largest(interruption.received):
@@ -162,7 +154,7 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     if recipe.gradient_checkpointing:
         model.language_model.checkpoint_activations()
     if recipe.compile:
-        if lacking := runtime.missing_compiler(world.device):
+        if lacking := device.missing_compiler(world.device):
             logger.info(f"compile=true has no effect here: {lacking}")
         else:
             model.language_model.compile_body()
@@ -193,14 +185,14 @@ def start(
         state.average.restart()
 
 
-def log_start(state: TrainState, data: TrainingData, take_step: TrainStep, world: World) -> None:
+def log_start(state: TrainState, data: TrainingData, take_step: TrainStep) -> None:
     trained = sum(p.numel() for p in take_step.parameters)
     total = sum(p.numel() for p in state.model.parameters())
-    where = str(world.device)
-    if world.device.type == "cpu":
+    where = str(data.world.device)
+    if where == "cpu":
         where += f" ({torch.get_num_threads()} threads)"
-    if world.size > 1:
-        where += f", {world.size} processes"
+    if data.world.size > 1:
+        where += f", {data.world.size} processes"
     if take_step.warmup_steps < data.recipe.warmup_steps:
         logger.info(
             f"warm-up takes {take_step.warmup_steps} steps, a tenth of {data.total_steps}, and not "
@@ -227,8 +219,9 @@ def log_step(
         TrainingError: too many steps in a row were skipped, or the weights are not finite.
     """
     state, recipe, world = take_step.state, data.recipe, data.world
-    is_log_step = state.step % recipe.log_every_n_steps == 0 or state.step == data.total_steps
-    is_epoch_end = state.step_in_epoch == 0 or state.step == data.total_steps
+    is_last = state.step == data.total_steps
+    is_log_step = state.step % recipe.log_every_n_steps == 0 or is_last
+    is_epoch_end = state.step_in_epoch == 0 or is_last
     results = take_step.results(wait=is_log_step or is_epoch_end)
     for result in results:
         if result.was_skipped:
@@ -241,33 +234,23 @@ def log_step(
         saver.check_weights()
     # In a log step all processes know of the same steps.
     if take_step.gives_up and (is_log_step or world.size == 1):
-        give_up(state, recipe, world, saver)
-    last: StepResult | None = results[-1] if results else None
+        saved_to = saver.step()
+        world.wait()
+        raise TrainingError(
+            f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, "
+            f"since their loss or gradient was not finite. {saved_to} has the weights from before "
+            f"them, and older checkpoints in {recipe.checkpoint_dir} are kept: look at the images "
+            f"named above, or resume with a learning_rate below {recipe.learning_rate:g}"
+        )
     if is_log_step:
         statistics = objective.statistics(world.sum)
-        if last is not None and last.step == state.step and not last.was_skipped:
-            monitor.training(
-                step=state.step,
-                total_steps=data.total_steps,
-                epoch=last.place[0],
-                loss=last.loss,
-                learning_rate=learning_rate,
-                gradient_norm=last.gradient_norm,
-                of_objective=statistics,
-            )
+        if results and results[-1].step == state.step and not results[-1].was_skipped:
+            last = results[-1]
+            means = {"loss": last.loss, "learning_rate": learning_rate, **statistics}
+            epoch, norm = last.place[0], last.gradient_norm
+            monitor.training(state.step, data.total_steps, epoch, norm, **means)
     if is_epoch_end:
         monitor.epoch(last_epoch(state))
-
-
-def give_up(state: TrainState, recipe: Recipe, world: World, saver: Saver) -> None:
-    saved_to = saver.step()
-    world.wait()
-    raise TrainingError(
-        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, since "
-        f"their loss or gradient was not finite. {saved_to} has the weights from before them, and "
-        f"older checkpoints in {recipe.checkpoint_dir} are kept: look at the images named above, "
-        f"or resume with a learning_rate below {recipe.learning_rate:g}"
-    )
 
 
 def last_epoch(state: TrainState) -> int:
@@ -285,96 +268,74 @@ class Judge:
         self,
         state: TrainState,
         data: TrainingData,
-        recipe: Recipe,
         monitor: Monitor,
         saver: Saver,
         autocast: Callable[[], Any],
     ):
-        self.state, self.data, self.recipe = state, data, recipe
+        self.state, self.data, self.recipe = state, data, data.recipe
         self.monitor, self.saver, self.autocast = monitor, saver, autocast
-        self.every = parse_interval(recipe.validate_every)
+        self.every = parse_interval(self.recipe.validate_every)
         self.validation: Validation | None = None
         self.decoded: DecodedValidation | None = None
 
     @property
-    def is_finished(self) -> bool:
+    def stops_early(self) -> bool:
         patience = self.recipe.early_stopping_patience
-        stops_early = patience is not None and self.state.bad_validations >= patience
-        return stops_early or self.state.step >= self.data.total_steps
+        return patience is not None and self.state.bad_validations >= patience
+
+    @property
+    def is_finished(self) -> bool:
+        return self.stops_early or self.state.step >= self.data.total_steps
 
     @property
     def is_due(self) -> bool:
-        state = self.state
-        if state.validated_step == state.step:
-            return False
-        if state.step >= self.data.total_steps:
-            return True
-        if self.every.unit == "step":
-            return state.step % self.every.count == 0
-        return state.step_in_epoch == 0 and state.epoch % self.every.count == 0
+        state, (count, unit) = self.state, self.every
+        if state.validated_step == state.step or state.step >= self.data.total_steps:
+            return state.validated_step != state.step
+        if unit == "step":
+            return state.step % count == 0
+        return state.step_in_epoch == 0 and state.epoch % count == 0
 
     def validate_if_due(self, interruption: Interruption) -> None:
         """Validate, show samples, and save the best checkpoint."""
         if not self.is_due:
             return
-        saved_to = self.saver.latest()
-        average = self.state.average
-        with average.in_model() if average else nullcontext(), interruption.immediate(saved_to):
-            validation, samples = self._validate(), self._samples()
-            decoded = self._decode(self.recipe.decoded_images)
-        state, step = self.state, self.state.step
-        is_last = step >= self.data.total_steps
-        self.monitor.validation(step, last_epoch(state), validation, self.data.val, is_last=is_last)
-        watched = validation.loss
-        if decoded is not None:
-            self.monitor.decoded(step, decoded)
+        state, data, saved_to = self.state, self.data, self.saver.latest()
+        with state.averaged(), interruption.immediate(saved_to):
+            self.validation = validate(
+                state.model, data.val, data.val_features, autocast=self.autocast, world=data.world
+            )
+            samples = self._samples()
+            self.decoded = self._decode(self.recipe.decoded_images)
+        self.monitor.validation(state.step, last_epoch(state), self.validation, data.val)
+        watched = self.validation.loss
+        if self.decoded is not None:
+            self.monitor.decoded(state.step, self.decoded)
             if self.recipe.monitor != "loss":
-                score = decoded.score(self.recipe.monitor)
+                score = self.decoded.score(self.recipe.monitor)
                 state.best_score = max(state.best_score, score)
                 watched = -score
         if samples:
-            self.monitor.samples(step, samples)
-        self.validation, self.decoded = validation, decoded
-        state.best_loss = min(state.best_loss, validation.loss)
-        state.validated_step = step
+            self.monitor.samples(state.step, samples)
+        state.best_loss = min(state.best_loss, self.validation.loss)
+        state.validated_step = state.step
         if state.watch(watched):
             self.saver.best()
         if self.is_finished:
-            self._finish(interruption, saved_to)
+            if self.stops_early:
+                patience = self.recipe.early_stopping_patience
+                logger.info(f"early stopping: no improvement in {patience} validations")
+            self.saver.latest()
         self.monitor.restart_clock()
-
-    def _validate(self) -> Validation:
-        data = self.data
-        return validate(
-            self.state.model, data.val, data.val_features, autocast=self.autocast, world=data.world
-        )
-
-    def _finish(self, interruption: Interruption, saved_to: Path) -> None:
-        """Decode all validation images, where the recipe decodes some, and save the end."""
-        if self.state.step < self.data.total_steps:
-            patience = self.recipe.early_stopping_patience
-            logger.info(f"early stopping: no improvement in {patience} validations")
-        average, count = self.state.average, len(self.data.val_images)
-        if self.decoded is not None and self.decoded.num_images < count:
-            with average.in_model() if average else nullcontext(), interruption.immediate(saved_to):
-                self.decoded = self._decode(count)
-            assert self.decoded is not None
-            self.monitor.decoded(self.state.step, self.decoded)
-        self.saver.latest()
 
     def _decode(self, count: int) -> DecodedValidation | None:
         data = self.data
         if not count:
             return None
         return decode_and_score(
-            self.state.model,
-            data.format.prompt_ids,
-            data.val_images[:count],
-            data.val_features,
-            self.recipe.decode,
-            self.autocast,
-            data.world,
-        )
+            self.state.model, data.format.prompt_ids, data.val_images[:count], data.val_features,
+            self.recipe.decode, self.autocast, data.world,
+        )  # fmt: skip
 
     def _samples(self) -> list[Sample]:
         """Caption the first validation images greedily, in the first process."""
@@ -382,13 +343,12 @@ class Judge:
         count = min(self.recipe.num_validation_samples, len(data.val_images))
         if not count or not data.world.is_first:
             return []
-        was_training = model.training
         model.eval()
         greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
         features = model.features(torch.as_tensor(data.val_features[np.arange(count)]))
         with self.autocast():
             captions = model.generate(features, data.format.prompt_ids, greedy)
-        model.train(was_training)
+        model.train()
         decode = model.language_model.decode
         return [
             Sample(open_image(image.path), ids, decode(ids), image.captions)

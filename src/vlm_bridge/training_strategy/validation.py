@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
+from vlm_bridge.device import DeviceCopy
 from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.distributed import World
@@ -156,7 +156,7 @@ class LoadedBatch:
     """
 
     packed: PackedBatch
-    tensors: runtime.DeviceCopy
+    tensors: DeviceCopy
     weights: torch.Tensor | None = None
 
 
@@ -175,7 +175,7 @@ def load_batch(
     indices = batch.image_indices if images is None else images
     chosen = torch.as_tensor(features[indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
-    return LoadedBatch(batch, runtime.DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
+    return LoadedBatch(batch, DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
 
 
 def batch_loss(

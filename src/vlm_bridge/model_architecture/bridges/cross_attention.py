@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import CrossAttentionOptions
+from vlm_bridge.configuration import BridgeOptions
 from vlm_bridge.model_architecture.bridges.base import (
     Bridge,
     ImageInputs,
@@ -30,7 +30,7 @@ class CrossAttentionBridge(Bridge):
 
     def __init__(
         self,
-        options: CrossAttentionOptions,
+        options: BridgeOptions,
         vision_dim: int,
         text: TextShape,
         num_image_tokens: int,
@@ -41,7 +41,7 @@ class CrossAttentionBridge(Bridge):
             raise ValueError(
                 f"bridge.num_heads={options.num_heads} does not divide the text width {width}"
             )
-        self.first_layer = entered_layer(options.enter_at_layer, text)
+        self.first_layer = entered_layer(options.enter_at_layer or 0, text)
         self.num_heads, self.dropout = options.num_heads, options.dropout
         self.vision_projection = nn.Linear(vision_dim, width)
         self.attention_norm = nn.LayerNorm(width)

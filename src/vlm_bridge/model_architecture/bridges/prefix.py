@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import DeepPrefixOptions, PrefixOptions, ResamplerOptions
+from vlm_bridge.configuration import BridgeOptions
 from vlm_bridge.model_architecture.bridges.base import (
     Bridge,
     ImageInputs,
@@ -21,7 +21,7 @@ from vlm_bridge.model_architecture.bridges.base import (
 class ResamplerBridge(Bridge):
     """Base of bridges that read an image through learned queries."""
 
-    def __init__(self, options: ResamplerOptions, vision_dim: int, width: int, num_tokens: int):
+    def __init__(self, options: BridgeOptions, vision_dim: int, width: int, num_tokens: int):
         super().__init__()
         self.resampler = Resampler(options, vision_dim, width, num_tokens)
 
@@ -38,7 +38,7 @@ class PrefixBridge(ResamplerBridge):
     """
 
     def __init__(
-        self, options: PrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+        self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
         width = options.width or text.width
         super().__init__(options, vision_dim, width, num_image_tokens)
@@ -65,7 +65,7 @@ class DeepPrefixBridge(ResamplerBridge):
     """
 
     def __init__(
-        self, options: DeepPrefixOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+        self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
         width = options.width or text.width
         super().__init__(options, vision_dim, width, num_image_tokens)
@@ -94,9 +94,7 @@ class Resampler(nn.Module):
     Features [B, N, D] become [B, P, W] for P queries of width W.
     """
 
-    def __init__(
-        self, options: ResamplerOptions, vision_dim: int, width: int, num_image_tokens: int
-    ):
+    def __init__(self, options: BridgeOptions, vision_dim: int, width: int, num_image_tokens: int):
         super().__init__()
         if width % options.num_heads:
             raise ValueError(
@@ -149,7 +147,7 @@ class Resampler(nn.Module):
 class ResamplerLayer(nn.Module):
     """Pre-norm attention of queries [B, P, W] over [queries; image tokens], then feed-forward."""
 
-    def __init__(self, options: ResamplerOptions, width: int):
+    def __init__(self, options: BridgeOptions, width: int):
         super().__init__()
         self.num_heads, self.dropout = options.num_heads, options.dropout
         hidden = options.feed_forward_multiplier * width

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import ProjectionOptions
+from vlm_bridge.configuration import BridgeOptions
 from vlm_bridge.model_architecture.bridges.base import Bridge, ImageInputs, TextShape
 
 
@@ -20,7 +20,7 @@ class ProjectionBridge(Bridge):
     """
 
     def __init__(
-        self, options: ProjectionOptions, vision_dim: int, text: TextShape, num_image_tokens: int
+        self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
         super().__init__()
         width = text.cross_attention_width
