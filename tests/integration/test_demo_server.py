@@ -21,7 +21,7 @@ pytest.importorskip("gradio", reason="the demo page needs gradio: pip install 'v
 import httpx
 
 from demo_server import noise, png, tiny_service
-from vlm_bridge.demo.server import is_own_name, serving
+from vlm_bridge.demo.server import serving
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService
 
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><rect width="9"/></svg>'
@@ -179,11 +179,8 @@ def test_only_names_of_this_server_are_answered(address: str) -> None:
     port = httpx.URL(address).port
     for host in ("evil.example", f"localhost.evil.example:{port}", "", "[::1", "a b"):
         assert httpx.get(f"{address}/config", headers={"Host": host}).status_code == 400, host
-    for host in (f"127.0.0.1:{port}", f"LOCALHOST:{port}", "[::1]:80"):
+    for host in (f"127.0.0.1:{port}", f"LOCALHOST:{port}"):
         assert httpx.get(address, headers={"Host": host}).status_code == 200, host
-    assert is_own_name("192.168.1.7:7860", "0.0.0.0")
-    assert is_own_name("box.example", "box.example")
-    assert not is_own_name("evil.example", "0.0.0.0")
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])

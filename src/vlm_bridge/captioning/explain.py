@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
@@ -21,13 +21,7 @@ from vlm_bridge.model_architecture.captioner import image_attention
 __all__ = ["Explanation", "WordAttention", "attention_panels", "explain", "word_overlays"]
 
 UNLIMITED = 2**31  # tokens of an explained caption
-PANEL, GAP, MAX_COLUMNS = 208, 18, 6  # PANEL: pixels of the longer side
-TITLE_SIZE, WORD_SIZE, NOTE_SIZE = 24, 20, 14
-INK, GRAY = "#212529", "#6c757d"
-# Five colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
-HEAT = np.array(
-    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64
-)
+PANEL, MAX_COLUMNS = 208, 6  # pixels of the longer side
 FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
 EVEN_SCALE = 3.0
 """Least top of the color scale, as a multiple of even attention; even maps then stay pale."""
@@ -123,9 +117,7 @@ def group_words(
     return words
 
 
-def word_overlays(
-    explanation: Explanation, image: Image.Image, side: int = PANEL
-) -> list[Image.Image]:
+def word_overlays(explanation: Explanation, image: Image.Image, side: int) -> list[Image.Image]:
     """Return the image under each word's heat map, in order; `side` pixels on the longer side.
 
     Args:
@@ -143,17 +135,17 @@ def _overlay(
     shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]
 ) -> Image.Image:
     """Return the gray image under a heat map; areas that the encoder does not see stay gray."""
+    from matplotlib import colormaps
+
     left, top, right, bottom = area
     ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
     heat = Image.fromarray((word.map / ceiling).astype(np.float32))
     heat_hw = np.asarray(heat.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
     heat_hw = heat_hw.clip(0, 1)
-    stops = np.linspace(0, 1, len(HEAT))
-    colors_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
-    cover_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
+    colors_hwc = colormaps["viridis"](heat_hw)[..., :3] * 255  # safe for color-blind readers
+    opacity_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
     gray = shown.convert("L").convert("RGB")
-    below_hwc = np.asarray(gray.crop(area), dtype=np.float64)
-    covered = (1 - cover_hw1) * below_hwc + cover_hw1 * colors_hwc
+    covered = (1 - opacity_hw1) * np.asarray(gray.crop(area)) + opacity_hw1 * colors_hwc
     gray.paste(Image.fromarray(covered.round().astype(np.uint8)), (left, top))
     return gray
 
@@ -164,53 +156,22 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
     Args:
         image: in the size that `explain` was given.
     """
-    shown = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL), Image.Resampling.LANCZOS)
-    panels = [(shown, "", "")]
-    for word, overlay in zip(explanation.words, word_overlays(explanation, image), strict=True):
-        panels.append((overlay, word.word, f"{word.peak:.1f}x"))
+    from matplotlib.figure import Figure
 
+    shown = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL))
+    panels = [shown, *word_overlays(explanation, image, PANEL)]
+    titles = ["", *(f"{word.word}\n{word.peak:.1f}x" for word in explanation.words)]
     columns = min(len(panels), MAX_COLUMNS)
-    width = max(columns, 3) * (PANEL + GAP) + GAP
-    title_font = font_for(explanation.caption, TITLE_SIZE)
-    title = _wrap(explanation.caption or "(no caption)", title_font, width - 2 * GAP)
-    line_height = round(1.3 * TITLE_SIZE)
-    top = GAP + len(title) * line_height + GAP // 2
-    row_height = shown.height + round(1.4 * WORD_SIZE + 1.4 * NOTE_SIZE) + GAP
-    bottom = top + -(-len(panels) // columns) * row_height
-
-    sheet = Image.new("RGB", (width, bottom + NOTE_SIZE + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, line in enumerate(title):
-        pen.text((GAP, GAP + number * line_height), line, fill=INK, font=title_font)
-    for index, (panel, word, note) in enumerate(panels):
-        row, column = divmod(index, columns)
-        left, upper = GAP + column * (PANEL + GAP), top + row * row_height
-        sheet.paste(panel, (left + (PANEL - shown.width) // 2, upper))
-        middle, below = left + PANEL // 2, upper + shown.height + 6
-        size = WORD_SIZE
-        while size > NOTE_SIZE // 2 and font_for(word, size).getlength(word) > PANEL:
-            size -= 1
-        pen.text((middle, below), word, fill=INK, font=font_for(word, size), anchor="ma")
-        below += round(1.3 * WORD_SIZE)
-        pen.text((middle, below), note, fill=GRAY, font=font_for(note, NOTE_SIZE), anchor="ma")
-    pen.text((GAP, bottom), NOTE, fill=GRAY, font=font_for(NOTE, NOTE_SIZE))
-    return sheet
-
-
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return Pillow's own font, which has only ASCII, or a system font for other text."""
-    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+    rows = -(-len(panels) // columns)
+    height = rows * (2.2 * shown.height / PANEL + 0.5) + 0.8
+    figure = Figure(figsize=(max(columns, 3) * 2.3, height), layout="constrained")
+    figure.suptitle(explanation.caption or "(no caption)", wrap=True, parse_math=False)
+    figure.supxlabel(NOTE, fontsize=8, wrap=True)
+    for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if number < len(panels):
+            axes.imshow(panels[number])
+            axes.set_title(titles[number], fontsize=10, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

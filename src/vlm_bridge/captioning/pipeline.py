@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,23 +45,23 @@ class CaptionResult:
 
     Attributes:
         score: mean log-probability per token of the caption, in nats.
-        error: set, with `caption` None, if the image cannot be read.
-        finished: whether the caption ended with EOS before `max_new_tokens`; None without one.
+        finished: whether the caption ended with EOS before `max_new_tokens`.
+        error: set, with the others None, if the image cannot be read.
     """
 
     image: str
-    caption: str | None
-    score: float | None
-    error: str | None = None
+    caption: str | None = None
+    score: float | None = None
     finished: bool | None = None
+    error: str | None = None
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One of several captions; `score` is its mean log-probability per token, in nats."""
+class Candidate(NamedTuple):
+    """A caption of an image; see `CaptionResult`."""
 
     caption: str
     score: float
+    finished: bool
 
 
 class Captioner:
@@ -147,8 +147,7 @@ class Captioner:
             ConfigurationError: `count` is above the number of beams.
         """
         pixels = self.model.vision_encoder.preprocess([upright_rgb(image) for image in images])
-        captions = self._caption_batch(pixels, decode or self.recipe.decode, count)
-        return in_batches([Candidate(caption, score) for caption, score, _ in captions], count)
+        return in_batches(self._caption_batch(pixels, decode or self.recipe.decode, count), count)
 
     def __call__(
         self,
@@ -210,12 +209,11 @@ class Captioner:
         *,
         batch_size: int = 16,
         world: World | None = None,
-        progress: Callable[[int], None] = lambda done: None,
     ) -> Validation:
         """Measure loss, perplexity and visual gain on captioned images.
 
         Args:
-            world: the processes that share the work, and all get the result.
+            world: the processes that share the work; each gets the result.
         """
         world = world or World(self.model.device)
         encoder = self.model.vision_encoder
@@ -225,10 +223,9 @@ class Captioner:
         features: Any = pixels
         if len(images) * encoder.num_tokens * encoder.embed_dim * 4 <= VALIDATION_MEMORY:
             # Every image is read with its own captions and with another's: encode it once.
-            parts = []
-            for indices in world.share(in_batches(range(len(images)), batch_size)):
-                encoded = self.model.features(torch.from_numpy(pixels[np.array(indices)]))
-                parts.append(encoded.float().cpu().numpy())
+            shared = world.share(in_batches(range(len(images)), batch_size))
+            chosen = (torch.from_numpy(pixels[np.array(indices)]) for indices in shared)
+            parts = [self.model.features(some).float().cpu().numpy() for some in chosen]
             features = np.concatenate(world.interleave(parts))
         return validate(
             self.model,
@@ -237,13 +234,12 @@ class Captioner:
             batch_images=batch_size,
             autocast=self._autocast,
             world=world,
-            progress=progress,
         )
 
     def _caption_batch(
         self, pixels: torch.Tensor, decode: DecodeSettings, per_image: int = 1
-    ) -> list[tuple[str, float, bool]]:
-        """Return (caption, score, finished) of pixels [B, 3, h, w], `per_image` for each."""
+    ) -> list[Candidate]:
+        """Caption pixels [B, 3, h, w], `per_image` times each."""
         features = self.model.features(pixels)
         with self._autocast():
             # Draws follow from pixels: features round differently in batches of another size.
@@ -251,9 +247,9 @@ class Captioner:
             captions = self.model.generate(
                 features, self.format.prompt_ids, decode, per_image, keys
             )
-        text_of = self.model.language_model.decode
+        text_of, most = self.model.language_model.decode, decode.max_new_tokens
         # EOS is one of the new tokens, and cut off.
-        return [(text_of(ids), score, len(ids) < decode.max_new_tokens) for ids, score in captions]
+        return [Candidate(text_of(ids), score, len(ids) < most) for ids, score in captions]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.model.device, self.recipe.autocast_dtype)
@@ -289,16 +285,14 @@ def caption_in_batches(
 
     results: list[CaptionResult] = []
     batches = in_batches(images, batch_size)
-    for batch, (errors, prepared) in zip(
-        batches, prefetch(batches, read, DECODE_AHEAD), strict=True
-    ):
+    ahead = prefetch(batches, read, DECODE_AHEAD)
+    for batch, (errors, prepared) in zip(batches, ahead, strict=True):
         captions = iter(caption_batch(prepared) if prepared is not None else [])
         for place, image in enumerate(batch):
             name = "<image>" if isinstance(image, Image.Image) else str(image)
             if place in errors:
-                results.append(CaptionResult(name, None, None, errors[place]))
+                results.append(CaptionResult(name, error=errors[place]))
             else:
-                caption, score, finished = next(captions)
-                results.append(CaptionResult(name, caption, score, finished=finished))
+                results.append(CaptionResult(name, *next(captions)))
         progress(len(results))
     return results

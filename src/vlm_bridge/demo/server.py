@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import ipaddress
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from gradio.themes import Default
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm_bridge.demo.page import CSS, Examples, build_page
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService, UploadError
@@ -30,6 +29,7 @@ UPLOAD_PATHS = ("/api/caption", "/gradio_api/upload")
 MAX_UPLOAD_REQUEST_MB = 200
 MAX_REQUEST_MB = 1  # of a request that carries no image
 QUEUE_SIZE = 100
+EVERYWHERE = ("0.0.0.0", "::", "")
 HEADERS = {
     # The browser then refuses to fetch anything from another host.
     "Content-Security-Policy": "default-src 'self' data: blob:; frame-ancestors 'self'; "
@@ -39,56 +39,22 @@ HEADERS = {
 }
 
 
-class Guard:
-    """ASGI middleware: refuse foreign hosts (DNS rebinding), foreign pages, and large bodies."""
-
-    def __init__(self, app: ASGIApp, listens_on: str):
-        self.app = app
-        self.listens_on = listens_on
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        if refused := self._refusal(scope):
-            status, message = refused
-            headers = {**HEADERS, "Connection": "close"}
-            await JSONResponse({"error": message}, status, headers)(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
-
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Return the status and message of a refused request."""
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if scope["type"] != "http" or not is_own_name(host, self.listens_on):
-            return 400, f"this server is not {host[:100]!r}: open it by its address, or use --host"
-        if origin is not None and urlsplit(origin).netloc != host:
-            return 403, "requests of other pages are refused"
-        if "transfer-encoding" in headers:
-            return 411, "send a Content-Length: the size is checked before the body is read"
-        most = MAX_UPLOAD_REQUEST_MB if scope["path"].startswith(UPLOAD_PATHS) else MAX_REQUEST_MB
-        if int(headers.get("content-length", 0)) > most * MEGABYTE:
-            return 413, f"the request is too large: send at most {most} MB"
-        return None
-
-
-def is_own_name(host: str, listens_on: str) -> bool:
-    """Return whether a Host header names this server.
-
-    Anyone can make a domain lead here (DNS rebinding), but not an address or this machine's name.
-    """
-    with suppress(ValueError):
-        name = urlsplit(f"//{host}").hostname or ""
-        own = {"localhost", listens_on.lower(), socket.gethostname().lower(), socket.getfqdn()}
-        return name in own or bool(ipaddress.ip_address(name))
-    return False
+async def guard(request: HTTPRequest, answer: RequestResponseEndpoint) -> Response:
+    """Refuse requests of other pages and large bodies; add headers to all answers."""
+    headers, origin = request.headers, request.headers.get("origin")
+    most = MAX_UPLOAD_REQUEST_MB if request.url.path in UPLOAD_PATHS else MAX_REQUEST_MB
+    response: Response
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        response = JSONResponse({"error": "requests of other pages are refused"}, 403)
+    elif "transfer-encoding" in headers:  # its size cannot be checked before it is read
+        response = JSONResponse({"error": "send a Content-Length"}, 411)
+    elif int(headers.get("content-length", 0)) > most * MEGABYTE:
+        error = f"the request is too large: send at most {most} MB"
+        response = JSONResponse({"error": error}, 413, {"Connection": "close"})
+    else:
+        response = await answer(request)
+    response.headers.update(HEADERS)
+    return response
 
 
 @contextmanager
@@ -127,6 +93,8 @@ def serving(
         raise UsageError(
             f"cannot serve on {host}:{port}: {error.strerror}; give another --port or --host"
         ) from error
+    # A domain of somebody else may lead here (DNS rebinding).
+    own_names = ["*"] if host in EVERYWHERE else [host, "localhost", "127.0.0.1", "[::1]"]
     with tempfile.TemporaryDirectory(prefix="vlm-bridge-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         page = build_page(service, run=run, examples=examples)
@@ -144,7 +112,10 @@ def serving(
             theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css_paths=CSS,
             app_kwargs={
-                "middleware": [Middleware(Guard, listens_on=host)],
+                "middleware": [
+                    Middleware(TrustedHostMiddleware, allowed_hosts=own_names),
+                    Middleware(BaseHTTPMiddleware, dispatch=guard),
+                ],
                 "routes": [Route("/api/caption", caption, methods=["POST"])],
                 "docs_url": None,  # these pages load scripts from elsewhere
                 "redoc_url": None,
@@ -169,6 +140,8 @@ async def _answer_form(service: CaptionService, request: HTTPRequest) -> dict[st
         chosen = service.default_request.updated(fields)
         name = upload.filename or "the upload"
         answer = await run_in_threadpool(service.answer, await upload.read(), name, chosen)
-    alternatives = [dataclasses.asdict(candidate) for candidate in answer.alternatives]
-    seconds = round(answer.seconds, 3)
-    return {"caption": answer.caption, "alternatives": alternatives, "seconds": seconds}
+    return {
+        "caption": answer.caption,
+        "alternatives": [{"caption": x.caption, "score": x.score} for x in answer.alternatives],
+        "seconds": round(answer.seconds, 3),
+    }

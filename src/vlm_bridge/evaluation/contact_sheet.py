@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.samples import ImageFile
@@ -44,8 +45,6 @@ def contact_sheet(
     Raises:
         OSError: the file cannot be written.
     """
-    from vlm_bridge.captioning.explain import font_for  # it imports torch
-
     columns = max(1, min(columns, len(items)))
     rows = max(1, -(-len(items) // columns))
     texts = [item.text() for item in items]
@@ -53,15 +52,15 @@ def contact_sheet(
     width, height, top = TILE[0] + GAP, TILE[1] + lines * LINE_HEIGHT + GAP, 40 if title else GAP
     sheet = Image.new("RGB", (columns * width + GAP, top + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, 10), title, "black", font_for(title, 16))
+    pen.text((GAP, 10), title, "black", _font(title, 16))
     for index, (item, text) in enumerate(zip(items, texts, strict=True)):
         x, y = GAP + index % columns * width, top + index // columns * height
         if image := thumbnail(item.image, TILE):
             sheet.paste(ImageOps.pad(image, TILE, color="#f1f3f5"), (x, y))
         else:
             sheet.paste(BROKEN, (x, y, x + TILE[0], y + TILE[1]))
-            pen.text((x + 8, y + 8), "cannot be read", "black", font_for("", FONT_SIZE))
-        pen.text((x, y + TILE[1] + 4), text, "black", font_for(text, FONT_SIZE), spacing=3)
+            pen.text((x + 8, y + 8), "cannot be read", "black", _font("", FONT_SIZE))
+        pen.text((x, y + TILE[1] + 4), text, "black", _font(text, FONT_SIZE), spacing=3)
     sheet.save(path, "PNG")
 
 
@@ -71,6 +70,14 @@ def thumbnail(path: ImageFile, size: tuple[int, int]) -> Image.Image | None:
         return ImageOps.contain(open_image(path), size, Image.Resampling.LANCZOS)
     except ImageError:
         return None
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return Pillow's own font, which has only ASCII, or a system font for other text."""
+    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _wrapped(text: str) -> str:
