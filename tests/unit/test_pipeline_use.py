@@ -1,4 +1,4 @@
-"""The captioner in other people's programs: called like a pipeline, saved, pushed, and loaded afresh."""
+"""The captioner in programs: called like a pipeline, saved, pushed, and loaded afresh."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from vlm_bridge.errors import CheckpointError, ImageError
 
 @pytest.fixture(scope="module")
 def captioner(tiny_vit_dir: Path, tiny_llama_dir: Path) -> Captioner:
-    recipe = tiny_recipe(
-        tiny_vit_dir, tiny_llama_dir, decode={"min_new_tokens": 3, "max_new_tokens": 6}
-    )
+    decode = {"min_new_tokens": 3, "max_new_tokens": 6}
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode=decode)
     return Captioner(tiny_captioner(recipe), recipe)
 
 
@@ -32,19 +31,20 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) -> None:
-    (expected,) = (result.caption for result in captioner.caption([photo]))
-    answer = [{"generated_text": expected}]
+    answer = [{"generated_text": captioner.caption([photo])[0].caption}]
     assert captioner(photo) == captioner(str(photo)) == captioner(noise(1)) == answer
     assert captioner([photo]) == [answer]
-    pictures = [noise(seed) for seed in range(5)]
-    assert captioner(pictures, batch_size=2) == [captioner(picture) for picture in pictures]
+    images = [noise(seed) for seed in range(5)]
+    assert captioner(images, batch_size=2) == [captioner(image) for image in images]
     several = captioner(photo, num_return_sequences=3)
     assert several[0] == answer[0]
     assert len(several) == 3
+    with pytest.raises(ImageError, match="no such file"):
+        captioner(photo.with_name("none.jpg"))
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "turned"])
-def test_an_open_picture_is_captioned_as_its_file(
+def test_an_open_image_is_captioned_as_its_file(
     captioner: Captioner, tmp_path: Path, mode: str
 ) -> None:
     path = tmp_path / "photo.tiff"
@@ -57,14 +57,9 @@ def test_an_open_picture_is_captioned_as_its_file(
     else:
         noise(1).convert("L" if mode == "I;16" else "RGB").convert(mode).save(path)
     with Image.open(path) as opened:
-        (of_file, of_picture) = captioner.caption([path, opened])
-    assert of_picture.caption == of_file.caption
-    assert of_picture.score == pytest.approx(of_file.score, abs=1e-5)
-
-
-def test_a_picture_that_cannot_be_read_raises(captioner: Captioner, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="no such file"):
-        captioner(tmp_path / "none.jpg")
+        of_file, of_image = captioner.caption([path, opened])
+    assert of_image.caption == of_file.caption
+    assert of_image.score == pytest.approx(of_file.score, abs=1e-5)
 
 
 def test_a_saved_folder_captions_the_same_in_a_fresh_process_without_extras(
@@ -72,18 +67,16 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process_without_extras(
 ) -> None:
     captioner.save_pretrained(tmp_path / "saved", CardFacts(license="mit"))
     assert "license: mit" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    extras = "gradio tensorboard accelerate pycocoevalcap matplotlib imagehash datasets"
     program = (
         "import sys\n"
-        "for name in ('gradio', 'tensorboard', 'accelerate', 'pycocoevalcap', 'matplotlib', 'imagehash', 'datasets'):\n"
-        "    sys.modules[name] = None\n"  # whoever imports it fails
+        f"sys.modules.update(dict.fromkeys({extras.split()}))\n"  # whoever imports one fails
         "from vlm_bridge import Captioner\n"
-        "print(Captioner.from_pretrained(sys.argv[1], 'cpu')(sys.argv[2])[0]['generated_text'], end='')\n"
+        "answer = Captioner.from_pretrained(sys.argv[1], 'cpu')(sys.argv[2])\n"
+        "print(answer[0]['generated_text'], end='')\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "saved"), str(photo)],
-        capture_output=True,
-        encoding="utf-8",
-    )
+    command = [sys.executable, "-c", program, str(tmp_path / "saved"), str(photo)]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert result.stdout == captioner(photo)[0]["generated_text"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,5 +174,6 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
             axes.imshow(panels[number])
             axes.set_title(titles[number], fontsize=10, parse_math=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings(action="ignore"):  # characters that the font does not have
+        figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
