@@ -81,7 +81,8 @@ def explain(
     model, language_model = captioner.model, captioner.model.language_model
     grid = model.vision_encoder.grid
 
-    tokens = replace(captioner.format, max_caption_tokens=UNLIMITED).tokenize(caption)
+    whole = replace(captioner.format, max_caption_tokens=UNLIMITED)
+    tokens = whole.with_targets(whole.targets([caption])[0])
     ids_bt = torch.tensor([tokens.input_ids], device=model.device)
     attention_tn = image_attention(model, model.encode_images([image]), ids_bt)[0]
     on_grid_tn = attention_tn[:, -grid[0] * grid[1] :].double().cpu()
