@@ -1,4 +1,4 @@
-"""What README.md tells people to type: its fenced blocks, and the commands in them."""
+"""The fenced blocks of a page, and the commands in them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,23 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-
 PROGRAMS = {"vlm-bridge": [], "vlm-data": ["data"], "vlm-training": ["train"]}
 """Our programs, and the `vlm-bridge` command that each of them is."""
 
 
-class Block(NamedTuple):
-    """A fenced block."""
-
-    language: str
-    code: str
+def fenced_blocks(page: str) -> list[tuple[str, str]]:
+    """Return (language, code) of the fenced blocks; a block may have no language."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
-def fenced_blocks(markdown: str) -> list[Block]:
-    """Return the fenced blocks in their order; a block without a language has an empty one."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
-    return [Block(*fence) for fence in fences]
-
-
-def code_blocks(markdown: str, language: str) -> list[str]:
-    """Return the fenced code blocks of one language."""
-    return [block.code for block in fenced_blocks(markdown) if block.language == language]
+def code_blocks(page: str, language: str) -> list[str]:
+    return [code for block_language, code in fenced_blocks(page) if block_language == language]
 
 
 def shell_commands(code: str) -> Iterator[list[str]]:
-    """Yield every command of a shell block as words: `uv run`, folders of programs, pipes and comments removed."""
+    """Yield the commands of a shell block as words, without `uv run`, folders and comments."""
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -49,7 +38,7 @@ def shell_commands(code: str) -> Iterator[list[str]]:
             command = []
 
 
-def documented_commands(markdown: str) -> Iterator[list[str]]:
+def documented_commands(page: str) -> Iterator[list[str]]:
     """Yield the commands in the ```bash blocks that are ours."""
-    for code in code_blocks(markdown, "bash"):
+    for code in code_blocks(page, "bash"):
         yield from (words for words in shell_commands(code) if words[0] in PROGRAMS)

@@ -1,4 +1,4 @@
-"""The docs site without building it: pages, links, commands and what the API page names are there."""
+"""README.md and the docs site: pages, links, commands and names of the API are there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import yaml
 
 from readme import PROGRAMS, README, code_blocks, documented_commands
 from vlm_bridge.cli.main import app
-from vlm_bridge.configuration import Recipe
+from vlm_bridge.configuration import Recipe, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+FILES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
 NAMES = re.findall(r"^::: (\S+)$", PAGES["api.md"], re.MULTILINE)
 ANYWHERE = {"--help", "--debug"}
 """Options that every command takes; `--debug` is read before the commands are."""
@@ -33,10 +34,7 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
         return [page for value in inner for page in pages(value)]  # type: ignore[union-attr]
 
     site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(pages(site["nav"])) == sorted(PAGES)
-
-
-# --- Links -------------------------------------------------------------------------------------------------
+    assert sorted(pages(site["nav"])) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
 def without_code(page: str) -> str:
@@ -44,38 +42,37 @@ def without_code(page: str) -> str:
 
 
 def anchors(page: str) -> set[str]:
-    """The ids that Python-Markdown gives the headings of a page."""
+    """Return the ids that Python-Markdown gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
-    plain = [
-        re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings
-    ]
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_to_pages_headings_and_pictures(name: str) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[name])):
-        if link.startswith("https://"):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_links_lead_to_files_and_headings(file: Path) -> None:
+    text = without_code(PAGES[file.name])
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
             continue
-        file, _, anchor = link.partition("#")
-        assert (DOCS / (file or name)).is_file(), link
-        assert (DOCS / (file or name)).resolve().is_relative_to(DOCS), f"{link} leaves the site"
+        name, _, anchor = link.partition("#")
+        target = file.parent / name if name else file
+        assert target.exists(), link
+        if file.parent == DOCS:
+            assert target.resolve().is_relative_to(DOCS), f"{link} leaves the site"
         if anchor:
-            assert anchor in anchors(PAGES[file or name]), link
-
-
-# --- Commands ----------------------------------------------------------------------------------------------
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Our commands in the shell blocks of a page, and in its running text."""
+    """Yield our commands in the shell blocks of a page, and in its running text."""
     yield from documented_commands(page)
     for code in re.findall(r"`((?:vlm-bridge|vlm-data|vlm-training)\b[^`]*)`", without_code(page)):
         yield shlex.split(code)
 
 
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that words call, and the words behind it."""
+    """Return the command that words call, and the words behind it."""
     command, rest = typer.main.get_command(app), [*PROGRAMS[words[0]], *words[1:]]
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
@@ -87,47 +84,52 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_commands_and_their_options_and_recipes_exist(name: str) -> None:
-    keys = set(Recipe.model_fields)
+def test_commands_options_recipes_and_scripts_exist(name: str) -> None:
     for words in commands(PAGES[name]):
         command, rest = command_of(words)
-        known = {
-            name for option in command.params for name in (*option.opts, *option.secondary_opts)
-        }
+        known = {o for option in command.params for o in (*option.opts, *option.secondary_opts)}
         given = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
         assert given <= known | ANYWHERE, shlex.join(words)
         for word in rest:
             if word.startswith("config/"):
                 assert (REPOSITORY / word).is_file(), shlex.join(words)
             if command.name == "train" and re.match(r"[a-z_.]+=", word):
-                assert word.partition("=")[0].partition(".")[0] in keys, shlex.join(words)
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_benchmarks_and_scripts_that_are_named_exist(name: str) -> None:
+                key = word.partition("=")[0].partition(".")[0]
+                assert key in Recipe.model_fields, shlex.join(words)
     for module in re.findall(r"python -m (benchmarks\.\w+)", PAGES[name]):
         assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), module
     for script in re.findall(r"\b((?:scripts|benchmarks)/\w+\.(?:sh|py|yaml))\b", PAGES[name]):
         assert (REPOSITORY / script).is_file(), script
 
 
-# --- API ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("words", documented_commands(README), ids=shlex.join)
+def test_every_readme_command_parses(words: list[str]) -> None:
+    command, rest = command_of([word for word in words if word != "--debug"])
+    parameters = command.make_context(words[0], rest).params
+    if command.name == "train" and parameters.get("config"):
+        lists = [value for value in parameters.values() if isinstance(value, list | tuple)]
+        load_recipe(REPOSITORY / parameters["config"], list(lists[0] if lists else ()))
+
+
+def test_the_readme_shows_the_commands_that_matter() -> None:
+    lines = [line.strip() for block in code_blocks(README, "bash") for line in block.splitlines()]
+    assert {"make quickstart", "make test"} <= set(lines)
+    assert {words[0] for words in documented_commands(README)} == set(PROGRAMS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_api_page_names_is_there_and_documented(name: str) -> None:
+def test_names_on_the_api_page_exist_and_are_documented(name: str) -> None:
     module, _, member = name.rpartition(".")
     thing = getattr(importlib.import_module(module), member, None) or importlib.import_module(name)
     documentation = (thing.__doc__ or "").strip()
-    assert documentation
-    assert not documentation.startswith(f"{member}("), (
-        "dataclasses writes that where there is no docstring"
-    )
+    # dataclasses makes a docstring of the signature where there is none.
+    assert documentation and not documentation.startswith(f"{member}(")
 
 
-def test_what_the_examples_import_is_on_the_api_page() -> None:
+def test_names_that_examples_import_are_on_the_api_page() -> None:
     on_page = {name.rpartition(".")[2] for name in NAMES}
-    for page in (README, *PAGES.values()):
+    for page in PAGES.values():
         for code in code_blocks(page, "python"):
+            compile(code, "example", "exec")
             for imported in re.findall(r"^from vlm_bridge\S* import (.+)$", code, re.MULTILINE):
                 assert {name.strip() for name in imported.split(",")} <= on_page, imported
