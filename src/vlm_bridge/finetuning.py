@@ -110,7 +110,7 @@ def finetune_combined(settings: FineTuning, *, show_progress: ShowProgress) -> T
     parts = pvt_blip.build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=blip)
     projection = parts.proj or _new_projection(parts, recipe.seed)
     added = {f"{pvt_blip.PREFIXES[2]}{n}": x for n, x in projection.state_dict().items()}
-    tensors = pvt_blip.from_combined(state | added, settings.checkpoint)
+    tensors = pvt_blip.from_combined(state | added)
     bridge = {name: x for name, x in tensors.items() if name.startswith("bridge.")}
     with show_progress("images") as progress:
         folder = _caption_folder(settings, data, recipe.num_workers, progress)
@@ -190,7 +190,7 @@ def _lay_out(
                 "with other models: choose another --output, or delete that folder"
             )
         return start
-    tokenizer = load_tokenizer(blip, remedy="--blip-model names another BLIP or folder")
+    tokenizer = load_tokenizer(blip)
     processor = _processor(settings.pvt, recipe.vision_encoder.resample or "bicubic")
     unfinished = start.with_name(".start")
     shutil.rmtree(unfinished, ignore_errors=True)

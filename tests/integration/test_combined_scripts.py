@@ -204,12 +204,12 @@ def test_without_learning_the_output_is_the_input(
         ({"--dataset_path": "nowhere"}, 1, "no such folder: nowhere (--dataset_path)"),
         ({"--lr": "-1"}, 2, "learning_rate=-1.0 should be greater than or equal to 0"),
         ({"--set": "batch=3"}, 2, "did you mean 'batch_size'"),
-        ({"--pvt": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
+        ({"--pvt": "nobody/nothing"}, 1, "cannot load the configuration 'nobody/nothing'"),
         ({"--dataset_size": "5"}, 2, "is a caption folder already"),
         ({"--device": "warp", "--checkpoint": "nowhere.pth"}, 2, "device='warp' is unknown"),
         ({"--dataset": "coco", "--dataset_path": None}, 1, "no dataset at datasets/coco: run vlm-data download coco"),
         ({"--dataset_path": None}, 2, "--dataset local needs --dataset_path DIR"),
-        ({"--blip": "nobody/nothing"}, 1, "cannot read the configuration of 'nobody/nothing'"),
+        ({"--blip": "nobody/nothing"}, 1, "cannot load the configuration 'nobody/nothing'"),
     ],
 )  # fmt: skip
 def test_what_can_be_mended_is_one_line(

@@ -88,40 +88,27 @@ def recipe(section: str | None = None, **values: Any) -> Callable[[Content], Non
     return change
 
 
-def negative(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.conj(
-        torch.view_as_complex(tensor.reshape(-1, 2))
-    ).imag  # a view that is read with its sign changed
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (laughs, "more than 300,000 values, aliases written out"),
         (itself, f"more than {MAX_DEPTH} levels"),
-        (lambda content: content.update(training={"step": 2**70}), "more than 64 bits"),
         (lambda content: content.update(training={"x": {1, 2}}), "holds a set"),
         (weight(lambda tensor: tensor[:1, :1].expand(10**7, 10**5)), "larger than what is stored"),
         (weight(lambda tensor: tensor.to("meta")), "dense and on the CPU"),
         (weight(lambda tensor: tensor.to_sparse()), "dense and on the CPU"),
-        (weight(lambda tensor: tensor.to(torch.complex64)), "type torch.complex64"),
-        (weight(negative), "dense and on the CPU"),
+        (weight(lambda tensor: tensor.to(torch.complex64)), "is of type torch.complex64"),
         (weight(lambda tensor: tensor.int()), f"{QUERIES} is of type torch.int32"),
-        (weight(lambda tensor: tensor.bool()), f"{QUERIES} is of type torch.bool"),
         (weight(lambda tensor: tensor * torch.nan), f"{QUERIES} is not finite"),
-        (weight(lambda tensor: tensor / 0), f"{QUERIES} is not finite"),
         (weight(lambda tensor: tensor.double() * 1e300), f"{QUERIES} is not finite"),
         (weight(lambda tensor: tensor[:1]), "another architecture"),
         (recipe("bridge", depth=10**7), "bridge.depth=.* less than"),
         (recipe("bridge", depth=100), "another architecture: .*layers.1.* is missing"),
         (recipe("bridge", width=100_000), r"another architecture: .* not \(\d+, 100000\)"),
         (recipe("bridge", num_queries=100_000), r"another architecture: .* not \(100000, 16\)"),
-        (recipe("bridge", num_queries=10**18), "bridge.num_queries=.* less than"),
         (recipe("bridge", num_heads=3), "cannot be built: bridge.num_heads=3 does not divide"),
         (recipe("bridge", kind="deep_prefix"), "another architecture"),
-        (recipe("decode", num_beams=10**6), "decode.num_beams=.* less than"),
         (recipe("decode", max_new_tokens=10**9), "decode.max_new_tokens=.* less than"),
-        (recipe("decode", seed=2**63), "decode.seed=.* less than"),
         (recipe("vision_encoder", image_size=10**6), "vision_encoder.image_size=.* less than"),
         (recipe("vision_encoder", name=" + ".join(["x/y"] * 9)), "joins 9 encoders"),
         (recipe("language_model", name="x" * 2000), "language_model.name=.* at most 1000 char"),
@@ -130,9 +117,7 @@ def negative(tensor: torch.Tensor) -> torch.Tensor:
         (recipe(feature_cache_pooling=torch.ones(2)), "is not a vlm-bridge checkpoint"),
         (lambda content: content.update(sizes={"vision_encoder.embed_dim": torch.ones(2)}), "is not a"),
         (lambda content: content.update(format_version=-1), "format_version is -1"),
-        (lambda content: content.update(format_version=0), "format_version is 0"),
         (lambda content: content.update(format_version=True), "format_version is True"),
-        (lambda content: content.update(format_version=2.0), "format_version is 2.0"),
         (lambda content: content.update(format_version=99), "newer vlm-bridge"),
     ],
 )  # fmt: skip
@@ -205,7 +190,7 @@ def test_an_exported_folder_is_refused_alike(sound: Path, tmp_path: Path, bits: 
         1, 32 if bits == 4 else 10**6, dtype=torch.uint8 if bits == 4 else torch.int8
     )
     put(levels, **{f"int{bits}_scale_of.{QUERIES}": torch.ones(10**6, 1)})
-    refused(folder, "scales of .* are of another shape")
+    refused(folder, "scales .* are of another shape")
 
     shutil.copy(sound, folder)
     tensor_files.write_folder(folder, config, content["weights"])

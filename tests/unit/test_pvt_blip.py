@@ -163,21 +163,8 @@ def test_without_a_projection_it_asks_for_training(
 
 def test_a_tokenizer_that_cannot_be_had_is_named(model: Any) -> None:
     model.blip.tokenizer_name = "nobody/nothing"
-    with pytest.raises(
-        ModelError, match=r"tokenizer of 'nobody/nothing': .*blip_model_name names another"
-    ):
+    with pytest.raises(ModelError, match="cannot load the tokenizer of BLIP 'nobody/nothing'"):
         model.blip.generate(torch.zeros(1, 3, 64, 64))
     model.blip.tokenizer_name = None
     with pytest.raises(ModelError, match="load the file with blip_model_name"):
         model.blip.generate(torch.zeros(1, 3, 64, 64))
-
-
-def test_position_embeddings_of_another_size_are_named(
-    tiny_pvt_dir: Path, tiny_blip_dir: Path, tmp_path: Path
-) -> None:
-    ours = captioner(tiny_pvt_dir, tiny_blip_dir)
-    blip = loaded(ours, tiny_pvt_dir, tiny_blip_dir, tmp_path).blip
-    with pytest.raises(
-        UsageError, match=r"have 128 px and this PVT's position embeddings 64: fine-tune"
-    ):
-        blip.generate(torch.zeros(1, 3, 128, 128))

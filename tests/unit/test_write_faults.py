@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from faulty_disk import DIES, FAULTS, FaultyDisk, PowerCut
+from faulty_disk import FAULTS, FaultyDisk, PowerCut
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.files import append_line, write_atomically
-from vlm_bridge.model_architecture.tensor_files import write_folder
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 RECIPE = Recipe()
@@ -143,21 +142,6 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, before: bytes | 
                 append_line(path, b"another\n")
             whole = [before, (before or b"") + b"another\n"]
             assert (path.read_bytes() if path.exists() else None) in whole
-
-
-def test_an_export_that_fails_leaves_no_folder(tmp_path: Path) -> None:
-    with FaultyDisk(tmp_path).plugged_in() as disk:
-        write_folder(tmp_path / "counted", {"x": 1}, {"w": torch.ones(3)})
-    for number, fault in faults(disk.operations):
-        # After the last rename, the folder is whole and stays.
-        if fault in DIES or number > len(disk.operations) - 3:
-            continue
-        folder = tmp_path / "a" / f"{number}-{fault}"
-        with FaultyDisk(tmp_path, number, fault).plugged_in():
-            try:
-                write_folder(folder, {"x": 1}, {"w": torch.ones(3)})
-            except OSError:
-                assert not folder.exists(), (number, fault)
 
 
 def test_the_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:

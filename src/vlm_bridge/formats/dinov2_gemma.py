@@ -43,11 +43,7 @@ def is_original(content: Any) -> bool:
 
 
 def from_original(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[str, torch.Tensor]:
-    """Rename the tensors of a ``model_state_dict`` to ours.
-
-    Raises:
-        CheckpointError: tensors are missing or unknown, or it is the later Bridge-Lite.
-    """
+    """Rename the tensors of a ``model_state_dict`` to ours. Raises CheckpointError."""
     if any(name.startswith(f"{_PREFIX}bridge_blocks.") for name in state):
         raise CheckpointError(
             f"{where} holds Bridge-Lite, which the original project builds since its commit "
@@ -77,7 +73,7 @@ def to_original(weights: Mapping[str, torch.Tensor], where: str | Path) -> dict[
 
 
 def original_architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the recipe keys that the shapes of translated weights decide (heads are not in them)."""
+    """Return the recipe keys that translated weights decide (heads are not in them)."""
     width, hidden = (
         weights[f"bridge.{n}.weight"].shape[0] for n in ("vision_projection", "feed_forward_in")
     )
@@ -98,16 +94,9 @@ def original_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
 def save_original(
     path: Path, recipe: Recipe, content: Mapping[str, Any], where: str | Path
 ) -> None:
-    """Write a weights-only checkpoint that the original project loads.
+    """Write an opened checkpoint as a weights-only one that the original project loads.
 
-    The recipe is added under a key that the original ignores.
-
-    Args:
-        content: an opened checkpoint.
-        where: its path, for messages.
-
-    Raises:
-        CheckpointError: the layout has no place for the weights, or the file cannot be written.
+    The recipe is added under a key that the original ignores. Raises CheckpointError.
     """
     published = recipe.to_dict()
     if layer := published["bridge"].get("enter_at_layer"):
@@ -115,12 +104,10 @@ def save_original(
             f"{where} cannot be written in the original layout, whose bridge changes the "
             f"embeddings: this one has bridge.enter_at_layer={layer}"
         )
-    write_file(
-        path,
-        {
-            "model_state_dict": to_original(content["weights"], where),
-            "config": {k: v for k, v in published.items() if not isinstance(v, dict)},
-            "recipe": published,
-            "format_version": content.get("format_version", 2),
-        },
-    )
+    state = {
+        "model_state_dict": to_original(content["weights"], where),
+        "config": {key: value for key, value in published.items() if not isinstance(value, dict)},
+        "recipe": published,
+        "format_version": content.get("format_version", 2),
+    }
+    write_file(path, state)

@@ -13,42 +13,46 @@ The original's encoder is `PvtCbam`. Its decoder is a whole BlipForConditionalGe
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from math import isqrt
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from transformers import (
+    AutoConfig,
+    BlipTextConfig,
+    BlipTextLMHeadModel,
+    PvtConfig,
+    PvtModel,
+    PvtV2Config,
+    PvtV2Model,
+)
 
-from vlm_bridge import runtime
-from vlm_bridge.configuration import recipe_from_dict
-from vlm_bridge.errors import CheckpointError
-from vlm_bridge.formats.pvt_blip_sizes import (
-    PVT_TYPES,
-    config_of,
-    encoder_kind,
-    pvt_config,
-    text_config,
-)
-from vlm_bridge.model_architecture.captioner import build_captioner
+from vlm_bridge.configuration import LanguageModelConfig, VisionEncoderConfig
+from vlm_bridge.credentials import reach_hub
+from vlm_bridge.device import resolve_device
+from vlm_bridge.errors import CheckpointError, ModelError
+from vlm_bridge.model_architecture.language_model import BLIP_TEXT
 from vlm_bridge.model_architecture.pvt_blip import MapLinear, PvtBlip
-from vlm_bridge.model_architecture.pvt_cbam import (
-    PVT_CBAM,
-    PvtCbam,
-    PvtCbamConfig,
-    image_processor,
-)
+from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam, PvtCbamConfig, check_heads
 from vlm_bridge.model_architecture.tensor_files import misfits, read_file, shortened, write_file
+from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, model_type_of
+from vlm_bridge.model_architecture.weights import (
+    LOADING_ERRORS,
+    build_language_model,
+    known_architecture,
+    loading_error,
+)
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_FILE = "checkpoints/blip_pvt_combined.pth"
 BLIP = "Salesforce/blip-image-captioning-base"
+BLIP_HEAD_WIDTH = 64  # of BLIP base and large (Li et al. 2022)
 COMBINE = (
     "scripts/save_combined_checkpoint.py --checkpoint {} --output FILE.pth makes a combined file "
     "of it"
@@ -58,17 +62,15 @@ Layout = Literal["auto", "original", "own"]
 ProjectionKind = Literal["linear", "mlp", "conv3x3"]
 
 PREFIXES = ("visual_encoder.", "text_decoder.", "visual_proj.")
-OUR_PREFIXES: dict[str, str] = dict(
-    zip(
-        PREFIXES,
-        ("vision_encoder.model.", "language_model.causal_lm.", "bridge.projection."),
-        strict=True,
-    )
-)  # a part of a combined file -> a captioner's
+_OURS = ("vision_encoder.model.", "language_model.causal_lm.", "bridge.projection.")
 _WITHIN_BLIP, _VIT = "text_decoder.text_decoder.", "text_decoder.vision_model."
 # The original keeps the name of the projection in the checkpoint it was taken from.
 _PROJECTION_NAMES = re.compile(r"^visual_proj\.(proj_layer|visual_proj|visual_projection|proj)\.")
-_ENCODERS = {"pvt": "PVT of transformers", "pvt_v2": "PVTv2 of transformers", PVT_CBAM: "PVT-Tiny"}
+ENCODERS: dict[str, Any] = {"pvt": PvtModel, "pvt_v2": PvtV2Model, PVT_CBAM: PvtCbam}
+_TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 
 
 class CombinedModel(NamedTuple):
@@ -90,34 +92,18 @@ class CombinedModel(NamedTuple):
 
 
 def read_combined(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a combined file in any layout; the tensors have our names.
-
-    Raises:
-        CheckpointError: missing, damaged, of a run, or anything but tensors.
-    """
+    """Read a combined file in any layout under our names. Raises CheckpointError."""
     path = Path(path)
-    content = _read(path, "scripts/save_combined_checkpoint.py makes one")
-    if isinstance(content, dict) and content.get("format") == "vlm-bridge checkpoint":
+    content, layout = _read(path, "scripts/save_combined_checkpoint.py makes one"), "our layout"
+    if content.get("format") == "vlm-bridge checkpoint":
         raise CheckpointError(
             f"{path} is a checkpoint of a run, not a combined file: {COMBINE.format(path)}"
         )
-    content, layout = _unwrapped(content), "a combined file"
-    parts = [content.get(key, {}) for key in ("pvt", "blip", "projection")]
-    if all(isinstance(part, Mapping) for part in parts) and parts[0]:
-        layout = "the guide's dict of state dicts"
-        if any(str(name).startswith("text_decoder.") for name in parts[1]):  # a whole BLIP
-            kept = ("text_decoder.", "vision_model.")
-            parts[1] = {n: x for n, x in parts[1].items() if str(n).startswith(kept)}
-        content = {
-            f"{prefix}{name}": tensor
-            for prefix, part in zip(PREFIXES, parts, strict=True)
-            for name, tensor in part.items()
-        }
-    elif any(str(name).startswith((_WITHIN_BLIP, _VIT)) for name in content):
+    if isinstance(content.get("pvt"), Mapping) and isinstance(content.get("blip"), Mapping):
+        content, layout = _flattened(content), "the guide's dict of state dicts"
+    elif any(name.startswith((_WITHIN_BLIP, _VIT)) for name in content):
         layout = "the original's combined file"
-    if "text_decoder.bert.embeddings.token_type_embeddings.weight" in content or any(
-        str(name).startswith(("feature_normalizer.", "proj_layer.")) for name in content
-    ):
+    if "text_decoder.bert.embeddings.token_type_embeddings.weight" in content:
         raise CheckpointError(
             f"{path} is a captioner of the original's train_caption_pvt.py, whose decoder is "
             "bert-base, not BLIP's: take its PVT alone (scripts/save_combined_checkpoint.py "
@@ -126,11 +112,15 @@ def read_combined(path: str | Path) -> dict[str, torch.Tensor]:
     if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path} is not a combined file, which is a dict of tensors alone")
     state = {
-        _PROJECTION_NAMES.sub("visual_proj.", str(n).replace(_WITHIN_BLIP, "text_decoder.", 1)): x
-        for n, x in content.items()
-        if not str(n).startswith(_VIT)
+        _PROJECTION_NAMES.sub("visual_proj.", name.replace(_WITHIN_BLIP, "text_decoder.", 1)): x
+        for name, x in content.items()
+        if not name.startswith(_VIT)
     }
-    logger.info(f"{path}: {_described(state, layout, has_vit=len(state) < len(content))}")
+    encoder, projection = _part(state, PREFIXES[0]), _part(state, PREFIXES[2])
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in projection.items() if x.ndim > 1)
+    vit = " (its ViT is left out)" if len(state) < len(content) else ""
+    projected = f"projection {shapes}" if shapes else "no projection"
+    logger.info(f"{path}: {layout}: {_in_words(encoder)}, BLIP's decoder{vit}, {projected}")
     return state
 
 
@@ -152,13 +142,8 @@ def write_combined(path: str | Path, state: Tensors, layout: Layout = "auto") ->
             f"with CBAM and a linear projection: it has {problem}; write it in ours (--layout own)"
         )
     decoder = "text_decoder." if layout == "own" or problem else _WITHIN_BLIP
-    write_file(
-        Path(path),
-        {
-            re.sub(r"^text_decoder\.", decoder, name): tensor.detach().cpu()
-            for name, tensor in state.items()
-        },
-    )
+    renamed = {re.sub(r"^text_decoder\.", decoder, n): x.detach().cpu() for n, x in state.items()}
+    write_file(Path(path), renamed)
 
 
 def load_combined_model(
@@ -180,7 +165,7 @@ def load_combined_model(
         ConfigurationError: there is no such device here.
         ModelError: the configuration of ``pvt`` or ``blip_model_name`` cannot be read.
     """
-    target = runtime.resolve_device(device)
+    target = resolve_device(device)
     state = read_combined(checkpoint_path)
     model = build_combined(state, checkpoint_path, pvt=pvt, blip=blip_model_name)
     model.blip.to(target)
@@ -202,47 +187,48 @@ def combine_models(
         CheckpointError: it is no PVT, or no BLIP.
     """
     if pvt.endswith((".pth", ".pt")):
-        with TemporaryDirectory() as folder:
-            _pvt_of_file(Path(pvt)).save_pretrained(folder)
-            image_processor().save_pretrained(folder)
-            return combine_models(folder, blip, projection or "linear", seed=seed)
-    recipe = recipe_from_dict(
-        {
-            "vision_encoder": {"name": pvt},
-            "language_model": {"name": blip},
-            "bridge": {
-                "kind": "projection",
-                "projection": projection or "conv3x3",
-                "standardize_features": False,
-            },
-            "trainable": {"bridge.*": None},
-            "seed": seed,
-        }
-    )
-    return to_combined(build_captioner(recipe), f"{pvt} + {blip}")
+        encoder, kind = _pvt_of_file(Path(pvt)), projection or "linear"
+    else:
+        vision: Any = build_vision_encoder(VisionEncoderConfig(name=pvt))
+        encoder, kind = getattr(vision, "model", vision), projection or "conv3x3"
+    decoder = build_language_model(LanguageModelConfig(name=blip)).causal_lm
+    _check_parts(encoder, decoder, f"{pvt} + {blip}")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        proj = projection_for(encoder.config, kind, decoder.config.encoder_hidden_size)
+    return dict(PvtBlip(encoder, decoder, proj, None).state_dict())
 
 
-def _read(path: Path, remedy: str) -> Any:
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    """Return a file's dict, or the one under `model_state`; no dict is one nameless entry."""
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a folder, not a combined file; of a run, {COMBINE.format(path)}"
         )
     if not path.is_file():
         raise CheckpointError(f"no file at {path}; {remedy}")
-    return read_file(path)
-
-
-def _unwrapped(content: Any) -> Mapping[Any, Any]:
+    content = read_file(path)
+    if isinstance(content, Mapping) and isinstance(content.get("model_state"), Mapping):
+        content = content["model_state"]
     if not isinstance(content, Mapping):
         return {"": content}
-    inner = content.get("model_state")
-    return inner if isinstance(inner, Mapping) else content
+    return {str(name): value for name, value in content.items()}
+
+
+def _flattened(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the guide's three state dicts as one."""
+    pvt, blip, projection = (content.get(key, {}) for key in ("pvt", "blip", "projection"))
+    if any(str(name).startswith("text_decoder.") for name in blip):  # a whole BLIP, or ours
+        kept = ("text_decoder.", "vision_model.")
+        blip = {name: x for name, x in blip.items() if str(name).startswith(kept)}
+    parts = zip(PREFIXES, (pvt, blip, projection), strict=True)
+    return {f"{prefix}{name}": x for prefix, part in parts for name, x in part.items()}
 
 
 def _pvt_of_file(path: Path) -> PvtCbam:
     """Load the original's PVT: bare, under `model_state`, or as `visual_encoder.*`."""
-    content = _unwrapped(_read(path, "--pvt takes a hub name, a folder or a .pth file"))
-    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    content = _read(path, "--pvt takes a hub name, a folder or a .pth file")
+    tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
     weights = _part(tensors, "visual_encoder.") or {
         name: x for name, x in tensors.items() if name.startswith(("patch", "stage", "norm."))
     }
@@ -258,38 +244,21 @@ def _pvt_of_file(path: Path) -> PvtCbam:
 
 
 def _no_place(state: Tensors) -> str | None:
-    """Return what the original's loader has no module for."""
+    """Return a part that the original's loader has no module for."""
     encoder, projection = _part(state, PREFIXES[0]), _part(state, PREFIXES[2])
-    kernel = encoder.get("stage1.0.cbam.sa.conv.weight")
-    if encoder_kind(encoder) != PVT_CBAM or kernel is None:
-        return _encoder_in_words(encoder)
-    if kernel.ndim != 3:
-        return "CBAM with a Conv2d over the map, and not a Conv1d over the tokens"
+    if "stage1.0.cbam.sa.conv.weight" not in encoder:
+        return _in_words(encoder)
     if projection and (set(projection) != {"weight", "bias"} or projection["weight"].ndim != 2):
-        return (
-            f"a projection of {', '.join(f'{n} {tuple(t.shape)}' for n, t in projection.items())}"
-        )
+        shapes = (f"{name} {tuple(x.shape)}" for name, x in projection.items())
+        return f"a projection of {', '.join(shapes)}"
     return None
 
 
-def _described(state: Tensors, layout: str, *, has_vit: bool) -> str:
-    encoder, decoder, projection = (_part(state, prefix) for prefix in PREFIXES)
-    layers = {m[1] for name in decoder if (m := re.match(r"bert\.encoder\.layer\.(\d+)\.", name))}
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in projection.items() if x.ndim > 1)
-    parts = [
-        f"{layout}: {_encoder_in_words(encoder)}, BLIP's decoder of {len(layers)} layers",
-        *(["its ViT is left out"] if has_vit else []),
-        f"projection {shapes}" if shapes else "no projection",
-    ]
-    return "; ".join(parts)
-
-
-def _encoder_in_words(encoder: Tensors) -> str:
-    kind = encoder_kind(encoder)
+def _in_words(encoder: Tensors) -> str:
+    kind = _encoder_kind(encoder)
     if kind != PVT_CBAM:
-        return _ENCODERS[kind]
-    has_cbam = any(".cbam." in name for name in encoder)
-    return f"{_ENCODERS[kind]} {'with' if has_cbam else 'without'} CBAM"
+        return f"{ENCODERS[kind].__name__} of transformers"
+    return f"PVT-Tiny {'with' if any('.cbam.' in name for name in encoder) else 'without'} CBAM"
 
 
 def _part(state: Tensors, prefix: str) -> dict[str, torch.Tensor]:
@@ -305,57 +274,35 @@ def to_combined(captioner: Any, where: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: a part has no place there (another encoder, feature statistics, ...).
     """
-    vision: Any = getattr(captioner.vision_encoder, "model", None)
-    vision_type = getattr(getattr(vision, "config", None), "model_type", None)
-    if vision_type not in PVT_TYPES or not captioner.language_model.is_blip:
-        raise CheckpointError(
-            f"{where} cannot be written as a combined file, which holds a PVT and BLIP's text "
-            f"decoder: it has {type(vision or captioner.vision_encoder).__name__} and "
-            f"{type(captioner.language_model.causal_lm).__name__}"
-        )
-    state, homeless = _renamed(
-        captioner.state_dict(), {our: theirs for theirs, our in OUR_PREFIXES.items()}
-    )
-    if homeless:
+    encoder = getattr(captioner.vision_encoder, "model", captioner.vision_encoder)
+    _check_parts(encoder, captioner.language_model.causal_lm, where)
+    state = captioner.state_dict()
+    if homeless := [f"no place for {name}" for name in state if not name.startswith(_OURS)]:
         raise CheckpointError(
             f"{where} cannot be written as a combined file, which holds a plain projection "
             "(bridge.kind=projection, bridge.standardize_features=false, "
-            "bridge.position_embeddings=false): "
-            f"{shortened([f'{name} has no place' for name in homeless])}"
+            f"bridge.position_embeddings=false): {shortened(homeless)}"
         )
-    return state
+    return _renamed(state, _OURS, PREFIXES)
 
 
-def from_combined(state: Tensors, where: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a combined file under a captioner's names.
-
-    Raises:
-        CheckpointError: a tensor is of none of the three parts.
-    """
-    renamed, unknown = _renamed(state, OUR_PREFIXES)
-    problems = [f"{name} is of no part" for name in unknown] + [
-        f"{prefix}* is missing" for prefix in PREFIXES[:2] if not _part(state, prefix)
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{where} is not a combined file of {', '.join(f'{prefix}*' for prefix in PREFIXES)}: "
-            f"{shortened(problems)}"
-        )
-    return renamed
+def from_combined(state: Tensors) -> dict[str, torch.Tensor]:
+    """Return the tensors of a combined file under a captioner's names."""
+    return _renamed(state, PREFIXES, _OURS)
 
 
-def _renamed(
-    state: Tensors, prefixes: Mapping[str, str]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Exchange prefixes of names; return the tensors without one as phrases with their shapes."""
-    renamed, others = {}, []
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None:
-            others.append(f"{name} {tuple(tensor.shape)}")
-        else:
-            renamed[prefixes[prefix] + name.removeprefix(prefix)] = tensor
-    return renamed, others
+def _renamed(state: Tensors, old: tuple[str, ...], new: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    pairs = list(zip(old, new, strict=True))
+    return {ours + name: x for p, ours in pairs for name, x in _part(state, p).items()}
+
+
+def _check_parts(encoder: Any, decoder: Any, where: str | Path) -> None:
+    if isinstance(encoder, tuple(ENCODERS.values())) and isinstance(decoder, BlipTextLMHeadModel):
+        return
+    raise CheckpointError(
+        f"{where} cannot be written as a combined file, which holds a PVT and BLIP's text "
+        f"decoder: it has {type(encoder).__name__} and {type(decoder).__name__}"
+    )
 
 
 # Modules
@@ -364,65 +311,55 @@ def _renamed(
 def build_combined(
     state: Tensors, where: str | Path, *, pvt: str | None = None, blip: str | None = None
 ) -> CombinedModel:
-    """Build the modules of a combined file, in the file's own types.
-
-    Args:
-        state: under our names.
-        where: the file, for messages.
-        pvt: name or folder whose configuration the encoder has; None reads it from the tensors.
-        blip: the same for the decoder.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown or of another shape.
-        ModelError: the configuration of a name cannot be read.
-    """
-    from transformers import BlipTextLMHeadModel, PvtModel, PvtV2Model
-
-    from_combined(state, where)
+    """Build the modules of a combined file, in the file's own types, as `load_combined_model`."""
     encoder, decoder, projection = (_part(state, prefix) for prefix in PREFIXES)
-    encoder_config = config_of(pvt, PVT_TYPES) if pvt else _sizes(pvt_config, encoder, where)
-    decoder_config = _sizes(lambda tensors: text_config(tensors, blip), decoder, where)
+    try:
+        encoder_config = config_of(pvt, tuple(ENCODERS)) if pvt else pvt_config(encoder)
+        decoder_config = text_config(decoder, blip)
+        kind = projection_kind(projection) if projection else None
+    except KeyError as error:
+        raise CheckpointError(f"{where} does not fit: {error.args[0]} is missing") from error
+    except (IndexError, ArithmeticError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    for one, other in (*_TIED.items(), *((b, a) for a, b in _TIED.items())):
+        if other in decoder:  # older files hold a tied tensor once
+            decoder.setdefault(one, decoder[other])
     decoder_config.is_decoder = True
-    decoder_config.tie_word_embeddings = _is_tied(decoder, decoder_config)
-
-    encoders: dict[str, Any] = {"pvt": PvtModel, "pvt_v2": PvtV2Model, PVT_CBAM: PvtCbam}
-    text_decoder = BlipTextLMHeadModel(decoder_config)
-    proj = None
-    if projection:
-        kind = _sizes(projection_kind, projection, where)
-        proj = projection_for(encoder_config, kind, decoder_config.encoder_hidden_size)
-    model = PvtBlip(encoders[encoder_config.model_type](encoder_config), text_decoder, proj, blip)
-    complete = dict(state)
-    for aliases in _aliases(text_decoder):
-        names = [f"text_decoder.{alias}" for alias in aliases]
-        if (held := next((name for name in names if name in state), None)) is not None:
-            complete = dict.fromkeys(names, state[held]) | complete
+    decoder_config.tie_word_embeddings = all(
+        name in decoder and torch.equal(decoder[name], decoder[other])
+        for name, other in _TIED.items()
+    )
+    width = decoder_config.encoder_hidden_size
+    model = PvtBlip(
+        ENCODERS[encoder_config.model_type](encoder_config),
+        BlipTextLMHeadModel(decoder_config),
+        projection_for(encoder_config, kind, width) if kind else None,
+        blip,
+    )
     wanted = model.state_dict()
     # Older versions of transformers saved buffers that are computed today.
     computed = {name for name, _ in model.named_buffers()} - wanted.keys()
-    known = {name: tensor for name, tensor in complete.items() if name not in computed}
-    if problems := misfits(known, wanted):
-        raise CheckpointError(f"{where} does not fit: {shortened(problems)}")
-    model.load_state_dict(complete, strict=False, assign=True)  # assigned, tensors keep their type
-    text_decoder.tie_weights()
+    state = {**state, **{f"{PREFIXES[1]}{name}": tensor for name, tensor in decoder.items()}}
+    state = {name: tensor for name, tensor in state.items() if name not in computed}
+    if problems := misfits(state, wanted):
+        raise CheckpointError(
+            f"{where} does not fit: {shortened(problems)}; pvt and blip_model_name (--pvt, "
+            "--blip-model) name the models it was made of"
+        )
+    model.load_state_dict(state, assign=True)  # assigned, tensors keep their type
+    model.text_decoder.tie_weights()
     return CombinedModel(model.visual_encoder, model.eval(), model.visual_proj)
 
 
 def projection_for(encoder_config: Any, kind: ProjectionKind, width: int) -> nn.Module:
     """Build a random projection from an encoder's features to a width."""
     vision_dim = encoder_config.hidden_sizes[-1]
-    if kind == "linear" and encoder_config.model_type == PVT_CBAM:
-        return MapLinear(vision_dim, width)
-    return new_projection(kind, vision_dim, width)
-
-
-def new_projection(kind: ProjectionKind, vision_dim: int, width: int) -> nn.Module:
-    """Build a random projection D -> W."""
-    if kind == "linear":
-        return nn.Linear(vision_dim, width)
     if kind == "conv3x3":
         return nn.Conv2d(vision_dim, width, kernel_size=3, padding=1)
-    return nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, width))
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, width))
+    linear = MapLinear if encoder_config.model_type == PVT_CBAM else nn.Linear
+    return linear(vision_dim, width)
 
 
 def projection_kind(projection: Tensors) -> ProjectionKind:
@@ -438,37 +375,88 @@ def projection_kind(projection: Tensors) -> ProjectionKind:
     return kinds[weight.ndim]
 
 
-def _sizes(read: Callable[[Tensors], Any], state: Tensors, where: str | Path) -> Any:
+# Sizes
+
+
+def config_of(name: str, wanted: tuple[str, ...]) -> Any:
+    """Read the configuration of a model; of a whole BLIP, its text part. Raises ModelError."""
     try:
-        return read(state)
-    except KeyError as error:
-        named = ", ".join(f"{name} {tuple(x.shape)}" for name, x in list(state.items())[:2])
-        raise CheckpointError(
-            f"{where} lacks {error.args[0]}, or has other names than transformers: "
-            f"it has {named} ..."
-        ) from error
-    except (IndexError, ArithmeticError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        if model_type_of(name) == PVT_CBAM:
+            config: Any = PvtCbamConfig.from_folder(Path(name))
+        elif not Path(name).is_dir() and (known := known_architecture(name)):
+            config, _ = known
+        else:
+            reach_hub(name)
+            config = AutoConfig.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        raise loading_error("configuration", name, error) from error
+    config = config.text_config if config.model_type == "blip" and BLIP_TEXT in wanted else config
+    if config.model_type not in wanted:
+        raise ModelError(f"{name!r} is a {config.model_type}, not a {' or '.join(wanted)}")
+    return config
 
 
-def _is_tied(decoder: Tensors, config: Any) -> bool:
-    """Return whether the head has the weights of the word embeddings, or is left out."""
-    from transformers import BlipTextLMHeadModel
+def pvt_config(state: Tensors) -> Any:
+    """Read the configuration of a PVT from tensors, as far as published ones differ.
 
-    tied_config = copy.deepcopy(config)
-    tied_config.tie_word_embeddings = True
-    with torch.device("meta"):
-        tied = BlipTextLMHeadModel(tied_config)
-    tied.tie_weights()
-    held = [[decoder[name] for name in names if name in decoder] for names in _aliases(tied)]
-    return all(
-        torch.equal(first, other) for first, *others in filter(None, held) for other in others
-    )
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: the attention heads are not those of the published models.
+    """
+    kind = _encoder_kind(state)
+    if kind == PVT_CBAM:
+        return PvtCbamConfig.of(state)
+    stage_name = "encoder.block.{}." if kind == "pvt" else "encoder.layers.{}.blocks."
+    stages = [stage_name.format(stage) for stage in range(4)]
+    widths = [state[f"{stage}0.layer_norm_1.weight"].shape[0] for stage in stages]
+    hidden = [state[f"{stage}0.mlp.dense1.weight"].shape[0] for stage in stages]
+    check_heads(widths)
+    sizes: dict[str, Any] = {
+        "hidden_sizes": widths,
+        "depths": [_count(state, stage) for stage in stages],
+        "mlp_ratios": [wide // width for wide, width in zip(hidden, widths, strict=True)],
+    }
+    if kind == "pvt_v2":
+        return PvtV2Config(**sizes)
+    positions = state["encoder.patch_embeddings.0.position_embeddings"].shape[1]
+    return PvtConfig(image_size=4 * isqrt(positions), **sizes)  # patches of 4 px
 
 
-def _aliases(module: nn.Module) -> list[list[str]]:
-    """Return the names of every parameter: several where modules share it."""
-    names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
-    return list(names.values())
+def text_config(state: Tensors, like: str | None = None) -> Any:
+    """Return the configuration of the BLIP ``like``, or read it from a decoder's tensors.
+
+    Raises:
+        KeyError, ValueError, ModelError: as `pvt_config` and `config_of`.
+    """
+    vocabulary, width = state["bert.embeddings.word_embeddings.weight"].shape
+    layer = "bert.encoder.layer.0."
+    if like is not None:
+        config = config_of(like, (BLIP_TEXT,))
+    elif width % BLIP_HEAD_WIDTH:
+        raise ValueError(
+            f"no tensor tells the attention heads of a text decoder of width {width}: name a model "
+            "of this shape with blip_model_name (--blip-model)"
+        )
+    else:
+        config = BlipTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=state[layer + "intermediate.dense.weight"].shape[0],
+            num_hidden_layers=_count(state, "bert.encoder.layer."),
+            num_attention_heads=width // BLIP_HEAD_WIDTH,
+            max_position_embeddings=state["bert.embeddings.position_embeddings.weight"].shape[0],
+        )
+    config.encoder_hidden_size = state[layer + "crossattention.self.key.weight"].shape[1]
+    return config
+
+
+def _encoder_kind(names: Mapping[str, Any]) -> str:
+    if "patch1.proj.weight" in names:
+        return PVT_CBAM
+    return "pvt_v2" if any(name.startswith("encoder.layers.") for name in names) else "pvt"
+
+
+def _count(state: Tensors, prefix: str) -> int:
+    """Return the number of layers under a prefix."""
+    found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in state)
+    return len({match[1] for match in found if match})

@@ -363,10 +363,9 @@ def _attention_to_image(
 
 def _filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
     """Fill a batch [B, ...] on a CPU up to ``count`` by repeating its last item."""
-    missing = count - len(tensor_b)
-    if missing <= 0 or tensor_b.device.type != "cpu":
+    if len(tensor_b) >= count or tensor_b.device.type != "cpu":
         return tensor_b
-    return torch.cat((tensor_b, *[tensor_b[-1:]] * missing))
+    return tensor_b[torch.arange(count).clamp_max(len(tensor_b) - 1)]
 
 
 def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:

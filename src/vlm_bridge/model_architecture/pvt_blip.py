@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from math import isqrt
 from typing import Any
@@ -10,50 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_bridge.credentials import reach_hub
 from vlm_bridge.errors import ModelError, UsageError
-from vlm_bridge.hub import hub_problem, reach_hub
-from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM
+from vlm_bridge.model_architecture.weights import LOADING_ERRORS, loading_error
 
-PROMPT = "a picture of"
-"""What BLIP's captions go on from (Li et al. 2022)."""
-NO_REPEAT_NGRAM_SIZE = 3
-"""The decoding of the recipes `blip-pvt-*`."""
+PROMPT = "a picture of"  # what BLIP's captions continue (Li et al. 2022)
+NO_REPEAT_NGRAM_SIZE = 3  # of the recipes `blip-pvt-*`
+# By which `BlipProcessor` normalizes, and every published PVT.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Statistics by which `BlipProcessor` normalizes."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Statistics by which the pixels of every published PVT are normalized."""
-
-
-def _pvt_map(model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
-    if pixels_bchw.shape[-1] != model.config.image_size:
-        raise UsageError(
-            f"the images have {pixels_bchw.shape[-1]} px and this PVT's position embeddings {model.config.image_size}: "
-            "fine-tune it at that size with scripts/finetune_combined.py --image_size"
-        )
-    tokens_bnd = model(pixels_bchw).last_hidden_state
-    side = isqrt(tokens_bnd.shape[1])
-    grid_bnd = tokens_bnd[:, tokens_bnd.shape[1] - side**2 :]  # a class token stands before it
-    return grid_bnd.transpose(1, 2).unflatten(2, (side, side))
-
-
-MAPS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
-    "pvt": _pvt_map,
-    "pvt_v2": lambda model, pixels_bchw: model(pixels_bchw).last_hidden_state,
-    PVT_CBAM: lambda model, pixels_bchw: model(pixels_bchw),
-}
-"""`model_type` of an encoder -> its feature map [B, D, h, w] of pixels [B, 3, H, W]."""
 
 
 class PvtBlip(nn.Module):
-    """PVT in the place of BLIP's vision encoder: `generate` and `forward` take the pixels of `BlipProcessor`.
+    """PVT in the place of BLIP's vision encoder: takes the pixels of `BlipProcessor`.
 
-    Its state dict is a combined file in our layout. The encoder is frozen and stays in evaluation mode.
+    Its state dict is a combined file in our layout. The encoder is frozen and stays in evaluation
+    mode.
 
     Attributes:
         visual_encoder: transformers' PvtModel or PvtV2Model, or `PvtCbam`.
         text_decoder: BlipTextLMHeadModel, which cross-attends to states [B, N, W].
         visual_proj: D -> W; None where it was never trained.
-        tokenizer_name: whose tokenizer encodes the prompt; a name or folder, loaded when captions are first asked for.
+        tokenizer_name: whose tokenizer encodes the prompt; it is loaded at the first `generate`.
     """
 
     def __init__(
@@ -75,20 +52,15 @@ class PvtBlip(nn.Module):
         return self
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Project the features of images to the states that the decoder reads.
-
-        Args:
-            pixel_values: [B, 3, h, w], normalized by CLIP's statistics as `BlipProcessor` does.
-
-        Returns:
-            States [B, N, W].
+        """Return the states [B, N, W] that the decoder reads, of pixels as in `feature_map`.
 
         Raises:
             ModelError: there is no projection.
         """
         if self.visual_proj is None:
             raise ModelError(
-                "no projection between PVT and BLIP's decoder: fine-tune first (scripts/finetune_combined.py makes one)"
+                "no projection between PVT and BLIP's decoder: fine-tune first "
+                "(scripts/finetune_combined.py makes one)"
             )
         map_bdhw = self.feature_map(pixel_values)
         if isinstance(self.visual_proj, nn.Conv2d):
@@ -96,16 +68,20 @@ class PvtBlip(nn.Module):
         return self.visual_proj(map_bdhw.flatten(2).transpose(1, 2))
 
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """PVT's map [B, D, h/32, w/32] of pixels [B, 3, h, w] that `BlipProcessor` made, renormalized for PVT."""
-        encoder = self.visual_encoder
-        # One step with constants of double precision: rounding of pixels grows in the layers.
+        """Return PVT's map [B, D, h/32, w/32] of pixels [B, 3, h, w] that `BlipProcessor` made."""
+        # Renormalize in one step of double precision: rounding of pixels grows in the layers.
         clip_mean, clip_std, mean, std = (
             torch.tensor(values, dtype=torch.float64)[:, None, None]
             for values in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
         )
         scale, shift = clip_std / std, (clip_mean - mean) / std
         pixels_bchw = torch.addcmul(shift.to(pixel_values), pixel_values, scale.to(pixel_values))
-        return MAPS[encoder.config.model_type](encoder, pixels_bchw.to(encoder.dtype))
+        output = self.visual_encoder(pixels_bchw.to(self.visual_encoder.dtype))
+        features = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        if features.ndim == 4:
+            return features
+        side = isqrt(features.shape[1])  # PvtModel's tokens; a class token stands before the grid
+        return features[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
 
     def forward(
         self,
@@ -123,8 +99,8 @@ class PvtBlip(nn.Module):
             input_ids: [B, T].
             attention_mask: [B, T], 0 for pads.
             labels: [B, T], usually the input ids; the decoder shifts them. Pads are not supervised.
-            encoder_hidden_states: what the projection made of the images, a map [B, W, h, w] or tokens [B, N, W];
-                None makes it from ``pixel_values``.
+            encoder_hidden_states: projected images, a map [B, W, h, w] or tokens [B, N, W]; None
+                makes it from ``pixel_values``.
             options: further options of BlipTextLMHeadModel.
 
         Returns:
@@ -157,21 +133,20 @@ class PvtBlip(nn.Module):
 
         Args:
             pixel_values: [B, 3, h, w] as `BlipProcessor` makes them.
-            options: transformers'; `max_length` counts the start token and the prompt too. Unless given,
-                `no_repeat_ngram_size` is 3 as in the recipes.
+            options: transformers'; `max_length` counts the start token and the prompt too. Unless
+                given, `no_repeat_ngram_size` is 3 as in the recipes.
 
         Returns:
-            What transformers returns; its sequences [B, T] are the start token and the caption without the prompt.
+            The output of transformers; its sequences [B, T] are the start token and the caption
+            without the prompt.
 
         Raises:
             ModelError: there is no projection, or the tokenizer cannot be loaded.
         """
         states_bnw = self.encode(pixel_values)
         config = self.text_decoder.config
-        start_ids = [config.bos_token_id, *self.prompt_ids]
-        input_ids = torch.tensor([start_ids], device=pixel_values.device).repeat(
-            len(pixel_values), 1
-        )
+        start_ids = torch.tensor([[config.bos_token_id, *self.prompt_ids]])
+        input_ids = start_ids.to(pixel_values.device).repeat(len(pixel_values), 1)
         output = self.text_decoder.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -181,9 +156,11 @@ class PvtBlip(nn.Module):
             pad_token_id=config.pad_token_id,
             **{"no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE, **options},
         )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        sequences = torch.cat((sequences[:, :1], sequences[:, input_ids.shape[1] :]), dim=1)
         if isinstance(output, torch.Tensor):
-            return _without_prompt(output, len(start_ids))
-        output.sequences = _without_prompt(output.sequences, len(start_ids))
+            return sequences
+        output.sequences = sequences
         return output
 
     @cached_property
@@ -191,16 +168,14 @@ class PvtBlip(nn.Module):
         """Token ids of the prompt, without special tokens."""
         if self.tokenizer_name is None:
             raise ModelError(
-                "the prompt needs a tokenizer: load the file with blip_model_name, the BLIP that it was made of"
+                "the prompt needs a tokenizer: load the file with blip_model_name, the BLIP that "
+                "it was made of"
             )
-        tokenizer = load_tokenizer(
-            self.tokenizer_name, remedy="blip_model_name names another BLIP or folder"
-        )
-        return tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+        return load_tokenizer(self.tokenizer_name)(PROMPT, add_special_tokens=False)["input_ids"]
 
 
 class MapLinear(nn.Linear):
-    """A linear layer over the channels of maps [B, D, h, w]; tokens [..., D] pass as through any linear layer."""
+    """A linear layer over the channels of maps [B, D, h, w]; it takes tokens [..., D] too."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if features.ndim == 4:
@@ -208,32 +183,12 @@ class MapLinear(nn.Linear):
         return super().forward(features)
 
 
-def load_tokenizer(name: str, *, remedy: str) -> Any:
-    """Load the tokenizer of a name or folder.
-
-    Args:
-        remedy: end of the error message.
-
-    Raises:
-        ModelError: it cannot be had.
-    """
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a name or folder. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
         reach_hub(name)
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot load the tokenizer of {name!r}: {why(error, name)} ({remedy})"
-        ) from error
-
-
-def why(error: Exception, name: str) -> str:
-    """Why a name could not be loaded, in one line."""
-    return (
-        hub_problem(error, name) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    )
-
-
-def _without_prompt(sequences_bt: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.cat((sequences_bt[:, :1], sequences_bt[:, length:]), dim=1)
+    except LOADING_ERRORS as error:
+        raise loading_error("tokenizer of BLIP", name, error) from error

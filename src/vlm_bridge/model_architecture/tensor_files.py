@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.files import made_folder, write_atomically
+from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import parse_json
 from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
 
@@ -25,10 +25,8 @@ MAX_PICKLE_BYTES = 4_000_000  # a training state of 1,000 tensors has about 300,
 MAX_VALUES = 300_000  # a training state has about 5 a tensor, and 2,000 beside
 MAX_DEPTH = 50
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _PLAIN = (str, int, float, bytes, type(None), torch.dtype, torch.device, argparse.Namespace)
-_INT8_SCALE, _INT4_SCALE = "int8_scale_of.", "int4_scale_of."
-_DOS_DIRECTORY = 0x10
+_UNPACK = {"int8_scale_of.": torch.mul, "int4_scale_of.": from_int4}
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -36,11 +34,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 def write_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file by ``torch.save`` of a dict, or leave it as it was.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Replace a file by ``torch.save`` of a dict, or leave it as it was. Raises CheckpointError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save(dict(content), file))
@@ -79,14 +73,16 @@ def read_file(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the checksums, which torch does not, and refuse parts larger than the file."""
+    """Compare checksums, which torch does not, and refuse parts larger than the file."""
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+        parts = archive.infolist()
+        pickles = [part.file_size for part in parts if part.filename.endswith(".pkl")]
         if (
-            sum(entry.file_size for entry in entries) > path.stat().st_size
-            or any(e.filename.endswith(".pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries)
-            # torch would leave the memory of such a tensor as it was.
-            or any(entry.external_attr & _DOS_DIRECTORY for entry in entries)
+            sum(part.file_size for part in parts) > path.stat().st_size
+            or max(pickles, default=0) > MAX_PICKLE_BYTES
+            or any(
+                part.external_attr & 0x10 for part in parts
+            )  # torch skips what DOS calls folders
             or archive.testzip() is not None
         ):
             raise zipfile.BadZipFile
@@ -105,36 +101,25 @@ def check_content(content: Any, file_bytes: int) -> None:
     while waiting:
         value, depth = waiting.pop()
         num_values += 1
-        if isinstance(value, Mapping | list | tuple):
-            children = [*value, *value.values()] if isinstance(value, Mapping) else value
-            if depth >= MAX_DEPTH:
-                raise ValueError(f"it has more than {MAX_DEPTH} levels")
-            if num_values + len(waiting) + len(children) > MAX_VALUES:
-                raise ValueError(f"it has more than {MAX_VALUES:,} values, aliases written out")
-            waiting += [(child, depth + 1) for child in children]
-        elif isinstance(value, torch.Tensor):
-            tensor_bytes += _checked_bytes(value, file_bytes)
-            if (
-                tensor_bytes > 4 * file_bytes
-            ):  # tied weights are stored once and named several times
-                raise ValueError("its tensors are larger than the file")
-        elif not isinstance(value, _PLAIN):
-            raise ValueError(f"it holds a {type(value).__name__}")
-        elif isinstance(value, int) and value.bit_length() > 64:
-            raise ValueError("it holds an integer of more than 64 bits")
-
-
-def _checked_bytes(tensor: torch.Tensor, file_bytes: int) -> int:
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_neg():
-        raise ValueError("it holds a tensor that is not dense and on the CPU")
-    if tensor.dtype not in (*FLOATS, *_INTEGERS):
-        raise ValueError(f"it holds a tensor of type {tensor.dtype}")
-    size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-    if size > stored or stored > file_bytes:
-        raise ValueError(
-            f"it holds a tensor of shape {list(tensor.shape)} that is larger than what is stored"
-        )
-    return size
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it has more than {MAX_DEPTH} levels")
+        if num_values + len(waiting) > MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES:,} values, aliases written out")
+        if isinstance(value, Mapping):
+            waiting += [(child, depth + 1) for pair in value.items() for child in pair]
+        elif isinstance(value, list | tuple):
+            waiting += [(child, depth + 1) for child in value]
+        elif not isinstance(value, torch.Tensor):
+            if not isinstance(value, _PLAIN):
+                raise ValueError(f"it holds a {type(value).__name__}")
+        elif value.layout is not torch.strided or value.device.type != "cpu":
+            raise ValueError("it holds a tensor that is not dense and on the CPU")
+        else:
+            tensor_bytes += value.nbytes  # tied weights are stored once and named several times
+            stored = value.untyped_storage().nbytes()
+            if not value.nbytes <= stored <= file_bytes or tensor_bytes > 4 * file_bytes:
+                shape = list(value.shape)
+                raise ValueError(f"it holds a tensor {shape} that is larger than what is stored")
 
 
 def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
@@ -152,41 +137,29 @@ def write_folder(
     """Write ``config.json`` and ``model.safetensors``. Raises OSError."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with made_folder(folder):
-        had_config = (folder / CONFIG_NAME).exists()
-        try:
-            write_atomically(folder / CONFIG_NAME, text.encode())
-            write_atomically(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-        except OSError:
-            if not had_config:
-                (folder / CONFIG_NAME).unlink(missing_ok=True)
-            raise
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_NAME, text.encode())
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read the configuration and the weights of a folder by `write_folder`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
+    """Read configuration and weights of `write_folder`. Raises CheckpointError."""
     try:
         with (folder / CONFIG_NAME).open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
         if len(text) > MAX_CONFIG_BYTES:
             raise ValueError(f"{CONFIG_NAME} has more than {MAX_CONFIG_BYTES:,} bytes")
         config = parse_json(text)
-        weights = dequantized(load_file(folder / WEIGHTS_NAME))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG_NAME} must hold an object")
+        return config, dequantized(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is not whole: {error.filename or error} is missing"
-        ) from error
+        missing = error.filename or error
+        raise CheckpointError(f"{folder} is not whole: {missing} is missing") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is damaged or is not an exported captioner: {error}"
         ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG_NAME} must hold an object")
-    return config, weights
 
 
 def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
@@ -197,9 +170,9 @@ def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torc
     stored = {}
     for name, tensor in matrices.items():
         if bits == 4 and tensor.shape[-1] % GROUP == 0:
-            stored[name], stored[_INT4_SCALE + name] = to_int4(tensor.detach())
+            stored[name], stored[f"int4_scale_of.{name}"] = to_int4(tensor.detach())
         else:
-            stored[name], stored[_INT8_SCALE + name] = to_int8(tensor.detach())
+            stored[name], stored[f"int8_scale_of.{name}"] = to_int8(tensor.detach())
     return stored
 
 
@@ -207,23 +180,18 @@ def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights of a file, in float32 where `quantized` wrote them.
 
     Raises:
-        ValueError: levels or scales are missing or of another shape.
+        ValueError: levels are missing, or scales are of another shape.
     """
-    weights = {
-        name: x for name, x in stored.items() if not name.startswith((_INT8_SCALE, _INT4_SCALE))
-    }
-    for prefix, dtype in ((_INT8_SCALE, torch.int8), (_INT4_SCALE, torch.uint8)):
-        scales = {
-            name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)
-        }
-        if unpaired := scales.keys() ^ {name for name, x in weights.items() if x.dtype is dtype}:
-            raise ValueError(f"levels or scales are missing: {shortened(sorted(unpaired))}")
-        for name, scale in scales.items():
-            levels = weights[name]
-            per_row = 1 if dtype is torch.int8 else levels.shape[-1] * 2 // GROUP
-            if scale.shape != (*levels.shape[:-1], per_row):  # broadcasting could make gigabytes
-                raise ValueError(f"the scales of {name} are of another shape")
-            weights[name] = levels * scale if dtype is torch.int8 else from_int4(levels, scale)
+    weights = {name: x for name, x in stored.items() if not name.startswith(tuple(_UNPACK))}
+    for prefix, unpack in _UNPACK.items():
+        for name, scale in stored.items():
+            if not name.startswith(prefix):
+                continue
+            levels = stored.get(name.removeprefix(prefix))
+            # Broadcasting a row and a column could make gigabytes.
+            if levels is None or levels.shape[:-1] != scale.shape[:-1]:
+                raise ValueError(f"the scales {name} have no levels, or are of another shape")
+            weights[name.removeprefix(prefix)] = unpack(levels, scale)
     return weights
 
 
@@ -232,21 +200,12 @@ def misfits(
     wanted: Mapping[str, torch.Tensor],
     same: Callable[[torch.Size, torch.Size], bool] = torch.Size.__eq__,
 ) -> list[str]:
-    """Return the differences in names and shapes, a phrase each.
-
-    Args:
-        same: compares a shape found with the wanted one.
-    """
-    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    return [
-        *(
-            f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & found.keys())
-            if not same(found[name].shape, wanted[name].shape)
-        ),
-        *(f"{name} {tuple(wanted[name].shape)} is missing" for name in sorted(missing)),
-        *(f"{name} {tuple(found[name].shape)} is unknown" for name in sorted(unknown)),
-    ]
+    """Return the differences in names and shapes, a phrase each."""
+    shapes = (
+        (name, found[name].shape, wanted[name].shape) for name in sorted(found) if name in wanted
+    )
+    wrong = [f"{name} is {tuple(a)}, not {tuple(b)}" for name, a, b in shapes if not same(a, b)]
+    return wrong + wrong_names(found, wanted)
 
 
 def wrong_names(found: Iterable[str], wanted: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Frozen vision encoders behind one protocol; a new family is one class of about twenty lines.
+"""Frozen vision encoders behind one protocol: a new family is one class and one line of `ENCODERS`.
 
 An encoder owns its preprocessing: a checkpoint names the encoder and thereby the resizing, cropping
 and normalization that its features depend on.
@@ -6,11 +6,11 @@ and normalization that its features depend on.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Sequence
-from math import isqrt
+from math import isqrt, prod
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,24 +20,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
-from vlm_bridge.errors import ModelError
-from vlm_bridge.hub import reach_hub
-from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbamEncoder, model_type_of
+from vlm_bridge.credentials import reach_hub
+from vlm_bridge.errors import CheckpointError, ModelError
+from vlm_bridge.model_architecture.pvt_cbam import (
+    PVT_CBAM,
+    PvtCbam,
+    PvtCbamConfig,
+    image_processor,
+)
+from vlm_bridge.model_architecture.tensor_files import CONFIG_NAME, misfits, read_folder, shortened
 from vlm_bridge.model_architecture.weights import (
     EFFICIENTNET_LITE_SIZES,
     LOADING_ERRORS,
-    first_line,
     known_architecture,
     load_lite_weights,
     loading_error,
 )
+from vlm_bridge.parsing import parse_json
 
 # Images that a CPU encodes at once; the feature maps of more leave its caches: EfficientNet-Lite0
 # encodes 84 images/s on two cores in batches of 8, and 23 in batches of 128.
 ENCODE_TOGETHER_ON_CPU = 8
 MAX_ASPECT = 20
-Area = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of an image."""
+Area = tuple[float, float, float, float]  # left, top, right and bottom in pixels of an image
 
 
 class VisionEncoder(Protocol):
@@ -74,17 +79,14 @@ def build_vision_encoder(config: VisionEncoderConfig, *, meta: bool = False) -> 
         meta: build the architecture only, on the meta device (no weights are read).
 
     Raises:
-        ModelError: weights or configuration cannot be found or read, or encoders do not go
-            together.
+        ModelError: an encoder cannot be found or read, or several do not go together.
     """
-    encoders = [_load_encoder(part, meta=meta) for part in config.parts]
+    encoders = []
+    for part in config.parts:
+        kind = part.name if part.name in ENCODERS else model_type_of(part.name)
+        encoders.append(ENCODERS.get(kind, HuggingFaceVisionEncoder).load(part, meta=meta))
     encoder = encoders[0] if len(encoders) == 1 else SideBySideEncoder(encoders)
     return encoder.requires_grad_(False).eval()
-
-
-def _load_encoder(config: VisionEncoderConfig, *, meta: bool) -> nn.Module:
-    kind = config.name if config.name in ENCODERS else model_type_of(config.name)
-    return ENCODERS.get(kind, HuggingFaceVisionEncoder).load(config, meta=meta)
 
 
 class EfficientNetLiteEncoder(nn.Module):
@@ -98,11 +100,11 @@ class EfficientNetLiteEncoder(nn.Module):
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
     def __init__(
-        self, network: Any, name: str, image_size: int, layers: Sequence[int] | None = None
+        self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None
     ):
         super().__init__()
         # CPU convolutions take half the time in this layout.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.name = name
         self.image_size = image_size
         self.grid = (-(-image_size // 32), -(-image_size // 32))
@@ -115,14 +117,13 @@ class EfficientNetLiteEncoder(nn.Module):
         head = nn.Sequential(part("_conv_head"), part("_bn1"), part("_swish"))
         blocks = list(part("_blocks").children())
         self._steps: tuple[nn.Module, ...] = (stem, *blocks, head)
-        convolutions = [block.get_submodule("_project_conv") for block in blocks]
-        widths = [conv.weight.shape[0] for conv in (*convolutions, part("_conv_head"))]
-        self.layers = tuple(layers) if layers else (len(blocks),)
-        if not all(0 <= layer <= len(blocks) for layer in self.layers):
-            raise ModelError(
-                f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {len(blocks)}"
-            )
-        self.embed_dim = sum(widths[layer] for layer in self.layers)
+        last = len(blocks)
+        self.layers = tuple(layers) if layers else (last,)
+        if not all(0 <= layer <= last for layer in self.layers):
+            raise ModelError(f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {last}")
+        outputs: list[Any] = [block.get_submodule("_project_conv") for block in blocks]
+        outputs.append(part("_conv_head"))
+        self.embed_dim: int = sum(outputs[layer].weight.shape[0] for layer in self.layers)
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> EfficientNetLiteEncoder:
@@ -142,7 +143,7 @@ class EfficientNetLiteEncoder(nn.Module):
                 f"for {config.name}"
             )
         with torch.device("meta" if meta else "cpu"):
-            network: Any = EfficientNet.from_name(config.name, image_size=size)
+            network = EfficientNet.from_name(config.name, image_size=size)
         if not meta:
             network.load_state_dict(load_lite_weights(config.name))
         return cls(network, config.name, size, config.layers)
@@ -195,9 +196,8 @@ class HuggingFaceVisionEncoder(nn.Module):
         self.crops = bool(getattr(processor, "do_center_crop", False))
         self.image_size = image_size
         # Families with learned positions stretch them to another image size only when asked to.
-        takes = inspect.signature(model.forward).parameters
-        name = "interpolate_pos_encoding"
-        self.options = {name: True} if name in takes else {}
+        can_stretch = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if can_stretch else {}
         # Class tokens, register tokens and strides differ: ask the model itself, at no cost.
         try:
             with torch.device("meta"):
@@ -206,7 +206,7 @@ class HuggingFaceVisionEncoder(nn.Module):
         except (ValueError, RuntimeError) as error:
             raise ModelError(
                 f"vision_encoder.image_size={image_size} does not fit {type(model).__name__}: "
-                f"{first_line(error)}"
+                f"{' '.join(str(error).split())}"
             ) from error
         _, self.num_tokens, self.embed_dim = features.shape
         self.grid = (isqrt(self.num_tokens), isqrt(self.num_tokens))
@@ -224,22 +224,20 @@ class HuggingFaceVisionEncoder(nn.Module):
                 whole_config = AutoConfig.from_pretrained(name, revision=revision)
             # A CLIP, SigLIP or BLIP checkpoint holds a text tower too.
             tower_config = getattr(whole_config, "vision_config", whole_config)
-            if meta:
-                model = _on_meta(tower_config)
-            else:
-                model = _load_tower(config, whole_config, tower_config)
+            model = _load_tower(config, whole_config, tower_config, meta=meta)
+            if not meta:
                 how = config.resample
                 options = {"resample": Image.Resampling[how.upper()]} if how else {}
                 processor = AutoImageProcessor.from_pretrained(
                     name, revision=revision, backend="pil", **options
                 )
-                native_size = _processor_size(processor)
+                crops = getattr(processor, "do_center_crop", False)
+                sides = (processor.crop_size if crops else processor.size) or {}
+                native_size = sides.get("height") or sides.get("shortest_edge")
         except LOADING_ERRORS as error:
             raise loading_error("vision encoder", name, error) from error
         size = config.image_size or native_size or getattr(tower_config, "image_size", 224)
         size = size if isinstance(size, int) else size[0]
-        if tower_config.model_type == "pvt" and size != tower_config.image_size:
-            model = _stretched_pvt(model, size)
         return cls(model, processor, size, config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -279,6 +277,34 @@ class HuggingFaceVisionEncoder(nn.Module):
         return round(self.image_size * edge / crop["height"])
 
 
+class PvtCbamEncoder(HuggingFaceVisionEncoder):
+    """A folder by `PvtCbam.save_pretrained`: [B, 144, 256] at 384 px, resized as BLIP does."""
+
+    @classmethod
+    def load(cls, config: VisionEncoderConfig, *, meta: bool) -> PvtCbamEncoder:
+        if config.layers is not None:
+            raise ModelError(
+                "vision_encoder.layers: PVT with CBAM has its last map only; leave it out"
+            )
+        folder, processor = Path(config.name), None
+        try:
+            sizes = PvtCbamConfig.from_folder(folder)
+            with torch.device("meta"):
+                model = PvtCbam(sizes)
+            if not meta:
+                _, weights = read_folder(folder)
+                if problems := misfits(weights, model.state_dict()):
+                    raise CheckpointError(f"does not fit its {CONFIG_NAME}: {shortened(problems)}")
+                model.load_state_dict(weights, assign=True)
+                processor = image_processor(folder, config.resample)
+        except (*LOADING_ERRORS, TypeError, CheckpointError) as error:
+            raise loading_error("vision encoder", config.name, error) from error
+        return cls(model, processor, config.image_size or sizes.image_size)
+
+    def _features_of(self, model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
+        return model(pixels_bchw).flatten(2).transpose(1, 2)
+
+
 class SideBySideEncoder(nn.Module):
     """Several encoders of the same images, whose features are concatenated in every token.
 
@@ -298,7 +324,6 @@ class SideBySideEncoder(nn.Module):
         self.grid: tuple[int, int] = self.encoders[0].grid
         self.num_tokens = self.grid[0] * self.grid[1]
         self.embed_dim: int = sum(encoder.embed_dim for encoder in self.encoders)
-        self._num_pixels = [3 * encoder.image_size**2 for encoder in self.encoders]
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         return torch.cat([encoder.preprocess(images).flatten(1) for encoder in self.encoders], 1)
@@ -307,23 +332,36 @@ class SideBySideEncoder(nn.Module):
         return self.encoders[0].seen_area(size)
 
     def forward(self, pixels_bp: torch.Tensor) -> torch.Tensor:
-        parts = zip(self.encoders, pixels_bp.split(self._num_pixels, dim=1), strict=True)
-        return torch.cat([self._on_grid(encoder, pixels) for encoder, pixels in parts], dim=-1)
+        sizes = [(3, encoder.image_size, encoder.image_size) for encoder in self.encoders]
+        flat = pixels_bp.split([prod(size) for size in sizes], dim=1)
+        parts = zip(self.encoders, flat, sizes, strict=True)
+        features = [self._on_grid(encoder, x.unflatten(1, size)) for encoder, x, size in parts]
+        return torch.cat(features, dim=-1)
 
-    def _on_grid(self, encoder: Any, pixels_bp: torch.Tensor) -> torch.Tensor:
-        features_bnd = encoder(pixels_bp.unflatten(1, (3, encoder.image_size, encoder.image_size)))
+    def _on_grid(self, encoder: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
         rows, columns = encoder.grid
-        grid_bnd = features_bnd[:, encoder.num_tokens - rows * columns :]
+        grid_bnd = encoder(pixels_bchw)[:, encoder.num_tokens - rows * columns :]
         if encoder.grid == self.grid:
             return grid_bnd
-        return _resized(grid_bnd, encoder.grid, self.grid)
+        map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, encoder.grid)
+        map_bdhw = F.interpolate(map_bdhw, size=self.grid, mode="bilinear")
+        return map_bdhw.flatten(2).transpose(1, 2)
 
 
+# A name, or the `model_type` of a folder -> the class that loads it; transformers loads others.
 ENCODERS: dict[str, Any] = {
     **dict.fromkeys(EFFICIENTNET_LITE_SIZES, EfficientNetLiteEncoder),
     PVT_CBAM: PvtCbamEncoder,
 }
-"""A name, or the `model_type` of a folder -> the class that loads it; transformers loads others."""
+
+
+def model_type_of(folder: str | Path) -> str:
+    """Return the `model_type` in the config.json of a folder; empty where there is none."""
+    try:
+        config = parse_json((Path(folder) / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("model_type", "")) if isinstance(config, dict) else ""
 
 
 def middle_of(image: Image.Image) -> Image.Image:
@@ -332,11 +370,11 @@ def middle_of(image: Image.Image) -> Image.Image:
     Resized by its short side first, 1 x 10,000 pixels would become 224 x 2,240,000.
     """
     width, height = image.size
-    longest = MAX_ASPECT * min(width, height)
-    if max(width, height) <= longest:
+    most = MAX_ASPECT * min(width, height)
+    if max(width, height) <= most:
         return image
-    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def encoder_fingerprint(encoder: Any) -> str:
@@ -362,69 +400,29 @@ def _as_tokens(features: torch.Tensor, model_config: Any) -> torch.Tensor:
     return features[:, 1:] if model_config.model_type == "pvt" and not is_grid else features
 
 
-def _resized(
-    grid_bnd: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]
-) -> torch.Tensor:
-    """Interpolate tokens [B, rows x columns, D] of one grid to another, bilinearly."""
-    map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, size)
-    return F.interpolate(map_bdhw, size=new_size, mode="bilinear").flatten(2).transpose(1, 2)
+def _load_tower(config: VisionEncoderConfig, whole: Any, tower: Any, *, meta: bool) -> nn.Module:
+    """Load the vision tower of a configuration, or build it on the meta device.
 
-
-def _stretched_pvt(model: Any, image_size: int) -> nn.Module:
-    """Interpolate the position embeddings of a PvtModel to another size, as published.
-
-    transformers' own interpolation assumes embeddings for the new size already, and fails.
+    Raises:
+        ModelError: weights are missing that features depend on.
     """
-    config = copy.deepcopy(model.config)
-    config.image_size = image_size
-    with torch.device(model.device), torch.random.fork_rng([]):
-        stretched = type(model)(config)
-    weights = model.state_dict()
-    for name, wanted in stretched.state_dict().items():
-        if name.endswith("position_embeddings"):
-            positions_1nd = weights[name]
-            side, new_side = isqrt(positions_1nd.shape[1]), isqrt(wanted.shape[1])
-            class_1cd, grid_1nd = positions_1nd.split(
-                [positions_1nd.shape[1] - side**2, side**2], 1
-            )
-            grid_1nd = _resized(grid_1nd, (side, side), (new_side, new_side))
-            weights[name] = torch.cat((class_1cd, grid_1nd), dim=1)
-    stretched.load_state_dict(weights)
-    return stretched.to(model.dtype)
+    from transformers import AutoModel, BlipForConditionalGeneration, BlipVisionModel
 
-
-def _on_meta(model_config: Any) -> nn.Module:
-    from transformers import AutoModel, BlipVisionModel
-
-    with torch.device("meta"):
-        if model_config.model_type == "blip_vision_model":  # transformers' AutoModel has no entry
-            return BlipVisionModel(model_config)
-        return AutoModel.from_config(model_config)
-
-
-def _load_tower(config: VisionEncoderConfig, whole_config: Any, tower_config: Any) -> nn.Module:
-    """Load the vision tower. Raises ModelError if weights are missing that features depend on."""
-    from transformers import BlipForConditionalGeneration
-
-    options: dict[str, Any] = {"revision": config.revision, "output_loading_info": True}
-    if whole_config.model_type == "blip":  # its tower alone does not find its weights in the whole
-        blip_class: Any = BlipForConditionalGeneration
-        whole, report = blip_class.from_pretrained(config.name, **options)
-        tower = whole.vision_model
-        missing = [name for name in report["missing_keys"] if name.startswith("vision_model.")]
-    else:
-        model_class: Any = type(_on_meta(tower_config))
-        tower, report = model_class.from_pretrained(config.name, config=tower_config, **options)
-        missing = [name for name in report["missing_keys"] if "pooler" not in name]
-    if missing:
+    is_blip = whole.model_type == "blip"  # transformers' AutoModel does not know its tower
+    if meta:
+        with torch.device("meta"):
+            return BlipVisionModel(tower) if is_blip else AutoModel.from_config(tower)
+    model_class: Any = BlipForConditionalGeneration if is_blip else AutoModel
+    model, report = model_class.from_pretrained(
+        config.name,
+        config=whole if is_blip else tower,
+        revision=config.revision,
+        output_loading_info=True,
+    )
+    missing = report["missing_keys"]
+    if missing := [n for n in missing if not n.startswith("text_decoder.") and "pooler" not in n]:
         raise ModelError(
             f"cannot load the vision encoder {config.name!r}: {len(missing)} of its weights are "
-            f"missing (first: {min(missing)}); is it a checkpoint of a {type(tower).__name__}?"
+            f"missing (first: {min(missing)}); is it a checkpoint of a {type(model).__name__}?"
         )
-    return tower
-
-
-def _processor_size(processor: Any) -> int | None:
-    crops = getattr(processor, "do_center_crop", False)
-    size = processor.crop_size if crops else processor.size
-    return size.get("height") or size.get("shortest_edge") if size else None
+    return model.vision_model if is_blip else model

@@ -10,19 +10,20 @@ import hashlib
 import importlib.util
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from vlm_bridge.configuration import LanguageModelConfig
-from vlm_bridge.environment import cache_dir
+from vlm_bridge.credentials import hub_problem, reach_hub
 from vlm_bridge.errors import ModelError
-from vlm_bridge.hub import hub_problem, reach_hub
+from vlm_bridge.files import cache_dir
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -44,15 +45,8 @@ CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "rofor
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 
 
-class Architecture(NamedTuple):
-    """A transformers configuration and, of vision encoders, the image size of the processor."""
-
-    config: Any
-    image_size: int | None
-
-
-def known_architecture(name: str) -> Architecture | None:
-    """Return the architecture of a published model, which `info` counts without its weights."""
+def known_architecture(name: str) -> tuple[Any, int | None] | None:
+    """Return configuration and image size of a published model, without its weights."""
     from transformers import AutoConfig
 
     # Sizes that differ from the defaults of a kind, from the models' own config.json.
@@ -60,23 +54,20 @@ def known_architecture(name: str) -> Architecture | None:
     known = json.loads(table.read_text(encoding="utf-8")).get(name)
     if known is None:
         return None
-    return Architecture(AutoConfig.for_model(known["kind"], **known["sizes"]), known["image_size"])
+    return AutoConfig.for_model(known["kind"], **known["sizes"]), known["image_size"]
 
 
 def loading_error(what: str, name: str, error: Exception) -> ModelError:
     """Return one line for a model that transformers cannot load."""
     reason = hub_problem(error, name)
     if reason is None:
+        first_line, *_ = (str(error).strip() or type(error).__name__).splitlines()
+        gguf = "a .gguf file, " if what == "language model" else ""
         reason = (
-            f"{first_line(error)} (give a folder made by save_pretrained, "
-            f"{'a .gguf file, ' if what == 'language model' else ''}"
+            f"{first_line} (give a folder made by save_pretrained, {gguf}"
             "or a hub name with network access)"
         )
     return ModelError(f"cannot load the {what} {name!r}: {reason}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class PackagedWeights(NamedTuple):
@@ -133,25 +124,28 @@ def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
     gguf_path = gguf_path.resolve()
     if not gguf_path.is_file():
         raise ModelError(f"no GGUF file at {gguf_path}")
-    folder = cache_dir() / "gguf" / f"{gguf_path.stem}-{_fingerprint(gguf_path)}"
+    with gguf_path.open("rb") as file:
+        beginning = str(gguf_path.stat().st_size).encode() + file.read(1 << 20)
+    digest = hashlib.blake2b(beginning, digest_size=6).hexdigest()
+    folder = cache_dir() / "gguf" / f"{gguf_path.stem}-{digest}"
     if _is_whole(folder):
         return folder
-    model, tokenizer = _read_gguf(gguf_path)
+    parts = _read_gguf(gguf_path)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    with TemporaryDirectory(prefix=".converting-", dir=folder.parent) as temporary:
+        converted = Path(temporary, "model")
+        for part in parts:
+            part.save_pretrained(converted)
         if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # files of it were deleted
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not _is_whole(folder):  # else another process was faster: use its folder
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another process of the run was faster
+            converted.rename(folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    return all((folder / name).is_file() for name in names)
 
 
 def _read_gguf(path: Path) -> tuple[Any, Any]:
@@ -177,18 +171,6 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _is_whole(folder: Path) -> bool:
-    names = ("config.json", "model.safetensors", "tokenizer.json")
-    return all((folder / name).is_file() for name in names)
-
-
-def _fingerprint(path: Path) -> str:
-    """Hash a file's size and its beginning."""
-    with path.open("rb") as file:
-        content = str(path.stat().st_size).encode() + file.read(1 << 20)
-    return hashlib.blake2b(content, digest_size=6).hexdigest()
-
-
 def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> LanguageModel:
     """Load the language model of a recipe, frozen and in evaluation mode.
 
@@ -207,7 +189,7 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
     options = {} if meta else _quantization(config.quantization)
     try:
         if meta and (known := known_architecture(config.name)):
-            source, model_config = "", known.config
+            source, (model_config, _) = "", known
         else:
             source = _source_of(config.name)
             reach_hub(source, config.revision)
@@ -278,17 +260,20 @@ def _load_decoder(
     """Load a decoder; also return the names of parameters that its checkpoint does not hold."""
     from transformers import AutoModelForCausalLM, BlipForConditionalGeneration, BlipTextLMHeadModel
 
-    options = {**options, "output_loading_info": True}
-    if config.model_type == "blip":
-        blip_class: Any = BlipForConditionalGeneration
-        blip, report = blip_class.from_pretrained(source, config=config, **options)
-        part = "text_decoder."
-        fresh = (name for name in report["missing_keys"] if name.startswith(part))
-        return blip.text_decoder, frozenset(name.removeprefix(part) for name in fresh)
-    is_blip_text = config.model_type == BLIP_TEXT
-    model_class: Any = BlipTextLMHeadModel if is_blip_text else AutoModelForCausalLM
-    decoder, report = model_class.from_pretrained(source, config=decoder_config, **options)
-    return decoder, frozenset(report["missing_keys"])
+    is_blip = config.model_type == "blip"
+    model_class: Any = AutoModelForCausalLM
+    if decoder_config.model_type == BLIP_TEXT:
+        model_class = BlipForConditionalGeneration if is_blip else BlipTextLMHeadModel
+    config = config if is_blip else decoder_config
+    model, report = model_class.from_pretrained(
+        source, config=config, output_loading_info=True, **options
+    )
+    missing = report["missing_keys"]
+    if not is_blip:
+        return model, frozenset(missing)
+    part = "text_decoder."
+    fresh = (name.removeprefix(part) for name in missing if name.startswith(part))
+    return model.text_decoder, frozenset(fresh)
 
 
 def _attention(choice: str, config: Any) -> str:
@@ -318,16 +303,12 @@ def _quantization(choice: str | None) -> dict[str, Any]:
         )
     from transformers import BitsAndBytesConfig
 
-    options: dict[str, Any] = {"load_in_8bit": True}
-    if choice == "nf4":
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": torch.bfloat16,
-        }
+    config = BitsAndBytesConfig(
+        load_in_8bit=choice == "int8",
+        load_in_4bit=choice == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
     # bitsandbytes quantizes while weights arrive on the GPU.
-    return {
-        "quantization_config": BitsAndBytesConfig(**options),
-        "device_map": {"": torch.cuda.current_device()},
-    }
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
