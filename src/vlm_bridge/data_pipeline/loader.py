@@ -76,14 +76,12 @@ class CaptionFormat:
 
     def with_targets(self, targets: Sequence[int]) -> TokenizedCaption:
         prompt = self.prompt_ids
-        return TokenizedCaption(
-            input_ids=(*prompt, *targets[:-1]),
-            labels=(*[IGNORE_INDEX] * (len(prompt) - 1), *targets),
-        )
+        ignored = [IGNORE_INDEX] * (len(prompt) - 1)
+        return TokenizedCaption((*prompt, *targets[:-1]), (*ignored, *targets))
 
 
 class TokenizedImages:
-    """The captions of a split as tokens: one flat array of four bytes a token.
+    """The captions of a split as tokens, four bytes each.
 
     Attributes:
         captions_per_image: [images].
@@ -103,10 +101,11 @@ class TokenizedImages:
             tokens.append(np.fromiter(chain.from_iterable(targets), np.int32))
             lengths.append(np.fromiter(map(len, targets), np.int64))
         self._targets, num_targets = np.concatenate(tokens), np.concatenate(lengths)
-        self._first_target = _starts(num_targets)
-        self._first_caption = _starts(self.captions_per_image)
+        self._first_target, self._first_caption = map(
+            _starts, (num_targets, self.captions_per_image)
+        )
         self.caption_lengths = num_targets + len(format.prompt_ids) - 1
-        self.image_lengths = _sums(self.caption_lengths, self._first_caption)
+        self.image_lengths = np.diff(_starts(self.caption_lengths)[self._first_caption])
 
     def __len__(self) -> int:
         return len(self.captions_per_image)
@@ -131,7 +130,6 @@ class TokenizedImages:
         return self.format.with_targets(targets.tolist())
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
-        """Lay the captions of each row one behind the other and pad the rows to one length."""
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
         return pack_rows([row.image for row in rows], chosen)
 
@@ -139,7 +137,6 @@ class TokenizedImages:
         """Hash the tokens of all captions, in order."""
         digest = hashlib.blake2b(digest_size=12)
         for array in (self._targets, self.caption_lengths, np.array(self.format.prompt_ids)):
-            digest.update(f"{array.dtype} {len(array)}".encode())
             digest.update(array.tobytes())
         return digest.hexdigest()
 
@@ -213,72 +210,59 @@ class TokenBudget(NamedTuple):
     caption_lengths: np.ndarray
 
 
+@dataclass(frozen=True)
 class EpochPlan:
     """Rows of each batch: every caption once per epoch, in an order fixed by (seed, epoch).
 
-    Args:
+    Attributes:
         row_captions: captions of an image in one row, at most.
         batch_captions: captions in a batch; not read where there is a ``budget``.
         budget: fill batches by positions instead.
     """
 
-    def __init__(
-        self,
-        captions_per_image: Sequence[int] | np.ndarray,
-        *,
-        row_captions: int,
-        batch_captions: int,
-        seed: int,
-        budget: TokenBudget | None = None,
-    ):
-        self.counts = np.asarray(captions_per_image, np.int64)
-        self.row_captions = row_captions
-        self.rows_per_batch = max(1, batch_captions // row_captions)
-        self.seed, self.budget = seed, budget
+    captions_per_image: Sequence[int] | np.ndarray
+    row_captions: int
+    batch_captions: int
+    seed: int
+    budget: TokenBudget | None = None
 
     def num_batches(self, epoch: int) -> int:
         if self.budget is not None:
             return len(self.batches(epoch))
-        num_rows = int((-(-self.counts // self.row_captions)).sum())
-        return -(-num_rows // self.rows_per_batch)
+        num_rows = sum(-(-int(count) // self.row_captions) for count in self.captions_per_image)
+        return -(-num_rows // self._rows_per_batch)
 
     def batches(self, epoch: int) -> list[list[Row]]:
         random = np.random.default_rng([self.seed, epoch])
         rows: list[Row] = []
-        for image, count in enumerate(self.counts.tolist()):
-            order = random.permutation(count).tolist()
+        for image, count in enumerate(self.captions_per_image):
+            order = random.permutation(int(count)).tolist()
             rows += [Row(image, tuple(part)) for part in in_batches(order, self.row_captions)]
-        shuffled = random.permutation(len(rows))
+        shuffled = [rows[number] for number in random.permutation(len(rows))]
         if self.budget is None:
-            chosen = in_batches(shuffled.tolist(), self.rows_per_batch)
-        else:
-            lengths = self._lengths(rows, self.budget.caption_lengths)
-            parts = _bucketed(shuffled, lengths, self.budget.positions)
-            chosen = [parts[index].tolist() for index in random.permutation(len(parts))]
-        return [[rows[number] for number in batch] for batch in chosen]
+            return in_batches(shuffled, self._rows_per_batch)
+        batches = self._bucketed(shuffled, *self.budget)
+        return [batches[index] for index in random.permutation(len(batches))]
 
-    def _lengths(self, rows: list[Row], caption_lengths: np.ndarray) -> np.ndarray:
-        """Return [rows], the positions of each row."""
-        lengths, first = caption_lengths.tolist(), _starts(self.counts).tolist()
-        return np.array([sum(lengths[first[i] + c] for c in captions) for i, captions in rows])
+    @property
+    def _rows_per_batch(self) -> int:
+        return max(1, self.batch_captions // self.row_captions)
 
-
-def _bucketed(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cut shuffled rows into batches of like length within a budget of positions.
-
-    Args:
-        lengths: positions of each row, by row.
-    """
-    window = WINDOW_BATCHES * max(1, round(budget / lengths.mean()))
-    batches = []
-    for start in range(0, len(rows), window):
-        some = rows[start : start + window]
-        some = some[np.argsort(-lengths[some], kind="stable")]
-        while len(some):
-            size = max(1, budget // lengths[some[0]])
-            batches.append(some[:size])
-            some = some[size:]
-    return batches
+    def _bucketed(
+        self, rows: list[Row], budget: int, caption_lengths: np.ndarray
+    ) -> list[list[Row]]:
+        """Cut rows into batches of like length, each window of them sorted, longest first."""
+        of_caption, first = caption_lengths.tolist(), _starts(self.captions_per_image).tolist()
+        lengths = [sum(of_caption[first[i] + c] for c in captions) for i, captions in rows]
+        batches = []
+        window = WINDOW_BATCHES * max(1, round(budget / (sum(lengths) / len(lengths))))
+        for numbers in in_batches(range(len(rows)), window):
+            numbers.sort(key=lambda number: -lengths[number])
+            while numbers:
+                size = max(1, budget // lengths[numbers[0]])
+                batches.append([rows[number] for number in numbers[:size]])
+                numbers = numbers[size:]
+        return batches
 
 
 def whole_rows(captions_per_image: Sequence[int] | np.ndarray) -> list[Row]:
@@ -286,14 +270,9 @@ def whole_rows(captions_per_image: Sequence[int] | np.ndarray) -> list[Row]:
     return [Row(image, tuple(range(count))) for image, count in enumerate(captions_per_image)]
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
+def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return where parts of these lengths begin, and where the last one ends."""
     return np.concatenate(([0], np.cumsum(lengths)))
-
-
-def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the sum of each part, from ``starts[i]`` to before ``starts[i + 1]``."""
-    return np.diff(_starts(values)[starts])
 
 
 def in_batches(items: Sequence[Item], size: int) -> list[list[Item]]:

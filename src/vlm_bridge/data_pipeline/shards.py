@@ -5,9 +5,8 @@
     ROOT/{train,val,test}/*.tar     samples KEY.jpg|jpeg|png|webp with KEY.txt, KEY.json or both
     ROOT/.shards/SPLIT/NAME.index   captions, and where images lie in one tar; renewed with the tar
 
-The layout is that of img2dataset and of the WebDataset library: a key is a member's path up to the
-first dot of its file name, and the rest is its extension. ``s0.input.jpg`` is the image of ``s0``
-where it has no ``s0.jpg``.
+As in img2dataset and the WebDataset library, a key is a member's path up to the first dot of its
+file name, and the rest is its extension.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import hashlib
 import io
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
@@ -33,16 +32,13 @@ from vlm_bridge.errors import DataError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text, parse_json, shown
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGES, TEXTS, RECORDS = ("jpg", "jpeg", "png", "webp"), ("txt",), ("json",)
 MAX_IMAGE_BYTES = 100_000_000
 MAX_TEXT_BYTES = 1_000_000
 MAX_HEADER_BYTES = 1_000_000  # a member's name and attributes, which tarfile reads whole
-CUT_AT_FIRST_DOT = "the key of a sample ends at the first dot of a name: rename the members"
 DECOMPRESS = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
-# What tarfile meets damaged headers with; names in front of names without end recurse.
-_DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
-_PLACES = struct.Struct("<qiqi?i")
-T = TypeVar("T")
+# Names in front of names without end recurse.
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 class ShardSample(NamedTuple):
@@ -59,7 +55,6 @@ class Shard(BaseModel):
     """Content of one tar, as kept in its index.
 
     Attributes:
-        mtime_ns: modification time of the tar.
         checksum: over names of images and places of images and captions.
         skipped: (name of a sample or member, reason); the name is empty for the rest of the tar.
     """
@@ -80,43 +75,33 @@ class Shard(BaseModel):
 
 
 def read_shard(path: Path) -> Shard:
-    """Read the headers and captions of a tar; a tar that was cut off gives the samples before.
+    """Read the headers and captions of a tar; images are not decoded.
 
-    Images are not decoded. A sample that cannot be used is skipped.
+    A sample that cannot be used is skipped. A tar that was cut off gives the samples before.
 
     Raises:
         DataError: the tar cannot be read.
     """
-    parts: dict[str, _Parts] = {}
-    skipped: list[tuple[str, str]] = []
-    key = cut = ""
+    samples, names, places = [], bytearray(), bytearray()
     try:
         status = path.stat()
         with _Headers(path) as file:
-            try:
-                for member in _members(file, status.st_size):
-                    if problem := _problem(member, path):
-                        skipped.append((member.name, problem))
-                        continue
-                    key, extension = key_of(member.name)
-                    parts.setdefault(key, _Parts(key)).add(extension, member, file)
-            except tarfile.ReadError as error:
-                cut = str(error)
+            members, skipped, cut = _members(file, path.parent, status.st_size)
+            for key, parts in members.items():
+                try:
+                    image, text, caption, is_json = _sample(parts, file)
+                except ValueError as error:
+                    if not cut or key != next(reversed(members)):
+                        skipped.append((key, str(error)))
+                    continue
+                names += image.name.encode(errors="surrogateescape")
+                place = image.offset_data, image.size, text.offset_data, text.size, is_json
+                places += struct.pack("<qiqi?i", *place, len(names))
+                name = _printable(image.name)
+                key = key_of(name)[0]
+                samples.append(ShardSample(key, caption, name, image.offset_data, image.size))
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror or error}") from None
-    samples, names, places = [], bytearray(), bytearray()
-    for part in parts.values():
-        try:
-            image, text, caption, is_json = part.finish()
-        except ValueError as error:
-            if not (cut and part.key == key):  # a member of the last sample is cut off
-                skipped.append((part.key, str(error)))
-            continue
-        names += image.name.encode(errors="surrogateescape")
-        place = (image.offset_data, image.size, text.offset_data, text.size, is_json, len(names))
-        places += _PLACES.pack(*place)
-        name = _printable(image.name)
-        samples.append(ShardSample(key_of(name)[0], caption, name, image.offset_data, image.size))
     if cut:
         kept = f"the {len(samples):,} samples before are read, the rest is lost"
         skipped.append(("", f"cut off or damaged {cut}: {kept}"))
@@ -130,7 +115,7 @@ def read_shard(path: Path) -> Shard:
 
 
 class _Headers(io.FileIO):
-    """A file of which tarfile never reads much at once, whatever size a header claims."""
+    """A file of which never much is read at once, whatever size a header claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
@@ -138,8 +123,16 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def _members(file: _Headers, num_bytes: int) -> Iterator[tarfile.TarInfo]:
-    """Yield the whole members of a tar, without folders. Raises ReadError where it is cut off."""
+Parts = dict[str, tarfile.TarInfo | None]
+"""Members of a sample by extension; None for one that came twice."""
+
+
+def _members(
+    file: _Headers, folder: Path, num_bytes: int
+) -> tuple[dict[str, Parts], list[tuple[str, str]], str]:
+    """Return the parts of each sample by key, skipped members, and where the tar is cut off."""
+    found: dict[str, Parts] = {}
+    skipped: list[tuple[str, str]] = []
     end = 0
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the caller closes the file
@@ -152,114 +145,99 @@ def _members(file: _Headers, num_bytes: int) -> Iterator[tarfile.TarInfo]:
                 end += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if member.offset_data + member.size > num_bytes:
                 raise tarfile.ReadError(f"{member.name} is not whole")
-            if not member.isdir():
-                yield member
-    except _DAMAGE as error:
+            if problem := _problem(member, folder):
+                skipped.append((member.name, problem))
+            elif not member.isdir():
+                key, extension = key_of(member.name)
+                parts = found.setdefault(key, {})
+                parts[extension] = None if extension in parts else member
+    except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise tarfile.ReadError(f"at byte {file.tell():,} ({reason})") from None
+        return found, skipped, f"at byte {file.tell():,} ({reason})"
     # tarfile takes any damaged header for the end; the true one is a block of zeros.
     file.seek(end)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"at byte {end:,}")
+    is_end = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    return found, skipped, "" if is_end else f"at byte {end:,}"
 
 
-@dataclass
-class _Parts:
-    """The members of one sample by extension, of which ``jpg`` goes before ``input.jpg``."""
-
-    key: str
-    images: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    texts: dict[str, tuple[tarfile.TarInfo, bytes]] = field(default_factory=dict)
-    problem: str = ""
-
-    def add(self, extension: str, member: tarfile.TarInfo, file: _Headers) -> None:
-        """Take a member: text is read now; other extensions are ignored."""
-        kind = extension.rpartition(".")[2]
-        is_image = kind in IMAGE_EXTENSIONS
-        if not is_image and kind not in ("txt", "json"):
-            return
-        if member.size > (MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES):
-            self.problem = f"its .{extension} has {member.size / 1e6:,.0f} MB"
-        elif extension in self.images or extension in self.texts:
-            self.problem = self.problem or f"it has several .{extension}"
-        elif is_image:
-            self.images[extension] = member
-        else:
-            file.seek(member.offset_data)
-            self.texts[extension] = member, file.read(member.size)
-
-    def finish(self) -> tuple[tarfile.TarInfo, tarfile.TarInfo, str, bool]:
-        """Return the image, the member with the caption, the caption, and whether that is JSON.
-
-        Raises:
-            ValueError: the sample cannot be used.
-        """
-        record, metadata = None, {}
-        for extension in _of_kind(self.texts, "json")[:1]:
-            record, content = self.texts[extension]
-            with contextlib.suppress(ValueError, TypeError):
-                metadata = dict(parse_json(content))
-        try:
-            return self._finish(record, metadata)
-        except ValueError as error:
-            url = metadata.get("url")
-            raise ValueError(f"{error} (from {url})" if is_text(url) else str(error)) from None
-
-    def _finish(
-        self, record: tarfile.TarInfo | None, metadata: dict[str, Any]
-    ) -> tuple[tarfile.TarInfo, tarfile.TarInfo, str, bool]:
-        if self.problem:
-            raise ValueError(self.problem)
-        image = self._only("images", self.images, *IMAGE_EXTENSIONS)
-        member, content = self._only("texts", self.texts, "txt") or (None, b"")
-        if (status := metadata.get("status", "success")) != "success":
-            name = status if is_text(status) else shown(status)
-            raise ValueError(f"img2dataset status {name}")
-        if image is None:
-            raise ValueError("it has no image")
-        try:
-            text = content.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise ValueError("its caption is not UTF-8 text") from None
-        # Where the .txt is missing or empty, img2dataset's .json still has the caption.
-        member, caption = (member, text) if text else (record, metadata.get("caption"))
-        if member is None or not is_text(caption) or not caption.strip():
-            raise ValueError("it has no caption")
-        if len(caption) > MAX_CAPTION_CHARACTERS:
-            raise ValueError(f"a caption of {len(caption):,} characters")
-        return image, member, caption, not text
-
-    def _only(self, what: str, members: dict[str, T], *kinds: str) -> T | None:
-        found = _of_kind(members, *kinds)
-        if len(found) > 1:
-            key = self.key.rpartition("/")[2]
-            names = ", ".join(f"{key}.{extension}" for extension in found[:3])
-            why = f": {CUT_AT_FIRST_DOT}" if any("." in extension for extension in found) else ""
-            raise ValueError(f"it has several {what} ({names}{', ...' * (len(found) > 3)}){why}")
-        return members[found[0]] if found else None
-
-
-def _of_kind(members: Iterable[str], *kinds: str) -> list[str]:
-    """Return the extensions that are one of some kinds, or else those that end in one."""
-    plain = [extension for extension in members if extension in kinds]
-    return plain or [extension for extension in members if extension.rpartition(".")[2] in kinds]
+def _problem(member: tarfile.TarInfo, folder: Path) -> str:
+    if member.issparse() or not (member.isreg() or member.isdir()):
+        return "a link, device or sparse file"
+    with contextlib.suppress(ValueError):
+        inside(folder, member.name)
+        return ""
+    return "its name leads out of the shard"
 
 
 def key_of(member: str) -> tuple[str, str]:
-    """Split a member's name into key and lower-case extension: ``a/b.c.jpg``, ``("a/b", "c.jpg")``."""
+    """Split a member's name into key and extension: ``a/b.c.JPG`` is ``("a/b", "c.jpg")``."""
     folder, slash, name = member.removeprefix("./").rpartition("/")
     stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _problem(member: tarfile.TarInfo, path: Path) -> str:
-    if not member.isreg() or member.issparse():
-        return "a link, device or sparse file"
+def _sample(parts: Parts, file: _Headers) -> tuple[tarfile.TarInfo, tarfile.TarInfo, str, bool]:
+    """Return the image, the member that holds the caption, the caption, and whether it is JSON.
+
+    Raises:
+        ValueError: the sample cannot be used.
+    """
+    record, metadata = _pick(parts, RECORDS), {}
+    if record is not None:
+        with contextlib.suppress(ValueError, TypeError):
+            metadata = dict(parse_json(_content(record, file)))
     try:
-        inside(path.parent, member.name)
-    except ValueError:
-        return "its name leads out of the shard"
-    return ""
+        image, member = _pick(parts, IMAGES), _pick(parts, TEXTS)
+        if (status := metadata.get("status", "success")) != "success":
+            status = status if is_text(status) else shown(status)
+            raise ValueError(f"img2dataset status {status}")
+        if image is None:
+            raise ValueError("it has no image")
+        # Where the .txt is missing or empty, img2dataset's .json still has the caption.
+        caption = _content(member, file).decode("utf-8").strip() if member is not None else ""
+        is_json = not caption
+        if is_json:
+            member, caption = record, metadata.get("caption")
+        if member is None or not is_text(caption) or not caption.strip():
+            raise ValueError("it has no caption")
+        if len(caption) > MAX_CAPTION_CHARACTERS:
+            raise ValueError(f"a caption of {len(caption):,} characters")
+    except ValueError as error:
+        reason = "its caption is not UTF-8 text" if isinstance(error, UnicodeError) else str(error)
+        url = metadata.get("url")
+        raise ValueError(f"{reason} (from {url})" if is_text(url) else reason) from None
+    return image, member, caption, is_json
+
+
+def _pick(parts: Parts, kinds: Iterable[str]) -> tarfile.TarInfo | None:
+    """Return the member of a kind: ``jpg`` goes before ``input.jpg``.
+
+    Raises:
+        ValueError: there are several, or it is too large.
+    """
+    plain = [extension for extension in parts if extension in kinds]
+    found = plain or [extension for extension in parts if extension.rpartition(".")[2] in kinds]
+    if not found:
+        return None
+    if len(found) > 1 and kinds != RECORDS:
+        names = ", ".join(m.name.rpartition("/")[2] for e in found[:3] if (m := parts[e]))
+        why = "" if plain else ": a sample's key ends at the first dot of a name"
+        raise ValueError(
+            f"it has several {'images' if kinds == IMAGES else 'texts'} ({names}){why}"
+        )
+    member = parts[found[0]]
+    if member is None and kinds != RECORDS:
+        raise ValueError(f"it has several .{found[0]}")
+    if member is not None and member.size > (
+        MAX_IMAGE_BYTES if kinds == IMAGES else MAX_TEXT_BYTES
+    ):
+        raise ValueError(f"its .{found[0]} has {member.size / 1e6:,.0f} MB")
+    return member
+
+
+def _content(member: tarfile.TarInfo, file: _Headers) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
 
 
 def _printable(name: str) -> str:
@@ -306,15 +284,11 @@ class ShardFolder:
         """
         tars: dict[str, list[Path]] = {}
         for split in SPLITS:
-            paths = [p for p in sorted(Path(root, split).glob("*")) if not p.name.startswith(".")]
+            paths = sorted(Path(root, split).glob("[!.]*"))
             for path in paths:
-                plain = path.with_suffix("")
-                command = DECOMPRESS.get(path.suffix)
+                command, plain = DECOMPRESS.get(path.suffix), path.with_suffix("")
                 if command and plain.suffix == ".tar" and plain not in paths:
-                    raise DataError(
-                        f"shard {path} is compressed, and images are read by their place: "
-                        f"`{command} {path}` first"
-                    )
+                    raise DataError(f"shard {path} is compressed: `{command} {path}` first")
             if found := [path for path in paths if path.suffix == ".tar" and path.is_file()]:
                 tars[split] = found
         if not tars:
@@ -329,12 +303,11 @@ class ShardFolder:
 
     @property
     def splits(self) -> list[str]:
-        """The splits that have shards, in the order train, val, test."""
         return list(self.tars)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over names and sizes of all shards, names of images, and places of the content."""
+        """Hash over names and sizes of shards, names of images, and places of the content."""
         return _fingerprint(self.tars, {split: self._shards(split) for split in self.splits})
 
     def compute_fingerprint(self) -> str:
@@ -345,13 +318,10 @@ class ShardFolder:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Facts that a caption folder has in its manifest."""
-        counts = {
-            split: {
-                "images": sum(len(shard.samples) for shard in self._shards(split)),
-                "shards": len(tars),
-            }
-            for split, tars in self.tars.items()
-        }
+        counts = {}
+        for split, tars in self.tars.items():
+            images = sum(len(shard.samples) for shard in self._shards(split))
+            counts[split] = {"images": images, "shards": len(tars)}
         return {"source": "shards", "counts": counts, "fingerprint": self.fingerprint}
 
     def split(self, name: SplitName, skipped: Skipped | None = None) -> list[CaptionedImage]:
