@@ -6,10 +6,13 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
+
+from vlm_bridge.errors import DataError
 
 MAX_YAML_CHARACTERS = 100_000
 MAX_YAML_ALIASES = 20  # aliases of aliases can name a billion values in ten lines
@@ -34,19 +37,15 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: not YAML, too long, nested too deeply, or with too many aliases.
     """
-    if len(text) > MAX_YAML_CHARACTERS:
-        raise ValueError(f"{len(text):,} characters; at most {MAX_YAML_CHARACTERS:,} are read")
-    if len(_ALIAS.findall(text)) > MAX_YAML_ALIASES:
-        raise ValueError(f"more than {MAX_YAML_ALIASES} aliases")
+    if len(text) > MAX_YAML_CHARACTERS or len(_ALIAS.findall(text)) > MAX_YAML_ALIASES:
+        raise ValueError(f"over {MAX_YAML_CHARACTERS:,} characters or {MAX_YAML_ALIASES} aliases")
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        # PyYAML's conversions of odd dates, numbers and tags raise these.
-        raise ValueError(f"a value that cannot be read ({shown(str(error))})") from None
+    # PyYAML's conversions of odd dates, numbers and tags raise the others.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def is_text(value: Any) -> TypeGuard[str]:
@@ -64,19 +63,13 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield each line's number (from 1), offset in bytes and content; None for one too long.
-
-    At most ``MAX_LINE_BYTES`` are in memory.
-    """
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and content of each line; DataError where one is too long for a caption."""
     with path.open("rb") as file:
-        number = offset = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number, start, too_long = number + 1, offset, False
-            offset += len(line)
-            last = line
-            while len(last) == MAX_LINE_BYTES and not last.endswith(b"\n"):
-                last = file.readline(MAX_LINE_BYTES)
-                offset += len(last)
-                too_long = True
-            yield number, start, None if too_long else line
+        for number in count(1):
+            line = file.readline(MAX_LINE_BYTES)
+            if not line:
+                return
+            if len(line) == MAX_LINE_BYTES:
+                raise DataError(f"{path}:{number} is too long for a caption")
+            yield number, line

@@ -66,7 +66,7 @@ def test_flickr8k_follows_the_official_lists(flickr8k: Path) -> None:
     assert items[0].captions == ["caption 0 of 2 .", "caption 1 of 2 ."]
     assert {item.id: item.reason for item in source.rejected} == {
         "Flickr8k.token.txt:7": "its image '5.jpg' is missing",
-        "3": "it is in no split list",
+        "3.jpg": "it is in no split list",
     }
     (flickr8k / "Flickr_8k.testImages.txt").write_text("2.jpg\n")
     with pytest.raises(DataError, match=r"testImages.txt: 2.jpg is also in the list of train"):

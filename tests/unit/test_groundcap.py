@@ -134,12 +134,9 @@ def test_other_files_are_named(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("text")
     with pytest.raises(DataError, match=r"text\.parquet is damaged or no parquet file"):
         GroundCap(tmp_path).items()
-    for columns, message in (
-        ("id text", "no column caption"),
-        ("id caption image", "image is str"),
-    ):
+    for columns in ("id text", "id caption image"):
         pq.write_table(pa.table({c: ["a"] for c in columns.split()}), tmp_path / "other.parquet")
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match="it needs columns id, caption and image"):
             GroundCap(tmp_path / "other.parquet").items()
     train = next(dataset.rglob("train-*.parquet"))
     with pytest.raises(DataError, match="no test part"):

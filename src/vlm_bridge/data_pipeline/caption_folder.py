@@ -126,7 +126,7 @@ def _read_captions(folder: Path, skipped: Skipped) -> list[CaptionedImage]:
     captions: dict[str, list[str]] = {}
     ids: dict[str, str] = {}
     problems: dict[str, str] = {}
-    for number, _, line in lines_of(path):
+    for number, line in lines_of(path):
         skipped.total += 1
         try:
             record = _parse_record(line)
@@ -146,10 +146,8 @@ def _read_captions(folder: Path, skipped: Skipped) -> list[CaptionedImage]:
     ]
 
 
-def _parse_record(line: bytes | None) -> dict[str, Any]:
+def _parse_record(line: bytes) -> dict[str, Any]:
     """Return the record of a line. Raises ValueError with what is wrong with it."""
-    if line is None:
-        raise ValueError("the line is too long for a caption")
     if not line.strip():
         raise ValueError("a blank line")
     try:

@@ -16,8 +16,8 @@ from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
 
+# An image file, the bytes of one, or a function that draws the image.
 Picture = ImageFile | bytes | Callable[[], Image.Image]
-"""An image file, the bytes of one, or a function that draws the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Source:
 
     @property
     def default_split_rule(self) -> SplitRule:
-        """The rule for images whose split the dataset does not decide."""
+        """Rule for images whose split the dataset does not decide."""
         return SplitRule()
 
     def items(self) -> list[SourceItem]:

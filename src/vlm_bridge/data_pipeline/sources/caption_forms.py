@@ -6,11 +6,11 @@ To add a form, write a function that yields its rows and name it in `FORMS`.
 from __future__ import annotations
 
 import ast
-import codecs
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,7 @@ from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.image_files import without_number
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
-from vlm_bridge.parsing import is_text, parse_json, shown
+from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
 
 IMAGE_FIELDS = (
     "image", "file_name", "filename", "image_path", "image_name", "name", "path", "file",
@@ -35,10 +35,8 @@ _NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
 _LIST = re.compile(r"""\[(\s*["'].*)?\]""", re.DOTALL)
 _NO_COMMA = re.compile(r"""["']\s+["']""")  # numpy writes lists of texts so; Python joins them
 
-Row = dict[str, Any] | list[str] | ValueError
-"""Values by the names of their fields, cells, or the reason why they cannot be read."""
-Rows = Iterator[tuple[str, Row]]
-"""Rows with their places ("file:line")."""
+Rows = Iterator[tuple[str, Any]]
+"""("file:line", values by the names of their fields) of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +71,35 @@ def read_captions(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
     """
     if path.suffix.lower() == ".parquet":
         return _parquet_records(path, skipped)
-    return _records(FORMS.get(path.suffix.lower(), _table_rows)(path), skipped)
+    return _records(FORMS.get(path.suffix.lower(), _table_rows)(path, skipped), skipped)
 
 
 def read_sidecars(folder: Path, images: Iterable[str], skipped: Skipped) -> Iterator[CaptionRecord]:
     """Yield the captions of images from text files beside them, a caption a line."""
     for image in images:
         text = (folder / image).with_suffix(".txt")
-        for where, line in _lines_of(text) if text.is_file() else ():
-            row = {"image": image, "caption": line} if isinstance(line, str) else line
-            yield from _records([(where, row)], skipped)
+        for where, line in _lines_of(text, skipped) if text.is_file() else ():
+            yield from _records([(where, {"image": image, "caption": line})], skipped)
 
 
-def _records(rows: Iterable[tuple[str, Row]], skipped: Skipped) -> Iterator[CaptionRecord]:
+def _skip(skipped: Skipped, where: str, reason: str) -> None:
+    skipped.total += 1
+    skipped.add(where, reason)
+
+
+def _records(rows: Iterable[tuple[str, Any]], skipped: Skipped) -> Iterator[CaptionRecord]:
     for where, row in rows:
-        skipped.total += 1
         try:
-            yield _make_record(where, row)
+            record = _make_record(where, row)
         except ValueError as error:
-            skipped.add(where, str(error))
+            _skip(skipped, where, str(error))
+        else:
+            skipped.total += 1
+            yield record
 
 
-def _make_record(where: str, row: Row) -> CaptionRecord:
+def _make_record(where: str, row: Any) -> CaptionRecord:
     """Return the record of a row; ValueError where it has no image, captions or known split."""
-    if isinstance(row, ValueError):
-        raise row
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     image = next((row[name] for name in IMAGE_FIELDS if row.get(name) is not None), None)
@@ -151,60 +153,59 @@ def _listed(cell: str) -> list[str]:
 # --- lines and tables ---
 
 
-def _lines_of(path: Path) -> Iterator[tuple[str, str | ValueError]]:
-    """Yield ("file:line", text) for every line; a reason in place of bytes that are no text."""
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    for number, line in enumerate(lines, start=1):
+def _lines_of(path: Path, skipped: Skipped) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", text) for every line."""
+    for number, line in lines_of(path):
         try:
-            yield f"{path}:{number}", line.decode()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
-            yield f"{path}:{number}", ValueError("not UTF-8 text")
+            _skip(skipped, f"{path}:{number}", "not UTF-8 text")
+        else:
+            yield f"{path}:{number}", text.rstrip("\r\n")
 
 
-def _table_rows(path: Path) -> Rows:
+def _table_rows(path: Path, skipped: Skipped) -> Rows:
     """Yield the rows of a table; a damaged row costs no other row.
 
     Commas, semicolons, tabs or bars part the cells. A table with tabs may have no header; its
     columns are image and caption.
     """
-    lines: list[tuple[str, str]] = []
-    for where, line in _lines_of(path):
-        if isinstance(line, ValueError):
-            yield where, line
-        elif line.strip() or lines:
-            lines.append((where, line))
-    if not lines:
+    lines = _lines_of(path, skipped)
+    where, first = next((line for line in lines if line[1].strip()), ("", ""))
+    if not first:
         raise DataError(f"{path}: the caption file is empty or no UTF-8 text")
-    where, first = lines[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in first else ","
     if delimiter not in first:
         delimiter = next((mark for mark in "|;" if mark in first), delimiter)
     header = [cell.strip().strip('"').strip().lower() for cell in first.split(delimiter)]
-    if set(header) & set(IMAGE_FIELDS) and set(header) & set(CAPTION_FIELDS):
-        del lines[0]
-    elif delimiter == "\t":
-        header = ["image", "caption"]
-    else:
-        raise DataError(f"{where}: the header must name {NEEDED}")
+    if not (set(header) & set(IMAGE_FIELDS) and set(header) & set(CAPTION_FIELDS)):
+        if delimiter != "\t":
+            raise DataError(f"{where}: the header must name {NEEDED}")
+        header, lines = ["image", "caption"], chain([(where, first)], lines)
     column = next(n for n, name in enumerate(header) if name in IMAGE_FIELDS)
-    for where, cells in _split_rows(lines, delimiter, column):
-        yield where, _fit(cells, header, delimiter) if isinstance(cells, list) else cells
+    for where, cells in _split_rows(lines, delimiter, column, skipped):
+        if reason := _fit(cells, header, delimiter):
+            _skip(skipped, where, reason)
+        else:
+            yield where, dict(zip(header, cells, strict=True))
 
 
-def _split_rows(lines: list[tuple[str, str]], delimiter: str, column: int) -> Rows:
+def _split_rows(
+    lines: Iterable[tuple[str, str]], delimiter: str, column: int, skipped: Skipped
+) -> Iterator[tuple[str, list[str]]]:
     """Yield the cells of each row; a quoted cell may hold lines, but none that is a row itself.
 
     With tabs and bars, a quote that does not close is text.
     """
     start, text = "", ""
 
-    def damaged(reason: str) -> Rows:
+    def damaged(reason: str) -> Iterator[tuple[str, list[str]]]:
         if delimiter in "\t|":
             yield from ((start, line.split(delimiter)) for line in text.splitlines())
         else:
-            yield start, ValueError(f"{reason}: put the cell in quotes and double those within it")
+            _skip(skipped, start, f"{reason}: put the cell in quotes and double those within it")
 
-    for where, line in [*lines, ("", "")]:
+    for where, line in chain(lines, [("", "")]):
         if text and (not where or _begins_row(line.split(delimiter), column)):
             yield from damaged(OPEN_QUOTE)
             text = ""
@@ -228,8 +229,8 @@ def _begins_row(cells: list[str], column: int) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _fit(cells: list[str], header: list[str], delimiter: str) -> Row:
-    """Return the cells by the names of their columns, or the reason why they do not fit."""
+def _fit(cells: list[str], header: list[str], delimiter: str) -> str:
+    """Bring the cells to the number of columns; return the reason where that is impossible."""
     wanted, is_plain = len(header), delimiter in "\t|"
     while len(cells) > wanted and not cells[-1].strip():  # spreadsheets add empty cells
         cells.pop()
@@ -237,30 +238,28 @@ def _fit(cells: list[str], header: list[str], delimiter: str) -> Row:
         glue = "| " if delimiter == "|" else delimiter  # blanks after a bar are not kept
         cells[wanted - 1 :] = [glue.join(cells[wanted - 1 :])]
     if len(cells) == wanted:
-        return dict(zip(header, cells, strict=True))
+        return ""
     hint = "" if is_plain else "; put captions with commas in double quotes"
-    return ValueError(f"{len(cells)} cells instead of {wanted} ({delimiter.join(header)}){hint}")
+    return f"{len(cells)} cells instead of {wanted} ({delimiter.join(header)}){hint}"
 
 
 # --- JSON and parquet ---
 
 
-def _json_lines(path: Path) -> Rows:
-    for where, line in _lines_of(path):
-        if isinstance(line, str) and line.strip():
+def _json_lines(path: Path, skipped: Skipped) -> Rows:
+    for where, line in _lines_of(path, skipped):
+        if line.strip():
             try:
                 yield where, parse_json(line)
             except ValueError as error:
-                yield where, ValueError(f"not a JSON object ({error})")
-        elif isinstance(line, ValueError):
-            yield where, line
+                _skip(skipped, where, f"not a JSON object ({error})")
 
 
-def _json_rows(path: Path) -> Rows:
+def _json_rows(path: Path, skipped: Skipped) -> Rows:
     """Read JSON lines, a list of records (BLIP, LAVIS, LLaVA), or COCO's or Karpathy's form."""
     content = path.read_bytes().lstrip()
     if path.suffix.lower() == ".jsonl" and not content.startswith(b"["):
-        return _json_lines(path)
+        return _json_lines(path, skipped)
     try:
         document = parse_json(content)
     except ValueError as error:
@@ -268,13 +267,12 @@ def _json_rows(path: Path) -> Rows:
             parse_json(content.partition(b"\n")[0])
         except ValueError:
             raise DataError(f"{path} is damaged or no JSON ({error}): get it again") from None
-        return _json_lines(path)
+        return _json_lines(path, skipped)
     if isinstance(document, list):
         return ((f"{path}: entry {number}", row) for number, row in enumerate(document))
     try:
-        if "annotations" in document:
-            return iter(list(_coco_rows(path, document)))
-        return iter(list(_karpathy_rows(path, document)))
+        rows = _coco_rows(document) if "annotations" in document else _karpathy_rows(document)
+        return iter([(f"{path}: image {shown(image_id)}", row) for image_id, row in rows])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{path} is damaged or no caption file ({shown(error)}): a list of records with "
@@ -283,7 +281,7 @@ def _json_rows(path: Path) -> Rows:
         ) from None
 
 
-def _coco_rows(path: Path, document: dict[str, Any]) -> Rows:
+def _coco_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
     captions: dict[Any, list[str]] = {}
     for annotation in document["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
@@ -292,16 +290,14 @@ def _coco_rows(path: Path, document: dict[str, Any]) -> Rows:
         name = names.get(image_id, "")
         if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and isinstance(image_id, int):
             name = f"{image_id:012d}.jpg"  # COCO names images by their ids
-        row = {"image": name, "captions": captions.get(image_id, [])}
-        yield f"{path}: image {shown(image_id)}", row
+        yield image_id, {"image": name, "captions": captions.get(image_id, [])}
 
 
-def _karpathy_rows(path: Path, document: dict[str, Any]) -> Rows:
-    """Yield image, captions and split of each image of Karpathy's split files (CVPR 2015)."""
+def _karpathy_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the rows of Karpathy's split files (Karpathy and Fei-Fei, CVPR 2015)."""
     for number, image in enumerate(document["images"]):
         captions = [sentence["raw"] for sentence in image["sentences"]]
-        row = {"image": image["filename"], "captions": captions, "split": image["split"]}
-        yield f"{path}: image {number}", row
+        yield number, {"image": image["filename"], "captions": captions, "split": image["split"]}
 
 
 def find_karpathy_file(folder: Path, dataset: str) -> Path | None:
@@ -331,7 +327,7 @@ def _parquet_records(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
             yield replace(record, stored=place)
 
 
-FORMS: dict[str, Callable[[Path], Rows]] = {
+FORMS: dict[str, Callable[[Path, Skipped], Rows]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
     ".csv": _table_rows,

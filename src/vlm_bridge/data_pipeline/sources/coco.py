@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import Rejected
@@ -41,11 +40,9 @@ class Coco(CaptionedFiles):
             instead of 82,783.
     """
 
-    name: ClassVar[str] = "coco"
-    description: ClassVar[str] = (
-        "COCO captions: photographs of common objects, five human captions each"
-    )
-    licence_note: ClassVar[str] = (
+    name = "coco"
+    description = "COCO captions: photographs of common objects, five human captions each"
+    licence_note = (
         "captions: CC BY 4.0, the COCO Consortium; photographs: Flickr's terms of use and the "
         "licence that the annotations name for each, many of them non-commercial"
     )
@@ -55,14 +52,12 @@ class Coco(CaptionedFiles):
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of Karpathy's file or of COCO's annotations."""
         if karpathy := find_karpathy_file(folder, cls.name):
             return karpathy.name
         names = (f"annotations/captions_{part}{year}.json" for year in YEARS for part in PARTS)
         return next((name for name in names if (folder / name).is_file()), None)
 
     def caption_files(self) -> list[CaptionFile]:
-        """Return Karpathy's file, or the annotations of a year's parts."""
         karpathy = self.captions_file
         if karpathy is None and self.year is None:
             karpathy = find_karpathy_file(self.input_dir, self.name)
@@ -89,7 +84,6 @@ class Coco(CaptionedFiles):
     def records(
         self, images: ImageFiles, skipped: Skipped
     ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
-        """Yield the records of all images, or all but Karpathy's restval."""
         left_out = 0
         for record, file in super().records(images, skipped):
             if record.part == RESTVAL and not self.restval:

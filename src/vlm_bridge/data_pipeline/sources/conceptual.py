@@ -1,7 +1,6 @@
 """Conceptual Captions (Sharma et al., ACL 2018) as shards of images fetched from its URLs.
 
-The dataset is a list of captions and URLs. img2dataset fetches the images and writes WebDataset
-shards; the ``00000.parquet`` and ``00000_stats.json`` beside a ``00000.tar`` are not needed.
+The dataset is a list of captions and URLs; img2dataset fetches the images and writes shards.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from vlm_bridge.data_pipeline.downloads import shards_command
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
@@ -27,21 +25,18 @@ _NUMBERED = re.compile(r"(?:^|[-_.])\d{4,}$")
 class Conceptual(Source):
     """3.3 million images of the web with their cleaned alternative texts, one caption each."""
 
-    name: ClassVar[str] = "conceptual"
-    description: ClassVar[str] = (
-        "Conceptual Captions: images of the web with their alternative texts"
-    )
-    licence_note: ClassVar[str] = (
+    name = "conceptual"
+    description = "Conceptual Captions: images of the web with their alternative texts"
+    licence_note = (
         "captions and URLs: free for any purpose, credit to Google LLC is asked for; "
         "each image belongs to its owner and is not to be redistributed"
     )
-    finds_near_duplicates: ClassVar[bool] = False
+    finds_near_duplicates = False
 
     input_dir: Path
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of a numbered shard below a folder, None where there is none."""
         shard = next((path for path in folder.rglob("*.tar") if _NUMBERED.search(path.stem)), None)
         return shard.relative_to(folder).as_posix() if shard is not None else None
 

@@ -22,7 +22,7 @@ class _Flickr(CaptionedFiles):
     """Photographs from Flickr with five human captions each."""
 
     names: ClassVar[tuple[str, ...]]
-    split_lists: ClassVar[dict[str, SplitName]] = {}
+    split_lists: ClassVar = {}
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
@@ -32,14 +32,12 @@ class _Flickr(CaptionedFiles):
 
     @classmethod
     def _find_captions(cls, folder: Path) -> Path | None:
-        if karpathy := find_karpathy_file(folder, cls.name):
-            return karpathy
-        # At its top, or beside the images.
+        # At the folder's top, or beside the images.
         found = (path for name in cls.names for path in (folder / name, *folder.glob(f"*/{name}")))
-        return next((path for path in found if path.is_file()), None)
+        usual = next((path for path in found if path.is_file()), None)
+        return find_karpathy_file(folder, cls.name) or usual
 
     def caption_files(self) -> list[CaptionFile]:
-        """Return the named or the usual caption file. Raises DataError without one."""
         path = self.captions_file or self._find_captions(self.input_dir)
         if path is None:
             names = ", ".join((f"dataset_{self.name}.json", *self.names))
@@ -47,15 +45,13 @@ class _Flickr(CaptionedFiles):
         return [(path, None)]
 
     def items(self) -> list[SourceItem]:
-        """Return the images in the order of the official lists, or else of the caption file."""
         items, self.split_rule = super().items(), None
         if listed := self._listed():
             self.split_rule = "official lists (train, dev as val, test)"
-            by_name = {Path(str(item.path)).name: item for item in items}
-            unlisted = [by_name[name].image_id for name in by_name if name not in listed]
-            self.rejected += [Rejected(name, "it is in no split list") for name in unlisted]
-            lists = listed.items()
-            return [replace(by_name[n], split=split) for n, split in lists if n in by_name]
+            by_name = {item.path.name: item for item in items if item.path}
+            unlisted = by_name.keys() - listed.keys()
+            self.rejected += [Rejected(name, "it is in no split list") for name in sorted(unlisted)]
+            return [replace(by_name[n], split=listed[n]) for n in listed if n in by_name]
         if all(item.split is not None for item in items):
             self.split_rule = f"Karpathy's splits ({self.caption_files()[0][0].name})"
         return items
@@ -76,15 +72,11 @@ class _Flickr(CaptionedFiles):
 class Flickr8k(_Flickr):
     """8,000 photographs; an absent list file leaves its split empty."""
 
-    name: ClassVar[str] = "flickr8k"
-    description: ClassVar[str] = (
-        "Flickr8k: photographs of people and dogs, five human captions each"
-    )
-    licence_note: ClassVar[str] = (
-        "Flickr photographs of many owners: research use only, not to be redistributed"
-    )
-    names: ClassVar[tuple[str, ...]] = ("Flickr8k.token.txt", "captions.txt")
-    split_lists: ClassVar[dict[str, SplitName]] = {
+    name = "flickr8k"
+    description = "Flickr8k: photographs of people and dogs, five human captions each"
+    licence_note = "Flickr photographs of many owners: research use only, not to be redistributed"
+    names: ClassVar = ("Flickr8k.token.txt", "captions.txt")
+    split_lists: ClassVar = {
         "Flickr_8k.trainImages.txt": "train",
         "Flickr_8k.devImages.txt": "val",
         "Flickr_8k.testImages.txt": "test",
@@ -95,13 +87,13 @@ class Flickr8k(_Flickr):
 class Flickr30k(_Flickr):
     """31,783 photographs; 31,014 of them are in Karpathy's splits."""
 
-    name: ClassVar[str] = "flickr30k"
-    description: ClassVar[str] = "Flickr30k: photographs of everyday life, five human captions each"
-    licence_note: ClassVar[str] = (
+    name = "flickr30k"
+    description = "Flickr30k: photographs of everyday life, five human captions each"
+    licence_note = (
         "Flickr photographs of many owners under Flickr's terms of use: for non-commercial "
         "research and education only, not to be redistributed"
     )
-    names: ClassVar[tuple[str, ...]] = (
+    names = (
         "flickr_annotations_30k.csv",
         "results_20130124.token",
         "results.csv",

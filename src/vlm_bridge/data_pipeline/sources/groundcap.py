@@ -11,11 +11,12 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from vlm_bridge.credentials import hub_problem
-from vlm_bridge.data_pipeline.captions import CaptionStyle, strip_tags
+from vlm_bridge.data_pipeline.captions import strip_tags
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
@@ -36,14 +37,14 @@ class GroundCap(Source):
         official_split: keep the dataset's own test part.
     """
 
-    name: ClassVar[str] = "groundcap"
-    description: ClassVar[str] = "GroundCap: film frames, each with a grounded paragraph"
-    licence_note: ClassVar[str] = (
+    name = "groundcap"
+    description = "GroundCap: film frames, each with a grounded paragraph"
+    licence_note = (
         "CC-BY-4.0: credit Oliveira, Teodoro and de Matos, GroundCap (2025); the frames are from "
         "MovieNet's films"
     )
-    default_caption_style: ClassVar[CaptionStyle] = "raw"
-    needs_input_dir: ClassVar[bool] = False
+    default_caption_style = "raw"
+    needs_input_dir = False
 
     input_dir: Path | None = None
     official_split: bool = False
@@ -51,11 +52,10 @@ class GroundCap(Source):
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of a parquet file with GroundCap's columns, None where there is none."""
-        path = next(folder.rglob("*.parquet"), None)
-        with suppress(DataError):  # a damaged file tells nothing
-            if path and {ID, IMAGE, CAPTION, "detections"} <= set(schema_of(path).names):
-                return path.relative_to(folder).as_posix()
+        for path in islice(folder.rglob("*.parquet"), 1):
+            with suppress(DataError):  # a damaged file tells nothing
+                if {ID, IMAGE, CAPTION, "detections"} <= set(schema_of(path).names):
+                    return path.relative_to(folder).as_posix()
         return None
 
     @property
@@ -77,10 +77,8 @@ class GroundCap(Source):
                     continue
                 film = _FILM.search(image_id)
                 stored = ParquetPicture(path, row_group, row, IMAGE)
-                item = items.setdefault(
-                    image_id,
-                    SourceItem(image_id, [], split, stored=stored, film=film[0] if film else None),
-                )
+                item = SourceItem(image_id, [], split, stored=stored, film=film and film[0])
+                item = items.setdefault(image_id, item)
                 if item.split == split:
                     item.captions.append(caption if self.keep_tags else strip_tags(caption))
                 else:
@@ -93,12 +91,11 @@ class GroundCap(Source):
     def facts(self) -> dict[str, Any]:
         """Return rows and bytes of each part, and the fields with their types."""
         paths = [path for path, _ in self._files]
-        rows: Counter[str] = Counter()
+        schema, rows = schema_of(paths[0]), Counter[str]()
         for path, part in self._files:
             rows[part or "unnamed"] += count_rows(path)
-        schema = schema_of(paths[0])
-        readable = paths if HUMAN in schema.names else []
-        marks = (values[HUMAN] for path in readable for *_, values in read_rows(path, [HUMAN]))
+        marked = paths if HUMAN in schema.names else []
+        marks = (values[HUMAN] for path in marked for *_, values in read_rows(path, [HUMAN]))
         return {
             "files": len(paths),
             "bytes": sum(path.stat().st_size for path in paths),
@@ -136,15 +133,12 @@ def _check_columns(path: Path) -> None:
     import pyarrow.types as types
 
     schema = schema_of(path)
-    names = ", ".join(schema.names)
-    for name in (ID, CAPTION, IMAGE):
-        if name not in schema.names:
-            raise DataError(f"{path} is not GroundCap: no column {name} (it has {names})")
-        kind = schema.field(name).type
-        is_image = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        is_text = types.is_string(kind) or types.is_large_string(kind)
-        if not (is_image if name == IMAGE else is_text):
-            raise DataError(f"{path} is not GroundCap: its column {name} is {kind}")
+    has_images = IMAGE in schema.names and types.is_struct(schema.field(IMAGE).type)
+    if not has_images or not {ID, CAPTION} <= set(schema.names):
+        raise DataError(
+            f"{path} is not GroundCap: it needs columns {ID}, {CAPTION} and {IMAGE} (a struct of "
+            f"bytes and path), and has {', '.join(schema.names)}"
+        )
 
 
 def _download() -> Path:

@@ -1,8 +1,4 @@
-"""Find the image files of a dataset by the names that caption files give them.
-
-The user's own folder is read wherever it leads; a link within it that leads out is skipped and
-named, unless ``follow_links`` allows it.
-"""
+"""Find the image files of a dataset by the names that caption files give them."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from pathlib import Path
 
 from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, UNFINISHED_NAME
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.samples import inside, is_inside
+from vlm_bridge.data_pipeline.samples import is_inside
 from vlm_bridge.parsing import shown
 
 LEADS_OUT = (
@@ -33,6 +29,8 @@ def without_number(name: str) -> str:
 class ImageFiles:
     """The image files below a folder, except those of caption folders made of the dataset.
 
+    Links that lead out of the folder are skipped unless ``follow_links``.
+
     Attributes:
         paths: the files by their names relative to the folder, with slashes.
         linked_out: the names of the links that are skipped.
@@ -42,11 +40,10 @@ class ImageFiles:
         self.root, self.follow_links = root, follow_links
         self.paths: dict[str, Path] = {}
         self.linked_out: list[str] = []
-        self._resolved = root.resolve()
         self._seen: set[Path] = set()
-        self._scan(root)
+        self._scan(root, root.resolve())
 
-    def _scan(self, folder: Path) -> None:
+    def _scan(self, folder: Path, resolved: Path) -> None:
         real = folder.resolve()
         is_made = (folder / MANIFEST_NAME).is_file() or (folder / UNFINISHED_NAME).is_dir()
         if real in self._seen or (is_made and folder != self.root):
@@ -58,15 +55,12 @@ class ImageFiles:
             if entry.name.startswith(".") or not (is_image or entry.is_dir()):
                 continue
             name = path.relative_to(self.root).as_posix()
-            if entry.is_symlink() and not self._allows(path):
+            if entry.is_symlink() and not (self.follow_links or is_inside(resolved, path)):
                 self.linked_out.append(name)
             elif entry.is_dir():
-                self._scan(path)
+                self._scan(path, resolved)
             elif entry.is_file():
                 self.paths[name] = path
-
-    def _allows(self, path: Path) -> bool:
-        return self.follow_links or is_inside(self._resolved, path)
 
     def find(self, name: str, beside: Path | None = None) -> Path | None:
         """Return the image file that a caption file names, None where there is none.
@@ -78,38 +72,36 @@ class ImageFiles:
             beside: the folder of the caption file.
 
         Raises:
-            ValueError: the name leads out of the folder, or several files fit.
+            ValueError: several files fit.
         """
         bare = without_number(name).replace("\\", "/")
         below = ""
         if beside is not None and beside != self.root and beside.is_relative_to(self.root):
             below = f"{beside.relative_to(self.root).as_posix()}/"
-        starts = [top + folder for top in dict.fromkeys((below, "")) for folder in _SUBFOLDERS]
-        for spelled in (name, bare):
-            for start in starts:
-                if (known := self.paths.get(start + spelled)) is not None:
-                    return known
+        for top in (below, ""):
+            for known in (top + folder + end for end in (name, bare) for folder in _SUBFOLDERS):
+                if known in self.paths:
+                    return self.paths[known]
         wanted = f"/{_folded(bare)}"
-        for known in self._by_folded_name:
-            fits = known.get(wanted.rpartition("/")[2], ())
-            fits = [found for found in fits if found[0].endswith(wanted)]
+        for by_end in self._by_end:
+            known = by_end.get(wanted.rpartition("/")[2], ())
+            fits = [found for found in known if found[0].endswith(wanted)]
             fits = [found for found in fits if found[0].startswith(f"/{_folded(below)}")] or fits
             if len(fits) > 1:
                 files = ", ".join(found for _, found in fits[:3])
                 raise ValueError(f"image name {shown(name)} fits several files ({files})")
             if fits:
                 return self.paths[fits[0][1]]
-        paths = (inside(self.root, start + bare) for start in starts)  # of any suffix
-        return next((path for path in paths if path.is_file() and self._allows(path)), None)
+        return None
 
     @cached_property
-    def _by_folded_name(self) -> tuple[dict[str, list[tuple[str, str]]], ...]:
-        """(whole folded name, name) of the files by the folded end of it, with and without suffix."""
+    def _by_end(self) -> tuple[dict[str, list[tuple[str, str]]], ...]:
+        """(folded, name) of each file by the end of its name, with and without the suffix."""
         whole, stems = defaultdict(list), defaultdict(list)
         for name in self.paths:
-            for known, spelled in ((whole, name), (stems, name.rpartition(".")[0])):
+            for by_end, spelled in ((whole, name), (stems, name.rpartition(".")[0])):
                 folded = f"/{_folded(spelled)}"
-                known[folded.rpartition("/")[2]].append((folded, name))
+                by_end[folded.rpartition("/")[2]].append((folded, name))
         return whole, stems
 
 

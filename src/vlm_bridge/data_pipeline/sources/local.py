@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
 
-from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import FORMS, CaptionRecord, read_sidecars
@@ -28,35 +26,27 @@ CAPTION_FILES = (
 class LocalFolder(CaptionedFiles):
     """Your own images; splits come from folders, a ``split`` column or else from image ids."""
 
-    name: ClassVar[str] = "local"
-    description: ClassVar[str] = (
-        "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
-    )
-    licence_note: ClassVar[str] = (
-        "Your own images and captions: under whatever licence you hold them"
-    )
-    default_caption_style: ClassVar[CaptionStyle] = "raw"
-    is_complete: ClassVar[bool] = True
+    name = "local"
+    description = "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
+    licence_note = "Your own images and captions: under whatever licence you hold them"
+    default_caption_style = "raw"
+    is_complete = True
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        """Return the name of the caption file, or of its substitute."""
         if here := _candidates(folder) or [path for path, _ in _files_of_splits(folder)]:
             return here[0].relative_to(folder).as_posix()
         return "text files beside images" if _has_sidecars(ImageFiles(folder)) else None
 
     def caption_files(self) -> list[CaptionFile]:
-        """Return the caption file, or one of each split; none where text files are captions."""
         if self.captions_file is not None:
             return [(self.captions_file, None)]
-        if here := _candidates(self.input_dir):
-            return [(_only(here), None)]
-        return _files_of_splits(self.input_dir)
+        here: list[CaptionFile] = [(path, None) for path in _candidates(self.input_dir)]
+        return here or _files_of_splits(self.input_dir)
 
     def records(
         self, images: ImageFiles, skipped: Skipped
     ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
-        """Yield the records of the caption files, or of text files beside images."""
         if self.caption_files():
             yield from super().records(images, skipped)
         elif _has_sidecars(images):
@@ -94,7 +84,14 @@ def _has_sidecars(images: ImageFiles) -> bool:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    return [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+    """Return the caption file in a folder, if there is one. Raises DataError for several."""
+    files = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise DataError(
+            f"{folder} has several caption files ({names}): choose one with --captions-file"
+        )
+    return files
 
 
 def _files_of_splits(folder: Path) -> list[CaptionFile]:
@@ -103,16 +100,6 @@ def _files_of_splits(folder: Path) -> list[CaptionFile]:
     for below in sorted(path for path in folder.iterdir() if path.is_dir()):
         split = normalise_split(below.name)
         if split is not None and (here := _candidates(below)):
-            found.append((_only(here), split))
+            found.append((here[0], split))
     tables = [*sorted(folder.glob("*.parquet")), *sorted((folder / "data").glob("*.parquet"))]
     return found or [(path, normalise_split(path.stem.split("-")[0])) for path in tables]
-
-
-def _only(files: list[Path]) -> Path:
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise DataError(
-            f"{files[0].parent} has several caption files ({names}): "
-            "choose one with --captions-file"
-        )
-    return files[0]

@@ -18,11 +18,10 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources.base import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import UsageError
@@ -301,14 +300,12 @@ def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
 class Scenes(Source):
     """Drawn scenes: so many images a split, each drawable alone from (seed, split, index)."""
 
-    name: ClassVar[str] = "scenes"
-    description: ClassVar[str] = (
-        "Drawn scenes of colored shapes; the test split shows unseen color-shape pairs"
-    )
-    licence_note: ClassVar[str] = "Drawn by this program: free of rights"
-    default_caption_style: ClassVar[CaptionStyle] = "raw"
-    finds_near_duplicates: ClassVar[bool] = False
-    needs_input_dir: ClassVar[bool] = False
+    name = "scenes"
+    description = "Drawn scenes of colored shapes; the test split shows unseen color-shape pairs"
+    licence_note = "Drawn by this program: free of rights"
+    default_caption_style = "raw"
+    finds_near_duplicates = False
+    needs_input_dir = False
 
     num_train: int
     num_val: int
