@@ -16,7 +16,6 @@ from vlm_bridge import configuration
 from vlm_bridge.configuration import (
     DEFAULT_RECIPE,
     BridgeOptions,
-    DecodeSettings,
     Recipe,
     load_recipe,
     override_recipe,
@@ -27,7 +26,6 @@ from vlm_bridge.configuration import (
 from vlm_bridge.data_pipeline.loader import EpochPlan
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.bridges import BRIDGES
-from vlm_bridge.training_strategy.optimizer import learning_rate_at
 
 
 def written(folder: Path, text: str) -> Path:
@@ -46,47 +44,32 @@ def message_of(*overrides: str, recipe: Path | None = None) -> str:
     return message
 
 
-def test_defaults_are_the_published_ones() -> None:
-    default, published = load_recipe(None), load_recipe(shipped_recipe(DEFAULT_RECIPE))
-    for key in ("learning_rate", "min_lr", "num_epochs", "batch_size", "gradient_clip_val"):
-        assert getattr(default, key) == getattr(published, key)
-
-
 @pytest.mark.parametrize(
     ("override", "mentions"),
     [
         ("learning_rat=1e-4", ["unknown key learning_rat", "did you mean 'learning_rate'?"]),
         ("bridge.num_querys=4", ["unknown key bridge.num_querys", "'num_queries'"]),
-        ("bridge.standardise_features=true", ["bridge.standardise_features", "'standardize_"]),
-        ("bridge.options={depth: 1}", ["unknown key bridge.options"]),
-        ("decode.beams=4", ["unknown key decode.beams", "num_beams"]),
         ("language_model.xyz=1", ["unknown key language_model.xyz", "known: "]),
         ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "should be 'prefix'"]),
-        ("batch_size=many", ["batch_size='many'", "integer"]),
         ("batch_size='3'", ["batch_size='3'", "integer"]),
         ("batch_size=2.5", ["batch_size=2.5", "integer"]),
         ("batch_size=true", ["batch_size=True", "integer"]),
         ("learning_rate=fast", ["learning_rate='fast'", "number"]),
-        ("learning_rate=true", ["learning_rate=True", "number"]),
         ("learning_rate=", ["learning_rate=None", "number"]),
         ("compile=1", ["compile=1", "boolean"]),
         ("data_dir=[a, b]", ["data_dir=", "string"]),
         ("amp_dtype=float64", ["amp_dtype='float64'", "bfloat16", "float16"]),
-        ("scheduler_type=[cosine]", ["scheduler_type=['cosine']", "cosine", "constant"]),
         ("bridge=prefix", ["bridge='prefix'", "dictionary"]),
         ("decode=3", ["decode=3", "dictionary"]),
         ("vision_encoder.layers=[1, last]", ["vision_encoder.layers", "'last'", "int"]),
         ("vision_encoder.layers=[]", ["vision_encoder.layers"]),
-        ("vision_encoder.name=a + b + c + d + e + f + g + h + i", ["vision_encoder.name", "8"]),
         ('language_model.name="a\\u0007"', ["language_model.name", "pattern"]),
-        ("vision_encoder.image_size=2049", ["vision_encoder.image_size=2049", "2048"]),
-        ("decode.num_beams=1001", ["decode.num_beams=1001", "1000"]),
         ("trainable={}", ["trainable"]),
         ("captions_per_image=3", ["batch_size", "captions_per_image=3"]),  # 8 is no multiple of 3
-        ("learning_rate", ["KEY=VALUE"]),
         ("learning_rate:1e-4", ["KEY=VALUE"]),
         ("data_dir=[", ["not valid YAML"]),
         ("1=2", ["unknown key"]),
+        ("num_epochs.x=1", ["num_epochs={", "integer"]),
     ],
 )
 def test_a_mistake_is_named(override: str, mentions: list[str]) -> None:
@@ -109,17 +92,7 @@ INNER_NUMBERS = """
 
 @pytest.mark.parametrize("key", [*NUMBERS, *INNER_NUMBERS.split()])
 def test_a_number_that_no_training_means_is_refused(key: str) -> None:
-    for value in (
-        ".inf",
-        "-.inf",
-        ".nan",
-        "1e30",
-        "-1e30",
-        2**63,
-        2**64,
-        f"0x{'f' * 5000}",
-        "-3e9",
-    ):
+    for value in (".inf", ".nan", "1e30", "-1e30", 2**63, f"0x{'f' * 5000}", "-3e9"):
         message = message_of(f"{key}={value}")
         assert key in message
         assert len(message) < 300
@@ -129,8 +102,8 @@ IMPOSSIBLE = """
     num_epochs=0 batch_size=-8 max_steps=0 learning_rate=-1e-4 num_workers=-1 warmup_steps=-5
     seed=-1 gradient_clip_val=0 early_stopping_patience=0 max_validation_images=0
     label_smoothing=1 weight_averaging=1 max_bad_samples=1.1 decode.num_beams=0
-    decode.max_new_tokens=0 decode.temperature=0 decode.top_p=1.5 bridge.num_queries=0
-    vision_encoder.image_size=0 bridge.dropout=1
+    decode.num_beams=1001 decode.temperature=0 decode.top_p=1.5 bridge.num_queries=0
+    vision_encoder.image_size=2049 bridge.dropout=1 save_every=now
 """
 
 
@@ -139,74 +112,50 @@ def test_impossible_values_are_refused(override: str) -> None:
     assert override.partition("=")[0] in message_of(override)
 
 
-def test_overrides_reach_every_depth() -> None:
-    recipe = load_recipe(
-        None,
-        [
-            "learning_rate=1e-4", "num_epochs=3", f"seed={2**63 - 1}", "bridge.depth=4",
-            "bridge.standardize_features=false", "max_steps=null", "decode.num_beams=5",
-            "language_model.prompt='A photo of'",
-            "trainable.bridge.*=1e-5",
-        ],
-    )  # fmt: skip
-    assert (recipe.learning_rate, recipe.num_epochs, recipe.seed) == (1e-4, 3, 2**63 - 1)
-    assert recipe.bridge.to_dict()["depth"] == 4
-    assert recipe.bridge.standardize_features is False
-    assert recipe.language_model.prompt == "A photo of"
-    assert recipe.trainable == {"bridge.*": 1e-5}
-    assert (recipe.decode.num_beams, recipe.max_steps) == (5, None)
-
-
 def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
     path = written(tmp_path, "num_epochs: 5\nbridge: {depth: 3, width: 64}\n")
-    recipe = load_recipe(path, ["bridge.depth=4", "num_epochs=6", "num_epochs=7"])
-    assert recipe.num_epochs == 7
-    again = override_recipe(recipe, ["bridge.num_heads=2"]).bridge.to_dict()
-    assert (again["kind"], again["depth"], again["width"], again["num_heads"]) == (
-        "prefix",
-        4,
-        64,
-        2,
-    )
+    overrides = [
+        "bridge.depth=4", "num_epochs=6", "num_epochs=7", f"seed={2**63 - 1}", "max_steps=null",
+        "language_model.prompt='A photo of'", "trainable.bridge.*=1e-5",
+    ]  # fmt: skip
+    recipe = load_recipe(path, overrides)
+    assert (recipe.num_epochs, recipe.seed, recipe.max_steps) == (7, 2**63 - 1, None)
+    assert (recipe.language_model.prompt, recipe.trainable) == ("A photo of", {"bridge.*": 1e-5})
+    again = override_recipe(recipe, ["bridge.num_heads=2"]).bridge
+    assert (again.kind, again.depth, again.width, again.num_heads) == ("prefix", 4, 64, 2)
     assert "num_epochs is a value, not a section" in message_of("num_epochs.x=1", recipe=path)
 
 
-def test_another_kind_of_bridge_does_not_take_the_old_ones_options(tmp_path: Path) -> None:
-    path = written(tmp_path, "bridge: {kind: prefix, num_queries: 8}\n")
-    message = message_of("bridge.kind=cross_attention", recipe=path)
-    assert "bridge.num_queries is no option of kind=cross_attention" in message
-    assert "num_heads" in message
-    bridge = load_recipe(None, ["bridge.kind=cross_attention"]).bridge
-    assert bridge == BridgeOptions(kind="cross_attention")
-    assert bridge.enter_at_layer == 0 and "num_queries" not in bridge.to_dict()
-
-
 @pytest.mark.parametrize("kind", BRIDGES)
-def test_every_bridge_has_options(kind: str) -> None:
+def test_every_kind_of_bridge_has_its_own_options(kind: str) -> None:
     bridge = recipe_from_dict({"bridge": {"kind": kind}}).bridge
     assert bridge.kind == kind
-    assert type(bridge).build(bridge.to_dict()) == bridge
+    assert BridgeOptions.build(bridge.to_dict()) == bridge
+    assert ("enter_at_layer" in bridge.to_dict()) == (kind in ("deep_prefix", "cross_attention"))
+    other = "projection=mlp" if kind != "projection" else "num_queries=8"
+    message = message_of(f"bridge.kind={kind}", f"bridge.{other}")
+    assert f"bridge.{other.partition('=')[0]} is no option of kind={kind}" in message
+
+
+def test_cross_attention_enters_at_the_embeddings_as_published() -> None:
+    assert BridgeOptions(kind="cross_attention").enter_at_layer == 0
+    assert BridgeOptions(kind="deep_prefix").enter_at_layer is None
 
 
 @pytest.mark.parametrize("kind", ["prefix", "cross_attention"])
 def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
-    recipe = load_recipe(
-        None,
-        [
-            f"bridge.kind={kind}", "bridge.num_heads=2", "learning_rate=3e-7", "feature_cache=off",
-            "max_steps=7",
-            "language_model.prompt='yes: no'", "data_dir='1e5'", "gradient_clip_val=1e6",
-            "vision_encoder.layers=[4, -1]", "decode.known_objects=[dog, cup of coffee]",
-        ],
-    )  # fmt: skip
+    overrides = [
+        f"bridge.kind={kind}", "bridge.num_heads=2", "learning_rate=3e-7", "feature_cache=off",
+        "max_steps=7", "language_model.prompt='yes: no'", "data_dir='1e5'",
+        "vision_encoder.layers=[4, -1]", "decode.known_objects=[dog, cup of coffee]",
+    ]  # fmt: skip
+    recipe = load_recipe(None, overrides)
     assert recipe.vision_encoder.layers == (4, -1)
     assert recipe.decode.known_objects == ("dog", "cup of coffee")
     assert recipe.feature_cache == "off"
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
-    assert recipe_from_dict(recipe.to_dict()) == recipe
-    assert override_recipe(recipe, []) == recipe
+    assert recipe_from_dict(recipe.to_dict()) == override_recipe(recipe, []) == recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe
-    assert DecodeSettings.build(recipe.decode.to_dict()) == recipe.decode
 
 
 def test_replaced_values_are_checked() -> None:
@@ -229,21 +178,21 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     assert "latin.yaml" in message_of(recipe=tmp_path / "latin.yaml")
 
 
+def test_a_credential_in_a_recipe_is_refused_and_not_repeated() -> None:
+    message = message_of("language_model.name=https://me:hf_abcdefghijklmnopqrstuvwxyz@host/x")
+    assert "language_model.name holds a token or a password" in message and "hf_abc" not in message
+
+
 def test_what_decides_the_training_is_compared() -> None:
     before = load_recipe(None, ["language_model.name=google/gemma-2-2b", "decode.seed=1"])
-    moved = [
-        "data_dir=x",
-        "device=cpu",
-        "log_every_n_steps=3",
-        "language_model.name=models/gemma-2-2b",
-    ]
+    moved = ["data_dir=x", "device=cpu", "log_every_n_steps=3"]
+    moved.append("language_model.name=models/gemma-2-2b")
     assert override_recipe(before, moved).changes_since(before) == []
     other = override_recipe(before, ["bridge.depth=3", "learning_rate=1e-3"])
     assert other.changes_since(before) == [
         "bridge.depth=3, was 2",
         "learning_rate=0.001, was 1e-05",
     ]
-    assert {"data_dir", "checkpoint_dir", "device"} < Recipe.keys_marked("place")
 
 
 def test_shipped_recipes_are_found_by_name() -> None:
@@ -258,37 +207,20 @@ class TestTrainingDefault:
     recipe = load_recipe(shipped_recipe(DEFAULT_RECIPE))
 
     def test_its_values_are_the_published_ones(self) -> None:
-        recipe = self.recipe
+        recipe, default = self.recipe, load_recipe(None)
         assert recipe.vision_encoder.name == "facebook/dinov2-large"
         assert recipe.language_model.name == "google/gemma-2-2b"
-        assert (recipe.bridge.kind, recipe.bridge.to_dict()["dropout"]) == ("cross_attention", 0.1)
+        assert (recipe.bridge.kind, recipe.bridge.dropout) == ("cross_attention", 0.1)
         assert (recipe.autocast_dtype, recipe.gradient_clip_val) == ("bfloat16", 0.3)
         assert (recipe.learning_rate, recipe.num_epochs, recipe.batch_size) == (1e-5, 12, 8)
         assert (recipe.early_stopping_patience, recipe.weight_decay) == (3, 0.01)
-        assert recipe.data_dir == "data/groundcap"
+        for key in ("learning_rate", "min_lr", "num_epochs", "batch_size", "gradient_clip_val"):
+            assert getattr(default, key) == getattr(recipe, key)
 
-    def test_its_schedule_is_twelve_epochs_of_5235_steps(self) -> None:
-        recipe = self.recipe
-        plan = EpochPlan(
-            [1] * 41_880,
-            row_captions=recipe.captions_per_image,
-            batch_captions=recipe.batch_size,
-            seed=recipe.seed,
-        )
-        total = plan.num_batches(0) * recipe.num_epochs
-        assert (plan.num_batches(0), total) == (5_235, 62_820)
-        rates = [
-            learning_rate_at(
-                step,
-                total_steps=total,
-                warmup_steps=recipe.warmup_steps,
-                learning_rate=recipe.learning_rate,
-                min_lr=recipe.min_lr,
-                kind=recipe.scheduler_type,
-            )
-            for step in (0, total // 2, total)
-        ]
-        assert rates == pytest.approx([1e-5, 5.5e-6, 1e-6])
+    def test_an_epoch_of_it_is_5235_steps(self) -> None:
+        size = self.recipe.batch_size
+        plan = EpochPlan([1] * 41_880, row_captions=1, batch_captions=size, seed=0)
+        assert plan.num_batches(0) == 5_235
 
     def test_every_key_is_there_with_a_comment(self) -> None:
         text = shipped_recipe(DEFAULT_RECIPE).read_text(encoding="utf-8")
@@ -299,32 +231,16 @@ class TestTrainingDefault:
         assert with_value == with_comment
 
 
-ORIGINAL_PROJECT = """\
-amp_dtype: bfloat16
-batch_size: 16
-checkpoint_dir: checkpoints/experiment
-data_dir: data/groundcap
-device: null
-early_stopping_min_delta: 0.01
-early_stopping_patience: 4
-generate_samples_every_n_epochs: 5
-gradient_clip_val: 0.3
-learning_rate: 2.0e-05
-log_dir: logs/experiment
-log_every_n_steps: 10
-min_lr: 1.0e-06
-num_epochs: 12
-num_validation_samples: 3
-num_workers: 4
-resume_from_checkpoint: null
-save_every_n_epochs: 1
-scheduler_type: cosine
-use_amp: true
-use_early_stopping: true
-use_scheduler: true
-val_every_n_epochs: 1
-weight_decay: 0.01
-"""
+ORIGINAL_PROJECT = {
+    "amp_dtype": "bfloat16", "batch_size": 16, "checkpoint_dir": "checkpoints/experiment",
+    "data_dir": "data/groundcap", "device": None, "early_stopping_min_delta": 0.01,
+    "early_stopping_patience": 4, "generate_samples_every_n_epochs": 5, "gradient_clip_val": 0.3,
+    "learning_rate": 2.0e-05, "log_dir": "logs/experiment", "log_every_n_steps": 10,
+    "min_lr": 1.0e-06, "num_epochs": 12, "num_validation_samples": 3, "num_workers": 4,
+    "resume_from_checkpoint": None, "save_every_n_epochs": 1, "scheduler_type": "cosine",
+    "use_amp": True, "use_early_stopping": True, "use_scheduler": True, "val_every_n_epochs": 1,
+    "weight_decay": 0.01,
+}  # fmt: skip
 """Every key of the original project's configuration file, in its layout."""
 
 
@@ -333,89 +249,49 @@ class TestOriginalLayout:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO, "vlm_bridge")
-        recipe = load_recipe(written(tmp_path, ORIGINAL_PROJECT))
+        recipe = load_recipe(written(tmp_path, yaml.safe_dump(ORIGINAL_PROJECT)))
         default = load_recipe(shipped_recipe(DEFAULT_RECIPE))
-        for key, value in yaml.safe_load(ORIGINAL_PROJECT).items():
-            if key in Recipe.model_fields:
-                assert getattr(recipe, key) == {"device": "auto"}.get(key, value)
+        for key in ORIGINAL_PROJECT.keys() & Recipe.model_fields.keys():
+            expected = "auto" if key == "device" else ORIGINAL_PROJECT[key]
+            assert getattr(recipe, key) == expected
         for section in ("vision_encoder", "language_model", "bridge", "max_caption_tokens"):
             assert getattr(recipe, section) == getattr(default, section)
         assert "facebook/dinov2-large + cross_attention + google/gemma-2-2b" in caplog.text
-        assert published_recipe(yaml.safe_load(ORIGINAL_PROJECT), "x.pth") == recipe
+        assert published_recipe(ORIGINAL_PROJECT, "x.pth") == recipe
 
     @pytest.mark.parametrize("off", ["use_amp: false", "amp_dtype: float32"])
-    def test_without_mixed_precision_all_is_float32_as_there(
-        self, tmp_path: Path, off: str
-    ) -> None:
+    def test_without_mixed_precision_all_is_float32(self, tmp_path: Path, off: str) -> None:
         recipe = load_recipe(written(tmp_path, f"batch_size: 8\n{off}\n"))
         assert recipe.autocast_dtype is None
         assert (recipe.language_model.dtype, recipe.feature_cache_dtype) == ("float32", "float32")
         half = load_recipe(written(tmp_path, "batch_size: 8\n"), ["use_amp=false"])
         assert half.language_model.dtype == "bfloat16"  # an override changes its own key only
 
-    def test_its_names_of_the_models_are_understood(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_its_names_of_the_models_are_understood(self, tmp_path: Path) -> None:
         flat = (
             "vision_model_name: some/encoder\nlanguage_model_name: some/model\n"
-            "bridge_num_heads: 4\n"
-            "bridge_dropout: 0.2\nmax_length: 64\npin_memory: false\n"
+            "bridge_num_heads: 4\nbridge_dropout: 0.2\nmax_length: 64\npin_memory: false\n"
         )
-        caplog.set_level(logging.INFO, "vlm_bridge")
         recipe = load_recipe(written(tmp_path, flat), ["bridge.dropout=0.3"])
         assert recipe.vision_encoder.name == "some/encoder"
         assert recipe.language_model.name == "some/model"
-        bridge = recipe.bridge.to_dict()
-        assert (bridge["num_heads"], bridge["dropout"]) == (4, 0.3)
+        assert (recipe.bridge.num_heads, recipe.bridge.dropout) == (4, 0.3)
         assert recipe.max_caption_tokens == 64
-        assert "pin_memory" in caplog.text
-
-    def test_a_recipe_with_a_model_is_not_taken_for_it(self, tmp_path: Path) -> None:
-        recipe = load_recipe(written(tmp_path, "vision_encoder: {name: x}\nbatch_size: 4\n"))
-        assert recipe.language_model == load_recipe(None).language_model
 
 
 class TestEarlierRecipes:
     """Recipes with the keys of earlier versions, in files and in checkpoints."""
 
-    OLD = """\
-        use_scheduler: true
-        use_amp: true
-        use_early_stopping: true
-        early_stopping_min_delta: 0.0
-        val_every_n_epochs: 1
-        save_every_n_epochs: 1
-        save_every_n_steps: null
-        save_every_n_minutes: null
-        generate_samples_every_n_epochs: 1
-        decode_every_n_steps: null
-        num_decoded_images: 200
-        monitor: loss
-        quantize_language_model: none
-        loss_kernel: auto
-        feature_cache_pooling: 1
-        text_state_cache: false
-        scst_baseline: leave_one_out
-        halve_batch_on_oom: false
-        max_skipped_steps: 10
-        distillation: null
-    """
-
-    def test_defaults_are_todays(self, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, "vlm_bridge")
-        old = yaml.safe_load(self.OLD)
-        assert recipe_from_dict(old) == load_recipe(None)
-        assert recipe_from_dict({**load_recipe(None).to_dict(), **old}) == load_recipe(None)
-        assert not caplog.text
-
     @pytest.mark.parametrize(
         ("old", "today"),
         [
+            ({"use_scheduler": True, "use_amp": True, "save_every_n_steps": None}, {}),
             ({"use_scheduler": False}, {"scheduler_type": "constant"}),
             ({"use_amp": False, "amp_dtype": "bfloat16"}, {"amp_dtype": "float32"}),
             ({"use_early_stopping": False}, {"early_stopping_patience": None}),
             ({"val_every_n_epochs": 3}, {"validate_every": "3 epochs"}),
             ({"decode_every_n_steps": 500}, {"validate_every": "500 steps"}),
+            ({"decode_every_n_steps": None, "num_decoded_images": 9, "monitor": "loss"}, {}),
             ({"save_every_n_epochs": 2}, {"save_every": "2 epochs"}),
             ({"save_every_n_minutes": 7.5}, {"save_every": "7.5 minutes"}),
             ({"save_every_n_steps": 4, "save_every_n_epochs": 2}, {"save_every": "4 steps"}),
@@ -431,11 +307,10 @@ class TestEarlierRecipes:
         "override",
         [
             "early_stopping_min_delta=0.01", "generate_samples_every_n_epochs=5", "loss_kernel=own",
-            "pin_memory=false",
-            "feature_cache_pooling=2", "text_state_cache=true", "scst_baseline=greedy",
-            "halve_batch_on_oom=true",
-            "max_skipped_steps=3", "keep_step_checkpoints=9",
-            "distillation={teacher: x, batch_size: 4, revision: y, image_size: 32}",
+            "pin_memory=false", "feature_cache_pooling=2", "text_state_cache=true",
+            "scst_baseline=greedy", "halve_batch_on_oom=true", "max_skipped_steps=3",
+            "keep_step_checkpoints=9", "shuffle_buffer=16",
+            "distillation={teacher: x, batch_size: 4, learning_rate: 1, image_size: 32}",
         ],
     )  # fmt: skip
     def test_removed_keys_are_ignored_and_named(

@@ -14,25 +14,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from vlm_bridge.configuration.checks import (
-    MAX_RATE,
-    Count,
-    CountOrZero,
-    EpochsOrSteps,
-    Every,
-    ModelName,
-    Number,
-    Positive,
-    Rate,
-    Section,
-    Seed,
-    Share,
-    Size,
-    UpTo1000,
-    flat,
-    suggest,
-)
-from vlm_bridge.configuration.checks import parse_interval as parse_interval
+from vlm_bridge.configuration import fields
+from vlm_bridge.configuration.fields import flat as flat
+from vlm_bridge.configuration.fields import parse_interval as parse_interval
 from vlm_bridge.configuration.upgrade import upgrade
 from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
@@ -42,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "training-default"
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
-MAX_ENCODERS = 8
 RESAMPLER = frozenset({
     "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", "position_embeddings",
     "dropout",
@@ -62,7 +45,7 @@ PLACE = Field(json_schema_extra={"resume": "place"})
 FREE = Field(json_schema_extra={"resume": "free"})
 
 
-class VisionEncoderConfig(Section):
+class VisionEncoderConfig(fields.Section):
     """Frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder.
 
     Several names joined by ` + ` concatenate their features on the grid of the first encoder.
@@ -70,7 +53,7 @@ class VisionEncoderConfig(Section):
     """
 
     place = "vision_encoder"
-    name: ModelName = "efficientnet-lite0"
+    name: fields.ModelName = "efficientnet-lite0"
     revision: str | None = None
     image_size: Annotated[int, Field(ge=1, le=2_048)] | None = None
     layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
@@ -78,8 +61,6 @@ class VisionEncoderConfig(Section):
 
     @model_validator(mode="after")
     def _check_several(self) -> Self:
-        if len(self.names) > MAX_ENCODERS:
-            raise ValueError(f"name joins {len(self.names)} encoders; at most {MAX_ENCODERS}")
         given = self.model_fields_set - {"name"}
         if len(self.names) > 1 and (keys := [k for k in given if getattr(self, k) is not None]):
             raise ValueError(f"{keys[0]} is for one encoder: leave it out beside {self.name!r}")
@@ -96,7 +77,7 @@ class VisionEncoderConfig(Section):
         return [self] if len(names) == 1 else [VisionEncoderConfig(name=name) for name in names]
 
 
-class LanguageModelConfig(Section):
+class LanguageModelConfig(fields.Section):
     """Language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
 
     A BLIP captioning model contributes its text decoder.
@@ -109,7 +90,7 @@ class LanguageModelConfig(Section):
     """
 
     place = "language_model"
-    name: ModelName = "smollm2-135m-instruct"
+    name: fields.ModelName = "smollm2-135m-instruct"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -122,7 +103,7 @@ class LanguageModelConfig(Section):
         return self.dtype if self.dtype in ("int8", "nf4") else None
 
 
-class BridgeOptions(Section):
+class BridgeOptions(fields.Section):
     """Options of a bridge. Each kind has some of them, see `BRIDGE_KEYS`.
 
     Attributes:
@@ -143,14 +124,14 @@ class BridgeOptions(Section):
     place = "bridge"
     kind: Literal["prefix", "deep_prefix", "cross_attention", "projection"] = "prefix"
     standardize_features: bool = True
-    num_queries: Size = 16
-    depth: Annotated[int, Field(ge=1, le=100)] = 2
-    width: Size | None = None
-    num_heads: Size = 8
-    feed_forward_multiplier: Annotated[int, Field(ge=1, le=100)] = 4
+    num_queries: fields.Size = 16
+    depth: fields.Small = 2
+    width: fields.Size | None = None
+    num_heads: fields.Size = 8
+    feed_forward_multiplier: fields.Small = 4
     position_embeddings: bool = False
-    dropout: Share = 0.0
-    enter_at_layer: CountOrZero | None = None
+    dropout: fields.Share = 0.0
+    enter_at_layer: fields.CountOrZero | None = None
     projection: Literal["linear", "mlp", "conv3x3"] = "linear"
 
     @model_validator(mode="before")
@@ -164,7 +145,7 @@ class BridgeOptions(Section):
     def _check_kind(self) -> Self:
         keys = BRIDGE_KEYS[self.kind]
         for key in self.model_fields_set - {"kind", "standardize_features"} - keys:
-            raise ValueError(f"{key} is no option of kind={self.kind}{suggest(key, keys)}")
+            raise ValueError(f"{key} is no option of kind={self.kind}{fields.suggest(key, keys)}")
         return self
 
     @model_serializer(mode="wrap")
@@ -173,7 +154,7 @@ class BridgeOptions(Section):
         return {key: value for key, value in dump(self).items() if key in keys}
 
 
-class DecodeSettings(Section):
+class DecodeSettings(fields.Section):
     """How captions are generated; names are those of `transformers`' GenerationConfig.
 
     Attributes:
@@ -184,32 +165,32 @@ class DecodeSettings(Section):
     """
 
     place = "decode"
-    num_beams: UpTo1000 = 3
-    max_new_tokens: UpTo1000 = 40
-    min_new_tokens: Annotated[int, Field(ge=0, le=1_000)] = 0
-    length_penalty: Annotated[Number, Field(ge=-MAX_RATE, le=MAX_RATE)] = 1.0
-    repetition_penalty: Positive = 1.0
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1_000)] = 0
+    num_beams: fields.Thousand = 3
+    max_new_tokens: fields.Thousand = 40
+    min_new_tokens: fields.ThousandOrZero = 0
+    length_penalty: Annotated[fields.Number, Field(ge=-1_000, le=1_000)] = 1.0
+    repetition_penalty: fields.Positive = 1.0
+    no_repeat_ngram_size: fields.ThousandOrZero = 0
     do_sample: bool = False
-    temperature: Positive = 1.0
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    seed: Seed = 0
-    object_bonus: Rate = 0.0
+    temperature: fields.Positive = 1.0
+    top_p: Annotated[fields.Number, Field(gt=0, le=1)] = 1.0
+    seed: fields.Seed = 0
+    object_bonus: fields.Rate = 0.0
     known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
-class DistillationConfig(Section):
+class DistillationConfig(fields.Section):
     """Stage before the caption loss: fit the projection's image tokens to a teacher's features.
 
     The teacher is a vision encoder as wide as the projection's output; for BLIP, BLIP's own.
     """
 
     place = "distillation"
-    teacher: ModelName
-    steps: Count = 1000  # of 32 images
+    teacher: fields.ModelName
+    steps: fields.Count = 1000  # of 32 images
 
 
-class Recipe(Section):
+class Recipe(fields.Section):
     """One experiment."""
 
     vision_encoder: VisionEncoderConfig = VisionEncoderConfig()
@@ -220,41 +201,47 @@ class Recipe(Section):
 
     # Data
     data_dir: Annotated[str, PLACE] = "data/flickr8k"
-    captions_per_image: Count = 1  # in one row
-    max_caption_tokens: Count = 128
-    num_workers: Annotated[CountOrZero, PLACE] = 2
-    # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
-    max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    captions_per_image: fields.Count = 1  # in one row
+    max_caption_tokens: fields.Count = 128
+    num_workers: Annotated[fields.CountOrZero, PLACE] = 2
+    # fields.Share of a split's captions, and of its images, that may be unreadable; they are skipped.
+    max_bad_samples: Annotated[fields.Number, Field(ge=0, le=1)] = 0.01
     # auto: in data_dir/.features if that is measured to be quicker than encoding; a folder; off
     # (which YAML 1.1 reads as false).
     feature_cache: Annotated[str, PLACE, BeforeValidator(lambda value: value or "off")] = "auto"
     feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
-    feature_cache_views: CountOrZero = 0  # random crops per training image; 0: the whole image
+    feature_cache_views: fields.CountOrZero = (
+        0  # random crops per training image; 0: the whole image
+    )
 
     # Objective and start
     # Patterns of parameter names, and the learning rate of each; null: learning_rate.
-    trainable: dict[str, Rate | None] = Field(default={"bridge.*": None}, min_length=1)
+    trainable: dict[str, fields.Rate | None] = Field(default={"bridge.*": None}, min_length=1)
     # scst: self-critical training on CIDEr-D (Rennie et al. 2017), from `start_from`.
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
     scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5  # per image; batch_size counts them
-    scst_temperature: Positive = 1.0
+    scst_temperature: fields.Positive = 1.0
     start_from: Annotated[str | None, PLACE] = None  # a checkpoint of the same architecture
 
     # Optimization
-    learning_rate: Rate = 1e-5
-    min_lr: Rate = 1e-6
-    num_epochs: Count = 12
-    max_steps: Count | None = None
-    batch_size: Count = 8  # captions
-    tokens_per_batch: Count | None = None  # instead: rows of like length up to so many positions
-    gradient_accumulation_steps: Count = 1
-    gradient_clip_val: Annotated[Number, Field(gt=0, le=1e6)] = 0.3
-    weight_decay: Rate = 0.01
-    label_smoothing: Share = 0.0  # Szegedy et al. 2016
-    weight_averaging: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay, such as 0.999
+    learning_rate: fields.Rate = 1e-5
+    min_lr: fields.Rate = 1e-6
+    num_epochs: fields.Count = 12
+    max_steps: fields.Count | None = None
+    batch_size: fields.Count = 8  # captions
+    tokens_per_batch: fields.Count | None = (
+        None  # instead: rows of like length up to so many positions
+    )
+    gradient_accumulation_steps: fields.Count = 1
+    gradient_clip_val: Annotated[fields.Number, Field(gt=0, le=1e6)] = 0.3
+    weight_decay: fields.Rate = 0.01
+    label_smoothing: fields.Share = 0.0  # Szegedy et al. 2016
+    weight_averaging: Annotated[fields.Number, Field(gt=0, lt=1)] | None = (
+        None  # decay, such as 0.999
+    )
     scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: CountOrZero = 0  # at most a tenth of all steps
-    seed: Seed = 0
+    warmup_steps: fields.CountOrZero = 0  # at most a tenth of all steps
+    seed: fields.Seed = 0
 
     # Precision and devices
     amp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # float32: none
@@ -263,15 +250,17 @@ class Recipe(Section):
     device: Annotated[str, PLACE] = "auto"
 
     # Validation, early stopping, checkpoints, logs
-    validate_every: EpochsOrSteps = "1 epoch"  # and the last step
+    validate_every: fields.EpochsOrSteps = "1 epoch"  # and the last step
     monitor: Literal["loss", "bleu4", "cider"] = "loss"  # decides the best checkpoint
-    num_decoded_images: CountOrZero | None = None  # in validation; null: 200, and 0 for loss
-    early_stopping_patience: Count | None = 3  # validations without a new best; null: no stop
+    num_decoded_images: fields.CountOrZero | None = None  # in validation; null: 200, and 0 for loss
+    early_stopping_patience: fields.Count | None = (
+        3  # validations without a new best; null: no stop
+    )
     # The latest checkpoint; "500 steps" keeps the newest three of single steps.
-    save_every: Annotated[Every, FREE] = "1 epoch"
-    log_every_n_steps: Annotated[Count, FREE] = 10
-    num_validation_samples: Annotated[CountOrZero, FREE] = 4
-    max_validation_images: Count | None = None
+    save_every: Annotated[fields.Every, FREE] = "1 epoch"
+    log_every_n_steps: Annotated[fields.Count, FREE] = 10
+    num_validation_samples: Annotated[fields.CountOrZero, FREE] = 4
+    max_validation_images: fields.Count | None = None
     checkpoint_dir: Annotated[str, PLACE] = "checkpoints"
     log_dir: Annotated[str, PLACE] = "logs"
     resume_from_checkpoint: Annotated[str | None, PLACE] = None  # or a folder, or auto
@@ -317,7 +306,9 @@ class Recipe(Section):
         """Return keys that a resumed run may change: those marked `place`, `free` or both."""
         extras = {key: field.json_schema_extra for key, field in cls.model_fields.items()}
         return frozenset(
-            k for k, v in extras.items() if isinstance(v, dict) and v["resume"] in marks
+            key
+            for key, extra in extras.items()
+            if isinstance(extra, dict) and extra["resume"] in marks
         )
 
     def changes_since(self, before: Recipe) -> list[str]:
@@ -340,12 +331,11 @@ class Recipe(Section):
 def same_setting(key: str, has: Any, wanted: Any) -> bool:
     """Return whether two values of a dotted key mean the same.
 
-    Names of models are compared by their last part: google/gemma-2-2b and models/gemma-2-2b are one
-    model that was moved. A revision of None matches any other.
+    Models are compared by the last part of their names: google/gemma-2-2b and models/gemma-2-2b are
+    one model that was moved. A revision of None matches any other.
     """
     if key.endswith(".name") and has and wanted:
-        of_has, of_wanted = ([Path(n).name for n in names.split(" + ")] for names in (has, wanted))
-        return of_has == of_wanted
+        has, wanted = ([Path(n).name for n in names.split(" + ")] for names in (has, wanted))
     return has == wanted or (key.endswith(".revision") and None in (has, wanted))
 
 
@@ -382,14 +372,10 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def published_recipe(settings: Any, where: str) -> Recipe:
-    """Put settings of a checkpoint of the published system over the recipe `training-default`.
-
-    Raises:
-        ConfigurationError: as `load_recipe`.
-    """
+    """Put settings of a checkpoint of the published system over the recipe `training-default`."""
     if not isinstance(settings, Mapping):
         raise ConfigurationError(f"{where}: its config must be a mapping, not {shown(settings)}")
-    return recipe_from_dict(_from_published_layout(settings, where), where=where)
+    return recipe_from_dict(_from_published_layout(settings, where), where)
 
 
 def shipped_recipe(name: str) -> Path:
@@ -407,10 +393,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             data = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1)) or {}
     except FileNotFoundError:
         raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not valid YAML, or no recipe: {error}") from None
+    except (OSError, ValueError) as error:  # not UTF-8, too
+        raise ConfigurationError(
+            f"cannot read the recipe {path}: not valid YAML: {error}"
+        ) from None
     if not isinstance(data, dict):
         raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
     return data
@@ -423,8 +409,7 @@ def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any
     models = " + ".join(names)
     logger.info("%s names no models: using those of %s (%s)", where, DEFAULT_RECIPE, models)
     data = upgrade({**data, **flat}, where)
-    if data["device"] is None:  # as published: null lets the program choose
-        data["device"] = "auto"
+    data["device"] = data["device"] or "auto"  # as published: null lets the program choose
     if data["amp_dtype"] == "float32":
         # There the models are loaded in float32, and mixed precision alone computes in less.
         data["language_model"]["dtype"] = data["feature_cache_dtype"] = "float32"

@@ -6,7 +6,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -228,6 +228,26 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
         if not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} does not fit into {dtype}")
     return stored
+
+
+def save_average(target: Path, paths: Sequence[Path]) -> None:
+    """Write the mean of checkpoints' weights in float32, with the recipe of the first.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or they are not of one architecture.
+    """
+    contents = [load_checkpoint(path) for path in paths]
+    recipe = recipe_of(contents[0], paths[0], to_build=False)
+    for path, content in zip(paths, contents, strict=True):
+        check_architecture(content, recipe, path)
+        _refuse(misfits(content["weights"], contents[0]["weights"]), path)
+    mean = {
+        name: torch.stack([c["weights"][name].double() for c in contents]).mean(0).float()
+        for name in contents[0]["weights"]
+    }
+    version = min(content["format_version"] for content in contents)
+    sizes = contents[0].get("sizes")
+    save_checkpoint(target, recipe, mean, sizes=sizes, format_version=version)
 
 
 def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:

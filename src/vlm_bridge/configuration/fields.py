@@ -11,9 +11,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.parsing import shown
 
-MAX_COUNT = 2**31 - 1
-MAX_RATE = 1_000.0
-
 
 class Interval(NamedTuple):
     """How often something is done: every ``count`` of a unit, `epoch`, `step` or `minute`."""
@@ -37,12 +34,14 @@ def _to_float(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(_to_float)]
-Positive = Annotated[Number, Field(gt=0, le=MAX_RATE)]
-Rate = Annotated[Number, Field(ge=0, le=MAX_RATE)]
+Positive = Annotated[Number, Field(gt=0, le=1_000)]
+Rate = Annotated[Number, Field(ge=0, le=1_000)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-UpTo1000 = Annotated[int, Field(ge=1, le=1_000)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Small = Annotated[int, Field(ge=1, le=100)]
+Thousand = Annotated[int, Field(ge=1, le=1_000)]
+ThousandOrZero = Annotated[int, Field(ge=0, le=1_000)]
 Size = Annotated[int, Field(ge=1, le=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 EpochsOrSteps = Annotated[str, Field(pattern=r"^[1-9]\d{0,8} (epoch|step)s?$")]
@@ -86,10 +85,10 @@ class Section(BaseModel):
         first = error.errors(include_url=False)[0]
         place, value = [cls.place, *first["loc"]] if cls.place else first["loc"], first["input"]
         names = [str(name) for name in place]
-        owner = Section.sections.get(names[-2], cls) if len(names) > 1 else cls
         plain = (name if name.isprintable() and len(name) <= 100 else shown(name) for name in names)
         key = ".".join(plain)
         if first["type"] in ("extra_forbidden", "invalid_key"):
+            owner = Section.sections.get(names[-2], cls) if len(names) > 1 else cls
             return f"unknown key {key}{suggest(names[-1], owner.model_fields)}"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if isinstance(value, BaseModel | dict) and first["type"] == "value_error":
@@ -107,8 +106,6 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= {f"{prefix}{key}": value} if inner is None else inner
     return found
