@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.systems import START, System
-from vlm_bridge import runtime
+from vlm_bridge.device import autocast
 from vlm_bridge.model_architecture.attach import attach
 
 IGNORE = -100
@@ -182,7 +182,7 @@ def _loop(
 
     def run() -> None:
         for batch in on_device(loader, device):
-            with runtime.autocast(device, recipe.autocast_dtype):
+            with autocast(device, recipe.autocast_dtype):
                 loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()

@@ -39,12 +39,12 @@ from benchmarks.systems import (
     random_configs,
     recipe_of,
 )
-from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import DECODE_AHEAD, Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, prefetch
+from vlm_bridge.device import autocast
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.captioner import CaptionModel
 
@@ -69,7 +69,7 @@ class Subject:
     amp_dtype: str | None
 
     def autocast(self) -> Any:
-        return runtime.autocast(self.model.device, self.amp_dtype)
+        return autocast(self.model.device, self.amp_dtype)
 
 
 CaptionBatch = Callable[[Subject, torch.Tensor], Captions]

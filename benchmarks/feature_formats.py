@@ -22,13 +22,13 @@ import torch
 
 from benchmarks.harness import environment, markdown, prepare
 from benchmarks.systems import EOS, START, build_system
-from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.features import FeatureDtype, FeatureFormat
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches
+from vlm_bridge.device import autocast
 from vlm_bridge.metrics import score_captions
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.validation import validate
@@ -58,7 +58,7 @@ class Subject:
     amp_dtype: str | None
 
     def autocast(self) -> Any:
-        return runtime.autocast(self.model.device, self.amp_dtype)
+        return autocast(self.model.device, self.amp_dtype)
 
 
 def trained(options: argparse.Namespace) -> Subject:

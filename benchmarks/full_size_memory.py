@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.systems import as_if_trained, random_captioner, random_configs
-from vlm_bridge import runtime
 from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, shipped_recipe
+from vlm_bridge.device import autocast, peak_rss_gib, resolve_device
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy.optimizer import adamw
@@ -71,7 +71,7 @@ def training_loss(model: CaptionModel, batch_size: int, caption_tokens: int) -> 
         torch.randint(model.language_model.vocab_size, shape, device=model.device) for _ in range(2)
     )
     pixels = torch.randn(batch_size, 3, encoder.image_size, encoder.image_size)
-    with runtime.autocast(model.device, "bfloat16"):
+    with autocast(model.device, "bfloat16"):
         state = model.image_inputs(model.features(pixels))
         loss = model.caption_loss(ids, labels, torch.ones_like(ids), state)
     return loss.total / loss.num_tokens
@@ -181,7 +181,7 @@ def main() -> int:
     model.train()
     if options.gradient_checkpointing:
         model.language_model.checkpoint_activations()
-    model.to(runtime.resolve_device(options.device))
+    model.to(resolve_device(options.device))
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"torch {torch.__version__}, {model.device}, {torch.get_num_threads()} threads, {parameters:,} parameters"
@@ -194,7 +194,7 @@ def main() -> int:
         timed_steps(model, recipe, options.batch_size, caption_tokens, options.steps)
     if model.device.type == "cuda":
         print(f"peak GPU memory      {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"peak resident memory {runtime.peak_rss_gib():.1f} GiB")
+    print(f"peak resident memory {peak_rss_gib():.1f} GiB")
     print("\n".join(f"FAILED: {problem}" for problem in problems) or "all checks hold")
     return int(bool(problems))
 

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 import transformers
 
-from vlm_bridge import runtime
 from vlm_bridge.cli.quiet import quiet_transformers
+from vlm_bridge.device import peak_rss_gib, resolve_device, return_freed_memory
 
 GIB = 2**30
 
@@ -126,7 +126,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     """Seed, silence libraries, and name the device of a benchmark's options."""
     quiet_transformers()
     torch.manual_seed(options.seed)
-    return runtime.resolve_device(options.device)
+    return resolve_device(options.device)
 
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def watch_peak(run: Callable[[], object], device: torch.device, *, times: int = 
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
-        runtime.return_freed_memory()  # or a step could use unseen what building the models left free
+        return_freed_memory()  # or a step could use unseen what building the models left free
         before = _status("VmRSS")
         _forget_resident_peak()
     for _ in range(times):
@@ -278,7 +278,7 @@ def _status(key: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return int(runtime.peak_rss_gib() * GIB)
+        return int(peak_rss_gib() * GIB)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 

@@ -35,7 +35,7 @@ from benchmarks.baselines import (
 )
 from benchmarks.harness import Report, Variant
 from benchmarks.systems import SYSTEMS, System, SystemName, build_system, own_captioner, recipe_of
-from vlm_bridge import runtime
+from vlm_bridge import device
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -101,7 +101,7 @@ def our_step(
 
 
 def autocast(system: System) -> Any:
-    return runtime.autocast(system.model.device, system.recipe.autocast_dtype)
+    return device.autocast(system.model.device, system.recipe.autocast_dtype)
 
 
 def changed(system: System, *overrides: str) -> System:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes, judge_caption
 from vlm_bridge.data_pipeline.transform import transform
+from vlm_bridge.device import peak_rss_gib
 from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation, write_json
 from vlm_bridge.evaluation.run_folder import read_curves
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -78,7 +78,7 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> QuickstartResult:
         "num_images": len(images),
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
-        "peak_rss_gib": round(runtime.peak_rss_gib(), 2),
+        "peak_rss_gib": round(peak_rss_gib(), 2),
         "versions": scores["versions"],
     }
     logger.info(f"4/4 writing {output_dir / 'report.html'}")

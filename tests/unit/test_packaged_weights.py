@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vlm_bridge.configuration import LanguageModelConfig
-from vlm_bridge.environment import cache_dir
 from vlm_bridge.errors import ModelError
+from vlm_bridge.files import cache_dir
 from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.weights import (
     SMOLLM2,

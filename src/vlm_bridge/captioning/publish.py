@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.credentials import redact
+from vlm_bridge.credentials import SITE, hub_problem, redact
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.files import write_atomically
-from vlm_bridge.hub import SITE, hub_problem
 from vlm_bridge.model_architecture import tensor_files
 from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLLM2
 from vlm_bridge.training_strategy import checkpoint as checkpoints

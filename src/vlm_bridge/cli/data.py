@@ -392,8 +392,8 @@ def _token_counter(name: str | None) -> Callable[[list[str]], list[int]] | None:
     quiet_transformers()
     from transformers import AutoTokenizer
 
+    from vlm_bridge.credentials import hub_problem, reach_hub
     from vlm_bridge.errors import DataError
-    from vlm_bridge.hub import hub_problem, reach_hub
     from vlm_bridge.model_architecture.language_model import encode_as_text
 
     try:

@@ -78,17 +78,17 @@ def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
 
 
 def _build(recipe: Recipe, verify: bool, json_output: bool) -> None:
-    from vlm_bridge import runtime
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
     from vlm_bridge.data_pipeline.features import as_bytes
+    from vlm_bridge.device import resolve_device
     from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
     from vlm_bridge.training_strategy.features import cached_features, usable_images
 
     quiet_transformers()
     folder = open_data_folder(recipe.data_dir)
     encoder: Any = build_vision_encoder(recipe.vision_encoder)
-    encoder = encoder.to(runtime.resolve_device(recipe.device))
+    encoder = encoder.to(resolve_device(recipe.device))
     facts = []
     splits: tuple[SplitName, ...] = ("train", "val")
     for split in splits:

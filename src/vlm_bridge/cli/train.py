@@ -69,13 +69,13 @@ def train(
 @contextmanager
 def exit_when_interrupted() -> Iterator[None]:
     """Turn an interruption that was saved into one line and the signal's exit code."""
-    from vlm_bridge import runtime
+    from vlm_bridge.device import process_rank
     from vlm_bridge.training_strategy.saver import Interrupted
 
     try:
         yield
     except Interrupted as interruption:
-        if runtime.process_rank() == 0:
+        if process_rank() == 0:
             line = f"{interruption}; continue with --resume {interruption.saved_to}"
             typer.echo(line, err=True)
         raise typer.Exit(interruption.exit_code) from None

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
 
-from vlm_bridge import runtime
 from vlm_bridge.captioning.pipeline import CaptionResult, caption_in_batches
 from vlm_bridge.configuration import DecodeSettings
+from vlm_bridge.credentials import hub_problem, reach_hub
 from vlm_bridge.data_pipeline.samples import ImageFile
+from vlm_bridge.device import resolve_device
 from vlm_bridge.errors import ModelError, UsageError
-from vlm_bridge.hub import hub_problem, reach_hub
 
 OUR_MODEL_TYPE = "vlm-bridge-captioner"
 MODELS = {
@@ -74,7 +74,7 @@ class BaselineCaptioner:
         Raises:
             ModelError: no such model, no captioner, missing weights, or no access.
         """
-        target = runtime.resolve_device(device)
+        target = resolve_device(device)
         try:
             reach_hub(name, revision)
             config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)

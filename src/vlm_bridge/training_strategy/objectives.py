@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_bridge import runtime
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, TokenizedImages, pack_rows
+from vlm_bridge.device import DeviceCopy
 from vlm_bridge.metrics.cider import CiderD
 from vlm_bridge.metrics.tokens import reference_tokens, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -31,7 +31,7 @@ class ImageBatch:
     """Images [B] with their features or pixels on the way to the device, still without captions."""
 
     images: np.ndarray
-    tensors: runtime.DeviceCopy
+    tensors: DeviceCopy
 
 
 Batch = LoadedBatch | ImageBatch
@@ -106,7 +106,7 @@ class SelfCritical(CrossEntropy):
     def load(self, rows: Sequence[Row], features: Features) -> ImageBatch:
         images = np.array([row.image for row in rows])
         values = torch.as_tensor(features[images]).contiguous()
-        return ImageBatch(images, runtime.DeviceCopy([values], self.model.device))
+        return ImageBatch(images, DeviceCopy([values], self.model.device))
 
     def captions(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
         """Sample captions of a batch of images, one row an image."""
@@ -145,7 +145,7 @@ class SelfCritical(CrossEntropy):
         tensors = [*map(torch.from_numpy, arrays), features_bnd]
         advantages = (rewards_bk - baselines_bk).ravel().astype(np.float32)
         weights = torch.from_numpy(np.repeat(advantages, list(map(len, samples)))).to(model.device)
-        return LoadedBatch(packed, runtime.DeviceCopy(tensors, model.device), weights)
+        return LoadedBatch(packed, DeviceCopy(tensors, model.device), weights)
 
     def loss(self, batch: LoadedBatch) -> torch.Tensor:
         loss = batch_loss(self.model, batch)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
+from vlm_bridge.device import cpu_has_bfloat16, set_threads
 from vlm_bridge.errors import ConfigurationError, TrainingError
 from vlm_bridge.model_architecture.weights import position_limit
 from vlm_bridge.training_strategy.distributed import World
@@ -30,8 +30,8 @@ def check_machine(recipe: Recipe, world: World) -> None:
             "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or float32"
         )
     if world.device.type == "cpu":
-        runtime.set_threads()
-        if recipe.autocast_dtype and runtime.cpu_has_bfloat16() is False:
+        set_threads()
+        if recipe.autocast_dtype and cpu_has_bfloat16() is False:
             logger.info("this processor emulates bfloat16: amp_dtype=float32 is quicker here")
     places = recipe.keys_marked("place")
     world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})

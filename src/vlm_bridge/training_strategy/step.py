@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlm_bridge import runtime
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.loader import PackedBatch
+from vlm_bridge.device import return_freed_memory
 from vlm_bridge.training_strategy.distributed import GradientSum, World
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
 from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_within
@@ -130,7 +130,7 @@ class TrainStep:
             state.average.update(state.step, skipped)
         self._watch(place, torch.stack([loss.float(), norm.float(), loss_scale.float()]))
         if state.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
-            runtime.return_freed_memory()
+            return_freed_memory()
         return size
 
     def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, StepSize]:
