@@ -43,6 +43,9 @@ class ImageError(DataError):
         self.reason = reason
         super().__init__(f"cannot read image {self.path}: {reason}")
 
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)  # as processes exchange it
+
 
 class ModelError(VLMBridgeError):
     """A vision encoder, language model or bridge cannot be loaded or does not fit the others."""

@@ -186,7 +186,7 @@ def test_a_list_of_urls_names_the_commands_that_make_shards(tmp_path: Path) -> N
     table = tmp_path / "my cc" / "Train_GCC-training.tsv"
     table.parent.mkdir()
     table.write_text("a very typical bus station\thttp://example.com/1.jpg\n")
-    message = r"lists images by URL.*img2dataset --url_list"
+    message = r"lists images by URL.*img2dataset"
     for given in (table, table.parent):
         with pytest.raises(UsageError, match=message) as caught:
             make_source("conceptual", input_dir=given).items()

@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vlm_bridge.cli.data import app
-from vlm_bridge.data_pipeline import downloads
-from vlm_bridge.data_pipeline.downloads import DATASETS, shards_command
+from vlm_bridge.cli.data import DatasetName, app
 from vlm_bridge.data_pipeline.sources import SOURCES
 
 TOOLS = ("sh", "curl", "unzip", "sha256sum")
@@ -27,11 +25,11 @@ needs_tools = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", DatasetName)
 def test_every_offer_names_page_licence_and_the_next_step(name: str) -> None:
     done = CliRunner().invoke(app, ["download", name, "--output-dir", "my data"])
     assert done.exit_code == 0, done.output
-    for part in (DATASETS[name].page, SOURCES[name].licence_note, f"--source {name}", "'my data"):
+    for part in ("# page: http", SOURCES[name].licence_note, f"--source {name}", "'my data"):
         assert part in done.output
     assert subprocess.run(["sh", "-n"], input=done.output, text=True).returncode == 0
 
@@ -67,10 +65,12 @@ def test_archives_are_fetched_checked_and_unpacked(site: tuple[str, Path], tmp_p
         archive.writestr("other/2.jpg", b"two")
     checksum = hashlib.sha256((root / "a.zip").read_bytes()).hexdigest()
     folder = tmp_path / "it's here"
+    printed = CliRunner().invoke(app, ["download", "flickr30k", "--output-dir", str(folder)]).output
+    functions = printed[: printed.index("\nkarpathy dataset")]
 
     def run(sha256: str) -> int:
-        command = downloads._archive(f"{url}/a.zip", "val/*.jpg", "1 kB", sha256, folder)
-        return subprocess.run(["sh", "-ec", command], env={"PATH": "/usr/bin:/bin"}).returncode
+        command = f"{functions}\nfetch {url}/a.zip 'val/*.jpg' {sha256}"
+        return subprocess.run(["sh"], input=command, text=True).returncode
 
     assert run("0" * 64) != 0 and not (folder / "val").exists()
     (folder / "a.zip").unlink()
@@ -79,20 +79,21 @@ def test_archives_are_fetched_checked_and_unpacked(site: tuple[str, Path], tmp_p
 
 
 @needs_tools
-def test_the_command_for_shards_is_one_that_a_shell_runs(tmp_path: Path) -> None:
-    table = tmp_path / "it's a table.tsv"
-    table.write_text("a caption\thttp://example.com/1.jpg\n")
-    fake = tmp_path / "img2dataset"
-    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
-    fake.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+def test_lists_of_urls_get_a_header_for_img2dataset(tmp_path: Path) -> None:
+    for name, script in {
+        "pip": "",
+        "curl": 'while [ "$1" != -o ]; do shift; done; mkdir -p "${2%/*}"; echo "a caption\thttp" > "$2"',
+        "img2dataset": 'echo "$2|${12}"; cat "$2"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    printed = CliRunner().invoke(app, ["download", "conceptual", "--output-dir", "it's"]).output
     done = subprocess.run(
-        ["sh", "-c", shards_command(table, tmp_path / "out dir")],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    words = done.stdout.splitlines()
-    listed = Path(words[words.index("--url_list") + 1])
-    assert listed.read_text() == "caption\turl\na caption\thttp://example.com/1.jpg\n"
-    assert words[words.index("--output_folder") + 1] == str(tmp_path / "out dir")
+        ["sh"], input=printed, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True,
+        text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        *("it's/validation.tsv.with-header.tsv|it's/shards/validation", "caption\turl"),
+        *("a caption\thttp", "it's/train.tsv.with-header.tsv|it's/shards/train", "caption\turl"),
+        "a caption\thttp",
+    ]

@@ -1,132 +1,170 @@
-"""Pictures from the outside world: all become upright RGB, or one clear error each."""
+"""Images from the outside world: all become upright RGB, or one clear error each, at a bounded cost."""
 
 from __future__ import annotations
 
+import io
+import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from pillow_heif import register_heif_opener
 
 from logs import log_lines
+from vlm_bridge.data_pipeline import images, isolated
 from vlm_bridge.data_pipeline.images import (
-    MAX_PIXELS,
     decode_image,
     image_size,
     iter_image_paths,
     open_image,
+    upright_rgb,
 )
+from vlm_bridge.data_pipeline.isolated import ImageReader, result_of
 from vlm_bridge.errors import DataError, ImageError
 
-
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG whose header promises pixels that are not there: decoding it would fail for another reason."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
+MEGABYTE = 1 << 20
 
 
-def test_every_mode_becomes_rgb_of_the_same_size(tmp_path: Path) -> None:
-    for mode, suffix in [
-        ("RGB", "jpg"),
-        ("L", "jpg"),
-        ("CMYK", "jpg"),
-        ("P", "png"),
-        ("1", "png"),
-        ("LA", "png"),
-        ("RGBA", "png"),
-        ("I;16", "png"),
-        ("RGB", "webp"),
-        ("RGB", "bmp"),
-        ("F", "tiff"),
-    ]:
-        path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
-        Image.new(mode, (5, 3)).save(path)
-        picture = open_image(path)
-        assert (picture.mode, picture.size) == ("RGB", (5, 3)), mode
-        assert image_size(path) == (5, 3)
+def noise(seed: int = 0, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
 
 
-def test_cmyk_keeps_its_colour(tmp_path: Path) -> None:
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
-    red, green, blue = open_image(tmp_path / "red.jpg").getpixel((4, 4))
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    register_heif_opener()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def opened(content: bytes) -> Image.Image:
+    return decode_image(content).image
+
+
+def several(mode: str = "RGB", **options: Any) -> dict[str, Any]:
+    return {"save_all": True, "append_images": [noise(1).convert(mode)], **options}
+
+
+DEEP = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000)
+FILES: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: saved(noise(), "JPEG", comment=b"c" * 999, icc_profile=b"p" * 3000),
+    "jpeg progressive": lambda: saved(noise(), "JPEG", progressive=True, quality=30),
+    "jpeg gray": lambda: saved(noise().convert("L"), "JPEG"),
+    "jpeg cmyk": lambda: saved(noise().convert("CMYK"), "JPEG"),
+    "jpeg restarts": lambda: saved(noise(), "JPEG", restart_marker_blocks=1),
+    "mpo": lambda: saved(noise(), "MPO", **several()),
+    "png": lambda: saved(noise(), "PNG"),
+    "png one bit": lambda: saved(noise().convert("1"), "PNG"),
+    "png gray alpha": lambda: saved(noise().convert("LA"), "PNG"),
+    "png palette": lambda: saved(noise().quantize(16), "PNG", transparency=3),
+    "png 16 bits": lambda: saved(DEEP, "PNG"),
+    "apng": lambda: saved(noise(), "PNG", **several()),
+    "gif": lambda: saved(noise().quantize(64), "GIF", comment=b"words" * 99),
+    "gif animated": lambda: saved(noise(), "GIF", **several(transparency=0)),
+    "webp": lambda: saved(noise(), "WEBP", icc_profile=b"p" * 99, xmp=b"x" * 99),
+    "webp lossless": lambda: saved(noise().convert("RGBA"), "WEBP", lossless=True, exact=True),
+    "webp animated": lambda: saved(noise(), "WEBP", **several(lossless=True)),
+    "bmp": lambda: saved(noise(), "BMP"),
+    "tiff": lambda: saved(noise(), "TIFF"),
+    "tiff jpeg": lambda: saved(noise(), "TIFF", compression="jpeg"),
+    "tiff deflate": lambda: saved(noise().quantize(9), "TIFF", compression="tiff_deflate"),
+    "tiff fax": lambda: saved(noise().convert("1"), "TIFF", compression="group4"),
+    "tiff float": lambda: saved(noise().convert("F"), "TIFF"),
+    "tiff alpha, pages": lambda: saved(noise().convert("RGBA"), "TIFF", **several()),
+    "bigtiff": lambda: saved(noise(), "TIFF", big_tiff=True),
+    "avif": lambda: saved(noise(), "AVIF"),
+    "heif": lambda: saved(noise(), "HEIF"),
+    "jpeg 2000": lambda: saved(noise(), "JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_becomes_rgb(name: str) -> None:
+    content = FILES[name]()
+    image = opened(content)
+    assert image.mode == "RGB" and image.size == image_size(content)
+    if name in ("jpeg", "png", "gif", "webp lossless", "apng", "bmp", "tiff"):
+        with Image.open(io.BytesIO(content)) as whole:
+            rgba = whole.convert("RGBA")
+        white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        assert image.tobytes() == white.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_read_or_refused_in_time(name: str) -> None:
+    content, random = FILES[name](), np.random.default_rng(len(name))
+    started = time.process_time()
+    for _ in range(20):
+        damaged = bytearray(content)
+        for place in random.integers(0, min(len(content), 400), 6):
+            damaged[place] = random.integers(256)
+        cut = bytes(damaged[: int(random.integers(1, len(content) + 1))])
+        for candidate in (bytes(damaged), cut):
+            try:
+                assert opened(candidate).mode == "RGB"
+            except ImageError as error:
+                assert "\n" not in str(error)
+    assert time.process_time() - started < 60
+
+
+def test_only_upright_rgb_jpegs_are_copied_unchanged() -> None:
+    plain = {name for name in FILES if decode_image(FILES[name]()).is_plain_jpeg}
+    assert plain == {"jpeg", "jpeg progressive", "jpeg restarts"}
+
+
+def test_colors_are_kept_in_every_mode() -> None:
+    red, green, blue = opened(
+        saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
+    ).getpixel((4, 4))
     assert red > 200 and green < 60 and blue < 60
-
-
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 257 * 64, 257 * 128, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert [open_image(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(4)] == [
-        0,
-        64,
-        128,
-        255,
-    ]
+    deep = opened(saved(Image.fromarray(values), "PNG"))
+    assert [deep.getpixel((x, 0))[0] for x in range(4)] == [0, 64, 128, 255]
+    dark = Image.fromarray(np.full((2, 2), 200, dtype=np.uint16))
+    assert opened(saved(dark, "PNG")).getpixel((0, 0)) == (1, 1, 1)
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert opened(saved(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    moving = saved(Image.new("RGB", (60, 40), "red"), "GIF", **several())
+    assert opened(moving).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path: Path) -> None:
-    Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)).save(tmp_path / "dark.png")
-    assert open_image(tmp_path / "dark.png").getpixel((0, 0)) == (1, 1, 1)
-
-
-def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    palette = Image.new("P", (2, 2), 0)
-    palette.putpalette([0, 0, 255] * 2)
-    palette.save(tmp_path / "palette.png", transparency=0)
-    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert open_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste("white", (0, 0, 20, 20))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_every_format_is_shown_upright(kind: str) -> None:
+    image = Image.new("RGB", (64, 32), "black")
+    image.paste("white", (0, 0, 32, 32))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise by a quarter: left becomes top
-    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = open_image(tmp_path / "turned.jpg")
-    assert upright.size == image_size(tmp_path / "turned.jpg") == (20, 40)
-    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[0] < 50
-    assert not decode_image(tmp_path / "turned.jpg").is_plain_jpeg
-
-
-def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert open_image(tmp_path / "moving.gif").getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_one_pixel_is_a_picture(tmp_path: Path) -> None:
-    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
-    assert open_image(tmp_path / "dot.png").size == (1, 1)
-
-
-@pytest.mark.parametrize("side", [12_000, 7_142])
-def test_huge_pictures_are_refused_from_their_header(tmp_path: Path, side: int) -> None:
-    assert side * side > MAX_PIXELS
-    (tmp_path / "huge.png").write_bytes(huge_png(side, side))
-    for read in (open_image, image_size):
-        with pytest.raises(ImageError, match="more than 51 million pixels"):
-            read(tmp_path / "huge.png")
+    exif[0x010E] = "a description before"
+    content = saved(image, kind, exif=exif)
+    with Image.open(io.BytesIO(content)) as of_the_caller:
+        versions = [opened(content), upright_rgb(of_the_caller)]
+    for upright in versions:
+        assert upright.size == image_size(content) == (32, 64)
+        assert upright.getpixel((16, 8))[0] > 200 and upright.getpixel((16, 56))[0] < 50
+    assert not decode_image(content).is_plain_jpeg
 
 
 def test_broken_files_name_their_reason(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("not a picture")
-    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
-    whole = (tmp_path / "whole.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html></html>")
+    (tmp_path / "cut.jpg").write_bytes(FILES["jpeg"]()[:5000])
+    os.mkfifo(tmp_path / "pipe.jpg")
     for name, reason in [
         ("missing.jpg", "no such file"),
         ("empty.jpg", "empty"),
         ("text.jpg", "no image, or a damaged one"),
+        ("page.jpg", "an HTML page"),
         ("cut.jpg", "truncated"),
+        ("pipe.jpg", "a pipe"),
         (".", "folder"),
     ]:
         with pytest.raises(ImageError, match=reason) as caught:
@@ -135,44 +173,186 @@ def test_broken_files_name_their_reason(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+# Files that cost more than they are.
+
+
+def exif_of_many(tags: int, size: int = MEGABYTE) -> bytes:
+    """EXIF whose tags all point at the same bytes."""
+    table = 8 + 2 + 12 * tags + 4
+    entries = b"".join(struct.pack("<HHII", 0x9000 + i % 999, 7, size, table) for i in range(tags))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4) + bytes(size)
+
+
+def with_exif(jpeg: bytes, exif: bytes) -> bytes:
+    exif = exif[:65_000]
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+def png(
+    *chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: int | None = None
+) -> bytes:
+    """A PNG with further chunks, or with fewer rows than it claims."""
+    pixels = (b"\0" + bytes(3 * size[0])) * (size[1] if rows is None else rows)
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+def tiff(entries: list[tuple[int, int, int, int]], tail: int = MEGABYTE) -> bytes:
+    pixel = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 4),
+             (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 1, 1)]  # fmt: skip
+    table = sorted({entry[0]: entry for entry in [*pixel, *entries]}.values())
+    table += [entry for entry in entries if entry not in table]
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in table)
+    return b"II*\0" + struct.pack("<IH", 8, len(table)) + packed + bytes(4) + bytes(tail)
+
+
+GIF = b"GIF89a\1\0\1\0\0\0\0"
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "jpeg, tags": lambda: with_exif(saved(noise(), "JPEG"), exif_of_many(2000, 30_000)),
+    "jpeg, segments": lambda: b"\xff\xd8" + b"\xff\xe1\0\x08Exif\0\0" * 2_000_000,
+    "png, tags": lambda: png((b"eXIf", exif_of_many(65_535)[6:])),
+    "png, chunks": lambda: png(*[(b"tEXt", b"a\0b")] * 1_500_000),
+    "png, thin": lambda: png(size=(1, 10_000)),
+    "webp, tags": lambda: saved(noise(), "WEBP", exif=exif_of_many(2000)),
+    "gif, comments": lambda: GIF + b"!\xfe\1a\0" * 4_000_000,
+    "gif, one comment": lambda: GIF + b"!\xfe" + b"\1a" * 9_000_000,
+    "gif, late comment": lambda: GIF + b"x!\xfe" + b"\1a" * 9_000_000,
+    "tiff, tags": lambda: tiff([(0x9000, 7, MEGABYTE, 200)] * 65_000),
+    "tiff, strips": lambda: tiff(
+        [(273, 4, 2_000_000, 200), (279, 4, 2_000_000, 200)], 9 * MEGABYTE
+    ),
+    "tiff, wide table": lambda: tiff([(320, 3, 4_000_000_000, 200)]),
+}
+MEASURE = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from test_images import HOSTILE
+from vlm_bridge.data_pipeline.images import decode_image
+from vlm_bridge.errors import ImageError
+files = {name: make() for name, make in HOSTILE.items()}
+for name, content in files.items():
+    started = time.process_time()
+    try:
+        decode_image(content)
+    except ImageError:
+        pass
+    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").open() if "VmHWM" in line) // 1024
+    print(f"{name}\\t{time.process_time() - started:.2f}\\t{peak}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_hostile_metadata_costs_neither_time_nor_memory() -> None:
+    """Together they hold some 100 MB; each would have cost gigabytes or minutes."""
+    tests = Path(__file__).parent
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, tests, tests.parent],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split("\t") for line in measured.stdout.splitlines()]
+    assert [name for name, *_ in rows] == list(HOSTILE)
+    assert all(float(seconds) < 5 for _, seconds, _ in rows), rows
+    assert int(rows[-1][2]) < 1000, rows
+
+
+@pytest.mark.parametrize("name", ["tiff, strips", "jpeg, segments", "png, chunks"])
+def test_large_metadata_is_refused(name: str) -> None:
+    with pytest.raises(ImageError, match="no camera writes such a file"):
+        opened(HOSTILE[name]())
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((12_000, 12_000), "more than 51 million pixels"),
+        ((7_142, 7_142), "more than 51 million pixels"),
+        ((1, 51_000_000), "1 x 51000000 has a side of more than 65,535 pixels"),
+    ],
+)
+def test_huge_images_are_refused_from_their_header(size: tuple[int, int], reason: str) -> None:
+    content = png(size=size, rows=1)
+    for read in (decode_image, image_size):
+        with pytest.raises(ImageError, match=reason):
+            read(content)
+
+
+def test_a_large_jpeg_is_read_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = saved(noise(0, (640, 480)), "JPEG")
+    for most, size in ((640 * 480, (640, 480)), (640 * 480 - 1, (320, 240)), (20_000, (160, 120))):
+        monkeypatch.setattr(images.LIMITS, "max_pixels", most)
+        decoded = decode_image(content)
+        assert decoded.image.size == size
+        assert decoded.is_plain_jpeg is (size == (640, 480))
+    with pytest.raises(ImageError, match="--max-pixels raises the limit"):
+        opened(saved(noise(0, (640, 480)), "PNG"))
+    monkeypatch.setattr(images.LIMITS, "max_pixels", 0)
+    assert opened(content).size == (640, 480)
+
+
+# Processes with limits.
+
+
+def misbehave(task: str) -> str:
+    if task == "sleep":
+        time.sleep(600)
+    if task == "eat":
+        return str(len(bytes(8 << 30)))
+    if task == "die":
+        os._exit(9)
+    return task.upper()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux counts it")
+def test_a_task_that_takes_too_much_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ImageReader(2) as reader:
+        assert reader.open_image(FILES["gif"]()).tobytes() == opened(FILES["gif"]()).tobytes()
+        with pytest.raises(ImageError, match=r"in memory \(5 bytes\): it is no image"):
+            reader.open_image(b"words")
+        monkeypatch.setattr(isolated, "SECONDS_AN_IMAGE", 2)
+        tasks = ["a", "sleep", "b", "die", "eat", "c"]
+        calls = [reader.submit(misbehave, task) for task in tasks]
+        assert [result_of(calls[i], tasks[i]) for i in (0, 2, 5)] == ["A", "B", "C"]
+        for index, reason in ((1, "more than 2 s"), (3, "ended its process"), (4, "2 GiB of")):
+            with pytest.raises(ImageError, match=f"{tasks[index]}.*{reason}"):
+                result_of(calls[index], tasks[index])
+
+
+# Paths.
+
+
 def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg", "sub/c.PNG", "sub/.hidden.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     a, b, c = tmp_path / "a.jpg", tmp_path / "b.png", tmp_path / "sub/c.PNG"
+    notes = tmp_path / "notes.txt"
     assert iter_image_paths([b, tmp_path]) == [b, a, b, c]
-    assert iter_image_paths([str(tmp_path / "*.png"), tmp_path / "notes.txt"]) == [
-        b,
-        tmp_path / "notes.txt",
-    ]
+    assert iter_image_paths([str(tmp_path / "*.png"), notes]) == [b, notes]
     assert iter_image_paths([str(tmp_path / "**" / "*.PNG")]) == [c]
+    (tmp_path / "empty").mkdir()
+    for path in ("missing.jpg", "empty", "*.tiff"):
+        with pytest.raises(DataError):
+            iter_image_paths([tmp_path / path])
 
 
 def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) -> None:
-    for name in (
-        "a.jpg",
-        "b.HEIC",
-        "c.avif",
-        "d.jp2",
-        "e.jfif",
-        "f.txt",
-        "g.txt",
-        "h.mov",
-        "README",
-        ".hidden",
-    ):
+    names = ("a.jpg", "b.HEIC", "c.avif", "d.jp2", "e.jfif")
+    for name in (*names, "f.txt", "g.txt", "h.mov", "README", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
-    told = log_lines()
-    assert len(iter_image_paths([tmp_path])) == 5
-    (line,) = told
-    assert line.startswith(
-        f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt, "
-    )
+    logged = log_lines()
+    assert len(iter_image_paths([tmp_path])) == len(names)
+    (line,) = logged
+    assert line.startswith(f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt")
     assert "1 .mov" in line and "1 no suffix" in line
 
 
-def test_missing_paths_and_empty_folders_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for path in ("missing.jpg", "empty", "*.jpg"):
-        with pytest.raises(DataError):
-            iter_image_paths([tmp_path / path])
+def test_a_file_named_otherwise_is_read(tmp_path: Path) -> None:
+    (tmp_path / "IMG_0001.HEIC").write_bytes(FILES["jpeg"]())
+    assert open_image(tmp_path / "IMG_0001.HEIC").size == (60, 40)

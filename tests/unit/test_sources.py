@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import unicodedata
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from vlm_bridge.cli.data import CaptionStyleName, SourceName, SplitByName
-from vlm_bridge.data_pipeline.captions import CAPTION_STYLES
+from vlm_bridge.cli.data import SourceName
 from vlm_bridge.data_pipeline.sources import SOURCES, Rejected, find_source, make_source
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
-from vlm_bridge.data_pipeline.splits import SplitBy
 from vlm_bridge.errors import DataError, UsageError
 
 
@@ -244,8 +241,6 @@ def test_no_caption_file_or_several(images: Path) -> None:
 
 def test_sources_by_name(tmp_path: Path) -> None:
     assert set(SOURCES) == {name.value for name in SourceName}
-    assert set(CAPTION_STYLES) == {name.value for name in CaptionStyleName}
-    assert set(get_args(SplitBy)) == {name.value for name in SplitByName}
     assert make_source("scenes", num_train=1, num_val=2, num_test=3).items()[-1].split == "test"
     with pytest.raises(UsageError, match="unknown source"):
         make_source("flickr9k")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_bridge.data_pipeline import transform as module
-from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, UNFINISHED_NAME, CaptionFolder
+from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
-from vlm_bridge.data_pipeline.transform import near_pairs, transform
-from vlm_bridge.errors import DataError, UsageError
+from vlm_bridge.data_pipeline.transform import transform
+from vlm_bridge.errors import DataError
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -29,19 +27,19 @@ def tree(root: Path) -> dict[str, str]:
     }
 
 
-def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """A smooth random picture: it survives JPEG and scaling, unlike noise."""
+def drawn(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """A smooth random image: it survives JPEG and scaling, unlike noise."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Forty pictures with a caption each, in a folder of its own."""
+    """Forty images with a caption each, in a folder of its own."""
     root = tmp_path / "dataset"
     root.mkdir()
     for index in range(40):
-        picture(index).save(root / f"{index}.jpg", quality=95)
+        drawn(index).save(root / f"{index}.jpg", quality=95)
     write_captions(root, {f"{index}.jpg": f"caption {index}" for index in range(40)})
     return root
 
@@ -61,9 +59,7 @@ def test_the_number_of_processes_does_not_matter(dataset: Path, tmp_path: Path) 
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def test_an_interrupted_run_continues_to_the_same_result(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_continues_to_the_same_result(dataset: Path, tmp_path: Path) -> None:
     transform(LocalFolder(dataset), tmp_path / "whole")
     out = tmp_path / "interrupted"
 
@@ -76,22 +72,14 @@ def test_an_interrupted_run_continues_to_the_same_result(
     assert not (out / MANIFEST_NAME).exists()
     with pytest.raises(DataError, match="unfinished"):
         CaptionFolder.open(out)
-    # Whatever else an abrupt end leaves: a cut journal line, a picture cut short, a temporary file.
-    with (out / UNFINISHED_NAME / "journal.jsonl").open("a") as journal:
-        journal.write('\n{"image_id": "3", "pix')
+    # Whatever else an abrupt end leaves: an image cut short, an unfinished file.
     cut = next(out.glob("*/images/0.jpg"))
     cut.write_bytes(cut.read_bytes()[:100])
-    (out / UNFINISHED_NAME / "train-9.jpg").write_bytes(b"half")
-
-    made: list[str] = []
-    make = module._make_picture
-    monkeypatch.setattr(
-        module, "_make_picture", lambda task: made.append(task.image_id) or make(task)
-    )
+    (cut.parent / ".9.jpg").write_bytes(b"half")
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*/images/[!.]*") if path != cut}
+    assert len(finished) == 14
     transform(LocalFolder(dataset), out)
-    assert len(made) == 40 - 14, (
-        "the 15 finished pictures are not made again, except the one cut short"
-    )
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "not made again"
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -132,21 +120,21 @@ def test_another_source_or_foreign_files_are_refused(dataset: Path, tmp_path: Pa
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
-def test_hostile_pictures_are_made_upright_rgb_or_set_aside(tmp_path: Path) -> None:
+def test_odd_images_are_made_upright_rgb_or_skipped(tmp_path: Path) -> None:
     root = tmp_path / "dataset"
     root.mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
     good: dict[str, Any] = {
-        "plain.jpg": (picture(0), {"quality": 90}),
-        "turned.jpg": (picture(1), {"exif": exif}),
-        "cmyk.jpg": (picture(2).convert("CMYK"), {}),
+        "plain.jpg": (drawn(0), {"quality": 90}),
+        "turned.jpg": (drawn(1), {"exif": exif}),
+        "cmyk.jpg": (drawn(2).convert("CMYK"), {}),
         "deep.png": (Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48) * 40), {}),
         "clear.png": (Image.new("RGBA", (9, 9), (255, 0, 0, 100)), {}),
-        "moving.gif": (picture(3), {"save_all": True, "append_images": [picture(4)]}),
+        "moving.gif": (drawn(3), {"save_all": True, "append_images": [drawn(4)]}),
         "dot.png": (Image.new("RGB", (1, 1), "red"), {}),
-        "thin.png": (picture(5, (2000, 1)), {}),
-        "large.jpg": (picture(6, (900, 300)), {}),
+        "thin.png": (drawn(5, (2000, 1)), {}),
+        "large.jpg": (drawn(6, (900, 300)), {}),
     }
     for name, (image, options) in good.items():
         image.save(root / name, **options)
@@ -175,12 +163,12 @@ def test_hostile_pictures_are_made_upright_rgb_or_set_aside(tmp_path: Path) -> N
     assert len(list((tmp_path / "out").rglob("*.jpg"))) == len(good)
 
 
-def test_equal_pictures_stay_in_one_split_and_the_test_split_wins(tmp_path: Path) -> None:
+def test_equal_images_stay_in_one_split_and_the_test_split_wins(tmp_path: Path) -> None:
     root = tmp_path / "dataset"
     root.mkdir()
     names = ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"]
     for name, seed in zip(names, [1, 1, 1, 2, 2, 3], strict=True):
-        picture(seed).save(root / name)
+        drawn(seed).save(root / name)
     splits = dict(zip(names, ["train", "val", "test", "train", "train", "val"], strict=True))
     write_captions(root, dict.fromkeys(names, "A caption."), splits)
     manifest = transform(LocalFolder(root), tmp_path / "out")
@@ -190,8 +178,8 @@ def test_equal_pictures_stay_in_one_split_and_the_test_split_wins(tmp_path: Path
         "test": {"images": 1, "captions": 1},
     }
     assert manifest["rejected"] == [
-        {"id": "a", "reason": "train: same picture as c in test"},
-        {"id": "b", "reason": "val: same picture as c in test"},
+        {"id": "a", "reason": "train: same image as c in test"},
+        {"id": "b", "reason": "val: same image as c in test"},
     ]
     assert manifest["duplicates"]["within_a_split"] == 1
     assert len(list((tmp_path / "out").rglob("*.jpg"))) == 4
@@ -200,9 +188,9 @@ def test_equal_pictures_stay_in_one_split_and_the_test_split_wins(tmp_path: Path
 def test_near_duplicates_are_reported_and_kept(tmp_path: Path) -> None:
     root = tmp_path / "dataset"
     root.mkdir()
-    picture(1, (64, 64)).save(root / "a.png")
-    picture(1, (64, 64)).save(root / "b.jpg", quality=60)
-    picture(2, (64, 64)).save(root / "c.png")
+    drawn(1, (64, 64)).save(root / "a.png")
+    drawn(1, (64, 64)).save(root / "b.jpg", quality=60)
+    drawn(2, (64, 64)).save(root / "c.png")
     splits = {"a.png": "train", "b.jpg": "val", "c.png": "train"}
     write_captions(root, dict.fromkeys(splits, "A caption."), splits)
     manifest = transform(LocalFolder(root), tmp_path / "out")
@@ -210,30 +198,6 @@ def test_near_duplicates_are_reported_and_kept(tmp_path: Path) -> None:
     assert (near["pairs"], near["pairs_across_splits"]) == (1, 1)
     assert near["listed"][0]["images"] == ["train/a", "val/b"]
     assert manifest["rejected"] == []
-
-
-def test_near_pairs_equal_the_obvious_double_loop() -> None:
-    rng = random.Random(0)
-    centres = [rng.getrandbits(64) for _ in range(40)]
-    hashes = [
-        rng.choice(centres) ^ (1 << rng.randrange(64)) ^ (1 << rng.randrange(64))
-        for _ in range(150)
-    ]
-    expected = {
-        (i, j, (hashes[i] ^ hashes[j]).bit_count())
-        for i in range(len(hashes))
-        for j in range(i + 1, len(hashes))
-        if (hashes[i] ^ hashes[j]).bit_count() <= 3
-    }
-    found = near_pairs(np.array(hashes, dtype=np.uint64), 3)
-    assert expected and {tuple(map(int, pair)) for pair in zip(*found, strict=True)} == expected
-
-
-def test_near_pairs_cross_block_borders() -> None:
-    hashes = np.arange(5000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    hashes[4999] = hashes[0]
-    first, second, bits = near_pairs(hashes, 0)
-    assert (first.tolist(), second.tolist(), bits.tolist()) == ([0], [4999], [0])
 
 
 def test_empty_captions_are_counted_and_images_without_any_left_out(
@@ -253,7 +217,7 @@ def test_ids_become_portable_file_names(tmp_path: Path) -> None:
     names = ["x/y z.png", "x_y_z.png", "X_Y_Z.png", "caf\u00e9.png", "n" * 200 + ".png"]
     (root / "x").mkdir(parents=True)
     for index, name in enumerate(names):
-        picture(index).save(root / name)
+        drawn(index).save(root / name)
     write_captions(root, dict.fromkeys(names, "A caption."))
     transform(LocalFolder(root), tmp_path / "out", val_fraction=0, test_fraction=0)
     images = CaptionFolder.open(tmp_path / "out").split("train")
@@ -294,39 +258,3 @@ def test_nothing_usable_leaves_no_manifest(dataset: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     with pytest.raises(DataError, match="no usable image"):
         transform(Scenes(0, 0, 0), tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"workers": 0},
-        {"image_size": 0},
-        {"limit": 0},
-        {"val_fraction": 1.0},
-        {"near_duplicate_distance": 65},
-    ],
-)
-def test_impossible_options(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        transform(Scenes(1, 1, 1), tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_two_processes_do_not_make_one_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = Scenes(4, 2, 2)
-    refused: list[str] = []
-    make = module._prepare_pictures
-
-    def while_another_begins(*arguments: Any) -> Any:
-        monkeypatch.setattr(module, "_prepare_pictures", make)
-        with pytest.raises(DataError, match="is being made by another process") as error:
-            transform(source, tmp_path / "out")
-        refused.append(str(error.value))
-        return make(*arguments)
-
-    monkeypatch.setattr(module, "_prepare_pictures", while_another_begins)
-    manifest = transform(source, tmp_path / "out")
-    assert refused
-    assert transform(source, tmp_path / "out") == manifest

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_bridge.data_pipeline.downloads import DATASETS
+from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.splits import SplitBy
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.samples import CaptionedImage
     from vlm_bridge.data_pipeline.sources import Source, SourceItem
+    from vlm_bridge.data_pipeline.transform import Planning
 
 app = typer.Typer(
     name="vlm-data",
@@ -23,13 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Option = typer.Option
-DatasetName = StrEnum("DatasetName", list(DATASETS))
 # Written out, since importing the originals would slow down --help; a test compares them.
+DatasetName = StrEnum("DatasetName", ["flickr30k", "coco", "conceptual"])
 SourceName = StrEnum(
     "SourceName", ["groundcap", "flickr8k", "flickr30k", "coco", "conceptual", "local", "scenes"]
 )
-CaptionStyleName = StrEnum("CaptionStyleName", ["sentence", "raw"])
-SplitByName = StrEnum("SplitByName", ["hash", "image", "film"])
 SplitKind = StrEnum("SplitKind", ["fractions", "official"])
 
 Name = Annotated[
@@ -57,23 +57,25 @@ Share = Annotated[
     Option(help="Share of images the source gives no split. (default: the source's, often 0.1)"),
 ]
 Split = Annotated[SplitKind, Option(help="official keeps the dataset's test part (groundcap).")]
-SplitBy = Annotated[
-    SplitByName | None,
+SplitWay = Annotated[
+    SplitBy | None,
     Option(
         help="What is split: ids by hash, images in exact shares, or whole films. "
         "(default: groundcap film, others hash)"
     ),
 ]
-ImageSize = Annotated[int, Option(help="Longest side of a stored image in pixels.")]
-CaptionStyle = Annotated[
-    CaptionStyleName | None, Option(help="sentence tidies captions. (default: the source's)")
+ImageSize = Annotated[int, Option(min=1, help="Longest side of a stored image in pixels.")]
+Style = Annotated[
+    CaptionStyle | None, Option(help="sentence tidies captions. (default: the source's)")
 ]
-Limit = Annotated[int | None, Option(help="A sample of at most N images a split.")]
-Distance = Annotated[int, Option(help="Report images whose hashes differ in at most N of 64 bits.")]
+Limit = Annotated[int | None, Option(min=1, help="A sample of at most N images a split.")]
+Distance = Annotated[
+    int, Option(min=0, max=64, help="Report images whose hashes differ in at most N of 64 bits.")
+]
 MaxPixels = Annotated[
     int | None, Option(min=0, help="Pixels of an image, 0: any. (default: 51,000,000)")
 ]
-Workers = Annotated[int | None, Option(help="Processes. (default: by cores, 2 to 8)")]
+Workers = Annotated[int | None, Option(min=1, help="Processes. (default: by cores, 2 to 8)")]
 DryRun = Annotated[bool, Option("--dry-run", help="Only show the splits.")]
 NumRows = Annotated[int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -86,25 +88,31 @@ def download(
     year: Annotated[int, Option(help="2014 or 2017 (coco).")] = 2017,
 ) -> None:
     """Print the commands that download a dataset, for `| sh`; run again, they continue."""
-    import shlex
+    from importlib.resources import files
+    from shlex import quote
+
+    import yaml
 
     from vlm_bridge.data_pipeline.sources import SOURCES
     from vlm_bridge.errors import UsageError
 
     if year not in (2014, 2017):
         raise UsageError(f"--year {year}: choose from 2014, 2017")
-    dataset, source = DATASETS[name], SOURCES[name]
+    downloads = yaml.safe_load((files("vlm_bridge") / "data_pipeline/downloads.yaml").read_text())
+    source, dataset = SOURCES[name], downloads[name]
     folder = output_dir or Path("datasets") / name
-    read_from = shlex.quote(str(folder / "shards" if name == "conceptual" else folder))
-    for line in (source.description, f"page: {dataset.page}", f"licence: {source.licence_note}"):
-        print(f"# {line}")
-    print("set -e", *dataset.commands(folder, year), sep="\n")
-    print(f"# then: vlm-data transform --source {name} --input-dir {read_from} ", end="")
-    print(f"--output-dir data/{name}")
+    read_from = quote(str(folder / "shards" if name == "conceptual" else folder))
+    print(
+        f"# {source.description}\n# page: {dataset['page']}\n# licence: {source.licence_note}\n"
+        f"folder={quote(str(folder))}\n{downloads['start']}{dataset['commands']}"
+        f"{dataset.get(year, '')}# then: vlm-data transform --source {name} "
+        f"--input-dir {read_from} --output-dir data/{name}"
+    )
 
 
 @app.command("explore-dataset")
 def explore_dataset(
+    context: typer.Context,  # `_open_source` takes a source's options out of it
     source: Name = None,
     data_dir: Annotated[Path | None, Option(help="A caption folder, not a source.")] = None,
     input_dir: InputDir = None,
@@ -122,7 +130,7 @@ def explore_dataset(
         Path | None, Option(help="PNG of the samples. (default: runs/explore/NAME.png)")
     ] = None,
     no_grid: Annotated[bool, Option("--no-grid", help="Write no PNG.")] = False,
-    tokenizer: Annotated[str | None, Option(help="Also count this tokenizer's tokens.")] = None,
+    tokenizer: Annotated[str, Option(help="Also count this tokenizer's tokens.")] = "",
     keep_tags: KeepTags = False,
     json_output: Json = False,
 ) -> None:
@@ -130,43 +138,35 @@ def explore_dataset(
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
-    from vlm_bridge.data_pipeline.sources import Rejected
     from vlm_bridge.errors import UsageError
 
     if source is not None and data_dir is not None:
         raise UsageError("give either --source or --data-dir")
     if no_grid and grid is not None:
         raise UsageError("give either --grid or --no-grid")
-    skipped: list[Rejected] = []
-    facts: dict[str, Any] = {}
+    facts, skipped = {}, []
     if data_dir is not None:
-        name, items = (
-            data_dir.resolve().name,
-            explore.folder_items(open_data_folder(data_dir), skipped),
-        )
+        name = data_dir.resolve().name
+        items = explore.folder_items(open_data_folder(data_dir), skipped)
     else:  # with tags, which are counted
-        opened = _open_source(
-            source, input_dir, captions_file, num_train=num_train, num_val=num_val, year=year,
-            num_test=num_test, seed=seed, wordings=wordings, restval=restval, keep_tags=True,
-            follow_links=follow_links,
-        )  # fmt: skip
+        opened = _open_source(context.params | {"keep_tags": True})
         name, items, facts, skipped = opened.name, opened.items(), opened.facts(), opened.rejected
+    count_tokens = _token_counter(tokenizer) if tokenizer else lambda texts: []
     with show_progress("images measured") as report:
-        statistics = explore.describe_items(items, report, count_tokens=_token_counter(tokenizer))
+        result = explore.describe_items(items, report, count_tokens=count_tokens)
     shown = explore.sample_items(items, samples, seed)
-    statistics["dataset"] = facts
-    statistics["set_aside"] = _plain(skipped)
-    statistics["samples"] = explore.describe_samples(shown, keep_tags=keep_tags)
+    result |= {"dataset": facts, "set_aside": _plain(skipped)}
+    result["samples"] = explore.describe_samples(shown, keep_tags=keep_tags)
     if shown and not no_grid:
         grid = grid or Path("runs/explore") / f"{name}.png"
-        _write_grid(shown, [str(*s["captions"][:1]) for s in statistics["samples"]], grid)
-    _print_result(statistics, json_output, _statistics_lines)
-    if shown and not (no_grid or json_output):
-        print(f"\nimages: {grid}")
+        _write_grid(shown, [str(*sample["captions"][:1]) for sample in result["samples"]], grid)
+        result["grid"] = str(grid)
+    _print_result(result, json_output)
 
 
 @app.command("transform")
 def transform(
+    context: typer.Context,  # `_open_source` takes a source's options out of it
     source: Name = None,
     output_dir: Annotated[Path | None, Option(help="The caption folder to make.")] = None,
     input_dir: InputDir = None,
@@ -180,11 +180,11 @@ def transform(
     wordings: Wordings = 2,
     seed: Seed = 0,
     split: Split = SplitKind.fractions,
-    split_by: SplitBy = None,
+    split_by: SplitWay = None,
     val_fraction: Share = None,
     test_fraction: Share = None,
     image_size: ImageSize = 640,
-    caption_style: CaptionStyle = None,
+    caption_style: Style = None,
     keep_tags: KeepTags = False,
     limit: Limit = None,
     near_duplicate_distance: Distance = 4,
@@ -195,23 +195,21 @@ def transform(
     json_output: Json = False,
 ) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
+    import os
+
+    from vlm_bridge.cli.progress import note, show_progress
     from vlm_bridge.data_pipeline import images
+    from vlm_bridge.data_pipeline.transform import transform as run
     from vlm_bridge.errors import UsageError
 
     if output_dir is None and not dry_run:
         raise UsageError("give --output-dir, the caption folder to make (or --dry-run)")
-    if num_rows is not None and not dry_run:
-        raise UsageError("--num-rows goes with --dry-run; for fewer images there is --limit")
-    if num_rows is not None and split == SplitKind.official:
-        raise UsageError("--num-rows knows no official split: leave it out to read the dataset")
+    if num_rows is not None and (not dry_run or split == SplitKind.official):
+        raise UsageError("--num-rows goes with --dry-run and without --split official")
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
-    opened = _open_source(
-        source, input_dir, captions_file, num_train=num_train, num_val=num_val, year=year,
-        num_test=num_test, seed=seed, wordings=wordings, restval=restval, keep_tags=keep_tags,
-        follow_links=follow_links, official_split=split == SplitKind.official,
-    )  # fmt: skip
-    planning: dict[str, Any] = {
+    opened = _open_source(context.params | {"official_split": split == SplitKind.official})
+    planning: Planning = {
         "seed": seed,
         "split_by": split_by,
         "val_fraction": val_fraction,
@@ -220,12 +218,19 @@ def transform(
         "limit": limit,
     }
     if output_dir is None or dry_run:
-        result = _preview(opened, planning, num_rows)
-        _print_result(result, json_output, _preview_lines)
+        _print_result(_preview(opened, planning, num_rows), json_output)
         return
-    more = {"image_size": image_size, "near_duplicate_distance": near_duplicate_distance}
-    manifest = _transform(opened, output_dir, workers, planning | more)
-    _print_result(manifest, json_output, lambda m: _manifest_lines(m, output_dir))
+    workers = workers or min(8, max(2, os.cpu_count() or 1))
+    try:
+        with show_progress("images") as report:
+            manifest = run(
+                opened, output_dir, workers=workers, image_size=image_size, progress=report,
+                near_duplicate_distance=near_duplicate_distance, **planning,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        note("interrupted: the same command continues where this one stopped")
+        raise typer.Exit(130) from None
+    _print_result(manifest if json_output else _summary(manifest, output_dir), json_output)
 
 
 @app.command("inspect-loader")
@@ -244,7 +249,7 @@ def inspect_loader(
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
-    from vlm_bridge.data_pipeline.sources import Rejected
+    from vlm_bridge.data_pipeline.images import check_image
     from vlm_bridge.errors import DataError, UsageError
 
     if data_dir is None and config is None:
@@ -252,19 +257,16 @@ def inspect_loader(
     recipe = load_recipe(config)
     recipe = recipe.replace(batch_size=batch_size or recipe.batch_size)
     folder = open_data_folder(data_dir or recipe.data_dir)
-    skipped: list[Rejected] = []
+    skipped = []
     items = explore.folder_items(folder, skipped)
     checked = items if check_all else explore.sample_items(items, check)
     with show_progress("images decoded") as report:
-        broken = explore.find_broken(checked, report)
+        _, broken = explore.read_images(checked, check_image, report)
     if check_all and not broken and folder.compute_fingerprint() != folder.fingerprint:
         raise DataError(
             f"{folder.root} was changed after it was made (its fingerprint differs): make it again, "
             "or of a folder of other tools, delete its manifest and the next start makes another"
         )
-    batch = None
-    if "train" in folder.splits:
-        batch = _first_batch(readable_split(folder, "train")[0], recipe, config is not None)
     result = {
         "data_dir": str(folder.root),
         "source": folder.manifest.get("source", "unknown source"),
@@ -273,45 +275,29 @@ def inspect_loader(
         "set_aside": _plain(skipped),
         "pictures_decoded": len(checked),
         "broken": _plain(broken),
-        "first_batch": batch,
+        "first_batch": None,
     }
-    _print_result(result, json_output, _inspection_lines)
+    if "train" in folder.splits:
+        images, _ = readable_split(folder, "train")
+        result["first_batch"] = _first_batch(images, recipe, config is not None)
+    _print_result(result, json_output)
     if broken:
         raise DataError(
             f"{len(broken)} images of {folder.root} cannot be read: make the folder again"
         )
 
 
-def _transform(
-    source: Source, output_dir: Path, workers: int | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    import os
-
-    from vlm_bridge.cli.progress import note, show_progress
-    from vlm_bridge.data_pipeline.transform import transform as run
-
-    workers = workers if workers is not None else min(8, max(2, os.cpu_count() or 1))
-    try:
-        with show_progress("images") as report:
-            return run(source, output_dir, workers=workers, progress=report, **options)
-    except KeyboardInterrupt:
-        note("interrupted: the same command continues where this one stopped")
-        raise typer.Exit(130) from None
-
-
-def _open_source(
-    name: SourceName | None, input_dir: Path | None, captions_file: Path | None, **options: Any
-) -> Source:
+def _open_source(options: dict[str, Any]) -> Source:
     """Return the named source, or the one that the input folder's files tell, and log it."""
     from vlm_bridge.cli.progress import note
     from vlm_bridge.data_pipeline.sources import find_source, make_source
 
-    found: str | None = name
-    if found is None:
-        found, file = find_source(input_dir, captions_file)
+    name, input_dir = options["source"], options["input_dir"]
+    if name is None:
+        name, file = find_source(input_dir, options["captions_file"])
         if input_dir is not None:
-            note(f"source: {found} ({file})")
-    return make_source(found, input_dir=input_dir, captions_file=captions_file, **options)
+            note(f"source: {name} ({file})")
+    return make_source(name, **{key: options[key] for key in options if key != "source"})
 
 
 def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
@@ -352,41 +338,45 @@ def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool
     return batch
 
 
-def _preview(source: Source, planning: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
+def _preview(source: Source, planning: Planning, num_rows: int | None) -> dict[str, Any]:
     """Return images of each split and steps per epoch of the default recipe."""
     from vlm_bridge.configuration import Recipe
-    from vlm_bridge.data_pipeline.loader import EpochPlan
-    from vlm_bridge.data_pipeline.splits import SPLITS
     from vlm_bridge.data_pipeline.transform import preview, split_rule
+    from vlm_bridge.training_strategy.data import epoch_plan
 
     if num_rows is None:
         captions, rule = preview(source, **planning)
     else:
-        shares = planning["split_by"], planning["val_fraction"], planning["test_fraction"]
+        shares = (planning.get(name) for name in ("split_by", "val_fraction", "test_fraction"))
         rule = split_rule(source, *shares).resolve([None] * num_rows)
-        most = planning["limit"] or num_rows
+        most = planning.get("limit") or num_rows
         captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
     recipe = Recipe()
-    plan = EpochPlan(
-        captions["train"],
-        row_captions=recipe.captions_per_image,
-        batch_captions=recipe.batch_size,
-        seed=recipe.seed,
-    )
     return {
         "source": source.name,
-        "images": {split: len(captions[split]) for split in SPLITS},
-        "captions": {split: sum(captions[split]) for split in SPLITS},
+        "images": {split: len(of_split) for split, of_split in captions.items()},
+        "captions": {split: sum(of_split) for split, of_split in captions.items()},
         "split_rule": source.split_rule or rule.describe(),
         "exact": num_rows is None or rule.by == "image",
         "batch_size": recipe.batch_size,
-        "steps_per_epoch": plan.num_batches(0),
+        "steps_per_epoch": epoch_plan(recipe, captions["train"], None).num_batches(0),
     }
 
 
-def _token_counter(name: str | None) -> Callable[[list[str]], list[int]] | None:
-    if name is None:
-        return None
+def _summary(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what a user looks at first of a manifest."""
+    result = {name: manifest[name] for name in ("counts", "split_rule", "rejected")}
+    near = manifest["near_duplicates"] or {}
+    result["near_duplicates"] = {name: near[name] for name in near if name.startswith("pairs")}
+    if empty := [name for name in ("train", "val") if not manifest["counts"][name]["images"]]:
+        result["note"] = (
+            f"no image is in {' and '.join(empty)}, and training needs some: where the source "
+            "decides no splits, --val-fraction and --test-fraction change the shares"
+        )
+    return result | {"licence": manifest["licence_note"], "more": str(folder / "manifest.json")}
+
+
+def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
     from vlm_bridge.cli.quiet import quiet_transformers
 
     quiet_transformers()
@@ -414,14 +404,14 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
 
     with tempfile.TemporaryDirectory() as unpacked:
         tiles = []
-        for caption, picture in zip(captions, iter_pictures(items), strict=True):
+        for caption, image in zip(captions, iter_pictures(items), strict=True):
             file = Path(unpacked) / f"{len(tiles)}.png"
-            if callable(picture):
-                picture().save(file)
-            elif picture is None or isinstance(picture, bytes):
-                file.write_bytes(picture or b"")
+            if callable(image):
+                image().save(file)
+            elif image is None or isinstance(image, bytes):
+                file.write_bytes(image or b"")
             else:
-                file = picture
+                file = image
             tiles.append(SheetItem(file, caption))
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(tiles, path)
@@ -431,106 +421,33 @@ def _plain(skipped: Iterable[Any]) -> list[dict[str, str]]:
     return [{"id": item.id, "reason": item.reason} for item in skipped]
 
 
-def _print_result(
-    result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], Iterable[str]]
-) -> None:
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    """Print JSON, or else YAML in which skipped items are counted by cause."""
     import json
 
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Writes numbers that belong together on one line."""
+
+    def represent(dumper: yaml.SafeDumper, values: dict[str, Any]) -> yaml.Node:
+        is_short = all(isinstance(value, int | float) for value in values.values())
+        return dumper.represent_mapping("tag:yaml.org,2002:map", values, flow_style=is_short)
+
+    Dumper.add_representer(dict, represent)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(lines(result)))
+        shown = _by_cause(result)
+        print(yaml.dump(shown, None, Dumper, sort_keys=False, allow_unicode=True, width=10_000))
 
 
-def _preview_lines(result: dict[str, Any]) -> Iterable[str]:
-    about = "" if result["exact"] else "about "
-    images = " / ".join(f"{count:,}" for count in result["images"].values())
-    total = sum(result["images"].values())
-    yield f"{result['source']}, train / val / test: {about}{images} of {total:,} images"
-    steps, size = result["steps_per_epoch"], result["batch_size"]
-    yield f"{about}{steps:,} steps per epoch at batch size {size}"
-    yield f"split rule: {result['split_rule']}"
-    yield "nothing was written (--dry-run)"
-
-
-def _statistics_lines(statistics: dict[str, Any]) -> Iterable[str]:
-    if facts := statistics.get("dataset"):
-        rows = ", ".join(f"{part} {count:,}" for part, count in facts["rows"].items())
-        human = facts["human_annotated_rows"]
-        yield f"{facts['files']} files, {facts['bytes'] / 1e6:,.1f} MB; rows: {rows}; "
-        yield f"{human:,} annotated by people"
-        yield from (f"  {name:18}{kind}" for name, kind in facts["fields"].items())
-    splits = ", ".join(f"{n} {split}" for split, n in statistics["images_per_split"].items())
-    films = f", {statistics['films']} films" if statistics["films"] else ""
-    yield f"{statistics['images']} images ({splits}), {statistics['captions']} captions{films}"
-    columns = ("min", "median", "p95", "max")
-    yield f"{'':20}" + "".join(f"{column:>8}" for column in columns)
-    for key, numbers in statistics.items():
-        if isinstance(numbers, dict) and numbers.keys() == set(columns):
-            cells = "".join(f"{numbers[column]:8g}" for column in columns)
-            yield f"{key.replace('_', ' '):20}{cells}"
-    if not statistics["tokens_per_caption"]:
-        yield "tokens per caption: not counted; name a tokenizer with --tokenizer"
-    words = statistics["vocabulary"]
-    common = ", ".join(word for word, _ in words["most_common"])
-    yield f"vocabulary: {words['words']} words, {words['seen_once']} once; most common: {common}"
-    if tags := statistics["tags"]:
-        yield (
-            f"tags: in {tags['captions_with_tags']} captions, unbalanced in "
-            f"{tags['captions_with_unbalanced_tags']}; {tags['ids_per_caption']:.1f} detections each"
-        )
-        for kind, numbers in tags["kinds"].items():
-            common = ", ".join(f"{label} {count}" for label, count in numbers["most_common"])
-            yield f"  {kind} {numbers['meaning']}: {numbers['tags']} of {numbers['classes']} classes; {common}"
-    yield from _reason_lines("images cannot be read", statistics["unreadable"])
-    yield from _reason_lines("skipped by the source", statistics.get("set_aside", []))
-    for sample in statistics.get("samples", []):
-        yield f"\n{sample['id']} {sample['split'] or ''}"
-        yield from (f"  {len(text.split())} words: {text}" for text in sample["captions"])
-
-
-def _manifest_lines(manifest: dict[str, Any], output_dir: Path) -> Iterable[str]:
-    counts = manifest["counts"]
-    parts = (f"{s} {n['images']} images / {n['captions']} captions" for s, n in counts.items())
-    yield f"{output_dir}: {', '.join(parts)}"
-    if empty := [split for split in ("train", "val") if not counts[split]["images"]]:
-        yield (
-            f"note: no image is in {' and '.join(empty)}, and training needs some: where the source "
-            "decides no splits, --val-fraction and --test-fraction change the shares"
-        )
-    if near := manifest["near_duplicates"]:
-        yield f"near duplicates: {near['pairs']} pairs, {near['pairs_across_splits']} across splits"
-    yield from _reason_lines("skipped", manifest["rejected"])
-    yield f"licence: {manifest['licence_note']}"
-    yield f"everything else: {output_dir / 'manifest.json'}"
-
-
-def _inspection_lines(result: dict[str, Any]) -> Iterable[str]:
-    yield f"{result['data_dir']}: {result['source']}, {result['fingerprint']}"
-    yield from _statistics_lines(result["statistics"])
-    yield f"\n{result['pictures_decoded']} images decoded, {len(result['broken'])} broken"
-    yield from _reason_lines("broken", result["broken"])
-    yield from _reason_lines("skipped samples", result["set_aside"])
-    if batch := result["first_batch"]:
-        yield f"\nfirst of {batch['batches_per_epoch']} batches of an epoch"
-        for row in batch["rows"]:
-            yield f"  {row['id']}: {' | '.join(row['captions'])}"
-        if tokens := batch.get("tokens"):
-            rows, length = tokens["shape"]
-            yield f"  {rows} rows of {length} tokens, {tokens['supervised']} supervised, " + (
-                f"{tokens['padding_share']:.0%} padding"
-            )
-            yield f"  first row: {' '.join(map(repr, tokens['first_row']))}"
-
-
-def _reason_lines(what: str, items: Sequence[dict[str, str]], shown: int = 8) -> Iterable[str]:
-    """Yield a line for each cause with its count: a thousand equal ones are one line."""
+def _by_cause(result: dict[str, Any]) -> dict[str, Any]:
     from vlm_bridge.data_pipeline.samples import by_cause
-    from vlm_bridge.errors import on_one_line
 
-    if items:
-        causes = by_cause((item["id"], item["reason"]) for item in items)
-        yield f"{what}: {len(items):,}"
-        yield from (f"  {on_one_line(cause)}" for cause in causes[:shown])
-        if len(causes) > shown:
-            yield f"  and {len(causes) - shown:,} more causes"
+    shown: dict[str, Any] = {}
+    for name, value in result.items():
+        if name in ("set_aside", "unreadable", "broken", "rejected"):
+            value = by_cause((item["id"], item["reason"]) for item in value)
+        shown[name] = _by_cause(value) if isinstance(value, dict) else value
+    return shown

@@ -6,28 +6,27 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vlm_bridge.data_pipeline.caption_folder import DataFolder
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, find_tags, strip_tags
-from vlm_bridge.data_pipeline.images import image_size, open_image
-from vlm_bridge.data_pipeline.samples import Skipped
+from vlm_bridge.data_pipeline.images import image_size
+from vlm_bridge.data_pipeline.samples import ImageFile, Skipped
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
 from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.errors import ImageError
 
 TAG_MEANINGS = {"gdo": "objects", "gda": "actions", "gdl": "locations"}
-
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _UNDECIDED = "undecided"  # an image that `transform` will assign to a split
-_MOST_COMMON = 20
 
 Progress = Callable[[int, int], None]
+Value = TypeVar("Value")
 
 
-def folder_items(folder: DataFolder, skipped: list[Rejected] | None = None) -> list[SourceItem]:
+def folder_items(folder: DataFolder, skipped: list[Rejected]) -> list[SourceItem]:
     """Return the images of all splits of a caption folder or of shards.
 
     Args:
@@ -39,12 +38,10 @@ def folder_items(folder: DataFolder, skipped: list[Rejected] | None = None) -> l
         if split not in folder.splits:
             continue
         bad = Skipped(split)
-        items += [
-            SourceItem(image.original_id, list(image.captions), split, path=image.path)
-            for image in folder.split(split, bad)
-        ]
-        if skipped is not None:
-            skipped += [Rejected(sample.where, sample.reason) for sample in bad.samples]
+        for image in folder.split(split, bad):
+            captions = list(image.captions)
+            items.append(SourceItem(image.original_id, captions, split, path=image.path))
+        skipped += [Rejected(sample.where, sample.reason) for sample in bad.samples]
     return items
 
 
@@ -52,7 +49,7 @@ def describe_items(
     items: Sequence[SourceItem],
     progress: Progress = lambda done, total: None,
     *,
-    count_tokens: Callable[[list[str]], list[int]] | None = None,
+    count_tokens: Callable[[list[str]], list[int]] = lambda texts: [],
 ) -> dict[str, Any]:
     """Return counts, lengths of captions, vocabulary, tags and image sizes as plain data.
 
@@ -67,17 +64,9 @@ def describe_items(
     """
     captions = [caption for item in items for caption in item.captions]
     plain = [plain_caption(caption) for caption in captions]
-    vocabulary: Counter[str] = Counter()
-    num_words: list[int] = []
-    for caption in plain:
-        words = _WORD.findall(caption.lower())
-        num_words.append(len(words))
-        vocabulary.update(words)
-    num_tokens: list[int] = []
-    if count_tokens is not None:
-        for start in range(0, len(plain), 1000):
-            num_tokens += count_tokens(plain[start : start + 1000])
-    sizes, unreadable = _image_sizes(items, progress)
+    words = [_WORD.findall(caption.lower()) for caption in plain]
+    vocabulary = Counter(word for of_caption in words for word in of_caption)
+    sizes, unreadable = read_images(items, image_size, progress)
     splits = Counter(item.split or _UNDECIDED for item in items)
     films = Counter(item.film for item in items if item.film is not None)
     return {
@@ -87,26 +76,25 @@ def describe_items(
         "films": len(films),
         "images_per_film": distribution(films.values()),
         "captions_per_image": distribution(len(item.captions) for item in items),
-        "words_per_caption": distribution(num_words),
-        "tokens_per_caption": distribution(num_tokens),
+        "words_per_caption": distribution(map(len, words)),
+        "tokens_per_caption": distribution(count_tokens(plain)),
+        "picture_width": distribution(width for width, _ in sizes),
+        "picture_height": distribution(height for _, height in sizes),
         "vocabulary": {
             "words": len(vocabulary),
             "seen_once": sum(count == 1 for count in vocabulary.values()),
-            "most_common": vocabulary.most_common(_MOST_COMMON),
+            "most_common": dict(vocabulary.most_common(20)),
         },
         "tags": count_tags(captions),
-        "picture_width": distribution(width for width, _ in sizes),
-        "picture_height": distribution(height for _, height in sizes),
         "unreadable": [{"id": item.id, "reason": item.reason} for item in unreadable],
     }
 
 
-def count_tags(captions: Sequence[str], most_common: int = 10) -> dict[str, Any] | None:
+def count_tags(captions: Sequence[str]) -> dict[str, Any] | None:
     """Return counts of grounding tags as plain data, None without any.
 
-    For each kind: the number of tags, of classes, the most frequent ``[class, count]``, and how
-    many tags name 0, 1, 2 ... detections. ``ids_per_caption`` is the mean number of different
-    detections.
+    Of each kind: the number of tags and of classes, the counts of the most frequent ones, and how
+    many tags name 0, 1, 2 ... detections. ``ids_per_caption`` is the mean number of different ones.
     """
     found = (find_tags(caption[:MAX_CAPTION_CHARACTERS]) for caption in captions)
     tagged = [tags for tags in found if tags]
@@ -119,17 +107,16 @@ def count_tags(captions: Sequence[str], most_common: int = 10) -> dict[str, Any]
         kinds[kind] = {
             "meaning": meaning,
             "tags": len(of_kind),
-            "per_caption": len(of_kind) / len(captions),
             "classes": len(classes),
-            "most_common": classes.most_common(most_common),
+            "most_common": dict(classes.most_common(10)),
             "ids_per_tag": dict(sorted(Counter(len(tag.ids) for tag in of_kind).items())),
         }
+    num_opening = [sum(tag.is_opening for tag in tags) for tags in tagged]
     num_ids = [len({name for tag in tags for name in tag.ids}) for tags in tagged]
     return {
         "captions_with_tags": len(tagged),
-        "captions_without_tags": len(captions) - len(tagged),
         "captions_with_unbalanced_tags": sum(
-            2 * sum(tag.is_opening for tag in tags) != len(tags) for tags in tagged
+            2 * n != len(tags) for n, tags in zip(num_opening, tagged, strict=True)
         ),
         "ids_per_caption": float(np.mean(num_ids)),
         "kinds": kinds,
@@ -166,34 +153,19 @@ def sample_items(items: Sequence[SourceItem], count: int, seed: int = 0) -> list
     return [items[index] for index in sorted(chosen)]
 
 
-def find_broken(
-    items: Sequence[SourceItem], progress: Progress = lambda done, total: None
-) -> list[Rejected]:
-    """Decode every image in full and return those that fail."""
-    broken: list[Rejected] = []
-    for done, item in enumerate(items, start=1):
-        try:
-            if item.path is not None:
-                open_image(item.path)
-        except ImageError as error:
-            broken.append(Rejected(item.image_id, error.reason))
-        progress(done, len(items))
-    return broken
-
-
-def _image_sizes(
-    items: Sequence[SourceItem], progress: Progress
-) -> tuple[list[tuple[int, int]], list[Rejected]]:
-    sizes: list[tuple[int, int]] = []
-    unreadable: list[Rejected] = []
-    stored = [item for item in items if item.draw is None]
-    for done, (item, image) in enumerate(zip(stored, iter_pictures(stored), strict=True), start=1):
+def read_images(
+    items: Sequence[SourceItem], read: Callable[[ImageFile | bytes], Value], progress: Progress
+) -> tuple[list[Value], list[Rejected]]:
+    """Apply ``read`` to stored images; return the values, and the images that fail with a reason."""
+    values: list[Value] = []
+    failed: list[Rejected] = []
+    for done, (item, image) in enumerate(zip(items, iter_pictures(items), strict=True), start=1):
         try:
             if image is None:
                 raise ImageError(item.image_id, "the source holds no image for it")
-            assert not callable(image)
-            sizes.append(image_size(image))
+            if not callable(image):
+                values.append(read(image))
         except ImageError as error:
-            unreadable.append(Rejected(item.image_id, error.reason))
-        progress(done, len(stored))
-    return sizes, unreadable
+            failed.append(Rejected(item.image_id, error.reason))
+        progress(done, len(items))
+    return values, failed

@@ -1,25 +1,24 @@
-"""Make a caption folder of a source: clean captions, split, decode images, account for what is skipped.
+"""Make a caption folder of a source: clean captions, split, decode images, list what is skipped.
 
-The same command continues interrupted work: an image is written under another name and renamed, a
-journal lists finished ones, and the manifest comes last. The result depends on the source and the
-settings alone, not on the number of processes.
+The same command continues interrupted work: an image is written under another name and renamed,
+and the manifest comes last. The result depends on the source and the settings alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import heapq
 import io
 import json
 import re
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
@@ -34,13 +33,12 @@ from vlm_bridge.data_pipeline.caption_folder import (
     CaptionFolderWriter,
     caption_line,
     fingerprint,
-    is_prepared_elsewhere,
     read_manifest,
     write_atomically,
 )
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import decode_image
-from vlm_bridge.data_pipeline.isolated import IsolatedPool
+from vlm_bridge.data_pipeline.isolated import ImageReader, result_of
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.sources.base import (
     Picture,
@@ -56,183 +54,32 @@ from vlm_bridge.data_pipeline.splits import (
     SplitName,
     SplitRule,
 )
-from vlm_bridge.errors import DataError, ImageError, UsageError
+from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.parsing import is_text
 
 Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all)."""
-
-DEFAULT_IMAGE_SIZE = 640
-"""Longest side in pixels: COCO's, so that the usual datasets are copied byte for byte."""
-
-DEFAULT_NEAR_DUPLICATE_DISTANCE = 4
-"""Differing bits of 64: few enough that what is reported is almost always the same photograph."""
+"""Called with (images done, images in all)."""
 
 JPEG_QUALITY = 95
 MAX_LISTED_NEAR_DUPLICATES = 100
-
-_TASKS_A_CHUNK = 16
-_CHUNK_BYTES = 8 << 20  # of pictures that travel with their tasks
-_CHUNKS_A_WORKER = 4
+FEW_IMAGES = 32  # are not worth the start of several processes
 
 
-def transform(
-    source: Source,
-    output_dir: str | Path,
-    *,
-    workers: int = 1,
-    seed: int = 0,
-    split_by: SplitBy | None = None,
-    val_fraction: float | None = None,
-    test_fraction: float | None = None,
-    image_size: int = DEFAULT_IMAGE_SIZE,
-    caption_style: CaptionStyle | None = None,
-    limit: int | None = None,
-    near_duplicate_distance: int = DEFAULT_NEAR_DUPLICATE_DISTANCE,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write ``source`` as a caption folder and return its manifest.
+class Planning(TypedDict, total=False):
+    """How a source is split and cleaned; None is the source's own way.
 
-    Args:
-        workers: processes; with several, images are decoded within the limits of `isolated`.
+    Attributes:
         seed: of the split and of the sample.
-        split_by: see `SplitRule`; None is the source's rule, as for the two fractions.
-        image_size: longest side in pixels; smaller upright RGB JPEGs are copied unchanged.
+        split_by: see `SplitRule`.
         limit: images a split, sampled by hash of (seed, id).
-        near_duplicate_distance: differing bits of 64-bit perceptual hashes to report.
-
-    Raises:
-        VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
     """
-    rule = split_rule(source, split_by, val_fraction, test_fraction)
-    _check_at_least_one(workers=workers, image_size=image_size, limit=limit)
-    _check_distance(near_duplicate_distance)
-    style = caption_style or source.default_caption_style
-    planned, rejected, rule = _plan(source, style, rule, seed, limit)
-    settings = {
-        "split_by": rule.by,
-        "val_fraction": rule.val_fraction,
-        "test_fraction": rule.test_fraction,
-        "image_size": image_size,
-        "caption_style": style,
-        "limit": limit,
-        "near_duplicate_distance": near_duplicate_distance,
-    }
-    identity = {"source": source.name, "seed": seed, **settings, "content": _digest(planned)}
-    writer = CaptionFolderWriter(Path(output_dir))
-    if finished := _claim(writer, identity):
-        return finished
-    with _alone(writer):
-        finds_near = source.finds_near_duplicates
-        outcomes = _prepare_pictures(writer, planned, image_size, finds_near, workers, progress)
-        kept, duplicates = _keep(source, planned, outcomes, rejected)
-        near = _near_duplicates(kept, outcomes, near_duplicate_distance) if finds_near else None
-        facts = {
-            "split_rule": source.split_rule or rule.describe(),
-            "seed": seed,
-            "settings": settings,
-            "content": identity["content"],
-            "duplicates": duplicates,
-            "near_duplicates": near,
-            "rejected": [asdict(item) for item in rejected],
-        }
-        return _finish(source, writer, kept, outcomes, facts)
 
-
-def _keep(
-    source: Source,
-    planned: list[_Planned],
-    outcomes: dict[str, _Outcome],
-    rejected: list[Rejected],
-) -> tuple[list[_Planned], dict[str, Any]]:
-    """Return the images to keep and facts on duplicates; add the others to ``rejected``."""
-    rejected += [
-        Rejected(p.image_id, o.error) for p in planned if (o := outcomes[p.image_id]).error
-    ]
-    usable = [p for p in planned if not outcomes[p.image_id].error]
-    kept, doubles, within_split = _drop_duplicates(usable, outcomes)
-    rejected += doubles
-    if not kept:
-        causes = by_cause((item.id, item.reason) for item in rejected)[:NUM_CAUSES]
-        why = f": {'; '.join(causes)}" if causes else ""
-        raise DataError(f"no usable image in source {source.name}{why}")
-    rule = f"equal pixels across splits: kept in the first of {', '.join(DUPLICATE_PRIORITY)}"
-    return kept, {"rule": rule, "set_aside": len(doubles), "within_a_split": within_split}
-
-
-def _finish(
-    source: Source,
-    writer: CaptionFolderWriter,
-    kept: list[_Planned],
-    outcomes: dict[str, _Outcome],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """Write the captions and the manifest, and return it."""
-    lines = {split: _caption_lines(kept, split) for split in SPLITS}
-    digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
-    for p in kept:
-        digests[p.split][f"{IMAGES_NAME}/{p.file_name}"] = outcomes[p.image_id].sha256
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "created_with": f"vlm-bridge {__version__}",
-        "source": source.name,
-        "description": source.description,
-        "licence_note": source.licence_note,
-        "counts": {
-            split: {"images": len(digests[split]), "captions": len(lines[split])}
-            for split in SPLITS
-        },
-        **facts,
-        "fingerprint": fingerprint(lines, digests),
-    }
-    for split in SPLITS:
-        writer.write_captions(split, lines[split])
-        names = {Path(path).name for path in digests[split]}
-        for path in writer.images_dir(split).iterdir():
-            if path.name not in names:  # a duplicate
-                path.unlink()
-    writer.finish(manifest)
-    shutil.rmtree(writer.working_dir, ignore_errors=True)
-    return manifest
-
-
-def preview(
-    source: Source,
-    *,
-    seed: int = 0,
-    split_by: SplitBy | None = None,
-    val_fraction: float | None = None,
-    test_fraction: float | None = None,
-    caption_style: CaptionStyle | None = None,
-    limit: int | None = None,
-) -> tuple[dict[SplitName, list[int]], SplitRule]:
-    """Return what :func:`transform` would make, without opening a picture: captions of each image, and the rule.
-
-    Broken and duplicate pictures are still among them. Raises as :func:`transform`.
-    """
-    rule = split_rule(source, split_by, val_fraction, test_fraction)
-    _check_at_least_one(limit=limit)
-    planned, _, rule = _plan(
-        source, caption_style or source.default_caption_style, rule, seed, limit
-    )
-    return {split: [len(p.captions) for p in planned if p.split == split] for split in SPLITS}, rule
-
-
-def split_rule(
-    source: Source, by: SplitBy | None, val_fraction: float | None, test_fraction: float | None
-) -> SplitRule:
-    """Return the source's usual rule with whatever is given in its place; UsageError as :class:`SplitRule`."""
-    given: dict[str, Any] = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
-    if any(value is not None for value in given.values()):
-        given["held_out_at_least"] = 0
-    return replace(
-        source.default_split_rule,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
-
-# --- planning ---
+    seed: int
+    split_by: SplitBy | None
+    val_fraction: float | None
+    test_fraction: float | None
+    caption_style: CaptionStyle | None
+    limit: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,73 +93,167 @@ class _Planned:
     item: SourceItem
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The images to make, what was skipped so far, the rule that splits, and all settings."""
+
+    images: list[_Planned]
+    skipped: list[Rejected]
+    rule: SplitRule
+    settings: dict[str, Any]
+
+
+def transform(
+    source: Source,
+    output_dir: str | Path,
+    *,
+    workers: int = 1,
+    image_size: int = 640,
+    near_duplicate_distance: int = 4,
+    progress: Progress = lambda done, total: None,
+    **planning: Unpack[Planning],
+) -> dict[str, Any]:
+    """Write ``source`` as a caption folder and return its manifest.
+
+    Args:
+        workers: processes; with several, images are decoded within the limits of `isolated`.
+        image_size: longest side in pixels, by default COCO's; smaller upright RGB JPEGs are copied
+            unchanged.
+        near_duplicate_distance: differing bits of 64-bit perceptual hashes to report.
+
+    Raises:
+        VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
+    """
+    plan = _plan(source, **planning)
+    settings = plan.settings | {
+        "image_size": image_size,
+        "near_duplicate_distance": near_duplicate_distance,
+    }
+    facts = {
+        "source": source.name,
+        "seed": planning.get("seed", 0),
+        "content": _digest(plan.images),
+    }
+    writer = CaptionFolderWriter(Path(output_dir))
+    if finished := _claim(writer, facts | settings):
+        return finished
+    made, broken = _make_images(source, writer, plan.images, image_size, workers, progress)
+    kept, duplicates = _drop_duplicates(plan.images, made)
+    skipped = [*plan.skipped, *broken, *duplicates]
+    if not kept:
+        causes = by_cause((item.id, item.reason) for item in skipped)[:NUM_CAUSES]
+        why = f": {'; '.join(causes)}" if causes else ""
+        raise DataError(f"no usable image in source {source.name}{why}")
+    finds_near = source.finds_near_duplicates
+    facts |= {
+        "split_rule": source.split_rule or plan.rule.describe(),
+        "settings": settings,
+        "duplicates": {
+            "rule": f"equal pixels across splits: kept in the first of {', '.join(DUPLICATE_PRIORITY)}",
+            "set_aside": len(duplicates),
+            "within_a_split": len(kept) - len({made[p.image_id].pixels for p in kept}),
+        },
+        "near_duplicates": _near(kept, made, near_duplicate_distance) if finds_near else None,
+        "rejected": [asdict(item) for item in skipped],
+    }
+    return _finish(source, writer, kept, made, facts)
+
+
+def preview(
+    source: Source, **planning: Unpack[Planning]
+) -> tuple[dict[SplitName, list[int]], SplitRule]:
+    """Return numbers of captions of the images that :func:`transform` would make, and the rule.
+
+    No image is opened, so broken and duplicate ones are counted too.
+    """
+    plan = _plan(source, **planning)
+    return {s: [len(p.captions) for p in plan.images if p.split == s] for s in SPLITS}, plan.rule
+
+
 def _plan(
-    source: Source, style: CaptionStyle, rule: SplitRule, seed: int, limit: int | None
-) -> tuple[list[_Planned], list[Rejected], SplitRule]:
-    """Read, clean and split: what to make, what was skipped so far, and the rule that was used."""
+    source: Source,
+    *,
+    seed: int = 0,
+    split_by: SplitBy | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
+    caption_style: CaptionStyle | None = None,
+    limit: int | None = None,
+) -> _Plan:
+    rule = split_rule(source, split_by, val_fraction, test_fraction)
+    style = caption_style or source.default_caption_style
     items = source.items()
-    # Names of files that are no text cannot be written into captions.jsonl.
-    rejected = [
-        Rejected(item.image_id, "its name is not UTF-8")
-        for item in items
-        if not is_text(item.image_id)
-    ]
-    if rejected:
-        items = [item for item in items if is_text(item.image_id)]
+    # A name that is no text cannot be written into captions.jsonl.
+    unnamed = [item.image_id for item in items if not is_text(item.image_id)]
+    skipped = [*source.rejected, *(Rejected(name, "its name is not UTF-8") for name in unnamed)]
+    items = [item for item in items if is_text(item.image_id)]
     undecided = [item for item in items if item.split is None]
     ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
     rule = rule.resolve(films)
-    split_of = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
+    split_of: dict[str, SplitName] = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
+    placed: list[tuple[SourceItem, SplitName]]
+    placed = [(item, item.split or split_of[item.image_id]) for item in items]
     if limit is not None:
-        items = _sample(
-            items, [item.split or split_of[item.image_id] for item in items], limit, seed
-        )
-    planned: list[_Planned] = []
-    rejected = [*source.rejected, *rejected]
-    taken_names: set[str] = set()
-    for item in items:
-        split = item.split or split_of[item.image_id]
-        short = [caption for caption in item.captions if len(caption) <= MAX_CAPTION_CHARACTERS]
-        if too_long := len(item.captions) - len(short):
-            reason = f"{too_long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters"
-            rejected.append(Rejected(item.image_id, reason))
-        cleaned = [clean_caption(caption, style) for caption in short]
-        captions = tuple(filter(None, cleaned))
-        if empty := len(cleaned) - len(captions):
-            rejected.append(
-                Rejected(item.image_id, f"{empty} of {len(cleaned)} captions without words")
-            )
-        if not captions:
-            continue
-        planned.append(
-            _Planned(item.image_id, captions, split, _file_name(item.image_id, taken_names), item)
-        )
-    repeated = [image_id for image_id, n in Counter(p.image_id for p in planned).items() if n > 1]
-    if repeated:
+        placed = _sample(placed, limit, seed)
+    images: list[_Planned] = []
+    taken: set[str] = set()
+    for item, split in placed:
+        if captions := _clean(item, style, skipped):
+            name = _file_name(item.image_id, taken)
+            images.append(_Planned(item.image_id, captions, split, name, item))
+    if repeated := [name for name, n in Counter(p.image_id for p in images).items() if n > 1]:
         raise DataError(f"the source names image {repeated[0]} more than once")
-    return planned, rejected, rule
+    settings = {
+        "split_by": rule.by,
+        "val_fraction": rule.val_fraction,
+        "test_fraction": rule.test_fraction,
+        "caption_style": style,
+        "limit": limit,
+    }
+    return _Plan(images, skipped, rule, settings)
+
+
+def split_rule(
+    source: Source, by: SplitBy | None, val_fraction: float | None, test_fraction: float | None
+) -> SplitRule:
+    """Return the source's usual rule with the given values. Raises UsageError as `SplitRule`."""
+    given: dict[str, Any] = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        given["held_out_at_least"] = 0
+    return replace(source.default_split_rule, **given)
 
 
 def _sample(
-    items: list[SourceItem], splits: list[SplitName], limit: int, seed: int
-) -> list[SourceItem]:
+    placed: list[tuple[SourceItem, SplitName]], limit: int, seed: int
+) -> list[tuple[SourceItem, SplitName]]:
     """Return ``limit`` items of each split in their own order, chosen by a hash of (seed, id)."""
 
-    def rank(index: int) -> bytes:
+    def rank(item: SourceItem) -> bytes:
         # Apart from the hash that splits: a sample of one split must not depend on the shares.
-        return hashlib.blake2b(
-            f"sample/{seed}/{items[index].image_id}".encode(), digest_size=16
-        ).digest()
+        name = f"sample/{seed}/{item.image_id}"
+        return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
-    of_split = {split: [i for i, its in enumerate(splits) if its == split] for split in SPLITS}
-    chosen = sorted(
-        i for indices in of_split.values() for i in heapq.nsmallest(limit, indices, key=rank)
-    )
-    return [items[index] for index in chosen]
+    chosen: set[str] = set()
+    for split in SPLITS:
+        items = [item for item, its in placed if its == split]
+        chosen |= {item.image_id for item in heapq.nsmallest(limit, items, key=rank)}
+    return [pair for pair in placed if pair[0].image_id in chosen]
+
+
+def _clean(item: SourceItem, style: CaptionStyle, skipped: list[Rejected]) -> tuple[str, ...]:
+    short = [caption for caption in item.captions if len(caption) <= MAX_CAPTION_CHARACTERS]
+    if too_long := len(item.captions) - len(short):
+        reason = f"{too_long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters"
+        skipped.append(Rejected(item.image_id, reason))
+    captions = tuple(filter(None, (clean_caption(caption, style) for caption in short)))
+    if empty := len(short) - len(captions):
+        skipped.append(Rejected(item.image_id, f"{empty} of {len(short)} captions without words"))
+    return captions
 
 
 def _file_name(image_id: str, taken: set[str]) -> str:
-    """Return a portable, unused file name; an id that cannot be one (or only by case) gets part of a hash."""
+    """Return a portable, unused file name, with a part of a hash where the id cannot be one."""
     name = re.sub(r"[^\w.-]+", "_", image_id).strip(".")[:60]
     if name != image_id or name.casefold() in taken:
         name = f"{name}-{hashlib.sha256(image_id.encode()).hexdigest()[:8]}"
@@ -320,354 +261,205 @@ def _file_name(image_id: str, taken: set[str]) -> str:
     return f"{name}.jpg"
 
 
-def _digest(planned: list[_Planned]) -> str:
-    """Hash what will be made, wherever the source lies: a changed one must not continue an older folder."""
+def _digest(images: Sequence[_Planned]) -> str:
+    """Hash the plan: a changed source must not continue an older folder."""
     digest = hashlib.sha256()
-    for p in planned:
+    for p in images:
         digest.update(json.dumps([p.image_id, p.split, p.captions]).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _check_distance(bits: int) -> None:
-    if not 0 <= bits <= 64:
-        raise UsageError(f"--near-duplicate-distance must be from 0 to 64, not {bits}")
-
-
-def _check_at_least_one(**options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-
-
-# --- continuing ---
-
-
 def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Make the folder ours, or return the manifest if this very transformation is already finished.
+    """Begin or continue the folder; return its manifest if it is finished.
 
     Raises:
-        DataError: the folder holds something else, or another transformation.
+        DataError: the folder holds something else, or was made with other settings.
     """
-    root = writer.root
-    if root.exists() and not root.is_dir():
-        raise DataError(f"{root} is a file: choose another --output-dir")
-    if is_prepared_elsewhere(root):
-        raise DataError(
-            f"{root} is a caption folder that other tools prepared: train on it, "
-            "or choose another --output-dir"
-        )
-    state = writer.working_dir / "settings.json"
+    root, settings = writer.root, writer.working_dir / "settings.json"
+    manifest, earlier = None, {}
     if (root / MANIFEST_NAME).is_file():
         manifest = read_manifest(root)
-        earlier = {key: manifest.get(key) for key in ("source", "seed", "content")} | manifest.get(
-            "settings", {}
-        )
-        _refuse_other(root, "finished", earlier, identity)
-        shutil.rmtree(writer.working_dir, ignore_errors=True)
-        return manifest
-    if state.is_file():
-        _refuse_other(root, "begun", json.loads(state.read_bytes()), identity)
+        earlier = manifest | manifest.get("settings", {})
+    elif settings.is_file():
+        earlier = json.loads(settings.read_bytes())
     elif root.is_dir() and any(path.name != UNFINISHED_NAME for path in root.iterdir()):
         raise DataError(f"{root} is not empty and no caption folder: choose another --output-dir")
-    writer.prepare()
-    write_atomically(state, json.dumps(identity).encode())
-    return None
-
-
-@contextlib.contextmanager
-def _alone(writer: CaptionFolderWriter) -> Iterator[None]:
-    """Keep other processes from making the same folder. Raises DataError while one does."""
-    with (writer.working_dir / "lock").open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{writer.root} is being made by another process: wait for it, or choose another --output-dir"
-            ) from None
-        yield
-
-
-def _refuse_other(root: Path, stage: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    # What an older version did not write down yet shows in the content.
-    changed = [key for key in now if key in earlier and earlier[key] != now[key]]
-    # Another seed or limit changes the content as well: name the cause, not its consequence.
-    changed = [key for key in changed if key != "content"] or changed
+    changed = [key for key in identity if key in earlier and earlier[key] != identity[key]]
     if changed:
-        what = ", ".join(
-            "the captions or images of the source differ"
-            if key == "content"
-            else f"{key} was {earlier.get(key)}"
-            for key in changed
-        )
+        # Another seed or limit changes the content as well: name the cause, not its consequence.
+        causes = [f"{key} was {earlier[key]}" for key in changed if key != "content"]
+        what = ", ".join(causes) or "the captions or images of the source differ"
         raise DataError(
-            f"{root} was {stage} with other settings ({what}): "
+            f"{root} was made with other settings ({what}): "
             "choose another --output-dir or delete that folder"
         )
-
-
-class _Journal:
-    """Remembers finished pictures, a line each; a line cut off by an interruption is ignored."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def read(self) -> dict[str, _Outcome]:
-        outcomes = {}
-        if self._path.is_file():
-            for line in self._path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError):
-                    outcome = _Outcome(**json.loads(line))
-                    outcomes[outcome.image_id] = outcome
-        return outcomes
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[Callable[[_Outcome], None]]:
-        with self._path.open("ab", buffering=0) as file:
-
-            def remember(outcome: _Outcome) -> None:
-                # The newline goes first: it also ends a line that was cut off.
-                file.write(b"\n" + json.dumps(asdict(outcome)).encode())
-
-            yield remember
-
-
-# --- pictures ---
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One image to make, as a process needs it."""
-
-    image_id: str
-    picture: Picture | None
-    target: Path
-    temporary: Path
-    image_size: int
-    hash_looks: bool
+    if manifest is None:
+        writer.prepare()
+        write_atomically(settings, json.dumps(identity).encode())
+    return manifest
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of a picture: hashes of its pixels, its looks (hexadecimal) and its file; or an error."""
+class _Made:
+    """Hashes of an image's pixels, looks (of 64 bits) and file."""
 
-    image_id: str
-    pixels: str = ""
-    looks: str = ""
-    sha256: str = ""
-    bytes: int = 0
-    error: str = ""
+    pixels: str
+    looks: int
+    sha256: str
 
 
-def _prepare_pictures(
+def _make_images(
+    source: Source,
     writer: CaptionFolderWriter,
-    planned: list[_Planned],
+    planned: Sequence[_Planned],
     image_size: int,
-    hash_looks: bool,
     workers: int,
-    progress: Progress | None,
-) -> dict[str, _Outcome]:
-    """Make every picture that is not there yet; outcomes by image id."""
-    journal = _Journal(writer.working_dir / "journal.jsonl")
-    remembered = journal.read()
-    outcomes: dict[str, _Outcome] = {}
-    remaining: list[_Planned] = []
-    for p in planned:
-        target = writer.images_dir(p.split) / p.file_name
-        earlier = remembered.get(p.image_id)
-        if earlier is not None and target.is_file() and target.stat().st_size == earlier.bytes:
-            outcomes[p.image_id] = earlier
-        else:
-            remaining.append(p)
+    progress: Progress,
+) -> tuple[dict[str, _Made], list[Rejected]]:
+    """Make every image that is not there yet; return hashes by image id, and broken ones."""
+    made: dict[str, _Made] = {}
+    broken: list[Rejected] = []
     tasks = (
-        _Task(
-            p.image_id,
-            picture,
-            target=writer.images_dir(p.split) / p.file_name,
-            temporary=writer.working_dir / f"{p.split}-{p.file_name}",
-            image_size=image_size,
-            hash_looks=hash_looks,
-        )
-        for p, picture in zip(remaining, iter_pictures(p.item for p in remaining), strict=True)
+        (p.image_id, image, writer.images_dir(p.split) / p.file_name, image_size)
+        for p, image in zip(planned, iter_pictures(p.item for p in planned), strict=True)
     )
-    # Starting a process costs as much as many small images. Where several are allowed, one is started at any rate for
-    # files: what a damaged one does, it does there.
-    few = len(remaining) < 2 * _TASKS_A_CHUNK
-    is_drawn = all(p.item.draw is not None for p in remaining)
-    processes = 0 if workers == 1 or (few and is_drawn) else 1 if few else workers
-    report = progress or (lambda done, total: None)
-    report(len(outcomes), len(planned))
-    with journal.writing() as remember, contextlib.closing(_run(tasks, processes)) as finished:
-        for outcome in finished:
-            outcomes[outcome.image_id] = outcome
-            # A picture that failed is tried again next time: its file may have been mended.
-            if not outcome.error:
-                remember(outcome)
-            report(len(outcomes), len(planned))
-    return outcomes
+    is_quick = len(planned) < FEW_IMAGES
+    if is_quick and all(p.item.draw for p in planned):
+        workers = 1
+    outcomes = _run(tasks, 0 if workers == 1 else 1 if is_quick else workers)
+    with closing(outcomes):
+        for done, (p, outcome) in enumerate(zip(planned, outcomes, strict=True), start=1):
+            if isinstance(outcome, ImageError):
+                broken.append(Rejected(p.image_id, outcome.reason))
+            else:
+                made[p.image_id] = outcome
+            progress(done, len(planned))
+    return made, broken
 
 
-def _run(tasks: Iterator[_Task], processes: int) -> Generator[_Outcome]:
-    """Yield outcomes in order, from this process (0) or others."""
-    if not processes:
-        yield from map(_make_picture, tasks)
-        return
-    remaining = _chunks(tasks)
-    pool: IsolatedPool[_Task, _Outcome] = IsolatedPool(_make_picture, processes)
+def _run(
+    tasks: Iterator[tuple[str, Picture | None, Path, int]], processes: int
+) -> Generator[_Made | ImageError]:
+    """Yield the outcomes of tasks in order, from this process (0) or others."""
+    with ImageReader(processes) if processes else nullcontext() as reader:
+        # Bounded, since a task may hold a file's bytes.
+        while batch := list(islice(tasks, 32 * max(1, processes))):
+            calls = [reader.submit(_make_image, *task) if reader else None for task in batch]
+            for task, call in zip(batch, calls, strict=True):
+                try:
+                    yield result_of(call, task[0]) if call else _make_image(*task)
+                except ImageError as error:
+                    yield error
+
+
+def _make_image(image_id: str, image: Picture | None, target: Path, image_size: int) -> _Made:
+    """Decode or draw one image and put it where it belongs, unless it is there."""
+    import imagehash
+
     try:
-        pending: deque[tuple[Any, list[_Task]]] = deque()
-        while True:
-            # Bounded, so that a million tasks or gigabytes of images do not pile up in the queue.
-            while len(pending) < processes * _CHUNKS_A_WORKER and (chunk := next(remaining, None)):
-                pending.append((pool.submit(chunk), chunk))
-            if not pending:
-                return
-            yield from pool.result(
-                *pending.popleft(),
-                failed=lambda task, reason: _Outcome(task.image_id, error=reason),
-            )
-    finally:
-        pool.close()
+        content = target.read_bytes()
+        stored = decode_image(content).image
+    except (OSError, ImageError):
+        content = _content(image_id, image, image_size)
+        stored = decode_image(content).image
+        unfinished = target.with_name(f".{target.name}")
+        unfinished.write_bytes(content)
+        unfinished.replace(target)
+    pixels = hashlib.sha256(f"{stored.size}".encode() + stored.tobytes()).hexdigest()
+    looks = int(str(imagehash.phash(stored)), 16)
+    return _Made(pixels, looks, hashlib.sha256(content).hexdigest())
 
 
-def _chunks(tasks: Iterable[_Task]) -> Iterator[list[_Task]]:
-    """Group tasks into chunks that are worth sending to a process and do not weigh much."""
-    chunk: list[_Task] = []
-    weight = 0
-    for task in tasks:
-        chunk.append(task)
-        weight += len(task.picture) if isinstance(task.picture, bytes) else 0
-        if len(chunk) == _TASKS_A_CHUNK or weight >= _CHUNK_BYTES:
-            yield chunk
-            chunk, weight = [], 0
-    if chunk:
-        yield chunk
-
-
-def _make_picture(task: _Task) -> _Outcome:
-    """Decode or draw one picture and put it where it belongs."""
-    try:
-        image, unchanged = _load(task)
-    except ImageError as error:
-        return _Outcome(task.image_id, error=error.reason)
-    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    looks = _perceptual_hash(image) if task.hash_looks else ""
-    content = unchanged if unchanged is not None else _encode(image, task.image_size)
-    task.temporary.write_bytes(content)
-    task.temporary.replace(task.target)
-    return _Outcome(task.image_id, pixels, looks, hashlib.sha256(content).hexdigest(), len(content))
-
-
-def _load(task: _Task) -> tuple[Image.Image, bytes | None]:
-    """Return the picture, and its file's bytes where these can be used unchanged."""
-    picture = task.picture
-    if picture is None:
-        raise ImageError(task.image_id, "the source holds no picture for it")
-    if callable(picture):
-        return picture(), None
-    decoded = decode_image(picture)
-    if not (decoded.is_plain_jpeg and max(decoded.image.size) <= task.image_size):
-        return decoded.image, None
-    return decoded.image, picture if isinstance(picture, bytes) else picture.read_bytes()
-
-
-def _encode(image: Image.Image, image_size: int) -> bytes:
-    image.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
+def _content(image_id: str, image: Picture | None, image_size: int) -> bytes:
+    """Return the file to store: the image's own where training can read it."""
+    if image is None:
+        raise ImageError(image_id, "the source holds no image for it")
+    if callable(image):
+        rgb = image()
+    else:
+        decoded = decode_image(image)
+        rgb = decoded.image
+        if decoded.is_plain_jpeg and max(rgb.size) <= image_size:
+            return image if isinstance(image, bytes) else image.read_bytes()
+    rgb.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    # Full colour resolution (4:4:4): JPEG's usual halving blurs the edges of saturated colours.
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    # Full color resolution (4:4:4): JPEG's usual halving blurs the edges of saturated colors.
+    rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
-def _perceptual_hash(image: Image.Image) -> str:
-    """Return the 64-bit DCT hash of a picture as 16 hexadecimal digits."""
-    import imagehash
-
-    return str(imagehash.phash(image))
-
-
-# --- duplicates ---
-
-
 def _drop_duplicates(
-    usable: list[_Planned], outcomes: dict[str, _Outcome]
-) -> tuple[list[_Planned], list[Rejected], int]:
-    """Keep equal pictures in one split only: (kept, skipped, copies left within a split)."""
+    planned: Sequence[_Planned], made: dict[str, _Made]
+) -> tuple[list[_Planned], list[Rejected]]:
+    """Return the images made, equal ones in one split only, and those that are left out."""
+    usable = [p for p in planned if p.image_id in made]
     home: dict[str, _Planned] = {}
     for p in sorted(usable, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
-        home.setdefault(outcomes[p.image_id].pixels, p)
+        home.setdefault(made[p.image_id].pixels, p)
     kept: list[_Planned] = []
     doubles: list[Rejected] = []
     for p in usable:
-        first = home[outcomes[p.image_id].pixels]
+        first = home[made[p.image_id].pixels]
         if first.split == p.split:
             kept.append(p)
         else:
-            doubles.append(
-                Rejected(
-                    p.image_id, f"{p.split}: same picture as {first.image_id} in {first.split}"
-                )
-            )
-    return kept, doubles, len(kept) - len(home)
+            reason = f"{p.split}: same image as {first.image_id} in {first.split}"
+            doubles.append(Rejected(p.image_id, reason))
+    return kept, doubles
 
 
-def _near_duplicates(
-    kept: list[_Planned], outcomes: dict[str, _Outcome], distance: int
-) -> dict[str, Any]:
-    """Report pairs of pictures that look alike; those across splits first, then the most alike."""
-    hashes = np.array([int(outcomes[p.image_id].looks, 16) for p in kept], dtype=np.uint64)
-    pairs = near_pairs(hashes, distance)
+def _near(kept: Sequence[_Planned], made: dict[str, _Made], distance: int) -> dict[str, Any]:
+    """Report pairs of images that look alike; those across splits first, then the most alike."""
+    hashes = np.array([made[p.image_id].looks for p in kept], dtype=np.uint64)
     splits = np.array([SPLITS.index(p.split) for p in kept])
-    first, second, bits = pairs
-    across = splits[first] != splits[second]
-    order = np.lexsort((second, first, bits, ~across))[:MAX_LISTED_NEAR_DUPLICATES]
+    num_pairs = num_across = 0
+    listed: list[tuple[bool, int, int, int]] = []
+    for i in range(len(kept)):
+        bits = np.bitwise_count(hashes[i] ^ hashes[i + 1 :])
+        near = np.flatnonzero(bits <= distance)
+        is_within = splits[near + i + 1] == splits[i]
+        num_pairs += len(near)
+        num_across += int((~is_within).sum())
+        new = zip(is_within.tolist(), bits[near].tolist(), repeat(i), (near + i + 1).tolist())
+        listed = heapq.nsmallest(MAX_LISTED_NEAR_DUPLICATES, [*listed, *new])
+    names = [f"{p.split}/{p.image_id}" for p in kept]
     return {
         "measure": "64-bit perceptual hash (DCT), differing bits",
         "distance": distance,
-        "pairs": len(first),
-        "pairs_across_splits": int(across.sum()),
-        "listed": [
-            {
-                "images": [
-                    f"{kept[i].split}/{kept[i].image_id}",
-                    f"{kept[j].split}/{kept[j].image_id}",
-                ],
-                "distance": int(bits[n]),
-            }
-            for n in order
-            for i, j in [(first[n], second[n])]
-        ],
+        "pairs": num_pairs,
+        "pairs_across_splits": num_across,
+        "listed": [{"images": [names[i], names[j]], "distance": n} for _, n, i, j in listed],
     }
 
 
-def near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (i, j, differing bits) of all i < j of ``hashes`` (uint64, [n]) at most ``distance`` bits apart.
-
-    Compares block by block in numpy, in under 100 MB: the time is quadratic, but 50,000 hashes take seconds.
-    """
-    block = 2048
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for top in range(0, len(hashes), block):
-        rows = hashes[top : top + block]
-        for left in range(top, len(hashes), block):
-            bits = np.bitwise_count(rows[:, None] ^ hashes[None, left : left + block])
-            i, j = np.nonzero(bits <= distance)
-            above_diagonal = i + top < j + left
-            i, j = i[above_diagonal], j[above_diagonal]
-            found.append((i + top, j + left, bits[i, j]))
-    if not found:
-        empty = np.zeros(0, dtype=np.int64)
-        return empty, empty, empty
-    first, second, bits = (np.concatenate(column) for column in zip(*found, strict=True))
-    return first, second, bits
-
-
-# --- writing ---
-
-
-def _caption_lines(kept: list[_Planned], split: SplitName) -> list[str]:
-    return [
-        caption_line(p.file_name, caption, p.image_id)
-        for p in kept
-        if p.split == split
-        for caption in p.captions
-    ]
+def _finish(
+    source: Source,
+    writer: CaptionFolderWriter,
+    kept: Sequence[_Planned],
+    made: dict[str, _Made],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the captions and the manifest, and return it."""
+    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    for p in kept:
+        lines[p.split] += [caption_line(p.file_name, text, p.image_id) for text in p.captions]
+        digests[p.split][f"{IMAGES_NAME}/{p.file_name}"] = made[p.image_id].sha256
+    for split in SPLITS:
+        writer.write_captions(split, lines[split])
+        for path in writer.images_dir(split).iterdir():
+            if f"{IMAGES_NAME}/{path.name}" not in digests[split]:  # a duplicate
+                path.unlink()
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_with": f"vlm-bridge {__version__}",
+        "description": source.description,
+        "licence_note": source.licence_note,
+        "counts": {s: {"images": len(digests[s]), "captions": len(lines[s])} for s in SPLITS},
+        **facts,
+        "fingerprint": fingerprint(lines, digests),
+    }
+    writer.finish(manifest)
+    shutil.rmtree(writer.working_dir, ignore_errors=True)
+    return manifest

@@ -10,7 +10,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_bridge.data_pipeline.downloads import shards_command
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.shards import read_shard
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
@@ -97,6 +96,6 @@ def _no_shards(path: Path) -> DataError | UsageError:
         return DataError(f"no shard (*.tar) in {path}: give the folder that img2dataset wrote")
     shards = tables[0].parent / "shards"
     return UsageError(
-        f"{tables[0]} lists images by URL; fetch them as shards first: pip install img2dataset, "
-        f"then {shards_command(tables[0], shards)}; then --input-dir {shlex.quote(str(shards))}"
+        f"{tables[0]} lists images by URL; fetch them as shards first, with img2dataset as in "
+        f"`vlm-data download conceptual`; then --input-dir {shlex.quote(str(shards))}"
     )
