@@ -42,26 +42,21 @@ SCST = ("objective=scst", "scst_samples=2")
 def make_recipe(
     tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
 ) -> MakeRecipe:
-    """Recipes of six steps of four images: ``make_recipe("name", "KEY=VALUE", bridge="prefix")``."""
-
-    def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
-        recipe = tiny_recipe(
-            tiny_vit_dir,
-            tiny_llama_dir,
-            bridge,
-            **places_of_run(tmp_path, name, drawn_caption_folder),
-            num_epochs=1,
-            learning_rate=1e-2,
-            scheduler_type="constant",
-            batch_size=8,
-            captions_per_image=2,
-            log_every_n_steps=1,
-            num_validation_samples=0,
-            decode={"num_beams": 1, "max_new_tokens": 5},
-        )
-        return override_recipe(recipe, overrides)
-
-    return make
+    """Return recipes of six steps of four images: ``make_recipe("KEY=VALUE")``."""
+    recipe = tiny_recipe(
+        tiny_vit_dir,
+        tiny_llama_dir,
+        **places_of_run(tmp_path, "run", drawn_caption_folder),
+        num_epochs=1,
+        learning_rate=1e-2,
+        scheduler_type="constant",
+        batch_size=8,
+        captions_per_image=2,
+        log_every_n_steps=1,
+        num_validation_samples=0,
+        decode={"num_beams": 1, "max_new_tokens": 5},
+    )
+    return lambda *overrides: override_recipe(recipe, overrides)
 
 
 class Poisoned:
@@ -142,17 +137,15 @@ def data_of(recipe: Recipe) -> TrainingData:
     "settings",
     [
         (),
-        ("batch_size=2", "gradient_accumulation_steps=4"),
-        ("weight_averaging=0.9",),
-        (*SCST,),
+        ("batch_size=2", "gradient_accumulation_steps=4", "weight_averaging=0.9"),
         (*SCST, "batch_size=4", "gradient_accumulation_steps=2"),
     ],
-    ids=["plain", "accumulation", "averaged", "scst", "scst and accumulation"],
+    ids=["plain", "accumulated and averaged", "scst"],
 )
-def test_a_step_of_a_damaged_image_changes_nothing_and_is_told(
+def test_a_step_of_a_damaged_image_changes_nothing_and_is_logged(
     make_recipe: MakeRecipe, settings: tuple[str, ...]
 ) -> None:
-    recipe = make_recipe("run", *settings)
+    recipe = make_recipe(*settings)
     data = data_of(recipe)
     of_step = [row.image for row in data.rows_of(0, 2)]
     image = of_step[-1]
@@ -185,7 +178,7 @@ def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
 ) -> None:
     monkeypatch.setattr(training, "MAX_SKIPPED_IN_A_ROW", 2)
     monkeypatch.setattr(step_module, "MAX_SKIPPED_IN_A_ROW", 2)
-    recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps")
+    recipe = make_recipe("num_epochs=2", "save_every=2 steps")
     data = data_of(recipe)
     images = {row.image for step in (1, 3, 4, 5) for row in data.rows_of(0, step)}
     run = Run(recipe, images)
@@ -207,7 +200,7 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
     make_recipe: MakeRecipe, log_every: int
 ) -> None:
     settings = ("num_epochs=2", "save_every=2 steps", f"log_every_n_steps={log_every}")
-    run = Run(make_recipe("run", *settings))
+    run = Run(make_recipe(*settings))
     run.explodes_in_step = 3
     with pytest.raises(TrainingError, match="weights are not finite any more") as stopped:
         run.train()
@@ -220,17 +213,17 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 
 
 def test_weights_that_overflow_before_anything_is_saved(make_recipe: MakeRecipe) -> None:
-    run = Run(make_recipe("run"))
+    run = Run(make_recipe())
     run.explodes_in_step = 1
     with pytest.raises(TrainingError, match=r"stopped at step 1: .* start with a learning_rate"):
         run.train()
-    assert not Path(run.recipe.checkpoint_dir).exists()
+    assert not list(Path(run.recipe.checkpoint_dir).iterdir())
 
 
 def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(make_recipe("run"))
+    run = Run(make_recipe())
     written = monitoring.append_line
 
     def full(path: Path, line: bytes) -> None:
@@ -241,10 +234,8 @@ def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
     monkeypatch.setattr(monitoring, "append_line", full)
     with pytest.raises(TrainingError) as stopped:
         run.train()
-    assert str(stopped.value).startswith(
-        f"cannot write {run.recipe.log_dir}: No space left on device ("
-    )
-    assert "Traceback" not in capfd.readouterr().err
+    said = str(stopped.value)
+    assert said.startswith(f"cannot write {run.recipe.log_dir}: No space left on device (")
 
 
 @pytest.mark.parametrize(
@@ -263,17 +254,13 @@ def test_out_of_memory_is_one_line_with_settings_to_try(
 
     monkeypatch.setattr(objectives, "batch_loss", fail)
     with pytest.raises(TrainingError, match=r"^out of memory on cpu.*: try [^\n]*$") as raised:
-        training.train(make_recipe("run"))
-    for setting in (
-        "batch_size below 8", "gradient_accumulation_steps=1", "gradient_checkpointing=true",
-        "amp_dtype=bfloat16",
-    ):  # fmt: skip
+        training.train(make_recipe())
+    for setting in ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing=true"):
         assert setting in str(raised.value)
 
 
-def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path) -> None:
-    lines = log_lines()
-    monitor = Monitor(tmp_path)
+def test_captions_that_ignore_the_images_are_logged_once_in_a_row(tmp_path: Path) -> None:
+    lines, monitor = log_lines(), Monitor(tmp_path)
     read: Any = SimpleNamespace(mean_length=9.0, token_diversity=0.5)
     blind, seeing = Validation(2.0, BLIND_BELOW / 2, 100), Validation(2.0, 2 * BLIND_BELOW, 100)
 
@@ -283,8 +270,7 @@ def test_captions_that_ignore_the_pictures_are_told_once_in_a_row(tmp_path: Path
             monitor.validation(number, number, result, read)
         return sum("ignoring the image" in line for line in lines)
 
-    assert (
-        alarms(*[blind] * (BLIND_VALIDATIONS - 1), seeing, *[blind] * (BLIND_VALIDATIONS - 1)) == 0
-    )
+    few = [blind] * (BLIND_VALIDATIONS - 1)
+    assert alarms(*few, seeing, *few) == 0
     assert alarms(blind, blind, blind) == 1
     monitor.close()

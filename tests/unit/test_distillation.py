@@ -1,8 +1,7 @@
-"""Distillation start: the projection learns to give what a teacher gives, before the first step and never again."""
+"""Distillation start: the projection learns to give what a teacher gives."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioners import tiny_recipe
+from captioners import places_of_run, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import ConfigurationError, ModelError
@@ -28,24 +27,17 @@ MakeRecipe = Callable[..., Recipe]
 def make_recipe(
     tmp_path: Path, drawn_caption_folder: Path, tiny_pvt_v2_dir: Path, tiny_blip_dir: Path
 ) -> MakeRecipe:
-    """PVTv2 as student (2x2 tokens), BLIP's tower as teacher (4x4 and a class token): ``make_recipe("KEY=VALUE")``."""
-
-    def make(*overrides: str) -> Recipe:
-        recipe = tiny_recipe(
-            tiny_pvt_v2_dir,
-            tiny_blip_dir,
-            "projection",
-            data_dir=str(drawn_caption_folder),
-            checkpoint_dir=str(tmp_path / "checkpoints"),
-            log_dir=str(tmp_path / "logs"),
-            feature_cache=str(tmp_path / "features"),
-            num_epochs=1,
-            num_validation_samples=0,
-            distillation={"teacher": str(tiny_blip_dir), "steps": 40, "learning_rate": 1e-2},
-        )
-        return override_recipe(recipe, overrides)
-
-    return make
+    """PVTv2 as student (2x2 tokens), BLIP's tower as teacher (4x4 and a class token)."""
+    recipe = tiny_recipe(
+        tiny_pvt_v2_dir,
+        tiny_blip_dir,
+        "projection",
+        **places_of_run(tmp_path, "run", drawn_caption_folder),
+        num_epochs=1,
+        num_validation_samples=0,
+        distillation={"teacher": str(tiny_blip_dir), "steps": 60},
+    )
+    return lambda *overrides: override_recipe(recipe, overrides)
 
 
 def distil(recipe: Recipe) -> tuple[CaptionModel, list[float]]:
@@ -53,27 +45,23 @@ def distil(recipe: Recipe) -> tuple[CaptionModel, list[float]]:
     model = prepare_model(recipe, world)
     data = TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
     paths = [image.path for image in data.train_images]
-    losses = distill_projection(model, recipe, data.train_features, paths)
-    return model, losses
+    return model, distill_projection(model, recipe, data.train_features, paths)
 
 
-def test_the_projection_comes_near_its_teacher(make_recipe: MakeRecipe) -> None:
+def test_the_projection_comes_near_its_teacher_and_nothing_else_moves(
+    make_recipe: MakeRecipe,
+) -> None:
     frozen = build_captioner(make_recipe()).state_dict()
     model, losses = distil(make_recipe())
-    assert len(losses) == 40
+    assert len(losses) == 60
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    # Only the projection has moved.
     for name, tensor in model.state_dict().items():
         if not name.startswith("bridge."):
             assert torch.equal(tensor, frozen[name]), name
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_the_seed_decides_and_threads_and_precision_do_not(make_recipe: MakeRecipe) -> None:
-    few = ("distillation.steps=3",)
-    _, one = distil(make_recipe(*few))
-    assert one == distil(make_recipe(*few, "num_workers=2", "amp_dtype=bfloat16"))[1]
-    assert one != distil(make_recipe(*few, "seed=1"))[1]
+    few = ("distillation.steps=3", "num_workers=2", "amp_dtype=bfloat16")
+    assert distil(make_recipe(*few))[1] == losses[:3]
+    assert distil(make_recipe(*few, "seed=1"))[1] != losses[:3]
 
 
 def test_grids_are_averaged_and_class_tokens_dropped() -> None:
@@ -85,42 +73,27 @@ def test_grids_are_averaged_and_class_tokens_dropped() -> None:
 
 
 def test_what_cannot_be_distilled_is_refused_before_features_are_computed(
-    make_recipe: MakeRecipe,
-    tiny_vit_dir: Path,
-    tiny_llama_dir: Path,
-    drawn_caption_folder: Path,
-    tmp_path: Path,
+    make_recipe: MakeRecipe, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     narrow = make_recipe(f"distillation.teacher={tiny_vit_dir}")
-    with pytest.raises(
-        ConfigurationError, match=r"teacher has features of width 32, .* output is 24"
-    ):
+    with pytest.raises(ConfigurationError, match=r"features of width 32, .* output is 24"):
         train(narrow)
     with pytest.raises(ModelError, match="cannot load the vision encoder"):
         train(make_recipe("distillation.teacher=nowhere/at-all"))
-    prefix = tiny_recipe(
-        tiny_vit_dir,
-        tiny_llama_dir,
-        data_dir=str(drawn_caption_folder),
-        distillation={"teacher": str(tiny_vit_dir)},
-    )
     with pytest.raises(ConfigurationError, match=r"it needs bridge\.kind=projection"):
-        train(prefix)
+        train(make_recipe(f"language_model.name={tiny_llama_dir}", "bridge={kind: prefix}"))
     assert not (tmp_path / "features").exists()
-    for override in ("distillation.steps=0", "distillation.learning_rate=0"):
-        with pytest.raises(ConfigurationError, match=override.split("=")[0]):
-            make_recipe(override)
 
 
 def test_it_comes_before_the_first_step_and_not_after_a_resume(
     make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "vlm_bridge")
-    # Nothing else moves: what the checkpoint holds is what distillation gave.
+    # Nothing else moves: the checkpoint holds what distillation gave.
     still = ("learning_rate=0", "min_lr=0", "distillation.steps=5")
     train(make_recipe(*still))
     assert "distillation: 5 steps" in caplog.text
-    latest = tmp_path / "checkpoints" / checkpoints.LATEST
+    latest = tmp_path / "run" / "checkpoints" / checkpoints.LATEST
     distilled = checkpoints.load_checkpoint(latest)["weights"]
     fresh = build_captioner(make_recipe(*still)).trained_state_dict()
     assert not torch.equal(distilled["bridge.positions"], fresh["bridge.positions"])
@@ -130,7 +103,3 @@ def test_it_comes_before_the_first_step_and_not_after_a_resume(
     assert "distillation: " not in caplog.text
     again = checkpoints.load_checkpoint(latest)["weights"]
     assert all(torch.equal(tensor, again[name]) for name, tensor in distilled.items())
-    events = [
-        json.loads(line) for line in (tmp_path / "logs" / "history.jsonl").read_text().splitlines()
-    ]
-    assert [event["step"] for event in events if event["event"] == "validation"] == [6, 12]

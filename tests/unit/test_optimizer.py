@@ -14,18 +14,9 @@ from vlm_bridge.training_strategy.state import TrainState
 
 
 def rates(kind: str, total_steps: int = 100, warmup_steps: int = 10) -> list[float]:
-    """Rates of 130 steps between 1.0 and 0.1."""
-    return [
-        learning_rate_at(
-            step,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            learning_rate=1.0,
-            min_lr=0.1,
-            kind=kind,
-        )
-        for step in range(130)
-    ]
+    """Return the rates of 130 steps between 1.0 and 0.1."""
+    options = {"total_steps": total_steps, "warmup_steps": warmup_steps, "kind": kind}
+    return [learning_rate_at(step, learning_rate=1.0, min_lr=0.1, **options) for step in range(130)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
@@ -34,8 +25,6 @@ def test_warm_up_is_linear_and_ends_at_the_learning_rate(kind: str) -> None:
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(values) == pytest.approx(1.0)
     assert rates(kind, warmup_steps=0)[0] == pytest.approx(1.0)
-    for longer_than_the_training in (5, 50):
-        assert all(0 < rate <= 1 for rate in rates(kind, 5, longer_than_the_training))
 
 
 def test_schedules_fall_to_the_minimum_and_stay_there() -> None:
@@ -67,7 +56,7 @@ def test_any_new_best_resets_the_count_of_bad_validations(
     assert tuple(state.watch(loss) or state.bad_validations for loss in losses) == expected
 
 
-def test_the_average_follows_its_formula_without_frozen_weights_and_skipped_steps() -> None:
+def test_the_average_follows_its_formula_and_stands_in_the_model_for_a_block() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     average = WeightAverage(model, decay=0.5)
     assert set(average.weights) == {"0.weight", "0.bias"}
@@ -78,18 +67,12 @@ def test_the_average_follows_its_formula_without_frozen_weights_and_skipped_step
         average.update(step, torch.tensor(0.0))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
-    average.update(31, torch.tensor(1.0))
+    average.update(31, torch.tensor(1.0))  # a skipped step
     torch.testing.assert_close(average.weights["0.weight"], expected)
 
-
-def test_the_model_has_the_average_in_a_block_and_its_own_weights_afterwards() -> None:
-    model = nn.Linear(3, 3)
-    average = WeightAverage(model, decay=0.9)
-    with torch.no_grad():
-        model.weight.mul_(2)
-    own, averaged = model.weight.detach().clone(), average.weights["weight"].clone()
+    own = model[0].weight.detach().clone()
     with average.in_model():
-        assert torch.equal(model.weight, averaged)
-    assert torch.equal(model.weight, own)
-    assert torch.equal(average.weights["weight"], averaged)
-    assert torch.equal(average.live_weights["weight"], own)
+        torch.testing.assert_close(model[0].weight.detach(), expected)
+    assert torch.equal(model[0].weight, own)
+    assert torch.equal(average.live_weights["0.weight"], own)
+    torch.testing.assert_close(average.weights["0.weight"], expected)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import DistillationConfig, Recipe, VisionEncoderConfig
+from vlm_bridge.configuration import Recipe, VisionEncoderConfig
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import prefetch
 from vlm_bridge.data_pipeline.samples import ImageFile
@@ -23,25 +23,22 @@ from vlm_bridge.training_strategy.validation import Features
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE, LEARNING_RATE = 32, 1e-3
-LOG_TIMES = 10
 
 
-def check_distillation(model: CaptionModel, recipe: Recipe) -> None:
+def check_distillation(model: CaptionModel, teacher: str) -> None:
     """Refuse an impossible distillation before features are computed.
 
     Raises:
         ConfigurationError: there is no projection, or the teacher has another width.
         ModelError: the teacher cannot be found.
     """
-    settings = recipe.distillation
-    assert settings is not None
     if not isinstance(model.bridge, ProjectionBridge):
         raise ConfigurationError("distillation fits a projection: it needs bridge.kind=projection")
-    teacher: Any = build_vision_encoder(_teacher(settings), meta=True)
+    encoder: Any = build_vision_encoder(VisionEncoderConfig(name=teacher), meta=True)
     width = model.language_model.shape.cross_attention_width
-    if teacher.embed_dim != width:
+    if encoder.embed_dim != width:
         raise ConfigurationError(
-            f"distillation.teacher has features of width {teacher.embed_dim}, the projection's "
+            f"distillation.teacher has features of width {encoder.embed_dim}, the projection's "
             f"output is {width}: take the vision encoder that the decoder was trained with"
         )
 
@@ -60,30 +57,23 @@ def distill_projection(
 
     Returns:
         The loss of every step.
-
-    Raises:
-        VLMBridgeError: as `check_distillation`, or the teacher's weights cannot be read.
     """
-    check_distillation(model, recipe)
     settings = recipe.distillation
     assert settings is not None
-    teacher: Any = build_vision_encoder(_teacher(settings)).to(model.device)
-    encoder: Any = model.vision_encoder
+    teacher: Any = build_vision_encoder(VisionEncoderConfig(name=settings.teacher))
+    teacher, encoder = teacher.to(model.device), model.vision_encoder
     logger.info(f"distillation: {settings.steps} steps towards {settings.teacher}")
     order, count = np.random.default_rng(recipe.seed), min(BATCH_SIZE, len(paths))
     batches = [order.choice(len(paths), size=count, replace=False) for _ in range(settings.steps)]
 
     def load(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.as_tensor(features[indices]), teacher.preprocess(
-            [open_image(paths[index]) for index in indices]
-        )
+        images = [open_image(paths[index]) for index in indices]
+        return torch.as_tensor(features[indices]), teacher.preprocess(images)
 
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=LEARNING_RATE)
     model.train()
     losses = []
-    for step, (of_student, pixels) in enumerate(
-        prefetch(batches, load, recipe.num_workers), start=1
-    ):
+    for of_student, pixels in prefetch(batches, load, recipe.num_workers):
         with torch.no_grad():
             target = on_grid(teacher(pixels.to(model.device)), teacher.grid, encoder.grid)
         student = model.image_inputs(model.features(of_student)).encoder_hidden_states
@@ -93,15 +83,8 @@ def distill_projection(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        if step % max(1, settings.steps // LOG_TIMES) == 0:
-            logger.info(
-                f"distillation step {step}/{settings.steps} | mean squared error {losses[-1]:.4f}"
-            )
+    logger.info(f"distillation: mean squared error {losses[0]:.4f} -> {losses[-1]:.4f}")
     return losses
-
-
-def _teacher(settings: DistillationConfig) -> VisionEncoderConfig:
-    return VisionEncoderConfig(name=settings.teacher)
 
 
 def on_grid(

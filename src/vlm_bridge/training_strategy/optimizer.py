@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch.amp import GradScaler
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.model_architecture.trainable import TrainedParameter
@@ -35,11 +34,6 @@ def adamw(
     # learning_rate may be 0 only where every rate is 0 or null.
     relative = [1.0 if rate is None else rate and rate / recipe.learning_rate for rate in rates]
     return torch.optim.AdamW(options, lr=recipe.learning_rate, fused=True), relative
-
-
-def gradient_scaler(recipe: Recipe, device: torch.device) -> GradScaler:
-    """Build the loss scaling of float16 (Micikevicius et al. 2018)."""
-    return GradScaler(device.type, enabled=recipe.autocast_dtype == "float16")
 
 
 def warmup_within(warmup_steps: int, total_steps: int) -> int:
@@ -76,26 +70,22 @@ class WeightAverage:
 
     Attributes:
         weights: the average, by parameter name.
+        live_weights: the weights that the optimizer changes.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.decay = decay
-        self._trained = {
+        self.live_weights = {
             name: parameter.detach()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        self.weights = {name: tensor.clone() for name, tensor in self._trained.items()}
+        self.weights = {name: tensor.clone() for name, tensor in self.live_weights.items()}
 
     def restart(self) -> None:
         """Start again from the weights of the model."""
-        for name, trained in self._trained.items():
-            self.weights[name].copy_(trained)
-
-    @property
-    def live_weights(self) -> dict[str, torch.Tensor]:
-        """The weights that the optimizer changes."""
-        return dict(self._trained)
+        for name, live in self.live_weights.items():
+            self.weights[name].copy_(live)
 
     def update(self, step: int, skipped: torch.Tensor) -> None:
         """Average in the weights after a step (the first is 1).
@@ -106,8 +96,8 @@ class WeightAverage:
             skipped: 1.0 on the device where the step changed nothing, else 0.0.
         """
         share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
-        for name, trained in self._trained.items():
-            self.weights[name].lerp_(trained, share.to(trained.dtype))
+        for name, live in self.live_weights.items():
+            self.weights[name].lerp_(live, share.to(live.dtype))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -119,7 +109,7 @@ class WeightAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for name, trained in self._trained.items():
-            kept = trained.clone()
-            trained.copy_(self.weights[name])
+        for name, live in self.live_weights.items():
+            kept = live.clone()
+            live.copy_(self.weights[name])
             self.weights[name].copy_(kept)

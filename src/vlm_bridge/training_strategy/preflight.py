@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.device import cpu_has_bfloat16, set_threads
 from vlm_bridge.errors import ConfigurationError, TrainingError
-from vlm_bridge.model_architecture.weights import position_limit
 from vlm_bridge.training_strategy.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -37,23 +36,11 @@ def check_machine(recipe: Recipe, world: World) -> None:
     world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})
 
 
-def check_positions(recipe: Recipe) -> None:
-    """Raise ConfigurationError if captions may exceed the positions of the language model."""
-    limit = position_limit(recipe.language_model)
-    if limit is not None and recipe.decode.max_new_tokens >= limit:
-        raise ConfigurationError(
-            f"decode.max_new_tokens={recipe.decode.max_new_tokens} and the start token are more "
-            f"than the {limit} positions of {recipe.language_model.name}: ask for fewer"
-        )
-
-
-def check_folders(recipe: Recipe) -> None:
-    """Raise ConfigurationError if checkpoints or logs cannot be written. Nothing is left behind."""
-    for key in ("checkpoint_dir", "log_dir"):
-        folder = Path(getattr(recipe, key))
-        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+def check_folders(checkpoint_dir: str, log_dir: str) -> None:
+    """Raise ConfigurationError if checkpoints or logs cannot be written."""
+    for key, folder in (("checkpoint_dir", checkpoint_dir), ("log_dir", log_dir)):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(bytes(PROBE_BYTES))
                 probe.flush()
@@ -63,14 +50,10 @@ def check_folders(recipe: Recipe) -> None:
                 f"cannot write into {key}={folder}: {error.strerror or error} (free some space, "
                 f"or choose another folder with {key}=...)"
             ) from error
-        finally:
-            for place in missing:
-                with suppress(OSError):
-                    place.rmdir()
 
 
 @contextmanager
-def memory_explained(recipe: Recipe, device: torch.device) -> Iterator[None]:
+def memory_explained(device: torch.device) -> Iterator[None]:
     """Raise TrainingError where memory runs out, with settings that need less."""
     try:
         yield
@@ -79,19 +62,8 @@ def memory_explained(recipe: Recipe, device: torch.device) -> Iterator[None]:
         # The CPU and Apple's GPUs raise a plain RuntimeError.
         if not ran_out and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-        size = "batch_size" if recipe.tokens_per_batch is None else "tokens_per_batch"
-        settings = [
-            f"a {size} below {getattr(recipe, size)} with more than "
-            f"gradient_accumulation_steps={recipe.gradient_accumulation_steps}"
-        ]
-        if not recipe.gradient_checkpointing:
-            settings.append("gradient_checkpointing=true")
-        if recipe.amp_dtype == "float32":
-            settings.append("amp_dtype=bfloat16")
-        if recipe.language_model.dtype == "float32":
-            settings.append("language_model.dtype=bfloat16")
         raise TrainingError(
-            f"out of memory on {device}{f', asking for {asked[1]}' if asked else ''}: try "
-            f"{' or '.join(settings)}"
+            f"out of memory on {device}: try a smaller batch_size with more "
+            "gradient_accumulation_steps, gradient_checkpointing=true, amp_dtype=bfloat16 or "
+            "language_model.dtype=bfloat16"
         ) from error

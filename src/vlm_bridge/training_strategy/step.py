@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.device import return_freed_memory
 from vlm_bridge.training_strategy.distributed import GradientSum, World
-from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
+from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy, seed_of
 from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_within
 from vlm_bridge.training_strategy.state import TrainState
 
@@ -38,7 +36,7 @@ class StepSize(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of a step after they have arrived from the device.
+    """Numbers of a step.
 
     Attributes:
         step: 1-based.
@@ -73,8 +71,8 @@ class StepResult:
 class TrainStep:
     """Take optimizer steps on the sum over supervised tokens divided by their global count.
 
-    No step waits for the device: fused optimizers take a flag (``found_inf``) and then change
-    neither weights nor moments. The numbers of a step are read when they have arrived.
+    No step waits for a GPU: fused optimizers take a flag (``found_inf``) and then change neither
+    weights nor moments.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class TrainStep:
         self.autocast = autocast
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.add_up_gradients = GradientSum(world, self.parameters)
-        self._pending: deque[tuple[int, tuple[int, int], torch.Tensor, Any]] = deque()
+        self._pending: list[tuple[int, tuple[int, int], torch.Tensor]] = []
 
     @property
     def learning_rate(self) -> float:
@@ -119,7 +117,10 @@ class TrainStep:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip_val)
         skipped = (~norm.isfinite()).float()
-        self._update(optimizer, skipped)
+        # `GradScaler.step` has a flag of its own, which ignores norms that overflow.
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
         loss_scale = scaler.scale(torch.ones_like(loss))  # before `update` changes it
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -128,24 +129,23 @@ class TrainStep:
         state.advance(steps_in_epoch)
         if state.average is not None:
             state.average.update(state.step, skipped)
-        self._watch(place, torch.stack([loss.float(), norm.float(), loss_scale.float()]))
+        numbers = torch.stack([loss.float(), norm.float(), loss_scale.float()])
+        self._pending.append((state.step, place, numbers))
         if state.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
             return_freed_memory()
         return size
 
     def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, StepSize]:
         """Add up gradients; return this process's part of the loss, and the size of the step."""
-        if self.world.size > 1:  # dropout of its own in every process
-            seed = seed_of(self.recipe.seed, self.state.step, self.world.rank)
-            torch.manual_seed(seed)
+        world, step = self.world, self.state.step
+        if world.size > 1:  # dropout of its own in every process
+            torch.manual_seed(seed_of(self.recipe.seed, step, world.rank))
         loaded = [
-            self.objective.captions(
-                batch, self.state.step, number * self.world.size + self.world.rank
-            )
+            self.objective.captions(batch, step, number * world.size + world.rank)
             for number, batch in enumerate(batches)
         ]
         counts = StepSize.of([batch.packed for batch in loaded])
-        size = StepSize(*map(int, self.world.sum(counts)))
+        size = StepSize(*map(int, world.sum(counts)))
         step_loss = torch.zeros((), device=self.state.device)
         for batch in loaded:
             with self.autocast():
@@ -156,50 +156,23 @@ class TrainStep:
             step_loss += loss.detach()
         return step_loss, size
 
-    def _update(self, optimizer: torch.optim.Optimizer, skipped: torch.Tensor) -> None:
-        """Step a fused optimizer, unless the gradient norm is not finite.
-
-        `GradScaler.step` has a flag of its own, which ignores norms that overflow.
-        """
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.found_inf  # type: ignore[attr-defined]
-
-    def _watch(self, place: tuple[int, int], numbers: torch.Tensor) -> None:
-        done = None
-        if self.state.device.type == "cuda":
-            numbers = numbers.to("cpu", non_blocking=True)
-            done = torch.cuda.current_stream(self.state.device).record_event()
-        self._pending.append((self.state.step, place, numbers, done))
-
     def results(self, *, wait: bool) -> list[StepResult]:
-        """Return the steps since the last call that have arrived; with ``wait``, all of them."""
-        arrived = []
-        while self._pending and (wait or self._has_arrived(self._pending[0][-1])):
-            step, place, numbers, done = self._pending.popleft()
-            if done is not None:
-                done.synchronize()
-            arrived.append(StepResult(step, place, *numbers.tolist()))
+        """Return the steps since the last call; on a GPU nothing, unless ``wait`` is true."""
+        if not wait and self.state.device.type != "cpu":
+            return []
+        found = [
+            StepResult(step, place, *numbers.tolist()) for step, place, numbers in self._pending
+        ]
+        self._pending.clear()
         state = self.state
-        for result in arrived:
+        for result in found:
             state.skipped_steps += result.was_skipped
             if not result.was_skipped:
                 state.skipped_in_a_row = 0
             elif not result.overflowed:
                 state.skipped_in_a_row += 1
-        return arrived
-
-    def _has_arrived(self, done: Any) -> bool:
-        # Other devices than CUDA cannot be asked without waiting.
-        return done.query() if done is not None else self.state.device.type == "cpu"
+        return found
 
     @property
     def gives_up(self) -> bool:
         return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-
-
-def seed_of(seed: int, step: int, number: int) -> int:
-    """Return a seed for one of several random streams of a step."""
-    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])

@@ -27,13 +27,8 @@ from vlm_bridge.training_strategy.distillation import check_distillation, distil
 from vlm_bridge.training_strategy.distributed import World, joined
 from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
-from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw, gradient_scaler
-from vlm_bridge.training_strategy.preflight import (
-    check_folders,
-    check_machine,
-    check_positions,
-    memory_explained,
-)
+from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw
+from vlm_bridge.training_strategy.preflight import check_folders, check_machine, memory_explained
 from vlm_bridge.training_strategy.resume import continue_from, dataset_facts, find_checkpoint
 from vlm_bridge.training_strategy.saver import Interrupted, Interruption, Saver
 from vlm_bridge.training_strategy.state import TrainState, seed_all
@@ -87,12 +82,11 @@ def train(
         Interrupted: a signal came; the state was saved first.
     """
     started = time.perf_counter()
-    with joined(recipe.device) as world, memory_explained(recipe, world.device):
+    with joined(recipe.device) as world, memory_explained(world.device):
         check_machine(recipe, world)
         folder = open_data_folder(recipe.data_dir)
         found = find_checkpoint(resume, recipe, folder.manifest, world, force=force)
-        world.from_first(lambda: check_folders(recipe))
-        check_positions(recipe)
+        world.from_first(lambda: check_folders(recipe.checkpoint_dir, recipe.log_dir))
 
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
@@ -102,8 +96,9 @@ def train(
             model, recipe, data.format, data.train_images, data.train, autocast
         )
         monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
-        state = TrainState(model, optimizer, gradient_scaler(recipe, world.device))
-        state.parts = {"monitor": monitor, "objective": objective} if world.is_first else {}
+        scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
+        state = TrainState(model, optimizer, scaler)
+        state.parts = {"monitor": monitor} if world.is_first else {}
         if recipe.weight_averaging is not None:
             state.average = WeightAverage(model, recipe.weight_averaging)
         if found is None:
@@ -150,7 +145,7 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     """Build the captioner on the device, with gradient checkpointing and compilation as asked."""
     model = build_captioner(recipe).to(world.device)
     if recipe.distillation is not None:
-        check_distillation(model, recipe)
+        check_distillation(model, recipe.distillation.teacher)
     if recipe.gradient_checkpointing:
         model.language_model.checkpoint_activations()
     if recipe.compile:
