@@ -13,13 +13,16 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from vlm_bridge.captioning import bundled_models
 from vlm_bridge.credentials import hub_answers
 from vlm_bridge.device import cpu_has_bfloat16, usable_cores
 from vlm_bridge.metrics.java import install_java_command
-from vlm_bridge.version import DISTRIBUTION, java_version, requirements, untested
+from vlm_bridge.version import DISTRIBUTION, java_version
 
+PACKAGE = Path(__file__).parent
 GIB = 2**30
 MIN_DISK_GIB = 5.0  # a converted language model, a feature cache and a few checkpoints
 
@@ -50,23 +53,42 @@ def _packages() -> Iterator[Check]:
     system = f"{platform.system()} {platform.machine()}"
     yield Check("python", "ok", f"{platform.python_version()} ({system})")
     yield Check(DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
-    yield from map(_installed, requirements())
+    newest = _newest_tested()
+    for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _installed(requirement, newest.get(canonicalize_name(requirement.name)))
 
 
-def _installed(requirement: Requirement) -> Check:
-    """Compare an installed dependency with its tested range."""
-    name = requirement.name
-    fix = f"{_pip()} install '{name}{requirement.specifier}'"
+def _newest_tested() -> dict[str, str]:
+    """Return the locked versions for this Python and system by canonical name."""
+    # In the installed package, or at the root of a checkout.
+    locks = [folder / "constraints.txt" for folder in (PACKAGE, PACKAGE.parents[1])]
+    text = next((path.read_text("utf-8") for path in locks if path.is_file()), "")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return {
+        canonicalize_name(pin.name): next(iter(pin.specifier)).version
+        for pin in map(Requirement, filter(None, lines))
+        if pin.marker is None or pin.marker.evaluate()
+    }
+
+
+def _installed(requirement: Requirement, newest: str | None) -> Check:
+    """Compare an installed package with its tested range, from its lowest version to the lock's.
+
+    Builds of one version (2.13.0+cpu) count as that version.
+    """
+    name, allowed = requirement.name, requirement.specifier
+    fix = f"{_pip()} install '{name}{allowed}'"
     try:
-        finding = untested(requirement)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", fix)
-    if finding is None:
-        return Check(name, "ok", metadata.version(name))
-    if "newer" in finding:
-        tested = finding.rpartition(" ")[2]
-        return Check(name, "warn", finding, f"{_pip()} install '{name}=={tested}'")
-    return Check(name, "fail", finding, fix)
+    if not allowed.contains(installed, prereleases=True):
+        return Check(name, "fail", f"{installed} is older or newer than allowed, {allowed}", fix)
+    if newest and Version(Version(installed).public) > Version(newest):
+        detail = f"{installed} is newer than tested, {newest}"
+        return Check(name, "warn", detail, f"{_pip()} install '{name}=={newest}'")
+    return Check(name, "ok", installed)
 
 
 def _imports() -> Iterator[Check]:

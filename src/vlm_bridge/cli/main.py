@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import typer
@@ -123,29 +122,14 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
         print(f"error: {redact(f'{error.strerror or error}{where}')}", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
-        note = _note_of_versions()
         if debug:
-            if note:
-                error.add_note(note)
             raise
         print(
-            f"error: unexpected {type(error).__name__}: {redact(str(error))} "
-            "(run again with --debug for the traceback)",
+            f"error: unexpected {type(error).__name__}: {redact(str(error))} (vlm-bridge doctor "
+            "checks versions; run again with --debug for the traceback)",
             file=sys.stderr,
         )
-        if note:
-            print(note, file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _note_of_versions() -> str | None:
-    """Name the installed packages whose versions are outside the tested range, if there are any."""
-    with suppress(Exception):  # an error is being reported: nothing may hide it
-        from vlm_bridge.version import untested_packages
-
-        if found := untested_packages():
-            return f"note: {'; '.join(found)}; this may be the cause: vlm-bridge doctor"
-    return None
 
 
 def _print_redacted(*error: Any) -> None:
