@@ -17,7 +17,6 @@ from typing import Any
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_rows, schema_of
 from vlm_bridge.data_pipeline.samples import Skipped
-from vlm_bridge.data_pipeline.sources.image_files import without_number
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
@@ -34,6 +33,8 @@ MAX_CELL_LINES = 100  # a quote that is open for longer was opened by mistake
 _NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
 _LIST = re.compile(r"""\[(\s*["'].*)?\]""", re.DOTALL)
 _NO_COMMA = re.compile(r"""["']\s+["']""")  # numpy writes lists of texts so; Python joins them
+
+_CAPTION_NUMBER = re.compile(r"#\d+\s*$")
 
 Rows = Iterator[tuple[str, Any]]
 """("file:line", values by the names of their fields) of each row."""
@@ -59,6 +60,11 @@ class CaptionRecord:
     @property
     def split(self) -> SplitName | None:
         return "train" if self.part == RESTVAL else normalise_split(self.part)
+
+
+def without_number(name: str) -> str:
+    """Return an image's name without the number of its caption (``a.jpg#0``)."""
+    return _CAPTION_NUMBER.sub("", name).strip()
 
 
 def read_captions(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:

@@ -19,8 +19,7 @@ from vlm_bridge.data_pipeline.sources.caption_forms import (
     CaptionRecord,
     find_karpathy_file,
 )
-from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile
-from vlm_bridge.data_pipeline.sources.image_files import ImageFiles
+from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile, ImageFiles
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import DataError
 

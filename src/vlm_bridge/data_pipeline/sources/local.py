@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import FORMS, CaptionRecord, read_sidecars
-from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile
-from vlm_bridge.data_pipeline.sources.image_files import ImageFiles
+from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile, ImageFiles
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
 
