@@ -1,4 +1,4 @@
-"""Training from the recipe to the checkpoints: what it writes, how it continues, and how it refuses."""
+"""Training from the recipe to the checkpoints: files, learning, continuing and refusing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 from captioners import places_of_run, tiny_recipe
 from logs import log_lines
+from same import assert_same_checkpoints
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, DataError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -29,7 +30,7 @@ MakeRecipe = Callable[..., Recipe]
 def make_recipe(
     tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
 ) -> MakeRecipe:
-    """Recipes that train in a second or two: ``make_recipe("name", "KEY=VALUE", bridge="prefix")``."""
+    """Recipes of a second: ``make_recipe("name", "KEY=VALUE", bridge="prefix")``."""
 
     def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
         recipe = tiny_recipe(
@@ -72,18 +73,8 @@ class Run:
 
 
 def assert_same_training(one: Path, other: Path) -> None:
-    """The two checkpoints are bit-equal in weights, optimiser state and position."""
-    contents = [checkpoints.load_checkpoint(path) for path in (one, other)]
-    weights = [content["weights"] for content in contents]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[1][name]), name
-    first, second = (content["training"] for content in contents)
-    assert first["progress"] == second["progress"]
-    assert torch.equal(first["random_state"], second["random_state"])
-    for key, state in first["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, second["optimizer"]["state"][key][name])
+    """The two checkpoints are bit-equal, but for the folders of the data."""
+    assert_same_checkpoints(one, other, leave_out=("dataset",))
 
 
 @pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
@@ -104,17 +95,7 @@ def test_training_learns_and_writes_what_it_promises(make_recipe: MakeRecipe, br
     assert len(run.events("samples")) == 4
     assert run.result.steps == 24
     assert run.result.best_loss == min(event["loss"] for event in validations)
-    for mention in (
-        "loss",
-        "ms/step",
-        "samples/s",
-        "tokens/s",
-        "pads",
-        "ETA",
-        "perplexity",
-        "visual gain",
-        "sample 1:",
-    ):
+    for mention in ("ms/step", "samples/s", "tokens/s", "pads", "ETA", "visual gain", "sample 1:"):
         assert run.said(mention)
 
     latest = checkpoints.load_checkpoint(run.latest)
@@ -147,25 +128,6 @@ def test_two_encoders_side_by_side_train_and_caption(
     assert parts_of(captioner.recipe)["features_shape"] == [9, 64]
 
 
-def test_tensorboard_gets_curves_pictures_and_captions(make_recipe: MakeRecipe) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    Run(recipe := make_recipe("run", "num_epochs=1"))
-    events = EventAccumulator(recipe.log_dir).Reload()
-    tags = events.Tags()
-    assert {
-        "train/loss",
-        "train/learning_rate",
-        "train/grad_norm_before_clip",
-        "epoch/train_loss",
-        "val/loss",
-        "val/perplexity",
-        "val/visual_gain",
-    } <= set(tags["scalars"])
-    assert len([tag for tag in tags["images"] if tag.startswith("val/sample_")]) == 4
-    assert len(tags["tensors"]) == 4 + 1  # and the recipe
-
-
 def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
     # A schedule over fewer epochs would fall faster: constant rates let the runs be compared.
     settings = ("scheduler_type=constant", "bridge.dropout=0.2", "num_workers=2")
@@ -196,11 +158,8 @@ def test_a_run_under_a_budget_continues_inside_an_epoch(
         Run(make_recipe("resumed", *settings, "tokens_per_batch=81"), resume=step)
 
 
-@pytest.mark.parametrize(
-    ("bridge", "checkpointing"), [("prefix", "true"), ("deep_prefix", "false")]
-)
 def test_compiling_changes_no_loss_and_no_name(
-    make_recipe: MakeRecipe, bridge: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_graphs = 0
 
@@ -210,19 +169,16 @@ def test_compiling_changes_no_loss_and_no_name(
         return graph.forward
 
     compile_with = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **how: compile_with(function, backend=count, **how)
-    )
-    settings = ("num_epochs=1", "tokens_per_batch=60", f"gradient_checkpointing={checkpointing}")
-    plain = Run(make_recipe("plain", *settings, bridge=bridge))
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_with(f, backend=count, **how))
+    settings = ("num_epochs=1", "tokens_per_batch=60")
+    plain = Run(make_recipe("plain", *settings, bridge="deep_prefix"))
     assert num_graphs == 0
-    compiled = Run(make_recipe("compiled", *settings, "compile=true", bridge=bridge))
+    compiled = Run(make_recipe("compiled", *settings, "compile=true", bridge="deep_prefix"))
     assert 0 < num_graphs < plain.result.steps  # not one for each length
     for event, other in zip(plain.events("train"), compiled.events("train"), strict=True):
         assert event["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    names, others = (
-        checkpoints.load_checkpoint(run.latest)["weights"].keys() for run in (plain, compiled)
-    )
+    runs = (checkpoints.load_checkpoint(run.latest) for run in (plain, compiled))
+    names, others = (content["weights"].keys() for content in runs)
     assert names == others
 
 
@@ -246,24 +202,18 @@ def test_the_seed_decides_everything(make_recipe: MakeRecipe) -> None:
     assert one.events("train")[0]["loss"] != other.events("train")[0]["loss"]
 
 
-@pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
-def test_accumulating_four_times_two_is_a_batch_of_eight(
-    make_recipe: MakeRecipe, bridge: str
-) -> None:
+def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe) -> None:
     settings = ("num_epochs=1", "captions_per_image=1", "gradient_clip_val=1e6", "max_steps=2")
-    at_once = Run(make_recipe("at-once", *settings, "batch_size=8", bridge=bridge))
-    in_parts = Run(
-        make_recipe(
-            "in-parts", *settings, "batch_size=2", "gradient_accumulation_steps=4", bridge=bridge
-        )
-    )
+    at_once = Run(make_recipe("at-once", *settings, "batch_size=8"))
+    parts = ("batch_size=2", "gradient_accumulation_steps=4")
+    in_parts = Run(make_recipe("in-parts", *settings, *parts))
     for event, other in zip(at_once.events("train"), in_parts.events("train"), strict=True):
         assert event["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert event["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
     first, second = (
         checkpoints.load_checkpoint(run.latest)["training"] for run in (at_once, in_parts)
     )
-    # The optimiser's first moment is the gradient; AdamW's own step would blow up differences near zero.
+    # The optimizer's first moment is the gradient; AdamW's own step would blow up differences near zero.
     for key, state in first["optimizer"]["state"].items():
         torch.testing.assert_close(
             state["exp_avg"], second["optimizer"]["state"][key]["exp_avg"], atol=1e-5, rtol=1e-3
@@ -277,23 +227,6 @@ def test_mixed_precision_and_short_runs(make_recipe: MakeRecipe) -> None:
     assert len(run.events("validation")) == 1
     weights = checkpoints.load_checkpoint(run.latest)["weights"]
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
-
-
-def test_training_stops_early_when_nothing_improves(make_recipe: MakeRecipe) -> None:
-    settings = ("learning_rate=0", "min_lr=0", "num_epochs=9")
-    run = Run(make_recipe("run", *settings, "early_stopping_patience=2"))
-    assert run.result.steps == 3 * 6
-    assert run.said("early stopping")
-    assert checkpoints.load_checkpoint(run.latest)["training"]["progress"]["epoch"] == 3
-
-
-def test_a_warm_up_is_a_tenth_of_a_short_run(make_recipe: MakeRecipe) -> None:
-    settings = ("warmup_steps=500", "scheduler_type=constant", "num_epochs=9", "max_steps=25")
-    run = Run(make_recipe("run", *settings, "log_every_n_steps=1"))
-    assert [event["learning_rate"] for event in run.events("train")] == pytest.approx(
-        [0.005] + [0.01] * 24
-    )
-    assert run.said("warm-up takes 2 steps, a tenth of 25, and not warmup_steps=500")
 
 
 def test_a_folder_without_a_manifest_trains_and_continues_bit_for_bit(
@@ -334,38 +267,27 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def start_training(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vlm_bridge", "train", *map(str, arguments)],
-        env=os.environ,
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
+def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
+    make_recipe: MakeRecipe, tmp_path: Path, run_here
+) -> None:
+    # 24 steps an epoch: the signal strikes somewhere inside the second one.
+    settings = ("batch_size=2", "captions_per_image=1", "bridge.dropout=0.1", "num_workers=2")
+    whole = Run(make_recipe("whole", *settings))
+    assert whole.result.steps == 48
+
+    config = tmp_path / "recipe.yaml"
+    config.write_text(make_recipe("interrupted", *settings).to_yaml(), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlm_bridge", "train", "--config", str(config)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
-def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
-    make_recipe: MakeRecipe, tmp_path: Path, run_cli
-) -> None:
-    # 48 steps an epoch: the signal strikes somewhere inside the second one.
-    settings = (
-        "batch_size=1",
-        "captions_per_image=1",
-        "num_epochs=3",
-        "bridge.dropout=0.1",
-        "num_workers=2",
-    )
-    whole = Run(make_recipe("whole", *settings))
-    assert whole.result.steps == 144
-
-    config = tmp_path / "recipe.yaml"
-    config.write_text(make_recipe("interrupted", *settings).to_yaml(), encoding="utf-8")
-    process = start_training("--config", config)
     assert process.stdout is not None
     for line in process.stdout:
-        if "step 60/144" in line:
+        if "step 25/48" in line:
             process.send_signal(signal.SIGINT)
             break
     _, stderr = process.communicate(timeout=60)
@@ -373,37 +295,11 @@ def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
     assert process.returncode == 130
     assert stderr.splitlines() == [f"interrupted; saved {latest}; continue with --resume {latest}"]
     progress = checkpoints.load_checkpoint(latest)["training"]["progress"]
-    assert 60 <= progress["step"] < 144
+    assert 25 <= progress["step"] < 48
     assert progress["step_in_epoch"] > 0
 
     # `--resume` alone continues with the checkpoint's own recipe.
-    resumed = run_cli("train", "--resume", latest)
+    resumed = run_here("train", "--resume", latest)
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr == ""
-    assert "done: 144 steps" in resumed.stdout
+    assert "done: 48 steps" in resumed.stdout
     assert_same_training(whole.latest, latest)
-
-
-def test_mistakes_on_the_command_line_are_one_line(
-    make_recipe: MakeRecipe, tmp_path: Path, run_cli, run_here
-) -> None:
-    config = tmp_path / "recipe.yaml"
-    config.write_text(make_recipe("run").to_yaml(), encoding="utf-8")
-    unknown = run_cli("train", "--config", config, "learning_rat=1e-3")
-    assert unknown.returncode == 2
-    assert (
-        unknown.stderr
-        == f"error: {config}: unknown key learning_rat; did you mean 'learning_rate'?\n"
-    )
-    for arguments, exit_code, mention in (
-        (["data_dir=nowhere"], 1, "no caption folder at nowhere"),
-        (["batch_size=many"], 2, "batch_size='many' should be a valid integer"),
-        (["--resume", "nothing.pth"], 1, "no checkpoint at nothing.pth"),
-        (["learning_rate"], 2, "is not KEY=VALUE"),
-    ):
-        result = run_here("train", "--config", config, *arguments)
-        assert result.returncode == exit_code
-        assert len(result.stderr.splitlines()) == 1
-        assert result.stderr.startswith("error: ")
-        assert mention in result.stderr
-    assert not (tmp_path / "run").exists()
