@@ -169,11 +169,6 @@ def test_the_best_checkpoint_is_that_of_the_best_score(make_recipe: MakeRecipe) 
     progress = run.checkpoint(checkpoints.BEST)["training"]["progress"]
     assert progress["best_score"] == best["cider"]
     assert progress["step"] == best["step"]
-    # At the end, all of validation.
-    (last,) = [event for event in run.events("decoded") if event["num_images"] == 8]
-    assert last["step"] == 18
-    assert run.result.decoded is not None
-    assert run.result.decoded.cider == last["cider"]
     assert any(f"step {best['step']} captions of 6 images | BLEU-4" in line for line in run.lines)
 
 
@@ -229,7 +224,7 @@ def test_resuming_other_patterns_is_refused(make_recipe: MakeRecipe) -> None:
         make_recipe("run", patterns("crossattention", "query", rate="null")), latest, force=True
     )
     assert slower.result.steps == 12
-    assert any("follows another schedule" in line and "trainable" in line for line in slower.lines)
+    assert any("changed by --force: trainable" in line for line in slower.lines)
 
 
 def test_accumulating_four_times_two_is_a_batch_of_eight(

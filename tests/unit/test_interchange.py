@@ -255,10 +255,8 @@ def test_other_widths_are_refused_by_name(tmp_path: Path, recipe: Recipe) -> Non
     torch.save(
         original_block(vision_dim=48, text_dim=64).checkpoint(), path := tmp_path / "wide.pth"
     )
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"another architecture: bridge\.\S+ is \(64,\)"):
         Captioner.from_pretrained(path, "cpu", recipe=recipe)
-    assert "it has vision_encoder.embed_dim=48, wanted is 32" in str(caught.value)
-    assert "it has language_model.embed_dim=64, wanted is 32" in str(caught.value)
 
 
 def test_other_blocks_are_refused_by_name(tmp_path: Path) -> None:
