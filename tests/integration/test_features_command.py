@@ -61,11 +61,11 @@ def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Pa
     root = data / ".features"
     kept = run_here("features", "--config", recipe_file, "--evict-to", "1GiB", "--json")
     assert json.loads(kept.stdout)["removed"] == []
-    small = min(cache.num_bytes for cache in caches_below(root))
+    small = min(caches_below(root).values())
     evicted = run_here("features", "--evict-to", f"{small}B", "--cache-dir", root)
     assert evicted.stdout.count("removed") == len(caches_below(root)) == 1
     assert run_here("features", "--evict-to", "0", "--cache-dir", root).returncode == 0
-    assert caches_below(root) == []
+    assert caches_below(root) == {}
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,14 @@ def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
     removed, kept = evict(root, max_bytes), caches_below(root)
     if json_output:
         facts = {
-            name: [{"folder": str(cache.folder), "bytes": cache.num_bytes} for cache in caches]
+            name: [{"folder": str(folder), "bytes": size} for folder, size in caches.items()]
             for name, caches in (("removed", removed), ("kept", kept))
         }
         typer.echo(json.dumps({"cache_dir": str(root), **facts}, indent=2))
         return
-    for cache in removed:
-        typer.echo(f"removed {cache.folder} ({as_bytes(cache.num_bytes)})")
-    size = as_bytes(sum(cache.num_bytes for cache in kept))
-    typer.echo(f"{len(kept)} caches below {root} take {size}")
+    for folder, size in removed.items():
+        typer.echo(f"removed {folder} ({as_bytes(size)})")
+    typer.echo(f"{len(kept)} caches below {root} take {as_bytes(sum(kept.values()))}")
 
 
 def _build(recipe: Recipe, verify: bool, json_output: bool) -> None:

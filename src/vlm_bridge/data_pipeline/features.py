@@ -5,7 +5,7 @@
     ROOT/KEY/features.bin       a record per image: its features, then their CRC-32
     ROOT/KEY/features.building  the same while it is written; an interrupted build continues here
     ROOT/KEY/.lock              held by the one process that builds
-    ROOT/.pictures-DIGEST       content hash of a list of images, kept while no file is touched
+    ROOT/.pictures-STATE        content hash of a list of images, kept while no file is touched
 
 KEY hashes everything that features depend on: encoder weights, preprocessing, images, format.
 A folder's time of change is that of its last use.
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import IO, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -36,9 +36,8 @@ from PIL import Image, ImageOps
 
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import in_batches, logged, prefetch
-from vlm_bridge.data_pipeline.samples import ImageFile
+from vlm_bridge.data_pipeline.samples import ImageFile, remembered, state_of
 from vlm_bridge.errors import DataError
-from vlm_bridge.files import write_atomically
 from vlm_bridge.quantization import to_int8
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ LAYOUT = "vlm-bridge features 3"
 FREE_SPACE_TO_LEAVE = 512 * 2**20
 CHECKSUM_BYTES = SCALE_BYTES = 4
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
-Encode = Callable[[Any], torch.Tensor]
+Encode = Callable[[Any], torch.Tensor]  # pixels -> features [B, N, D]
 
 
 class CacheUnavailable(DataError):
@@ -58,6 +57,7 @@ class Features(Protocol):
     """By image index: features [B, N, D] of a cache, or pixels [B, 3, h, w] to encode."""
 
     def __getitem__(self, indices: np.ndarray) -> Any: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,16 @@ class Views:
         return (first + epoch) % self.count
 
 
+@dataclass(frozen=True)
 class OnTheFlyPixels:
     """Images opened when they are needed: ``[indices]`` gives encoder input [B, 3, h, w].
 
     With ``views``, index i is view i % count of image i // count.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[ImageFile],
-        preprocess: Callable[[list[Image.Image]], Any],
-        views: Views | None = None,
-    ):
-        self.paths, self.preprocess, self.views = paths, preprocess, views
+    paths: Sequence[ImageFile]
+    preprocess: Callable[[list[Image.Image]], Any]
+    views: Views | None = None
 
     def __len__(self) -> int:
         return len(self.paths) * (self.views.count if self.views else 1)
@@ -134,7 +131,6 @@ class SplitFeatures:
         return self.items[indices * self.views.count + chosen[indices]]
 
     def in_epoch(self, epoch: int) -> SplitFeatures:
-        """Return the features that an epoch shows."""
         return replace(self, epoch=epoch)
 
 
@@ -159,28 +155,21 @@ def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
     Raises:
         DataError: an image is missing.
     """
-    seen = hashlib.blake2b(digest_size=12)
-    try:
-        for path in paths:
-            status = path.stat()
-            seen.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        known = root / f".pictures-{seen.hexdigest()}"
-        with contextlib.suppress(OSError):
-            return known.read_text(encoding="ascii")
+
+    def compute() -> str:
         with ThreadPoolExecutor(max_workers=4) as pool:
             digests = pool.map(lambda path: hashlib.blake2b(path.read_bytes()).hexdigest(), paths)
-            content = cache_key(*digests)
+            return cache_key(*digests)
+
+    try:
+        return remembered(root / f".pictures-{state_of(paths)}", compute)
     except FileNotFoundError as error:
         raise DataError(f"image {error.filename} is missing: make the data folder again") from None
-    with contextlib.suppress(OSError):  # a read-only folder
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, content.encode())
-    return content
 
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """Features [N, D] of one image as bytes; `int8` has a float32 scale per token, behind the values."""
+    """Features [N, D] of an image as bytes; `int8` has a float32 scale per token, behind the values."""
 
     num_tokens: int
     dim: int
@@ -196,16 +185,20 @@ class FeatureFormat:
         """Features [B, N, D] -> records [B, ``record_bytes``] of bytes.
 
         Raises:
-            OverflowError: a feature is not finite, or becomes infinite in this format.
+            DataError: a feature is not finite, or becomes infinite in this format.
         """
-        if not torch.isfinite(features_bnd).all():
-            raise OverflowError("are not finite numbers")
-        if self.dtype == "int8":
-            return np.concatenate([_bytes_of(part) for part in to_int8(features_bnd)], axis=1)
-        stored_bnd = features_bnd.to(getattr(torch, self.dtype))
+        is_int8 = self.dtype == "int8"
+        stored_bnd = features_bnd.to(torch.float32 if is_int8 else getattr(torch, self.dtype))
         if not torch.isfinite(stored_bnd).all():
-            raise OverflowError(f"do not fit into {self.dtype}")
-        return _bytes_of(stored_bnd)
+            is_finite = torch.isfinite(features_bnd).all()
+            problem = f"do not fit into {self.dtype}" if is_finite else "are not finite numbers"
+            raise DataError(
+                f"features {problem}: train with feature_cache_dtype=bfloat16, or with "
+                "feature_cache=off"
+            )
+        parts = to_int8(stored_bnd) if is_int8 else [stored_bnd]
+        flat = [part.contiguous().flatten(1).view(torch.uint8).cpu().numpy() for part in parts]
+        return np.concatenate(flat, axis=1)
 
     def unpack(self, records: np.ndarray) -> torch.Tensor:
         """Records [B, ``record_bytes``] -> features [B, N, D]; those of `int8` in float32."""
@@ -219,17 +212,13 @@ class FeatureFormat:
         return torch.from_numpy(records.view(f"i{dtype.itemsize}")).view(dtype).view(shape)
 
 
-def _bytes_of(values: torch.Tensor) -> np.ndarray:
-    return values.contiguous().flatten(1).view(torch.uint8).cpu().numpy()
-
-
 class FeatureCache:
     """Features on disk: ``cache[indices]`` is a tensor [len(indices), N, D]."""
 
     def __init__(self, folder: Path, format: FeatureFormat, num_images: int):
         self.folder, self.format, self.num_images = folder, format, num_images
         self.was_there = True
-        self.path = folder / "features.bin"
+        self.path, self.building = folder / "features.bin", folder / "features.building"
         self._stride = format.record_bytes + CHECKSUM_BYTES
 
     def __len__(self) -> int:
@@ -243,15 +232,14 @@ class FeatureCache:
             self._mapped.madvise(mmap.MADV_WILLNEED, start - before, before + self._stride)
         return self.format.unpack(self._records[indices][:, :-CHECKSUM_BYTES])
 
-    def map(self) -> None:
-        """Map the file, which then lives until this process ends."""
-        with self.path.open("rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._records = np.frombuffer(self._mapped, np.uint8).reshape(-1, self._stride)
-
     @property
     def num_bytes(self) -> int:
         return self.num_images * self._stride
+
+    def map(self) -> None:
+        with self.path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._records = np.frombuffer(self._mapped, np.uint8).reshape(-1, self._stride)
 
     def is_sound(self, check_all: bool = False) -> bool:
         """Check the size and one checksum at random, or all of them."""
@@ -272,50 +260,38 @@ class FeatureCache:
         self, pixels: Features, encode: Encode, name: str, batch_images: int, num_workers: int
     ) -> None:
         """Encode the images behind the last sound record. Arguments as of `open_cache`."""
-        building = self.folder / "features.building"
         if self.path.is_file():
             logger.warning("%s is damaged: encoding the damaged features again", self.path)
-            self.path.replace(building)
-        with building.open("a+b") as file:
+            self.path.replace(self.building)
+        with self.building.open("a+b") as file:
             first = 0
             while first < self.num_images and self._is_sound_at(file, first):
                 first += 1
             file.truncate(first * self._stride)
-            remaining = self.num_images - first
-            size = as_bytes(remaining * self._stride)
-            if shutil.disk_usage(self.folder).free < remaining * self._stride + FREE_SPACE_TO_LEAVE:
+            remaining = (self.num_images - first) * self._stride
+            if shutil.disk_usage(self.folder).free < remaining + FREE_SPACE_TO_LEAVE:
                 raise CacheUnavailable(
-                    f"no room for {size} of cached features below {self.folder.parent}: "
-                    f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
+                    f"no room for {as_bytes(remaining)} of cached features below "
+                    f"{self.folder.parent}: {as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
                 )
-            logger.info(
-                "%s: encoding %s images into %s (%s)", name, f"{remaining:,}", self.folder, size
-            )
+            size = f"{self.num_images - first:,} images into {self.folder} ({as_bytes(remaining)})"
+            logger.info("%s: encoding %s", name, size)
             batches = in_batches(range(first, self.num_images), batch_images)
             loaded = prefetch(batches, lambda batch: pixels[np.array(batch)], num_workers)
             text = f"{name}: encoded %s of %s batches of {batch_images} images"
-            for batch, values in zip(batches, logged(loaded, len(batches), text), strict=True):
-                file.write(self._records(encode(values), batch))
+            for values in logged(loaded, len(batches), text):
+                records = self.format.pack(encode(values))
+                sums = np.array([zlib.crc32(record) for record in records], "<u4")
+                file.write(np.hstack([records, sums[:, None].view(np.uint8)]).tobytes())
             file.flush()
             os.fsync(file.fileno())
-        building.replace(self.path)
-
-    def _records(self, features_bnd: torch.Tensor, batch: list[int]) -> bytes:
-        try:
-            records = self.format.pack(features_bnd)
-        except OverflowError as error:
-            raise DataError(
-                f"the features of images {batch[0]} to {batch[-1]} {error}: "
-                "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
-            ) from None
-        sums = np.array([zlib.crc32(record) for record in records], "<u4")
-        return np.hstack([records, sums[:, None].view(np.uint8)]).tobytes()
+        self.building.replace(self.path)
 
 
 def open_cache(
     folder: Path,
     format: FeatureFormat,
-    pixels: OnTheFlyPixels,
+    pixels: Features,
     encode: Encode,
     *,
     name: str = "features",
@@ -326,16 +302,13 @@ def open_cache(
     """Open the cache in ``folder``; encode what is missing or damaged.
 
     Args:
-        pixels: what to encode, with a length.
-        encode: pixels -> features [B, N, D].
         name: of the images, for the log.
         num_workers: batches decoded ahead of the encoder, in threads.
         check_all: compare every checksum instead of one at random.
 
     Raises:
         CacheUnavailable: no room, or the files cannot be written.
-        ImageError: an image cannot be read.
-        DataError: features do not fit into the format.
+        DataError: an image cannot be read, or features do not fit into the format.
     """
     cache = FeatureCache(folder, format, len(pixels))
     try:
@@ -346,9 +319,9 @@ def open_cache(
                     cache.build(pixels, encode, name, batch_images, num_workers)
         cache.map()
     except BaseException as error:
-        building = folder / "features.building"
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or (folder.is_dir() and not (building.is_file() and building.stat().st_size)):
+        is_empty = not (cache.building.is_file() and cache.building.stat().st_size)
+        if is_full or (is_empty and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
@@ -381,35 +354,21 @@ def as_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-class CacheOnDisk(NamedTuple):
-    """A cache, whole or not. ``last_used``: seconds since the epoch."""
-
-    folder: Path
-    num_bytes: int
-    last_used: float
-
-
-def caches_below(root: Path) -> list[CacheOnDisk]:
-    """Return the caches below a folder, the least recently used first."""
+def caches_below(root: Path) -> dict[Path, int]:
+    """Return the bytes of each cache below a folder, the least recently used first."""
     folders = [path for path in root.glob("*") if re.fullmatch("[0-9a-f]{24}", path.name)]
-    found = [
-        CacheOnDisk(folder, sum(f.stat().st_size for f in folder.iterdir()), folder.stat().st_mtime)
-        for folder in folders
-    ]
-    return sorted(found, key=lambda cache: cache.last_used)
+    folders.sort(key=lambda folder: folder.stat().st_mtime)
+    return {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in folders}
 
 
-def evict(root: Path, max_bytes: int) -> list[CacheOnDisk]:
+def evict(root: Path, max_bytes: int) -> dict[Path, int]:
     """Remove the least recently used caches until the rest fits into ``max_bytes``.
 
     A process that reads one goes on: its file lives until it is closed.
     """
-    removed, caches = [], caches_below(root)
-    total = sum(cache.num_bytes for cache in caches)
-    for cache in caches:
-        if total <= max_bytes:
-            break
-        shutil.rmtree(cache.folder, ignore_errors=True)
-        removed.append(cache)
-        total -= cache.num_bytes
+    caches, removed = caches_below(root), {}
+    while caches and sum(caches.values()) > max_bytes:
+        folder = next(iter(caches))
+        removed[folder] = caches.pop(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return removed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -13,13 +11,18 @@ from pathlib import Path
 import PIL
 
 from vlm_bridge.data_pipeline.caption_folder import DataFolder
-from vlm_bridge.data_pipeline.images import MAX_PIXELS, check_image
+from vlm_bridge.data_pipeline.images import check_image
 from vlm_bridge.data_pipeline.loader import in_batches, logged, prefetch
-from vlm_bridge.data_pipeline.samples import CaptionedImage, ImageFile, Skipped, write_listing
+from vlm_bridge.data_pipeline.samples import (
+    CaptionedImage,
+    ImageFile,
+    Skipped,
+    remembered,
+    state_of,
+    write_listing,
+)
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import ImageError
-from vlm_bridge.files import write_atomically
-from vlm_bridge.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -65,45 +68,29 @@ def usable_images(
 
 def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) -> dict[int, str]:
     """Decode images in threads; return why some cannot be, by index. Args as `usable_images`."""
-    remembered = remember_in / f".checked-{_state_of(paths)}" if remember_in and paths else None
-    if remembered is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            known = parse_json(remembered.read_bytes())
-            return {int(index): str(reason) for index, reason in known}
-    problems: dict[int, str] = {}
-    parts = in_batches(range(len(paths)), CHECK_TOGETHER)
-    # Pillow releases the interpreter lock while it decodes.
-    threads = min(MOST_THREADS, os.cpu_count() or 1, len(parts))
-    checked = prefetch(parts, lambda part: _problems(paths, part), threads)
-    for found in logged(
-        checked, len(parts), f"checked %s of %s batches of {CHECK_TOGETHER} images"
-    ):
-        problems |= found
-    if remembered is not None:
-        with contextlib.suppress(OSError):  # a read-only folder
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(remembered, json.dumps(list(problems.items())).encode())
-    return problems
 
+    def problems_of(part: list[int]) -> list[tuple[int, str]]:
+        problems = []
+        for index in part:
+            try:
+                check_image(paths[index])
+            except ImageError as error:
+                problems.append((index, error.reason))
+        return problems
 
-def _problems(paths: Sequence[ImageFile], part: list[int]) -> dict[int, str]:
-    problems = {}
-    for index in part:
-        try:
-            check_image(paths[index])
-        except ImageError as error:
-            problems[index] = error.reason
-    return problems
+    def check() -> str:
+        parts = in_batches(range(len(paths)), CHECK_TOGETHER)
+        # Pillow releases the interpreter lock while it decodes.
+        checked = prefetch(parts, problems_of, min(MOST_THREADS, os.cpu_count() or 1, len(parts)))
+        text = f"checked %s of %s batches of {CHECK_TOGETHER} images"
+        return json.dumps(
+            [problem for part in logged(checked, len(parts), text) for problem in part]
+        )
 
-
-def _state_of(paths: Sequence[ImageFile]) -> str:
-    """Hash names, times and sizes of the files, and the version of the decoder."""
-    digest = hashlib.blake2b(f"{PIL.__version__} {MAX_PIXELS}".encode(), digest_size=12)
-    for path in paths:
-        try:
-            status = path.stat()
-            state = f"{status.st_size}\0{status.st_mtime_ns}"
-        except OSError:
-            state = "missing"
-        digest.update(f"{path}\0{state}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    try:
+        place = (
+            remember_in / f".checked-{PIL.__version__}-{state_of(paths)}" if remember_in else None
+        )
+    except OSError:  # an image is missing
+        place = None
+    return dict(json.loads(check() if place is None else remembered(place, check)))

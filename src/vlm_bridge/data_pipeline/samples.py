@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -73,6 +75,27 @@ class TarImage:
 
 
 ImageFile = Path | TarImage
+
+
+def state_of(paths: Iterable[ImageFile]) -> str:
+    """Hash names, sizes and times of image files. Raises FileNotFoundError."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in paths:
+        status = path.stat()
+        state = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        digest.update(state.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def remembered(place: Path, compute: Callable[[], str]) -> str:
+    """Return the text in a file; compute and write it where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return place.read_text()
+    text = compute()
+    with contextlib.suppress(OSError):  # a read-only folder
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, text.encode())
+    return text
 
 
 @dataclass(frozen=True, slots=True)
