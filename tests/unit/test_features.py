@@ -354,7 +354,7 @@ class Split:
     ) -> SplitFeatures:
         cache = str(self.root) if cached else "off"
         recipe = tiny_recipe(self.vision, Path("not/needed"), feature_cache=cache, **changes)
-        return split_features(encoder or self.encoder(), recipe, split, self.images)
+        return split_features(encoder or self.encoder(), recipe, split, self.images, None)
 
     @torch.no_grad()
     def read(self, epoch: int = 0, **options: Any) -> torch.Tensor:

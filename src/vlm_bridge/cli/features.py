@@ -12,7 +12,6 @@ import typer
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
-    from vlm_bridge.data_pipeline.splits import SplitName
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 UNITS |= {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -46,24 +45,28 @@ def features(
 
     if cache_dir is not None and evict_to is None:
         raise UsageError("--cache-dir needs --evict-to; a recipe's own place is feature_cache=DIR")
-    max_bytes = _bytes_of(evict_to) if evict_to is not None else None
-    if max_bytes is not None and cache_dir is not None:
-        _evict(cache_dir, max_bytes, json_output)
+    if evict_to is not None and cache_dir is not None:
+        _evict(cache_dir, evict_to, json_output)
         return
     recipe = load_recipe(config or shipped_recipe(DEFAULT_RECIPE), overrides or ())
     root = cache_root(recipe.feature_cache, recipe.data_dir)
     if root is None:
         raise ConfigurationError("feature_cache=off: give feature_cache=auto or a folder")
-    if max_bytes is not None:
-        _evict(root, max_bytes, json_output)
+    if evict_to is not None:
+        _evict(root, evict_to, json_output)
     else:
         _build(recipe, verify, json_output)
 
 
-def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
+def _evict(root: Path, size: str, json_output: bool) -> None:
     from vlm_bridge.data_pipeline.features import as_bytes, caches_below, evict
+    from vlm_bridge.errors import UsageError
 
-    removed, kept = evict(root, max_bytes), caches_below(root)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
+    if match is None or match[2].lower() not in UNITS:
+        raise UsageError(f"--evict-to {size!r} is not a size: 5GiB, 500MB or 0, for example")
+    removed = evict(root, int(float(match[1]) * UNITS[match[2].lower()]))
+    kept = caches_below(root)
     if json_output:
         facts = {
             name: [{"folder": str(folder), "bytes": size} for folder, size in caches.items()]
@@ -71,8 +74,8 @@ def _evict(root: Path, max_bytes: int, json_output: bool) -> None:
         }
         typer.echo(json.dumps({"cache_dir": str(root), **facts}, indent=2))
         return
-    for folder, size in removed.items():
-        typer.echo(f"removed {folder} ({as_bytes(size)})")
+    for folder, num_bytes in removed.items():
+        typer.echo(f"removed {folder} ({as_bytes(num_bytes)})")
     typer.echo(f"{len(kept)} caches below {root} take {as_bytes(sum(kept.values()))}")
 
 
@@ -88,38 +91,19 @@ def _build(recipe: Recipe, verify: bool, json_output: bool) -> None:
     folder = open_data_folder(recipe.data_dir)
     encoder: Any = build_vision_encoder(recipe.vision_encoder)
     encoder = encoder.to(resolve_device(recipe.device))
-    facts = []
-    splits: tuple[SplitName, ...] = ("train", "val")
-    for split in splits:
+    facts: list[dict[str, Any]] = []
+    for split in ("train", "val"):
         images = usable_images(folder, split, recipe)
         started = time.perf_counter()
-        cache = cached_features(encoder, recipe, split, images, check_all=verify)
+        cache = cached_features(encoder, recipe, split, images, verify)
         seconds = time.perf_counter() - started
-        facts.append(
-            {
-                "split": split,
-                "folder": str(cache.folder),
-                "num_images": len(cache),
-                "num_bytes": cache.num_bytes,
-                "images_per_second": None if cache.was_there else len(cache) / seconds,
-                "was_there": cache.was_there,
-                "seconds": seconds,
-            }
-        )
+        rate = None if cache.was_there else len(cache) / seconds
+        facts.append({"split": split, "folder": str(cache.folder), "num_images": len(cache)})
+        facts[-1] |= {"num_bytes": cache.num_bytes, "images_per_second": rate}
+        facts[-1] |= {"was_there": cache.was_there, "seconds": seconds}
         if not json_output:
-            made = f"made in {seconds:.0f} s, {len(cache) / seconds:.1f} images/s"
-            state = "was there" if cache.was_there else made
+            state = f"made in {seconds:.0f} s, {rate:.1f} images/s" if rate else "was there"
             size = f"{len(cache):,} images, {as_bytes(cache.num_bytes)}"
             typer.echo(f"{split}: {size} in {cache.folder}: {state}")
     if json_output:
         typer.echo(json.dumps(facts, indent=2))
-
-
-def _bytes_of(text: str) -> int:
-    """Parse a size such as 5GiB, 500MB or 0 into bytes."""
-    from vlm_bridge.errors import UsageError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].lower() not in UNITS:
-        raise UsageError(f"--evict-to {text!r} is not a size: 5GiB, 500MB or 0, for example")
-    return int(float(match[1]) * UNITS[match[2].lower()])

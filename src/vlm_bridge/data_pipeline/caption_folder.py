@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -59,28 +59,23 @@ class CaptionFolder:
             DataError: missing, unfinished, damaged or of another format.
         """
         root = Path(root)
-        if not root.is_dir():
-            raise DataError(f"no caption folder at {root}: make one with `{TRANSFORM}`")
         if is_prepared_elsewhere(root):
             return cls(root, _current_manifest(root))
-        if not (root / MANIFEST_NAME).is_file():
-            if (root / UNFINISHED_NAME).is_dir():
-                raise DataError(
-                    f"caption folder {root} is unfinished: "
-                    "continue it with the same `vlm-data transform` command"
-                )
+        if (root / MANIFEST_NAME).is_file():
+            folder = cls(root, read_manifest(root))
+            for split in folder.splits:
+                if not (root / split / CAPTIONS_NAME).is_file():
+                    raise DataError(f"{root}/{split}/{CAPTIONS_NAME} is missing: make it again")
+            return folder
+        if (root / UNFINISHED_NAME).is_dir():
             raise DataError(
-                f"{root} is not a caption folder (it has neither {MANIFEST_NAME} nor "
-                f"train/{CAPTIONS_NAME}): make one with `{TRANSFORM}`"
+                f"caption folder {root} is unfinished: "
+                "continue it with the same `vlm-data transform` command"
             )
-        folder = cls(root, read_manifest(root))
-        for split in folder.splits:
-            if not (root / split / CAPTIONS_NAME).is_file():
-                raise DataError(
-                    f"caption folder {root} is damaged: {split}/{CAPTIONS_NAME} is missing; "
-                    "make it again"
-                )
-        return folder
+        raise DataError(
+            f"no caption folder at {root} (neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME}): "
+            f"make one with `{TRANSFORM}`"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -116,7 +111,7 @@ class CaptionFolder:
     def compute_fingerprint(self) -> str:
         """Read every file and return the fingerprint; another one where a file was changed."""
         folders = {split: self.root / split for split in self.splits}
-        images = {split: dict(_image_digests(folder)) for split, folder in folders.items()}
+        images = {split: _image_digests(folder) for split, folder in folders.items()}
         return fingerprint({split: _lines(folder) for split, folder in folders.items()}, images)
 
 
@@ -131,9 +126,9 @@ def _read_captions(folder: Path, skipped: Skipped) -> list[CaptionedImage]:
         try:
             record = _parse_record(line)
             name = record["image_path"]
-            if name not in captions and name not in problems:
-                problems |= _problem(folder, name, resolved)
-            if name in problems:
+            if name not in problems:
+                problems[name] = _problem(folder, name, resolved)
+            if problems[name]:
                 raise ValueError(problems[name])
         except ValueError as error:
             skipped.add(f"{path}:{number}", str(error))
@@ -147,38 +142,34 @@ def _read_captions(folder: Path, skipped: Skipped) -> list[CaptionedImage]:
 
 
 def _parse_record(line: bytes) -> dict[str, Any]:
-    """Return the record of a line. Raises ValueError with what is wrong with it."""
-    if not line.strip():
-        raise ValueError("a blank line")
+    """Return the record of a line. Raises ValueError with the reason why it cannot be used."""
     try:
         record = parse_json(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
-    except ValueError:
-        raise ValueError("not a JSON object") from None
+    except ValueError as error:
+        is_binary = isinstance(error, UnicodeError)
+        raise ValueError("not UTF-8 text" if is_binary else "not a JSON object") from None
     keys = ("image_path", "caption")
     if not isinstance(record, dict) or not all(is_text(record.get(key)) for key in keys):
         raise ValueError(f"needs the texts {', '.join(keys)}")
-    if len(record["caption"]) > MAX_CAPTION_CHARACTERS:
-        raise ValueError(f"a caption of {len(record['caption']):,} characters")
     if not record["caption"].strip():
         raise ValueError("an empty caption")
+    if len(record["caption"]) > MAX_CAPTION_CHARACTERS:
+        raise ValueError(f"a caption of {len(record['caption']):,} characters")
     return record
 
 
-def _problem(folder: Path, name: str, resolved: Path) -> dict[str, str]:
-    """Return why an image file cannot be used, without opening it, by its name."""
+def _problem(folder: Path, name: str, resolved: Path) -> str:
+    """Return why an image file cannot be used, without opening it; empty where it can."""
     try:
         path = inside(folder, name)
         if not path.is_file():
-            return {name: f"image {path} is missing"}
-        if not is_inside(resolved, path):
-            return {name: f"image {path} is a link that leads out of {folder}"}
+            return f"image {path} is missing"
+        is_link = not is_inside(resolved, path)
+        return f"image {path} is a link that leads out of {folder}" if is_link else ""
     except OSError as error:
-        return {name: f"an image path of {len(name):,} characters ({error.strerror})"}
+        return f"an image path of {len(name):,} characters ({error.strerror})"
     except ValueError as error:
-        return {name: str(error)}
-    return {}
+        return str(error)
 
 
 class CaptionFolderWriter:
@@ -234,10 +225,13 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _image_digests(split_dir: Path) -> Iterator[tuple[str, str]]:
-    for path in _image_files(split_dir):
-        with path.open("rb") as file:
-            yield f"{IMAGES_NAME}/{path.name}", hashlib.file_digest(file, "sha256").hexdigest()
+def _image_digests(split_dir: Path) -> dict[str, str]:
+    return {f"{IMAGES_NAME}/{path.name}": _sha256(path) for path in _image_files(split_dir)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _image_files(split_dir: Path) -> list[Path]:
@@ -260,16 +254,14 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged ({error}): make the caption folder again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} is not the manifest of a caption folder: choose another folder")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {manifest.get('format_version')}, not {FORMAT_VERSION}: "
-            "make the caption folder again with `vlm-data transform`"
+            f"{path} has format version {version}, not {FORMAT_VERSION}: make the folder again"
         )
     counts = manifest.get("counts")
-    if not (isinstance(manifest.get("fingerprint"), str) and isinstance(counts, dict)):
+    are_counts = isinstance(counts, dict) and all(isinstance(n, dict) for n in counts.values())
+    if not (are_counts and isinstance(manifest.get("fingerprint"), str)):
         raise DataError(f"{path} lacks counts, fingerprint: make the caption folder again")
-    if not all(isinstance(of_split, dict) for of_split in counts.values()):
-        raise DataError(f"{path} is damaged (counts): make the caption folder again")
     return manifest
 
 
@@ -320,7 +312,7 @@ def _make_manifest(root: Path) -> dict[str, Any]:
             continue
         skipped = Skipped(f"{split} captions")
         images = _read_captions(folder, skipped)
-        if skipped.total and not images:
+        if not images and skipped:
             raise DataError(
                 f"none of the {skipped.total:,} lines of {folder / CAPTIONS_NAME} can be used: "
                 f"{skipped.summary()}; captions in another form: `vlm-data transform --source "
@@ -329,11 +321,9 @@ def _make_manifest(root: Path) -> dict[str, Any]:
         if images:
             captions = sum(len(image.captions) for image in images)
             counts[split] = {"images": len(images), "captions": captions}
-            digests[split] = dict(_image_digests(folder))
+            digests[split] = _image_digests(folder)
     if not counts:
-        raise DataError(
-            f"the {CAPTIONS_NAME} files in {root} have no lines: prepare the folder again"
-        )
+        raise DataError(f"the {CAPTIONS_NAME} files in {root} have no lines: prepare it again")
     train = set(digests.get("train", {}).values())
     shared = {s: len(train & set(digests[s].values())) for s in counts if s != "train"}
     return {
@@ -353,9 +343,7 @@ def _state(root: Path) -> str:
     for split in SPLITS:
         path = root / split / CAPTIONS_NAME
         if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{split}\0{content}\0".encode())
+            digest.update(f"{split}\0{_sha256(path)}\0".encode())
             for image in _image_files(root / split):
                 line = f"{image.name}\0{image.stat().st_size}\0"
                 digest.update(line.encode(errors="surrogateescape"))
@@ -378,10 +366,7 @@ def open_data_folder(path: str | Path) -> DataFolder:
     if any(_has_shards(root / split) for split in SPLITS):
         return ShardFolder.open(root)
     if _has_shards(root):
-        raise DataError(
-            f"the shards in {root} are of no split: move or link them into {root}/train and "
-            f"{root}/val"
-        )
+        raise DataError(f"the shards in {root} are of no split: move or link them into train, val")
     raise DataError(
         f"{root} is not a caption folder (it has no {MANIFEST_NAME}) and not a shard folder "
         f"(no *.tar in {'/, '.join(SPLITS)}/): make one with `{TRANSFORM}`"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -67,11 +67,6 @@ class TarImage:
         if len(content) < self.size:
             raise ImageError(self, "its shard became shorter: fetch the shard again")
         return content
-
-    @classmethod
-    def read_in_order(cls, images: Iterable[TarImage]) -> Iterator[bytes]:
-        for image in images:
-            yield image.read_bytes()
 
 
 ImageFile = Path | TarImage
@@ -184,9 +179,9 @@ class Skipped:
     def summary(self, listing: Path | None = None) -> str:
         """Return the causes on one line, each with a count and a few samples."""
         causes = by_cause((sample.where, sample.reason) for sample in self.samples)
-        named = on_one_line("; ".join(causes[:NUM_CAUSES]))
         more = f"; and {len(causes) - NUM_CAUSES:,} more causes" if len(causes) > NUM_CAUSES else ""
-        return named + more + (f" (all in {listing})" if listing is not None else "")
+        place = f" (all in {listing})" if listing is not None else ""
+        return on_one_line("; ".join(causes[:NUM_CAUSES])) + more + place
 
 
 def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:

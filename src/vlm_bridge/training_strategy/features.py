@@ -10,14 +10,7 @@ import torch
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import features, image_check
 from vlm_bridge.data_pipeline.caption_folder import DataFolder
-from vlm_bridge.data_pipeline.features import (
-    CacheUnavailable,
-    FeatureCache,
-    FeatureFormat,
-    OnTheFlyPixels,
-    SplitFeatures,
-    Views,
-)
+from vlm_bridge.data_pipeline.features import FeatureCache, OnTheFlyPixels, SplitFeatures, Views
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
@@ -43,52 +36,46 @@ def usable_images(
         limit=recipe.max_validation_images if split == "val" else None,
         max_skipped_share=recipe.max_bad_samples,
         listing=listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None,
-        remember_in=_cache_root(recipe) or folder.notes_dir,
+        remember_in=features.cache_root(recipe.feature_cache, recipe.data_dir) or folder.notes_dir,
     )
 
 
 def split_features(
-    encoder: Any,
-    recipe: Recipe,
-    split: str,
-    images: list[CaptionedImage],
-    world: World | None = None,
+    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], world: World | None
 ) -> SplitFeatures:
     """Return the features of a split from its cache, or pixels where there is none.
 
     Processes use a cache if all of them can: cached features are rounded.
     """
-    pixels = _pixels(encoder, recipe, split, images)
-    items: Any = pixels
+    items: Any = _pixels(encoder, recipe, split, images)
+    views = items.views
     if recipe.feature_cache != "off":
         cache = refusal = None
         try:
             cache = cached_features(encoder, recipe, split, images)
-        except CacheUnavailable as error:
+        except features.CacheUnavailable as error:
             refusal = str(error)
         if world is not None:
             refusal = next(filter(None, world.gather(refusal)), None)
-        if cache is not None and refusal is None:
+        if refusal is None:
             items = cache
         else:
             features.logger.warning("%s: %s images are encoded in every step", refusal, split)
-    return SplitFeatures(items, len(images), pixels.views)
+    return SplitFeatures(items, len(images), views)
 
 
 def cached_features(
-    encoder: Any,
-    recipe: Recipe,
-    split: str,
-    images: list[CaptionedImage],
-    *,
-    check_all: bool = False,
+    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], check_all: bool = False
 ) -> FeatureCache:
     """Open the cache of a split, or make it. Raises as `features.open_cache`."""
-    root = _cache_root(recipe)
+    root, dtype = (
+        features.cache_root(recipe.feature_cache, recipe.data_dir),
+        recipe.feature_cache_dtype,
+    )
     assert root is not None, "feature_cache is not off"
     pixels = _pixels(encoder, recipe, split, images)
     content = features.images_digest(pixels.paths, root)
-    key = (features.LAYOUT, encoder_fingerprint(encoder), content, recipe.feature_cache_dtype)
+    key = features.LAYOUT, encoder_fingerprint(encoder), content, dtype, repr(pixels.views)
     device = next(encoder.parameters()).device
 
     @torch.no_grad()
@@ -96,8 +83,8 @@ def cached_features(
         return encoder(pixels_bchw.to(device))
 
     return features.open_cache(
-        root / features.cache_key(*key, repr(pixels.views)),
-        FeatureFormat(encoder.num_tokens, encoder.embed_dim, recipe.feature_cache_dtype),
+        root / features.cache_key(*key),
+        features.FeatureFormat(encoder.num_tokens, encoder.embed_dim, dtype),
         pixels,
         encode,
         name=split,
@@ -105,10 +92,6 @@ def cached_features(
         num_workers=recipe.num_workers,
         check_all=check_all,
     )
-
-
-def _cache_root(recipe: Recipe) -> Path | None:
-    return features.cache_root(recipe.feature_cache, recipe.data_dir)
 
 
 def _pixels(
