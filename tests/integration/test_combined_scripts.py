@@ -387,7 +387,7 @@ def test_the_guides_scenario_1(
     assert any(name.startswith("text_decoder.text_decoder.bert.") for name in written)
     shown = run_script("load_combined_checkpoint", "--checkpoint", trained, "--device", "cpu")
     assert shown.returncode == 0, shown.stderr
-    assert "PVT-Tiny with CBAM" in shown.stdout
+    assert "the original's combined file: PvtCbam" in shown.stdout
     assert [line.strip() for line in shown.stdout.splitlines()[-3:]] == [
         "- PVT: PvtCbam", "- BLIP: PvtBlip", "- Projection: MapLinear",
     ]  # fmt: skip

@@ -81,7 +81,7 @@ def test_the_originals_files_load(
     caplog.set_level("INFO", "vlm_bridge")
     model = load(state)
     (line,) = caplog.messages
-    assert "the original's combined file: PVT-Tiny with CBAM, BLIP's decoder" in line
+    assert "the original's combined file: PvtCbam, BLIP's decoder" in line
     assert ("its ViT is left out" in line) is has_vit
     assert ("no projection" in line) is (projection is None)
     assert equal(model.pvt.state_dict(), dict(small_pvt().state_dict()))
@@ -163,7 +163,9 @@ def test_encoders_without_a_place_in_the_originals_layout_are_refused(
     kind: Any, tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, tmp_path: Path
 ) -> None:
     state = combine_models(str(tiny_pvt_v2_dir), str(tiny_blip_dir), kind)
-    with pytest.raises(CheckpointError, match=r"pvt-blip layout.*: it has PvtV2Model"):
+    with pytest.raises(
+        CheckpointError, match="original's pvt-blip layout, which holds PVT-Tiny with CBAM"
+    ):
         write_combined(tmp_path / "c.pth", state, "original")
     assert not (tmp_path / "c.pth").exists()
     write_combined(tmp_path / "c.pth", state)
@@ -176,11 +178,8 @@ def test_other_parts_are_refused_there_and_kept_here(
     plain = dict(PvtBlip(small_pvt(None), blip.text_decoder, proj, None).state_dict())
     assert equal(load(plain).blip.state_dict(), plain)
     conv = ours | {"visual_proj.weight": torch.zeros(24, 64, 3, 3)}
-    for state, says in (
-        (plain, "PVT-Tiny without CBAM"),
-        (conv, r"a projection of weight \(24, 64, 3, 3\)"),
-    ):
-        with pytest.raises(CheckpointError, match=says):
+    for state in (plain, conv):
+        with pytest.raises(CheckpointError, match="write it in ours"):
             write_combined(tmp_path / "o.pth", state, "original")
 
 

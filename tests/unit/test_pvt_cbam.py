@@ -201,7 +201,7 @@ def test_folders_of_earlier_versions_load(tiny_pvt_cbam_dir: Path, tmp_path: Pat
 
 def test_what_it_does_not_have_is_refused(tiny_pvt_cbam_dir: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"vision_encoder\.layers: PVT with CBAM has its last map only"
+        ModelError, match=r"layers=\[1\] does not fit PvtCbam: PVT with CBAM has its last map only"
     ):
         load(tiny_pvt_cbam_dir, layers=(1,))
     with pytest.raises(ModelError, match="image_size=20 does not fit"):

@@ -77,7 +77,6 @@ class CombinedModel(NamedTuple):
     """The modules of a combined file, in evaluation mode.
 
     Attributes:
-        pvt: transformers' PvtV2Model or PvtModel, or `PvtCbam`, which gives maps [B, D, h, w].
         blip: captions images; it holds the two others.
         proj: on tokens [..., D] -> [..., W], or nn.Conv2d on maps [B, D, h, w]; behind `PvtCbam`
             a linear one takes maps too. None where the file has none.
@@ -116,32 +115,27 @@ def read_combined(path: str | Path) -> dict[str, torch.Tensor]:
         for name, x in content.items()
         if not name.startswith(_VIT)
     }
-    encoder, projection = _part(state, PREFIXES[0]), _part(state, PREFIXES[2])
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in projection.items() if x.ndim > 1)
+    encoder = ENCODERS[_encoder_kind(_part(state, PREFIXES[0]))].__name__
     vit = " (its ViT is left out)" if len(state) < len(content) else ""
-    projected = f"projection {shapes}" if shapes else "no projection"
-    logger.info(f"{path}: {layout}: {_in_words(encoder)}, BLIP's decoder{vit}, {projected}")
+    projection = "a projection" if _part(state, PREFIXES[2]) else "no projection"
+    logger.info(f"{path}: {layout}: {encoder}, BLIP's decoder{vit}, {projection}")
     return state
 
 
 def write_combined(path: str | Path, state: Tensors, layout: Layout = "auto") -> None:
-    """Write a combined file.
+    """Write tensors with our names as a combined file. Raises CheckpointError.
 
     Args:
-        state: under our names.
         layout: `original` is read by the original's loader, `own` is ours, and `auto` the
             original's where that has a place for all tensors.
-
-    Raises:
-        CheckpointError: the file cannot be written, or the original's layout has no place.
     """
-    problem = None if layout == "own" else _no_place(state)
-    if problem and layout == "original":
+    fits = layout != "own" and _fits_original(state)
+    if layout == "original" and not fits:
         raise CheckpointError(
             f"{path} cannot be written in the original's pvt-blip layout, which holds PVT-Tiny "
-            f"with CBAM and a linear projection: it has {problem}; write it in ours (--layout own)"
+            "with CBAM and a linear projection: write it in ours (--layout own)"
         )
-    decoder = "text_decoder." if layout == "own" or problem else _WITHIN_BLIP
+    decoder = _WITHIN_BLIP if fits else "text_decoder."
     renamed = {re.sub(r"^text_decoder\.", decoder, n): x.detach().cpu() for n, x in state.items()}
     write_file(Path(path), renamed)
 
@@ -155,14 +149,12 @@ def load_combined_model(
     """Load the modules of a combined file in any layout, in evaluation mode.
 
     Args:
-        device: `cpu`, `cuda`, `mps`, or `auto`.
         blip_model_name: name or folder of the BLIP whose decoder the file holds: its configuration
             and the tokenizer of the prompt. None reads sizes from the tensors.
         pvt: name or folder whose configuration the encoder has; None reads sizes from the tensors.
 
     Raises:
         CheckpointError: missing, damaged, or its tensors do not fit.
-        ConfigurationError: there is no such device here.
         ModelError: the configuration of ``pvt`` or ``blip_model_name`` cannot be read.
     """
     target = resolve_device(device)
@@ -179,12 +171,10 @@ def combine_models(
 
     Args:
         pvt: name, folder, or a .pth file with the weights of the original's PVT.
-        blip: name or folder; of a whole BLIP the text decoder is taken.
         projection: None is `linear` for the original's PVT, else `conv3x3`.
 
     Raises:
-        ModelError: a part cannot be loaded.
-        CheckpointError: it is no PVT, or no BLIP.
+        ModelError, CheckpointError: a part cannot be loaded, or is no PVT or no BLIP.
     """
     if pvt.endswith((".pth", ".pt")):
         encoder, kind = _pvt_of_file(Path(pvt)), projection or "linear"
@@ -236,29 +226,17 @@ def _pvt_of_file(path: Path) -> PvtCbam:
         model = PvtCbam(PvtCbamConfig.of(weights))
         model.load_state_dict(weights)
     except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} does not hold the original's PVT (patch1.*, stage1.*, ...): {message}"
+            f"{path} does not hold the original's PVT (patch1.*, stage1.*, ...)"
         ) from error
     return model
 
 
-def _no_place(state: Tensors) -> str | None:
-    """Return a part that the original's loader has no module for."""
-    encoder, projection = _part(state, PREFIXES[0]), _part(state, PREFIXES[2])
-    if "stage1.0.cbam.sa.conv.weight" not in encoder:
-        return _in_words(encoder)
-    if projection and (set(projection) != {"weight", "bias"} or projection["weight"].ndim != 2):
-        shapes = (f"{name} {tuple(x.shape)}" for name, x in projection.items())
-        return f"a projection of {', '.join(shapes)}"
-    return None
-
-
-def _in_words(encoder: Tensors) -> str:
-    kind = _encoder_kind(encoder)
-    if kind != PVT_CBAM:
-        return f"{ENCODERS[kind].__name__} of transformers"
-    return f"PVT-Tiny {'with' if any('.cbam.' in name for name in encoder) else 'without'} CBAM"
+def _fits_original(state: Tensors) -> bool:
+    """Return whether the original's loader has modules for all tensors."""
+    weights = [x for name, x in state.items() if name.startswith(PREFIXES[2]) and x.ndim > 1]
+    has_cbam = "visual_encoder.stage1.0.cbam.sa.conv.weight" in state
+    return has_cbam and (not weights or [x.ndim for x in weights] == [2])
 
 
 def _part(state: Tensors, prefix: str) -> dict[str, torch.Tensor]:
@@ -363,16 +341,10 @@ def projection_for(encoder_config: Any, kind: ProjectionKind, width: int) -> nn.
 
 
 def projection_kind(projection: Tensors) -> ProjectionKind:
-    """Return the kind of a projection's state dict. Raises KeyError or ValueError."""
+    """Return the kind of a projection's state dict. Raises KeyError."""
     if "0.weight" in projection:
         return "mlp"
-    weight = projection["weight"]
-    kinds: dict[int, ProjectionKind] = {2: "linear", 4: "conv3x3"}
-    if weight.ndim not in kinds:
-        raise ValueError(
-            f"visual_proj.weight {tuple(weight.shape)} is of no projection (linear, mlp, conv3x3)"
-        )
-    return kinds[weight.ndim]
+    return "conv3x3" if projection["weight"].ndim == 4 else "linear"
 
 
 # Sizes

@@ -13,13 +13,8 @@ import torch
 
 from vlm_bridge.errors import ConfigurationError
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+_NAMES = ("pad", "unk", "cls", "sep", "mask")
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in _NAMES}
 MAX_POSITIONS = 128  # of prompt and caption together
 
 
@@ -36,10 +31,7 @@ class DecoderSize(NamedTuple):
 def write_new_decoder(
     captions: Iterable[str], folder: Path, size: DecoderSize, *, seed: int = 0
 ) -> tuple[int, int]:
-    """Write a new decoder and its tokenizer to a folder that `language_model.name` can name.
-
-    Args:
-        captions: texts that the word pieces are learned from.
+    """Write a decoder and its tokenizer to a folder that `language_model.name` can name.
 
     Returns:
         The number of word pieces (at most ``size.vocabulary``) and of parameters.

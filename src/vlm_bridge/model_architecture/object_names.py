@@ -19,14 +19,11 @@ from transformers import LogitsProcessor
 
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.vision_encoder import (
-    EfficientNetLiteEncoder,
-    SideBySideEncoder,
-)
+from vlm_bridge.model_architecture.vision_encoder import EfficientNetLiteEncoder
 
 SURE = 0.5  # probability from which on an object is named
+# Alternative names of an object as tokens: `` cat`` or `` cats``; empty to name nothing.
 Names = Sequence[tuple[int, ...]]
-"""Alternative names of an object as tokens: `` cat`` or `` cats``; empty to name nothing."""
 
 
 class ObjectNamer:
@@ -46,9 +43,8 @@ class ObjectNamer:
         for index, name in names.items():
             self._members[index, self._objects.index(name)] = 1
         forms = [f" {form}" for name in self._objects for form in (name, plural(name))]
-        tokens = iter(language_model.encode_all(forms))
-        pairs = zip(tokens, tokens, strict=True)
-        self._names: list[Names] = [[tuple(one), tuple(many)] for one, many in pairs]
+        tokens = [tuple(ids) for ids in language_model.encode_all(forms)]
+        self._names: list[Names] = list(zip(tokens[::2], tokens[1::2], strict=True))
 
     def check(self, known: Collection[str]) -> None:
         """Raise ConfigurationError for a known name that no class has."""
@@ -60,11 +56,7 @@ class ObjectNamer:
 
     @torch.no_grad()
     def __call__(self, features_bnd: torch.Tensor, known: Collection[str] = ()) -> list[Names]:
-        """Name the object in each image of features [B, N, D], if it is sure and not ``known``.
-
-        Raises:
-            ConfigurationError: as `check`.
-        """
+        """Name the object in each image of features [B, N, D], if it is sure and not ``known``."""
         self.check(known)
         pooled_bd = features_bnd[..., self._channels].float().mean(1).cpu()
         probabilities_bo = self._classifier(pooled_bd).softmax(-1) @ self._members
@@ -97,15 +89,23 @@ class ObjectBonus(LogitsProcessor):
             return scores
         scores = scores.clone()
         per_image = len(input_ids) // len(self.names)
-        for row, caption in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            names = self.names[row // per_image]
-            if any(_contains(caption, name) for name in names):
+        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            names, caption = self.names[row // per_image], tuple(ids)
+            if any(
+                caption[at : at + len(name)] == name for name in names for at in range(len(ids))
+            ):
                 continue
-            if follows := _continuations(caption, names):
-                allowed = scores[row, follows].clone()
+            follows = {
+                name[length]
+                for name in names
+                for length in range(1, len(name))
+                if caption[-length:] == name[:length]
+            }
+            if follows:
+                allowed = scores[row, sorted(follows)].clone()
                 if not torch.isneginf(allowed).all():  # a forbidden repetition stays forbidden
                     scores[row] = -torch.inf
-                    scores[row, follows] = allowed
+                    scores[row, sorted(follows)] = allowed
             else:
                 scores[row, sorted({name[0] for name in names})] += self.bonus
         return scores
@@ -139,7 +139,7 @@ def plural(name: str) -> str:
 def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
     """Return the channels of the features that the first classifier reads, and the classifier."""
     end = 0
-    for part in encoder.encoders if isinstance(encoder, SideBySideEncoder) else [encoder]:
+    for part in getattr(encoder, "encoders", [encoder]):
         end += part.embed_dim
         is_lite = isinstance(part, EfficientNetLiteEncoder)
         if is_lite and (classifier := part.classifier()) is not None:
@@ -148,20 +148,3 @@ def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
         "decode.object_bonus needs a vision encoder that classifies: an EfficientNet-Lite whose "
         "last layer is among vision_encoder.layers; set it to 0"
     )
-
-
-def _contains(caption: Sequence[int], name: tuple[int, ...]) -> bool:
-    return any(
-        tuple(caption[start : start + len(name)]) == name
-        for start in range(len(caption) - len(name) + 1)
-    )
-
-
-def _continuations(caption: Sequence[int], names: Names) -> list[int]:
-    """Return the next tokens of a name that the caption ends in the middle of."""
-    found = set()
-    for name in names:
-        for length in range(1, len(name)):
-            if tuple(caption[-length:]) == name[:length]:
-                found.add(name[length])
-    return sorted(found)

@@ -52,11 +52,7 @@ class PvtBlip(nn.Module):
         return self
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the states [B, N, W] that the decoder reads, of pixels as in `feature_map`.
-
-        Raises:
-            ModelError: there is no projection.
-        """
+        """Return the states [B, N, W] that the decoder reads, of pixels as in `feature_map`."""
         if self.visual_proj is None:
             raise ModelError(
                 "no projection between PVT and BLIP's decoder: fine-tune first "
@@ -99,16 +95,10 @@ class PvtBlip(nn.Module):
             input_ids: [B, T].
             attention_mask: [B, T], 0 for pads.
             labels: [B, T], usually the input ids; the decoder shifts them. Pads are not supervised.
-            encoder_hidden_states: projected images, a map [B, W, h, w] or tokens [B, N, W]; None
-                makes it from ``pixel_values``.
-            options: further options of BlipTextLMHeadModel.
+            encoder_hidden_states: projected images, a map [B, W, h, w] or tokens [B, N, W].
 
         Returns:
             The decoder's output: ``loss`` (nats per token) and ``logits`` [B, T, vocabulary].
-
-        Raises:
-            UsageError: neither pixels nor states are given.
-            ModelError: there is no projection.
         """
         if encoder_hidden_states is None:
             if pixel_values is None:
@@ -133,15 +123,11 @@ class PvtBlip(nn.Module):
 
         Args:
             pixel_values: [B, 3, h, w] as `BlipProcessor` makes them.
-            options: transformers'; `max_length` counts the start token and the prompt too. Unless
-                given, `no_repeat_ngram_size` is 3 as in the recipes.
+            options: transformers'; `max_length` counts the start token and the prompt too.
 
         Returns:
             The output of transformers; its sequences [B, T] are the start token and the caption
             without the prompt.
-
-        Raises:
-            ModelError: there is no projection, or the tokenizer cannot be loaded.
         """
         states_bnw = self.encode(pixel_values)
         config = self.text_decoder.config
@@ -156,12 +142,12 @@ class PvtBlip(nn.Module):
             pad_token_id=config.pad_token_id,
             **{"no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE, **options},
         )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        sequences = torch.cat((sequences[:, :1], sequences[:, input_ids.shape[1] :]), dim=1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
+        is_tensor = isinstance(output, torch.Tensor)
+        ids_bt = output if is_tensor else output.sequences
+        ids_bt = torch.cat((ids_bt[:, :1], ids_bt[:, input_ids.shape[1] :]), dim=1)
+        if not is_tensor:
+            output.sequences = ids_bt
+        return ids_bt if is_tensor else output
 
     @cached_property
     def prompt_ids(self) -> list[int]:

@@ -89,13 +89,10 @@ def _check_archive(path: Path) -> None:
 
 
 def check_content(content: Any, file_bytes: int) -> None:
-    """Refuse content that needs more memory or time than its file is large.
+    """Refuse content that needs more memory or time than its file is large. Raises ValueError.
 
     A pickle without code can name a billion values by aliases of aliases, or make gigabytes of
     one number by a stride of 0.
-
-    Raises:
-        ValueError: too many values or levels, an object that is not plain, or such a tensor.
     """
     waiting, num_values, tensor_bytes = [(content, 0)], 0, 0
     while waiting:
@@ -177,11 +174,7 @@ def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torc
 
 
 def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights of a file, in float32 where `quantized` wrote them.
-
-    Raises:
-        ValueError: levels are missing, or scales are of another shape.
-    """
+    """Return the weights of a file, in float32 where `quantized` wrote them. Raises ValueError."""
     weights = {name: x for name, x in stored.items() if not name.startswith(tuple(_UNPACK))}
     for prefix, unpack in _UNPACK.items():
         for name, scale in stored.items():

@@ -37,14 +37,13 @@ def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list
     found = []
     for parameter, aliases in names.items():
         matching = (p for p in patterns if any(fnmatchcase(alias, p) for alias in aliases))
-        if (pattern := next(matching, None)) is None:
-            continue
-        if aliases[0].startswith("vision_encoder."):
-            raise ConfigurationError(
-                f"trainable: {pattern!r} reaches into the vision encoder, which stays frozen: its "
-                "features are computed once"
-            )
-        found.append(TrainedParameter(aliases[0], parameter, pattern))
+        if (pattern := next(matching, None)) is not None:
+            found.append(TrainedParameter(aliases[0], parameter, pattern))
+            if aliases[0].startswith("vision_encoder."):
+                raise ConfigurationError(
+                    f"trainable: {pattern!r} reaches into the vision encoder, which stays frozen: "
+                    "its features are computed once"
+                )
     used = {trained.pattern for trained in found}
     if unused := [pattern for pattern in patterns if pattern not in used]:
         known = sorted({".".join(name.split(".")[:4]) for name, _ in model.named_parameters()})
@@ -65,23 +64,20 @@ def choose_trainable(model: Any, patterns: Mapping[str, float | None]) -> None:
     trained = trained_parameters(model, patterns)
     model.requires_grad_(False)
     for name, parameter, _ in trained:
-        if parameter.dtype in (torch.bfloat16, torch.float16) or not parameter.is_floating_point():
+        if parameter.dtype not in (torch.float32, torch.float64):
             raise ConfigurationError(
                 f"trainable: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}, "
                 "in which small updates are lost: use language_model.dtype=float32 (amp_dtype "
                 "still computes in 16 bits)"
             )
         parameter.requires_grad_(True)
-    _check_nothing_stays_random(model)
-
-
-def _check_nothing_stays_random(model: Any) -> None:
-    fresh = [f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters]
-    fresh += [f"bridge.{name}" for name, _ in model.bridge.named_parameters()]
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    if untrained := sorted(
-        name for name in fresh if name in by_name and not by_name[name].requires_grad
-    ):
+    fresh = {f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters}
+    untrained = sorted(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad and (name in fresh or name.startswith("bridge."))
+    )
+    if untrained:
         raise ConfigurationError(
             f"trainable: {len(untrained)} parameters start at random and would stay so (first: "
             f"{untrained[0]}): name them too, for example bridge.* or "

@@ -51,31 +51,26 @@ class VisionEncoder(Protocol):
     Attributes:
         grid: rows and columns of the patch grid; ``num_tokens`` may exceed rows x columns by class
             or register tokens, which stand before it.
+        preprocess: makes pixels [B, 3, h, w] float32 (never of three dimensions) of RGB images.
+        seen_area: the part that is seen of an image of (width, height) pixels.
     """
 
     embed_dim: int
     num_tokens: int
     grid: tuple[int, int]
 
-    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return pixels of RGB images, [B, 3, h, w] float32 (never of three dimensions)."""
-        ...
+    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor: ...
 
-    def seen_area(self, size: tuple[int, int]) -> Area:
-        """Return the part that is seen of an image of (width, height) pixels."""
-        ...
+    def seen_area(self, size: tuple[int, int]) -> Area: ...
 
-    def __call__(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        """Return features [B, N, D] of pixels [B, 3, h, w]."""
-        ...
+    def __call__(self, pixels_bchw: torch.Tensor) -> torch.Tensor: ...
 
 
 def build_vision_encoder(config: VisionEncoderConfig, *, meta: bool = False) -> nn.Module:
     """Load the encoder of a recipe, frozen and in evaluation mode.
 
     Args:
-        config: its name: `efficientnet-lite0` to 2, or what `from_pretrained` accepts; several
-            joined by ` + ` make a `SideBySideEncoder`.
+        config: several names joined by ` + ` make a `SideBySideEncoder`.
         meta: build the architecture only, on the meta device (no weights are read).
 
     Raises:
@@ -203,10 +198,11 @@ class HuggingFaceVisionEncoder(nn.Module):
             with torch.device("meta"):
                 probe = type(model)(model.config).eval()  # type: ignore[call-arg]
                 features = self._features_of(probe, torch.empty(1, 3, image_size, image_size))
-        except (ValueError, RuntimeError) as error:
+        except (IndexError, ValueError, RuntimeError) as error:
+            given = f", layers={list(layers)}" if layers else ""
             raise ModelError(
-                f"vision_encoder.image_size={image_size} does not fit {type(model).__name__}: "
-                f"{' '.join(str(error).split())}"
+                f"vision_encoder.image_size={image_size}{given} does not fit "
+                f"{type(model).__name__}: {' '.join(str(error).split())}"
             ) from error
         _, self.num_tokens, self.embed_dim = features.shape
         self.grid = (isqrt(self.num_tokens), isqrt(self.num_tokens))
@@ -262,12 +258,7 @@ class HuggingFaceVisionEncoder(nn.Module):
         if self.layers is None:
             return _as_tokens(model(pixels_bchw, **self.options).last_hidden_state, model.config)
         states = model(pixels_bchw, output_hidden_states=True, **self.options).hidden_states
-        asked = f"vision_encoder.layers={list(self.layers)}"
-        if not all(-len(states) <= layer < len(states) for layer in self.layers):
-            raise ModelError(f"{asked}: the encoder has 0 to {len(states) - 1}")
         tokens = [_as_tokens(states[layer], model.config) for layer in self.layers]
-        if len({features.shape[1] for features in tokens}) > 1:
-            raise ModelError(f"{asked} have different numbers of tokens")
         return torch.cat(tokens, dim=-1)
 
     def _shortest_edge(self) -> int:
@@ -282,10 +273,6 @@ class PvtCbamEncoder(HuggingFaceVisionEncoder):
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> PvtCbamEncoder:
-        if config.layers is not None:
-            raise ModelError(
-                "vision_encoder.layers: PVT with CBAM has its last map only; leave it out"
-            )
         folder, processor = Path(config.name), None
         try:
             sizes = PvtCbamConfig.from_folder(folder)
@@ -299,9 +286,11 @@ class PvtCbamEncoder(HuggingFaceVisionEncoder):
                 processor = image_processor(folder, config.resample)
         except (*LOADING_ERRORS, TypeError, CheckpointError) as error:
             raise loading_error("vision encoder", config.name, error) from error
-        return cls(model, processor, config.image_size or sizes.image_size)
+        return cls(model, processor, config.image_size or sizes.image_size, config.layers)
 
     def _features_of(self, model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
+        if self.layers is not None:
+            raise ValueError("PVT with CBAM has its last map only")
         return model(pixels_bchw).flatten(2).transpose(1, 2)
 
 

@@ -113,39 +113,31 @@ def load_lite_weights(name: str) -> dict[str, torch.Tensor]:
     return torch.load(str(packaged_file(name)), map_location="cpu", weights_only=True)
 
 
-def gguf_as_pretrained_folder(gguf_path: Path) -> Path:
+def gguf_as_pretrained_folder(path: Path) -> Path:
     """Convert a GGUF file to a safetensors folder in the user's cache, once, and return it.
 
-    De-quantizing takes many seconds, reloading the result a fraction of one.
-
-    Raises:
-        ModelError: the file is missing or is not a GGUF file that transformers can read.
+    De-quantizing takes many seconds, reloading the result a fraction of one. Raises ModelError.
     """
-    gguf_path = gguf_path.resolve()
-    if not gguf_path.is_file():
-        raise ModelError(f"no GGUF file at {gguf_path}")
-    with gguf_path.open("rb") as file:
-        beginning = str(gguf_path.stat().st_size).encode() + file.read(1 << 20)
+    if not path.is_file():
+        raise ModelError(f"no GGUF file at {path}")
+    with path.open("rb") as file:
+        beginning = str(path.stat().st_size).encode() + file.read(1 << 20)
     digest = hashlib.blake2b(beginning, digest_size=6).hexdigest()
-    folder = cache_dir() / "gguf" / f"{gguf_path.stem}-{digest}"
-    if _is_whole(folder):
+    folder = cache_dir() / "gguf" / f"{path.stem}-{digest}"
+    files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    if all(file.is_file() for file in files):
         return folder
-    parts = _read_gguf(gguf_path)
+    parts = _read_gguf(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".converting-", dir=folder.parent) as temporary:
         converted = Path(temporary, "model")
         for part in parts:
             part.save_pretrained(converted)
-        if not _is_whole(folder):
+        if not all(file.is_file() for file in files):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another process of the run was faster
             converted.rename(folder)
     return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    names = ("config.json", "model.safetensors", "tokenizer.json")
-    return all((folder / name).is_file() for name in names)
 
 
 def _read_gguf(path: Path) -> tuple[Any, Any]:
@@ -155,17 +147,14 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
     try:
         quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ImportError as error:
-        raise ModelError(
-            f"reading {path.name} needs the gguf package: pip install 'vlm-bridge[lite]'"
-        ) from error
     except Exception as error:  # damaged bytes raise almost any exception
+        install = " (pip install 'vlm-bridge[lite]')" if isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"cannot read the GGUF file {path}: {reason}") from error
+        raise ModelError(f"cannot read the GGUF file {path}: {reason}{install}") from error
     # transformers refuses to save a model that was loaded from GGUF: copy it into a fresh one.
     config = quantized.config.to_dict()
-    config.pop("quantization_config", None)
-    config.pop("_name_or_path", None)
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
     return model, tokenizer
@@ -181,34 +170,44 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
         meta: build the architecture only, on the meta device (no weights, no tokenizer).
 
     Raises:
-        ModelError: weights, configuration or tokenizer cannot be found or read, or there is no GPU
-            or no bitsandbytes to quantize with.
+        ModelError: weights, configuration, tokenizer, GPU or bitsandbytes are missing or unusable.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BlipTextLMHeadModel
 
+    name, revision = config.name, config.revision
     options = {} if meta else _quantization(config.quantization)
     try:
-        if meta and (known := known_architecture(config.name)):
-            source, (model_config, _) = "", known
+        if meta and (known := known_architecture(name)):
+            whole_config, _ = known
         else:
-            source = _source_of(config.name)
-            reach_hub(source, config.revision)
-            model_config = AutoConfig.from_pretrained(source, revision=config.revision)
-        decoder_config = _decoder_config(model_config, config.add_cross_attention)
+            name = _source_of(name)
+            reach_hub(name, revision)
+            whole_config = AutoConfig.from_pretrained(name, revision=revision)
+        decoder_config = _decoder_config(whole_config, config.add_cross_attention)
         if meta:
             with torch.device("meta"):
-                decoder = _build_decoder(decoder_config)
+                if decoder_config.model_type == BLIP_TEXT:
+                    decoder = BlipTextLMHeadModel(decoder_config)
+                else:
+                    decoder = AutoModelForCausalLM.from_config(decoder_config)
             return LanguageModel(decoder, None).requires_grad_(False).eval()
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-        options |= {
-            "revision": config.revision,
-            "dtype": "auto" if config.quantization else config.dtype,
-            "attn_implementation": _attention(config.attention, decoder_config),
-        }
-        decoder, fresh = _load_decoder(source, model_config, decoder_config, options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        attention = _attention(config.attention, decoder_config)
+        decoder, report = _decoder_class(whole_config).from_pretrained(
+            name,
+            config=whole_config if whole_config.model_type == "blip" else decoder_config,
+            revision=revision,
+            dtype="auto" if config.quantization else config.dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
+        )
     except LOADING_ERRORS as error:
         raise loading_error("language model", config.name, error) from error
-    attention = options["attn_implementation"]
+    fresh = frozenset(report["missing_keys"])
+    if whole_config.model_type == "blip":
+        part, decoder = "text_decoder.", decoder.text_decoder
+        fresh = frozenset(key.removeprefix(part) for key in fresh if key.startswith(part))
     language_model = LanguageModel(decoder, tokenizer, fresh, attention=attention)
     if language_model.eos_id is None:
         raise ModelError(
@@ -245,35 +244,12 @@ def _decoder_config(config: Any, add_cross_attention: bool) -> Any:
     return config
 
 
-def _build_decoder(config: Any) -> Any:
-    """Build the decoder of a configuration with random weights."""
-    from transformers import AutoModelForCausalLM, BlipTextLMHeadModel
-
-    if config.model_type == BLIP_TEXT:  # transformers' Auto classes do not know it
-        return BlipTextLMHeadModel(config)
-    return AutoModelForCausalLM.from_config(config)
-
-
-def _load_decoder(
-    source: str, config: Any, decoder_config: Any, options: dict[str, Any]
-) -> tuple[Any, frozenset[str]]:
-    """Load a decoder; also return the names of parameters that its checkpoint does not hold."""
+def _decoder_class(config: Any) -> Any:
+    """Return the class of a model; transformers' Auto classes do not know BLIP's decoder."""
     from transformers import AutoModelForCausalLM, BlipForConditionalGeneration, BlipTextLMHeadModel
 
-    is_blip = config.model_type == "blip"
-    model_class: Any = AutoModelForCausalLM
-    if decoder_config.model_type == BLIP_TEXT:
-        model_class = BlipForConditionalGeneration if is_blip else BlipTextLMHeadModel
-    config = config if is_blip else decoder_config
-    model, report = model_class.from_pretrained(
-        source, config=config, output_loading_info=True, **options
-    )
-    missing = report["missing_keys"]
-    if not is_blip:
-        return model, frozenset(missing)
-    part = "text_decoder."
-    fresh = (name.removeprefix(part) for name in missing if name.startswith(part))
-    return model.text_decoder, frozenset(fresh)
+    classes = {"blip": BlipForConditionalGeneration, BLIP_TEXT: BlipTextLMHeadModel}
+    return classes.get(config.model_type, AutoModelForCausalLM)
 
 
 def _attention(choice: str, config: Any) -> str:
@@ -292,14 +268,10 @@ def _quantization(choice: str | None) -> dict[str, Any]:
     """Return options of `from_pretrained` for 8 bits (Dettmers et al. 2022) or 4 (QLoRA, 2023)."""
     if choice is None:
         return {}
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"language_model.dtype={choice} needs an NVIDIA GPU, and torch sees none here: use "
-            "language_model.dtype=bfloat16"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"language_model.dtype={choice} needs bitsandbytes: pip install 'vlm-bridge[gpu]'"
+            f"language_model.dtype={choice} needs an NVIDIA GPU and bitsandbytes (pip install "
+            "'vlm-bridge[gpu]'): use language_model.dtype=bfloat16"
         )
     from transformers import BitsAndBytesConfig
 
