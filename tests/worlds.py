@@ -157,7 +157,7 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
 
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
-    from vlm_bridge.evaluation.run import caption_together
+    from vlm_bridge.evaluation.run import evaluate_captioner
     from vlm_bridge.training_strategy import validation
     from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
     from vlm_bridge.training_strategy.data import TrainingData
@@ -183,10 +183,15 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
         )
         captioner = Captioner.from_pretrained(checkpoint, "cpu")
         images = list(data.val_images)
-        paths = [image.path for image in images]
-        captions = caption_together(captioner, paths, recipe.decode, 3, world)
-        validated = captioner.validate(images, batch_size=3, world=world)
-    return [result, decoded, captions, validated]
+        evaluation = evaluate_captioner(
+            captioner,
+            images,
+            decode=recipe.decode,
+            validate=captioner.validate,
+            batch_size=3,
+            world=world,
+        )
+    return [result, decoded, evaluation.predictions, evaluation.metrics]
 
 
 def ask_world() -> dict[str, Any]:

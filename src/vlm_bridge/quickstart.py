@@ -64,7 +64,7 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> QuickstartResult:
     )
     verdicts = [judge_caption(p.caption, p.image.captions[0]) for p in evaluation.predictions]
 
-    scores = evaluation.to_json()
+    scores = evaluation.metrics
     metrics = {
         "colour_shape_accuracy": _share(verdict["color_shape"] for verdict in verdicts),
         "relation_accuracy": _share(verdict["relation"] for verdict in verdicts),

@@ -286,8 +286,8 @@ class TestEvaluation:
     def test_scores_and_settings(self, images: list[CaptionedImage]) -> None:
         captioner = FakeCaptioner()
         evaluation = evaluated(images, captioner)
-        assert captioner.decode == evaluation.decode
-        content = evaluation.to_json()
+        content = evaluation.metrics
+        assert captioner.decode == DecodeSettings(num_beams=2)
         assert content["num_images"] == 7 and content["num_failures"] == 1
         assert content["perplexity"] == 12.5 and content["visual_gain"] == 0.75
         assert content["decode"]["num_beams"] == 2
@@ -301,7 +301,7 @@ class TestEvaluation:
         self, images: list[CaptionedImage]
     ) -> None:
         captioner = FakeCaptioner()
-        (failure,) = evaluated(images, captioner).failures
+        (failure,) = [p for p in evaluated(images, captioner).predictions if p.error]
         assert failure.error == "damaged" and set(failure.scores.values()) == {0.0}
         assert [image.path.stem for image in captioner.validated] == list(COLORS)
 

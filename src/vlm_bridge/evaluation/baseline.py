@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from vlm_bridge.captioning.pipeline import CaptionResult, caption_in_batches
 from vlm_bridge.configuration import DecodeSettings
@@ -83,12 +83,14 @@ class BaselineCaptioner:
             model, loading = getattr(transformers, class_name).from_pretrained(
                 name, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                name, revision=revision, backend="pil"
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+            processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"cannot load the model {name!r}: {_why(error, name)}") from error
+            # transformers adds advice about names on the hub, which misleads for a folder.
+            reason = str(error).strip().split("\n")[0].split(". If you ")[0]
+            advice = "(give a folder made by save_pretrained, or a hub name with network access)"
+            why = hub_problem(error, name) or f"{reason or type(error).__name__} {advice}"
+            raise ModelError(f"cannot load the model {name!r}: {why}") from error
         # Poolers take no part in captioning, and published captioners often lack theirs.
         missing = sorted(key for key in loading["missing_keys"] if ".pooler." not in key)
         if missing:
@@ -98,9 +100,7 @@ class BaselineCaptioner:
             )
         # Without its files, transformers builds BERT's tokenizer of special tokens alone.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise ModelError(
-                f"the tokenizer of {name} knows no words: its files (tokenizer.json) are missing"
-            )
+            raise ModelError(f"the tokenizer of {name} knows no words: tokenizer.json is missing")
         return cls(model.to(target), processor, tokenizer, prompt)
 
     def caption(
@@ -175,13 +175,11 @@ def _captioning_class(name: str, config: dict[str, Any]) -> str:
         raise ModelError(f"{name} names no model: its config.json is missing or has no model_type")
     if model_type == OUR_MODEL_TYPE:
         raise ModelError(f"{name} is a captioner of vlm-bridge: score it with --checkpoint {name}")
-    class_name = MODELS.get(model_type, "")
-    saved_as = (config.get("architectures") or [class_name or f"model of type {model_type}"])[0]
-    if saved_as != class_name:
-        raise ModelError(
-            f"{name} holds a {saved_as}, which is no captioner known here; these classes work: "
-            f"{', '.join(MODELS.values())}"
-        )
+    class_name = MODELS.get(model_type)
+    (saved_as, *_) = config.get("architectures") or [class_name or model_type]
+    if class_name is None or saved_as != class_name:
+        known = ", ".join(MODELS.values())
+        raise ModelError(f"{name} holds a {saved_as}, no known captioner; these work: {known}")
     return class_name
 
 
@@ -191,11 +189,3 @@ def _first_id(places: Sequence[dict[str, Any]], *names: str) -> int:
         if value is not None:
             return value[0] if isinstance(value, list) else value
     raise ModelError(f"the model's configuration has no {' and no '.join(names)}")
-
-
-def _why(error: Exception, name: str) -> str:
-    if problem := hub_problem(error, name):
-        return problem
-    # transformers adds advice about names on the hub, which misleads for a folder.
-    first = str(error).strip().split("\n")[0].split(". If you ")[0] or type(error).__name__
-    return f"{first} (give a folder made by save_pretrained, or a hub name with network access)"

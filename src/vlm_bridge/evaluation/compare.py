@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_bridge.errors import DataError, UsageError
-from vlm_bridge.evaluation.report import METRICS, ReportedRun, write_report
-from vlm_bridge.evaluation.run_folder import (
-    HOW,
-    METRICS_NAME,
-    evaluations_in,
-    model_name,
-    read_metrics,
-    read_run,
-)
+from vlm_bridge.evaluation import run_folder
+from vlm_bridge.evaluation.report import METRICS, write_report
 
 SHOWN_AS_ZERO = 5e-5
 """Reference scores below it have no shares: pycocoevalcap's BLEU is never exactly 0."""
@@ -51,9 +44,9 @@ class Scores:
 class Comparison:
     """Evaluations on the same data, the reference among them, and notes about them."""
 
-    runs: tuple[Scores, ...]
+    runs: Sequence[Scores]
     reference: Scores
-    notes: tuple[str, ...]
+    notes: Sequence[str]
 
     @property
     def metrics(self) -> list[str]:
@@ -69,21 +62,18 @@ class Comparison:
         return own / others
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "reference": self.reference.name,
-            "notes": list(self.notes),
-            "runs": [
-                {
-                    "name": run.name,
-                    "path": str(run.path),
-                    "scores": {name: run.value(name) for name in self.metrics},
-                    "share_of_reference": {name: self.share(run, name) for name in self.metrics},
-                    "decode": run.content.get("decode"),
-                    "num_images": run.content["num_images"],
-                }
-                for run in self.runs
-            ],
-        }
+        runs = [
+            {
+                "name": run.name,
+                "path": str(run.path),
+                "scores": {name: run.value(name) for name in self.metrics},
+                "share_of_reference": {name: self.share(run, name) for name in self.metrics},
+                "decode": run.content.get("decode"),
+                "num_images": run.content["num_images"],
+            }
+            for run in self.runs
+        ]
+        return {"reference": self.reference.name, "notes": list(self.notes), "runs": runs}
 
 
 def compare(
@@ -103,24 +93,31 @@ def compare(
         raise UsageError("comparing takes the scores of two evaluations or more")
     runs = [read_scores(path) for path in paths]
     names = [run.name for run in runs]
-    runs = [
-        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run
-        for run in runs
-    ]
-    named = [
-        run
-        for run, path in zip(runs, paths, strict=True)
-        if reference is None or reference == run.name or Path(reference) in (path, run.path)
-    ]
-    if not named:
-        options = ", ".join(run.name for run in runs)
-        raise UsageError(f"--reference {reference} is none of: {options}")
-    obstacles = [line for run in runs for line in _obstacles(run, named[0])]
+    for index, (name, run) in enumerate(zip(names, runs, strict=True)):
+        if names.count(name) > 1:
+            runs[index] = replace(run, name=f"{name} ({run.path})")
+    chosen = runs[0]
+    if reference is not None:
+        by_name = {run.name: run for run in runs} | {str(run.path): run for run in runs}
+        by_name |= {str(path): run for path, run in zip(paths, runs, strict=True)}
+        if reference not in by_name:
+            options = ", ".join(run.name for run in runs)
+            raise UsageError(f"--reference {reference} is none of: {options}")
+        chosen = by_name[reference]
+    obstacles = [line for run in runs for line in _obstacles(run, chosen)]
     if obstacles and not force:
         raise DataError(
             f"these scores cannot be compared: {obstacles[0]} (--force shows them all the same)"
         )
-    return Comparison(tuple(runs), named[0], (*obstacles, *_notes(runs, named[0])))
+    notes = [line for run in runs for line in _notes(run, chosen)]
+    if any(run.content.get("tokenizer") == "regex" for run in runs):
+        notes.append("tokenized without Java: do not compare these scores with published ones")
+    if any(run.value(metric) is not None for run in runs for metric in PER_TOKEN):
+        notes.append(
+            "perplexity and visual gain are per token of each model's own vocabulary: compare them "
+            "only between models of one tokenizer"
+        )
+    return Comparison(runs, chosen, [*obstacles, *notes])
 
 
 def read_scores(path: Path) -> Scores:
@@ -129,82 +126,66 @@ def read_scores(path: Path) -> Scores:
     Raises:
         DataError: nothing is there, it holds no scores, or a run has several evaluations.
     """
-    found = evaluations_in(path)
+    found = run_folder.evaluations_in(path)
     if not found:
-        raise DataError(f"no scores at {path}: {HOW}")
+        raise DataError(f"no scores at {path}: {run_folder.HOW}")
     if len(found) > 1:
         folders = ", ".join(str(file.parent) for file in found)
         raise DataError(f"{path} has several evaluations: name one of {folders}")
-    content = read_metrics(found[0])
-    return Scores(model_name(content, found[0]), found[0], content)
+    content = run_folder.read_metrics(found[0])
+    return Scores(run_folder.model_name(content, found[0]), found[0], content)
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the report of all runs side by side. Raises OSError as `write_report`."""
-    runs = [_reported(run, comparison) for run in comparison.runs]
-    names = " and ".join(run.name for run in runs)
-    write_report(path, runs, title=f"{names} side by side", notes=comparison.notes)
+    reported = []
+    for run in comparison.runs:
+        in_folder = run.path.name == run_folder.METRICS_NAME
+        shares = {name: comparison.share(run, name) for name in comparison.metrics}
+        known = {name: share for name, share in shares.items() if share is not None}
+        shown = {} if run is comparison.reference else known
+        content = run_folder.read_run(run.path.parent if in_folder else run.path)
+        reported.append(replace(content, name=run.name, shares=shown))
+    title = f"{' and '.join(run.name for run in reported)} side by side"
+    write_report(path, reported, title=title, notes=comparison.notes)
 
 
-def _reported(scores: Scores, comparison: Comparison) -> ReportedRun:
-    path = scores.path
-    run = read_run(path.parent if path.name == METRICS_NAME else path)
-    shares = {name: comparison.share(scores, name) for name in comparison.metrics}
-    known = {name: share for name, share in shares.items() if share is not None}
-    return replace(run, name=scores.name, shares={} if scores is comparison.reference else known)
-
-
-def _obstacles(run: Scores, reference: Scores) -> list[str]:
+def _obstacles(run: Scores, other: Scores) -> list[str]:
     """Return why the scores of two evaluations do not compare."""
-    lines: list[str] = []
-
-    def require_same(what: str, own: object, other: object) -> None:
-        if own is not None and other is not None and own != other:
-            lines.append(f"{run.name} has {what} {own}, {reference.name} has {other}")
-
-    own, other = run.data("references"), reference.data("references")
-    if own is None or own != other:
-        require_same("num_images", run.content["num_images"], reference.content["num_images"])
-        require_same("the split", run.data("split"), reference.data("split"))
-        if not lines and own and other:
-            lines.append(
-                f"{run.name} was scored on {_data_name(run)}, {reference.name} on "
-                f"{_data_name(reference)}, and the images or their reference captions are not the "
-                "same"
-            )
-    tokenizers = run.content.get("tokenizer"), reference.content.get("tokenizer")
-    require_same("scores by the tokenizer", *tokenizers)
-    return lines
+    facts = [("scores by the tokenizer", *(s.content.get("tokenizer") for s in (run, other)))]
+    references = run.data("references"), other.data("references")
+    if None in references or references[0] != references[1]:
+        facts.append(("num_images", run.content["num_images"], other.content["num_images"]))
+        facts.append(("the split", run.data("split"), other.data("split")))
+    lines = [
+        f"{run.name} has {what} {own}, {other.name} has {others}"
+        for what, own, others in facts
+        if None not in (own, others) and own != others
+    ]
+    if lines or None in references or references[0] == references[1]:
+        return lines
+    return [
+        f"{run.name} was scored on {run.data('name')} {run.data('split')}, and the images or "
+        f"reference captions of {other.name} are not the same"
+    ]
 
 
-def _notes(runs: Sequence[Scores], reference: Scores) -> list[str]:
+def _notes(run: Scores, other: Scores) -> list[str]:
     lines = []
-    for run in runs:
-        if run.data("references") is None:
-            lines.append(f"{run.path} does not name its data: evaluate again to be sure")
-        if failures := run.content.get("num_failures"):
-            lines.append(
-                f"{failures} image(s) of {run.name} were not captioned and count as empty captions"
-            )
-        fingerprints = run.data("fingerprint"), reference.data("fingerprint")
-        if all(fingerprints) and len(set(fingerprints)) > 1:
-            lines.append(
-                f"the caption folders of {run.name} and {reference.name} differ, their captions do "
-                "not: images may have been prepared differently"
-            )
-        own, others = run.content.get("decode") or {}, reference.content.get("decode") or {}
-        differing = [key for key in own if others.get(key, own[key]) != own[key]]
-        if settings := ", ".join(f"{key} {own[key]} and {others[key]}" for key in differing):
-            lines.append(f"{run.name} and {reference.name} were decoded differently: {settings}")
-    if any(run.content.get("tokenizer") == "regex" for run in runs):
-        lines.append("tokenized without Java: do not compare these scores with published ones")
-    if any(run.value(metric) is not None for run in runs for metric in PER_TOKEN):
+    if run.data("references") is None:
+        lines.append(f"{run.path} does not name its data: evaluate again to be sure")
+    if failures := run.content.get("num_failures"):
         lines.append(
-            "perplexity and visual gain are per token of each model's own vocabulary: compare them "
-            "only between models of one tokenizer"
+            f"{failures} image(s) of {run.name} were not captioned and count as empty captions"
         )
+    fingerprints = run.data("fingerprint"), other.data("fingerprint")
+    if None not in fingerprints and fingerprints[0] != fingerprints[1]:
+        lines.append(
+            f"the caption folders of {run.name} and {other.name} differ, their captions do not: "
+            "images may have been prepared differently"
+        )
+    own, others = run.content.get("decode") or {}, other.content.get("decode") or {}
+    differing = [key for key in own if others.get(key, own[key]) != own[key]]
+    if settings := ", ".join(f"{key} {own[key]} and {others[key]}" for key in differing):
+        lines.append(f"{run.name} and {other.name} were decoded differently: {settings}")
     return lines
-
-
-def _data_name(scores: Scores) -> str:
-    return f"{scores.data('name') or 'unnamed data'} {scores.data('split') or ''}".strip()

@@ -16,7 +16,6 @@ from vlm_bridge.errors import ImageError
 
 TILE = (288, 216)  # width and height of an image, in pixels
 GAP, FONT_SIZE, LINE_HEIGHT = 16, 13, 17
-LINE_CHARACTERS, MAX_LINES = 42, 7
 BROKEN = "#ced4da"
 
 
@@ -30,9 +29,10 @@ class SheetItem:
     score: float | None = None
 
     def text(self) -> str:
-        texts = [_wrapped(self.caption or "(no caption)"), _wrapped(self.reference)]
-        texts.append("" if self.score is None else f"{self.score:.3f}")
-        return "\n".join(filter(None, texts))
+        lines = []
+        for text in (self.caption or "(no caption)", self.reference):
+            lines += textwrap.wrap(text, 42, max_lines=7, placeholder=" ...")
+        return "\n".join(lines if self.score is None else [*lines, f"{self.score:.3f}"])
 
 
 def contact_sheet(
@@ -40,26 +40,20 @@ def contact_sheet(
 ) -> None:
     """Write a PNG of images in rows of ``columns``, each above its caption, reference and score.
 
-    An image that cannot be read becomes a gray tile.
-
-    Raises:
-        OSError: the file cannot be written.
+    An image that cannot be read becomes a gray tile. Raises OSError if the PNG cannot be written.
     """
     columns = max(1, min(columns, len(items)))
     rows = max(1, -(-len(items) // columns))
     texts = [item.text() for item in items]
     lines = max((text.count("\n") + 1 for text in texts), default=0)
-    width, height, top = TILE[0] + GAP, TILE[1] + lines * LINE_HEIGHT + GAP, 40 if title else GAP
+    width, height, top = TILE[0] + GAP, TILE[1] + lines * LINE_HEIGHT + GAP, 40
     sheet = Image.new("RGB", (columns * width + GAP, top + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, 10), title, "black", _font(title, 16))
     for index, (item, text) in enumerate(zip(items, texts, strict=True)):
         x, y = GAP + index % columns * width, top + index // columns * height
-        if image := thumbnail(item.image, TILE):
-            sheet.paste(ImageOps.pad(image, TILE, color="#f1f3f5"), (x, y))
-        else:
-            sheet.paste(BROKEN, (x, y, x + TILE[0], y + TILE[1]))
-            pen.text((x + 8, y + 8), "cannot be read", "black", _font("", FONT_SIZE))
+        tile = thumbnail(item.image, TILE) or Image.new("RGB", TILE, BROKEN)
+        sheet.paste(ImageOps.pad(tile, TILE, color="#f1f3f5"), (x, y))
         pen.text((x, y + TILE[1] + 4), text, "black", _font(text, FONT_SIZE), spacing=3)
     sheet.save(path, "PNG")
 
@@ -78,8 +72,3 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
-
-
-def _wrapped(text: str) -> str:
-    lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=MAX_LINES, placeholder=" ...")
-    return "\n".join(lines)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
-from vlm_bridge.data_pipeline.samples import ImageFile, TarImage
+from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.files import write_atomically
 
@@ -43,37 +42,32 @@ class Prediction:
         record: dict[str, Any] = {"image": str(path)}
         if isinstance(path, TarImage):
             record["tar"] = {"file": str(path.file), "offset": path.offset, "size": path.size}
-        record |= {
+        return record | {
             "original_id": self.image.original_id,
             "caption": self.caption,
             "log_probability": self.log_probability,
             "references": list(self.image.captions),
             "finished": self.finished,
             "scores": dict(self.scores),
+            **({"error": self.error} if self.error else {}),
         }
-        return record | ({"error": self.error} if self.error else {})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prediction:
         """Read `to_record`; ValueError, KeyError or TypeError where it is damaged."""
-        image = CaptionedImage(_file(record), tuple(record["references"]), record["original_id"])
+        path = Path(record["image"])
+        if place := record.get("tar"):
+            offset, size = place["offset"], place["size"]
+            if not (type(offset) is type(size) is int and offset >= 0 <= size <= MAX_FILE_BYTES):
+                raise ValueError("no place in a tar")
+            member = record["image"].removeprefix(f"{place['file']}/")
+            path = TarImage(Path(place["file"]), offset, size, member)
+        image = CaptionedImage(path, tuple(record["references"]), record["original_id"])
         scores = record["scores"]
         if not image.captions or "CIDEr" not in scores:
             raise ValueError("no references, or no CIDEr")
-        score, error = record["log_probability"], record.get("error")
-        return cls(image, record["caption"], score, error, scores, record.get("finished"))
-
-
-def _file(record: Mapping[str, Any]) -> ImageFile:
-    name = record["image"]
-    if "tar" not in record:
-        return Path(name)
-    file, offset, size = (record["tar"][key] for key in ("file", "offset", "size"))
-    if type(offset) is not int or type(size) is not int:
-        raise TypeError("the place in a tar is no number")
-    if offset < 0 or not 0 <= size <= MAX_FILE_BYTES:
-        raise ValueError("no place in a tar")
-    return TarImage(Path(file), offset, size, name.removeprefix(f"{file}/"))
+        log_probability, error = record["log_probability"], record.get("error")
+        return cls(image, record["caption"], log_probability, error, scores, record.get("finished"))
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -88,11 +82,9 @@ def read_predictions(path: Path) -> list[Prediction]:
     Raises:
         DataError: a line is damaged.
     """
-    if not path.is_file():
-        return []
     predictions = []
     # Captions may hold other ends of lines.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
         try:
             predictions += [Prediction.from_record(json.loads(line))] if line else []
         except (ValueError, KeyError, TypeError, AttributeError) as error:

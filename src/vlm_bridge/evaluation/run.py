@@ -6,176 +6,118 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+import torch
+
+from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
-from vlm_bridge.data_pipeline.samples import ImageFile
+from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
 from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, write_predictions
 from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, by_cider, write_report
 from vlm_bridge.evaluation.run_folder import METRICS_NAME, REPORT_NAME, Curve
 from vlm_bridge.files import write_atomically
-from vlm_bridge.metrics import CaptionScores, score_captions
+from vlm_bridge.metrics import score_captions
+from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.validation import Validation
 from vlm_bridge.version import environment
 
 if TYPE_CHECKING:
-    from vlm_bridge.captioning.pipeline import CaptionResult
-    from vlm_bridge.configuration import DecodeSettings
-    from vlm_bridge.training_strategy.distributed import World
-    from vlm_bridge.training_strategy.validation import Validation
-
-Progress = Callable[[int], None]
-
+    from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
 NOT_MEASURED = "only measured for captioners of vlm-bridge"
 
 
-class EvaluableCaptioner(Protocol):
-    """Contract of a captioner under evaluation, our own or a published one."""
-
-    def caption(
-        self,
-        images: Sequence[ImageFile],
-        *,
-        decode: DecodeSettings,
-        batch_size: int,
-        progress: Progress,
-    ) -> list[CaptionResult]: ...
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a captioner on a set of images, with the settings that they depend on.
+    """Scores of a captioner on a set of images.
 
     Attributes:
-        perplexity: per token of the reference captions; None for published captioners.
-        visual_gain: loss with shuffled images minus loss with the right ones, in nats per token.
-        model: name and identity of the captioner.
-        data: name, fingerprint and split of the images.
+        metrics: content of ``metrics.json``: scores and the settings that they depend on. A
+            skipped metric is None.
     """
 
     predictions: tuple[Prediction, ...]
-    scores: CaptionScores
-    perplexity: float | None
-    visual_gain: float | None
-    decode: DecodeSettings
-    model: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def failures(self) -> list[Prediction]:
-        return [prediction for prediction in self.predictions if prediction.error]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of ``metrics.json``. A skipped metric is null."""
-        images = [prediction.image for prediction in self.predictions]
-        return {
-            **dict.fromkeys(METRICS),
-            **self.scores.corpus,
-            "perplexity": _finite(self.perplexity),
-            "visual_gain": _finite(self.visual_gain),
-            "num_images": len(images),
-            "num_failures": len(self.failures),
-            "decode": self.decode.to_dict(),
-            "tokenizer": self.scores.tokenizer,
-            "skipped": self.scores.skipped,
-            "versions": environment(),
-            "model": dict(self.model),
-            "data": {**self.data, "references": references_digest(images)},
-        }
+    metrics: dict[str, Any]
 
 
 def evaluate_captioner(
-    captioner: EvaluableCaptioner,
+    captioner: Captioner | BaselineCaptioner,
     images: Sequence[CaptionedImage],
     *,
     decode: DecodeSettings,
     validate: Callable[..., Validation] | None = None,
     batch_size: int = 32,
     spice: bool = False,
-    progress: Progress = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     world: World | None = None,
 ) -> Evaluation:
     """Caption every image, score the captions, and measure perplexity and visual gain.
 
-    A failed image counts as an empty caption. Perplexity and visual gain are measured on the
-    others.
+    A failed image counts as an empty caption. Perplexity, per token of the reference captions, and
+    visual gain are measured on the others.
 
     Args:
         validate: a captioner's `validate`; None leaves perplexity and visual gain out.
         progress: called with the number of images captioned so far.
         model: identity of the captioner for the record, with a ``name``.
         data: ``name``, ``fingerprint`` and ``split`` for the record.
-        world: processes that share the work; the first one scores.
+        world: processes that share the work and all get the result; the first one scores.
 
     Raises:
         DataError: there are no images, or none of them can be captioned.
     """
     if not images:
         raise DataError("there are no images to evaluate on")
+    world = world or World(torch.device("cpu"))
     paths = [image.path for image in images]
-    results = (
-        caption_together(captioner, paths, decode, batch_size, world, progress)
-        if world
-        else captioner.caption(paths, decode=decode, batch_size=batch_size, progress=progress)
+    own = captioner.caption(
+        list(chain.from_iterable(world.share(in_batches(paths, batch_size)))),
+        decode=decode,
+        batch_size=batch_size,
+        progress=lambda done: progress(min(done * world.size, len(images))),
     )
+    results = list(chain.from_iterable(world.interleave(in_batches(own, batch_size))))
     readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
     if not readable:
         raise DataError(
             f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
         )
     validation = validate(readable, batch_size=batch_size, world=world) if validate else None
-
-    def scored() -> CaptionScores:
-        # Paths, not original ids, tell images apart: images of several folders may share an id.
-        references = {str(image.path): image.captions for image in images}
-        captions = [result.caption or "" for result in results]
-        return score_captions(
-            references, dict(zip(map(str, paths), captions, strict=True)), spice=spice
+    # Paths, not original ids, tell images apart: images of several folders may share an id.
+    captions = {str(p): r.caption or "" for p, r in zip(paths, results, strict=True)}
+    references = {str(image.path): image.captions for image in images}
+    scores = world.from_first(lambda: score_captions(references, captions, spice=spice))
+    predictions = tuple(
+        Prediction(
+            image, r.caption or "", r.score, r.error, scores.per_image[str(image.path)], r.finished
         )
-
-    scores = world.from_first(scored) if world else scored()
-    if validation is None:
-        scores.skipped.update(dict.fromkeys(("perplexity", "visual_gain"), NOT_MEASURED))
-    return Evaluation(
-        tuple(
-            Prediction(
-                i, r.caption or "", r.score, r.error, scores.per_image[str(i.path)], r.finished
-            )
-            for i, r in zip(images, results, strict=True)
-        ),
-        scores,
-        validation.perplexity if validation else None,
-        validation.visual_gain if validation else None,
-        decode,
-        model or {},
-        data or {},
+        for image, r in zip(images, results, strict=True)
     )
-
-
-def caption_together(
-    captioner: EvaluableCaptioner,
-    images: Sequence[ImageFile],
-    decode: DecodeSettings,
-    batch_size: int,
-    world: World,
-    progress: Progress = lambda done: None,
-) -> list[CaptionResult]:
-    """Split the batches among processes; each gets the captions of a single one, to the bit."""
-    results = captioner.caption(
-        list(chain.from_iterable(world.share(in_batches(images, batch_size)))),
-        decode=decode,
-        batch_size=batch_size,
-        progress=lambda done: progress(min(done * world.size, len(images))),
-    )
-    return list(chain.from_iterable(world.interleave(in_batches(results, batch_size))))
+    skipped = dict.fromkeys(() if validation else ("perplexity", "visual_gain"), NOT_MEASURED)
+    metrics = {
+        **dict.fromkeys(METRICS),
+        **scores.corpus,
+        "perplexity": _finite(validation.perplexity) if validation else None,
+        "visual_gain": _finite(validation.visual_gain) if validation else None,
+        "num_images": len(images),
+        "num_failures": len(images) - len(readable),
+        "decode": decode.to_dict(),
+        "tokenizer": scores.tokenizer,
+        "skipped": scores.skipped | skipped,
+        "versions": environment(),
+        "model": dict(model or {}),
+        "data": {**(data or {}), "references": references_digest(images)},
+    }
+    return Evaluation(predictions, metrics)
 
 
 def write_evaluation(
@@ -192,21 +134,17 @@ def write_evaluation(
         OSError: something cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    metrics, predictions = evaluation.to_json(), evaluation.predictions
+    metrics, predictions = evaluation.metrics, evaluation.predictions
     write_json(folder / METRICS_NAME, metrics)
     write_predictions(folder / PREDICTIONS_NAME, predictions)
     ranked = by_cider(predictions)
     half = min(SHOWN, len(ranked) // 2)
-    chosen = [*ranked[: -1 - min(SHOWN, len(ranked) - half) : -1], *ranked[:half]]
+    chosen = [*ranked[half:][: -1 - SHOWN : -1], *ranked[:half]]
     sheet = [SheetItem(p.image.path, p.caption, p.image.captions[0], p.cider) for p in chosen]
     contact_sheet(sheet, folder / "contact_sheet.png", title=f"{title}: best and worst by CIDEr")
+    name, dataset = metrics["model"].get("name"), metrics["data"].get("name")
     run = ReportedRun(
-        str(evaluation.model.get("name") or "this evaluation"),
-        dataset=str(evaluation.data.get("name") or ""),
-        metrics=metrics,
-        predictions=predictions,
-        curves=curves or {},
-        recipe_yaml=recipe_yaml,
+        name or "this evaluation", dataset or "", metrics, predictions, curves or {}, recipe_yaml
     )
     write_report(folder / REPORT_NAME, [run], title=title)
 
@@ -223,5 +161,5 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, f"{text}\n".encode())
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlm_bridge.errors import CheckpointError, DataError
-from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, read_predictions
+from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, read_predictions
 from vlm_bridge.evaluation.report import ReportedRun
 
 HISTORY_NAME = "history.jsonl"
@@ -68,49 +68,49 @@ def read_run(path: Path) -> ReportedRun:
     Raises:
         DataError: there is nothing to report, or a part is damaged.
     """
+    from vlm_bridge.training_strategy import checkpoint as checkpoints
+
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
     notes: list[str] = []
     root, evaluations = _run_of(path), evaluations_in(path)
-    metrics, predictions = _read_evaluation(evaluations, notes)
-    curves, recipe = read_curves(root / "logs"), _recipe(root, notes)
+    metrics, predictions = {}, []
+    name = root.resolve().name
+    if evaluations:
+        *earlier, file = evaluations
+        metrics = read_metrics(file)
+        name = model_name(metrics, file)
+        # A file that --json wrote may lie beside another evaluation's predictions.
+        if file.name == METRICS_NAME:
+            predictions = read_predictions(file.parent / PREDICTIONS_NAME)
+        if not predictions:
+            notes.append(f"No {PREDICTIONS_NAME}: evaluate with --output-dir to see images.")
+        if earlier:
+            notes.append(f"Scores of {file.parent}, the latest of {len(evaluations)} evaluations.")
+    else:
+        notes.append(NOT_EVALUATED)
+    curves, recipe = read_curves(root / "logs"), None
     if not curves:
         notes.append(f"No training log at {root / 'logs'}: no curves.")
+    if checkpoints.has_checkpoint(root):
+        where = checkpoints.checkpoint_path(root)
+        try:
+            content = checkpoints.load_checkpoint(where)
+            recipe = checkpoints.recipe_of(content, where, to_build=False)
+        except CheckpointError as error:
+            notes.append(f"No recipe: {error}")
+    else:
+        notes.append(f"No checkpoint in {root}: no recipe.")
     if not (metrics or curves or recipe):
         raise DataError(
             f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run "
             "folder"
         )
-    trained_on = Path(recipe.data_dir).name if recipe else ""
-    return ReportedRun(
-        model_name(metrics, evaluations[-1]) if evaluations else root.resolve().name,
-        dataset=str((metrics.get("data") or {}).get("name") or trained_on),
-        metrics=metrics,
-        predictions=predictions,
-        curves=curves,
-        recipe_yaml=recipe.to_yaml() if recipe else "",
-        notes=notes,
-    )
-
-
-def _read_evaluation(
-    evaluations: Sequence[Path], notes: list[str]
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """Read the scores and predictions of the latest evaluation; add notes about gaps."""
-    if not evaluations:
-        notes.append(NOT_EVALUATED)
-        return {}, []
-    *earlier, file = evaluations
-    # A file that --json wrote may lie beside another evaluation's predictions.
-    found = file.name == METRICS_NAME and read_predictions(file.parent / PREDICTIONS_NAME)
-    if not found:
-        notes.append(
-            f"No {PREDICTIONS_NAME} beside {file.name}: evaluate with --output-dir to see images."
-        )
-    if earlier:
-        others = ", ".join(str(other.parent) for other in earlier)
-        notes.append(f"Scores of {file.parent}, the latest evaluation; there are also {others}.")
-    return read_metrics(file), found or []
+    dataset = (metrics.get("data") or {}).get("name")
+    if recipe and not dataset:
+        dataset = Path(recipe.data_dir).name
+    recipe_yaml = recipe.to_yaml() if recipe else ""
+    return ReportedRun(name, dataset or "", metrics, predictions, curves, recipe_yaml, notes=notes)
 
 
 def _run_of(path: Path) -> Path:
@@ -122,21 +122,6 @@ def _run_of(path: Path) -> Path:
 
 def _is_run(folder: Path) -> bool:
     return (folder / "logs").is_dir() or (folder / "checkpoints").is_dir()
-
-
-def _recipe(root: Path, notes: list[str]) -> Any:
-    """Return the recipe of a run's checkpoint, or None with a note."""
-    from vlm_bridge.training_strategy import checkpoint as checkpoints
-
-    if not checkpoints.has_checkpoint(root):
-        notes.append(f"No checkpoint in {root}: no recipe.")
-        return None
-    where = checkpoints.checkpoint_path(root)
-    try:
-        return checkpoints.recipe_of(checkpoints.load_checkpoint(where), where, to_build=False)
-    except CheckpointError as error:
-        notes.append(f"No recipe: {error}")
-        return None
 
 
 def read_curves(log_dir: Path) -> dict[str, Curve]:

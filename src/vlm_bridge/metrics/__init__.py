@@ -41,13 +41,9 @@ class CaptionScores:
     skipped: dict[str, str]
     tokenizer: Literal["ptb", "regex"]
 
-    def notes(self) -> list[str]:
-        """Return one line for each thing that a reader of the scores must know."""
-        return score_notes(self.skipped, self.tokenizer)
-
 
 def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
-    """Return the notes of `CaptionScores.notes` for scores read from a file."""
+    """Return one line for each thing that a reader of the scores must know."""
     reasons: dict[str, list[str]] = {}
     for metric, reason in skipped.items():
         reasons.setdefault(reason, []).append(metric)
