@@ -85,7 +85,8 @@ def test_pip_installs_from_the_lock() -> None:
 def test_the_limits_of_the_security_page_are_the_codes(number: str, module: str, name: str) -> None:
     if module.startswith("demo"):
         pytest.importorskip("gradio")
-    module = importlib.import_module(f"vlm_bridge.{module.replace('/', '.')}")
+    path = module.removesuffix("/__init__").replace("/", ".")
+    module = importlib.import_module(f"vlm_bridge.{path}")
     assert ast.literal_eval(number.replace(",", "")) == getattr(module, name)
 
 
