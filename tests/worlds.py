@@ -1,6 +1,6 @@
-"""Several processes that train together, as a launcher would start them, without its seconds of imports.
+"""Several processes that train together, as a launcher would start them.
 
-They are forked from a server that has imported everything once, and find each other by the environment, as ever.
+They are forked from a server that has imported everything once.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ SECONDS = 240
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process returned, or the error that it ended with, as `Kind: message`."""
+    """A process's answer, or the error that it ended with, as `Kind: message`."""
 
     returned: Any = None
     error: str | None = None
 
 
 def run_world(size: int, work: Callable[..., Any], *arguments: Any) -> list[Outcome]:
-    """Run ``work(*arguments)`` in ``size`` processes of one world; by rank what became of each.
-
-    ``work`` belongs to a module that the processes can import by name: to this one.
-    """
+    """Run a function of this module in ``size`` processes of one world; return outcomes by rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm_bridge.training_strategy.trainer", "accelerate"])
     port = free_port()
@@ -90,23 +87,14 @@ def _member(
 # What the processes do.
 
 
-def train_lines(recipe: Recipe, resume: Path | None = None) -> list[str]:
-    """Train, and return what was logged."""
-    from logs import log_lines
-    from vlm_bridge.training_strategy.trainer import train
-
-    lines = log_lines()
-    train(recipe, resume=resume)
-    return lines if os.environ.get("RANK", "0") == "0" else []
-
-
 def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any]:
-    """Train; return this process's last weights as arrays, and the seeds of its steps' dropout."""
+    """Train; return this process's weights as arrays, the seeds of its dropout and its log."""
     import torch
 
+    from logs import log_lines
     from vlm_bridge.training_strategy import objectives, trainer
 
-    seeds, models = [], []
+    seeds, models, lines = [], [], log_lines()
     batch_loss, prepare_model = objectives.batch_loss, trainer.prepare_model
 
     def watched(*arguments: Any) -> Any:
@@ -120,7 +108,7 @@ def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any
     objectives.batch_loss, trainer.prepare_model = watched, kept
     trainer.train(recipe, resume=resume)
     weights = {name: tensor.numpy() for name, tensor in models[0].trained_state_dict().items()}
-    return {"weights": weights, "seeds": seeds}
+    return {"weights": weights, "seeds": seeds, "lines": lines}
 
 
 def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
@@ -133,7 +121,7 @@ def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
 
 
 def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
-    """Train; in a step of one process something happens: `error`, `kill` (SIGKILL) or `signal` (SIGTERM)."""
+    """Train, until an `error`, a `kill` or a `signal` (SIGTERM) in a step of one process."""
     from vlm_bridge.errors import DataError
     from vlm_bridge.training_strategy.step import TrainStep
     from vlm_bridge.training_strategy.trainer import train
