@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -60,20 +60,6 @@ def append_line(path: Path, line: bytes) -> None:
                 path.unlink(missing_ok=True)
             else:
                 os.truncate(path, size)
-        raise
-
-
-@contextlib.contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; remove the new ones if the block raises OSError."""
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError:
-        with contextlib.suppress(OSError):
-            for place in new:
-                place.rmdir()
         raise
 
 

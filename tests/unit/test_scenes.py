@@ -54,7 +54,7 @@ BLUE_SQUARES = SceneFacts((Kind("blue", "square"),), 3, "small")
     ("text", "facts"),
     [
         ("three small blue squares", BLUE_SQUARES),
-        ("There are 3 small blue squares!", BLUE_SQUARES),
+        ("There are three small blue squares!", BLUE_SQUARES),
         ("  THREE SMALL BLUE SQUARES . ", BLUE_SQUARES),
         ("", None),
         ("A dog.", None),
@@ -127,7 +127,7 @@ FACTS = ("color_shape", "color", "shape", "count", "size", "relation")
         ("A green star above a red circle.", REFERENCE, (False, True, False, True, None, False)),
         ("A green star.", REFERENCE, (False, False, False, False, None, False)),
         ("A dog on grass.", REFERENCE, (False, False, False, False, None, False)),
-        ("There are 3 small blue squares.", "Three small blue squares.", (True,) * 5 + (None,)),
+        ("There are three small blue squares.", "Three small blue squares.", (True,) * 5 + (None,)),
         ("Two large blue squares.", "Three small blue squares.",
          (True, True, True, False, False, None)),
     ],

@@ -20,13 +20,12 @@ def report(
     """Write one HTML file about a run: curves, scores, images, captions, recipe, environment."""
     from vlm_bridge.evaluation.report import write_report
     from vlm_bridge.evaluation.run_folder import REPORT_NAME, read_run
-    from vlm_bridge.files import made_folder
 
     reported = read_run(run)
     path = output or (run if run.is_dir() else run.parent) / REPORT_NAME
     on = f" on {reported.dataset}" if reported.dataset else ""
-    with made_folder(path.parent):
-        write_report(path, [reported], title=f"{reported.name}{on}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_report(path, [reported], title=f"{reported.name}{on}")
     for line in reported.notes:
         note(f"note: {line}")
     print(f"report: {path}")

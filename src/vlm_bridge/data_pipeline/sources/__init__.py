@@ -37,23 +37,22 @@ def find_source(
     Raises:
         DataError: no such folder, or nothing in it tells what it is.
     """
-    folder = input_dir
-    if folder is None:
+    if input_dir is None:
         return ("groundcap", "the hub") if captions_file is None else ("local", "")
-    if folder.is_file():
-        return "conceptual" if folder.suffix.lower() == ".tsv" else "groundcap", folder.name
-    if not folder.is_dir():
-        raise DataError(f"no such folder: {folder} (--input-dir)")
+    if input_dir.is_file():
+        is_list = input_dir.suffix.lower() == ".tsv"
+        return "conceptual" if is_list else "groundcap", input_dir.name
+    if not input_dir.is_dir():
+        raise DataError(f"no such folder: {input_dir} (--input-dir)")
     if captions_file is not None:
         name = captions_file.stem.removeprefix("dataset_")  # as Karpathy's files are called
         return name if name in ("coco", "flickr30k") else "local", captions_file.name
     for name, source in SOURCES.items():
-        if file := source.recognize(folder):
+        if file := source.recognize(input_dir):
             return name, file
     raise DataError(
-        f"cannot tell which dataset {folder} holds: it has no caption file, no text files beside "
-        "images, no parquet file and no shards; name it with --source, and its captions with "
-        "--captions-file"
+        f"cannot tell which dataset {input_dir} holds: no caption file, text files beside images, "
+        "parquet file or shards; name it with --source, and its captions with --captions-file"
     )
 
 

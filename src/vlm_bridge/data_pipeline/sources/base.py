@@ -75,9 +75,7 @@ class Source:
     ) -> Self:
         """Return the source with those of the options that are its fields.
 
-        Raises:
-            UsageError: the source needs an input folder, and none is named.
-            DataError: a named folder or file does not exist.
+        Raises UsageError or DataError if a folder or file is not named or does not exist.
         """
         if input_dir is None and cls.needs_input_dir:
             raise UsageError(f"source {cls.name} needs --input-dir")
@@ -100,11 +98,7 @@ class Source:
         return SplitRule()
 
     def items(self) -> list[SourceItem]:
-        """Read the dataset.
-
-        Raises:
-            DataError: it is malformed, with file and line.
-        """
+        """Read the dataset. Raises DataError, with file and line, where it is malformed."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
@@ -115,8 +109,7 @@ class Source:
 def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
     """Yield the image of each item, None where a parquet file holds none for it.
 
-    Raises:
-        DataError: a parquet file is missing, damaged or changed.
+    Raises DataError if a parquet file is missing or damaged.
     """
     for is_stored, group in groupby(items, key=lambda item: item.stored is not None):
         if is_stored:

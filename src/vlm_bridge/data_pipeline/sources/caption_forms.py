@@ -306,13 +306,6 @@ def _karpathy_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, An
         yield number, {"image": image["filename"], "captions": captions, "split": image["split"]}
 
 
-def find_karpathy_file(folder: Path, dataset: str) -> Path | None:
-    """Return ``dataset_DATASET.json`` in one of the usual places below ``folder``, or None."""
-    places = ("", "annotations", "karpathy", "caption_datasets")
-    candidates = (folder / place / f"dataset_{dataset}.json" for place in places)
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _parquet_records(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
     """Read columns as fields; the bytes of an image column are read later."""
     import pyarrow.types as types

@@ -40,6 +40,12 @@ CaptionFile = tuple[Path, SplitName | None]
 """A caption file, and the split that it decides."""
 
 
+def first_file(folder: Path, *names: str) -> Path | None:
+    """Return the first of the files that is in a folder or in one below it."""
+    places = (path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}"))))
+    return next(filter(Path.is_file, places), None)
+
+
 class ImageFiles:
     """The image files below a folder, except those of caption folders made of the dataset.
 
@@ -138,10 +144,16 @@ class CaptionedFiles(Source):
     """A folder of images with caption files, which a subclass finds."""
 
     is_complete: ClassVar[bool] = False  # few have all images of a published dataset
+    usual_files: ClassVar[tuple[str, ...]] = ()  # by which a folder is recognized
 
     input_dir: Path
     captions_file: Path | None = None
     follow_links: bool = False
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        found = first_file(folder, *cls.usual_files)
+        return found.relative_to(folder).as_posix() if found is not None else None
 
     def caption_files(self) -> list[CaptionFile]:
         """Return the caption files. Raises DataError without one."""

@@ -10,21 +10,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.sources.base import Rejected
-from vlm_bridge.data_pipeline.sources.caption_forms import (
-    RESTVAL,
-    CaptionRecord,
-    find_karpathy_file,
+from vlm_bridge.data_pipeline.sources.caption_forms import RESTVAL, CaptionRecord
+from vlm_bridge.data_pipeline.sources.captioned_files import (
+    CaptionedFiles,
+    CaptionFile,
+    ImageFiles,
+    first_file,
 )
-from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile, ImageFiles
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import DataError
 
 YEARS = (2017, 2014)
 PARTS: tuple[SplitName, ...] = ("train", "val")  # the captions of its test part are not public
+KARPATHY = "dataset_coco.json"
+_FILE = "captions_{}{}.json"
 _IMAGE_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
 
 
@@ -45,38 +49,31 @@ class Coco(CaptionedFiles):
         "captions: CC BY 4.0, the COCO Consortium; photographs: Flickr's terms of use and the "
         "licence that the annotations name for each, many of them non-commercial"
     )
+    usual_files = (KARPATHY, *(_FILE.format(p, y) for y, p in product(YEARS, PARTS)))
 
     year: int | None = None
     restval: bool = True
 
-    @classmethod
-    def recognize(cls, folder: Path) -> str | None:
-        if karpathy := find_karpathy_file(folder, cls.name):
-            return karpathy.name
-        names = (f"annotations/captions_{part}{year}.json" for year in YEARS for part in PARTS)
-        return next((name for name in names if (folder / name).is_file()), None)
-
     def caption_files(self) -> list[CaptionFile]:
         karpathy = self.captions_file
         if karpathy is None and self.year is None:
-            karpathy = find_karpathy_file(self.input_dir, self.name)
+            karpathy = first_file(self.input_dir, KARPATHY)
         if karpathy is not None:
             restval = "in train" if self.restval else "left out"
             self.split_rule = f"Karpathy's splits ({karpathy.name}), restval {restval}"
             return [(karpathy, None)]
-        folder = self.input_dir / "annotations"
-        found: list[CaptionFile]
         for year in YEARS if self.year is None else (self.year,):
             self.split_rule = (
                 f"COCO {year}'s own train and val; test is empty, since COCO keeps the captions "
-                "of its test images (Karpathy's dataset_coco.json has a test split)"
+                f"of its test images (Karpathy's {KARPATHY} has a test split)"
             )
-            found = [(folder / f"captions_{part}{year}.json", part) for part in PARTS]
-            if found := [file for file in found if file[0].is_file()]:
+            files = ((first_file(self.input_dir, _FILE.format(part, year)), part) for part in PARTS)
+            found: list[CaptionFile] = [(path, part) for path, part in files if path is not None]
+            if found:
                 return found
         raise DataError(
-            f"{self.input_dir} is not COCO: it has neither annotations/captions_train"
-            f"{self.year or YEARS[0]}.json nor dataset_coco.json "
+            f"{self.input_dir} is not COCO: it has neither annotations/"
+            f"{_FILE.format('train', self.year or YEARS[0])} nor {KARPATHY} "
             "(vlm-data download coco prints how to get them)"
         )
 

@@ -7,12 +7,10 @@ it has some. Of Flickr8k, the official lists decide the splits where one of them
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem
-from vlm_bridge.data_pipeline.sources.caption_forms import find_karpathy_file
-from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile
+from vlm_bridge.data_pipeline.sources.captioned_files import CaptionedFiles, CaptionFile, first_file
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import DataError
 
@@ -21,27 +19,14 @@ from vlm_bridge.errors import DataError
 class _Flickr(CaptionedFiles):
     """Photographs from Flickr with five human captions each."""
 
-    names: ClassVar[tuple[str, ...]]
-    split_lists: ClassVar = {}
-
-    @classmethod
-    def recognize(cls, folder: Path) -> str | None:
-        """Return the name of the caption file; ``captions.txt`` may be of any images."""
-        found = cls._find_captions(folder)
-        return found.name if found is not None and found.name != "captions.txt" else None
-
-    @classmethod
-    def _find_captions(cls, folder: Path) -> Path | None:
-        # At the folder's top, or beside the images.
-        found = (path for name in cls.names for path in (folder / name, *folder.glob(f"*/{name}")))
-        usual = next((path for path in found if path.is_file()), None)
-        return find_karpathy_file(folder, cls.name) or usual
+    split_lists: ClassVar[dict[str, SplitName]] = {}
 
     def caption_files(self) -> list[CaptionFile]:
-        path = self.captions_file or self._find_captions(self.input_dir)
+        # Kaggle's captions.txt may be of any images: a folder is not recognized by it.
+        names = (*self.usual_files, "captions.txt")
+        path = self.captions_file or first_file(self.input_dir, *names)
         if path is None:
-            names = ", ".join((f"dataset_{self.name}.json", *self.names))
-            raise DataError(f"{self.input_dir} is not {self.name}: it has none of {names}")
+            raise DataError(f"{self.input_dir} is not {self.name}: no {', '.join(names)} in it")
         return [(path, None)]
 
     def items(self) -> list[SourceItem]:
@@ -75,7 +60,7 @@ class Flickr8k(_Flickr):
     name = "flickr8k"
     description = "Flickr8k: photographs of people and dogs, five human captions each"
     licence_note = "Flickr photographs of many owners: research use only, not to be redistributed"
-    names: ClassVar = ("Flickr8k.token.txt", "captions.txt")
+    usual_files = ("dataset_flickr8k.json", "Flickr8k.token.txt")
     split_lists: ClassVar = {
         "Flickr_8k.trainImages.txt": "train",
         "Flickr_8k.devImages.txt": "val",
@@ -93,9 +78,9 @@ class Flickr30k(_Flickr):
         "Flickr photographs of many owners under Flickr's terms of use: for non-commercial "
         "research and education only, not to be redistributed"
     )
-    names = (
+    usual_files = (
+        "dataset_flickr30k.json",
         "flickr_annotations_30k.csv",
         "results_20130124.token",
         "results.csv",
-        "captions.txt",
     )

@@ -23,7 +23,7 @@ from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_spli
 from vlm_bridge.errors import DataError
 
 HUB_NAME = "daniel3303/GroundCap"
-ID, IMAGE, CAPTION, HUMAN = "id", "image", "caption", "human_annotated"
+ID, IMAGE, CAPTION = "id", "image", "caption"
 # IMDb's number of a title, as MovieNet names its films; not the end of another word.
 _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
 
@@ -89,20 +89,12 @@ class GroundCap(Source):
         return list(items.values())
 
     def facts(self) -> dict[str, Any]:
-        """Return rows and bytes of each part, and the fields with their types."""
-        paths = [path for path, _ in self._files]
-        schema, rows = schema_of(paths[0]), Counter[str]()
+        """Return the rows of each part, and the types of the fields."""
+        rows = Counter[str]()
         for path, part in self._files:
             rows[part or "unnamed"] += count_rows(path)
-        marked = paths if HUMAN in schema.names else []
-        marks = (values[HUMAN] for path in marked for *_, values in read_rows(path, [HUMAN]))
-        return {
-            "files": len(paths),
-            "bytes": sum(path.stat().st_size for path in paths),
-            "rows": dict(rows),
-            "human_annotated_rows": sum(map(bool, marks)),
-            "fields": {name: str(schema.field(name).type) for name in schema.names},
-        }
+        fields = {field.name: str(field.type) for field in schema_of(self._files[0][0])}
+        return {"rows": dict(rows), "fields": fields}
 
     @cached_property
     def _files(self) -> list[tuple[Path, SplitName | None]]:

@@ -13,6 +13,7 @@ never show, though they show each of those colors and shapes.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import re
@@ -230,38 +231,23 @@ def _noun(kind: Kind, count: int, size: str | None) -> str:
     return " ".join(filter(None, (article, size, kind.color, kind.shape + plural)))
 
 
-_NOUN = re.compile(
-    r"(?:(?P<count>a|an|the|one|two|three|four|[1-4]) )?"
-    rf"(?:(?P<size>{'|'.join(SIZES)}) )?"
-    rf"(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})(?P<plural>s|es)?"
-)
-_OPENING = re.compile(r"^(?:there (?:is|are) |(?:a |the )?(?:picture|image|photo) of )")
-_RELATION = re.compile(r" (?:is |are )?(above|below|to the (?:left|right) of) ")
-_COUNTS = {word: n for n, name in enumerate(COUNT_WORDS, 1) for word in (name, str(n))}
-
-
 def parse_caption(text: str) -> SceneFacts | None:
-    """Return the facts of a caption, None where it does not follow the grammar.
+    """Return the facts of a caption in any case and punctuation, None outside the grammar."""
+    return _facts_by_words().get(_words(text))
 
-    Case, punctuation, articles, and number words or digits do not matter. A bare plural states no
-    count and is refused.
-    """
-    words = _OPENING.sub("", " ".join(re.findall(r"[a-z0-9]+", text.lower())))
-    parts = _RELATION.split(words)
-    found = [_NOUN.fullmatch(part) for part in parts[::2]]
-    nouns = [noun for noun in found if noun and (noun["count"] or not noun["plural"])]
-    if len(nouns) < len(found) or len(nouns) > 2:
-        return None
-    kinds = tuple(Kind(noun["color"], noun["shape"]) for noun in nouns)
-    counts = [_COUNTS.get(noun["count"], 1) for noun in nouns]
-    if len(nouns) == 1:
-        return SceneFacts(kinds, counts[0], nouns[0]["size"])
-    if counts != [1, 1]:
-        return None
-    if parts[1] in INVERSE:
-        return SceneFacts(kinds, 2, relation=parts[1])
-    relation = next(relation for relation in INVERSE if INVERSE[relation] == parts[1])
-    return SceneFacts(kinds[::-1], 2, relation=relation)
+
+@functools.cache
+def _facts_by_words() -> dict[str, SceneFacts]:
+    kinds = sorted(TRAINING_PAIRS | HELD_OUT_PAIRS)
+    equal = itertools.product(kinds, (1, 2, 3, 4), (None, *SIZES))
+    facts = [SceneFacts((kind,), count, size) for kind, count, size in equal]
+    pairs = itertools.product(itertools.product(kinds, repeat=2), INVERSE)
+    facts += [SceneFacts(pair, 2, relation=relation) for pair, relation in pairs]
+    return {_words(caption): one for one in facts for caption in describe(one)}
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
 def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
@@ -290,10 +276,8 @@ def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
         }
 
     stated = facts_of(guess) if guess is not None else {}
-    return {
-        name: None if value is None else stated.get(name) == value
-        for name, value in facts_of(truth).items()
-    }
+    right = facts_of(truth).items()
+    return {name: None if value is None else stated.get(name) == value for name, value in right}
 
 
 @dataclass
