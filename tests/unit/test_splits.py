@@ -8,22 +8,19 @@ from collections import Counter
 
 import pytest
 
-from vlm_bridge.data_pipeline.splits import (
-    SplitRule,
-    assign_split,
-    check_fractions,
-    nearest_subset,
-    normalise_split,
-)
+from vlm_bridge.data_pipeline.splits import SplitRule, nearest_subset, normalise_split
 from vlm_bridge.errors import DataError, UsageError
 
+BY_HASH = SplitRule("hash", val_fraction=0.2, test_fraction=0.1)
+GROUNDCAP = SplitRule(None, val_fraction=0.05, test_fraction=0.15)
 
-def split_of(image_id: str, seed: int = 0) -> str:
-    return assign_split(image_id, seed=seed, val_fraction=0.2, test_fraction=0.1)
+
+def splits_of(names: list[str], seed: int = 0) -> list[str]:
+    return [*BY_HASH.assign(names, [None] * len(names), seed=seed)]
 
 
 def test_shares_are_close_to_the_fractions() -> None:
-    counts = Counter(split_of(str(index)) for index in range(20_000))
+    counts = Counter(splits_of([str(index) for index in range(20_000)]))
     assert counts["val"] / 20_000 == pytest.approx(0.2, abs=0.01)
     assert counts["test"] / 20_000 == pytest.approx(0.1, abs=0.01)
 
@@ -33,15 +30,15 @@ def test_this_id_stays_in_its_split_for_ever() -> None:
     expected = (
         "train train val train train val train train train val val train test train train train"
     )
-    names = "ijklmnopqrstuvwx"
-    assert " ".join(split_of(name) for name in names) == expected
-    assert " ".join(split_of(name, seed=1) for name in names) != expected
+    names = [*"ijklmnopqrstuvwx"]
+    assert " ".join(splits_of(names)) == expected
+    assert " ".join(splits_of(names, seed=1)) != expected
 
 
 @pytest.mark.parametrize("fractions", [(-0.1, 0), (0, 1), (0.5, 0.5)])
 def test_impossible_fractions(fractions: tuple[float, float]) -> None:
     with pytest.raises(UsageError):
-        check_fractions(*fractions)
+        SplitRule("hash", *fractions)
 
 
 def test_usual_names_of_splits() -> None:
@@ -53,38 +50,23 @@ def test_usual_names_of_splits() -> None:
     ("number", "by", "fraction"),
     [(50, "image", 0.1), (2_000, "image", 0.05), (10_000, "hash", 0.01)],
 )
-def test_shares_for_large_sets_hold_out_enough_of_small_ones(
-    number: int, by: str, fraction: float
-) -> None:
-    rule = SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100).resolve(
-        [None] * number
-    )
+def test_small_sets_hold_out_enough(number: int, by: str, fraction: float) -> None:
+    rule = SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100)
+    rule = rule.resolve([None] * number)
     assert (rule.by, rule.val_fraction, rule.test_fraction) == (by, fraction, fraction)
-
-
-GROUNDCAP = SplitRule(None, val_fraction=0.05, test_fraction=0.15)
-
-
-def ids_of_films(sizes: dict[str, int]) -> tuple[list[str], list[str | None]]:
-    films: list[str | None] = [film for film, size in sizes.items() for _ in range(size)]
-    return [f"{film}_{index}" for index, film in enumerate(films)], films
 
 
 def test_the_published_numbers() -> None:
     assert GROUNDCAP.sizes(52_350) == {"train": 41_880, "val": 2_618, "test": 7_852}
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 19, 20, 500, 9_999])
 @pytest.mark.parametrize("fractions", [(0.05, 0.15), (0.1, 0.1), (1 / 3, 1 / 3), (0, 0.5), (0, 0)])
-def test_sizes_add_up_and_are_as_near_as_whole_images_allow(
-    number: int, fractions: tuple[float, float]
-) -> None:
-    sizes = SplitRule("image", *fractions).sizes(number)
-    assert sum(sizes.values()) == number
-    assert (
-        abs(sizes["val"] - fractions[0] * number) < 1
-        and abs(sizes["test"] - fractions[1] * number) < 1
-    )
+def test_sizes_are_as_near_as_whole_images_allow(fractions: tuple[float, float]) -> None:
+    for number in (0, 1, 2, 3, 7, 19, 20, 500, 9_999):
+        sizes = SplitRule("image", *fractions).sizes(number)
+        assert sum(sizes.values()) == number
+        assert abs(sizes["val"] - fractions[0] * number) < 1
+        assert abs(sizes["test"] - fractions[1] * number) < 1
 
 
 def test_by_image_gives_exact_shares_in_any_order() -> None:
@@ -97,29 +79,26 @@ def test_by_image_gives_exact_shares_in_any_order() -> None:
     assert rule.assign(ids, [None] * 1000, seed=4) != list(splits.values())
 
 
+def ids_of_films(sizes: list[int]) -> tuple[list[str], list[str | None]]:
+    films: list[str | None] = [f"tt{n}" for n, size in enumerate(sizes) for _ in range(size)]
+    return [f"{film}_{index}" for index, film in enumerate(films)], films
+
+
 def test_a_film_never_spans_two_splits_and_counts_come_near() -> None:
-    sizes = {f"tt{film:07d}": 300 + 37 * film % 700 for film in range(77)}
-    ids, films = ids_of_films(sizes)
-    wanted = GROUNDCAP.sizes(len(ids))
+    ids, films = ids_of_films([300 + 37 * film % 700 for film in range(77)])
     chosen = set()
     for seed in range(3):
         splits = GROUNDCAP.assign(ids, films, seed=seed)
-        assert len(set(zip(films, splits, strict=True))) == len(sizes)
-        assert Counter(splits) == wanted, "77 films allow the exact numbers"
-        chosen.add(
-            frozenset(film for film, split in zip(films, splits, strict=True) if split == "test")
-        )
+        assert len(set(zip(films, splits, strict=True))) == 77
+        assert Counter(splits) == GROUNDCAP.sizes(len(ids)), "77 films allow the exact numbers"
+        chosen.add(frozenset(f for f, split in zip(films, splits, strict=True) if split == "test"))
     assert len(chosen) == 3, "the seed decides which films"
 
 
-def test_few_films_still_fill_every_split() -> None:
+def test_few_films_fill_every_split_or_are_refused() -> None:
     for sizes in ([100, 100, 100], [1, 1, 100], [1000, *[1] * 20], [5, 5, 5, 5]):
-        ids, films = ids_of_films({f"tt{index}": size for index, size in enumerate(sizes)})
-        assert set(GROUNDCAP.assign(ids, films, seed=0)) == {"train", "val", "test"}
-
-
-def test_too_few_films_or_ids_without_one_are_refused() -> None:
-    ids, films = ids_of_films({"tt1": 50, "tt2": 50})
+        assert set(GROUNDCAP.assign(*ids_of_films(sizes), seed=0)) == {"train", "val", "test"}
+    ids, films = ids_of_films([50, 50])
     with pytest.raises(DataError, match=r"2 film\(s\) cannot fill 3 splits.*--split-by image"):
         GROUNDCAP.assign(ids, films, seed=0)
     with pytest.raises(DataError, match="'x' names no film"):
@@ -139,12 +118,8 @@ def test_the_nearest_subset_equals_trying_all() -> None:
         sizes = [rng.randint(1, 30) for _ in range(rng.randint(3, 8))]
         target, leave = rng.randint(1, 60), rng.randint(1, 2)
         chosen = nearest_subset(sizes, target, leave=leave)
-        sums = [
-            sum(some)
-            for count in range(1, len(sizes) - leave + 1)
-            for some in itertools.combinations(sizes, count)
-        ]
-        assert 1 <= len(chosen) <= len(sizes) - leave and len(set(chosen)) == len(chosen)
-        assert abs(sum(sizes[k] for k in chosen) - target) == min(
-            abs(total - target) for total in sums
-        )
+        counts = range(1, len(sizes) - leave + 1)
+        sums = [sum(some) for n in counts for some in itertools.combinations(sizes, n)]
+        assert len(chosen) in counts and len(set(chosen)) == len(chosen)
+        distances = [abs(total - target) for total in sums]
+        assert abs(sum(sizes[k] for k in chosen) - target) == min(distances)

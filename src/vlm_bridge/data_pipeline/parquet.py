@@ -1,4 +1,4 @@
-"""Images in parquet files, as Hugging Face datasets store them: read in order, a few at a time.
+"""Rows and images of parquet files, as Hugging Face datasets store them, a few at a time.
 
 An image column is a struct ``{bytes, path}``. A plan of many thousand images names each by file, row
 group and row; the bytes are read when their turn comes.
@@ -7,6 +7,7 @@ group and row; the bytes are read when their turn comes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,34 +19,26 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-PICTURE_ROWS = 16
-"""Rows of pictures held at a time: a few megabytes."""
-
+IMAGE_ROWS = 16  # rows of images held at a time: a few megabytes
 TEXT_ROWS = 4096
-"""Rows of everything else held at a time."""
-
-_READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the pictures of a whole row group at once
+MAX_CHARACTERS = 1_000_000  # of a text; a few bytes of a file may hold a gigabyte
+_READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the images of a whole row group at once
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetPicture:
-    """Where a picture lies: ``row`` counts within its row group."""
+    """Where an image lies: ``row`` counts within its row group."""
 
     file: Path
     row_group: int
     row: int
     column: str = "image"
 
-    @classmethod
-    def read_in_order(cls, pictures: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
-        """As :func:`read_pictures`."""
-        return read_pictures(pictures)
-
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield (row group, row within it, values of ``columns``) for every row of a parquet file, in order.
+    """Yield (row group, row within it, values of ``columns``) for every row, in order.
 
-    A text that is not UTF-8 is None.
+    A text that is not UTF-8 or too long is None.
 
     Raises:
         DataError: pyarrow is not installed, or the file is damaged.
@@ -53,45 +46,37 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, di
     import pyarrow.types as types
 
     # As dictionaries, and a row at a time: a text that the file holds once may stand in every row.
-    is_text = {
+    texts = {
         field.name
         for field in schema_of(path)
         if types.is_string(field.type) or types.is_large_string(field.type)
     }
-    with _opened(path, read_dictionary=[name for name in columns if name in is_text]) as file:
+    with _opened(path, [name for name in columns if name in texts]) as file:
         for row_group in range(file.num_row_groups):
             row = 0
-            for batch in _batches(file, row_group, columns, TEXT_ROWS, path):
+            for batch in _batches(file, row_group, columns, TEXT_ROWS):
                 for values in zip(*batch.columns, strict=True):
-                    yield (
-                        row_group,
-                        row,
-                        dict(zip(batch.schema.names, map(_plain, values), strict=True)),
-                    )
+                    plain = map(_plain, values)
+                    yield row_group, row, dict(zip(batch.schema.names, plain, strict=True))
                     row += 1
 
 
-def read_pictures(pictures: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
-    """Yield the bytes of each picture, None where its row holds none.
+def read_pictures(images: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
+    """Yield the bytes of each image, None where its row holds none.
 
-    ``pictures`` stand in the order of their files; row groups that none of them is in are not read.
+    ``images`` stand in the order of their files; row groups that none of them is in are not read.
 
     Raises:
         DataError: pyarrow is not installed, or a file is missing or damaged.
     """
-    for path, of_file in groupby(pictures, key=lambda picture: picture.file):
+    for path, of_file in groupby(images, key=lambda image: image.file):
         with _opened(path) as file:
-            for (row_group, column), wanted in groupby(
-                of_file, key=lambda p: (p.row_group, p.column)
-            ):
-                rows = _picture_rows(file, row_group, column, path)
-                position, content = -1, None
-                for picture in wanted:
-                    if picture.row <= position:
-                        raise ValueError("pictures must be asked for in the order of their file")
-                    while position < picture.row:
-                        position, content = next(rows, (picture.row, None))
-                    yield content
+            for (group, column), of_group in groupby(of_file, lambda i: (i.row_group, i.column)):
+                batches = _batches(file, group, [f"{column}.bytes"], IMAGE_ROWS)
+                contents = (value for batch in batches for value in batch.column(0).field("bytes"))
+                rows = enumerate(contents)
+                for image in of_group:
+                    yield next((value.as_py() for row, value in rows if row == image.row), None)
 
 
 def schema_of(path: Path) -> pa.Schema:
@@ -106,55 +91,35 @@ def count_rows(path: Path) -> int:
         return file.metadata.num_rows
 
 
-def _picture_rows(
-    file: ParquetFile, row_group: int, column: str, path: Path
-) -> Iterator[tuple[int, bytes | None]]:
-    row = 0
-    for batch in _batches(file, row_group, [f"{column}.bytes"], PICTURE_ROWS, path):
-        for value in batch.column(0).field("bytes"):
-            yield row, value.as_py()
-            row += 1
-
-
 def _plain(value: pa.Scalar) -> Any:
     try:
-        return value.as_py()
-    except UnicodeDecodeError:
+        plain = value.as_py()
+    except (UnicodeDecodeError, MemoryError):
         return None
+    return None if isinstance(plain, str) and len(plain) > MAX_CHARACTERS else plain
 
 
-def _opened(path: Path, *, read_dictionary: Sequence[str] | None = None) -> ParquetFile:
+@contextmanager
+def _opened(path: Path, texts: Sequence[str] = ()) -> Iterator[ParquetFile]:
+    """Open a file; a failure to read it within the block is a DataError."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(
-            path,
-            buffer_size=_READ_AHEAD,
-            pre_buffer=False,
-            read_dictionary=list(read_dictionary or ()),
-        )
+        options = {"buffer_size": _READ_AHEAD, "pre_buffer": False}
+        with ParquetFile(path, read_dictionary=[*texts], **options) as file:
+            yield file
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise _damaged(path, error) from None
+        why = " ".join(str(error).split())
+        raise DataError(f"{path} is damaged or no parquet file ({why}): get it again") from None
 
 
 def _batches(
-    file: ParquetFile, row_group: int, columns: Sequence[str], rows: int, path: Path
+    file: ParquetFile, row_group: int, columns: Sequence[str], rows: int
 ) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-
-    try:
-        # One thread: decoding pictures is what takes time, and the other processes do that.
-        yield from file.iter_batches(
-            rows, row_groups=[row_group], columns=list(columns), use_threads=False
-        )
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} is damaged or no parquet file ({' '.join(str(error).split())}): get it again"
+    # One thread: decoding images is what takes time, and the other processes do that.
+    yield from file.iter_batches(
+        rows, row_groups=[row_group], columns=list(columns), use_threads=False
     )

@@ -14,11 +14,8 @@ from vlm_bridge.errors import DataError, UsageError
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 SplitBy = Literal["hash", "image", "film"]
-
+# A duplicate stays in the first of these: losing a training image costs least.
 DUPLICATE_PRIORITY: tuple[SplitName, ...] = ("test", "val", "train")
-"""A duplicate stays in the first of these: losing a training image costs least."""
-
-_HELD_OUT: tuple[SplitName, ...] = ("test", "val")
 _SYNONYMS: dict[str, SplitName] = {
     "training": "train",
     "valid": "val",
@@ -31,18 +28,6 @@ def normalise_split(name: str) -> SplitName | None:
     """Return our name of a split, such as ``val`` for ``dev``; None for an unknown one."""
     name = name.strip().lower()
     return name if name in SPLITS else _SYNONYMS.get(name)
-
-
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Raise UsageError unless both are in [0, 1) and leave something to train on."""
-    for option, fraction in (("--val-fraction", val_fraction), ("--test-fraction", test_fraction)):
-        if not 0 <= fraction < 1:
-            raise UsageError(f"{option} must be at least 0 and below 1, not {fraction}")
-    if val_fraction + test_fraction >= 1:
-        raise UsageError(
-            "--val-fraction and --test-fraction leave nothing to train on: "
-            "their sum must be below 1"
-        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,12 @@ class SplitRule:
     held_out_at_least: int = 0
 
     def __post_init__(self) -> None:
-        check_fractions(self.val_fraction, self.test_fraction)
+        shares = self.val_fraction, self.test_fraction
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise UsageError(
+                "--val-fraction and --test-fraction must be at least 0 and leave something to "
+                f"train on: {shares[0]} and {shares[1]} do not"
+            )
 
     def resolve(self, films: Sequence[str | None]) -> SplitRule:
         """Return the rule for images of these films (None: the id names no film), fully decided."""
@@ -75,10 +65,8 @@ class SplitRule:
         if films and self.held_out_at_least > len(films) * min(val, test):
             share = round(min(0.1, self.held_out_at_least / len(films)), 4)
             return SplitRule("image", max(val, share), max(test, share))
-        if self.by is not None:
-            return self
-        by = "film" if films and all(film is not None for film in films) else "image"
-        return SplitRule(by, val, test)
+        have_films = len(films) > 0 and None not in films
+        return SplitRule(self.by or ("film" if have_films else "image"), val, test)
 
     def assign(
         self, image_ids: Sequence[str], films: Sequence[str | None], *, seed: int
@@ -92,14 +80,16 @@ class SplitRule:
         if by == "film":
             return self._assign_films(image_ids, films, seed)
         if by == "hash":
-            val, test = self.val_fraction, self.test_fraction
-            return [
-                assign_split(i, seed=seed, val_fraction=val, test_fraction=test) for i in image_ids
-            ]
+            return [self._by_position(_position(image_id, seed)) for image_id in image_ids]
         sizes = self.sizes(len(image_ids))
-        splits: list[SplitName] = [s for s in (*_HELD_OUT, "train") for _ in range(sizes[s])]
+        splits: list[SplitName] = [s for s in DUPLICATE_PRIORITY for _ in range(sizes[s])]
         split_of = dict(zip(_shuffled(image_ids, seed), splits, strict=True))
         return [split_of[image_id] for image_id in image_ids]
+
+    def _by_position(self, position: float) -> SplitName:
+        if position < self.test_fraction:
+            return "test"
+        return "val" if position < self.test_fraction + self.val_fraction else "train"
 
     def sizes(self, num_images: int) -> dict[SplitName, int]:
         """Return the number of images of each split, by the largest-remainder method.
@@ -108,9 +98,9 @@ class SplitRule:
         """
         # Decimals as they were written: in binary, 1 - 0.05 - 0.15 is a little less than 0.8.
         val, test = Fraction(str(self.val_fraction)), Fraction(str(self.test_fraction))
-        share_of: dict[SplitName, Fraction] = {"train": 1 - val - test, "val": val, "test": test}
-        sizes: dict[SplitName, int] = {s: int(share_of[s] * num_images) for s in SPLITS}
-        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - share_of[split] * num_images)
+        exact = dict(zip(SPLITS, ((1 - val - test), val, test), strict=True))
+        sizes: dict[SplitName, int] = {s: int(exact[s] * num_images) for s in SPLITS}
+        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - exact[split] * num_images)
         for split in by_remainder[: num_images - sum(sizes.values())]:
             sizes[split] += 1
         return sizes
@@ -129,13 +119,13 @@ class SplitRule:
         self, image_ids: Sequence[str], films: Sequence[str | None], seed: int
     ) -> list[SplitName]:
         if None in films:
-            image_id = image_ids[films.index(None)]
+            name = image_ids[films.index(None)]
             raise DataError(
-                f"image id {image_id!r} names no film (tt and digits): use --split-by image"
+                f"image id {name!r} names no film (tt and digits): use --split-by image"
             )
         num_images = Counter(film for film in films if film is not None)
         wanted = self.sizes(len(image_ids))
-        to_fill: list[SplitName] = [split for split in _HELD_OUT if wanted[split]]
+        to_fill: list[SplitName] = [split for split in ("test", "val") if wanted[split]]
         if len(num_images) <= len(to_fill) and image_ids:
             raise DataError(
                 f"{len(num_images)} film(s) cannot fill {len(to_fill) + 1} splits, and a film "
@@ -160,8 +150,7 @@ def nearest_subset(sizes: Sequence[int], target: int, *, leave: int) -> list[int
     """
     limit = max(2 * target, *sizes)  # a better sum is below twice the target, or a single size
     reached: dict[int, tuple[int, ...]] = {0: ()}  # each sum by the fewest sizes
-    nearest: tuple[int, int] | None = None  # distance, sum
-    chosen: tuple[int, ...] = ()
+    nearest, chosen = limit + 1, ()
     for index, size in enumerate(sizes):
         for total, before in list(reached.items()):
             new = total + size
@@ -169,24 +158,12 @@ def nearest_subset(sizes: Sequence[int], target: int, *, leave: int) -> list[int
                 continue
             if new not in reached or len(before) + 1 < len(reached[new]):
                 reached[new] = (*before, index)
-        best = min(((abs(total - target), total) for total in reached if total), default=None)
-        if best is not None and (nearest is None or best[0] < nearest[0]):
-            nearest, chosen = best, reached[best[1]]
-        if nearest is not None and nearest[0] == 0:
+        distance, best = min((abs(total - target), total) for total in reached if total)
+        if distance < nearest:
+            nearest, chosen = distance, reached[best]
+        if nearest == 0:
             break
-    if nearest is None:
-        raise ValueError(f"{len(sizes)} sizes cannot be chosen from while {leave} are left")
     return list(chosen)
-
-
-def assign_split(
-    image_id: str, *, seed: int, val_fraction: float, test_fraction: float
-) -> SplitName:
-    """Return the split of an image: a hash of (seed, id), so new images never move the others."""
-    position = _position(image_id, seed)
-    if position < test_fraction:
-        return "test"
-    return "val" if position < test_fraction + val_fraction else "train"
 
 
 def _position(name: str, seed: int) -> float:
