@@ -349,7 +349,7 @@ def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) 
     logged = log_lines()
     assert len(iter_image_paths([tmp_path])) == len(names)
     (line,) = logged
-    assert line.startswith(f"{tmp_path}: skipped 4 files that are no images by their names (2 .txt")
+    assert line.startswith(f"{tmp_path}: skipped 4 files that are no images (2 .txt")
     assert "1 .mov" in line and "1 no suffix" in line
 
 

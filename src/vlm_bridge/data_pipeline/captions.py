@@ -12,10 +12,9 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 CaptionStyle = Literal["sentence", "raw"]
-CAPTION_STYLES: tuple[str, ...] = get_args(CaptionStyle)
 MAX_CAPTION_CHARACTERS = 10_000
 
 _SPACE_BEFORE_CLOSING = re.compile(r"\s+([,.;:!?%)\]])")
@@ -62,26 +61,19 @@ def clean_caption(text: str, style: CaptionStyle) -> str:
     capital first letter and exactly one full stop. Cleaning twice changes nothing more.
     """
     # Repeat: a removal may join an accent to its letter, or two apostrophes to a quotation mark.
-    while (cleaned := _cleaned_once(text, style)) != text:
-        text = cleaned
+    before = None
+    while text != before:
+        before, text = text, _normalize(text)
+        text = _as_sentence(text) if style == "sentence" else text
     return text if any(character.isalnum() for character in text) else ""
-
-
-def _cleaned_once(text: str, style: CaptionStyle) -> str:
-    text = _normalize(text)
-    return _as_sentence(text) if style == "sentence" else text
 
 
 def _normalize(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
-    # Newlines and tabs are control characters too, but they separate words.
-    kept = "".join(c for c in text if c.isspace() or not _is_noise(c))
-    return " ".join(kept.split())
-
-
-def _is_noise(character: str) -> bool:
-    # Joiners and other format characters (Cf) stay: some scripts need them.
-    return unicodedata.category(character) in ("Cc", "Cs") or character in "\ufeff\u200b"
+    # Newlines and tabs are control characters too, but they separate words. Joiners and other
+    # format characters (Cf) stay: some scripts need them.
+    noise = {c for c in set(text) if unicodedata.category(c) in ("Cc", "Cs") or c in "\ufeff\u200b"}
+    return " ".join("".join(c for c in text if c.isspace() or c not in noise).split())
 
 
 def _as_sentence(text: str) -> str:
@@ -101,19 +93,14 @@ def _closed(text: str) -> str:
     """Replace the marks at the end by one full stop, behind a closing quote."""
     # Not a regular expression: on a hostile caption of many marks it would take cubic time.
     body = text.rstrip(_CLOSING_MARKS)
-    if body.endswith('"'):
-        return body[:-1].rstrip(_CLOSING_MARKS) + '".'
-    return body + "."
+    return body[:-1].rstrip(_CLOSING_MARKS) + '".' if body.endswith('"') else body + "."
 
 
 def _drop_stray_quotes(text: str) -> str:
     """Remove double quotes without a partner or around the whole caption; keep others."""
-    if text.count('"') % 2:
-        return text.replace('"', "")
     body = text.rstrip(" .")
-    if text.count('"') == 2 and body.startswith('"') and body.endswith('"'):
-        return text.replace('"', "")
-    return text
+    is_around = text.count('"') == 2 and body.startswith('"') and body.endswith('"')
+    return text.replace('"', "") if is_around or text.count('"') % 2 else text
 
 
 class Tag(NamedTuple):
@@ -129,13 +116,11 @@ def find_tags(caption: str) -> list[Tag]:
     """Return the opening and closing grounding tags of a caption in their order."""
     found: list[Tag] = []
     for text in _TAGS.findall(_decode_entities(caption)):
-        opening = _OPENING.match(text)
-        if opening is None:
+        if (opening := _OPENING.match(text)) is None:
             found.append(Tag("", False, "", []))
             continue
         name = opening["double"] or opening["single"] or opening["bare"] or "(none)"
-        ids = _IDS.findall(text, opening.end())
-        found.append(Tag(opening["kind"].lower(), True, name, ids))
+        found.append(Tag(opening["kind"].lower(), True, name, _IDS.findall(text, opening.end())))
     return found
 
 

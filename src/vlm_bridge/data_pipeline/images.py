@@ -59,16 +59,12 @@ _PARTS = {
 _BYTE_TYPES = (1, 2, 6, 7)  # of TIFF's values
 _VALUE_BYTES = {3: 2, 8: 2} | dict.fromkeys((4, 9, 11, 13), 4)
 _VALUE_BYTES |= dict.fromkeys((5, 10, 12, 16, 17, 18), 8)
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = (
+    *(Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180),
+    *(Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270),
+    *(Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+)
+_UPRIGHT = dict(enumerate(_TURNS, start=2))  # by EXIF's orientation
 
 # MAX_PIXELS is checked anyway, and a file of odd metadata warns a thousand times. Appended, so
 # that filters of the program come first.
@@ -109,10 +105,15 @@ def open_image(path: str | ImageFile) -> Image.Image:
 def decode_image(image: str | ImageFile | bytes) -> DecodedImage:
     """Open an image or a file's bytes; and whether the file can be copied unchanged."""
     with _opened(image) as opened:
-        is_smaller = _shrink_while_read(opened)
+        width, height = opened.size
+        most = LIMITS.max_pixels or width * height
+        # A JPEG beyond the limit is decoded at a half, a quarter or an eighth.
+        factor = next((n for n in (1, 2, 4, 8) if width * height <= most * n**2), 1)
+        if factor > 1:
+            opened.draft(opened.mode, (width // factor, height // factor))
         rgb = upright_rgb(opened)
         is_plain = opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1
-    return DecodedImage(rgb, is_plain and not is_smaller)
+    return DecodedImage(rgb, is_plain and factor == 1)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -177,9 +178,7 @@ def _images(candidates: Iterable[Path], given: str | Path) -> list[Path]:
     others -= Counter(path.suffix.lower() for path in images)
     if others:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
-        logger.info(
-            f"{given}: skipped {others.total():,} files that are no images by their names ({kinds})"
-        )
+        logger.info(f"{given}: skipped {others.total():,} files that are no images ({kinds})")
     return images
 
 
@@ -234,16 +233,13 @@ def _content(image: str | ImageFile | bytes) -> bytes:
 
 def _check_metadata(content: bytes, kind: str) -> None:
     """Raise ValueError for metadata on which Pillow would spend gigabytes or minutes."""
+    parts = sum(map(content.count, _PARTS.get(kind, ())))
     directories = [0] if kind == "TIFF" else []
-    for marker in (b"Exif\0\0", b"MPF\0") if kind == "JPEG" else ():
-        if (place := content.find(marker)) >= 0:
-            directories.append(place + len(marker))
-    is_costly = (
-        sum(map(content.count, _PARTS.get(kind, ()))) > MAX_PARTS
-        or any(_claims_too_much(content, start) for start in directories)
-        or (kind == "GIF" and _image_comes_late(content))
-    )
-    if is_costly:
+    if kind == "JPEG":
+        found = [(content.find(marker), len(marker)) for marker in (b"Exif\0\0", b"MPF\0")]
+        directories = [place + length for place, length in found if place >= 0]
+    is_costly = any(_claims_too_much(content, start) for start in directories)
+    if parts > MAX_PARTS or is_costly or (kind == "GIF" and _image_comes_late(content)):
         raise ValueError("its metadata is too large: no camera writes such a file")
 
 
@@ -295,8 +291,9 @@ def _orientation(image: Image.Image) -> int:
     exif = (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
     if image.format == "TIFF" or exif[:2] not in (b"II", b"MM"):
         return 1
-    values = (value for tag, kind, _, value in _tags(exif, 0) if (tag, kind) == (_ORIENTATION, 3))
-    return next((value for value in values if 1 <= value <= 8), 1)
+    found = (value for tag, kind, _, value in _tags(exif, 0) if (tag, kind) == (0x0112, 3))
+    value = next(found, 1)
+    return value if value in _UPRIGHT else 1
 
 
 def _check_size(opened: Image.Image, content: bytes) -> None:
@@ -317,17 +314,6 @@ def _check_size(opened: Image.Image, content: bytes) -> None:
     scans = content.count(b"\xff\xda") if is_jpeg else 1
     if scans * width * height > max(MAX_SCAN_PIXELS, 10 * LIMITS.max_pixels):
         raise ValueError(f"{width} x {height} in {scans:,} scans would take minutes to decode")
-
-
-def _shrink_while_read(opened: Image.Image) -> bool:
-    """Let a JPEG beyond the limit be decoded at a half, a quarter or an eighth; whether it is."""
-    width, height = opened.size
-    for factor in (1, 2, 4, 8):
-        if LIMITS.max_pixels == 0 or width * height <= LIMITS.max_pixels * factor**2:
-            if factor > 1:
-                opened.draft(opened.mode, (width // factor, height // factor))
-            return factor > 1
-    return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,7 +12,6 @@ import io
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -62,17 +61,11 @@ Progress = Callable[[int, int], None]
 
 JPEG_QUALITY = 95
 MAX_LISTED_NEAR_DUPLICATES = 100
-FEW_IMAGES = 32  # are not worth the start of several processes
+IMAGES_A_PROCESS = 32  # fewer are not worth the start of another one
 
 
 class Planning(TypedDict, total=False):
-    """How a source is split and cleaned; None is the source's own way.
-
-    Attributes:
-        seed: of the split and of the sample.
-        split_by: see `SplitRule`.
-        limit: images a split, sampled by hash of (seed, id).
-    """
+    """Options of a plan; None is the source's own. ``limit`` is a number of images a split."""
 
     seed: int
     split_by: SplitBy | None
@@ -82,25 +75,35 @@ class Planning(TypedDict, total=False):
     limit: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """One image to make: cleaned captions, its split and the name of its file."""
+Hashes = tuple[str, int, str]
+"""Of an image's pixels, its looks (64 bits) and its file."""
 
-    image_id: str
-    captions: tuple[str, ...]
+
+@dataclass(slots=True)
+class _Planned:
+    """One image: cleaned captions, its split, the name of its file, and its hashes once made."""
+
+    captions: list[str]
     split: SplitName
     file_name: str
     item: SourceItem
+    pixels: str = ""
+    looks: int = 0
+    sha256: str = ""
+
+    @property
+    def image_id(self) -> str:
+        return self.item.image_id
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The images to make, what was skipped so far, the rule that splits, and all settings."""
+    """The images to make, what was skipped so far, and how images are split."""
 
     images: list[_Planned]
     skipped: list[Rejected]
     rule: SplitRule
-    settings: dict[str, Any]
+    facts: dict[str, Any]
 
 
 def transform(
@@ -125,38 +128,30 @@ def transform(
         VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
     """
     plan = _plan(source, **planning)
-    settings = plan.settings | {
+    facts = plan.facts
+    facts["settings"] |= {
         "image_size": image_size,
         "near_duplicate_distance": near_duplicate_distance,
     }
-    facts = {
-        "source": source.name,
-        "seed": planning.get("seed", 0),
-        "content": _digest(plan.images),
-    }
     writer = CaptionFolderWriter(Path(output_dir))
-    if finished := _claim(writer, facts | settings):
+    if finished := _claim(writer, facts):
         return finished
-    made, broken = _make_images(source, writer, plan.images, image_size, workers, progress)
-    kept, duplicates = _drop_duplicates(plan.images, made)
+    broken = _make_images(writer, plan.images, image_size, workers, progress)
+    kept, duplicates = _drop_duplicates([p for p in plan.images if p.sha256])
     skipped = [*plan.skipped, *broken, *duplicates]
     if not kept:
         causes = by_cause((item.id, item.reason) for item in skipped)[:NUM_CAUSES]
         why = f": {'; '.join(causes)}" if causes else ""
         raise DataError(f"no usable image in source {source.name}{why}")
-    finds_near = source.finds_near_duplicates
-    facts |= {
-        "split_rule": source.split_rule or plan.rule.describe(),
-        "settings": settings,
-        "duplicates": {
-            "rule": f"equal pixels across splits: kept in the first of {', '.join(DUPLICATE_PRIORITY)}",
-            "set_aside": len(duplicates),
-            "within_a_split": len(kept) - len({made[p.image_id].pixels for p in kept}),
-        },
-        "near_duplicates": _near(kept, made, near_duplicate_distance) if finds_near else None,
-        "rejected": [asdict(item) for item in skipped],
+    facts["duplicates"] = {
+        "rule": f"equal pixels across splits: kept in the first of {', '.join(DUPLICATE_PRIORITY)}",
+        "set_aside": len(duplicates),
+        "within_a_split": len(kept) - len({p.pixels for p in kept}),
     }
-    return _finish(source, writer, kept, made, facts)
+    finds_near = source.finds_near_duplicates
+    facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
+    facts["rejected"] = [asdict(item) for item in skipped]
+    return _finish(source, writer, kept, facts)
 
 
 def preview(
@@ -199,18 +194,23 @@ def _plan(
     taken: set[str] = set()
     for item, split in placed:
         if captions := _clean(item, style, skipped):
-            name = _file_name(item.image_id, taken)
-            images.append(_Planned(item.image_id, captions, split, name, item))
-    if repeated := [name for name, n in Counter(p.image_id for p in images).items() if n > 1]:
-        raise DataError(f"the source names image {repeated[0]} more than once")
-    settings = {
-        "split_by": rule.by,
-        "val_fraction": rule.val_fraction,
-        "test_fraction": rule.test_fraction,
-        "caption_style": style,
-        "limit": limit,
+            images.append(_Planned(captions, split, _file_name(item.image_id, taken), item))
+    # A changed source must not continue an older folder.
+    lines = (json.dumps([p.image_id, p.split, p.captions]) for p in images)
+    facts = {
+        "source": source.name,
+        "seed": seed,
+        "content": f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}",
+        "split_rule": source.split_rule or rule.describe(),
+        "settings": {
+            "split_by": rule.by,
+            "val_fraction": rule.val_fraction,
+            "test_fraction": rule.test_fraction,
+            "caption_style": style,
+            "limit": limit,
+        },
     }
-    return _Plan(images, skipped, rule, settings)
+    return _Plan(images, skipped, rule, facts)
 
 
 def split_rule(
@@ -229,24 +229,23 @@ def _sample(
 ) -> list[tuple[SourceItem, SplitName]]:
     """Return ``limit`` items of each split in their own order, chosen by a hash of (seed, id)."""
 
-    def rank(item: SourceItem) -> bytes:
+    def rank(image_id: str) -> bytes:
         # Apart from the hash that splits: a sample of one split must not depend on the shares.
-        name = f"sample/{seed}/{item.image_id}"
-        return hashlib.blake2b(name.encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"sample/{seed}/{image_id}".encode(), digest_size=16).digest()
 
     chosen: set[str] = set()
     for split in SPLITS:
-        items = [item for item, its in placed if its == split]
-        chosen |= {item.image_id for item in heapq.nsmallest(limit, items, key=rank)}
+        ids = (item.image_id for item, its in placed if its == split)
+        chosen |= {*heapq.nsmallest(limit, ids, key=rank)}
     return [pair for pair in placed if pair[0].image_id in chosen]
 
 
-def _clean(item: SourceItem, style: CaptionStyle, skipped: list[Rejected]) -> tuple[str, ...]:
+def _clean(item: SourceItem, style: CaptionStyle, skipped: list[Rejected]) -> list[str]:
     short = [caption for caption in item.captions if len(caption) <= MAX_CAPTION_CHARACTERS]
     if too_long := len(item.captions) - len(short):
         reason = f"{too_long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters"
         skipped.append(Rejected(item.image_id, reason))
-    captions = tuple(filter(None, (clean_caption(caption, style) for caption in short)))
+    captions = [text for caption in short if (text := clean_caption(caption, style))]
     if empty := len(short) - len(captions):
         skipped.append(Rejected(item.image_id, f"{empty} of {len(short)} captions without words"))
     return captions
@@ -261,85 +260,67 @@ def _file_name(image_id: str, taken: set[str]) -> str:
     return f"{name}.jpg"
 
 
-def _digest(images: Sequence[_Planned]) -> str:
-    """Hash the plan: a changed source must not continue an older folder."""
-    digest = hashlib.sha256()
-    for p in images:
-        digest.update(json.dumps([p.image_id, p.split, p.captions]).encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _claim(writer: CaptionFolderWriter, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _claim(writer: CaptionFolderWriter, facts: dict[str, Any]) -> dict[str, Any] | None:
     """Begin or continue the folder; return its manifest if it is finished.
 
     Raises:
         DataError: the folder holds something else, or was made with other settings.
     """
-    root, settings = writer.root, writer.working_dir / "settings.json"
-    manifest, earlier = None, {}
-    if (root / MANIFEST_NAME).is_file():
-        manifest = read_manifest(root)
-        earlier = manifest | manifest.get("settings", {})
-    elif settings.is_file():
-        earlier = json.loads(settings.read_bytes())
+    root, begun = writer.root, writer.working_dir / "settings.json"
+    earlier = {}
+    is_finished = (root / MANIFEST_NAME).is_file()
+    if is_finished:
+        earlier = read_manifest(root)
+    elif begun.is_file():
+        earlier = json.loads(begun.read_bytes())
     elif root.is_dir() and any(path.name != UNFINISHED_NAME for path in root.iterdir()):
         raise DataError(f"{root} is not empty and no caption folder: choose another --output-dir")
-    changed = [key for key in identity if key in earlier and earlier[key] != identity[key]]
+    before, now = ({**some, **some.get("settings", {})} for some in (earlier, facts))
+    # Another seed or limit changes the content as well: name the cause, not its consequence.
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    causes = [
+        f"{k} was {before[k]}" for k in changed if k in ("source", "seed") or k in now["settings"]
+    ]
     if changed:
-        # Another seed or limit changes the content as well: name the cause, not its consequence.
-        causes = [f"{key} was {earlier[key]}" for key in changed if key != "content"]
-        what = ", ".join(causes) or "the captions or images of the source differ"
         raise DataError(
-            f"{root} was made with other settings ({what}): "
+            f"{root} was made with other settings "
+            f"({', '.join(causes) or 'the captions or images of the source differ'}): "
             "choose another --output-dir or delete that folder"
         )
-    if manifest is None:
+    if not is_finished:
         writer.prepare()
-        write_atomically(settings, json.dumps(identity).encode())
-    return manifest
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """Hashes of an image's pixels, looks (of 64 bits) and file."""
-
-    pixels: str
-    looks: int
-    sha256: str
+        write_atomically(begun, json.dumps(facts).encode())
+    return earlier if is_finished else None
 
 
 def _make_images(
-    source: Source,
     writer: CaptionFolderWriter,
     planned: Sequence[_Planned],
     image_size: int,
     workers: int,
     progress: Progress,
-) -> tuple[dict[str, _Made], list[Rejected]]:
-    """Make every image that is not there yet; return hashes by image id, and broken ones."""
-    made: dict[str, _Made] = {}
+) -> list[Rejected]:
+    """Make every image that is not there yet; return the broken ones."""
     broken: list[Rejected] = []
+    images = iter_pictures(p.item for p in planned)
     tasks = (
         (p.image_id, image, writer.images_dir(p.split) / p.file_name, image_size)
-        for p, image in zip(planned, iter_pictures(p.item for p in planned), strict=True)
+        for p, image in zip(planned, images, strict=True)
     )
-    is_quick = len(planned) < FEW_IMAGES
-    if is_quick and all(p.item.draw for p in planned):
-        workers = 1
-    outcomes = _run(tasks, 0 if workers == 1 else 1 if is_quick else workers)
-    with closing(outcomes):
+    processes = 0 if workers == 1 else min(workers, 1 + len(planned) // IMAGES_A_PROCESS)
+    with closing(_run(tasks, processes)) as outcomes:
         for done, (p, outcome) in enumerate(zip(planned, outcomes, strict=True), start=1):
             if isinstance(outcome, ImageError):
                 broken.append(Rejected(p.image_id, outcome.reason))
             else:
-                made[p.image_id] = outcome
+                p.pixels, p.looks, p.sha256 = outcome
             progress(done, len(planned))
-    return made, broken
+    return broken
 
 
 def _run(
     tasks: Iterator[tuple[str, Picture | None, Path, int]], processes: int
-) -> Generator[_Made | ImageError]:
+) -> Generator[Hashes | ImageError]:
     """Yield the outcomes of tasks in order, from this process (0) or others."""
     with ImageReader(processes) if processes else nullcontext() as reader:
         # Bounded, since a task may hold a file's bytes.
@@ -352,7 +333,7 @@ def _run(
                     yield error
 
 
-def _make_image(image_id: str, image: Picture | None, target: Path, image_size: int) -> _Made:
+def _make_image(image_id: str, image: Picture | None, target: Path, image_size: int) -> Hashes:
     """Decode or draw one image and put it where it belongs, unless it is there."""
     import imagehash
 
@@ -367,7 +348,7 @@ def _make_image(image_id: str, image: Picture | None, target: Path, image_size: 
         unfinished.replace(target)
     pixels = hashlib.sha256(f"{stored.size}".encode() + stored.tobytes()).hexdigest()
     looks = int(str(imagehash.phash(stored)), 16)
-    return _Made(pixels, looks, hashlib.sha256(content).hexdigest())
+    return pixels, looks, hashlib.sha256(content).hexdigest()
 
 
 def _content(image_id: str, image: Picture | None, image_size: int) -> bytes:
@@ -388,18 +369,15 @@ def _content(image_id: str, image: Picture | None, image_size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _drop_duplicates(
-    planned: Sequence[_Planned], made: dict[str, _Made]
-) -> tuple[list[_Planned], list[Rejected]]:
-    """Return the images made, equal ones in one split only, and those that are left out."""
-    usable = [p for p in planned if p.image_id in made]
+def _drop_duplicates(images: Sequence[_Planned]) -> tuple[list[_Planned], list[Rejected]]:
+    """Keep equal images in one split only; return those kept, and the others."""
     home: dict[str, _Planned] = {}
-    for p in sorted(usable, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
-        home.setdefault(made[p.image_id].pixels, p)
+    for p in sorted(images, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
+        home.setdefault(p.pixels, p)
     kept: list[_Planned] = []
     doubles: list[Rejected] = []
-    for p in usable:
-        first = home[made[p.image_id].pixels]
+    for p in images:
+        first = home[p.pixels]
         if first.split == p.split:
             kept.append(p)
         else:
@@ -408,9 +386,9 @@ def _drop_duplicates(
     return kept, doubles
 
 
-def _near(kept: Sequence[_Planned], made: dict[str, _Made], distance: int) -> dict[str, Any]:
+def _near(kept: Sequence[_Planned], distance: int) -> dict[str, Any]:
     """Report pairs of images that look alike; those across splits first, then the most alike."""
-    hashes = np.array([made[p.image_id].looks for p in kept], dtype=np.uint64)
+    hashes = np.array([p.looks for p in kept], dtype=np.uint64)
     splits = np.array([SPLITS.index(p.split) for p in kept])
     num_pairs = num_across = 0
     listed: list[tuple[bool, int, int, int]] = []
@@ -433,18 +411,14 @@ def _near(kept: Sequence[_Planned], made: dict[str, _Made], distance: int) -> di
 
 
 def _finish(
-    source: Source,
-    writer: CaptionFolderWriter,
-    kept: Sequence[_Planned],
-    made: dict[str, _Made],
-    facts: dict[str, Any],
+    source: Source, writer: CaptionFolderWriter, kept: Sequence[_Planned], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the captions and the manifest, and return it."""
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for p in kept:
         lines[p.split] += [caption_line(p.file_name, text, p.image_id) for text in p.captions]
-        digests[p.split][f"{IMAGES_NAME}/{p.file_name}"] = made[p.image_id].sha256
+        digests[p.split][f"{IMAGES_NAME}/{p.file_name}"] = p.sha256
     for split in SPLITS:
         writer.write_captions(split, lines[split])
         for path in writer.images_dir(split).iterdir():
