@@ -17,11 +17,11 @@ import pytest
 from PIL import Image, ImageColor
 from typer.testing import CliRunner, Result
 
+from vlm_bridge.captioning.contact_sheet import BROKEN, SheetItem, contact_sheet
 from vlm_bridge.cli.main import app
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.contact_sheet import BROKEN, SheetItem, contact_sheet
 from vlm_bridge.evaluation.predictions import Prediction, read_predictions, write_predictions
 from vlm_bridge.evaluation.report import PEOPLE, ReportedRun, published_on, write_report
 from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from vlm_bridge.captioning.contact_sheet import TILE, SheetItem, draw_sheet
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
@@ -22,11 +21,12 @@ from vlm_bridge.model_architecture.captioner import image_attention
 __all__ = ["Explanation", "WordAttention", "attention_panels", "explain", "word_overlays"]
 
 UNLIMITED = 2**31  # tokens of an explained caption
-PANEL, MAX_COLUMNS = 208, 6  # pixels of the longer side
+# Five colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
+HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
 EVEN_SCALE = 3.0
 """Least top of the color scale, as a multiple of even attention; even maps then stay pale."""
-NOTE = "Yellow: where the word looked most; below the word, how many times an even spread that is."
+NOTE = "Yellow: where a word looked most, and how many times an even spread that is"
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +137,13 @@ def _overlay(
     shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]
 ) -> Image.Image:
     """Return the gray image under a heat map; areas that the encoder does not see stay gray."""
-    from matplotlib import colormaps
-
     left, top, right, bottom = area
     ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
     heat = Image.fromarray((word.map / ceiling).astype(np.float32))
     heat_hw = np.asarray(heat.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
     heat_hw = heat_hw.clip(0, 1)
-    colors_hwc = colormaps["viridis"](heat_hw)[..., :3] * 255  # safe for color-blind readers
+    stops = np.linspace(0, 1, len(HEAT))
+    colors_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
     opacity_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
     gray = shown.convert("L").convert("RGB")
     covered = (1 - opacity_hw1) * np.asarray(gray.crop(area)) + opacity_hw1 * colors_hwc
@@ -153,28 +152,13 @@ def _overlay(
 
 
 def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Image:
-    """Draw the caption, the image, and a panel with the highest attention of each word.
+    """Draw the image above its caption, and a panel with the highest attention of each word.
 
     Args:
         image: in the size that `explain` was given.
     """
-    from matplotlib.figure import Figure
-
-    shown = ImageOps.contain(image.convert("RGB"), (PANEL, PANEL))
-    panels = [shown, *word_overlays(explanation, image, PANEL)]
-    titles = ["", *(f"{word.word}\n{word.peak:.1f}x" for word in explanation.words)]
-    columns = min(len(panels), MAX_COLUMNS)
-    rows = -(-len(panels) // columns)
-    height = rows * (2.2 * shown.height / PANEL + 0.5) + 0.8
-    figure = Figure(figsize=(max(columns, 3) * 2.3, height), layout="constrained")
-    figure.suptitle(explanation.caption or "(no caption)", wrap=True, parse_math=False)
-    figure.supxlabel(NOTE, fontsize=8, wrap=True)
-    for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.axis("off")
-        if number < len(panels):
-            axes.imshow(panels[number])
-            axes.set_title(titles[number], fontsize=10, parse_math=False)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # characters that the font does not have
-        figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    overlays = word_overlays(explanation, image, max(TILE))
+    panels = [SheetItem(image.convert("RGB"), explanation.caption)]
+    for word, overlay in zip(explanation.words, overlays, strict=True):
+        panels.append(SheetItem(overlay, f"{word.word} {word.peak:.1f}x"))
+    return draw_sheet(panels, columns=5, title=NOTE if len(panels) > 2 else "")

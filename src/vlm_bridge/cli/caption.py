@@ -33,9 +33,7 @@ def caption(
     compile: bool = typer.Option(
         False, "--compile", help="Compile the decoding step, for NVIDIA GPUs and many images."
     ),
-    explain: Path = typer.Option(
-        None, help="Write a PNG per image to this folder: where in it each word looked."
-    ),
+    explain: Path = typer.Option(None, help="Folder for a PNG per image: where words looked."),
     max_pixels: int = typer.Option(
         None, min=0, help="Pixels of an image at most, 0 for no limit. (default: 51,000,000)"
     ),
@@ -65,13 +63,10 @@ def caption(
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     changes = {
         "num_beams": 1 if do_sample and num_beams is None else num_beams,
-        "max_new_tokens": max_new_tokens,
-        "length_penalty": length_penalty,
-        "object_bonus": object_bonus,
-        "do_sample": do_sample or None,
-        "temperature": temperature,
-        "seed": seed,
-    }
+        "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
+        "object_bonus": object_bonus, "do_sample": do_sample or None,
+        "temperature": temperature, "seed": seed,
+    }  # fmt: skip
     decode = captioner.recipe.decode.replace(**{k: v for k, v in changes.items() if v is not None})
     with ImageReader(min(2, len(files))) as reader:
         results = captioner.caption(

@@ -399,8 +399,8 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
     """Write the images of ``items`` with one caption each as one PNG."""
     import tempfile
 
+    from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
     from vlm_bridge.data_pipeline.sources import iter_pictures
-    from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
 
     with tempfile.TemporaryDirectory() as unpacked:
         tiles = []

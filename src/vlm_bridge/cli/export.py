@@ -25,8 +25,6 @@ class Layout(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Dtypes of stored weights; a captioner computes in its recipe's dtype all the same."""
-
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -40,8 +38,7 @@ def export(
     ],
     output_dir: Path = typer.Option(..., help="Where to write; made if need be."),
     format: Layout = typer.Option(
-        Layout.huggingface,
-        help="A Hugging Face folder, or a .pth of the original project's layout.",
+        Layout.huggingface, help="A Hugging Face folder, or the original project's .pth."
     ),
     config: options.Config = None,
     dtype: Dtype = typer.Option(None, help="Of the weights. (default: as the checkpoint does)"),
@@ -61,10 +58,8 @@ def export(
 ) -> None:
     """Write a trained captioner as a Hugging Face folder, or in the original project's layout."""
     original = format is Layout.original
-    if push_to_hub and original:
-        raise UsageError("--push-to-hub uploads a Hugging Face folder: leave --format out")
-    if original and dtype in (Dtype.int8, Dtype.int4):
-        raise UsageError(f"the original project's layout has no {dtype}: use another --dtype")
+    if original and (push_to_hub or dtype in (Dtype.int8, Dtype.int4)):
+        raise UsageError("--push-to-hub, int8 and int4 are for Hugging Face folders: no --format")
     if private and not push_to_hub:
         raise UsageError("--private needs --push-to-hub REPO")
 
@@ -77,9 +72,7 @@ def export(
     quiet_transformers()
     target = output_dir / (checkpoints.BEST_WEIGHTS if original else checkpoints.WEIGHTS_NAME)
     if target.exists() and not overwrite:
-        raise UsageError(
-            f"{target} exists; choose another --output-dir, or replace it with --overwrite"
-        )
+        raise UsageError(f"{target} exists: choose another --output-dir, or give --overwrite")
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
     given = load_recipe(config) if config else None
@@ -118,11 +111,10 @@ def _notes(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:
 
     for name in filter(is_local, [*recipe.vision_encoder.names, recipe.language_model.name]):
         yield f"{name} is a folder of this machine: others must have it in the same place"
-    heads = getattr(recipe.bridge, "num_heads", ORIGINAL_HEADS)
-    if original and heads != ORIGINAL_HEADS:
+    if original and recipe.bridge.num_heads != ORIGINAL_HEADS:
         yield (
             f"the original project builds {ORIGINAL_HEADS} heads: construct its FullModel with "
-            f"bridge_num_heads={heads}"
+            f"bridge_num_heads={recipe.bridge.num_heads}"
         )
     if not original and not facts.license:
         yield "the model card names no license: give --license, or edit README.md"

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from vlm_bridge.captioning.contact_sheet import thumbnail
 from vlm_bridge.evaluation.charts import Line, line_chart
-from vlm_bridge.evaluation.contact_sheet import thumbnail
 from vlm_bridge.evaluation.predictions import Prediction
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import score_notes, simple_tokenize

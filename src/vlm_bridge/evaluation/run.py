@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.contact_sheet import SheetItem, contact_sheet
 from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, write_predictions
 from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, by_cider, write_report
 from vlm_bridge.evaluation.run_folder import METRICS_NAME, REPORT_NAME, Curve

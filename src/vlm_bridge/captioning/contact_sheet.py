@@ -21,9 +21,9 @@ BROKEN = "#ced4da"
 
 @dataclass(frozen=True)
 class SheetItem:
-    """An image file with its caption, and a reference and score to compare the caption with."""
+    """An image with its caption, and a reference and score to compare the caption with."""
 
-    image: ImageFile
+    image: ImageFile | Image.Image
     caption: str
     reference: str = ""
     score: float | None = None
@@ -38,9 +38,14 @@ class SheetItem:
 def contact_sheet(
     items: Sequence[SheetItem], path: Path, *, columns: int = 4, title: str = ""
 ) -> None:
-    """Write a PNG of images in rows of ``columns``, each above its caption, reference and score.
+    """Write a PNG of `draw_sheet`. Raises OSError."""
+    draw_sheet(items, columns=columns, title=title).save(path, "PNG")
 
-    An image that cannot be read becomes a gray tile. Raises OSError if the PNG cannot be written.
+
+def draw_sheet(items: Sequence[SheetItem], *, columns: int, title: str) -> Image.Image:
+    """Draw images in rows of `columns`, each above its caption, reference and score.
+
+    An image that cannot be read becomes a gray tile.
     """
     columns = max(1, min(columns, len(items)))
     rows = max(1, -(-len(items) // columns))
@@ -55,13 +60,14 @@ def contact_sheet(
         tile = thumbnail(item.image, TILE) or Image.new("RGB", TILE, BROKEN)
         sheet.paste(ImageOps.pad(tile, TILE, color="#f1f3f5"), (x, y))
         pen.text((x, y + TILE[1] + 4), text, "black", _font(text, FONT_SIZE), spacing=3)
-    sheet.save(path, "PNG")
+    return sheet
 
 
-def thumbnail(path: ImageFile, size: tuple[int, int]) -> Image.Image | None:
-    """Return the image scaled to fit ``size`` (width, height); None if it cannot be read."""
+def thumbnail(image: ImageFile | Image.Image, size: tuple[int, int]) -> Image.Image | None:
+    """Return the image scaled to fit `size` (width, height); None if it cannot be read."""
     try:
-        return ImageOps.contain(open_image(path), size, Image.Resampling.LANCZOS)
+        opened = image if isinstance(image, Image.Image) else open_image(image)
+        return ImageOps.contain(opened, size, Image.Resampling.LANCZOS)
     except ImageError:
         return None
 
