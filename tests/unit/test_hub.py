@@ -62,19 +62,9 @@ def test_errors_of_other_origin_and_of_folders_are_left_alone(tmp_path: Path) ->
     assert hub_problem(errors.LocalEntryNotFoundError("not cached"), str(tmp_path)) is None
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (refusal(errors.HfHubHTTPError, 401), "/datasets/daniel3303/GroundCap (401)"),
-        (refusal(errors.GatedRepoError, 403), "terms on https://huggingface.co/datasets/"),
-        (errors.LocalEntryNotFoundError("not cached"), "cannot be reached: "),
-    ],
-)
-def test_groundcap_names_the_refusal(
-    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groundcap_names_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise error
+        raise refusal(errors.HfHubHTTPError, 401)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(DataError) as caught:
@@ -82,7 +72,7 @@ def test_groundcap_names_the_refusal(
     line = str(caught.value)
     assert line.startswith("cannot get daniel3303/GroundCap from the Hugging Face hub: ")
     assert line.endswith("or name a folder of its parquet files with --source-path")
-    assert words in line and "save_pretrained" not in line
+    assert "/datasets/daniel3303/GroundCap (401)" in line and "save_pretrained" not in line
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,18 +101,15 @@ def test_the_hub_is_not_asked_for_local_files(
     reach_hub("owner/model")
 
 
-def test_gemma_without_access_names_the_page_and_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemma_without_access_names_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     def gated(*_: Any, **__: Any) -> None:
         raise refusal(errors.GatedRepoError, 401)
 
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", gated)
-    with pytest.raises(ModelError) as caught:
+    page = f"accept its terms on https://huggingface.co/{GEMMA}"
+    message = f"cannot load the language model '{GEMMA}': access is gated: {page}"
+    with pytest.raises(ModelError, match=message):
         build_language_model(LanguageModelConfig(name=GEMMA))
-    line = str(caught.value)
-    assert line.startswith(f"cannot load the language model '{GEMMA}': access is gated")
-    assert f"https://huggingface.co/{GEMMA}" in line
-    assert "export HF_TOKEN=" in line
-    assert "\n" not in line
 
 
 def test_models_offline_have_a_line_of_their_own() -> None:

@@ -226,7 +226,8 @@ def test_a_link_to_a_folder_within_is_another_name(tmp_path: Path) -> None:
 
 def test_a_caption_folder_made_inside_is_not_taken_for_images(images: Path) -> None:
     (images / "captions.tsv").write_text("a.jpg\tA dog.\nb.png\tx\nsub/c.jpg\ty\n")
-    touch(images, "out/.unfinished/x", "out/d.jpg", "made/manifest.json", "made/e.jpg")
+    touch(images, "out/.unfinished/x", "out/d.jpg", "made/train/images/e.jpg")
+    (images / "made" / "manifest.json").write_text('{"format": "vlm-bridge caption folder"}')
     source = LocalFolder(images)
     assert len(source.items()) == 3 and not source.rejected
 

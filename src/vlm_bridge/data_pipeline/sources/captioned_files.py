@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, UNFINISHED_NAME
+from vlm_bridge.data_pipeline.caption_folder import FORMAT, MANIFEST_NAME, UNFINISHED_NAME
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.parquet import ParquetPicture
 from vlm_bridge.data_pipeline.samples import (
@@ -65,8 +65,7 @@ class ImageFiles:
 
     def _scan(self, folder: Path, resolved: Path) -> None:
         real = folder.resolve()
-        is_made = (folder / MANIFEST_NAME).is_file() or (folder / UNFINISHED_NAME).is_dir()
-        if real in self._seen or (is_made and folder != self.root):
+        if real in self._seen or (folder != self.root and _is_caption_folder(folder)):
             return  # a link in a circle, or a caption folder made of the dataset
         self._seen.add(real)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -123,6 +122,12 @@ class ImageFiles:
                 folded = f"/{_folded(spelled)}"
                 by_end[folded.rpartition("/")[2]].append((folded, name))
         return whole, stems
+
+
+def _is_caption_folder(folder: Path) -> bool:
+    manifest = folder / MANIFEST_NAME
+    is_made = manifest.is_file() and FORMAT in manifest.read_text("utf-8", errors="replace")[:1000]
+    return is_made or (folder / UNFINISHED_NAME).is_dir()
 
 
 def _folded(name: str) -> str:

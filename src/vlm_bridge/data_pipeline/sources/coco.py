@@ -67,8 +67,10 @@ class Coco(CaptionedFiles):
                 f"COCO {year}'s own train and val; test is empty, since COCO keeps the captions "
                 f"of its test images (Karpathy's {KARPATHY} has a test split)"
             )
-            files = ((first_file(self.input_dir, _FILE.format(part, year)), part) for part in PARTS)
-            found: list[CaptionFile] = [(path, part) for path, part in files if path is not None]
+            found: list[CaptionFile] = []
+            for part in PARTS:
+                if path := first_file(self.input_dir, _FILE.format(part, year)):
+                    found.append((path, part))
             if found:
                 return found
         raise DataError(
