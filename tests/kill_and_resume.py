@@ -1,11 +1,10 @@
-"""Kill trainings at random moments, also in the middle of writing a checkpoint, and resume them until they are done.
+"""Kill trainings at random moments, also while they write a checkpoint, and resume them.
 
     python tests/kill_and_resume.py --kills 100
 
-Every training that was killed and resumed must end as one that never was: weights, average, optimiser, randomness and
-all else that its checkpoints hold are compared to the bit. Prints a line per kill and exits with 1 at a difference.
-
-This process imports everything and computes nothing; each life of a training is a fork of it.
+Every training must end as one that was never killed: checkpoints are compared to the bit. Prints a
+line per kill and exits with 1 at a difference. This process imports everything and computes
+nothing; each life of a training is a fork of it.
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-import torch
 from pycocoevalcap.bleu import bleu  # noqa: F401  not in every life
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
@@ -35,6 +32,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa:
 from captioners import tiny_recipe
 from drawn_captions import write_drawn_caption_folder
 from faulty_disk import FaultyDisk
+from same import assert_same_checkpoints
 from tiny_models import save_tiny_llama, save_tiny_vit
 from vlm_bridge.cli.quiet import quiet_transformers
 from vlm_bridge.configuration import Recipe, override_recipe
@@ -44,11 +42,10 @@ from vlm_bridge.training_strategy.trainer import train
 
 BIRTH = "--- a new life"
 NUM_WRITES = "num_writes.txt"
-COMPARED = (checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS)
 
 
 def make_recipe(root: Path, name: str) -> Recipe:
-    """Dropout, averaged weights, decoding inside epochs, early stopping, checkpoints by steps, minutes and epochs."""
+    """Dropout, averaged weights, decoding inside epochs, early stopping, checkpoints by steps."""
     recipe = tiny_recipe(
         root / "vit",
         root / "llama",
@@ -83,7 +80,7 @@ def prepare(root: Path) -> None:
 
 
 def live(recipe: Recipe, dies_at_write: int | None = None) -> None:
-    """One life of a training; ``dies_at_write`` counts what is written below its folder of checkpoints."""
+    """Train; die at a write below the folder of checkpoints."""
     folder = Path(recipe.checkpoint_dir)
     logger = logging.getLogger("vlm_bridge")
     logger.setLevel(logging.INFO)
@@ -96,36 +93,11 @@ def live(recipe: Recipe, dies_at_write: int | None = None) -> None:
 
 def compare(root: Path, name: str) -> None:
     """Raise AssertionError where a finished training is not the one that was never killed."""
-    for file in COMPARED:
-        one, other = (
-            checkpoints.load_checkpoint(root / run / "checkpoints" / file)
-            for run in ("whole", name)
-        )
-        for content in (one, other):
-            if "training" in content:
-                content["training"]["running"]["monitor"]["seconds"] = 0.0
-        assert_same(one["weights"], other["weights"], f"{file}: weights")
-        assert_same(one.get("training"), other.get("training"), f"{file}: training")
+    for file in (checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS):
+        assert_same_checkpoints(*(root / run / "checkpoints" / file for run in ("whole", name)))
 
 
-def assert_same(one: Any, other: Any, where: str) -> None:
-    """Bit-equality of nested containers of tensors and plain values."""
-    assert type(one) is type(other), f"{where}: {type(one)} and {type(other)}"
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_same(left, right, f"{where}[{index}]")
-    else:
-        assert one == other, f"{where}: {one} and {other}"
-
-
-def start(work: Callable[..., None], *arguments: Any) -> int:
+def start(work: Callable[..., None], *arguments: object) -> int:
     """Do something in a fork of this process; its id."""
     sys.stdout.flush()
     if child := os.fork():
@@ -139,7 +111,7 @@ def start(work: Callable[..., None], *arguments: Any) -> int:
 
 
 def end_of(child: int) -> bool:
-    """Wait for a fork: True where it was killed. Anything but a good end or a kill ends this program."""
+    """Wait for a fork: True where it was killed. A failure ends this program."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
@@ -149,7 +121,7 @@ def end_of(child: int) -> bool:
 
 
 def where_it_died(recipe: Recipe) -> str:
-    """By what a training said in its last life."""
+    """Return a place by the log of a training's last life."""
     said = (Path(recipe.checkpoint_dir).parent / "log.txt").read_text(encoding="utf-8")
     return "a step or a validation" if "training " in said.rpartition(BIRTH)[2] else "set-up"
 
@@ -159,12 +131,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the moments (clocks differ all the same)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="where to work, empty; default: a temporary one"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="an empty folder (default: a temporary one)")
     options = parser.parse_args()
     root = options.folder or Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     moments = random.Random(options.seed)
