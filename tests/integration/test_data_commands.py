@@ -90,7 +90,10 @@ def test_scenes_need_no_input(run_cli: RunCLI, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["counts"]["train"] == {"images": 4, "captions": 8}
     grid = tmp_path / "new" / "grid.png"
     explored = run_cli("data", "explore-dataset", *TINY_SCENES, "--samples", 3, "--grid", grid)
-    assert explored.returncode == 0 and "images_per_split: {train: 4, val: 2, test: 2}" in explored.stdout
+    assert (
+        explored.returncode == 0
+        and "images_per_split: {train: 4, val: 2, test: 2}" in explored.stdout
+    )
     with Image.open(grid) as picture:
         assert picture.format == "PNG"
 
@@ -203,9 +206,7 @@ def test_a_folder_of_other_tools_is_inspected(
     first = run_here("data", "inspect-loader", "--data-dir", root, "--all")
     assert (first.returncode, len(first.stderr.splitlines())) == (0, 1)  # the progress
     assert first.stdout.startswith(made)
-    assert (
-        "set_aside:" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
-    )
+    assert "set_aside:" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
     explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
     assert explored.returncode == 0 and "{train: 24, val: 8, test: 8}" in explored.stdout
     image = next((root / "val" / "images").iterdir())

@@ -63,10 +63,7 @@ def test_from_parquet_to_the_first_batch(run_here: Run, dataset: Path) -> None:
         2,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "train: {images: 400, captions: 400}"
-        in done.stdout
-    )
+    assert "train: {images: 400, captions: 400}" in done.stdout
     assert "CC-BY-4.0" in done.stdout and "images: 500 of 500" in done.stderr
     caption = CaptionFolder.open("data/groundcap").split("train")[0].captions[0]
     assert "<" not in caption and "&amp;" not in caption

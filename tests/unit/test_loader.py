@@ -6,24 +6,30 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from captioners import random_features, tiny_captioner, tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import (
     IGNORE_INDEX,
     CaptionFormat,
     EpochPlan,
     Row,
-    TokenBudget,
     TokenizedCaption,
     TokenizedImages,
     in_batches,
     prefetch,
     whole_rows,
 )
-from vlm_bridge.errors import DataError
+from vlm_bridge.data_pipeline.samples import CaptionedImage
+from vlm_bridge.errors import ConfigurationError, DataError
+from vlm_bridge.model_architecture.captioner import caption_format
+from vlm_bridge.training_strategy.data import count_steps, epoch_plan
+from vlm_bridge.training_strategy.validation import batch_loss, load_batch
 
 START, EOS = 1, 2
 
@@ -33,42 +39,37 @@ def encode(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
-def encode_all(texts: list[str]) -> list[list[int]]:
-    return [encode(text) for text in texts]
+def make_format(**changes: Any) -> CaptionFormat:
+    options = {"encode_all": lambda texts: [encode(text) for text in texts], "eos_id": EOS}
+    return CaptionFormat(**{**options, "start_id": START, **changes})
 
 
-def caption_format(**changes: object) -> CaptionFormat:
-    return CaptionFormat(**{"encode_all": encode_all, "start_id": START, "eos_id": EOS, **changes})  # type: ignore[arg-type]
-
-
-def tokenized(*captions_of_images: tuple[str, ...], **changes: object) -> TokenizedImages:
-    images = [
+def images_of(*captions_of_images: tuple[str, ...]) -> list[CaptionedImage]:
+    return [
         CaptionedImage(Path(f"{n}.jpg"), captions, str(n))
         for n, captions in enumerate(captions_of_images)
     ]
-    return TokenizedImages(images, caption_format(**changes))
 
 
-def tokenize(caption: str, **changes: object) -> TokenizedCaption:
-    format = caption_format(**changes)
+def tokenized(*captions_of_images: tuple[str, ...], **changes: Any) -> TokenizedImages:
+    return TokenizedImages(images_of(*captions_of_images), make_format(**changes))
+
+
+def tokenize(caption: str, **changes: Any) -> TokenizedCaption:
+    format = make_format(**changes)
     return format.with_targets(format.targets([caption])[0])
 
 
-def test_every_token_and_the_end_are_supervised() -> None:
+def test_every_token_and_the_end_are_supervised_and_the_prompt_is_not() -> None:
     assert tokenize("ab") == ((START, 97, 98), (97, 98, EOS))
     assert tokenize("") == ((START,), (EOS,))
-
-
-def test_the_prompt_is_read_but_not_supervised() -> None:
     caption = tokenize("ab", prompt="P:")
     assert caption.input_ids == (START, *encode("P: ab"))
     assert caption.labels == (IGNORE_INDEX, IGNORE_INDEX, *encode(" ab"), EOS)
-    assert list(caption.input_ids[:3]) == caption_format(prompt="P:").prompt_ids
+    assert list(caption.input_ids[:3]) == make_format(prompt="P:").prompt_ids
 
 
-@pytest.mark.parametrize(
-    ("limit", "labels"), [(1, "a"), (2, "ab"), (3, "abc"), (4, "abc$"), (9, "abc$")]
-)
+@pytest.mark.parametrize(("limit", "labels"), [(1, "a"), (3, "abc"), (4, "abc$"), (9, "abc$")])
 def test_a_cut_caption_has_not_ended(limit: int, labels: str) -> None:
     caption = tokenize("abc", max_caption_tokens=limit)
     assert list(caption.labels) == [EOS if c == "$" else ord(c) for c in labels]
@@ -99,10 +100,7 @@ def test_ends_are_supervised_whatever_the_pad_id_is(eos: int) -> None:
 
 def test_no_images_is_an_error() -> None:
     with pytest.raises(DataError, match="no captioned images"):
-        TokenizedImages([], caption_format())
-
-
-CAPTIONS = (("abcd", "x"), ("ab",), ("a longer one", "", "abc"))
+        tokenized()
 
 
 @pytest.mark.parametrize("prompt", ["", "P:"])
@@ -110,23 +108,25 @@ def test_stored_captions_are_those_tokenized_one_by_one(
     prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlm_bridge.data_pipeline.loader.TOKENIZE_TOGETHER", 4)
+    captions_of_images = (("abcd", "x"), ("ab",), ("a longer one", "", "abc"))
     changes = {"prompt": prompt, "max_caption_tokens": 8}
-    data = tokenized(*CAPTIONS, **changes)
-    expected = [[tokenize(caption, **changes) for caption in captions] for captions in CAPTIONS]
-    found = [
-        [data.caption(i, j) for j in range(len(captions))] for i, captions in enumerate(CAPTIONS)
-    ]
-    assert found == expected
-    lengths = [[len(caption.input_ids) for caption in captions] for captions in expected]
+    data = tokenized(*captions_of_images, **changes)
+    lengths = []
+    for i, captions in enumerate(captions_of_images):
+        expected = [tokenize(caption, **changes) for caption in captions]
+        assert [data.caption(i, j) for j in range(len(captions))] == expected
+        lengths.append([len(caption.input_ids) for caption in expected])
     assert data.caption_lengths.tolist() == [length for some in lengths for length in some]
     assert data.image_lengths.tolist() == [sum(some) for some in lengths]
     assert (len(data), data.num_captions, data.captions_per_image.tolist()) == (3, 6, [2, 1, 3])
 
 
+# The order of an epoch.
+
+
 def assert_once_per_epoch(batches: Sequence[list[Row]], counts: Sequence[int] | np.ndarray) -> None:
-    seen = Counter(
-        (row.image, caption) for rows in batches for row in rows for caption in row.captions
-    )
+    rows = [row for batch in batches for row in batch]
+    seen = Counter((row.image, caption) for row in rows for caption in row.captions)
     assert seen == Counter((image, c) for image, count in enumerate(counts) for c in range(count))
 
 
@@ -145,19 +145,8 @@ COUNTS = np.random.default_rng(5).integers(1, 6, 200)
 LENGTHS = np.random.default_rng(6).integers(4, 40, COUNTS.sum())
 
 
-def make_plan(
-    row_captions: int = 2,
-    *,
-    seed: int = 0,
-    budget: int | None = None,
-) -> EpochPlan:
-    return EpochPlan(
-        COUNTS,
-        row_captions=row_captions,
-        batch_captions=4 * row_captions,
-        seed=seed,
-        budget=TokenBudget(budget, LENGTHS) if budget else None,
-    )
+def make_plan(row_captions: int = 2, *, seed: int = 0, budget: int | None = None) -> EpochPlan:
+    return EpochPlan(COUNTS, row_captions, 4 * row_captions, seed, budget, LENGTHS)
 
 
 def row_lengths(batch: list[Row]) -> list[int]:
@@ -179,22 +168,10 @@ def test_every_caption_comes_once_per_epoch_in_an_order_of_seed_and_epoch(
         for batch in batches:
             lengths = row_lengths(batch)
             assert all(len(row.captions) <= row_captions for row in batch)
-            if budget is None:
-                assert len(batch) <= 4
-            else:
-                assert max(lengths) * len(lengths) <= budget or len(batch) == 1
+            positions = max(lengths) * len(lengths)
+            assert len(batch) == 1 or (len(batch) <= 4 if budget is None else positions <= budget)
     assert plan.batches(0) != plan.batches(1)
-    other = make_plan(row_captions, seed=1, budget=budget)
-    assert plan.batches(0) != other.batches(0)
-
-
-def test_a_budget_changes_which_rows_meet_and_no_row() -> None:
-    rows, expected = (
-        [row for batch in make_plan(budget=budget).batches(1) for row in batch]
-        for budget in (160, None)
-    )
-    assert rows != expected
-    assert sorted(rows) == sorted(expected)
+    assert plan.batches(0) != make_plan(row_captions, seed=1, budget=budget).batches(0)
 
 
 def test_under_a_budget_few_positions_are_pads_and_batches_are_mixed() -> None:
@@ -202,9 +179,11 @@ def test_under_a_budget_few_positions_are_pads_and_batches_are_mixed() -> None:
         lengths = [row_lengths(batch) for batch in batches]
         return 1 - sum(map(sum, lengths)) / sum(max(some) * len(some) for some in lengths)
 
-    batches = make_plan(budget=160).batches(0)
+    batches, others = make_plan(budget=160).batches(0), make_plan().batches(0)
     assert padding_share(batches) < 0.1
-    assert padding_share(make_plan().batches(0)) > 0.25
+    assert padding_share(others) > 0.25
+    rows, other_rows = ([row for batch in some for row in batch] for some in (batches, others))
+    assert rows != other_rows and sorted(rows) == sorted(other_rows)
     longest = [max(row_lengths(batch)) for batch in batches]
     assert longest != sorted(longest, reverse=True)
     halves = np.array_split(longest, 2)
@@ -221,21 +200,71 @@ def test_in_batches_keeps_the_order_and_the_rest() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 20])
-class TestPrefetch:
-    def test_keeps_the_order(self, depth: int) -> None:
-        assert list(prefetch(range(10), lambda n: n * n, depth)) == [n * n for n in range(10)]
-        assert list(prefetch([], lambda n: n, depth)) == []
-
-    def test_passes_errors_on_in_their_place(self, depth: int) -> None:
-        results = prefetch([1, 2, 0, 4], lambda n: 8 // n, depth)
-        assert [next(results), next(results)] == [8, 4]
-        with pytest.raises(ZeroDivisionError):
-            next(results)
-
-    def test_works_no_further_ahead_than_asked(self, depth: int) -> None:
-        begun: list[int] = []
-        results = prefetch(range(50), lambda n: begun.append(n) or n, depth)
+def test_prefetch_keeps_the_order_and_works_no_further_ahead_than_asked(depth: int) -> None:
+    assert list(prefetch(range(10), lambda n: n * n, depth)) == [n * n for n in range(10)]
+    assert list(prefetch([], lambda n: n, depth)) == []
+    results = prefetch([1, 2, 0, 4], lambda n: 8 // n, depth)
+    assert [next(results), next(results)] == [8, 4]
+    with pytest.raises(ZeroDivisionError):
         next(results)
-        results.close()
-        assert len(begun) <= depth + 1
-        assert all("ThreadPoolExecutor" not in thread.name for thread in threading.enumerate())
+    begun: list[int] = []
+    results = prefetch(range(50), lambda n: begun.append(n) or n, depth)
+    next(results)
+    results.close()
+    assert len(begun) <= depth + 1
+    assert all("ThreadPoolExecutor" not in thread.name for thread in threading.enumerate())
+
+
+# Plans of a recipe.
+
+
+@pytest.fixture
+def recipe(tiny_vit_dir: Path, tiny_llama_dir: Path) -> Recipe:
+    return tiny_recipe(tiny_vit_dir, tiny_llama_dir, "deep_prefix", captions_per_image=2)
+
+
+@torch.no_grad()
+def test_a_budget_changes_the_order_and_not_the_loss(recipe: Recipe) -> None:
+    random, words = (
+        np.random.default_rng(3),
+        ["a", "small", "red", "square", "and", "two", "dogs", "near", "the", "pool"],
+    )
+    captions = [
+        tuple(" ".join(random.choice(words, random.integers(1, 12))) for _ in range(count))
+        for count in random.integers(1, 4, 20)
+    ]
+    model: Any = tiny_captioner(recipe)
+    data = TokenizedImages(images_of(*captions), caption_format(model.language_model, recipe))
+    features = random_features(model, len(data))
+    sums, supervised = [], []
+    for override in ("batch_size=8", "tokens_per_batch=60"):
+        plan = epoch_plan(
+            override_recipe(recipe, [override]), data.captions_per_image, data.caption_lengths
+        )
+        packed = [data.pack(rows) for rows in plan.batches(1)]
+        losses = [batch_loss(model, load_batch(b, features, model.device)).total for b in packed]
+        sums.append(sum(losses))
+        supervised.append(sum(batch.num_supervised for batch in packed))
+    assert supervised[0] == supervised[1]
+    torch.testing.assert_close(sums[0], sums[1], atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_steps_are_those_of_every_epoch(recipe: Recipe, accumulation: int) -> None:
+    overrides = [f"gradient_accumulation_steps={accumulation}", "tokens_per_batch=40"]
+    recipe = override_recipe(recipe, [*overrides, "num_epochs=6"])
+    plan = epoch_plan(recipe, COUNTS, LENGTHS)
+    of_epochs = [len(plan.batches(epoch)) for epoch in range(6)]
+    assert len(set(of_epochs)) > 1  # which captions share a row differs from epoch to epoch
+    steps = count_steps(recipe, plan)
+    assert steps == sum(-(-batches // accumulation) for batches in of_epochs)
+    assert count_steps(override_recipe(recipe, ["max_steps=7"]), plan) == 7
+    assert count_steps(override_recipe(recipe, [f"max_steps={steps + 1}"]), plan) == steps
+
+
+def test_under_a_budget_the_batch_size_is_not_read(recipe: Recipe) -> None:
+    with pytest.raises(ConfigurationError, match="not a multiple"):
+        override_recipe(recipe, ["batch_size=7"])
+    assert override_recipe(recipe, ["batch_size=7", "tokens_per_batch=100"]).tokens_per_batch == 100
+    with pytest.raises(ConfigurationError, match="tokens_per_batch"):
+        override_recipe(recipe, ["tokens_per_batch=0"])

@@ -8,20 +8,18 @@
     ROOT/{train,val,test}/images/*.jpg    upright RGB images
 
 An image has one line per caption. The dinov2-gemma project prepares the same layout without a
-manifest: such a folder is read too, and its manifest is made on first use.
+manifest: such a folder is read too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from vlm_bridge import __version__
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, inside, is_inside
@@ -30,8 +28,6 @@ from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text, lines_of, parse_json
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "vlm-bridge caption folder"
 FORMAT_VERSION = 1
@@ -53,14 +49,14 @@ class CaptionFolder:
 
     @classmethod
     def open(cls, root: str | Path) -> CaptionFolder:
-        """Open the caption folder at ``root``; make its manifest where other tools prepared it.
+        """Open the caption folder at ``root``, also one that other tools prepared.
 
         Raises:
             DataError: missing, unfinished, damaged or of another format.
         """
         root = Path(root)
         if is_prepared_elsewhere(root):
-            return cls(root, _current_manifest(root))
+            return cls(root, _facts(root))
         if (root / MANIFEST_NAME).is_file():
             folder = cls(root, read_manifest(root))
             for split in folder.splits:
@@ -110,6 +106,8 @@ class CaptionFolder:
 
     def compute_fingerprint(self) -> str:
         """Read every file and return the fingerprint; another one where a file was changed."""
+        if "format" not in self.manifest:
+            return _state(self.root)
         folders = {split: self.root / split for split in self.splits}
         images = {split: _image_digests(folder) for split, folder in folders.items()}
         return fingerprint({split: _lines(folder) for split, folder in folders.items()}, images)
@@ -265,8 +263,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-# Folders that other tools prepared. The fingerprint depends on content alone, so checkpoints
-# continue on another machine.
+# Folders that other tools prepared.
 
 
 def is_prepared_elsewhere(root: Path) -> bool:
@@ -274,67 +271,35 @@ def is_prepared_elsewhere(root: Path) -> bool:
     has_captions = any((root / split / CAPTIONS_NAME).is_file() for split in SPLITS)
     if not has_captions or (root / UNFINISHED_NAME).is_dir():
         return False
-    is_new = not (root / MANIFEST_NAME).is_file()
-    return is_new or read_manifest(root).get("source") == PREPARED_ELSEWHERE
+    is_bare = not (root / MANIFEST_NAME).is_file()
+    return is_bare or read_manifest(root).get("source") == PREPARED_ELSEWHERE
 
 
-def _current_manifest(root: Path) -> dict[str, Any]:
-    """Return the manifest of a folder that other tools prepared; make it where the folder is new.
+def _facts(root: Path) -> dict[str, Any]:
+    """Return what the manifest of a folder would hold that other tools prepared.
 
     Raises:
         DataError: no line of a split can be used.
     """
-    state, path = _state(root), root / MANIFEST_NAME
-    manifest = read_manifest(root) if path.is_file() else {}
-    if manifest.get("state") != state:
-        why = "has changed since its manifest was made" if manifest else f"has no {MANIFEST_NAME}"
-        manifest = {**_make_manifest(root), "state": state}
-        counts = manifest["counts"].items()
-        sizes = ", ".join(f"{split} {count['images']:,} images" for split, count in counts)
-        try:
-            write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
-            made = f"made {path}"
-        except OSError:
-            made = "it cannot be written, so every start reads all images"
-        logger.info(f"{root} {why}: {made} ({sizes})")
-    if shared := manifest.get("also_in_train"):
-        counts = " and ".join(f"{number:,} {split} images" for split, number in shared.items())
-        logger.info(f"{counts} of {root} are in train too: scores on them are too good")
-    return manifest
-
-
-def _make_manifest(root: Path) -> dict[str, Any]:
+    state = _state(root)
+    if (root / MANIFEST_NAME).is_file():  # earlier versions wrote one
+        manifest = read_manifest(root)
+        if manifest.get("state") == state:
+            return manifest
     counts: dict[str, dict[str, int]] = {}
-    digests: dict[str, dict[str, str]] = {}
     for split in SPLITS:
-        folder = root / split
-        if not (folder / CAPTIONS_NAME).is_file():
-            continue
-        skipped = Skipped(f"{split} captions")
-        images = _read_captions(folder, skipped)
-        if not images and skipped:
+        path, skipped = root / split / CAPTIONS_NAME, Skipped(f"{split} captions")
+        images = _read_captions(path.parent, skipped) if path.is_file() else []
+        if skipped and not images:
             raise DataError(
-                f"none of the {skipped.total:,} lines of {folder / CAPTIONS_NAME} can be used: "
-                f"{skipped.summary()}; captions in another form: `vlm-data transform --source "
-                f"local --input-dir {root} --output-dir NEW_FOLDER`"
+                f"none of the {skipped.total:,} lines of {path} can be used: {skipped.summary()}; "
+                f"captions in another form: `vlm-data transform --source local --input-dir {root} "
+                "--output-dir NEW_FOLDER`"
             )
-        if images:
-            captions = sum(len(image.captions) for image in images)
-            counts[split] = {"images": len(images), "captions": captions}
-            digests[split] = _image_digests(folder)
-    if not counts:
+        counts[split] = {"images": len(images)}
+    if not any(count["images"] for count in counts.values()):
         raise DataError(f"the {CAPTIONS_NAME} files in {root} have no lines: prepare it again")
-    train = set(digests.get("train", {}).values())
-    shared = {s: len(train & set(digests[s].values())) for s in counts if s != "train"}
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "created_with": f"vlm-bridge {__version__}",
-        "source": PREPARED_ELSEWHERE,
-        "counts": counts,
-        "also_in_train": {split: number for split, number in shared.items() if number},
-        "fingerprint": fingerprint({split: _lines(root / split) for split in counts}, digests),
-    }
+    return {"source": PREPARED_ELSEWHERE, "counts": counts, "fingerprint": state}
 
 
 def _state(root: Path) -> str:

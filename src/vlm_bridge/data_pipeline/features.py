@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: computed once per image, memory-mapped afterwards.
+"""Features of a frozen encoder: computed once per image, read from disk afterwards.
 
 ::
 
@@ -19,7 +19,6 @@ import fcntl
 import hashlib
 import logging
 import math
-import mmap
 import os
 import re
 import shutil
@@ -225,21 +224,17 @@ class FeatureCache:
         return self.num_images
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
-        # Announced, records are read side by side, each in one piece, instead of page by page.
-        for index in indices.tolist():
-            start = index * self._stride
-            before = start % mmap.PAGESIZE
-            self._mapped.madvise(mmap.MADV_WILLNEED, start - before, before + self._stride)
-        return self.format.unpack(self._records[indices][:, :-CHECKSUM_BYTES])
+        records = np.empty((len(indices), self._stride), np.uint8)
+        for record, index in zip(records, indices.tolist(), strict=True):
+            os.preadv(self._file.fileno(), [record], index * self._stride)
+        return self.format.unpack(records[:, :-CHECKSUM_BYTES])
 
     @property
     def num_bytes(self) -> int:
         return self.num_images * self._stride
 
-    def map(self) -> None:
-        with self.path.open("rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._records = np.frombuffer(self._mapped, np.uint8).reshape(-1, self._stride)
+    def open(self) -> None:
+        self._file = self.path.open("rb")
 
     def is_sound(self, check_all: bool = False) -> bool:
         """Check the size and one checksum at random, or all of them."""
@@ -317,7 +312,7 @@ def open_cache(
                 cache.was_there = cache.is_sound(check_all)
                 if not cache.was_there:
                     cache.build(pixels, encode, name, batch_images, num_workers)
-        cache.map()
+        cache.open()
     except BaseException as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         is_empty = not (cache.building.is_file() and cache.building.stat().st_size)
@@ -345,13 +340,8 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def as_bytes(count: float) -> str:
-    """Return a number of bytes for people: ``4.9 KiB``."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1000:
-            digits = 0 if unit == "bytes" or count >= 10 else 1
-            return f"{count:.{digits}f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    """Return a number of bytes for people."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def caches_below(root: Path) -> dict[Path, int]:
@@ -364,7 +354,7 @@ def caches_below(root: Path) -> dict[Path, int]:
 def evict(root: Path, max_bytes: int) -> dict[Path, int]:
     """Remove the least recently used caches until the rest fits into ``max_bytes``.
 
-    A process that reads one goes on: its file lives until it is closed.
+    A process may still read one: its file lives until it is closed.
     """
     caches, removed = caches_below(root), {}
     while caches and sum(caches.values()) > max_bytes:

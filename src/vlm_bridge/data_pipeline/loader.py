@@ -200,34 +200,26 @@ def pack_rows(
     return PackedBatch(np.asarray(images), input_ids, labels, segments, num_captions)
 
 
-class TokenBudget(NamedTuple):
-    """At most ``positions`` in a batch of rows of like length, pads included, soft tokens not.
-
-    A single row that is longer is a batch of its own.
-    """
-
-    positions: int
-    caption_lengths: np.ndarray
-
-
 @dataclass(frozen=True)
 class EpochPlan:
     """Rows of each batch: every caption once per epoch, in an order fixed by (seed, epoch).
 
     Attributes:
         row_captions: captions of an image in one row, at most.
-        batch_captions: captions in a batch; not read where there is a ``budget``.
-        budget: fill batches by positions instead.
+        batch_captions: captions in a batch; not read with ``batch_positions``.
+        batch_positions: fill batches with rows of like length, pads included; a single row that
+            is longer is a batch of its own. Needs ``caption_lengths``.
     """
 
     captions_per_image: Sequence[int] | np.ndarray
     row_captions: int
     batch_captions: int
     seed: int
-    budget: TokenBudget | None = None
+    batch_positions: int | None = None
+    caption_lengths: np.ndarray | None = None
 
     def num_batches(self, epoch: int) -> int:
-        if self.budget is not None:
+        if self.batch_positions is not None:
             return len(self.batches(epoch))
         num_rows = sum(-(-int(count) // self.row_captions) for count in self.captions_per_image)
         return -(-num_rows // self._rows_per_batch)
@@ -239,9 +231,9 @@ class EpochPlan:
             order = random.permutation(int(count)).tolist()
             rows += [Row(image, tuple(part)) for part in in_batches(order, self.row_captions)]
         shuffled = [rows[number] for number in random.permutation(len(rows))]
-        if self.budget is None:
+        if self.batch_positions is None or self.caption_lengths is None:
             return in_batches(shuffled, self._rows_per_batch)
-        batches = self._bucketed(shuffled, *self.budget)
+        batches = self._bucketed(shuffled, self.batch_positions, self.caption_lengths.tolist())
         return [batches[index] for index in random.permutation(len(batches))]
 
     @property
@@ -249,11 +241,11 @@ class EpochPlan:
         return max(1, self.batch_captions // self.row_captions)
 
     def _bucketed(
-        self, rows: list[Row], budget: int, caption_lengths: np.ndarray
+        self, rows: list[Row], budget: int, caption_lengths: list[int]
     ) -> list[list[Row]]:
         """Cut rows into batches of like length, each window of them sorted, longest first."""
-        of_caption, first = caption_lengths.tolist(), _starts(self.captions_per_image).tolist()
-        lengths = [sum(of_caption[first[i] + c] for c in captions) for i, captions in rows]
+        first = _starts(self.captions_per_image).tolist()
+        lengths = [sum(caption_lengths[first[i] + c] for c in captions) for i, captions in rows]
         batches = []
         window = WINDOW_BATCHES * max(1, round(budget / (sum(lengths) / len(lengths))))
         for numbers in in_batches(range(len(rows)), window):

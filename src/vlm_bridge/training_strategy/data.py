@@ -15,7 +15,6 @@ from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
     EpochPlan,
     Row,
-    TokenBudget,
     TokenizedImages,
     in_batches,
     prefetch,
@@ -131,16 +130,13 @@ def epoch_plan(
             batch_captions=recipe.batch_size // recipe.scst_samples,
             seed=recipe.seed,
         )
-    budget = None
-    if recipe.tokens_per_batch is not None:
-        assert caption_lengths is not None
-        budget = TokenBudget(recipe.tokens_per_batch, caption_lengths)
     return EpochPlan(
         captions_per_image,
         row_captions=recipe.captions_per_image,
         batch_captions=recipe.batch_size,
-        budget=budget,
         seed=recipe.seed,
+        batch_positions=recipe.tokens_per_batch,
+        caption_lengths=caption_lengths,
     )
 
 
