@@ -50,25 +50,15 @@ def attached_to(model: CaptionModel, image: int):
 
 
 def logits_of(model: CaptionModel, attached: Attached) -> torch.Tensor:
-    """The language model's own forward pass."""
-    return model.language_model.causal_lm(**attached.inputs(IDS), use_cache=False).logits[
-        :, -IDS.shape[1] :
-    ]
+    """Return the logits of the language model's own forward pass."""
+    output = model.language_model.causal_lm(**attached.inputs(IDS), use_cache=False)
+    return output.logits[:, -IDS.shape[1] :]
 
 
 @torch.no_grad()
-def test_the_language_models_own_forward_sees_the_image(model: CaptionModel) -> None:
-    for image in range(2):
-        with attached_to(model, image) as attached:
-            found = logits_of(model, attached)
-        expected = model(IDS, model.image_inputs(random_features(model, 4)[image : image + 1]))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_blocks_nest_and_leave_the_model_as_it_was(model: CaptionModel) -> None:
-    causal_lm = model.language_model.causal_lm
-    bare = causal_lm(IDS, **model.language_model.decoder_options).logits
+def test_the_models_own_forward_sees_the_image_in_blocks_that_nest(model: CaptionModel) -> None:
+    language_model = model.language_model
+    bare = language_model.causal_lm(IDS, **language_model.decoder_options).logits
     with attached_to(model, 0) as outer:
         before = logits_of(model, outer)
         with attached_to(model, 1) as inner:
@@ -77,61 +67,36 @@ def test_blocks_nest_and_leave_the_model_as_it_was(model: CaptionModel) -> None:
         with pytest.raises(RuntimeError, match="of the user's"), attached_to(model, 1):
             raise RuntimeError("of the user's")
         assert torch.equal(logits_of(model, outer), before)
-    assert torch.equal(causal_lm(IDS, **model.language_model.decoder_options).logits, bare)
+    assert torch.equal(language_model.causal_lm(IDS, **language_model.decoder_options).logits, bare)
+    expected = model(IDS, model.image_inputs(random_features(model, 4)[:1]))
+    torch.testing.assert_close(before, expected, atol=1e-5, rtol=1e-5)
 
-
-@torch.no_grad()
-def test_another_language_model_sees_nothing(model: CaptionModel) -> None:
-    if model.language_model.shape.cross_attention_width or model.bridge.num_soft_tokens:
-        pytest.skip("what it reads is an argument")
-    other = tiny_captioner_like(model)
-    bare = other.language_model.causal_lm(IDS).logits
-    with attached_to(model, 0):
-        assert torch.equal(other.language_model.causal_lm(IDS).logits, bare)
-
-
-def tiny_captioner_like(model: CaptionModel) -> CaptionModel:
-    """Another captioner of the same kind, with a language model of its own."""
-    causal_lm = type(model.language_model.causal_lm)(
-        model.language_model.text_config.__class__.from_dict(
-            model.language_model.text_config.to_dict()
-        )
-    ).eval()
-    language_model = LanguageModel(causal_lm, model.language_model.tokenizer)
-    return CaptionModel(
-        model.vision_encoder, language_model, model.bridge, standardize=False
-    ).eval()
-
-
-@torch.no_grad()
-def test_a_copy_of_the_captioner_sees_its_own_image(model: CaptionModel) -> None:
-    with attached_to(model, 0) as attached:
-        expected = logits_of(model, attached)
     copied = copy.deepcopy(model)
     with attached_to(copied, 0) as attached:
-        torch.testing.assert_close(logits_of(copied, attached), expected)
+        torch.testing.assert_close(logits_of(copied, attached), before)
+    if not model.bridge.num_soft_tokens and language_model.shape.cross_attention_width is None:
+        with attached_to(copied, 0):  # which the other language model does not see
+            assert torch.equal(language_model.causal_lm(IDS).logits, bare)
 
 
 @torch.no_grad()
-def test_threads_caption_different_images(model: CaptionModel) -> None:
-    images = range(4)
-    expected = []
-    for image in images:
-        with attached_to(model, image) as attached:
-            expected.append(logits_of(model, attached))
+def test_threads_attach_different_images(model: CaptionModel) -> None:
     # Drawn before the threads start: they share torch's generator.
     inputs = [model.image_inputs(one) for one in random_features(model, 4).split(1)]
-    all_inside = threading.Barrier(len(images), timeout=60)
+    expected = []
+    for image in inputs:
+        with attach(model.language_model, image) as attached:
+            expected.append(logits_of(model, attached))
+    all_inside = threading.Barrier(len(inputs), timeout=60)
 
-    def forward(image: int) -> list[torch.Tensor]:
-        with torch.no_grad(), attach(model.language_model, inputs[image]) as attached:
+    def forward(image: ImageInputs) -> list[torch.Tensor]:
+        with torch.no_grad(), attach(model.language_model, image) as attached:
             all_inside.wait()
             return [logits_of(model, attached) for _ in range(5)]
 
-    with ThreadPoolExecutor(len(images)) as threads:
-        for image, found in enumerate(threads.map(forward, images)):
-            for logits in found:
-                assert torch.equal(logits, expected[image])
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        for found, logits in zip(threads.map(forward, inputs), expected, strict=True):
+            assert all(torch.equal(one, logits) for one in found)
 
 
 def test_threads_generate_captions_of_different_images(model: CaptionModel) -> None:
@@ -143,11 +108,10 @@ def test_threads_generate_captions_of_different_images(model: CaptionModel) -> N
 
 
 def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.Tensor]:
-    """Gradients of the bridge; back-propagated after the block, on CUDA in another thread."""
+    """Return the bridge's gradients, back-propagated after the block, as CUDA in a thread."""
     model.zero_grad(set_to_none=True)
-    loss = model.caption_loss(
-        IDS, IDS, SEGMENTS, model.image_inputs(random_features(model, 1))
-    ).total
+    image = model.image_inputs(random_features(model, 1))
+    loss = model.caption_loss(IDS, IDS, SEGMENTS, image).total
     if in_a_thread:
         thread = threading.Thread(target=loss.backward)
         thread.start()
@@ -157,18 +121,18 @@ def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.T
     return [p.grad for p in model.bridge.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("in_a_thread", [False, True])
-def test_checkpointing_changes_no_gradient(model: CaptionModel, in_a_thread: bool) -> None:
+def test_checkpointing_changes_no_gradient(model: CaptionModel) -> None:
     expected = gradients(model)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
     runs: list[object] = []
     part = next(model.language_model.layers()[-1].children())
     part.register_forward_pre_hook(lambda layer, _: runs.append(layer))
     model.language_model.checkpoint_activations()
-    found = gradients(model, in_a_thread=in_a_thread)
-    assert len(runs) == 2, "the last layer was not computed again"
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    for in_a_thread in (False, True):
+        runs.clear()
+        found = gradients(model, in_a_thread=in_a_thread)
+        assert len(runs) == 2, "the last layer was not computed again"
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 # Key-value prefixes.
@@ -179,64 +143,54 @@ def load(folder: Path, attention: str = "eager") -> LanguageModel:
     return build_language_model(LanguageModelConfig.build(options))
 
 
-def random_prefix(
-    model: LanguageModel, batch: int, first_layer: int = 0, length: int = 3
-) -> KeyValuePrefix:
+def random_prefix(model: LanguageModel, batch: int, first_layer: int = 0) -> KeyValuePrefix:
     shape = model.shape
     layers = shape.num_layers - first_layer
-    states = torch.randn(batch, layers, 2, shape.num_key_value_heads, length, shape.head_dim)
+    states = torch.randn(batch, layers, 2, shape.num_key_value_heads, 3, shape.head_dim)
     return KeyValuePrefix(states, first_layer)
 
 
-@pytest.fixture(params=LANGUAGE_MODELS)
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}_dir")
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_without_a_prefix_nothing_changes(folder: Path, attention: str) -> None:
-    if attention == "sdpa" and "gemma2" in folder.name:
-        pytest.skip("transformers has no sdpa for soft-capped attention")
-    model = load(folder, attention)
+@pytest.mark.parametrize(
+    ("language_model", "attention"),
+    [(name, "eager") for name in LANGUAGE_MODELS] + [("llama", "sdpa"), ("gpt2", "sdpa")],
+)
+def test_a_prefix_is_read_from_its_first_layer_on_and_without_one_nothing_changes(
+    language_model: str, attention: str, request: pytest.FixtureRequest
+) -> None:
+    model = load(request.getfixturevalue(f"tiny_{language_model}_dir"), attention)
     ids = torch.randint(3, 300, (2, 9))
-    segments = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3])
-    mask = model.packed_mask(segments, 0)
+    mask = model.packed_mask(torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 3]), 0)
     plain, packed = model.hidden_states(ids), model.hidden_states(ids, attention_mask=mask)
     model.accept_prefix()
     torch.testing.assert_close(model.hidden_states(ids), plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        model.hidden_states(ids, attention_mask=mask), packed, atol=1e-5, rtol=1e-5
-    )
+    again = model.hidden_states(ids, attention_mask=mask)
+    torch.testing.assert_close(again, packed, atol=1e-5, rtol=1e-5)
 
-
-@torch.no_grad()
-def test_eager_and_sdpa_agree(tiny_llama_dir: Path) -> None:
-    prefix = None
     states = []
-    ids = torch.randint(3, 300, (2, 7))
-    for attention in ("eager", "sdpa"):
-        model = load(tiny_llama_dir, attention)
-        model.accept_prefix()
-        prefix = prefix or random_prefix(model, 2)
-        with attach(model, ImageInputs(2, key_value_prefix=prefix)):
-            states.append(model.hidden_states(ids))
-    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+    for _ in range(2):
+        image = ImageInputs(2, key_value_prefix=random_prefix(model, 2, first_layer=1))
+        with attach(model, image):
+            states.append(model.causal_lm.base_model(ids, output_hidden_states=True).hidden_states)
+    assert torch.equal(states[0][1], states[1][1])  # behind layer 0
+    assert not torch.allclose(states[0][2], states[1][2], atol=1e-4)
 
 
 @torch.no_grad()
-def test_layers_below_the_first_do_not_see_the_image(folder: Path) -> None:
-    model = load(folder)
-    model.accept_prefix()
-    ids = torch.randint(3, 300, (1, 6))
-
-    def states_after_each_layer(prefix: KeyValuePrefix) -> tuple[torch.Tensor, ...]:
-        with attach(model, ImageInputs(1, key_value_prefix=prefix)):
-            return model.causal_lm.base_model(ids, output_hidden_states=True).hidden_states
-
-    one, other = (states_after_each_layer(random_prefix(model, 1, first_layer=1)) for _ in range(2))
-    assert torch.equal(one[1], other[1])  # behind layer 0
-    assert not torch.allclose(one[2], other[2], atol=1e-4)
+def test_eager_and_sdpa_agree_and_rows_share_the_prefix_of_their_image(
+    tiny_llama_dir: Path,
+) -> None:
+    eager, sdpa = load(tiny_llama_dir), load(tiny_llama_dir, "sdpa")
+    prefix, ids, states = random_prefix(eager, 2), torch.randint(3, 300, (6, 7)), []
+    repeated = KeyValuePrefix(prefix.states.repeat_interleave(3, 0), 0)
+    for model in (eager, sdpa):
+        model.accept_prefix()
+        for image in (prefix, repeated):
+            inputs = ImageInputs(len(image.states), key_value_prefix=image)
+            with attach(model, inputs):
+                states.append(model.hidden_states(ids))
+    for other in states[1:]:
+        torch.testing.assert_close(states[0], other, atol=1e-5, rtol=1e-5)
 
 
 def test_a_language_model_that_drops_the_prefix_is_refused(tiny_llama_dir: Path) -> None:
@@ -286,8 +240,7 @@ def test_a_compiled_body_reads_every_image_anew(
 
     expected = all_gradients()
     above.language_model.compile_body()
-    for one, other in zip(all_gradients(), expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(all_gradients(), expected, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1, "another length or image compiled the body anew"
 
 
@@ -301,29 +254,16 @@ def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Pat
     assert model.trained_state_dict().keys() == above.trained_state_dict().keys()
     ids, image = torch.randint(3, 300, (1, 6)), model.image_inputs(random_features(model, 1))
     edited = image.edit(model.language_model.embed(ids))
-    torch.testing.assert_close(
-        model.text_states(ids, image),
-        model.language_model.hidden_states(inputs_embeds=edited),
-        atol=0,
-        rtol=0,
-    )
-    assert not torch.allclose(
-        above.text_states(ids, image), model.text_states(ids, image), atol=1e-3
-    )
+    states = model.text_states(ids, image)
+    assert torch.equal(states, model.language_model.hidden_states(inputs_embeds=edited))
+    assert not torch.allclose(above.text_states(ids, image), states, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "deep_prefix"])
-def test_a_layer_that_is_not_there_is_named(kind: str) -> None:
-    recipe = recipe_from_dict({"bridge": {"kind": kind, "enter_at_layer": 6}})
-    with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer=6 is beyond .* 5"):
-        build_bridge(recipe.bridge, 12, TextShape(32, 6, 2, 8), 6, meta=True)
-    with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer"):
-        recipe_from_dict({"bridge": {"kind": kind, "enter_at_layer": -1}})
-
-
-def test_a_language_model_without_layers_in_sight_is_refused(
-    tiny_vit_dir: Path, tiny_llama_dir: Path
-) -> None:
+def test_a_layer_that_is_not_there_is_named(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
+    for kind in ("cross_attention", "deep_prefix"):
+        recipe = recipe_from_dict({"bridge": {"kind": kind, "enter_at_layer": 6}})
+        with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer=6 is beyond .* 5"):
+            build_bridge(recipe.bridge, 12, TextShape(32, 6, 2, 8), 6, meta=True)
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention"))
     model.language_model.text_config.num_hidden_layers = 5  # it has two
     with pytest.raises(ModelError, match=r"bridge\.enter_at_layer=0"):
