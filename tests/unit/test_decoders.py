@@ -13,11 +13,11 @@ from transformers import BlipForConditionalGeneration, RobertaConfig, RobertaFor
 
 from captioners import CROSS_ATTENDING, generated, random_features, tiny_captioner, tiny_recipe
 from tiny_models import save_tiny_bert, save_tiny_blip
-from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, Recipe, recipe_from_dict
+from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
+from vlm_bridge.model_architecture.captioner import build_captioner, caption_format
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
 from vlm_bridge.model_architecture.weights import build_language_model
@@ -26,57 +26,29 @@ PROMPT = "a picture of"
 
 
 def load(name: object, **options: Any) -> LanguageModel:
-    return build_language_model(
-        LanguageModelConfig(name=str(name), **{"dtype": "float32", **options})
-    )
-
-
-@pytest.fixture(params=CROSS_ATTENDING)
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}_dir")
-
-
-@torch.no_grad()
-def test_the_parts_make_the_whole(folder: Path) -> None:
-    model = load(folder)
-    ids = torch.randint(3, 300, (2, 12))
-    states = torch.randn(2, 5, model.shape.cross_attention_width or 0)
-    expected = model.causal_lm(ids, encoder_hidden_states=states).logits
-    found = model.head(model.hidden_states(ids, encoder_hidden_states=states))
-    torch.testing.assert_close(found, expected)
-    other = model.causal_lm(ids, encoder_hidden_states=states + 1).logits
-    assert not torch.allclose(expected, other, atol=1e-2), (
-        "a decoder that does not look shows nothing"
-    )
+    config = LanguageModelConfig(name=str(name), **{"dtype": "float32", **options})
+    return build_language_model(config)
 
 
 def test_captions_start_and_end_with_the_decoders_own_tokens(
     tiny_blip_dir: Path, tiny_bert_dir: Path, tiny_cross_gpt2_dir: Path
 ) -> None:
     blip, bert, gpt2 = load(tiny_blip_dir), load(tiny_bert_dir), load(tiny_cross_gpt2_dir)
-    assert (
-        blip.start_id == blip.text_config.bos_token_id >= len(blip.tokenizer)
-    )  # [DEC], no word of BERT's
+    # [DEC], no word of BERT's.
+    assert blip.start_id == blip.text_config.bos_token_id >= len(blip.tokenizer)
     assert blip.eos_id == blip.tokenizer.sep_token_id
-    assert (bert.start_id, bert.eos_id) == (
-        bert.tokenizer.cls_token_id,
-        bert.tokenizer.sep_token_id,
-    )
+    ends = (bert.tokenizer.cls_token_id, bert.tokenizer.sep_token_id)
+    assert (bert.start_id, bert.eos_id) == ends
     assert (gpt2.start_id, gpt2.eos_id) == (1, 2)
 
 
-def test_published_blip_starts_with_dec_and_ends_with_sep() -> None:
+def test_published_blip_has_its_size_and_starts_with_dec_and_ends_with_sep() -> None:
     name = "Salesforce/blip-image-captioning-base"
     blip = build_language_model(LanguageModelConfig(name=name), meta=True)
     assert (blip.text_config.bos_token_id, blip.text_config.sep_token_id) == (30522, 102)
     assert blip.vocab_size == 30524
     assert blip.shape.cross_attention_width == 768
-    # Embeddings; 12 layers of self-attention, cross-attention and feed-forward; the head.
-    attention, feed_forward, norm = 4 * 768 * 769, 3072 * 769 + 768 * 3073, 2 * 768
-    layers = 12 * (2 * (attention + norm) + feed_forward + norm)
-    head = 768 * 769 + norm + 30524
-    expected = (30524 + 512) * 768 + norm + layers + head
-    assert sum(parameter.numel() for parameter in blip.parameters()) == expected == 137_881_148
+    assert sum(parameter.numel() for parameter in blip.parameters()) == 137_881_148
 
 
 @pytest.mark.parametrize("decoder", ["blip", "bert"])
@@ -85,9 +57,8 @@ def test_captions_are_decoded_as_english_is_written(
 ) -> None:
     model = load(request.getfixturevalue(f"tiny_{decoder}_dir"))
     texts = ("a man is riding a bike.", "two dogs, a boy and a girl!", "the boy's dog isn't here.")
-    model.tokenizer = word_piece_tokenizer(
-        texts, 100
-    )  # that of the folder was made from other letters
+    # That of the folder was made from other letters.
+    model.tokenizer = word_piece_tokenizer(texts, 100)
     for text in texts:
         ids = model.encode(text)
         assert not set(ids) & {model.start_id, *model.tokenizer.all_special_ids}
@@ -97,19 +68,14 @@ def test_captions_are_decoded_as_english_is_written(
     assert model.decode([*beyond, *model.encode("a boy"), *beyond]) == "a boy"
 
 
-def test_the_prompt_stands_behind_the_start_token(tiny_blip_dir: Path, tiny_vit_dir: Path) -> None:
+def test_the_prompt_stands_behind_the_start_token(tiny_blip_dir: Path) -> None:
     model = load(tiny_blip_dir)
-    recipe = recipe_from_dict(
-        {"language_model": {"name": str(tiny_blip_dir), "prompt": f"{PROMPT} "}}
-    )
-    format = caption_format(model, recipe)
+    section = {"name": str(tiny_blip_dir), "prompt": f"{PROMPT} "}
+    format = caption_format(model, recipe_from_dict({"language_model": section}))
     assert format.prompt_ids == [model.start_id, *model.encode(PROMPT)]
-    tokens = format.tokenize("a dog")
-    assert list(tokens.input_ids) == [*format.prompt_ids, *model.encode("a dog")]
-    assert [label for label in tokens.labels if label != -100] == [
-        *model.encode("a dog"),
-        model.eos_id,
-    ]
+    tokens, words = format.with_targets(*format.targets(["a dog"])), model.encode("a dog")
+    assert list(tokens.input_ids) == [*format.prompt_ids, *words]
+    assert [label for label in tokens.labels if label != -100] == [*words, model.eos_id]
 
 
 def test_a_decoder_comes_alone_or_in_a_whole_blip(tiny_blip_dir: Path, tmp_path: Path) -> None:
@@ -118,14 +84,9 @@ def test_a_decoder_comes_alone_or_in_a_whole_blip(tiny_blip_dir: Path, tmp_path:
     for path in tiny_blip_dir.glob("token*"):
         shutil.copy(path, tmp_path)
     alone, within = load(tmp_path), load(tiny_blip_dir)
-    assert not alone.fresh_parameters
-    assert not within.fresh_parameters
-    assert (alone.start_id, alone.eos_id, alone.shape) == (
-        within.start_id,
-        within.eos_id,
-        within.shape,
-    )
+    assert (alone.start_id, alone.shape) == (within.start_id, within.shape)
     for model in (alone, within):
+        assert not model.fresh_parameters
         for name, tensor in whole.text_decoder.state_dict().items():
             assert torch.equal(model.causal_lm.state_dict()[name], tensor), name
 
@@ -134,15 +95,10 @@ def test_weights_that_a_blip_lacks_are_no_silent_noise(
     tiny_blip_dir: Path, tiny_vit_dir: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_blip_dir, tmp_path / "blip")
-    weights = load_file(folder / "model.safetensors")
-    lost = [
-        name for name in weights if name.startswith("text_decoder.") and "crossattention" in name
-    ]
-    save_file(
-        {n: w for n, w in weights.items() if n not in lost},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    lost = [n for n in weights if n.startswith("text_decoder.") and "crossattention" in n]
+    save_file({n: w for n, w in weights.items() if n not in lost}, path, {"format": "pt"})
     assert load(folder).fresh_parameters == {name.removeprefix("text_decoder.") for name in lost}
     with pytest.raises(ConfigurationError, match=f"{len(lost)} parameters start at random"):
         build_captioner(tiny_recipe(tiny_vit_dir, folder, "projection"))
@@ -151,24 +107,16 @@ def test_weights_that_a_blip_lacks_are_no_silent_noise(
 def test_what_cannot_cross_attend_is_refused(
     tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"bridge\.kind=projection needs a decoder that cross-attends"
-    ):
+    with pytest.raises(ConfigurationError, match=r"projection needs a decoder that cross-attends"):
         build_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "projection"))
     with pytest.raises(ModelError, match="cross-attention of llama decoders is not supported"):
         load(tiny_llama_dir, add_cross_attention=True)
-    sizes: dict[str, Any] = {
-        "vocab_size": 60,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = RobertaConfig(**sizes, intermediate_size=16, is_decoder=True, add_cross_attention=True)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 60, "intermediate_size": 16}
+    config = RobertaConfig(**sizes, is_decoder=True, add_cross_attention=True)
     RobertaForCausalLM(config).save_pretrained(tmp_path)
     for meta in (False, True):
-        with pytest.raises(
-            ModelError, match="cross-attention of roberta decoders is not supported: choose BLIP"
-        ):
+        with pytest.raises(ModelError, match="of roberta decoders is not supported: choose BLIP"):
             build_language_model(LanguageModelConfig(name=str(tmp_path)), meta=meta)
 
 
@@ -182,13 +130,6 @@ def test_a_bert_without_cross_attention_is_a_language_model(tmp_path: Path) -> N
     assert torch.equal(states[:, :5], other[:, :5]), "it must read from left to right"
 
 
-CROSS_KEYS = {
-    "blip": "crossattention.self.key",
-    "bert": "crossattention.self.key",
-    "cross_gpt2": "crossattention.c_attn",
-}
-
-
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("decoder", CROSS_ATTENDING)
 def test_an_image_gets_its_keys_once_per_caption(
@@ -197,119 +138,76 @@ def test_an_image_gets_its_keys_once_per_caption(
     folder = request.getfixturevalue(f"tiny_{decoder}_dir")
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, "projection"))
     calls: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        calls[name] = calls.get(name, 0) + 1
+
     for name, module in model.language_model.named_modules():
-        if name.endswith(CROSS_KEYS[decoder]):
-            calls[name] = 0
-            module.register_forward_hook(
-                lambda *_, name=name: calls.update({name: calls[name] + 1})
-            )
+        if name.endswith(("crossattention.self.key", "crossattention.c_attn")):
+            module.register_forward_hook(lambda *_, name=name: count(name))
     decode = DecodeSettings(num_beams=num_beams, max_new_tokens=9, min_new_tokens=9)
-    start = model.language_model.start_id
-    assert start is not None
-    captions, _ = generated(model, random_features(model, 2), [start], decode)
+    start = [model.language_model.start_id]
+    captions, _ = generated(model, random_features(model, 2), start, decode)
     assert min(map(len, captions)) == 9
-    assert calls
-    assert set(calls.values()) == {1}
+    assert list(calls.values()) == [1, 1]
 
 
 def test_captions_end_where_the_positions_do(tiny_vit_dir: Path, tiny_blip_dir: Path) -> None:
     recipe = tiny_recipe(tiny_vit_dir, tiny_blip_dir, "projection", max_caption_tokens=500)
     model = tiny_captioner(recipe)
-    positions = model.language_model.max_positions
-    assert positions == 64
+    assert model.language_model.max_positions == 64
     format = caption_format(model.language_model, recipe)
-    assert len(format.tokenize("a dog and a girl " * 50).input_ids) == positions
+    assert len(format.with_targets(*format.targets(["a dog and a girl " * 50])).input_ids) == 64
     start, features = format.prompt_ids, random_features(model, 1)
     generated(model, features, start, DecodeSettings(num_beams=1, max_new_tokens=63))
     with pytest.raises(ConfigurationError, match="than the language model has, 64: ask for fewer"):
         generated(model, features, start, DecodeSettings(num_beams=1, max_new_tokens=64))
 
 
-class TestBlipIsBlip:
-    """With BLIP's own vision tower and the identity as projection, ours is BLIP."""
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_with_its_own_vision_tower_and_the_identity_ours_is_blip(
+    tmp_path: Path, drawn_caption_folder: Path, num_beams: int
+) -> None:
+    folder = str(save_tiny_blip(tmp_path))
+    options = {"kind": "projection", "projection": "linear", "standardize_features": False}
+    recipe = recipe_from_dict(
+        {
+            "vision_encoder": {"name": folder},
+            "language_model": {"name": folder, "dtype": "float32", "prompt": PROMPT},
+            "bridge": options,
+            "amp_dtype": "float32",
+        }
+    )
+    model: Any = build_captioner(recipe)
+    torch.nn.init.eye_(model.bridge.projection.weight)
+    torch.nn.init.zeros_(model.bridge.projection.bias)
+    language_model, tokenizer = model.language_model, model.language_model.tokenizer
+    format = caption_format(language_model, recipe)
+    blip: Any = BlipForConditionalGeneration.from_pretrained(folder).eval()
+    images = CaptionFolder.open(drawn_caption_folder).split("test")
+    pixels = model.vision_encoder.preprocess([open_image(image.path) for image in images])
 
-    @pytest.fixture(scope="class")
-    def blip_dir(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return save_tiny_blip(tmp_path_factory.mktemp("blip"))
+    prompt = [tokenizer.cls_token_id, *language_model.encode(PROMPT), tokenizer.sep_token_id]
+    rows = blip.generate(
+        pixel_values=pixels,
+        input_ids=torch.tensor([prompt] * len(images)),
+        num_beams=num_beams,
+        max_new_tokens=12,
+    )
+    start, end = len(prompt) - 1, tokenizer.sep_token_id
+    assert rows[0, :start].tolist() == format.prompt_ids
+    expected = [[*row, end] for row in rows[:, start:].tolist()]
+    decode = DecodeSettings(num_beams=num_beams, max_new_tokens=12)
+    found, _ = generated(model, model.features(pixels), format.prompt_ids, decode)
+    assert found == [row[: row.index(end)] for row in expected]
+    assert len(set(map(tuple, found))) > 1, "images that all say the same show nothing"
 
-    @pytest.fixture(scope="class")
-    def recipe(self, blip_dir: Path) -> Recipe:
-        return recipe_from_dict(
-            {
-                "vision_encoder": {"name": str(blip_dir)},
-                "language_model": {"name": str(blip_dir), "dtype": "float32", "prompt": PROMPT},
-                "bridge": {
-                    "kind": "projection",
-                    "projection": "linear",
-                    "standardize_features": False,
-                },
-                "amp_dtype": "float32",
-            }
-        )
-
-    @pytest.fixture(scope="class")
-    def model(self, recipe: Recipe) -> CaptionModel:
-        model = build_captioner(recipe)
-        projection: Any = model.bridge.projection
-        torch.nn.init.eye_(projection.weight)
-        torch.nn.init.zeros_(projection.bias)
-        return model
-
-    @pytest.fixture(scope="class")
-    def blip(self, blip_dir: Path) -> Any:
-        return BlipForConditionalGeneration.from_pretrained(blip_dir).eval()
-
-    @pytest.mark.parametrize("num_beams", [1, 3])
-    def test_captions(
-        self,
-        model: CaptionModel,
-        recipe: Recipe,
-        blip: Any,
-        drawn_caption_folder: Path,
-        num_beams: int,
-    ) -> None:
-        images = CaptionFolder.open(drawn_caption_folder).split("test")
-        pictures = [open_image(image.path) for image in images]
-        encoder: Any = model.vision_encoder
-        tokenizer = model.language_model.tokenizer
-        prompt = [
-            tokenizer.cls_token_id,
-            *model.language_model.encode(PROMPT),
-            tokenizer.sep_token_id,
-        ]
-        rows = blip.generate(
-            pixel_values=encoder.preprocess(pictures),
-            input_ids=torch.tensor([prompt] * len(pictures)),
-            num_beams=num_beams,
-            max_new_tokens=12,
-        )
-        format = caption_format(model.language_model, recipe)
-        start = len(prompt) - 1
-        assert rows[0, :start].tolist() == format.prompt_ids
-        end = tokenizer.sep_token_id
-        expected = [
-            row[: row.index(end)] if end in row else row for row in rows[:, start:].tolist()
-        ]
-        decode = DecodeSettings(num_beams=num_beams, max_new_tokens=12)
-        found, _ = generated(model, model.encode_images(pictures), format.prompt_ids, decode)
-        assert found == expected
-        assert len(set(map(tuple, found))) > 1, (
-            "the model must tell pictures apart for this to mean anything"
-        )
-
-    @torch.no_grad()
-    def test_loss(
-        self, model: CaptionModel, recipe: Recipe, blip: Any, drawn_caption_folder: Path
-    ) -> None:
-        (image, *_) = CaptionFolder.open(drawn_caption_folder).split("test")
-        encoder: Any = model.vision_encoder
-        pixels = encoder.preprocess([open_image(image.path)])
-        tokens = caption_format(model.language_model, recipe).tokenize("a red square.")
-        ids = torch.tensor([[*tokens.input_ids, tokens.labels[-1]]])
-        labels = torch.tensor([[-100, *tokens.labels]])
+    tokens, pixels = format.with_targets(*format.targets(["a red square."])), pixels[:1]
+    ids = torch.tensor([[*tokens.input_ids, tokens.labels[-1]]])
+    labels = torch.tensor([[-100, *tokens.labels]])
+    with torch.no_grad():
         expected = blip(pixel_values=pixels, input_ids=ids, labels=labels).loss
-        assert blip.text_decoder.label_smoothing == 0, "the loss of captions is not smoothed"
-        row = torch.tensor([tokens.input_ids])
         image = model.image_inputs(model.features(pixels))
-        loss = model.caption_loss(row, torch.tensor([tokens.labels]), torch.ones_like(row), image)
-        assert loss.total.item() / loss.num_tokens == pytest.approx(expected.item(), rel=1e-5)
+        ones = torch.ones_like(ids[:, 1:])
+        loss = model.caption_loss(ids[:, :-1], torch.tensor([tokens.labels]), ones, image)
+    assert loss.total.item() / loss.num_tokens == pytest.approx(expected.item(), rel=1e-5)
