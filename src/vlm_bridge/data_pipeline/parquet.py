@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGE_ROWS = 16  # rows of images held at a time: a few megabytes
 TEXT_ROWS = 4096
-MAX_CHARACTERS = 1_000_000  # of a text; a few bytes of a file may hold a gigabyte
+MAX_CHARACTERS = 100_000  # of a text; a file may hold one once and name it in every row
 _READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the images of a whole row group at once
 
 
