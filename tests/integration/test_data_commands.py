@@ -199,21 +199,12 @@ def test_a_folder_of_other_tools_is_inspected(
     )
     with (root / "val" / "captions.jsonl").open("a") as file:
         file.write("\n")
-    made = f"{root} has no manifest.json: made {root / 'manifest.json'} (train 24 images"
     as_json = run_here("data", "inspect-loader", "--data-dir", root, "--json")
-    assert json.loads(as_json.stdout)["data_dir"] == str(root) and made in as_json.stderr
-    (root / "manifest.json").unlink()
-    first = run_here("data", "inspect-loader", "--data-dir", root, "--all")
-    assert (first.returncode, len(first.stderr.splitlines())) == (0, 1)  # the progress
-    assert first.stdout.startswith(made)
-    assert "set_aside:" in first.stdout and "captions.jsonl:17: a blank line" in first.stdout
+    assert json.loads(as_json.stdout)["data_dir"] == str(root)
+    checked = run_here("data", "inspect-loader", "--data-dir", root, "--all")
+    assert (checked.returncode, len(checked.stderr.splitlines())) == (0, 1)  # the progress
+    assert "set_aside:" in checked.stdout
+    assert "captions.jsonl:17: not a JSON object" in checked.stdout
     explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
     assert explored.returncode == 0 and "{train: 24, val: 8, test: 8}" in explored.stdout
-    image = next((root / "val" / "images").iterdir())
-    content = bytearray(image.read_bytes())
-    content[-3] ^= 1  # of as many bytes: only --all can see it
-    image.write_bytes(content)
-    changed = run_here("data", "inspect-loader", "--data-dir", root, "--all")
-    assert changed.returncode == 1 and "delete its manifest" in changed.stderr
-    (root / "manifest.json").unlink()
-    assert run_here("data", "inspect-loader", "--data-dir", root, "--all").returncode == 0
+

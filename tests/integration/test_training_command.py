@@ -239,14 +239,12 @@ def test_a_folder_without_a_manifest_trains_and_continues_bit_for_bit(
         )
     settings = ("save_every=2 steps", "max_steps=6")
     whole = Run(make_recipe("whole", *settings, f"data_dir={folders[0]}"))
-    assert whole.said("has no manifest.json: made ")
     step = whole.folder / checkpoints.STEP.format(2)
     resumed = Run(make_recipe("resumed", *settings, f"data_dir={folders[1]}"), resume=step)
-    assert resumed.said("has no manifest.json: made ")
     assert_same_training(whole.latest, resumed.latest)
     captions = folders[1] / "train" / "captions.jsonl"
     captions.write_text(captions.read_text().replace('"caption": "', '"caption": "Oh ', 1))
-    with pytest.raises(CheckpointError, match="data fingerprint=sha256:"):
+    with pytest.raises(CheckpointError, match="data fingerprint=blake2b:"):
         Run(make_recipe("resumed", *settings, f"data_dir={folders[1]}"), resume=step)
 
 

@@ -229,7 +229,7 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"train/0.tar.gz": b"\x1f\x8b"}, "gunzip"),
+        ({"train/0.tar.gz": b"\x1f\x8b"}, "compressed: run gunzip"),
         ({"train/0.tar.zst": b""}, "unzstd"),
         ({"0.tar": b""}, "move or link them into"),
         ({"train/readme.txt": b""}, "is not a caption folder .* and not a shard folder"),

@@ -264,8 +264,7 @@ def inspect_loader(
         _, broken = explore.read_images(checked, check_image, report)
     if check_all and not broken and folder.compute_fingerprint() != folder.fingerprint:
         raise DataError(
-            f"{folder.root} was changed after it was made (its fingerprint differs): make it again, "
-            "or of a folder of other tools, delete its manifest and the next start makes another"
+            f"{folder.root} was changed after it was made (its fingerprint differs): make it again"
         )
     result = {
         "data_dir": str(folder.root),

@@ -59,9 +59,9 @@ class CaptionFolder:
             return cls(root, _facts(root))
         if (root / MANIFEST_NAME).is_file():
             folder = cls(root, read_manifest(root))
-            for split in folder.splits:
-                if not (root / split / CAPTIONS_NAME).is_file():
-                    raise DataError(f"{root}/{split}/{CAPTIONS_NAME} is missing: make it again")
+            for path in (root / split / CAPTIONS_NAME for split in folder.splits):
+                if not path.is_file():
+                    raise DataError(f"{path} is missing: make the caption folder again")
             return folder
         if (root / UNFINISHED_NAME).is_dir():
             raise DataError(
@@ -178,7 +178,6 @@ class CaptionFolderWriter:
         self.working_dir = root / UNFINISHED_NAME
 
     def prepare(self) -> None:
-        """Make the folders that images go to."""
         self.working_dir.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             self.images_dir(split).mkdir(parents=True, exist_ok=True)
@@ -187,7 +186,6 @@ class CaptionFolderWriter:
         return self.root / split / IMAGES_NAME
 
     def write_captions(self, split: str, lines: Iterable[str]) -> None:
-        """Write ``captions.jsonl`` of one split from lines made by :func:`caption_line`."""
         content = "".join(f"{line}\n" for line in lines)
         write_atomically(self.root / split / CAPTIONS_NAME, _encoded(content))
 

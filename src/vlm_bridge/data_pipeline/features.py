@@ -226,7 +226,7 @@ class FeatureCache:
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
         records = np.empty((len(indices), self._stride), np.uint8)
         for record, index in zip(records, indices.tolist(), strict=True):
-            os.preadv(self._file.fileno(), [record], index * self._stride)
+            os.preadv(self._file.fileno(), [record.data], index * self._stride)
         return self.format.unpack(records[:, :-CHECKSUM_BYTES])
 
     @property

@@ -8,8 +8,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 from vlm_bridge.errors import DataError, ImageError, on_one_line
 from vlm_bridge.files import write_atomically
@@ -17,8 +18,7 @@ from vlm_bridge.parsing import shown
 
 MAX_SKIPPED_SHARE = 0.01
 MIN_SKIPPED_ROWS = 3
-NUM_CAUSES = 5  # causes that a message names
-NUM_NAMED = 3  # samples that a message names for each cause
+NUM_CAUSES, NUM_NAMED = 5, 3  # causes that a message names, and samples of each
 
 # What differs from sample to sample within one cause: quoted names, numbers, paths.
 _PARTICULARS = re.compile(r"'[^']*'|\d[\d,.]*|\S*/\S*")
@@ -52,7 +52,6 @@ class TarImage:
         return replace(self, file=self.file.resolve())
 
     def stat(self) -> os.stat_result:
-        """Return the status of the tar. Raises OSError."""
         return self.file.stat()
 
     def read_bytes(self) -> bytes:
@@ -70,6 +69,15 @@ class TarImage:
 
 
 ImageFile = Path | TarImage
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImage:
+    """One image with all its captions."""
+
+    path: ImageFile
+    captions: tuple[str, ...]
+    original_id: str
 
 
 def state_of(paths: Iterable[ImageFile]) -> str:
@@ -93,15 +101,6 @@ def remembered(place: Path, compute: Callable[[], str]) -> str:
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class CaptionedImage:
-    """One image with all its captions."""
-
-    path: ImageFile
-    captions: tuple[str, ...]
-    original_id: str
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``; ValueError where ``name`` is absolute or climbs out of ``folder``.
 
@@ -122,8 +121,7 @@ def is_inside(resolved: Path, path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class SkippedSample:
+class SkippedSample(NamedTuple):
     """A skipped sample (a file, or "file:line") and the reason."""
 
     where: str
@@ -132,11 +130,7 @@ class SkippedSample:
 
 @dataclass
 class Skipped:
-    """The skipped ones among ``total`` samples.
-
-    Attributes:
-        kind: what they are, for messages: "train images".
-    """
+    """The skipped ones among ``total`` samples of a kind, such as "train images"."""
 
     kind: str
     total: int = 0
@@ -150,8 +144,8 @@ class Skipped:
 
     def refuse(self, cure: str) -> None:
         """Raise DataError for the first sample, if there is one."""
-        for sample in self.samples:
-            raise DataError(f"{sample.where}: {sample.reason}; {cure}")
+        for where, reason in self.samples:
+            raise DataError(f"{where}: {reason}; {cure}")
 
     def check(
         self,
@@ -168,17 +162,18 @@ class Skipped:
             listing: the file that names all of them.
             setting: the recipe's key for the share.
         """
-        if len(self) >= at_least and len(self) > max_share * self.total:
-            limit = f"{setting}={max_share:g}" if setting else f"{max_share:.3g} of them"
-            way_out = f", or raise {setting}" if setting else ""
-            raise DataError(
-                f"{len(self):,} of {self.total:,} {self.kind} cannot be used, more than {limit}: "
-                f"{self.summary(listing)}; mend or remove them{way_out}"
-            )
+        if len(self) < at_least or len(self) <= max_share * self.total:
+            return
+        limit = f"{setting}={max_share:g}" if setting else f"{max_share:.3g} of them"
+        way_out = f", or raise {setting}" if setting else ""
+        raise DataError(
+            f"{len(self):,} of {self.total:,} {self.kind} cannot be used, more than {limit}: "
+            f"{self.summary(listing)}; mend or remove them{way_out}"
+        )
 
     def summary(self, listing: Path | None = None) -> str:
         """Return the causes on one line, each with a count and a few samples."""
-        causes = by_cause((sample.where, sample.reason) for sample in self.samples)
+        causes = by_cause(self.samples)
         more = f"; and {len(causes) - NUM_CAUSES:,} more causes" if len(causes) > NUM_CAUSES else ""
         place = f" (all in {listing})" if listing is not None else ""
         return on_one_line("; ".join(causes[:NUM_CAUSES])) + more + place
@@ -204,9 +199,9 @@ def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
 
 def write_listing(path: Path, parts: Sequence[Skipped]) -> None:
     """Write every skipped sample as a line of JSON, or remove a listing of nothing."""
-    records = [{"kind": part.kind, **asdict(sample)} for part in parts for sample in part.samples]
-    if not records:
+    lines = [json.dumps({"kind": p.kind, **s._asdict()}) for p in parts for s in p.samples]
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    else:
         path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())

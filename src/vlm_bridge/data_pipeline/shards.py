@@ -36,7 +36,6 @@ IMAGES, TEXTS, RECORDS = ("jpg", "jpeg", "png", "webp"), ("txt",), ("json",)
 MAX_IMAGE_BYTES = 100_000_000
 MAX_TEXT_BYTES = 1_000_000
 MAX_HEADER_BYTES = 1_000_000  # a member's name and attributes, which tarfile reads whole
-DECOMPRESS = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
 # Names in front of names without end recurse.
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
@@ -67,7 +66,6 @@ class Shard(BaseModel):
     skipped: list[tuple[str, str]]
 
     def images(self, path: Path) -> list[CaptionedImage]:
-        """Return the samples as images in the tar at ``path``."""
         return [
             CaptionedImage(TarImage(path, s.offset, s.size, s.member), (s.caption,), s.key)
             for s in self.samples
@@ -123,8 +121,7 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-Parts = dict[str, tarfile.TarInfo | None]
-"""Members of a sample by extension; None for one that came twice."""
+Parts = dict[str, tarfile.TarInfo | None]  # by extension; None for one that came twice
 
 
 def _members(
@@ -179,8 +176,7 @@ def key_of(member: str) -> tuple[str, str]:
 def _sample(parts: Parts, file: _Headers) -> tuple[tarfile.TarInfo, tarfile.TarInfo, str, bool]:
     """Return the image, the member that holds the caption, the caption, and whether it is JSON.
 
-    Raises:
-        ValueError: the sample cannot be used.
+    Raises ValueError with the reason where the sample cannot be used.
     """
     record, metadata = _pick(parts, RECORDS), {}
     if record is not None:
@@ -286,9 +282,9 @@ class ShardFolder:
         for split in SPLITS:
             paths = sorted(Path(root, split).glob("[!.]*"))
             for path in paths:
-                command, plain = DECOMPRESS.get(path.suffix), path.with_suffix("")
-                if command and plain.suffix == ".tar" and plain not in paths:
-                    raise DataError(f"shard {path} is compressed: `{command} {path}` first")
+                plain = path.with_suffix("")
+                if plain.suffix == ".tar" and plain not in paths:
+                    raise DataError(f"{path} is compressed: run gunzip, unxz or unzstd on it first")
             if found := [path for path in paths if path.suffix == ".tar" and path.is_file()]:
                 tars[split] = found
         if not tars:
@@ -318,10 +314,10 @@ class ShardFolder:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Facts that a caption folder has in its manifest."""
-        counts = {}
-        for split, tars in self.tars.items():
-            images = sum(len(shard.samples) for shard in self._shards(split))
-            counts[split] = {"images": images, "shards": len(tars)}
+        counts = {
+            split: {"images": sum(len(s.samples) for s in self._shards(split)), "shards": len(tars)}
+            for split, tars in self.tars.items()
+        }
         return {"source": "shards", "counts": counts, "fingerprint": self.fingerprint}
 
     def split(self, name: SplitName, skipped: Skipped | None = None) -> list[CaptionedImage]:
