@@ -1,4 +1,4 @@
-"""What README.md tells people to type works: every command runs, in order, on tiny models and drawn pictures."""
+"""Every command of README.md runs, in order, on tiny models and drawn images."""
 
 from __future__ import annotations
 
@@ -24,25 +24,17 @@ from vlm_bridge.training_strategy.checkpoint import load_checkpoint
 
 RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
 
-# Beginnings of the commands that are not run here, and why.
 LEFT_OUT = {
-    "git clone": "needs the network",
-    "cd": "goes into the clone; the commands here run in one folder",
-    "python3 -m venv": "installs",
-    "source": "installs",
-    "pip install": "installs",
-    "uv sync": "installs",
-    "uv pip install": "installs",
-    "make quickstart": "installs, then calls `vlm-bridge quickstart`, which is run",
-    "make caption": "installs, then calls `vlm-bridge caption`, which is run",
-    "make captioner": "installs, then trains for hours; its commands are run by a test of their own",
-    "make bundle": "calls `vlm-bridge export`, which is run, and writes into the sources",
-    "vlm-bridge demo": "serves until it is stopped; it has tests of its own",
-    "curl": "asks the demo",
-    "make test": "runs these tests",
-}
+    "git clone", "cd", "python3 -m venv", "source", "pip install", "uv sync", "uv pip install",
+    "make quickstart", "make caption",  # install, then call a command that is run
+    "make captioner",  # its commands are run by a test of their own
+    "make bundle",  # exports, which is run, and writes into the sources
+    "vlm-bridge demo", "curl",  # the demo serves until it is stopped, and has tests of its own
+    "make test",
+}  # fmt: skip
+"""Beginnings of the commands that are not run here."""
 ANSWERS = {"doctor": {0, 1}}
-"""Exit codes besides 0 that are an answer and no failure: doctor reports what this machine lacks."""
+"""Exit codes besides 0 that are no failure: doctor reports what this machine lacks."""
 
 FLICKR8K = Path("datasets/flickr8k")  # below the home folder
 FLICKR8K_SPLITS = {"train": "train", "val": "dev", "test": "test"}
@@ -66,20 +58,16 @@ WRITTEN = (
 
 
 def left_out(words: list[str]) -> str | None:
-    """The entry of LEFT_OUT that a command begins with."""
+    """Return the entry of LEFT_OUT that a command begins with."""
     return next((start for start in LEFT_OUT if words[: len(start.split())] == start.split()), None)
 
 
 def test_every_readme_command_is_run_or_left_out_for_a_reason() -> None:
     commands = [words for code in code_blocks(README, "bash") for words in shell_commands(code)]
-    foreign = [words for words in commands if words[0] not in PROGRAMS or left_out(words)]
-    assert [shlex.join(words) for words in foreign if not left_out(words)] == [], (
-        "neither run nor explained"
-    )
-    assert {left_out(words) for words in foreign} == LEFT_OUT.keys(), (
-        "explained, but no longer in README.md"
-    )
-    assert {block.language for block in fenced_blocks(README)} <= {"", "bash", "python"}
+    unknown = [w for w in commands if w[0] not in PROGRAMS and not left_out(w)]
+    assert [shlex.join(words) for words in unknown] == []
+    assert {left_out(words) for words in commands} - {None} == LEFT_OUT
+    assert {language for language, _ in fenced_blocks(README)} <= {"", "bash", "python"}
 
 
 @pytest.fixture
@@ -91,7 +79,7 @@ def clone(
     tiny_llama_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """Where the reader types, a clone and a home folder in one: small recipes, few scenes, drawn photographs."""
+    """A clone and a home folder in one: small recipes, few scenes, drawn images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     # No Java: its metrics have tests of their own, and every start of it costs seconds.
@@ -112,20 +100,16 @@ def clone(
     monkeypatch.setattr("vlm_bridge.captioning.BUNDLED", tmp_path / "bundled")
 
     folder = CaptionFolder.open(drawn_caption_folder)
-    splits = {
-        "train": folder.split("train")[:8],
-        "val": folder.split("val")[:3],
-        "test": folder.split("test")[:3],
-    }
+    counts = {"train": 8, "val": 3, "test": 3}
+    splits = {split: folder.split(split)[:count] for split, count in counts.items()}
     write_flickr8k(splits, tmp_path / FLICKR8K)
     write_own_pictures(splits, tmp_path / "pictures")
     photo, other, *holiday = (image.path for image in folder.split("test")[3:7])
     shutil.copy(photo, tmp_path / "photo.jpg")
-    with Image.open(other) as picture:
-        picture.save(tmp_path / "other.png")
+    Image.open(other).save(tmp_path / "other.png")
     (tmp_path / "holiday").mkdir()
-    for picture in holiday:
-        shutil.copy(picture, tmp_path / "holiday")
+    for path in holiday:
+        shutil.copy(path, tmp_path / "holiday")
     return tmp_path
 
 
