@@ -24,7 +24,6 @@ from demo_server import noise, png, tiny_service
 from vlm_bridge.demo.server import serving
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService
 
-SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><rect width="9"/></svg>'
 SETTINGS = [2, 0, 1, 6, 1]  # of the page's sliders
 
 
@@ -68,15 +67,15 @@ def test_clients_at_once_get_the_answers_to_their_own_images(
         responses = list(
             clients.map(lambda image: post(address, image, num_beams=4), [*images, *hostile])
         )
-    assert [response.status_code for response in responses[12:]] == [415] * 4
+    assert [response.status_code for response in responses[12:]] == [422] * 4
     scores = set()
     for image, response in zip(images, responses, strict=False):
         answer = response.json()
         request = service.default_request.updated({"num_beams": "4"})
         alone = service.answer(image, "photo.png", request)
         assert answer.keys() == {"caption", "alternatives", "seconds"}
-        assert answer["caption"] == alone.caption
-        for other, expected in zip(answer["alternatives"], alone.alternatives, strict=True):
+        assert answer["caption"] == alone.captions[0].caption
+        for other, expected in zip(answer["alternatives"], alone.captions, strict=True):
             assert other["caption"] == expected.caption
             assert other["score"] == pytest.approx(expected.score, abs=1e-5)
         scores.add(answer["alternatives"][0]["score"])
@@ -84,19 +83,18 @@ def test_clients_at_once_get_the_answers_to_their_own_images(
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "status", "message"),
+    ("content", "name", "message"),
     [
-        (b"just words\n" * 50, "words.jpg", 415, "words.jpg: it is no image"),
-        (SVG, "drawing.svg", 415, "drawing.svg: it is an SVG drawing"),
-        (bytes(MAX_UPLOAD_MB * MEGABYTE + 1), "large.jpg", 413, "at most 20 MB"),
+        (b"just words\n" * 50, "words.jpg", "words.jpg: it is no image"),
+        (bytes(MAX_UPLOAD_MB * MEGABYTE + 1), "large.jpg", "at most 20 MB"),
     ],
-    ids=["text", "svg", "too-large"],
+    ids=["text", "too-large"],
 )
 def test_other_files_are_refused_with_one_line(
-    address: str, content: bytes, name: str, status: int, message: str
+    address: str, content: bytes, name: str, message: str
 ) -> None:
     response = post(address, content, name)
-    assert response.status_code == status
+    assert response.status_code == 422
     assert message in response.json()["error"]
     assert "\n" not in response.json()["error"]
 
@@ -108,8 +106,8 @@ def test_wrong_forms_are_refused(address: str) -> None:
     url = f"{address}/api/caption"
     response = httpx.post(url, files={"other": ("a.png", png(noise(0)))})
     assert response.status_code == 422
-    assert "no file `image`" in response.json()["error"]
-    assert httpx.post(url, content=b"x").status_code == 415
+    assert "the file `image`" in response.json()["error"]
+    assert httpx.post(url, content=b"x").status_code == 422
     many = {f"image{n}": ("a.png", b"x") for n in range(30)}
     assert httpx.post(url, files=many).status_code == 400
 

@@ -108,7 +108,9 @@ def caption_all(
         try:
             given = dict(zip(Request.model_fields, settings, strict=True))
             request = service.default_request.updated(given)
-            cards.append(_card(service.answer(file, file.name, request, overlays=True)))
+            cards.append(
+                _card(service.answer(file.read_bytes(), file.name, request, overlays=True))
+            )
         except VLMBridgeError as error:
             cards.append(_error_card(str(error)))
         yield "".join(cards) + f'<p class="vb-note"><small>{LEGEND}</small></p>'
@@ -118,14 +120,14 @@ def _card(answer: Answer) -> str:
     """Return an image with its caption, the alternatives and the overlays of its words."""
     alternatives = "".join(
         f"<li>{escape(other.caption)}<data>{other.score:.3f}</data></li>"
-        for other in answer.alternatives
+        for other in answer.captions
     )
     words = "".join(
         f'<figure><img src="{_data_uri(image)}" alt=""><figcaption>{escape(word.word)} '
         f"<small>{word.peak:.1f}x</small></figcaption></figure>"
         for word, image in answer.overlays
     )
-    caption = escape(answer.caption) or "(no caption)"
+    caption = escape(answer.captions[0].caption) or "(no caption)"
     thumbnail = ImageOps.contain(answer.image, (THUMBNAIL, THUMBNAIL))
     return (
         f'<article class="vb-card"><img src="{_data_uri(thumbnail)}" alt="{caption}">'

@@ -22,8 +22,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from vlm_bridge.demo.page import Examples, build_page
-from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService, UploadError
-from vlm_bridge.errors import UsageError, VLMBridgeError
+from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService
+from vlm_bridge.errors import DataError, UsageError, VLMBridgeError
 
 UPLOAD_PATHS = ("/api/caption", "/gradio_api/upload")
 MAX_UPLOAD_REQUEST_MB = 200
@@ -81,8 +81,7 @@ def serving(
         try:
             return JSONResponse(await _answer_form(service, request))
         except VLMBridgeError as error:
-            status = error.status if isinstance(error, UploadError) else 422
-            return JSONResponse({"error": str(error)}, status)
+            return JSONResponse({"error": str(error)}, 422)
 
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -122,18 +121,16 @@ def serving(
 
 async def _answer_form(service: CaptionService, request: HTTPRequest) -> dict[str, Any]:
     """Caption the image in a multipart form: file `image`, and any field of `Request`."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise UploadError("send multipart/form-data with the image as the file `image`", 415)
     async with request.form(max_files=1, max_fields=10) as form:
         upload = form.get("image")
         if not isinstance(upload, UploadFile):
-            raise UploadError("the form has no file `image`", 422)
+            raise DataError("send multipart/form-data with the image as the file `image`")
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
         chosen = service.default_request.updated(fields)
         name = upload.filename or "the upload"
         answer = await run_in_threadpool(service.answer, await upload.read(), name, chosen)
     return {
-        "caption": answer.caption,
-        "alternatives": [{"caption": x.caption, "score": x.score} for x in answer.alternatives],
+        "caption": answer.captions[0].caption,
+        "alternatives": [{"caption": x.caption, "score": x.score} for x in answer.captions],
         "seconds": round(answer.seconds, 3),
     }

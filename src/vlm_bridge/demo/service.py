@@ -25,14 +25,6 @@ DECODE_TOGETHER = 2
 OVERLAY_SIDE = 160
 
 
-class UploadError(DataError):
-    """An upload cannot be captioned; `status` is the HTTP code of the answer."""
-
-    def __init__(self, message: str, status: int):
-        self.status = status
-        super().__init__(message)
-
-
 class Request(BaseModel):
     """Settings of a client: `temperature` 0 searches with beams, above it draws samples."""
 
@@ -84,19 +76,15 @@ class Answer:
     """The captions of an image.
 
     Attributes:
-        alternatives: distinct captions, likeliest first.
+        captions: distinct ones, likeliest first.
         overlays: the attention of each word with the image under it; none unless asked for.
         seconds: of computing, without waiting for other clients.
     """
 
-    alternatives: list[Candidate]
+    captions: list[Candidate]
     overlays: list[tuple[WordAttention, Image.Image]]
     image: Image.Image
     seconds: float
-
-    @property
-    def caption(self) -> str:
-        return self.alternatives[0].caption
 
 
 class CaptionService:
@@ -121,53 +109,47 @@ class CaptionService:
         self._turn = threading.Lock()
 
     def answer(
-        self, file: Path | bytes, name: str, request: Request, *, overlays: bool = False
+        self, content: bytes, name: str, request: Request, *, overlays: bool = False
     ) -> Answer:
         """Caption an uploaded image.
 
         Args:
+            content: of the file.
             name: of the file, for messages.
 
         Raises:
-            UploadError: the upload is too large or not an image.
+            DataError: the upload is too large or not an image.
             ModelError: the language model does not return the attention that `overlays` need.
         """
+        if len(content) > MAX_UPLOAD_MB * MEGABYTE:
+            raise DataError(f"{name} is too large: send at most {MAX_UPLOAD_MB} MB")
         with self._places:
-            image = self._open(file, name)
+            try:
+                image = self.open_image(content)
+            except ImageError as error:
+                formats = "JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or JPEG 2000"
+                raise DataError(f"{name}: {error.reason}; send a {formats}") from error
             with self._turn:
-                started = time.perf_counter()
-                decode = request.decode_settings(self.captioner.recipe.decode)
-                count = request.num_alternatives
-                if not decode.do_sample:
-                    count = min(count, decode.num_beams)
-                (found,) = self.captioner.candidates([image], count, decode=decode)
-                if decode.do_sample:
-                    found.sort(key=lambda candidate: -candidate.score)
-                distinct = list({candidate.caption: candidate for candidate in found}.values())
-                words: list[tuple[WordAttention, Image.Image]] = []
-                if overlays:
-                    explained = explain(self.captioner, image, caption=distinct[0].caption)
-                    shown = word_overlays(explained, image, OVERLAY_SIDE)
-                    words = list(zip(explained.words, shown, strict=True))
-                return Answer(distinct, words, image, time.perf_counter() - started)
+                return self._caption(image, request, overlays)
 
-    def _open(self, file: Path | bytes, name: str) -> Image.Image:
-        size = len(file) if isinstance(file, bytes) else file.stat().st_size
-        if size > MAX_UPLOAD_MB * MEGABYTE:
-            raise UploadError(f"{name} is too large: send at most {MAX_UPLOAD_MB} MB", 413)
-        try:
-            return self.open_image(file if isinstance(file, bytes) else str(file))
-        except ImageError as error:
-            formats = "JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or JPEG 2000"
-            raise UploadError(f"{name}: {error.reason}; send a {formats}", 415) from error
+    def _caption(self, image: Image.Image, request: Request, overlays: bool) -> Answer:
+        started = time.perf_counter()
+        decode = request.decode_settings(self.captioner.recipe.decode)
+        most = MOST_ALTERNATIVES if decode.do_sample else decode.num_beams
+        count = min(request.num_alternatives, most)
+        (found,) = self.captioner.candidates([image], count, decode=decode)
+        if decode.do_sample:
+            found.sort(key=lambda candidate: -candidate.score)
+        captions = list({candidate.caption: candidate for candidate in found}.values())
+        words: list[tuple[WordAttention, Image.Image]] = []
+        if overlays:
+            explained = explain(self.captioner, image, caption=captions[0].caption)
+            shown = word_overlays(explained, image, OVERLAY_SIDE)
+            words = list(zip(explained.words, shown, strict=True))
+        return Answer(captions, words, image, time.perf_counter() - started)
 
     def summary(self) -> str:
         """Return one line about the captioner's parts, checkpoint and device."""
-        recipe, model = self.captioner.recipe, self.captioner.model
-        encoder = " + ".join(Path(name).name for name in recipe.vision_encoder.names)
-        trained = sum(parameter.numel() for parameter in model.bridge.parameters()) / 1e6
-        language_model = Path(recipe.language_model.name).name
-        return (
-            f"{encoder} → {recipe.bridge.kind} bridge of {trained:.1f} M parameters → "
-            f"{language_model}, on {model.device} ({self.checkpoint})"
-        )
+        recipe, device = self.captioner.recipe, self.captioner.model.device
+        parts = [*recipe.vision_encoder.names, recipe.bridge.kind, recipe.language_model.name]
+        return f"{' → '.join(Path(name).name for name in parts)}, on {device} ({self.checkpoint})"
