@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from vlm_bridge.cli import options
+
+if TYPE_CHECKING:
+    from vlm_bridge.configuration import Recipe
 
 
 def info(
@@ -13,11 +19,9 @@ def info(
     config: Path = typer.Option(
         None, "--config", "-c", help="Recipe (YAML); training-default without it."
     ),
-    json_output: bool = typer.Option(False, "--json", help="Print JSON for machines."),
+    as_json: options.AsJson = False,
 ) -> None:
     """Count the parameters of a recipe's parts and show the feature shape. Reads no weights."""
-    import json
-
     from rich.console import Console
     from rich.table import Table
 
@@ -26,7 +30,7 @@ def info(
 
     quiet_transformers()
     found = parts_of(load_recipe(config or shipped_recipe(DEFAULT_RECIPE), overrides or ()))
-    if json_output:
+    if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     table = Table("component", "role", "pretrained", "trainable", "parameters")
@@ -39,29 +43,29 @@ def info(
     console.print(table)
     tokens, width = found["features_shape"]
     console.print(f"trainable share   {found['trainable_share']:.2%}")
-    console.print(
-        f"features          [B, {tokens}, {width}]: {tokens} tokens x {width}, "
-        f"{found['soft_tokens']} soft tokens before the text",
-        markup=False,
-    )
+    shape = f"[B, {tokens}, {width}]: {tokens} tokens x {width}"
+    soft = f"{found['soft_tokens']} soft tokens before the text"
+    console.print(f"features          {shape}, {soft}", markup=False)
 
 
-def parts_of(recipe: Any) -> dict[str, Any]:
+def parts_of(recipe: Recipe) -> dict[str, Any]:
     """Count the parameters of a recipe's parts, from shapes alone (on the meta device)."""
     from vlm_bridge.model_architecture.captioner import build_captioner
 
     model = build_captioner(recipe, meta=True)
-    components = []
-    for name, role in (
-        (recipe.vision_encoder.name, "vision_encoder"),
-        (recipe.bridge.kind, "bridge"),
-        (recipe.language_model.name, "language_model"),
-    ):
+    names = {
+        "vision_encoder": recipe.vision_encoder.name,
+        "bridge": recipe.bridge.kind,
+        "language_model": recipe.language_model.name,
+    }
+    components: list[dict[str, Any]] = []
+    for role, name in names.items():
         sizes = [(p.numel(), p.requires_grad) for p in getattr(model, role).parameters()]
-        component = {"name": name, "role": role, "parameters": sum(n for n, _ in sizes)}
-        component["trainable"] = sum(n for n, is_trained in sizes if is_trained)
-        component["pretrained"] = role != "bridge"
-        components.append(component)
+        counts = {
+            "parameters": sum(count for count, _ in sizes),
+            "trainable": sum(count for count, is_trained in sizes if is_trained),
+        }
+        components.append({"name": name, "role": role, **counts, "pretrained": role != "bridge"})
     share = sum(c["trainable"] for c in components) / sum(c["parameters"] for c in components)
     return {
         "components": components,

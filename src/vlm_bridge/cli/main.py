@@ -39,23 +39,17 @@ HELP = (
     "Caption images by training a small bridge between a frozen vision encoder and a frozen "
     "language model."
 )
+COMMANDS = (
+    quickstart.quickstart, caption.caption, evaluate.evaluate, compare.compare, report.report,
+    demo.demo, info.info, doctor.doctor, export.export, average.average, features.features,
+    new_decoder.new_decoder, train.train,
+)  # fmt: skip
 
 app = typer.Typer(
     name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False
 )
-app.command("quickstart")(quickstart.quickstart)
-app.command("caption")(caption.caption)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("report")(report.report)
-app.command("demo")(demo.demo)
-app.command("info")(info.info)
-app.command("doctor")(doctor.doctor)
-app.command("export")(export.export)
-app.command("average")(average.average)
-app.command("features")(features.features)
-app.command("new-decoder")(new_decoder.new_decoder)
-app.command("train")(train.train)
+for command in COMMANDS:
+    app.command(command.__name__.replace("_", "-"))(command)
 app.add_typer(data.app, name="data")
 
 
@@ -68,11 +62,7 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _global_options(
     version: bool = typer.Option(
-        False,
-        "--version",
-        callback=_print_version,
-        is_eager=True,
-        help="Print the version and exit.",
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     """Options before every command (`--debug`, anywhere, shows full tracebacks)."""
@@ -103,37 +93,33 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
         sys.excepthook = _print_redacted
     try:
         command()
-    except VLMBridgeError as error:
-        if debug:
-            raise
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader (head, less) went away: that is not our failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except OSError as error:
-        if debug:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {redact(f'{error.strerror or error}{where}')}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         if debug:
             raise
-        print(
-            f"error: unexpected {type(error).__name__}: {redact(str(error))} (vlm-bridge doctor "
-            "checks versions; run again with --debug for the traceback)",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+        print(f"error: {redact(_explained(error))}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, VLMBridgeError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return (
+        f"unexpected {type(error).__name__}: {error} (vlm-bridge doctor checks versions; "
+        "run again with --debug for the traceback)"
+    )
 
 
 def _print_redacted(*error: Any) -> None:
-    """Print a traceback (`--debug`) without tokens: messages of libraries may repeat a request."""
+    """Print a traceback without tokens: messages of libraries may repeat a request."""
     print(redact("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 

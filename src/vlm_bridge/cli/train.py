@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -31,29 +34,21 @@ def train(
 
     The recipe is `--config`'s; with `--resume` alone the checkpoint's own; else training-default.
     """
-    import logging
-
+    from vlm_bridge import configuration
     from vlm_bridge.cli.quiet import quiet_transformers
-    from vlm_bridge.configuration import (
-        DEFAULT_RECIPE,
-        load_recipe,
-        override_recipe,
-        shipped_recipe,
-    )
 
-    logger = logging.getLogger(__name__)
     # A mistyped recipe is refused before the seconds that the trainer's imports take.
     if config is None and resume in (None, "auto"):
-        config = shipped_recipe(DEFAULT_RECIPE)
+        config = configuration.shipped_recipe(configuration.DEFAULT_RECIPE)
         logger.info(f"recipe: {config} (another one with --config)")
-    recipe = load_recipe(config, overrides or ()) if config is not None else None
+    recipe = configuration.load_recipe(config, overrides or ()) if config is not None else None
 
     from vlm_bridge.training_strategy.resume import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training
 
     quiet_transformers()
     if recipe is None:
-        recipe = override_recipe(resumed_recipe(resume), overrides or ())
+        recipe = configuration.override_recipe(resumed_recipe(resume), overrides or ())
     with exit_when_interrupted():
         result = run_training(recipe, resume=resume or recipe.resume_from_checkpoint, force=force)
     scores = ""
@@ -63,19 +58,19 @@ def train(
         f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss "
         f"{result.best_loss:.4f}{scores}; checkpoints in {result.checkpoint_dir}"
     )
-    logger.info(f"next: vlm-bridge caption PICTURE --checkpoint {result.checkpoint_dir}")
+    logger.info(f"next: vlm-bridge caption IMAGE --checkpoint {result.checkpoint_dir}")
 
 
 @contextmanager
 def exit_when_interrupted() -> Iterator[None]:
     """Turn an interruption that was saved into one line and the signal's exit code."""
-    from vlm_bridge.device import process_rank
+    from vlm_bridge import device
     from vlm_bridge.training_strategy.saver import Interrupted
 
     try:
         yield
     except Interrupted as interruption:
-        if process_rank() == 0:
+        if device.process_rank() == 0:
             line = f"{interruption}; continue with --resume {interruption.saved_to}"
             typer.echo(line, err=True)
         raise typer.Exit(interruption.exit_code) from None
