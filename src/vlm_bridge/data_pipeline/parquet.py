@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 IMAGE_ROWS = 16  # rows of images held at a time: a few megabytes
 TEXT_ROWS = 4096
-MAX_CHARACTERS = 100_000  # of a text; a file may hold one once and name it in every row
 _READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the images of a whole row group at once
 
 
@@ -38,14 +37,14 @@ class ParquetPicture:
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (row group, row within it, values of ``columns``) for every row, in order.
 
-    A text that is not UTF-8 or too long is None.
+    A text that is not UTF-8 is None.
 
     Raises:
         DataError: pyarrow is not installed, or the file is damaged.
     """
-    import pyarrow.types as types
+    from pyarrow import types
 
-    # As dictionaries, and a row at a time: a text that the file holds once may stand in every row.
+    # As dictionaries: a text that the file holds once may stand in every row.
     texts = {
         field.name
         for field in schema_of(path)
@@ -55,9 +54,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, di
         for row_group in range(file.num_row_groups):
             row = 0
             for batch in _batches(file, row_group, columns, TEXT_ROWS):
-                for values in zip(*batch.columns, strict=True):
-                    plain = map(_plain, values)
-                    yield row_group, row, dict(zip(batch.schema.names, plain, strict=True))
+                for values in zip(*map(_values, batch.columns), strict=True):
+                    yield row_group, row, dict(zip(batch.schema.names, values, strict=True))
                     row += 1
 
 
@@ -91,12 +89,20 @@ def count_rows(path: Path) -> int:
         return file.metadata.num_rows
 
 
+def _values(column: pa.Array) -> list[Any]:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):  # a text that stands in many rows is decoded once
+        texts = [_plain(text) for text in column.dictionary]
+        return [None if index is None else texts[index] for index in column.indices.to_pylist()]
+    return [_plain(value) for value in column]
+
+
 def _plain(value: pa.Scalar) -> Any:
     try:
-        plain = value.as_py()
-    except (UnicodeDecodeError, MemoryError):
+        return value.as_py()
+    except UnicodeDecodeError:
         return None
-    return None if isinstance(plain, str) and len(plain) > MAX_CHARACTERS else plain
 
 
 @contextmanager
