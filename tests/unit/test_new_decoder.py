@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.new_decoder import (
     MAX_POSITIONS,
@@ -79,17 +77,9 @@ def test_rare_characters_do_not_crowd_out_the_words() -> None:
     assert len(ids) == 6
 
 
-@pytest.mark.parametrize(
-    ("text", "plain"),
-    [
-        ("A Man's dog, isn't it?", "a man's dog, isn't it?"),
-        ("Ünïcode café.", "unicode cafe."),
-        ("two   spaces", "two spaces"),
-    ],
-)
-def test_text_comes_back_in_lower_case_without_accents(
-    text: str, plain: str, tmp_path: Path
-) -> None:
+def test_text_comes_back_in_lower_case_without_accents(tmp_path: Path) -> None:
+    text = "A Man's dog,   isn't it? Ünïcode café."
+    plain = "a man's dog, isn't it? unicode cafe."
     write_new_decoder([text, "abcdefghijklmnopqrstuvwxyz"], tmp_path, DecoderSize(1, 8, 2, 200))
     model = load(tmp_path)
     assert model.decode(model.encode(text)) == plain
@@ -120,9 +110,3 @@ def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_h
     assert "no caption folder" in nowhere.stderr
     assert run_here(*other, "--layers", 0).returncode == 2
     assert not (tmp_path / "other").exists()
-
-
-def test_heads_must_divide_the_width(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="heads=4 does not divide width=10"):
-        write_new_decoder(["a dog"], tmp_path / "new", DecoderSize(width=10, heads=4))
-    assert not (tmp_path / "new").exists()
