@@ -185,12 +185,8 @@ def test_a_run_of_the_original_project_goes_on(
 ) -> None:
     """Its weights, moments and place are taken: the rest of the training is what ours would have been."""
     (tmp_path / "flat.yaml").write_text(FLAT, encoding="utf-8")
-    settings = (
-        "bridge.num_heads=4",
-        "bridge.dropout=0",
-        "amp_dtype=float32",
-        "num_validation_samples=0",
-    )
+    settings = ("bridge.num_heads=4", "bridge.dropout=0", "amp_dtype=float32",
+                "num_validation_samples=0")  # fmt: skip
     whole = vlm_training("--config", "flat.yaml", "save_every=6 steps", *settings)
     losses = [event["loss"] for event in events("train")]
     per_epoch = len(losses) // 3

@@ -96,27 +96,19 @@ def recipe(section: str | None = None, **values: Any) -> Callable[[Content], Non
         (lambda content: content.update(training={"x": {1, 2}}), "holds a set"),
         (weight(lambda tensor: tensor[:1, :1].expand(10**7, 10**5)), "larger than what is stored"),
         (weight(lambda tensor: tensor.to("meta")), "dense and on the CPU"),
-        (weight(lambda tensor: tensor.to_sparse()), "dense and on the CPU"),
         (weight(lambda tensor: tensor.to(torch.complex64)), "is of type torch.complex64"),
         (weight(lambda tensor: tensor.int()), f"{QUERIES} is of type torch.int32"),
         (weight(lambda tensor: tensor * torch.nan), f"{QUERIES} is not finite"),
-        (weight(lambda tensor: tensor.double() * 1e300), f"{QUERIES} is not finite"),
         (weight(lambda tensor: tensor[:1]), "another architecture"),
         (recipe("bridge", depth=10**7), "bridge.depth=.* less than"),
         (recipe("bridge", depth=100), "another architecture: .*layers.1.* is missing"),
-        (recipe("bridge", width=100_000), r"another architecture: .* not \(\d+, 100000\)"),
-        (recipe("bridge", num_queries=100_000), r"another architecture: .* not \(100000, 16\)"),
         (recipe("bridge", num_heads=3), "cannot be built: bridge.num_heads=3 does not divide"),
-        (recipe("bridge", kind="deep_prefix"), "another architecture"),
         (recipe("decode", max_new_tokens=10**9), "decode.max_new_tokens=.* less than"),
         (recipe("vision_encoder", image_size=10**6), "vision_encoder.image_size=.* less than"),
-        (recipe("vision_encoder", name=" + ".join(["x/y"] * 9)), "joins 9 encoders"),
         (recipe("language_model", name="x" * 2000), "language_model.name=.* at most 1000 char"),
         (recipe("language_model", prompt="x" * 20_000), "language_model.prompt=.* at most 10000 char"),
-        (recipe(seed=-1), "seed=-1 .* equal to 0"),
         (recipe(feature_cache_pooling=torch.ones(2)), "is not a vlm-bridge checkpoint"),
         (lambda content: content.update(sizes={"vision_encoder.embed_dim": torch.ones(2)}), "is not a"),
-        (lambda content: content.update(format_version=-1), "format_version is -1"),
         (lambda content: content.update(format_version=True), "format_version is True"),
         (lambda content: content.update(format_version=99), "newer vlm-bridge"),
     ],
@@ -162,8 +154,6 @@ def test_a_pickle_made_by_hand_is_one_line(tmp_path: Path, pickled: bytes, match
 def test_the_original_layout_is_refused_alike(tmp_path: Path) -> None:
     names = list(dinov2_gemma.ORIGINAL_NAMES.values())
     path = tmp_path / "original.pth"
-    torch.save({"model_state_dict": {name: torch.ones(2, 2) * torch.nan for name in names}}, path)
-    refused(path, "is not finite")
     torch.save({"model_state_dict": {name: torch.ones(1).expand(10**12) for name in names}}, path)
     refused(path, "larger than what is stored")
 
