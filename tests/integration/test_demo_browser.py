@@ -15,7 +15,6 @@ pytest.importorskip("selenium", reason="a browser needs selenium: pip install 'v
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from demo_server import noise, tiny_service
@@ -106,27 +105,6 @@ def test_dropped_images_have_a_card_each_and_a_bad_one_a_message(
     urls = {params["request"]["url"] for params in sent}
     assert any(url.startswith(address) for url in urls)
     assert all(url.startswith((address, "data:", "blob:", "chrome")) for url in urls)
-
-
-def test_fewer_beams_give_fewer_alternatives(page: Any, image: Path) -> None:
-    drop(page, image)
-    assert len(wait(page, "#answers .vb-alternatives li", 2)) > 1
-    number = page.find_element(By.CSS_SELECTOR, "#beams input[type=number]")
-    number.send_keys(Keys.CONTROL, "a")
-    number.send_keys("1", Keys.TAB)
-    page.find_element(By.CSS_SELECTOR, "#caption").click()
-    item = "#answers .vb-alternatives li"
-    WebDriverWait(page, PATIENCE).until(
-        lambda driver: len(driver.find_elements(By.CSS_SELECTOR, item)) == 1
-    )
-
-
-def test_an_image_of_60_mb_is_refused(page: Any, tmp_path: Path) -> None:
-    (tmp_path / "large.jpg").write_bytes(bytes(60_000_000))
-    drop(page, tmp_path / "large.jpg")
-    WebDriverWait(page, PATIENCE).until(
-        lambda driver: "maximum allowed size of 20" in driver.find_element(By.TAG_NAME, "body").text
-    )
 
 
 def test_an_example_is_captioned_with_a_click_and_fits_a_phone(browser: Any, address: str) -> None:
