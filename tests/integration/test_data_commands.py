@@ -207,4 +207,3 @@ def test_a_folder_of_other_tools_is_inspected(
     assert "captions.jsonl:17: not a JSON object" in checked.stdout
     explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
     assert explored.returncode == 0 and "{train: 24, val: 8, test: 8}" in explored.stdout
-

@@ -1,4 +1,4 @@
-"""`vlm-bridge features` builds what training reads, says what it did, and removes what nobody used for long."""
+"""`vlm-bridge features` builds what training reads, prints what it did, and removes old caches."""
 
 from __future__ import annotations
 
@@ -16,36 +16,27 @@ from vlm_bridge.training_strategy.trainer import train
 
 @pytest.fixture
 def data(drawn_caption_folder: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(
-        drawn_caption_folder, tmp_path / "data", ignore=shutil.ignore_patterns(".features")
-    )
+    ignore = shutil.ignore_patterns(".features")
+    return shutil.copytree(drawn_caption_folder, tmp_path / "data", ignore=ignore)
 
 
 @pytest.fixture
 def recipe_file(data: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, data_dir=str(data))
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
+    path.write_text(tiny_recipe(tiny_vit_dir, tiny_llama_dir, data_dir=str(data)).to_yaml())
     return path
 
 
-def test_a_second_run_says_that_it_is_there(run_here, recipe_file: Path, data: Path) -> None:
+def test_caches_are_built_found_again_and_mended(run_here, recipe_file: Path, data: Path) -> None:
     first = run_here("features", "--config", recipe_file)
     assert first.returncode == 0, first.stderr
     train, val = first.stdout.splitlines()
-    assert train.startswith("train: 24 images")
-    assert val.startswith("val: 8 images")
-    assert str(data / ".features") in train
-    assert "made in" in train
-    assert "images/s" in train
+    assert train.startswith("train: 24 images") and val.startswith("val: 8 images")
+    assert str(data / ".features") in train and "made in" in train and "images/s" in train
     second = run_here("features", "--config", recipe_file, "--verify", "--json")
     caches = json.loads(second.stdout)
     assert [cache["was_there"] for cache in caches] == [True, True]
     assert [cache["num_images"] for cache in caches] == [24, 8]
-
-
-def test_damage_is_found_and_mended(run_here, recipe_file: Path, data: Path) -> None:
-    run_here("features", "--config", recipe_file)
     for path in (data / ".features").glob("*/features.bin"):
         content = bytearray(path.read_bytes())
         content[100] ^= 1
@@ -77,10 +68,9 @@ def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Pa
         (["feature_cache_views=-1"], "greater than or equal to 0"),
     ],
 )
-def test_mistakes_are_told(run_here, recipe_file: Path, arguments: list[str], reason: str) -> None:
+def test_mistakes_are_named(run_here, recipe_file: Path, arguments: list[str], reason: str) -> None:
     failed = run_here("features", "--config", recipe_file, *arguments)
-    assert failed.returncode == 2
-    assert reason in failed.stderr
+    assert failed.returncode == 2 and reason in failed.stderr
 
 
 def test_no_room_is_one_line(run_here, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +103,8 @@ def test_training_sees_the_same_views_with_a_cache_and_without(
             num_validation_samples=0,
         )
         train(recipe)
-        events = map(
-            json.loads, (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines()
-        )
+        lines = (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines()
+        events = map(json.loads, lines)
         losses.append([event["loss"] for event in events if event["event"] == "train"])
     assert len(losses[0]) == 9
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
