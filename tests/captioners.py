@@ -1,4 +1,4 @@
-"""Tiny captioners for tests: a few thousand parameters, and bridges that already have something to say."""
+"""Tiny captioners for tests: a few thousand parameters, and bridges that look trained."""
 
 from __future__ import annotations
 
@@ -17,41 +17,29 @@ from vlm_bridge.model_architecture.bridges import ImageInputs, build_bridge
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.language_model import LanguageModel
 
+RESAMPLER: dict[str, Any] = {"num_queries": 3, "depth": 1, "width": 16, "num_heads": 4}
+RESAMPLER["position_embeddings"] = True
 BRIDGES: dict[str, dict[str, Any]] = {
-    "prefix": {
-        "kind": "prefix",
-        "num_queries": 3,
-        "depth": 1,
-        "width": 16,
-        "num_heads": 4,
-        "position_embeddings": True,
-    },
+    "prefix": {"kind": "prefix", **RESAMPLER},
     "cross_attention": {"kind": "cross_attention", "num_heads": 4},
-    "deep_prefix": {
-        "kind": "deep_prefix",
-        "num_queries": 3,
-        "depth": 1,
-        "width": 16,
-        "num_heads": 4,
-        "position_embeddings": True,
-    },
+    "deep_prefix": {"kind": "deep_prefix", **RESAMPLER},
     "projection": {"kind": "projection", "projection": "mlp", "position_embeddings": True},
 }
+# Bridges that enter the second of two layers.
 ENTERING_ABOVE = {
     f"{kind}_above": {**BRIDGES[kind], "enter_at_layer": 1}
     for kind in ("cross_attention", "deep_prefix")
 }
-"""Bridges that enter the second of two layers."""
 LANGUAGE_MODELS = ("llama", "gemma2", "gpt2")
 CROSS_ATTENDING = ("blip", "bert", "cross_gpt2")
+# Every bridge with every kind of language model that it can speak to, and one where any will do.
 SYSTEMS = [
     (bridge, language_model)
     for bridge in (*BRIDGES, *ENTERING_ABOVE)
     for language_model in (CROSS_ATTENDING if bridge == "projection" else LANGUAGE_MODELS)
 ]
-"""Every bridge with every kind of language model that it can speak to."""
 SPEAKS_TO = {bridge: "bert" if bridge == "projection" else "llama" for bridge in BRIDGES}
-"""For each bridge one of them, where the kind does not matter."""
+TOY_START, TOY_EOS = 1, 2
 
 
 def tiny_recipe(
@@ -85,7 +73,7 @@ def places_of_run(root: Path, name: str, data_dir: Path) -> dict[str, str]:
 
 
 def tiny_captioner(recipe: Recipe) -> CaptionModel:
-    """The captioner of a recipe with a bridge that looks as if it were trained: random, not the identity."""
+    """Return the captioner of a recipe with a bridge that is random, not the identity."""
     model = build_captioner(recipe)
     randomise(model.bridge)
     return model
@@ -106,7 +94,7 @@ def random_features(model: CaptionModel, num_images: int) -> torch.Tensor:
 
 
 def caption_loss(model: CaptionModel, batch: PackedBatch, features_bnd: torch.Tensor):
-    """The loss of a packed batch; ``features_bnd`` holds all images, the batch says which it reads."""
+    """Return the loss of a packed batch; ``features_bnd`` holds all images."""
     ids, labels, segments = map(torch.from_numpy, (batch.input_ids, batch.labels, batch.segments))
     return model.caption_loss(
         ids, labels, segments, model.image_inputs(features_bnd[batch.image_indices])
@@ -122,18 +110,14 @@ def generated(
 
 
 def what_is_read(image: ImageInputs, width: int = 32, length: int = 4) -> torch.Tensor:
-    """What a language model reads of each image as numbers [B, ...]; of an edit, how it leaves some text."""
+    """Return what a language model reads of each image [B, ...]; of an edit, some edited text."""
     if image.edit is not None:
         with seeded(8):
             text = torch.randn(1, length, width).expand(image.num_images, -1, -1)
         return image.edit(text)
-    prefix = image.key_value_prefix
-    found = (
-        image.soft_tokens,
-        image.encoder_hidden_states,
-        None if prefix is None else prefix.states,
-    )
-    (read,) = (tensor for tensor in found if tensor is not None)
+    if image.key_value_prefix is not None:
+        return image.key_value_prefix.states
+    (read,) = (x for x in (image.soft_tokens, image.encoder_hidden_states) if x is not None)
     return read
 
 
@@ -143,26 +127,17 @@ class ToyEncoder(nn.Module):
     embed_dim, num_tokens, grid = 4, 2, (1, 2)
 
 
-TOY_START, TOY_EOS = 1, 2
-
-
 def toy_captioner(bridge: str, vocabulary: int = 7) -> CaptionModel:
     """A captioner whose language model knows so few tokens that all of its captions can be listed.
 
     Large weights make some captions much likelier than others and end them at different lengths.
     """
     sizes = {
-        "vocab_size": vocabulary,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.8,
-        "bos_token_id": TOY_START,
-        "eos_token_id": TOY_EOS,
+        "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "initializer_range": 0.8, "bos_token_id": TOY_START, "eos_token_id": TOY_EOS,
         "pad_token_id": TOY_EOS,
-    }
+    }  # fmt: skip
     with seeded(66 if bridge == "projection" else 5):  # whose captions end at different lengths
         if bridge == "projection":
             config = BertConfig(**sizes, is_decoder=True, add_cross_attention=True)

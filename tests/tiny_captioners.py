@@ -1,6 +1,7 @@
-"""Tiny published captioners beside BLIP: GIT and vit-gpt2 with random weights, saved as their authors saved theirs.
+"""Tiny published captioners beside BLIP: GIT and vit-gpt2 with random weights.
 
-Weights are large, so that captions differ between pictures and code that mixes up rows is visibly wrong.
+Weights are large, so that captions differ between images and code that mixes up rows is visibly
+wrong.
 """
 
 from __future__ import annotations
@@ -9,43 +10,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    BertTokenizer,
-    CLIPImageProcessorPil,
-    GitConfig,
-    GitForCausalLM,
-    GPT2Config,
-    VisionEncoderDecoderConfig,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-)
+import transformers as hf
 
-from tiny_models import CORPUS, HIDDEN, build_tokenizer, save_tiny_blip, seeded
+from tiny_models import CORPUS, GPT2, TEXT, build_tokenizer, clip_processor, save_tiny_blip, seeded
 
-SIZES: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-}
+SIZES: dict[str, Any] = {**TEXT, "initializer_range": 0.3}
 IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
 MAX_POSITIONS = 64
 
 
-def build_bert_tokenizer() -> BertTokenizer:
-    """WordPiece over the words of ``CORPUS`` and single letters, lower case, with BERT's special tokens."""
+def build_bert_tokenizer() -> hf.BertTokenizer:
+    """WordPiece over the words of ``CORPUS`` and single letters, with BERT's special tokens."""
     text = " ".join(CORPUS).lower().replace(".", " .").replace(",", " ,")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = ["picture", *sorted({*text.split(), *letters}), *(f"##{letter}" for letter in letters)]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return BertTokenizer(vocab={token: index for index, token in enumerate([*special, *words])})
+    return hf.BertTokenizer(vocab={token: index for index, token in enumerate([*special, *words])})
 
 
 def save_tiny_git(folder: Path) -> Path:
     """GitForCausalLM with CLIP's image processor, as published."""
     tokenizer: Any = build_bert_tokenizer()
-    config = GitConfig(
+    config = hf.GitConfig(
         **SIZES,
         vision_config={**SIZES, **IMAGE},
         vocab_size=len(tokenizer),
@@ -55,47 +41,35 @@ def save_tiny_git(folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     with seeded(3):
-        GitForCausalLM(config).save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(folder)
+        hf.GitForCausalLM(config).save_pretrained(folder)
+    clip_processor().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def save_tiny_vit_gpt2(folder: Path) -> Path:
-    """VisionEncoderDecoderModel of ViT and GPT-2, with one token that starts, ends and pads, as in vit-gpt2.
+    """ViT and GPT-2, with one token that starts, ends and pads, as in vit-gpt2.
 
-    Its authors' generation settings lie beside it, and its image processor is named as old files name it.
+    Its authors' generation settings lie beside it, and its image processor has its old name.
     """
     tokenizer: Any = build_tokenizer()
-    decoder = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=HIDDEN,
-        n_layer=2,
-        n_head=4,
-        n_positions=MAX_POSITIONS,
-        initializer_range=0.3,
-        add_cross_attention=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+    eos = tokenizer.eos_token_id
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos)
+    sizes = {**GPT2, "n_positions": MAX_POSITIONS, "initializer_range": 0.3}
+    decoder = hf.GPT2Config(vocab_size=len(tokenizer), add_cross_attention=True, **sizes, **ends)
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        hf.ViTConfig(**SIZES, **IMAGE), decoder
     )
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        ViTConfig(**SIZES, **IMAGE), decoder
-    )
-    config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = (
-        tokenizer.eos_token_id
-    )
+    config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = eos
     with seeded(3):
-        model = VisionEncoderDecoderModel(config)
+        model = hf.VisionEncoderDecoderModel(config)
     model.generation_config.update(
         max_length=5,
         num_beams=4,
         repetition_penalty=3.0,
-        decoder_start_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
