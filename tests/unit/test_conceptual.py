@@ -81,45 +81,6 @@ def test_a_tar_cut_off_anywhere_gives_its_whole_samples(tmp_path: Path) -> None:
         assert all("cut off or damaged" in reason and not name for name, reason in shard.skipped)
 
 
-def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "00000.tar", samples(0, 1, 2, 3))
-    with tarfile.open(path) as tar:
-        header = tar.getmember("000000002.jpg").offset
-    with path.open("r+b") as file:
-        file.seek(header)
-        file.write(b"\xff" * 512)
-    shard = read_shard(path)
-    assert [found.key for found in shard.samples] == ["000000000", "000000001"]
-    assert f"at byte {header:,}" in shard.skipped[0][1]
-
-
-@pytest.mark.parametrize("content", [b"", b"no tar at all", b"\x1f\x8b" + bytes(600)])
-def test_a_file_that_is_no_tar_costs_no_other_shard(tmp_path: Path, content: bytes) -> None:
-    write_tar(tmp_path / "00000.tar", samples(0, 1))
-    (tmp_path / "00007.tar").write_bytes(content)
-    source = Conceptual(tmp_path)
-    assert len(source.items()) == 2
-    assert [entry.id for entry in source.rejected] == ["00007.tar"]
-
-
-def test_members_that_lead_out_and_odd_ones_are_rejected(tmp_path: Path) -> None:
-    names = ("../000000009.jpg", "/etc/000000008.txt", "C:\\x.jpg")
-    members = [*sample(0), *((name, b"x") for name in names), *sample(1, key="./000000001")]
-    with tarfile.open(write_tar(tmp_path / "00000.tar", members), "a") as tar:
-        for kind, name in ((tarfile.SYMTYPE, "2.jpg"), (tarfile.LNKTYPE, "3.jpg")):
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = kind, "/etc/passwd"
-            tar.addfile(link)
-    source = Conceptual(tmp_path)
-    assert [item.image_id for item in source.items()] == ["000000000", "000000001"]
-    odd = "a link, device or sparse file"
-    assert {entry.id: entry.reason for entry in source.rejected} == {
-        **{f"00000.tar:{name}": "its name leads out of the shard" for name in names},
-        "00000.tar:2.jpg": odd,
-        "00000.tar:3.jpg": odd,
-    }
-
-
 def test_incomplete_samples_are_rejected_with_their_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

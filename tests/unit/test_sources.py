@@ -62,12 +62,6 @@ def test_a_caption_file_elsewhere(images: Path, tmp_path_factory: pytest.TempPat
     assert captions_by_id(images, elsewhere) == {"a": ["A dog."]}
 
 
-def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "a.png", "b.jpg")
-    (tmp_path / "captions.tsv").write_text("a.jpg\tOne.\na.png\tTwo.\nb.jpg\tThree.\n")
-    assert list(captions_by_id(tmp_path)) == ["a.jpg", "a.png", "b"]
-
-
 def test_text_files_beside_images(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "sub/b.jpg", "c.jpg")
     (tmp_path / "a.txt").write_text("one\ntwo\n")
@@ -186,6 +180,8 @@ def test_a_name_that_fits_several_files_is_skipped(tmp_path: Path) -> None:
     source = LocalFolder(tmp_path)
     assert [item.image_id for item in source.items()] == ["b"]
     assert "fits several files (a.jpg, a.png)" in source.rejected[0].reason
+    (tmp_path / "captions.tsv").write_text("a.jpg\tA dog.\na.png\tA cat.\nb\tA cow.\n")
+    assert [item.image_id for item in source.items()] == ["a.jpg", "a.png", "b"]
 
 
 def test_names_are_those_beside_their_caption_file(tmp_path: Path) -> None:

@@ -61,28 +61,30 @@ class ImageFiles:
         self.paths: dict[str, Path] = {}
         self.linked_out: list[str] = []
         self._seen: set[Path] = set()
-        self._scan(root, root.resolve())
+        self._found: dict[tuple[str, Path], str | None] = {}
+        self._resolved = root.resolve()
+        self._scan(root, "")
 
-    def _scan(self, folder: Path, resolved: Path) -> None:
+    def _scan(self, folder: Path, below: str) -> None:
         real = folder.resolve()
         if real in self._seen or (folder != self.root and _is_caption_folder(folder)):
             return  # a link in a circle, or a caption folder made of the dataset
         self._seen.add(real)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            path = folder / entry.name
+            path, name = folder / entry.name, below + entry.name
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
             if entry.name.startswith(".") or not (is_image or entry.is_dir()):
                 continue
-            name = path.relative_to(self.root).as_posix()
-            if entry.is_symlink() and not (self.follow_links or is_inside(resolved, path)):
+            is_free = not entry.is_symlink() or self.follow_links
+            if not (is_free or is_inside(self._resolved, path)):
                 self.linked_out.append(name)
             elif entry.is_dir():
-                self._scan(path, resolved)
+                self._scan(path, f"{name}/")
             elif entry.is_file():
                 self.paths[name] = path
 
-    def find(self, name: str, beside: Path | None = None) -> Path | None:
-        """Return the image file that a caption file names, None where there is none.
+    def find(self, name: str, beside: Path | None = None) -> str | None:
+        """Return the name in ``paths`` that a caption file means, None where there is none.
 
         A name may lack folders, its suffix or nothing but spelling (Unicode form, case, kind of
         slashes, the number of a caption) where exactly one file fits.
@@ -93,14 +95,17 @@ class ImageFiles:
         Raises:
             ValueError: several files fit.
         """
-        bare = without_number(name).replace("\\", "/")
-        below = ""
-        if beside is not None and beside != self.root and beside.is_relative_to(self.root):
-            below = f"{beside.relative_to(self.root).as_posix()}/"
-        for top in (below, ""):
-            for known in (top + folder + end for end in (name, bare) for folder in _SUBFOLDERS):
-                if known in self.paths:
-                    return self.paths[known]
+        bare, folder = without_number(name).replace("\\", "/"), beside or self.root
+        if (bare, folder) not in self._found:
+            is_below = folder != self.root and folder.is_relative_to(self.root)
+            below = f"{folder.relative_to(self.root).as_posix()}/" if is_below else ""
+            self._found[bare, folder] = self._search(bare, below)
+        return self._found[bare, folder]
+
+    def _search(self, bare: str, below: str) -> str | None:
+        for known in (top + folder + bare for top in (below, "") for folder in _SUBFOLDERS):
+            if known in self.paths:
+                return known
         wanted = f"/{_folded(bare)}"
         for by_end in self._by_end:
             known = by_end.get(wanted.rpartition("/")[2], ())
@@ -108,9 +113,9 @@ class ImageFiles:
             fits = [found for found in fits if found[0].startswith(f"/{_folded(below)}")] or fits
             if len(fits) > 1:
                 files = ", ".join(found for _, found in fits[:3])
-                raise ValueError(f"image name {shown(name)} fits several files ({files})")
+                raise ValueError(f"image name {shown(bare)} fits several files ({files})")
             if fits:
-                return self.paths[fits[0][1]]
+                return fits[0][1]
         return None
 
     @cached_property
@@ -169,10 +174,11 @@ class CaptionedFiles(Source):
     ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
         """Yield every record with its file."""
         for file in self.caption_files():
-            yield from ((record, file) for record in read_captions(file[0], skipped))
+            for record in read_captions(file[0], skipped):
+                yield record, file
 
-    def find_image(self, images: ImageFiles, name: str, beside: Path) -> Path | None:
-        """Return the file of a captioned image; ValueError where its name is unclear."""
+    def find_image(self, images: ImageFiles, name: str, beside: Path) -> str | None:
+        """Return the name of a captioned image's file; ValueError where it is unclear."""
         return images.find(name, beside)
 
     def split_of_folder(self, name: str) -> SplitName | None:
@@ -196,27 +202,26 @@ class CaptionedFiles(Source):
         missing: dict[str, str] = {}
         found: dict[Path | ParquetPicture, _Found] = {}
         for record, (file, split) in self.records(images, skipped):
-            name, where = record.image, Path(record.where).name
-            place: Path | ParquetPicture | None = record.stored
+            name, place = record.image, record.stored
             if place is None:
                 try:
-                    place = self.find_image(images, name, file.parent)
+                    known = self.find_image(images, name, file.parent)
                 except ValueError as error:
                     skipped.add(record.where, str(error))
                     continue
-                if place is None:
-                    missing.setdefault(without_number(name), where)
+                if known is None:
+                    missing.setdefault(without_number(name), record.where)
                     continue
-                name = place.relative_to(self.input_dir).as_posix()
+                name, place = known, images.paths[known]
             one = found.setdefault(place, _Found(name))
             one.captions += record.captions
             if of_folder := self.split_of_folder(name):
                 one.splits.setdefault(of_folder, "its folder")
             for stated in filter(None, (split, record.split)):
-                one.splits.setdefault(stated, where)
+                one.splits.setdefault(stated, _end_of(record.where))
             if len(one.splits) > 1:
                 named = ", ".join(f"{split} by {by}" for split, by in one.splits.items())
-                raise DataError(f"{where}: {name} is in several splits ({named}): correct one")
+                raise DataError(f"{record.where}: {name} is in several splits ({named})")
         skipped.check(at_least=MIN_SKIPPED_ROWS)
         self._report(images, skipped, missing, {p for p, one in found.items() if one.captions})
         return [
@@ -242,7 +247,7 @@ class CaptionedFiles(Source):
         lost = Skipped("captioned images", len(missing) + len(captioned))
         for name, where in missing.items():
             lost.add(where, f"its image {name!r} is missing")
-        skips = [(Path(s.where).name, s.reason) for s in (*skipped.samples, *lost.samples)]
+        skips = [(_end_of(s.where), s.reason) for s in (*skipped.samples, *lost.samples)]
         skips += [(name, LEADS_OUT) for name in images.linked_out]
         if not captioned:
             causes = "; ".join(by_cause(skips)[:NUM_CAUSES]) or "all captions are empty"
@@ -252,3 +257,7 @@ class CaptionedFiles(Source):
             others = (name for name, path in images.paths.items() if path not in captioned)
             skips += [(name, "it has no caption") for name in others]
         self.rejected += [Rejected(*skip) for skip in skips]
+
+
+def _end_of(where: str) -> str:
+    return where.replace("\\", "/").rpartition("/")[2]

@@ -91,13 +91,13 @@ class Coco(CaptionedFiles):
         if left_out:
             self.rejected.append(Rejected("restval", f"{left_out} images left out (--no-restval)"))
 
-    def find_image(self, images: ImageFiles, name: str, beside: Path) -> Path | None:
-        """Return an image by its name of either year."""
-        match = _IMAGE_NAME.fullmatch(Path(name).name)
+    def find_image(self, images: ImageFiles, name: str, beside: Path) -> str | None:
+        """Return the name of an image's file by its name of either year."""
+        match = _IMAGE_NAME.fullmatch(name.rpartition("/")[2])
         if match is None:
             return images.find(name)
-        files = (f"{prefix}{match[1]}.jpg" for prefix in ("", "COCO_train2014_", "COCO_val2014_"))
-        return next((path for file in files if (path := images.find(file)) is not None), None)
+        names = (f"{prefix}{match[1]}.jpg" for prefix in ("", "COCO_train2014_", "COCO_val2014_"))
+        return next((found for name in names if (found := images.find(name)) is not None), None)
 
     def image_id(self, name: str) -> str:
         match = _IMAGE_NAME.fullmatch(Path(name).name)
