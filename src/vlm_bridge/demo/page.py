@@ -23,7 +23,7 @@ from vlm_bridge.demo.service import (
     Request,
 )
 from vlm_bridge.errors import VLMBridgeError
-from vlm_bridge.evaluation.charts import Line, line_chart
+from vlm_bridge.evaluation.charts import line_chart
 from vlm_bridge.evaluation.run_folder import HISTORY_NAME, read_curves
 
 THUMBNAIL = 480
@@ -162,7 +162,7 @@ def live_html(run: Path) -> str:
         return _error_card(f"no training log in {run} yet: is it the folder of a training run?")
     charts = ""
     for title, names in CHARTS.items():
-        drawn = [Line(name, curves[name], i) for i, name in enumerate(names) if name in curves]
+        drawn = {name: curves[name] for name in names if name in curves}
         if drawn:
             charts += line_chart(title, drawn, x_label="training step", legend=len(names) > 1)
     samples = ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
@@ -17,19 +16,14 @@ MOST_POINTS = 400
 """More cannot be seen and would bloat the file."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """Finite points in the order of x, at least one; color and style are counted from 0."""
+def line_chart(title: str, lines: Mapping[str, Points], *, x_label: str, legend: bool) -> str:
+    """Return an ``<svg>`` that fills its container.
 
-    name: str
-    points: Points
-    color: int = 0
-    style: int = 0
-
-
-def line_chart(title: str, lines: Sequence[Line], *, x_label: str, legend: bool) -> str:
-    """Return an ``<svg>`` that fills its container; `legend` names the lines below it."""
-    plots = [_thinned(line.points) for line in lines]
+    Args:
+        lines: name -> finite points in the order of x, at least one.
+        legend: name the lines below the chart.
+    """
+    plots = [_thinned(points) for points in lines.values()]
     x_ticks = _ticks([x for points in plots for x, _ in points])
     y_ticks = _ticks([y for points in plots for _, y in points])
 
@@ -45,10 +39,9 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, legend: bool)
         parts.append(_text(LEFT - 6, y + 4, f"{tick:g}", "end"))
     parts += [_text(place(tick, y_ticks[0])[0], BOTTOM + 18, f"{tick:g}") for tick in x_ticks]
     row = BOTTOM + 40
-    for line, points in zip(lines, plots, strict=True):
+    for number, (name, points) in enumerate(zip(lines, plots, strict=True)):
         places = [place(x, y) for x, y in points]
-        color = f"var(--c{line.color % COLORS})"
-        dash = DASHES[(line.style + line.color // COLORS) % len(DASHES)]
+        color, dash = f"var(--c{number % COLORS})", DASHES[number // COLORS % len(DASHES)]
         stroke = f'fill="none" stroke="{color}" stroke-width="1.7" stroke-dasharray="{dash}"'
         parts.append(f'<path d="M{"L".join(f"{x} {y}" for x, y in places)}" {stroke}/>')
         if len(points) <= 30:
@@ -56,7 +49,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, legend: bool)
         if legend:
             row += LEGEND_ROW
             parts.append(f'<path d="M{LEFT} {row - 4}h28" {stroke}/>')
-            parts.append(_text(LEFT + 36, row, line.name, "start"))
+            parts.append(_text(LEFT + 36, row, name, "start"))
     box = f'viewBox="0 0 {WIDTH} {row + 8}"'
     return f'<svg {box} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 

@@ -14,13 +14,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlm_bridge.captioning.contact_sheet import thumbnail
-from vlm_bridge.evaluation.charts import Line, line_chart
+from vlm_bridge.evaluation.charts import Points, line_chart
 from vlm_bridge.evaluation.predictions import Prediction
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import score_notes, simple_tokenize
@@ -62,22 +63,18 @@ class ReportedRun:
     notes: Sequence[str] = ()
 
     @property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> dict[str, Any]:
         """All numbers of the metrics but the failures, in the usual order."""
         names = dict.fromkeys((*METRICS, "SPICE", "perplexity", "visual_gain", *self.metrics))
-        numbers = {name: self.metrics[name] for name in names if name in self.metrics}
-        return {
-            name: value
-            for name, value in numbers.items()
-            if type(value) in (int, float) and name != "num_failures"
-        }
+        values = ((name, self.metrics.get(name)) for name in names if name != "num_failures")
+        return {name: value for name, value in values if type(value) in (int, float)}
 
-    def all_notes(self) -> list[str]:
+    def all_notes(self, prefix: str) -> list[str]:
         skipped = self.metrics.get("skipped") or {}
         lines = [*self.notes, *score_notes(skipped, self.metrics.get("tokenizer"))]
         if failures := self.metrics.get("num_failures"):
             lines.append(f"{failures} image(s) were not captioned and count as empty captions")
-        return lines
+        return [prefix + line for line in lines]
 
 
 def write_report(
@@ -98,13 +95,13 @@ def write_report(
     environment = Environment(loader=PackageLoader("vlm_bridge.evaluation", ""), autoescape=True)
     environment.filters |= {"exact": repr, "shown": _shown, "label": _label}
     prefixes = [f"{run.name}: " if len(runs) > 1 else "" for run in runs]
-    pairs = zip(prefixes, runs, strict=True)
     measured = [run for run in runs if run.scores]
+    own_notes = map(ReportedRun.all_notes, runs, prefixes)
     page = environment.get_template("report.html.j2").render(
         title=title,
         runs=runs,
         summary={n: runs[0].scores[n] for n in SUMMARY if n in runs[0].scores},
-        notes=[*notes, *(prefix + line for prefix, run in pairs for line in run.all_notes())],
+        notes=chain(notes, *own_notes),
         metrics=list(dict.fromkeys(name for run in measured for name in run.scores)),
         published=[s for name in {run.dataset for run in measured} for s in published_on(name)],
         reference=next((run.name for run in measured if not run.shares), ""),
@@ -127,56 +124,40 @@ def published_on(dataset: str) -> list[dict[str, Any]]:
     return [system for key, of in published.items() if name.startswith(key) for system in of]
 
 
-def by_cider(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Return predictions from the worst to the best."""
-    return sorted(predictions, key=lambda prediction: prediction.cider)
-
-
 def _curves(runs: Sequence[ReportedRun], prefixes: Sequence[str]) -> list[str]:
-    """Draw a chart per quantity. Of several runs, each keeps its color, and its series differ in style."""
-    by_quantity: dict[str, list[Line]] = {}
-    for color, (run, prefix) in enumerate(zip(runs, prefixes, strict=True)):
+    """Draw a chart per quantity."""
+    charts: dict[str, dict[str, Points]] = {name: {} for name in FIRST_CURVES}
+    for run, prefix in zip(runs, prefixes, strict=True):
         for name, curve in run.curves.items():
             series, _, quantity = name.rpartition("/")
-            points = [(float(step), value) for step, value in curve if math.isfinite(value)]
-            if not points:
-                continue
-            lines = by_quantity.setdefault(quantity, [])
-            if len(runs) > 1:
-                style = sum(line.color == color for line in lines)
-                lines.append(Line(prefix + series, points, color, style))
-            else:
-                lines.append(Line(series or quantity, points, len(lines)))
-    places = {name: place for place, name in enumerate(FIRST_CURVES)}
-    order = sorted(by_quantity, key=lambda name: places.get(name, len(places)))
+            if points := [(step, value) for step, value in curve if math.isfinite(value)]:
+                charts.setdefault(quantity, {})[prefix + (series or quantity)] = points
     return [
-        line_chart(_label(name), lines, x_label="step", legend=len(runs) > 1 or len(lines) > 1)
-        for name in order
-        if (lines := by_quantity[name])
+        line_chart(_label(name), lines, x_label="step", legend=len(lines) > 1 or len(runs) > 1)
+        for name, lines in charts.items()
+        if lines
     ]
 
 
 def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
     """Count words in the captions of each run, and in one human caption per image."""
-    captions = {run.name: [p.caption for p in run.predictions] for run in runs if run.predictions}
-    if not captions:
-        return {}
-    first = next(run for run in runs if run.predictions)
-    captions[PEOPLE] = [prediction.image.captions[0] for prediction in first.predictions]
+    predictions = {run.name: run.predictions for run in runs if run.predictions}
+    captions = {name: [p.caption for p in of_run] for name, of_run in predictions.items()}
+    for of_run in list(predictions.values())[:1]:
+        captions[PEOPLE] = [prediction.image.captions[0] for prediction in of_run]
     columns: dict[str, dict[str, float]] = {}
     for name, texts in captions.items():
         sentences = [tuple(sentence.split()) for sentence in simple_tokenize(texts)]
-        lengths = list(map(len, sentences))
         columns[name] = {
             "captions": len(texts),
-            "mean length, words": sum(lengths) / len(lengths),
-            "longest, words": max(lengths),
+            "mean length, words": sum(map(len, sentences)) / len(texts),
+            "longest, words": max(map(len, sentences)),
             "vocabulary, words": len(set().union(*sentences)),
-            "distinct, share": len(set(sentences)) / len(sentences),
+            "distinct, share": len(set(sentences)) / len(texts),
         }
-    for run in runs:
-        if known := [p.finished for p in run.predictions if p.finished is not None]:
-            columns[run.name]["unfinished, share"] = known.count(False) / len(known)
+        ends = [p.finished for p in predictions.get(name, ()) if p.finished is not None]
+        if ends:
+            columns[name]["unfinished, share"] = ends.count(False) / len(ends)
     return columns
 
 
@@ -187,26 +168,24 @@ Row = Sequence[tuple[str, Prediction]]
 def _galleries(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Sequence[Row]]]:
     """Yield images of one run, or images that all runs captioned."""
     captioned = [run for run in runs if run.predictions]
-    if not captioned:
-        return
-    by_image = [{p.image.original_id: p for p in run.predictions} for run in captioned]
+    by_image = [
+        {p.image.original_id if len(runs) > 1 else p.image: p for p in run.predictions}
+        for run in captioned
+    ]
     names = [run.name if len(runs) > 1 else "" for run in captioned]
     rows: list[Row] = [
         [(name, of[key]) for name, of in zip(names, by_image, strict=True)]
-        for key in by_image[0]
+        for key in (by_image[0] if by_image else ())
         if all(key in of for of in by_image)
     ]
     yield "Drawn at random", random.Random(0).sample(rows, min(SHOWN, len(rows)))
     if len(runs) > 1:
-        yield "Where CIDEr differs most", sorted(rows, key=_spread, reverse=True)[:SHOWN]
+        yield "Where CIDEr differs most", sorted(rows, key=_spread)[::-1][:SHOWN]
         return
-    ranked = [[("", prediction)] for prediction in by_cider(runs[0].predictions)]
-    yield "Best by CIDEr", ranked[: -1 - SHOWN : -1]
+    ranked = sorted(rows, key=lambda row: row[0][1].cider)
+    yield "Best by CIDEr", ranked[::-1][:SHOWN]
     yield "Worst by CIDEr", ranked[:SHOWN]
-    yield (
-        "Longest captions",
-        sorted(ranked, key=lambda row: -len(row[0][1].caption.split()))[:SHOWN],
-    )
+    yield "Longest captions", sorted(rows, key=lambda row: len(row[0][1].caption))[::-1][:SHOWN]
 
 
 def _spread(row: Row) -> float:

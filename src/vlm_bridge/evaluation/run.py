@@ -20,7 +20,7 @@ from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, write_predictions
-from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, by_cider, write_report
+from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
 from vlm_bridge.evaluation.run_folder import METRICS_NAME, REPORT_NAME, Curve
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import score_captions
@@ -137,7 +137,7 @@ def write_evaluation(
     metrics, predictions = evaluation.metrics, evaluation.predictions
     write_json(folder / METRICS_NAME, metrics)
     write_predictions(folder / PREDICTIONS_NAME, predictions)
-    ranked = by_cider(predictions)
+    ranked = sorted(predictions, key=lambda prediction: prediction.cider)
     half = min(SHOWN, len(ranked) // 2)
     chosen = [*ranked[half:][: -1 - SHOWN : -1], *ranked[:half]]
     sheet = [SheetItem(p.image.path, p.caption, p.image.captions[0], p.cider) for p in chosen]

@@ -22,7 +22,6 @@ METRICS: dict[str, Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {
     "CIDEr": coco.cider,
     "SPICE": coco.spice,
 }
-NEED_JAVA = ("METEOR", "SPICE")
 
 
 @dataclass(frozen=True)
@@ -76,20 +75,18 @@ def score_captions(
         raise DataError("no captions to score: the references are empty")
     if lone := sorted(references.keys() ^ hypotheses.keys()):
         raise DataError(f"cannot score captions: no caption or no reference for {lone[:5]}")
-    metrics = [name for name in METRICS if spice or name != "SPICE"]
-    skipped: dict[str, str] = {}
     try:
         tokenizer, (gts, res) = "ptb", _tokenize(references, hypotheses, ptb_tokenize)
-    except JavaError as error:
+    except JavaError:
         tokenizer, (gts, res) = "regex", _tokenize(references, hypotheses, simple_tokenize)
-        skipped = {name: str(error) for name in metrics if name in NEED_JAVA}
     corpus: dict[str, float] = {}
+    skipped: dict[str, str] = {}
     per_image: dict[str, dict[str, float]] = {image_id: {} for image_id in gts}
-    for name in metrics:
-        if name in skipped:
+    for name, scorer in METRICS.items():
+        if name == "SPICE" and not spice:
             continue
         try:
-            scores = METRICS[name](gts, res)
+            scores = scorer(gts, res)
         except JavaError as error:
             skipped[name] = str(error)
             continue

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import SupportsFloat
 
-from vlm_bridge.metrics.java import JavaError, java, run_java
+from vlm_bridge.metrics.java import JavaError, find_java, java, run_java
 
 METEOR_TIMEOUT_S = 300.0
 SPICE_TIMEOUT_S = 3600.0
@@ -62,6 +62,7 @@ def spice(gts: Tokens, res: Tokens) -> Scores:
     from pycocoevalcap.spice import get_stanford_models as models
     from pycocoevalcap.spice import spice as package
 
+    find_java()
     folder = Path(package.__file__).parent
     if not (folder / models.SPICELIB / f"{models.JAR}-models.jar").is_file():
         raise JavaError(

@@ -6,9 +6,7 @@ Java that has died.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +14,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+
+import psutil
 
 # Otherwise the jars read and write text in the locale's encoding and decimal mark.
 TEXT_OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
@@ -33,6 +32,13 @@ class JavaError(Exception):
 def install_java_command() -> str:
     """Return the command that installs a Java runtime on this system."""
     return INSTALL.get(sys.platform, "sudo apt-get install default-jre-headless")
+
+
+def find_java() -> str:
+    """Return the path of `java`. Raises JavaError if there is none."""
+    if executable := shutil.which("java"):
+        return executable
+    raise JavaError(f"no Java found; install it with: {install_java_command()}")
 
 
 def run_java(
@@ -55,20 +61,13 @@ def java(
     Raises:
         JavaError: Java is missing, failed, or gave no answer within `timeout_s` seconds.
     """
-    executable = shutil.which("java")
-    if executable is None:
-        raise JavaError(f"no Java found; install it with: {install_java_command()}")
+    command = [find_java(), *TEXT_OPTIONS, *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     # A file for stderr: a full pipe that nobody reads would block Java.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        process = subprocess.Popen(
-            [executable, *TEXT_OPTIONS, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            cwd=cwd,
-            encoding="utf-8",
-            start_new_session=True,
-        )
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr,
+        subprocess.Popen(command, stderr=stderr, cwd=cwd, **pipes) as process,
+    ):
         timer = threading.Timer(timeout_s, _kill, [process])
         timer.daemon = True
         timer.start()
@@ -78,32 +77,22 @@ def java(
             timer.join(0.1)  # if it fired, let it finish
             if timer.finished.is_set():
                 reason = f"Java gave no answer within {timeout_s:g} s and was stopped"
-            else:
-                reason = f"Java failed: {_complaint(stderr) or error}"
-            raise JavaError(reason) from error
+                raise JavaError(reason) from error
+            stderr.seek(0)
+            lines = [line.strip() for line in stderr if line.strip()]
+            named = [line for line in lines if "Exception" in line or "Error" in line]
+            raise JavaError(f"Java failed: {(named or lines or [error])[0]}") from error
         finally:
             timer.cancel()
             _kill(process)
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):  # unread input of a dead process cannot be flushed
-                    if pipe:
-                        pipe.close()
+            with suppress(OSError):  # unread input of a dead process cannot be flushed
+                if process.stdin:
+                    process.stdin.close()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
     if process.returncode is None:
-        with suppress(ProcessLookupError):
-            if sys.platform == "win32":
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _complaint(stderr: IO[str]) -> str:
-    """Return the line that names the exception, or else the last line."""
-    stderr.seek(0)
-    lines = [line.strip() for line in stderr if line.strip()]
-    return next(
-        (line for line in lines if "Exception" in line or "Error" in line), "".join(lines[-1:])
-    )
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            for one in (*parent.children(recursive=True), parent):
+                one.kill()
