@@ -148,7 +148,7 @@ def test_weights_of_another_architecture_are_refused_by_name(saved: Path, recipe
     with pytest.raises(CheckpointError, match=r"another architecture: bridge\..* and \d+ more"):
         checkpoints.load_weights(build_captioner(other), weights, saved)
     plain = recipe.replace(bridge=recipe.bridge.replace(standardize_features=False))
-    with pytest.raises(CheckpointError, match=r"feature_scale\.mean \(32,\) is unknown"):
+    with pytest.raises(CheckpointError, match=r"feature_scale\.mean( \(32,\))? is unknown"):
         checkpoints.load_weights(build_captioner(plain), weights, saved)
     wider = {**weights, "feature_scale.mean": torch.zeros(99)}
     with pytest.raises(CheckpointError, match=r"feature_scale\.mean is \(99,\), not \(32,\)"):

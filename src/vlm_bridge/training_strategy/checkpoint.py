@@ -43,6 +43,7 @@ ORIGINAL_TRAINING = "original_training"
 FORMAT_VERSION = 2
 # The original's losses count pads, so its best loss is not read.
 ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict")
+PARTS = ("weights", "model_state_dict", "recipe", "sizes", "training")
 STEP, STEP_PATTERN = "step_{:08d}.pth", "step_*.pth"
 LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
 BEST_WEIGHTS = "best_model_weights_only.pth"
@@ -62,15 +63,12 @@ def save_checkpoint(
     sizes: Mapping[str, int] | None = None,
     format_version: int = FORMAT_VERSION,
 ) -> None:
-    """Replace a checkpoint by a new one, or leave it as it was.
+    """Replace a checkpoint by a new one, or leave it as it was. Raises CheckpointError.
 
     Args:
         training: optimizer, position and so on; left out of weights-only files.
         sizes: `captioner_sizes` of the trained captioner.
         format_version: of the checkpoint that the weights were read from.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     content = {
         "format": FORMAT,
@@ -168,21 +166,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _check_layout(content: Any) -> None:
     """Refuse missing parts and parts of wrong types. Raises ValueError."""
-    if not isinstance(content, dict) or not (
-        dinov2_gemma.is_original(content)
-        or (content.get("format") == FORMAT and {"recipe", "weights"} <= content.keys())
-    ):
+    is_original = dinov2_gemma.is_original(content)
+    is_ours = isinstance(content, dict) and content.get("format") == FORMAT
+    if not is_original and not (is_ours and {"recipe", "weights"} <= content.keys()):
         raise ValueError("it has other keys")
-    kinds = ("weights", "model_state_dict", "recipe", "sizes", "training")
-    parts = {kind: content[kind] for kind in kinds if kind in content}
-    if not all(isinstance(part, Mapping) for part in parts.values()):
+    parts = [content[key] for key in PARTS if key in content]
+    if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError("a part of it is no mapping")
-    check_content([parts.get("recipe"), parts.get("sizes")], 0)  # no tensors
-    for kind in ("weights", "model_state_dict"):
-        for name, tensor in parts.get(kind, {}).items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"its weight {shown(name)} is no tensor")
-    version = content.get("format_version", 1 if "model_state_dict" in content else None)
+    check_content([content.get("recipe"), content.get("sizes")], 0)  # no tensors
+    for name, tensor in content["model_state_dict" if is_original else "weights"].items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"its weight {shown(name)} is no tensor")
+    version = content.get("format_version", 1 if is_original else None)
     if type(version) is not int or version < 1:  # True is an int, too
         raise ValueError(f"its format_version is {shown(version)}, not a whole number from 1")
 
@@ -218,14 +213,12 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
     if dtype in ("int8", "int4"):
         matrices = {name: tensor.float() for name, tensor in weights.items() if tensor.ndim >= 2}
         vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
-        small = quantized(matrices, bits=8 if dtype == "int8" else 4)
-        return stored_as(vectors, "float16") | small
-    stored = {
-        name: tensor if name.startswith("feature_scale.") else tensor.to(getattr(torch, dtype))
-        for name, tensor in weights.items()
-    }
-    for name, tensor in stored.items():
-        if not tensor.is_meta and not tensor.isfinite().all():
+        return stored_as(vectors, "float16") | quantized(matrices, bits=int(dtype[3:]))
+    stored = dict(weights)
+    for name in weights:
+        if not name.startswith("feature_scale."):
+            stored[name] = weights[name].to(getattr(torch, dtype))
+        if not stored[name].is_meta and not stored[name].isfinite().all():
             raise CheckpointError(f"{name} does not fit into {dtype}")
     return stored
 
@@ -265,17 +258,17 @@ def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> di
 def checkpoint_path(path: str | Path) -> Path:
     """Return the checkpoint file of a file, a run's folder, its `checkpoints`, or an export."""
     path = Path(path)
+    if path.is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        for name in (BEST_WEIGHTS, BEST, LATEST, WEIGHTS_NAME):
+            if (folder / name).is_file():
+                return folder / name
     if path.is_dir():
-        for folder in (path, path / "checkpoints"):
-            for name in (BEST_WEIGHTS, BEST, LATEST, WEIGHTS_NAME):
-                if (folder / name).is_file():
-                    return folder / name
         raise CheckpointError(f"no checkpoint in {path} ({BEST_WEIGHTS}, {BEST} or {LATEST})")
-    if not path.is_file():
-        raise CheckpointError(
-            f"no checkpoint at {path}; train one with vlm-training, or run vlm-bridge quickstart"
-        )
-    return path
+    raise CheckpointError(
+        f"no checkpoint at {path}; train one with vlm-training, or run vlm-bridge quickstart"
+    )
 
 
 def has_checkpoint(path: str | Path) -> bool:
@@ -297,18 +290,15 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         CheckpointError: nothing is there, or the hub does not give it.
     """
     path = Path(name)
-    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path.as_posix()) and (
-        path.suffix not in (".pth", ".pt", ".safetensors") and not path.parent.is_dir()
-    )
-    if path.exists() or not looks_like_hub or path.parts[0] in ("runs", "checkpoints"):
+    model = path.as_posix()
+    is_file_name = path.suffix in (".pth", ".pt", ".safetensors")
+    is_ours = path.exists() or path.parent.is_dir() or path.parts[0] in ("runs", "checkpoints")
+    if is_ours or is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r} is for models on the hub; {path} is a path here"
-            )
+            raise CheckpointError(f"revision={revision!r} is for models on the hub, not for {path}")
         return checkpoint_path(path)
     from huggingface_hub import snapshot_download
 
-    model = path.as_posix()
     try:
         reach_hub(model, revision)
         wanted = [CONFIG_NAME, WEIGHTS_NAME]

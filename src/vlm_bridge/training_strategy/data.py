@@ -30,12 +30,7 @@ STANDARDIZE_ON_IMAGES, STANDARDIZE_BATCH = 512, 32
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads.
-
-    Attributes:
-        plan: rows of each batch of each epoch.
-        total_steps: optimizer steps of the whole training.
-    """
+    """Images, captions and features that a training reads, and its number of steps."""
 
     recipe: Recipe
     world: World

@@ -34,19 +34,13 @@ class PeerFailed(VLMBridgeError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run as one of them sees them.
-
-    Attributes:
-        device: of this process; each process of a machine has a GPU of its own.
-        rank: 0 is the process that writes and logs.
-        hosts: process group for numbers and objects.
-    """
+    """The processes of a run as one of them sees them; rank 0 is the one that writes and logs."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    hosts: Any = None
+    hosts: Any = None  # process group for numbers and objects
 
     @property
     def is_first(self) -> bool:
@@ -135,10 +129,7 @@ def _together() -> Iterator[None]:
 
 
 class GradientSum:
-    """Sum gradients over all processes, once an optimizer step.
-
-    The first step decides which parameters take part: an empty share has no gradients.
-    """
+    """Sum gradients over all processes; the first step decides which parameters take part."""
 
     def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter]):
         self.world = world
@@ -172,15 +163,7 @@ _joined: World | None = None
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """Join the processes that a launcher started.
-
-    Args:
-        device: a recipe's; `auto` and `cuda` give each process of a machine its own GPU.
-
-    Raises:
-        ConfigurationError: there are fewer GPUs than processes, or the device cannot be shared.
-        PeerFailed: another process failed.
-    """
+    """Join the processes that a launcher started, each with a GPU of its own or on the CPU."""
     global _joined
     size = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= devices.LAUNCHED else 1
     if size == 1:

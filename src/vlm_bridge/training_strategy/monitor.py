@@ -7,10 +7,9 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,8 +28,7 @@ BLIND_VALIDATIONS = 3  # in a row with a visual gain below BLIND_BELOW before a 
 KEPT = ("epoch_loss", "epoch_steps", "blind_validations")
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A generated caption with its image and references; tokens are without prompt and EOS."""
 
     image: Image.Image
@@ -39,15 +37,8 @@ class Sample:
     references: Sequence[str]
 
 
-@dataclass(frozen=True)
-class SampleStatistics:
-    """Statistics of a few generated captions.
-
-    Attributes:
-        mean_length: tokens per caption.
-        token_diversity: distinct tokens over all tokens; 0 without tokens.
-        bleu4: BLEU-4 of each caption as a fraction, with simple tokens: not comparable with papers.
-    """
+class SampleStatistics(NamedTuple):
+    """Tokens per caption, distinct tokens over all tokens, and BLEU-4 of each caption (0 to 1)."""
 
     mean_length: float
     token_diversity: float
@@ -55,22 +46,19 @@ class SampleStatistics:
 
     @property
     def mean_bleu4(self) -> float:
-        return float(np.mean(self.bleu4))
+        return sum(self.bleu4) / len(self.bleu4)
 
 
 def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
-    """Compute length, diversity and BLEU-4 of at least one caption."""
+    """Compute length, diversity and BLEU-4, in simple tokens, of at least one caption."""
     from pycocoevalcap.bleu.bleu import Bleu
 
-    token_ids = [token for sample in samples for token in sample.token_ids]
+    tokens = [token for sample in samples for token in sample.token_ids]
     references = {i: simple_tokenize(sample.references) for i, sample in enumerate(samples)}
     captions = {i: simple_tokenize([sample.caption]) for i, sample in enumerate(samples)}
     _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
-    return SampleStatistics(
-        mean_length=len(token_ids) / len(samples),
-        token_diversity=len(set(token_ids)) / max(len(token_ids), 1),
-        bleu4=[float(score) for score in by_caption[3]],
-    )
+    diversity = len(set(tokens)) / max(len(tokens), 1)
+    return SampleStatistics(len(tokens) / len(samples), diversity, list(map(float, by_caption[3])))
 
 
 class Monitor:
@@ -196,17 +184,17 @@ class Monitor:
                 with self._writing():
                     self._board.add_image(tag, pixels, step, dataformats="HWC")
                     self._board.add_text(tag, text, step)
-        length, diversity = statistics.mean_length, statistics.token_diversity
-        bleu = statistics.mean_bleu4
-        means = {"length_avg": length, "diversity": diversity, "bleu_avg": bleu}
-        self._scalars({f"val/sample_{name}": value for name, value in means.items()}, step)
+        length, diversity, _ = statistics
         logger.info(
             f"  samples: mean length {length:.1f} tokens | token diversity {diversity:.2f} | "
-            f"BLEU-4 {bleu:.3f}"
+            f"BLEU-4 {statistics.mean_bleu4:.3f}"
         )
+        tags = ("val/sample_length_avg", "val/sample_diversity", "val/sample_bleu_avg")
+        keys = ("mean_length", "token_diversity", "sample_bleu4")
+        means = (length, diversity, statistics.mean_bleu4)
+        self._scalars(dict(zip(tags, means, strict=True)), step)
         captions = [[sample.caption, sample.references[0]] for sample in samples]
-        numbers = {"mean_length": length, "token_diversity": diversity, "sample_bleu4": bleu}
-        self._record("samples", step, captions=captions, **numbers)
+        self._record("samples", step, captions=captions, **dict(zip(keys, means, strict=True)))
 
     def state_dict(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in KEPT}

@@ -32,11 +32,7 @@ class Found(NamedTuple):
 
 
 def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Return a checkpoint and its content; of a folder, the newest sound one.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+    """Return a checkpoint and its content; of a folder, the newest sound one."""
     path = Path(path)
     for folder in (path, path / "checkpoints"):
         if folder.is_dir() and (found := checkpoints.newest_sound(folder)) is not None:
@@ -55,12 +51,9 @@ def find_checkpoint(
 ) -> Found | None:
     """Return the checkpoint that a training continues; None for a new run.
 
-    Args:
-        manifest: of the data that the training reads.
-        force: continue although recipe or data have changed.
-
     Raises:
-        CheckpointError: there is none, it is damaged, or (without ``force``) of another training.
+        CheckpointError: there is none, it is damaged, or (without ``force``) its recipe or the
+            data that ``manifest`` describes have changed.
     """
     folder = Path(recipe.checkpoint_dir)
     if resume is None:
@@ -128,11 +121,7 @@ def resumed_recipe(path: str | Path) -> Recipe:
 
 
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
-    """Load a checkpoint into the state of a training.
-
-    Raises:
-        CheckpointError: its optimizer has other groups, or it holds no state of a training.
-    """
+    """Load a checkpoint into the state of a training. Raises CheckpointError."""
     path, content, changes = found
     checkpoints.restore(state.model, content, path)
     if checkpoints.ORIGINAL_TRAINING in content:
@@ -186,11 +175,7 @@ def _continue_original(
 
 
 def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[str, Any]) -> bool:
-    """Load AdamW's moments of dinov2-gemma's own code, whose one group has ORIGINAL_NAMES' order.
-
-    Returns:
-        Whether they fit every parameter of the optimizer.
-    """
+    """Load AdamW's moments of dinov2-gemma's own code, in ORIGINAL_NAMES' order, if they fit."""
     ours = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for group in ours["param_groups"] for name in group["param_names"]]

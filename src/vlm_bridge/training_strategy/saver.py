@@ -30,12 +30,7 @@ class Interrupted(Exception):
 
 
 class Saver:
-    """Save checkpoints of a state.
-
-    Args:
-        facts: entries of every full checkpoint beside the state.
-        resumed: the checkpoint that the state was loaded from.
-    """
+    """Save checkpoints of a state, with facts beside it, that may be ``resumed`` from one."""
 
     def __init__(
         self,
@@ -48,6 +43,7 @@ class Saver:
         self.state, self.recipe, self.world, self.facts = state, recipe, world, facts
         self.folder = Path(recipe.checkpoint_dir)
         self.every = parse_interval(recipe.save_every)
+        self.sizes = checkpoints.captioner_sizes(state.model)
         self.saved_at = time.monotonic()
         self.last_sound = resumed
         is_latest = resumed and resumed.resolve() == (self.folder / checkpoints.LATEST).resolve()
@@ -71,7 +67,8 @@ class Saver:
         self.check_weights()
         if self.world.is_first:
             weights = checkpoints.in_bfloat16(self.state.weights())
-            self._write(self.folder / checkpoints.BEST_WEIGHTS, weights, None)
+            path = self.folder / checkpoints.BEST_WEIGHTS
+            checkpoints.save_checkpoint(path, self.recipe, weights, sizes=self.sizes)
         self._save(checkpoints.BEST)
 
     def after_step(self) -> None:
@@ -105,17 +102,11 @@ class Saver:
         self.check_weights()
         path = self.folder / name
         if self.world.is_first:
-            training = {**self.state.state_dict(), **self.facts}
-            self._write(path, self.state.weights(), training)
+            training, weights = {**self.state.state_dict(), **self.facts}, self.state.weights()
+            checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=self.sizes)
         self.saved_at = time.monotonic()
         self.last_sound = path
         return path
-
-    def _write(
-        self, path: Path, weights: Mapping[str, Any], training: dict[str, Any] | None
-    ) -> None:
-        sizes = checkpoints.captioner_sizes(self.state.model)
-        checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=sizes)
 
 
 class Interruption:

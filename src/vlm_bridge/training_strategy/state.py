@@ -29,37 +29,23 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainState:
-    """State of a run between two optimizer steps.
-
-    Attributes:
-        average: moving average of the trained weights, where the recipe has one.
-        step: optimizer steps taken.
-        epoch: epochs finished.
-        step_in_epoch: optimizer steps taken in the current epoch.
-        validated_step: step of the last finished validation.
-        best_loss: lowest validation loss, in nats per token.
-        best_score: highest BLEU-4 or CIDEr of decoded captions, where the recipe monitors one.
-        best_watched: best monitored value as early stopping counts it (lower is better).
-        bad_validations: validations in a row without a new best.
-        skipped_steps: steps without a finite loss or gradient, which changed nothing.
-        parts: parts of the run with a state of their own, by name.
-    """
+    """State of a run between two optimizer steps."""
 
     model: CaptionModel
     optimizer: torch.optim.Optimizer
-    scaler: Any
+    scaler: torch.GradScaler
     average: WeightAverage | None = None
     step: int = 0
-    epoch: int = 0
+    epoch: int = 0  # epochs finished
     step_in_epoch: int = 0
-    validated_step: int = 0
-    best_loss: float = float("inf")
-    best_score: float = float("-inf")
-    best_watched: float = float("inf")
-    bad_validations: int = 0
-    skipped_steps: int = 0
+    validated_step: int = 0  # of the last finished validation
+    best_loss: float = float("inf")  # of validation, in nats per token
+    best_score: float = float("-inf")  # BLEU-4 or CIDEr, where the recipe monitors one
+    best_watched: float = float("inf")  # as early stopping counts it; lower is better
+    bad_validations: int = 0  # in a row without a new best
+    skipped_steps: int = 0  # without a finite loss or gradient; they changed nothing
     skipped_in_a_row: int = 0
-    parts: dict[str, Stateful] = field(default_factory=dict)
+    parts: dict[str, Stateful] = field(default_factory=dict)  # with a state of their own
 
     @property
     def device(self) -> torch.device:
@@ -108,11 +94,7 @@ class TrainState:
         }
 
     def load_state_dict(self, training: Mapping[str, Any], where: Path) -> None:
-        """Continue from `state_dict`; the model's weights are loaded already.
-
-        Raises:
-            ValueError, KeyError, TypeError, RuntimeError: it was not written by a training.
-        """
+        """Continue from `state_dict`; the model's weights are loaded already."""
         training = upgrade(training)
         if live := training.get("live_weights"):
             if not all_finite(live.values()):

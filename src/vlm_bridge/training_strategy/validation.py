@@ -76,10 +76,7 @@ def validate(
     """Measure the loss of all captions with their own image and with another one.
 
     Batches are longest first, so that the first takes the most memory. Neither the batch size nor
-    the number of processes changes the result.
-
-    Args:
-        world: processes that share the batches; each gets the result.
+    the number of processes, which share the batches, changes the result.
     """
     world = world or World(model.device)
     was_training = model.training
@@ -117,12 +114,7 @@ def decode_and_score(
     autocast: Callable[[], Any],
     world: World | None = None,
 ) -> DecodedValidation:
-    """Caption the first images of a split and score them against all their references.
-
-    Args:
-        features: of the split, by image index.
-        world: processes that share the batches; each gets the scores.
-    """
+    """Caption the first images of a split and score them against all their references."""
     world = world or World(model.device)
     was_training = model.training
     model.eval()
@@ -148,7 +140,7 @@ def shuffled_images(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A packed batch with its tensors on the device, or on their way there.
+    """A packed batch with its tensors on their way to the device.
 
     Attributes:
         tensors: input ids, labels, segments [R, T], supervised positions [V], features or pixels.
@@ -167,11 +159,7 @@ def load_batch(
     *,
     images: np.ndarray | None = None,
 ) -> LoadedBatch:
-    """Read a batch's features and start its copy to the device; threads may call it.
-
-    Args:
-        images: images [R] to read instead of the rows' own.
-    """
+    """Read features of a batch's images, or of ``images`` [R], and start to copy it; thread-safe."""
     indices = batch.image_indices if images is None else images
     chosen = torch.as_tensor(features[indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
@@ -182,14 +170,8 @@ def batch_loss(
     model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0
 ) -> CaptionLoss:
     """Compute the loss of a packed batch, in training and validation alike."""
-    input_ids, labels, segments, supervised, features = batch.tensors.wait()
-    image = model.image_inputs(model.features(features))
+    ids, labels, segments, supervised, features = batch.tensors.wait()
+    image, weights = model.image_inputs(model.features(features)), batch.weights
     return model.caption_loss(
-        input_ids,
-        labels,
-        segments,
-        image,
-        supervised,
-        weights=batch.weights,
-        label_smoothing=label_smoothing,
+        ids, labels, segments, image, supervised, weights=weights, label_smoothing=label_smoothing
     )
