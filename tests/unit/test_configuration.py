@@ -310,7 +310,7 @@ class TestEarlierRecipes:
             "pin_memory=false", "feature_cache_pooling=2", "text_state_cache=true",
             "scst_baseline=greedy", "halve_batch_on_oom=true", "max_skipped_steps=3",
             "keep_step_checkpoints=9", "shuffle_buffer=16",
-            "distillation={teacher: x, batch_size: 4, learning_rate: 1, image_size: 32}",
+            "distillation={teacher: x, steps: 4, learning_rate: 1}",
         ],
     )  # fmt: skip
     def test_removed_keys_are_ignored_and_named(

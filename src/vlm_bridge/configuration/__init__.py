@@ -179,17 +179,6 @@ class DecodeSettings(fields.Section):
     known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
-class DistillationConfig(fields.Section):
-    """Stage before the caption loss: fit the projection's image tokens to a teacher's features.
-
-    The teacher is a vision encoder as wide as the projection's output; for BLIP, BLIP's own.
-    """
-
-    place = "distillation"
-    teacher: fields.ModelName
-    steps: fields.Count = 1000  # of 32 images
-
-
 class Recipe(fields.Section):
     """One experiment."""
 
@@ -197,7 +186,6 @@ class Recipe(fields.Section):
     language_model: LanguageModelConfig = LanguageModelConfig()
     bridge: BridgeOptions = BridgeOptions()
     decode: DecodeSettings = DecodeSettings()
-    distillation: DistillationConfig | None = None
 
     # Data
     data_dir: Annotated[str, PLACE] = "data/flickr8k"
@@ -222,6 +210,8 @@ class Recipe(fields.Section):
     scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5  # per image; batch_size counts them
     scst_temperature: fields.Positive = 1.0
     start_from: Annotated[str | None, PLACE] = None  # a checkpoint of the same architecture
+    # A vision encoder, for BLIP its own, to whose features a projection is fitted before step 1.
+    distillation: fields.ModelName | None = None
 
     # Optimization
     learning_rate: fields.Rate = 1e-5

@@ -41,10 +41,6 @@ REMOVED: dict[str, object] = {
     "text_state_cache": False,
     "scst_baseline": "leave_one_out",
     "loss_kernel": "auto",
-    "distillation.revision": None,
-    "distillation.image_size": None,
-    "distillation.batch_size": 32,
-    "distillation.learning_rate": 1e-3,
     "shuffle_buffer": 0,
 }
 """Keys without a meaning today, and the value that is today's behavior."""
@@ -66,12 +62,10 @@ def upgrade(data: Mapping[str, Any], where: str | None = None) -> dict[str, Any]
         if key in new:
             for target, value in translate(new.pop(key)).items():
                 _put(new, target, value)
-    ignored = []
-    for key, todays in REMOVED.items():
-        section, _, name = key.rpartition(".")
-        place = new.get(section) if section else new
-        if isinstance(place, dict) and name in place and place.pop(name) != todays:
-            ignored.append(key)
+    ignored = [key for key, todays in REMOVED.items() if new.pop(key, todays) != todays]
+    if isinstance(stage := new.get("distillation"), dict):
+        new["distillation"] = stage.pop("teacher", None)
+        ignored += [f"distillation.{key}" for key in stage]
     if ignored and where:
         logger.info("%s: ignored, as no longer supported: %s", where, ", ".join(ignored))
     return new

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import Recipe, VisionEncoderConfig
+from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import prefetch
 from vlm_bridge.data_pipeline.samples import ImageFile
@@ -22,7 +22,7 @@ from vlm_bridge.training_strategy.validation import Features
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE, LEARNING_RATE = 32, 1e-3
+BATCH_SIZE, STEPS, LEARNING_RATE = 32, 1000, 1e-3
 
 
 def check_distillation(model: CaptionModel, teacher: str) -> None:
@@ -38,13 +38,19 @@ def check_distillation(model: CaptionModel, teacher: str) -> None:
     width = model.language_model.shape.cross_attention_width
     if encoder.embed_dim != width:
         raise ConfigurationError(
-            f"distillation.teacher has features of width {encoder.embed_dim}, the projection's "
+            f"distillation={teacher} has features of width {encoder.embed_dim}, the projection's "
             f"output is {width}: take the vision encoder that the decoder was trained with"
         )
 
 
 def distill_projection(
-    model: CaptionModel, recipe: Recipe, features: Features, paths: Sequence[ImageFile]
+    model: CaptionModel,
+    teacher: str,
+    features: Features,
+    paths: Sequence[ImageFile],
+    *,
+    seed: int,
+    num_workers: int,
 ) -> list[float]:
     """Fit the projection in float32 to a teacher's features of the same images.
 
@@ -58,24 +64,22 @@ def distill_projection(
     Returns:
         The loss of every step.
     """
-    settings = recipe.distillation
-    assert settings is not None
-    teacher: Any = build_vision_encoder(VisionEncoderConfig(name=settings.teacher))
-    teacher, encoder = teacher.to(model.device), model.vision_encoder
-    logger.info(f"distillation: {settings.steps} steps towards {settings.teacher}")
-    order, count = np.random.default_rng(recipe.seed), min(BATCH_SIZE, len(paths))
-    batches = [order.choice(len(paths), size=count, replace=False) for _ in range(settings.steps)]
+    tower: Any = build_vision_encoder(VisionEncoderConfig(name=teacher))
+    tower, encoder = tower.to(model.device), model.vision_encoder
+    logger.info(f"distillation: {STEPS} steps towards {teacher}")
+    order, count = np.random.default_rng(seed), min(BATCH_SIZE, len(paths))
+    batches = [order.choice(len(paths), size=count, replace=False) for _ in range(STEPS)]
 
     def load(indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         images = [open_image(paths[index]) for index in indices]
-        return torch.as_tensor(features[indices]), teacher.preprocess(images)
+        return torch.as_tensor(features[indices]), tower.preprocess(images)
 
     optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=LEARNING_RATE)
     model.train()
     losses = []
-    for of_student, pixels in prefetch(batches, load, recipe.num_workers):
+    for of_student, pixels in prefetch(batches, load, num_workers):
         with torch.no_grad():
-            target = on_grid(teacher(pixels.to(model.device)), teacher.grid, encoder.grid)
+            target = on_grid(tower(pixels.to(model.device)), tower.grid, encoder.grid)
         student = model.image_inputs(model.features(of_student)).encoder_hidden_states
         assert student is not None, "a projection makes encoder states"
         loss = F.mse_loss(student[:, -target.shape[1] :], target.float())

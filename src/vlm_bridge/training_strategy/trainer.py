@@ -145,7 +145,7 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     """Build the captioner on the device, with gradient checkpointing and compilation as asked."""
     model = build_captioner(recipe).to(world.device)
     if recipe.distillation is not None:
-        check_distillation(model, recipe.distillation.teacher)
+        check_distillation(model, recipe.distillation)
     if recipe.gradient_checkpointing:
         model.language_model.checkpoint_activations()
     if recipe.compile:
@@ -173,7 +173,11 @@ def start(
         model.feature_scale.measure(data.sample_features(model))
     if recipe.distillation is not None:
         paths = [image.path for image in data.train_images]
-        distill_projection(model, recipe, data.train_features, paths)
+        paths = [image.path for image in data.train_images]
+        distill_projection(
+            model, recipe.distillation, data.train_features, paths,
+            seed=recipe.seed, num_workers=recipe.num_workers,
+        )  # fmt: skip
     # Processors differ in how they round.
     world.copy_from_first(list(model.trained_state_dict().values()))
     if state.average is not None:
