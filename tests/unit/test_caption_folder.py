@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from logs import log_lines
+from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import (
     CAPTIONS_NAME,
     MANIFEST_NAME,
@@ -21,11 +22,11 @@ from vlm_bridge.data_pipeline.caption_folder import (
     readable_split,
 )
 from vlm_bridge.data_pipeline.explore import folder_items
-from vlm_bridge.data_pipeline.image_check import usable_images
 from vlm_bridge.data_pipeline.samples import inside
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
+from vlm_bridge.training_strategy.features import usable_images
 
 FORMAT = {"format": "vlm-bridge caption folder", "format_version": 1}
 
@@ -219,11 +220,13 @@ def test_lines_that_cannot_be_used_are_skipped_with_a_reason(
     assert folder.manifest["counts"]["train"] == {"images": 4}
     assert folder.compute_fingerprint() == folder.fingerprint
     lines = log_lines()
-    assert len(usable_images(folder, "train", max_skipped_share=0.2)) == 4
+    assert (
+        len(usable_images(folder, "train", Recipe(max_bad_samples=0.2, feature_cache="off"))) == 4
+    )
     assert "skipped 1 of 5 train captions" in lines[0]
     assert re.search(f"{CAPTIONS_NAME}:5: {reason}", lines[0])
     with pytest.raises(DataError, match=r"1 of 5 train captions .* more than max_bad_samples=0.01"):
-        usable_images(folder, "train", max_skipped_share=0.01)
+        usable_images(folder, "train", Recipe(max_bad_samples=0.01, feature_cache="off"))
     with pytest.raises(DataError, match="1 of 5 train samples cannot be used"):
         readable_split(folder, "train")
     skipped = []

@@ -12,14 +12,15 @@ import pytest
 
 from logs import log_lines
 from shards import jpeg, sample, write_shard_folder, write_tar
+from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import shards
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder, open_data_folder, readable_split
-from vlm_bridge.data_pipeline.features import images_digest
-from vlm_bridge.data_pipeline.image_check import check_images, usable_images
+from vlm_bridge.data_pipeline.features import check_images, images_digest
 from vlm_bridge.data_pipeline.images import check_image, image_size, open_image
 from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, TarImage
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.evaluation.predictions import Prediction
+from vlm_bridge.training_strategy.features import usable_images
 
 
 @pytest.fixture
@@ -157,11 +158,15 @@ def test_samples_that_cannot_be_used_are_skipped_and_counted(root: Path) -> None
     with pytest.raises(DataError, match="00040: it has no caption"):
         open_data_folder(root).split("train")
     lines = log_lines()
-    used = usable_images(open_data_folder(root), "train", max_skipped_share=0.1)
+    used = usable_images(
+        open_data_folder(root), "train", Recipe(max_bad_samples=0.1, feature_cache="off")
+    )
     assert used[-1].original_id == "00043"
     assert any("skipped 1 of 32 train images" in line and "00041.jpg" in line for line in lines)
     with pytest.raises(DataError, match=r"2 of 34 train captions .* more than max_bad_samples"):
-        usable_images(open_data_folder(root), "train", max_skipped_share=0.01)
+        usable_images(
+            open_data_folder(root), "train", Recipe(max_bad_samples=0.01, feature_cache="off")
+        )
     with pytest.raises(DataError, match="2 of 34 train samples"):
         readable_split(open_data_folder(root), "train")
 

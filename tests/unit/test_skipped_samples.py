@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from logs import log_lines
+from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.image_check import check_images, usable_images
+from vlm_bridge.data_pipeline.features import check_images
 from vlm_bridge.data_pipeline.images import check_image
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.errors import DataError, ImageError
+from vlm_bridge.training_strategy.features import usable_images
 
 
 @pytest.fixture
@@ -36,8 +38,11 @@ def test_damaged_images_are_skipped_named_and_never_replaced(
     expected = [image for n, image in enumerate(folder.split("train")) if n not in (3, 7)]
     broken = [cut(folder, 3), cut(folder, 7)]
     lines = log_lines()
-    listing = tmp_path / "logs" / "set_aside.jsonl"
-    assert usable_images(folder, "train", max_skipped_share=0.1, listing=listing) == expected
+    listing = tmp_path / "set_aside_train.jsonl"
+    assert (
+        usable_images(folder, "train", Recipe(max_bad_samples=0.1, feature_cache="off"), tmp_path)
+        == expected
+    )
     assert len(lines) == 1 and lines[0].startswith("skipped 2 of 24 train images")
     listed = [json.loads(line)["where"] for line in listing.read_text().splitlines()]
     assert listed == list(map(str, broken))
@@ -48,9 +53,9 @@ def test_above_the_share_training_stops_with_the_list(
 ) -> None:
     for number in range(12):
         cut(folder, number)
-    listing = tmp_path / "set_aside.jsonl"
+    listing = tmp_path / "set_aside_train.jsonl"
     with pytest.raises(DataError, match=r"12 of 24 train images .* max_bad_samples=0.01") as caught:
-        usable_images(folder, "train", max_skipped_share=0.01, listing=listing)
+        usable_images(folder, "train", Recipe(max_bad_samples=0.01, feature_cache="off"), tmp_path)
     message = str(caught.value)
     assert message.count("train-") == 3 and "12 times" in message and "and 9 more" in message
     assert str(listing) in message
@@ -58,9 +63,14 @@ def test_above_the_share_training_stops_with_the_list(
 
 
 def test_a_folder_without_faults_leaves_no_list(folder: CaptionFolder, tmp_path: Path) -> None:
-    listing = tmp_path / "set_aside.jsonl"
+    listing = tmp_path / "set_aside_train.jsonl"
     listing.write_text("of an earlier run")
-    assert len(usable_images(folder, "train", max_skipped_share=0, listing=listing)) == 24
+    assert (
+        len(
+            usable_images(folder, "train", Recipe(max_bad_samples=0, feature_cache="off"), tmp_path)
+        )
+        == 24
+    )
     assert not listing.exists()
 
 

@@ -6,6 +6,7 @@
     ROOT/KEY/features.building  the same while it is written; an interrupted build continues here
     ROOT/KEY/.lock              held by the one process that builds
     ROOT/.pictures-STATE        content hash of a list of images, kept while no file is touched
+    ROOT/.checked-PIL-STATE     which of them cannot be decoded
 
 KEY hashes everything that features depend on: encoder weights, preprocessing, images, format.
 A folder's time of change is that of its last use.
@@ -17,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import math
 import os
@@ -30,13 +32,14 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 
-from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.images import check_image, open_image
 from vlm_bridge.data_pipeline.loader import in_batches, logged, prefetch
 from vlm_bridge.data_pipeline.samples import ImageFile, remembered, state_of
-from vlm_bridge.errors import DataError
+from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.quantization import to_int8
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 LAYOUT = "vlm-bridge features 3"
 FREE_SPACE_TO_LEAVE = 512 * 2**20
 CHECKSUM_BYTES = SCALE_BYTES = 4
+CHECK_TOGETHER = 64
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
 Encode = Callable[[Any], torch.Tensor]  # pixels -> features [B, N, D]
 
@@ -164,6 +168,38 @@ def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
         return remembered(root / f".pictures-{state_of(paths)}", compute)
     except FileNotFoundError as error:
         raise DataError(f"image {error.filename} is missing: make the data folder again") from None
+
+
+def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) -> dict[int, str]:
+    """Decode every image, in threads; return why some cannot be, by index.
+
+    Args:
+        remember_in: the folder that keeps the outcome while no image is touched.
+    """
+
+    def problems_of(part: list[int]) -> list[tuple[int, str]]:
+        problems = []
+        for index in part:
+            try:
+                check_image(paths[index])
+            except ImageError as error:
+                problems.append((index, error.reason))
+        return problems
+
+    def check() -> str:
+        parts = in_batches(range(len(paths)), CHECK_TOGETHER)
+        # Pillow releases the interpreter lock while it decodes.
+        checked = prefetch(parts, problems_of, min(16, os.cpu_count() or 1, len(parts)))
+        text = f"checked %s of %s batches of {CHECK_TOGETHER} images"
+        return json.dumps([found for part in logged(checked, len(parts), text) for found in part])
+
+    try:
+        place = (
+            remember_in / f".checked-{PIL.__version__}-{state_of(paths)}" if remember_in else None
+        )
+    except OSError:  # an image is missing
+        place = None
+    return dict(json.loads(check() if place is None else remembered(place, check)))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline import features, image_check
+from vlm_bridge.data_pipeline import features
 from vlm_bridge.data_pipeline.caption_folder import DataFolder
 from vlm_bridge.data_pipeline.features import FeatureCache, OnTheFlyPixels, SplitFeatures, Views
-from vlm_bridge.data_pipeline.samples import CaptionedImage
+from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, write_listing
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy.distributed import World
@@ -22,22 +22,33 @@ ENCODE_BATCH = {"cpu": 8, "cuda": 64}  # images encoded together, by kind of dev
 def usable_images(
     folder: DataFolder, split: SplitName, recipe: Recipe, listing_dir: Path | None = None
 ) -> list[CaptionedImage]:
-    """Return the images of a split without those that cannot be read.
+    """Return the images of a split without captions and images that cannot be read.
+
+    A damaged image would end the training in its middle, so each is decoded once before.
 
     Args:
-        listing_dir: where ``set_aside_SPLIT.jsonl`` names the skipped ones.
+        listing_dir: where ``set_aside_SPLIT.jsonl`` names the skipped ones, if there are any.
 
     Raises:
-        DataError: more than ``max_bad_samples`` of the captions or images cannot be read.
+        DataError: no such split, or more than ``max_bad_samples`` of captions or images.
     """
-    return image_check.usable_images(
-        folder,
-        split,
-        limit=recipe.max_validation_images if split == "val" else None,
-        max_skipped_share=recipe.max_bad_samples,
-        listing=listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None,
-        remember_in=features.cache_root(recipe.feature_cache, recipe.data_dir) or folder.notes_dir,
-    )
+    captions, unreadable = Skipped(f"{split} captions"), Skipped(f"{split} images")
+    limit = recipe.max_validation_images if split == "val" else None
+    images = folder.split(split, captions)[:limit]
+    unreadable.total = len(images)
+    remember_in = features.cache_root(recipe.feature_cache, recipe.data_dir) or folder.notes_dir
+    problems = features.check_images([image.path for image in images], remember_in)
+    for index, reason in problems.items():
+        unreadable.add(images[index].path, reason)
+    listing = listing_dir / f"set_aside_{split}.jsonl" if listing_dir is not None else None
+    if listing is not None:
+        write_listing(listing, [captions, unreadable])
+    for part in (captions, unreadable):
+        part.check(recipe.max_bad_samples, listing=listing, setting="max_bad_samples")
+        if len(part):
+            counts = f"{len(part):,} of {part.total:,} {part.kind}"
+            features.logger.info(f"skipped {counts}: {part.summary(listing)}")
+    return [image for index, image in enumerate(images) if index not in problems]
 
 
 def split_features(
