@@ -142,16 +142,6 @@ def test_hostile_images_cost_one_line_each(run: Path, tmp_path: Path, run_cli: C
     assert [line.partition(": ")[0] for line in lines] == failed
 
 
-def test_rotated_images_are_seen_upright(caption: Callable, tmp_path: Path) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 60, 3), np.uint8))
-    image.save(tmp_path / "upright.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
-    image.rotate(90, expand=True).save(tmp_path / "sideways.png", exif=exif)
-    one, other = json.loads(caption(tmp_path, "--json").stdout)
-    assert one["score"] == pytest.approx(other["score"], abs=1e-6)
-
-
 def test_explain_writes_a_png_for_each_image(
     caption: Callable, images: list[Path], tmp_path: Path
 ) -> None:

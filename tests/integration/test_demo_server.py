@@ -1,14 +1,12 @@
-"""The demo over HTTP: clients get the answers to their own images, and nothing else of the machine."""
+"""The demo over HTTP: clients get answers to their own images, and no file of the machine."""
 
 from __future__ import annotations
 
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,22 +17,13 @@ import pytest
 pytest.importorskip("gradio", reason="the demo page needs gradio: pip install 'vlm-bridge[demo]'")
 
 import httpx
+from PIL import Image
 
 from demo_server import noise, png, tiny_service
 from vlm_bridge.demo.server import serving
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService
 
 SETTINGS = [2, 0, 1, 6, 1]  # of the page's sliders
-
-
-def bomb() -> bytes:
-    """Return a PNG of 60,000 x 60,000 pixels in a hundred bytes."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +50,8 @@ def test_clients_at_once_get_the_answers_to_their_own_images(
     address: str, service: CaptionService
 ) -> None:
     """Every fourth client is hostile, and the others do not notice."""
-    hostile = [bomb(), png(noise(0, (300, 200)))[:5000], b"", b"<svg onload=alert(1)>" * 99]
+    bomb = Image.new("1", (30_000, 30_000))
+    hostile = [b"", png(noise(0, (300, 200)))[:5000], b"<svg onload=alert(1)>" * 99, png(bomb)]
     images = [png(noise(seed)) for seed in range(12)]
     with ThreadPoolExecutor(16) as clients:
         responses = list(

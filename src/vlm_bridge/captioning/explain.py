@@ -160,5 +160,5 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
     overlays = word_overlays(explanation, image, max(TILE))
     panels = [SheetItem(image.convert("RGB"), explanation.caption)]
     for word, overlay in zip(explanation.words, overlays, strict=True):
-        panels.append(SheetItem(overlay, f"{word.word} {word.peak:.1f}x"))
+        panels.append(SheetItem(overlay, word.word, f"{word.peak:.1f}x"))
     return draw_sheet(panels, columns=5, title=NOTE if len(panels) > 2 else "")

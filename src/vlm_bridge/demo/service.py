@@ -1,4 +1,4 @@
-"""One captioner for many clients: uploads are checked, settings bounded, images captioned in turn."""
+"""One captioner for many clients: bounded settings, checked uploads, one image at a time."""
 
 from __future__ import annotations
 
