@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IMAGE_ROWS = 16  # rows of images held at a time: a few megabytes
 TEXT_ROWS = 4096
+MAX_CHARACTERS = 100_000  # of a text
 _READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the images of a whole row group at once
 
 
@@ -37,7 +38,7 @@ class ParquetPicture:
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (row group, row within it, values of ``columns``) for every row, in order.
 
-    A text that is not UTF-8 is None.
+    A text that is not UTF-8 or too long is None.
 
     Raises:
         DataError: pyarrow is not installed, or the file is damaged.
@@ -100,9 +101,10 @@ def _values(column: pa.Array) -> list[Any]:
 
 def _plain(value: pa.Scalar) -> Any:
     try:
-        return value.as_py()
+        plain = value.as_py()
     except UnicodeDecodeError:
         return None
+    return None if isinstance(plain, str) and len(plain) > MAX_CHARACTERS else plain
 
 
 @contextmanager
