@@ -1,4 +1,4 @@
-"""``vlm-data`` as a user types it."""
+"""``vlm-data`` as a user types it; the default source is GroundCap, and no network is asked."""
 
 from __future__ import annotations
 
@@ -11,199 +11,262 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from groundcap import write_groundcap
 from vlm_bridge.data_pipeline.caption_folder import UNFINISHED_NAME, CaptionFolder
 
-RunCLI = Callable[..., "subprocess.CompletedProcess[str]"]
-TINY_SCENES = ("--source", "scenes", "--num-train", 4, "--num-val", 2, "--num-test", 2)
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+SCENES = ("--source", "scenes", "--num-train", 4, "--num-val", 2, "--num-test", 2)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def data(run_here: Run) -> Callable[..., Any]:
+    """Run `vlm-bridge data` with success; return JSON, or stdout without --json."""
+
+    def run(*arguments: object) -> Any:
+        done = run_here("data", *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout) if "--json" in arguments else done.stdout
+
+    return run
+
+
+@pytest.fixture
+def images() -> Path:
+    folder = Path("images")
     folder.mkdir()
     for index in range(12):
         Image.new("RGB", (30, 20), (index * 20, 90, 30)).save(folder / f"{index}.jpg")
-    lines = [f"{index}.jpg\tPicture number {index}." for index in range(12)]
+    lines = [f"{index}.jpg\tImage number {index}." for index in range(12)]
     (folder / "captions.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def test_from_a_folder_of_pictures_to_the_first_batch(
-    run_cli: RunCLI, pictures: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def groundcap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 frames of 20 films in the published schema."""
+    return write_groundcap(tmp_path_factory.mktemp("groundcap"), train=400, test=100, films=20)
+
+
+def test_from_a_folder_of_images_to_the_first_batch(
+    run_cli: Run, data: Callable[..., Any], images: Path
 ) -> None:
-    (pictures / "3.jpg").write_bytes(b"")
-    explored = run_cli(
-        "data", "explore-dataset", "--source", "local", "--input-dir", pictures, "--json"
-    )
-    statistics = json.loads(explored.stdout)
+    (images / "3.jpg").write_bytes(b"")
+    given = ("--source", "local", "--input-dir", images)
+    statistics = data("explore-dataset", *given, "--json")
     assert (statistics["images"], statistics["captions"]) == (12, 12)
     assert statistics["picture_width"] == {"min": 30, "median": 30, "p95": 30, "max": 30}
     assert statistics["unreadable"] == [{"id": "3", "reason": "the file is empty"}]
-
-    out = tmp_path / "out"
-    done = run_cli(
-        "data",
-        "transform",
-        "--source",
-        "local",
-        "--input-dir",
-        pictures,
-        "--output-dir",
-        out,
-        "--workers",
-        2,
-    )
+    done = run_cli("data", "transform", *given, "--output-dir", "out", "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "3: the file is empty" in done.stdout and "images: 12 of 12" in done.stderr
-
-    inspected = run_cli(
-        "data", "inspect-loader", "--data-dir", out, "--all", "--batch-size", 2, "--json"
-    )
-    result = json.loads(inspected.stdout)
+    result = data("inspect-loader", "--data-dir", "out", "--all", "--batch-size", 2, "--json")
     assert result["pictures_decoded"] == 11 and not result["broken"]
     assert len(result["first_batch"]["rows"]) == 2
 
 
 def test_the_source_is_found_out_and_links_are_read_where_they_are_allowed(
-    run_cli: RunCLI, pictures: Path, tmp_path: Path
+    run_here: Run, data: Callable[..., Any], images: Path
 ) -> None:
-    for n in range(4):
-        (pictures / f"{n}.jpg").rename(tmp_path / f"{n}.jpg")
-        (pictures / f"{n}.jpg").symlink_to(tmp_path / f"{n}.jpg")
-    command = ("data", "transform", "--input-dir", pictures, "--workers", 1)
-    done = run_cli(*command, "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    for n in range(2):
+        (images / f"{n}.jpg").rename(f"{n}.jpg")
+        (images / f"{n}.jpg").symlink_to(Path(f"{n}.jpg").resolve())
+    command = ("transform", "--input-dir", images, "--workers", 1, "--output-dir")
+    done = run_here("data", *command, "out")
     assert done.stderr.splitlines()[0] == "source: local (captions.tsv)"
-    lines = done.stdout.splitlines()
-    assert sum("--follow-links" in line for line in lines) == 1
-    assert any("4 times a link that leads out" in line for line in lines)
-    allowed = run_cli(*command, "--output-dir", tmp_path / "all", "--follow-links", "--json")
-    assert sum(counts["images"] for counts in json.loads(allowed.stdout)["counts"].values()) == 12
+    (line,) = (line for line in done.stdout.splitlines() if "--follow-links" in line)
+    assert "2 times a link that leads out" in line
+    counts = data(*command, "all", "--follow-links", "--json")["counts"]
+    assert sum(of_split["images"] for of_split in counts.values()) == 12
 
 
-def test_scenes_need_no_input(run_cli: RunCLI, tmp_path: Path) -> None:
-    done = run_cli("data", "transform", *TINY_SCENES, "--output-dir", tmp_path / "out", "--json")
-    assert json.loads(done.stdout)["counts"]["train"] == {"images": 4, "captions": 8}
-    grid = tmp_path / "new" / "grid.png"
-    explored = run_cli("data", "explore-dataset", *TINY_SCENES, "--samples", 3, "--grid", grid)
-    assert (
-        explored.returncode == 0
-        and "images_per_split: {train: 4, val: 2, test: 2}" in explored.stdout
-    )
-    with Image.open(grid) as picture:
-        assert picture.format == "PNG"
+def test_scenes_need_no_input(data: Callable[..., Any]) -> None:
+    manifest = data("transform", *SCENES, "--output-dir", "out", "--workers", 1, "--json")
+    assert manifest["counts"]["train"] == {"images": 4, "captions": 8}
+    explored = data("explore-dataset", *SCENES, "--samples", 3, "--grid", "new/grid.png")
+    assert "images_per_split: {train: 4, val: 2, test: 2}" in explored
+    with Image.open("new/grid.png") as grid:
+        assert grid.format == "PNG"
 
 
 def test_inspecting_with_a_recipe_shows_tokens(
-    run_cli: RunCLI, drawn_caption_folder: Path, tiny_llama_dir: Path, tmp_path: Path
+    data: Callable[..., Any], drawn_caption_folder: Path, tiny_llama_dir: Path
 ) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+    Path("recipe.yaml").write_text(
         f"data_dir: {drawn_caption_folder}\nbatch_size: 4\nlanguage_model:\n  name: {tiny_llama_dir}\n"
     )
-    inspected = run_cli("data", "inspect-loader", "--config", recipe, "--json")
-    assert inspected.returncode == 0, inspected.stderr
-    batch = json.loads(inspected.stdout)["first_batch"]
+    batch = data("inspect-loader", "--config", "recipe.yaml", "--json")["first_batch"]
     assert batch["tokens"]["shape"][0] == len(batch["rows"]) == 4
 
 
-def test_a_changed_folder_is_noticed(run_cli: RunCLI, tmp_path: Path) -> None:
-    run_cli("data", "transform", *TINY_SCENES, "--output-dir", tmp_path / "out")
-    picture = next((tmp_path / "out").glob("train/images/*.jpg"))
-    whole = picture.read_bytes()
-    picture.write_bytes(whole + b"\0")
-    changed = run_cli("data", "inspect-loader", "--data-dir", tmp_path / "out", "--all")
+def test_a_changed_folder_is_noticed(run_here: Run, data: Callable[..., Any]) -> None:
+    data("transform", *SCENES, "--output-dir", "out", "--workers", 1)
+    image = next(Path("out").glob("train/images/*.jpg"))
+    whole = image.read_bytes()
+    image.write_bytes(whole + b"\0")
+    changed = run_here("data", "inspect-loader", "--data-dir", "out", "--all")
     assert changed.returncode == 1 and "fingerprint differs" in changed.stderr
-    picture.write_bytes(whole[:500])
-    broken = run_cli("data", "inspect-loader", "--data-dir", tmp_path / "out")
+    image.write_bytes(whole[:500])
+    broken = run_here("data", "inspect-loader", "--data-dir", "out")
     assert broken.returncode == 1 and "1 images" in broken.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_then_the_same_command_continues(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "vlm_bridge",
-        "data",
-        "transform",
-        "--source",
-        "scenes",
-        "--num-train",
-        "1200",
-    ]
-    command += ["--num-val", "20", "--num-test", "20", "--workers", "2", "--output-dir", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("train/images/*.jpg"))) < 40 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    # As a terminal does: to every process of the group.
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command continues" in errors and "Traceback" not in errors
-    assert (out / UNFINISHED_NAME).is_dir() and not (out / "manifest.json").exists()
-
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    folder = CaptionFolder.open(out)
-    assert folder.manifest["counts"]["train"]["images"] == 1200
-    assert folder.compute_fingerprint() == folder.fingerprint
-    assert not (out / UNFINISHED_NAME).exists()
-
-
-BAD_INPUT = {
-    "missing folder": (["--source", "local", "--input-dir", "missing"], 1),
-    "no folder": (["--source", "local"], 2),
-    "empty folder": (["--source", "local", "--input-dir", "empty"], 1),
-    "not Flickr8k": (["--source", "flickr8k", "--input-dir", "empty"], 1),
-    "missing captions": (
-        ["--source", "local", "--input-dir", "empty", "--captions-file", "no.csv"],
-        1,
-    ),
-    "bad fraction": (["--source", "local", "--input-dir", "empty", "--val-fraction", "2"], 2),
-    "unknown source": (["--source", "flickr9k"], 2),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_gives_one_clear_line(run_cli: RunCLI, tmp_path: Path, case: str) -> None:
-    (tmp_path / "empty").mkdir()
-    arguments, code = BAD_INPUT[case]
-    done = run_cli("data", "transform", *arguments, "--output-dir", "out")
-    assert done.returncode == code
-    assert "Traceback" not in done.stderr and done.stderr.strip()
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_the_output_folder_may_not_hold_something_else(run_cli: RunCLI, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "letter.txt").touch()
-    done = run_cli("data", "transform", *TINY_SCENES, "--output-dir", "out")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines() == [
-        "error: out is not empty and no caption folder: choose another --output-dir"
-    ]
-
-
 def test_a_folder_of_other_tools_is_inspected(
-    run_here: RunCLI, drawn_caption_folder: Path, tmp_path: Path
+    run_here: Run, data: Callable[..., Any], drawn_caption_folder: Path
 ) -> None:
-    root = tmp_path / "groundcap"
-    shutil.copytree(
-        drawn_caption_folder, root, ignore=shutil.ignore_patterns(".*", "manifest.json")
-    )
+    root = Path("groundcap")
+    ignored = shutil.ignore_patterns(".*", "manifest.json")
+    shutil.copytree(drawn_caption_folder, root, ignore=ignored)
     with (root / "val" / "captions.jsonl").open("a") as file:
         file.write("\n")
-    as_json = run_here("data", "inspect-loader", "--data-dir", root, "--json")
-    assert json.loads(as_json.stdout)["data_dir"] == str(root)
+    assert data("inspect-loader", "--data-dir", root, "--json")["data_dir"] == str(root)
     checked = run_here("data", "inspect-loader", "--data-dir", root, "--all")
     assert (checked.returncode, len(checked.stderr.splitlines())) == (0, 1)  # the progress
     assert "set_aside:" in checked.stdout
     assert "captions.jsonl:17: not a JSON object" in checked.stdout
-    explored = run_here("data", "explore-dataset", "--data-dir", root, "--no-grid")
-    assert explored.returncode == 0 and "{train: 24, val: 8, test: 8}" in explored.stdout
+    assert "{train: 24, val: 8, test: 8}" in data(
+        "explore-dataset", "--data-dir", root, "--no-grid"
+    )
+
+
+def start(*arguments: str) -> tuple[list[str], subprocess.Popen[str]]:
+    """Start a transformation into ``out``; return its command when 60 images are there."""
+    command = [sys.executable, "-m", "vlm_bridge", "data", "transform", *arguments]
+    command += ["--workers", "2", "--output-dir", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(list(Path("out").glob("train/images/*.jpg"))) < 60 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return command, process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_the_same_command_continues(how: str) -> None:
+    if how == "interrupted":
+        command, process = start("--source", "scenes", "--num-train", "1200")
+        # As a terminal does: to every process of the group.
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "the same command continues" in errors and "Traceback" not in errors
+    else:
+        write_groundcap(Path("large"), train=1500, test=0, films=30, side=160)
+        command, process = start("--source-path", "large")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    out = Path("out")
+    assert (out / UNFINISHED_NAME).is_dir() and not (out / "manifest.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*/images/[!.]*.jpg")}
+    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    folder = CaptionFolder.open(out)
+    assert len(finished) >= 60 and folder.compute_fingerprint() == folder.fingerprint
+    assert not (out / UNFINISHED_NAME).exists()
+    kept = [path for path in finished if path.exists()]  # a duplicate goes in the end
+    assert all(path.stat().st_mtime_ns == finished[path] for path in kept), "made again"
+
+
+# GroundCap.
+
+
+def test_the_published_numbers_without_any_data(data: Callable[..., Any]) -> None:
+    shown = data("transform", "--dry-run", "--num-rows", 52350)
+    assert "images: {train: 41880, val: 2618, test: 7852}" in shown
+    assert "steps_per_epoch: 5235" in shown and not list(Path().iterdir())
+
+
+def test_from_parquet_to_the_first_batch(data: Callable[..., Any], groundcap: Path) -> None:
+    explored = data("explore-dataset", "--source-path", groundcap, "--samples", 3)
+    for part in ("rows: {test: 100, train: 400}", "list<element: struct<id: int32", "meaning: objects",
+                 "films: 20", "words_per_caption: {", "tokens_per_caption: null"):  # fmt: skip
+        assert part in explored
+    with Image.open("runs/explore/groundcap.png") as grid:
+        assert grid.format == "PNG"
+    command = ("transform", "--source-path", groundcap)
+    done = data(*command, "--output-dir", "out", "--workers", 1)
+    assert "train: {images: 400, captions: 400}" in done and "CC-BY-4.0" in done
+    caption = CaptionFolder.open("out").split("train")[0].captions[0]
+    assert "<" not in caption and "&amp;" not in caption
+    result = data("inspect-loader", "--data-dir", "out", "--all", "--json")
+    assert result["pictures_decoded"] == 500 and not result["broken"]
+    assert result["first_batch"]["batches_per_epoch"] == 50
+    assert len(result["first_batch"]["rows"]) == 8
+
+    dry = (*command, "--dry-run", "--json")
+    assert data(*dry)["images"] == {"train": 400, "val": 25, "test": 75}
+    official = data(*dry, "--split", "official")["images"]
+    assert official["test"] == 100 and official["val"] > 0
+    by_image = data(*dry, "--split-by", "image", "--test-fraction", 0.2)["images"]
+    assert by_image == {"train": 375, "val": 25, "test": 100}
+
+
+def test_tokens_are_counted_with_a_tokenizer(
+    run_here: Run, data: Callable[..., Any], groundcap: Path, tiny_llama_dir: Path
+) -> None:
+    arguments = ("explore-dataset", "--source-path", groundcap, "--no-grid", "--tokenizer")
+    counted = data(*arguments, tiny_llama_dir, "--json")
+    assert counted["tokens_per_caption"]["min"] > counted["words_per_caption"]["min"]
+    missing = run_here("data", *arguments, "no/such-tokenizer", "--samples", 0)
+    assert missing.returncode == 1
+    assert "cannot load the tokenizer 'no/such-tokenizer'" in missing.stderr
+    assert not list(Path().iterdir())
+
+
+def test_tags_are_kept_on_request(data: Callable[..., Any], groundcap: Path) -> None:
+    kept = ("--source-path", groundcap, "--keep-tags")
+    data("transform", *kept, "--output-dir", "out", "--limit", 2, "--workers", 1)
+    assert CaptionFolder.open("out").split("train")[0].captions[0].startswith("<gdo ")
+    shown = data("explore-dataset", *kept, "--no-grid", "--samples", 1, "--json")
+    assert shown["samples"][0]["captions"][0].startswith("<gdo ")
+
+
+# Mistakes.
+
+OUT = ["--output-dir", "out"]
+LOCAL = ["--source", "local", "--input-dir"]
+DRY = ["transform", "--dry-run", "--num-rows", "5"]
+BAD_INPUT = {
+    "missing folder": (["transform", *LOCAL, "missing", *OUT], 1, "no such folder"),
+    "no folder": (["transform", "--source", "local", *OUT], 2, "needs --input-dir"),
+    "empty folder": (["transform", *LOCAL, "empty", *OUT], 1, "empty"),
+    "not Flickr8k": (["transform", "--source", "flickr8k", "--input-dir", "empty", *OUT], 1, "flickr8k"),
+    "no captions": (["transform", *LOCAL, "empty", "--captions-file", "no.csv", *OUT], 1, "no.csv"),
+    "unknown source": (["transform", "--source", "flickr9k", *OUT], 2, "flickr9k"),
+    "foreign folder": (["transform", *map(str, SCENES), "--output-dir", "mine"], 1, "mine is not empty and no caption"),
+    "no output folder": (["transform"], 2, "give --output-dir"),
+    "no limit": (["transform", *OUT, "--limit", "0"], 2, "limit"),
+    "large distance": (["transform", *OUT, "--near-duplicate-distance", "65"], 2, "distance"),
+    "rows without a dry run": (["transform", *OUT, "--num-rows", "5"], 2, "goes with --dry-run"),
+    "official rows": ([*DRY, "--split", "official"], 2, "without --split official"),
+    "bad fraction": ([*DRY, "--val-fraction", "1"], 2, "--val-fraction"),
+    "unknown dataset": (["explore-dataset", "--source-path", "empty"], 1, "cannot tell which dataset"),
+    "two sources": (["explore-dataset", "--source", "local", "--data-dir", "x"], 2, "either --source or --data-dir"),
+    "two grids": (["explore-dataset", "--grid", "x.png", "--no-grid"], 2, "either --grid or --no-grid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gives_one_clear_line(run_here: Run, case: str) -> None:
+    Path("empty").mkdir()
+    Path("mine").mkdir()
+    Path("mine/letter.txt").touch()
+    arguments, code, message = BAD_INPUT[case]
+    done = run_here("data", *arguments)
+    assert done.returncode == code and message in done.stderr
+    assert "Traceback" not in done.stderr and not Path("out/manifest.json").exists()
+    assert len(done.stderr.strip().splitlines()) == 1 or "Usage:" in done.stderr
+
+
+def test_without_the_hub_one_line_names_the_way_out(run_cli: Run, tmp_path: Path) -> None:
+    done = run_cli("data", "explore-dataset", env={"HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert "cannot get daniel3303/GroundCap" in done.stderr and "--source-path" in done.stderr
