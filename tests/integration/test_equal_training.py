@@ -55,7 +55,9 @@ def our_loss(model: CaptionModel, data: TokenizedImages, features: torch.Tensor)
     ids, labels, segments, supervised = map(
         torch.from_numpy, (batch.input_ids, batch.labels, batch.segments, batch.supervised)
     )
-    loss = model.caption_loss(ids, labels, segments, model.image_inputs(features), supervised)
+    loss = model.caption_loss(
+        ids, labels, segments, model.image_inputs(features), supervised_v=supervised
+    )
     return loss.total / batch.num_supervised
 
 

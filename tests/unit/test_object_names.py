@@ -85,7 +85,7 @@ def test_captions_name_their_objects(bridge: str) -> None:
     def names_of(features_bnd: torch.Tensor, known: object = ()) -> list[Names]:
         return [[NAME] if row[0, 0] > 0 else [] for row in features_bnd]
 
-    model._object_namer = names_of  # type: ignore[assignment]
+    model.object_namer = names_of  # type: ignore[assignment]
     has_object = [bool(names) for names in names_of(features)]
     assert len(set(has_object)) == 2
 

@@ -70,15 +70,6 @@ class Attached:
         # Scaled in the bridge's precision, and rounded once.
         return (self.image.edit(per_image).reshape(text_rth.shape) * scale).to(text_rth.dtype)
 
-    def check_it_was_read(self) -> None:
-        """Raise ModelError if a layer has not asked for its part of the prefix."""
-        prefix, model = self.image.key_value_prefix, self.language_model
-        if prefix is not None and len(prefix.layers_that_read) < model.shape.num_layers:
-            raise ModelError(
-                f"the attention layers of {type(model.causal_lm).__name__} do not read a key-value "
-                "prefix: choose bridge.kind=prefix or cross_attention"
-            )
-
 
 _ATTACHED: ContextVar[Attached | None] = ContextVar("attached", default=None)
 
@@ -98,19 +89,30 @@ def attach(language_model: LanguageModel, image: ImageInputs) -> Iterator[Attach
     """Make a language model see images within a block; blocks nest, threads have their own.
 
     For an edit, its layer must be open (`LanguageModel.open_layer`).
+
+    Raises:
+        ModelError: at the end, if a layer has not asked for its part of the prefix.
     """
     entrance = None if image.edit is None else language_model.entrance(image.edit_layer)
     attached = Attached(language_model, image, entrance)
-    with _set(attached):
-        if not language_model.is_compiled:
-            yield attached
-            return
-        with _Traced.lock:
-            before, _Traced.attached = _Traced.attached, attached
-            try:
-                yield attached
-            finally:
-                _Traced.attached = before
+    with _set(attached), _traced(attached) if language_model.is_compiled else nullcontext():
+        yield attached
+    prefix = image.key_value_prefix
+    if prefix is not None and len(prefix.layers_that_read) < language_model.shape.num_layers:
+        raise ModelError(
+            f"the attention layers of {type(language_model.causal_lm).__name__} do not read a "
+            "key-value prefix: choose bridge.kind=prefix or cross_attention"
+        )
+
+
+@contextmanager
+def _traced(attached: Attached) -> Iterator[None]:
+    with _Traced.lock:
+        before, _Traced.attached = _Traced.attached, attached
+        try:
+            yield
+        finally:
+            _Traced.attached = before
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -90,7 +90,6 @@ class CaptionModel(nn.Module):
         # Positions before the text: soft tokens, and the start token before them.
         self.num_soft_positions = bridge.num_soft_tokens + (bridge.num_soft_tokens > 0)
         self._cache_options: dict[str, Any] = {}
-        self._object_namer: ObjectNamer | None = None
 
     @property
     def edits_scaled_embeddings(self) -> bool:
@@ -162,7 +161,6 @@ class CaptionModel(nn.Module):
             packed["position_ids"] = packed_positions(segments, num_soft)
         with attach(self.language_model, image) as attached:
             states = self.language_model.hidden_states(**packed, **attached.inputs(input_ids))
-            attached.check_it_was_read()
         return states[:, num_soft:]
 
     def forward(
@@ -177,23 +175,18 @@ class CaptionModel(nn.Module):
         labels: torch.Tensor,
         segments: torch.Tensor,
         image: ImageInputs,
-        supervised: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-        label_smoothing: float = 0.0,
+        **options: Any,
     ) -> CaptionLoss:
         """Return the loss of packed rows; ``labels[:, t]`` is the token to predict at position t.
 
-        The last three arguments are those of `caption_cross_entropy`.
+        Args:
+            options: further arguments of `caption_cross_entropy`.
         """
-        head = self.language_model.head_module
+        model = self.language_model
+        states = self.text_states(input_ids, image, segments)
+        is_trained = any(p.requires_grad for p in model.head_module.parameters())
         return caption_cross_entropy(
-            self.text_states(input_ids, image, segments),
-            labels,
-            self.language_model.head,
-            head_is_trained=any(p.requires_grad for p in head.parameters()),
-            supervised_v=supervised,
-            weights_v=weights,
-            label_smoothing=label_smoothing,
+            states, labels, model.head, head_is_trained=is_trained, **options
         )
 
     @torch.inference_mode()
@@ -227,7 +220,7 @@ class CaptionModel(nn.Module):
         prompt_rt = torch.tensor([list(prompt_ids)], device=self.device).repeat(num_rows, 1)
         bonus = []
         if decode.object_bonus:
-            names = self.object_namer()(features_bnd, decode.known_objects)
+            names = self.object_namer(features_bnd, decode.known_objects)
             bonus = [ObjectBonus(names, decode.object_bonus, len(prompt_ids))]
         with attach(model, self.image_inputs(features_bnd)) as attached:
             inputs = attached.inputs(prompt_rt)
@@ -250,7 +243,6 @@ class CaptionModel(nn.Module):
                 per_image=per_image,
                 more=bonus,
             )
-            attached.check_it_was_read()
         return captions[:num_captions]
 
     def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
@@ -281,11 +273,10 @@ class CaptionModel(nn.Module):
         self.language_model.is_compiled = True
         self._cache_options = {"cache_implementation": "static"}
 
+    @cached_property
     def object_namer(self) -> ObjectNamer:
-        """Return the names for ``decode.object_bonus``; ConfigurationError without a classifier."""
-        if self._object_namer is None:
-            self._object_namer = ObjectNamer(self.vision_encoder, self.language_model)
-        return self._object_namer
+        """Names for ``decode.object_bonus``; ConfigurationError without a classifier."""
+        return ObjectNamer(self.vision_encoder, self.language_model)
 
     def trained_state_dict(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint holds: trained weights, the bridge, feature statistics."""
@@ -389,7 +380,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
     choose_trainable(model, recipe.trainable)
     if recipe.decode.object_bonus and not meta:
         # A mistake in it is an error now rather than after an epoch.
-        model.object_namer().check(recipe.decode.known_objects)
+        model.object_namer.check(recipe.decode.known_objects)
     return model.eval()
 
 

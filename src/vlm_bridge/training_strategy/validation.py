@@ -171,7 +171,13 @@ def batch_loss(
 ) -> CaptionLoss:
     """Compute the loss of a packed batch, in training and validation alike."""
     ids, labels, segments, supervised, features = batch.tensors.wait()
-    image, weights = model.image_inputs(model.features(features)), batch.weights
+    image = model.image_inputs(model.features(features))
     return model.caption_loss(
-        ids, labels, segments, image, supervised, weights=weights, label_smoothing=label_smoothing
+        ids,
+        labels,
+        segments,
+        image,
+        supervised_v=supervised,
+        weights_v=batch.weights,
+        label_smoothing=label_smoothing,
     )
