@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 LAYOUT = "vlm-bridge features 3"
 FREE_SPACE_TO_LEAVE = 512 * 2**20
 CHECKSUM_BYTES = SCALE_BYTES = 4
-CHECK_TOGETHER = 64
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
 Encode = Callable[[Any], torch.Tensor]  # pixels -> features [B, N, D]
 
@@ -164,10 +163,7 @@ def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
             digests = pool.map(lambda path: hashlib.blake2b(path.read_bytes()).hexdigest(), paths)
             return cache_key(*digests)
 
-    try:
-        return remembered(root / f".pictures-{state_of(paths)}", compute)
-    except FileNotFoundError as error:
-        raise DataError(f"image {error.filename} is missing: make the data folder again") from None
+    return remembered(root / f".pictures-{state_of(paths)}", compute)
 
 
 def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) -> dict[int, str]:
@@ -177,29 +173,23 @@ def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) ->
         remember_in: the folder that keeps the outcome while no image is touched.
     """
 
-    def problems_of(part: list[int]) -> list[tuple[int, str]]:
-        problems = []
-        for index in part:
-            try:
-                check_image(paths[index])
-            except ImageError as error:
-                problems.append((index, error.reason))
-        return problems
+    def problem_of(path: ImageFile) -> str:
+        try:
+            check_image(path)
+        except ImageError as error:
+            return error.reason
+        return ""
 
     def check() -> str:
-        parts = in_batches(range(len(paths)), CHECK_TOGETHER)
         # Pillow releases the interpreter lock while it decodes.
-        checked = prefetch(parts, problems_of, min(16, os.cpu_count() or 1, len(parts)))
-        text = f"checked %s of %s batches of {CHECK_TOGETHER} images"
-        return json.dumps([found for part in logged(checked, len(parts), text) for found in part])
+        problems = prefetch(paths, problem_of, min(16, os.cpu_count() or 1))
+        checked = enumerate(logged(problems, len(paths), "checked %s of %s images"))
+        return json.dumps([(index, problem) for index, problem in checked if problem])
 
-    try:
-        place = (
-            remember_in / f".checked-{PIL.__version__}-{state_of(paths)}" if remember_in else None
-        )
-    except OSError:  # an image is missing
-        place = None
-    return dict(json.loads(check() if place is None else remembered(place, check)))
+    if remember_in is None:
+        return dict(json.loads(check()))
+    place = remember_in / f".checked-{PIL.__version__}-{state_of(paths)}"
+    return dict(json.loads(remembered(place, check)))
 
 
 @dataclass(frozen=True)
@@ -253,6 +243,7 @@ class FeatureCache:
     def __init__(self, folder: Path, format: FeatureFormat, num_images: int):
         self.folder, self.format, self.num_images = folder, format, num_images
         self.was_there = True
+        self.file: IO[bytes]
         self.path, self.building = folder / "features.bin", folder / "features.building"
         self._stride = format.record_bytes + CHECKSUM_BYTES
 
@@ -262,15 +253,12 @@ class FeatureCache:
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
         records = np.empty((len(indices), self._stride), np.uint8)
         for record, index in zip(records, indices.tolist(), strict=True):
-            os.preadv(self._file.fileno(), [record.data], index * self._stride)
+            os.preadv(self.file.fileno(), [record.data], index * self._stride)
         return self.format.unpack(records[:, :-CHECKSUM_BYTES])
 
     @property
     def num_bytes(self) -> int:
         return self.num_images * self._stride
-
-    def open(self) -> None:
-        self._file = self.path.open("rb")
 
     def is_sound(self, check_all: bool = False) -> bool:
         """Check the size and one checksum at random, or all of them."""
@@ -348,11 +336,11 @@ def open_cache(
                 cache.was_there = cache.is_sound(check_all)
                 if not cache.was_there:
                     cache.build(pixels, encode, name, batch_images, num_workers)
-        cache.open()
+        cache.file = cache.path.open("rb")
     except BaseException as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         is_empty = not (cache.building.is_file() and cache.building.stat().st_size)
-        if is_full or (is_empty and folder.is_dir()):
+        if (is_full or is_empty) and not cache.path.exists():
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error

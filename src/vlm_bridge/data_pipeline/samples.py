@@ -81,10 +81,13 @@ class CaptionedImage:
 
 
 def state_of(paths: Iterable[ImageFile]) -> str:
-    """Hash names, sizes and times of image files. Raises FileNotFoundError."""
+    """Hash names, sizes and times of image files. Raises DataError where one is missing."""
     digest = hashlib.blake2b(digest_size=12)
     for path in paths:
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise DataError(f"image {path} is missing: make the data folder again") from None
         state = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0"
         digest.update(state.encode(errors="surrogateescape"))
     return digest.hexdigest()
