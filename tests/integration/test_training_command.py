@@ -105,29 +105,6 @@ def test_training_learns_and_writes_what_it_promises(make_recipe: MakeRecipe, br
     assert run.latest.stat().st_size < 1_000_000
 
 
-def test_two_encoders_side_by_side_train_and_caption(
-    make_recipe: MakeRecipe,
-    tiny_vit_dir: Path,
-    tiny_pvt_v2_dir: Path,
-    drawn_caption_folder: Path,
-    tmp_path: Path,
-) -> None:
-    from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.cli.info import parts_of
-
-    both = f"vision_encoder.name={tiny_vit_dir} + {tiny_pvt_v2_dir}"
-    cached, encoded = (
-        Run(make_recipe(name, "num_epochs=1", both, f"feature_cache={cache}"))
-        for name, cache in (("cached", tmp_path / "features"), ("encoded", "off"))
-    )
-    for one, other in zip(cached.events("train"), encoded.events("train"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)  # float16 in the cache
-    captioner = Captioner.from_pretrained(cached.folder)
-    picture = next((drawn_caption_folder / "val" / "images").iterdir())
-    assert captioner.caption([picture])[0].error is None
-    assert parts_of(captioner.recipe)["features_shape"] == [9, 64]
-
-
 def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
     # A schedule over fewer epochs would fall faster: constant rates let the runs be compared.
     settings = ("scheduler_type=constant", "bridge.dropout=0.2", "num_workers=2")

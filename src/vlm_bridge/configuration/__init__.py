@@ -26,16 +26,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "training-default"
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
-RESAMPLER = frozenset({
-    "num_queries", "depth", "width", "num_heads", "feed_forward_multiplier", "position_embeddings",
-    "dropout",
-})  # fmt: skip
+ATTENTION = frozenset({"num_heads", "feed_forward_multiplier", "dropout"})
+RESAMPLER = ATTENTION | {"num_queries", "depth", "width", "position_embeddings"}
 BRIDGE_KEYS: dict[str, frozenset[str]] = {
     "prefix": RESAMPLER,
     "deep_prefix": RESAMPLER | {"enter_at_layer"},
-    "cross_attention": frozenset(
-        {"num_heads", "feed_forward_multiplier", "dropout", "enter_at_layer"}
-    ),
+    "cross_attention": ATTENTION | {"enter_at_layer"},
     "projection": frozenset({"projection", "position_embeddings", "dropout"}),
 }
 
@@ -73,26 +69,21 @@ class VisionEncoderConfig(fields.Section):
     @property
     def parts(self) -> list[VisionEncoderConfig]:
         """Configuration of each encoder."""
-        names = self.names
-        return [self] if len(names) == 1 else [VisionEncoderConfig(name=name) for name in names]
+        return [self.replace(name=name) for name in self.names]
 
 
 class LanguageModelConfig(fields.Section):
     """Language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
 
-    A BLIP captioning model contributes its text decoder.
-
-    Attributes:
-        dtype: of the stored weights; `int8` (Dettmers et al. 2022) and `nf4` (QLoRA, 2023) quantize
-            linear layers on NVIDIA GPUs.
-        attention: `auto` takes `eager` for soft-capped scores (Gemma 2) and on CPUs, where it is
-            1.3x faster than `sdpa` on short rows, else `sdpa`.
+    A BLIP captioning model contributes its text decoder. Stored in ``dtype``, of which `int8`
+    (Dettmers et al. 2022) and `nf4` (QLoRA, 2023) quantize linear layers on NVIDIA GPUs.
     """
 
     place = "language_model"
     name: fields.ModelName = "smollm2-135m-instruct"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
+    # auto: eager for soft-capped scores (Gemma 2) and on CPUs, where it is faster, else sdpa.
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     prompt: Annotated[str, Field(max_length=10_000)] = ""  # before every caption, not supervised
     add_cross_attention: bool = False  # to GPT-2 or BERT, to be trained
@@ -107,30 +98,25 @@ class BridgeOptions(fields.Section):
     """Options of a bridge. Each kind has some of them, see `BRIDGE_KEYS`.
 
     Attributes:
-        kind: `prefix`: ``num_queries`` soft tokens before the text; `deep_prefix`: keys and values
-            for the layers from ``enter_at_layer`` on; `cross_attention`: the text attends to the
-            image before layer ``enter_at_layer`` (0, as published, edits embeddings);
-            `projection`: encoder states for a decoder that cross-attends.
-        standardize_features: normalize channels by mean and deviation of training images.
-        num_queries: vectors per image.
-        width: of the resampler; None is the language model's.
-        position_embeddings: of image tokens, for convolutional encoders.
-        dropout: on residual branches and on image tokens.
-        enter_at_layer: no gradient flows below it; None means a third of the way up.
+        kind: `prefix`: soft tokens before the text; `deep_prefix`: keys and values for the layers
+            from ``enter_at_layer`` on; `cross_attention`: the text attends to the image before
+            that layer; `projection`: encoder states for a decoder that cross-attends.
+        enter_at_layer: no gradient flows below it; None means a third of the way up, and 0, the
+            published default of `cross_attention`, edits embeddings.
         projection: `linear` (published for PVTv2-B0), `mlp` (two layers with GELU), or `conv3x3`
             (published, 3.5 M parameters) over the grid of image tokens.
     """
 
     place = "bridge"
     kind: Literal["prefix", "deep_prefix", "cross_attention", "projection"] = "prefix"
-    standardize_features: bool = True
-    num_queries: fields.Size = 16
+    standardize_features: bool = True  # by mean and deviation of channels of training images
+    num_queries: fields.Size = 16  # vectors per image
     depth: fields.Small = 2
-    width: fields.Size | None = None
+    width: fields.Size | None = None  # null: the language model's
     num_heads: fields.Size = 8
     feed_forward_multiplier: fields.Small = 4
-    position_embeddings: bool = False
-    dropout: fields.Share = 0.0
+    position_embeddings: bool = False  # of image tokens, for convolutional encoders
+    dropout: fields.Share = 0.0  # on residual branches and on image tokens
     enter_at_layer: fields.CountOrZero | None = None
     projection: Literal["linear", "mlp", "conv3x3"] = "linear"
 
@@ -155,13 +141,12 @@ class BridgeOptions(fields.Section):
 
 
 class DecodeSettings(fields.Section):
-    """How captions are generated; names are those of `transformers`' GenerationConfig.
+    """Settings of generation; names are those of `transformers`' GenerationConfig.
 
     Attributes:
-        object_bonus: nats that a caption gains when it first names what the encoder's ImageNet
-            classifier recognizes (EfficientNet-Lite); 8 makes almost every caption do so, 0 is off.
-        known_objects: names without bonus, because training captions have them often
-            (`python -m benchmarks.known_objects` lists them).
+        object_bonus: nats for the first name of what the encoder's ImageNet classifier recognizes
+            (EfficientNet-Lite); with 8 almost every caption has it, 0 is off.
+        known_objects: names without bonus, because training captions have them often.
     """
 
     place = "decode"
@@ -264,7 +249,7 @@ class Recipe(fields.Section):
                 "reports: give the plain name or address, and the hub's token in HF_TOKEN"
             )
         if self.learning_rate == 0 and any(self.trainable.values()):
-            raise ValueError("trainable has learning rates: learning_rate must be above 0, too")
+            raise ValueError("learning_rate must be above 0, as rates of trainable are")
         if self.distillation is not None and self.feature_cache_views:
             raise ValueError("distillation needs whole images: feature_cache_views=0")
         if self.monitor != "loss" and self.num_decoded_images == 0:

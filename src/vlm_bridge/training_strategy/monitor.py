@@ -62,15 +62,13 @@ def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
 
 
 class Monitor:
-    """Log to the console and, in the first process, to ``log_dir/history.jsonl`` and TensorBoard.
+    """Log to the console and, below ``log_dir``, to ``history.jsonl`` and TensorBoard.
 
     TensorBoard's tags are those of the dinov2-gemma system's own code, with others beside them.
+    Any method raises TrainingError where a log cannot be written.
 
     Args:
-        log_dir: None logs to the console only.
-
-    Raises:
-        TrainingError: from any method, where a log cannot be written.
+        log_dir: None, in all processes but the first, logs to the console only.
     """
 
     def __init__(self, log_dir: Path | None):
@@ -104,7 +102,7 @@ class Monitor:
     def epoch(self, epoch: int) -> None:
         """Log the mean loss of an epoch's steps."""
         if self.epoch_steps:
-            self._scalars({"epoch/train_loss": self.epoch_loss / self.epoch_steps}, epoch)
+            self._scalars(epoch, "epoch/", train_loss=self.epoch_loss / self.epoch_steps)
         self.epoch_loss, self.epoch_steps = 0.0, 0
 
     def training(
@@ -113,24 +111,21 @@ class Monitor:
         """Log a step. ``means``: loss, learning rate and what the objective adds."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         _, captions, tokens, positions = map(sum, zip(*self._sizes, strict=True))
-        per_step = seconds / len(self._sizes)
-        rates = {
-            "samples_per_second": captions / seconds,
-            "tokens_per_second": tokens / seconds,
-            "padding_share": 1 - tokens / positions,
-        }
+        per_step, pads = seconds / len(self._sizes), 1 - tokens / positions
         others = {k: v for k, v in means.items() if k not in ("loss", "learning_rate")}
         logger.info(
             f"epoch {epoch + 1} step {step}/{total_steps} | loss {means['loss']:.4f} | "
             + "".join(f"{name.replace('_', ' ')} {mean:.3f} | " for name, mean in others.items())
             + f"lr {means['learning_rate']:.2e} | grad {gradient_norm:.2f} | "
-            f"{1000 * per_step:.0f} ms/step | {rates['samples_per_second']:.1f} samples/s | "
-            f"{rates['tokens_per_second']:.0f} tokens/s | {rates['padding_share']:.0%} pads | "
+            f"{1000 * per_step:.0f} ms/step | {captions / seconds:.1f} samples/s | "
+            f"{tokens / seconds:.0f} tokens/s | {pads:.0%} pads | "
             f"ETA {timedelta(seconds=round((total_steps - step) * per_step))}"
         )
-        tags = {f"train/{name}": mean for name, mean in means.items()}
-        self._scalars({**tags, "train/grad_norm_before_clip": gradient_norm}, step)
-        self._record("train", step, **means, gradient_norm=gradient_norm, **rates)
+        self._scalars(step, "train/", **means, grad_norm_before_clip=gradient_norm)
+        self._record(
+            "train", step, **means, gradient_norm=gradient_norm, padding_share=pads,
+            samples_per_second=captions / seconds, tokens_per_second=tokens / seconds,
+        )  # fmt: skip
         self.restart_clock()
 
     def skipped(self, step: int, cause: str, images: Sequence[str]) -> None:
@@ -158,9 +153,10 @@ class Monitor:
                 "and images belong together (vlm-data inspect-loader)."
             )
         scalars = {name: getattr(result, name) for name in ("loss", "perplexity", "visual_gain")}
-        lengths = {"avg_sequence_length": captions.mean_length}
-        counted = {**scalars, **lengths, "token_diversity": captions.token_diversity}
-        self._scalars({f"val/{name}": value for name, value in counted.items()}, step)
+        length, diversity = captions.mean_length, captions.token_diversity
+        self._scalars(
+            step, "val/", **scalars, avg_sequence_length=length, token_diversity=diversity
+        )
         self._record("validation", step, epoch=epoch, **scalars)
 
     def decoded(self, step: int, result: DecodedValidation) -> None:
@@ -169,7 +165,7 @@ class Monitor:
             f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | "
             f"CIDEr {result.cider:.4f}"
         )
-        self._scalars({"val/bleu4": result.bleu4, "val/cider": result.cider}, step)
+        self._scalars(step, "val/", bleu4=result.bleu4, cider=result.cider)
         self._record("decoded", step, **vars(result))
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -185,16 +181,17 @@ class Monitor:
                     self._board.add_image(tag, pixels, step, dataformats="HWC")
                     self._board.add_text(tag, text, step)
         length, diversity, _ = statistics
+        bleu = statistics.mean_bleu4
         logger.info(
             f"  samples: mean length {length:.1f} tokens | token diversity {diversity:.2f} | "
-            f"BLEU-4 {statistics.mean_bleu4:.3f}"
+            f"BLEU-4 {bleu:.3f}"
         )
-        tags = ("val/sample_length_avg", "val/sample_diversity", "val/sample_bleu_avg")
-        keys = ("mean_length", "token_diversity", "sample_bleu4")
-        means = (length, diversity, statistics.mean_bleu4)
-        self._scalars(dict(zip(tags, means, strict=True)), step)
+        self._scalars(step, "val/sample_", length_avg=length, diversity=diversity, bleu_avg=bleu)
         captions = [[sample.caption, sample.references[0]] for sample in samples]
-        self._record("samples", step, captions=captions, **dict(zip(keys, means, strict=True)))
+        self._record(
+            "samples", step, captions=captions, mean_length=length, token_diversity=diversity,
+            sample_bleu4=bleu,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in KEPT}
@@ -208,11 +205,11 @@ class Monitor:
             with self._writing():
                 self._board.close()
 
-    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+    def _scalars(self, step: int, prefix: str, **values: float) -> None:
         if self._board is not None:
             with self._writing():
-                for tag, value in values.items():
-                    self._board.add_scalar(tag, value, step)
+                for name, value in values.items():
+                    self._board.add_scalar(prefix + name, value, step)
 
     def _record(self, event: str, step: int, **values: object) -> None:
         if self.log_dir is not None:
