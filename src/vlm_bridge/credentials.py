@@ -34,14 +34,8 @@ def hub_problem(
 ) -> str | None:
     """Explain on one line why the hub did not give ``name``, and how to mend it.
 
-    No message of the hub is repeated, since it may quote a request with its token.
-
-    Args:
-        error: raised by a library; its chain of causes is searched.
-        name: OWNER/NAME, or a folder.
-
-    Returns:
-        None where the hub has no part in the error.
+    The chain of causes is searched; None where the hub has no part in it. No message of the hub
+    is repeated, since it may quote a request with its token.
     """
     from huggingface_hub import constants, errors
 
@@ -84,12 +78,9 @@ def hub_problem(
 
 
 def reach_hub(name: str, revision: str | None = None) -> None:
-    """Ask whether the hub answers, before a download that would retry for half a minute.
+    """Raise ConnectionError without an answer, before a download retries for half a minute.
 
     Nothing is asked for a folder or a model in the hub's cache, nor with HF_HUB_OFFLINE.
-
-    Raises:
-        ConnectionError: no answer; `hub_problem` turns it into one line.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -26,8 +26,7 @@ LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 def resolve_device(name: str) -> torch.device:
     """Return a torch device; `auto` is CUDA, else Apple's MPS, else the CPU.
 
-    Raises:
-        ConfigurationError: an unknown device, or one that this machine does not have.
+    Raises ConfigurationError for an unknown device, or one that this machine does not have.
     """
     import torch
 
@@ -37,11 +36,10 @@ def resolve_device(name: str) -> torch.device:
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
         raise ConfigurationError(f"device={name!r} is unknown (auto, cpu, cuda, cuda:1, mps)")
     device = torch.device(name)
-    if device.type == "mps" and not has_mps:
-        raise ConfigurationError(f"device={name!r}, but torch sees no Apple GPU here")
-    if device.type == "cuda" and not has_cuda:
+    if not {"cpu": True, "cuda": has_cuda, "mps": has_mps}[device.type]:
+        kind = "CUDA" if device.type == "cuda" else "Apple"
         raise ConfigurationError(
-            f"device={name!r}, but torch sees no CUDA GPU here (see vlm-bridge doctor)"
+            f"device={name!r}, but torch sees no {kind} GPU here (see vlm-bridge doctor)"
         )
     return device
 
@@ -104,10 +102,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 class DeviceCopy:
-    """Copy tensors to a device while it computes.
-
-    On CUDA through pinned memory and a stream of its own, else at once.
-    """
+    """Copy tensors to a GPU while it computes, through pinned memory and a stream of its own."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device):
         import torch

@@ -10,12 +10,10 @@ GROUP = 64  # numbers of a row that share a scale in 4 bits
 def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each row symmetrically (LLM.int8(), Dettmers et al. 2022).
 
-    Args:
-        values: [..., D], finite.
+    Values are [..., D] and finite.
 
     Returns:
-        Levels [..., D] in int8 and scales [..., 1] in float32, whose product is off by half a scale
-        at most.
+        Levels [..., D] in int8 and scales [..., 1] in float32; the product is off by half a scale.
     """
     values = values.float()
     scales = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -25,8 +23,7 @@ def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def to_int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each `GROUP` of a row to 16 levels, as llama.cpp's Q4_0: the largest is level -8.
 
-    Args:
-        values: [..., D], finite, D a multiple of `GROUP`.
+    Values are [..., D] and finite, D a multiple of `GROUP`.
 
     Returns:
         Two levels a byte [..., D / 2] in uint8, and signed scales [..., D / `GROUP`] in bfloat16.

@@ -42,20 +42,13 @@ Rows = Iterator[tuple[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class CaptionRecord:
-    """The captions that one place of a caption file gives an image.
+    """The captions that one place of a caption file gives an image."""
 
-    Attributes:
-        where: "file:line" or "file: entry 3".
-        image: the image's name in the file.
-        part: the split as it is written beside the image.
-        stored: the image itself, where the file holds it.
-    """
-
-    where: str
+    where: str  # "file:line" or "file: entry 3"
     image: str
     captions: tuple[str, ...]
-    part: str = ""
-    stored: ParquetPicture | None = None
+    part: str = ""  # the split as the file writes it
+    stored: ParquetPicture | None = None  # the image itself, where the file holds it
 
     @property
     def split(self) -> SplitName | None:
@@ -70,10 +63,7 @@ def without_number(name: str) -> str:
 def read_captions(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
     """Yield the records of a caption file, whose suffix tells its form (`FORMS`, else a table).
 
-    ``skipped`` takes the rows that cannot be used.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
+    Raises DataError if the file as a whole cannot be read; damaged rows are ``skipped``.
     """
     if path.suffix.lower() == ".parquet":
         return _parquet_records(path, skipped)
