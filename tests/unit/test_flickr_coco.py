@@ -269,7 +269,7 @@ def test_missing_images_and_captions_are_skipped(coco2017: Path) -> None:
     assert len(source.items()) == 6
     assert {entry.id: entry.reason for entry in source.rejected} == {
         "captions_train2017.json: image 3": "its image '000000000003.jpg' is missing",
-        "captions_val2017.json: image 99": "its image '000000000099.jpg' is missing",
+        "captions_val2017.json: image 99": "its image '99 (not listed)' is missing",
     }
 
 

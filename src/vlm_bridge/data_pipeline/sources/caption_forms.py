@@ -282,11 +282,12 @@ def _coco_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]
     for annotation in document["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     names = {image["id"]: str(image.get("file_name")) for image in document["images"]}
-    for image_id in dict.fromkeys((*names, *captions)):
-        name = names.get(image_id, "")
+    for image_id, name in names.items():
         if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and isinstance(image_id, int):
             name = f"{image_id:012d}.jpg"  # COCO names images by their ids
-        yield image_id, {"image": name, "captions": captions.get(image_id, [])}
+        yield image_id, {"image": name, "captions": captions.pop(image_id, [])}
+    for image_id, texts in captions.items():
+        yield image_id, {"image": f"{shown(image_id)} (not listed)", "captions": texts}
 
 
 def _karpathy_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
