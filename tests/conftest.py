@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 
-# Before anything imports torch, transformers or their friends; commands started by tests inherit it.
+# Before anything imports torch or transformers; commands started by tests inherit it.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
@@ -72,7 +72,7 @@ TINY_MODELS = (
 
 
 def _tiny_model(name: str) -> Callable[[pytest.TempPathFactory], Path]:
-    """Make the fixture `tiny_NAME_dir`: a folder of a tiny model with its tokenizer or processor."""
+    """Make the fixture `tiny_NAME_dir`: a tiny model with its tokenizer or processor."""
 
     @pytest.fixture(scope="session", name=f"tiny_{name}_dir")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

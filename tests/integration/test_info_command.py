@@ -29,13 +29,15 @@ def test_json_and_a_table(tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path, ru
         assert mention in table
 
 
-def test_the_lite_models_need_no_weights(tmp_path: Path, run_cli) -> None:
+def test_the_lite_models_need_no_weights(
+    tmp_path: Path, run_here, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs pip install 'vlm-bridge[lite]'")
     config = tmp_path / "recipe.yaml"
     config.write_text(load_recipe(None).to_yaml(), encoding="utf-8")
     # An empty cache, and no SmolLM2 to convert into it.
-    cache = {"VLM_BRIDGE_CACHE": str(tmp_path / "cache")}
-    result = run_cli("info", "--config", config, "--json", env=cache)
+    monkeypatch.setenv("VLM_BRIDGE_CACHE", str(tmp_path / "cache"))
+    result = run_here("info", "--config", config, "--json")
     assert (result.returncode, result.stderr) == (0, "")
     shown = json.loads(result.stdout)
     by_role = {component["role"]: component for component in shown["components"]}

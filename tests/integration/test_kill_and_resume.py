@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: a training that is resumed ends as if nothing had been (100 kills: `--kills 100`)."""
+"""SIGKILL at random moments: a resumed training ends as if nothing had been."""
 
 from __future__ import annotations
 

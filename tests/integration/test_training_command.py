@@ -190,7 +190,7 @@ def test_accumulating_four_times_two_is_a_batch_of_eight(make_recipe: MakeRecipe
     first, second = (
         checkpoints.load_checkpoint(run.latest)["training"] for run in (at_once, in_parts)
     )
-    # The optimizer's first moment is the gradient; AdamW's own step would blow up differences near zero.
+    # The first moment is the gradient; AdamW's own step would blow up differences near zero.
     for key, state in first["optimizer"]["state"].items():
         torch.testing.assert_close(
             state["exp_avg"], second["optimizer"]["state"][key]["exp_avg"], atol=1e-5, rtol=1e-3

@@ -1,4 +1,4 @@
-"""Validation: perplexity over supervised tokens only, and a visual gain that is zero for the blind."""
+"""Validation: perplexity over supervised tokens, and a visual gain of zero for the blind."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ class Recipe(fields.Section):
     captions_per_image: fields.Count = 1  # in one row
     max_caption_tokens: fields.Count = 128
     num_workers: Annotated[fields.CountOrZero, PLACE] = 2
-    # fields.Share of a split's captions, and of its images, that may be unreadable; they are skipped.
+    # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
     max_bad_samples: Annotated[fields.Number, Field(ge=0, le=1)] = 0.01
     # auto: in data_dir/.features if that is measured to be quicker than encoding; a folder; off
     # (which YAML 1.1 reads as false).

@@ -22,13 +22,13 @@ from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.trainable import trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import preflight
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import World, joined
 from vlm_bridge.training_strategy.monitor import Monitor, Sample
 from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
 from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw
-from vlm_bridge.training_strategy.preflight import check_folders, check_machine, memory_explained
 from vlm_bridge.training_strategy.resume import continue_from, dataset_facts, find_checkpoint
 from vlm_bridge.training_strategy.saver import Interrupted, Interruption, Saver
 from vlm_bridge.training_strategy.state import TrainState, seed_all
@@ -45,22 +45,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """End of a run.
-
-    Attributes:
-        steps: optimizer steps in all, with those before a resume.
-        seconds: of this call.
-        best_loss: lowest validation loss, in nats per token.
-        validation: the last one.
-        decoded: scores of the last decoded captions.
-    """
+    """End of a run."""
 
     checkpoint_dir: Path
-    steps: int
-    seconds: float
-    best_loss: float
-    validation: Validation | None
-    decoded: DecodedValidation | None
+    steps: int  # in all, with those before a resume
+    seconds: float  # of this call
+    best_loss: float  # of validation, in nats per token
+    validation: Validation | None  # the last one
+    decoded: DecodedValidation | None  # scores of the last decoded captions
 
 
 def train(
@@ -82,11 +74,11 @@ def train(
         Interrupted: a signal came; the state was saved first.
     """
     started = time.perf_counter()
-    with joined(recipe.device) as world, memory_explained(world.device):
-        check_machine(recipe, world)
+    with joined(recipe.device) as world, preflight.memory_explained(world.device):
+        preflight.check_machine(recipe, world)
         folder = open_data_folder(recipe.data_dir)
         found = find_checkpoint(resume, recipe, folder.manifest, world, force=force)
-        world.from_first(lambda: check_folders(recipe.checkpoint_dir, recipe.log_dir))
+        world.from_first(lambda: preflight.check_folders(recipe.checkpoint_dir, recipe.log_dir))
 
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
@@ -110,9 +102,8 @@ def train(
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
         )  # fmt: skip
         facts = {
-            "dataset": dataset_facts(folder.manifest),
-            "dataset_fingerprint": folder.fingerprint,
-        }
+            "dataset": dataset_facts(folder.manifest), "dataset_fingerprint": folder.fingerprint
+        }  # fmt: skip
         saver = Saver(state, recipe, world, facts, resumed=found and found.path)
         judge = Judge(state, data, monitor, saver, autocast)
         log_start(state, data, take_step)
@@ -214,8 +205,7 @@ def log_step(
 ) -> None:
     """Log the steps whose numbers have arrived; in a log step wait for them, and check the weights.
 
-    Raises:
-        TrainingError: too many steps in a row were skipped, or the weights are not finite.
+    Raises TrainingError where too many steps were skipped, or the weights are not finite.
     """
     state, recipe, world = take_step.state, data.recipe, data.world
     is_last = state.step == data.total_steps

@@ -159,7 +159,7 @@ def load_batch(
     *,
     images: np.ndarray | None = None,
 ) -> LoadedBatch:
-    """Read features of a batch's images, or of ``images`` [R], and start to copy it; thread-safe."""
+    """Read features of a batch, or of ``images`` [R], and start to copy it; threads may call it."""
     indices = batch.image_indices if images is None else images
     chosen = torch.as_tensor(features[indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
