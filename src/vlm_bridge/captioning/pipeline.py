@@ -185,8 +185,7 @@ class Captioner:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        sizes = checkpoints.captioner_sizes(self.model)
-        content = {"weights": self.model.trained_state_dict(), "sizes": sizes}
+        content = {"weights": self.model.trained_state_dict()}
         write_huggingface_folder(content, self.recipe, Path(folder), facts or CardFacts())
 
     def push_to_hub(

@@ -85,12 +85,6 @@ def original_architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]
     }
 
 
-def original_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the widths of the frozen parts that translated weights were trained between."""
-    text_dim, vision_dim = weights["bridge.vision_projection.weight"].shape
-    return {"vision_encoder.embed_dim": vision_dim, "language_model.embed_dim": text_dim}
-
-
 def save_original(
     path: Path, recipe: Recipe, content: Mapping[str, Any], where: str | Path
 ) -> None:

@@ -43,7 +43,7 @@ ORIGINAL_TRAINING = "original_training"
 FORMAT_VERSION = 2
 # The original's losses count pads, so its best loss is not read.
 ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict")
-PARTS = ("weights", "model_state_dict", "recipe", "sizes", "training")
+PARTS = ("weights", "model_state_dict", "recipe", "training")
 STEP, STEP_PATTERN = "step_{:08d}.pth", "step_*.pth"
 LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
 BEST_WEIGHTS = "best_model_weights_only.pth"
@@ -60,14 +60,12 @@ def save_checkpoint(
     weights: Mapping[str, torch.Tensor],
     training: dict[str, Any] | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
     format_version: int = FORMAT_VERSION,
 ) -> None:
     """Replace a checkpoint by a new one, or leave it as it was. Raises CheckpointError.
 
     Args:
         training: optimizer, position and so on; left out of weights-only files.
-        sizes: `captioner_sizes` of the trained captioner.
         format_version: of the checkpoint that the weights were read from.
     """
     content = {
@@ -75,7 +73,6 @@ def save_checkpoint(
         "format_version": format_version,
         "versions": package_versions(),
         "recipe": recipe.to_dict(),
-        "sizes": dict(sizes or {}),
         "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
     }
     if training is not None:
@@ -136,8 +133,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         path: the file, or a folder that holds one.
 
     Returns:
-        ``format``, ``format_version``, ``weights``, ``sizes``; ``recipe`` and ``training`` where
-        the file has them; ``original_training`` of the original project's.
+        ``format``, ``format_version``, ``weights``; ``recipe`` and ``training`` where the file has
+        them; ``original_training`` of the original project's.
 
     Raises:
         CheckpointError: missing, damaged, none of these, or written by a newer vlm-bridge.
@@ -173,7 +170,7 @@ def _check_layout(content: Any) -> None:
     parts = [content[key] for key in PARTS if key in content]
     if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError("a part of it is no mapping")
-    check_content([content.get("recipe"), content.get("sizes")], 0)  # no tensors
+    check_content(content.get("recipe"), 0)  # no tensors
     for name, tensor in content["model_state_dict" if is_original else "weights"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"its weight {shown(name)} is no tensor")
@@ -190,7 +187,6 @@ def _from_original(content: dict[str, Any], path: Path) -> dict[str, Any]:
         "format": ORIGINAL_FORMAT,
         "format_version": content.get("format_version", 1) if recipe else FORMAT_VERSION,
         "weights": weights,
-        "sizes": dinov2_gemma.original_sizes(weights),
         **recipe,
         ORIGINAL_TRAINING: {key: content[key] for key in ORIGINAL_ENTRIES if key in content},
     }
@@ -239,8 +235,7 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
         for name in contents[0]["weights"]
     }
     version = min(content["format_version"] for content in contents)
-    sizes = contents[0].get("sizes")
-    save_checkpoint(target, recipe, mean, sizes=sizes, format_version=version)
+    save_checkpoint(target, recipe, mean, format_version=version)
 
 
 def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +246,6 @@ def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> di
         "format_version": content.get("format_version", FORMAT_VERSION),
         "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
         "recipe": dict(recipe),
-        "sizes": dict(content.get("sizes", {})),
     }
 
 
@@ -386,12 +380,6 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     keys = {**ARCHITECTURE, "bridge": [key for key in plain["bridge"] if key != "dropout"]}
     named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
     return {**named, "trainable": sorted(plain["trainable"])}
-
-
-def captioner_sizes(model: Any) -> dict[str, int]:
-    """Return the widths of the frozen parts that a captioner's bridge connects."""
-    parts = ("vision_encoder", "language_model")
-    return {f"{part}.embed_dim": getattr(model, part).embed_dim for part in parts}
 
 
 def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:

@@ -43,7 +43,6 @@ class Saver:
         self.state, self.recipe, self.world, self.facts = state, recipe, world, facts
         self.folder = Path(recipe.checkpoint_dir)
         self.every = parse_interval(recipe.save_every)
-        self.sizes = checkpoints.captioner_sizes(state.model)
         self.saved_at = time.monotonic()
         self.last_sound = resumed
         is_latest = resumed and resumed.resolve() == (self.folder / checkpoints.LATEST).resolve()
@@ -68,7 +67,7 @@ class Saver:
         if self.world.is_first:
             weights = checkpoints.in_bfloat16(self.state.weights())
             path = self.folder / checkpoints.BEST_WEIGHTS
-            checkpoints.save_checkpoint(path, self.recipe, weights, sizes=self.sizes)
+            checkpoints.save_checkpoint(path, self.recipe, weights)
         self._save(checkpoints.BEST)
 
     def after_step(self) -> None:
@@ -103,7 +102,7 @@ class Saver:
         path = self.folder / name
         if self.world.is_first:
             training, weights = {**self.state.state_dict(), **self.facts}, self.state.weights()
-            checkpoints.save_checkpoint(path, self.recipe, weights, training, sizes=self.sizes)
+            checkpoints.save_checkpoint(path, self.recipe, weights, training)
         self.saved_at = time.monotonic()
         self.last_sound = path
         return path
