@@ -110,24 +110,18 @@ def finetune_combined(
     from vlm_bridge import finetuning
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.configuration import load_recipe, shipped_recipe
     from vlm_bridge.training_strategy.saver import Interrupted
 
     quiet_transformers()
+    shipped = shipped_recipe(finetuning.DATASETS[dataset.value].recipe)
+    recipe = load_recipe(config or shipped, [*changes, *overrides])
     settings = finetuning.FineTuning(
-        checkpoint,
-        dataset.value,
-        dataset_path,
-        output,
-        [*changes, *overrides],
-        config,
-        dataset_size,
-        pvt,
-        blip,
-        force,
+        checkpoint, dataset.value, dataset_path, output, dataset_size, pvt, blip, force,
         follow_links,
-    )
+    )  # fmt: skip
     try:
-        result = finetuning.finetune_combined(settings, show_progress)
+        result = finetuning.finetune_combined(settings, recipe, show_progress)
     except Interrupted as interruption:
         print(f"{interruption}; the same command continues", file=sys.stderr)
         raise typer.Exit(interruption.exit_code) from None

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_bridge.configuration import BridgeOptions, Recipe, load_recipe, shipped_recipe
+from vlm_bridge.configuration import BridgeOptions, Recipe
 from vlm_bridge.data_pipeline.caption_folder import (
     MANIFEST_NAME,
     CaptionFolder,
@@ -73,8 +73,6 @@ class FineTuning:
     dataset: str
     dataset_path: Path | None
     output: Path
-    overrides: Sequence[str] = ()
-    config: Path | None = None
     dataset_size: int | None = None
     pvt: str | None = None
     blip: str | None = None
@@ -87,11 +85,17 @@ class FineTuning:
 
 
 def finetune_combined(
-    settings: FineTuning, show_progress: Callable[[str], AbstractContextManager[Progress]]
+    settings: FineTuning,
+    recipe: Recipe,
+    show_progress: Callable[[str], AbstractContextManager[Progress]],
 ) -> TrainingResult:
     """Fine-tune a combined file and write one with the best weights; resume if interrupted.
 
     The caption folder and the run's folder are written beside the output.
+
+    Args:
+        recipe: its encoder, decoder, projection and folders give way to those of the settings.
+        show_progress: name of the items -> a context with a function of (done, total).
 
     Raises:
         VLMBridgeError: a file, the data or a model cannot be used, or another training is there.
@@ -101,8 +105,6 @@ def finetune_combined(
         raise UsageError(f"the output is a file: {settings.output}.pth, for example")
     if settings.output.resolve() == settings.checkpoint.resolve():
         raise UsageError("the output is the checkpoint itself: choose another --output")
-    shipped = shipped_recipe(DATASETS[settings.dataset].recipe)
-    recipe = load_recipe(settings.config or shipped, settings.overrides)
     resolve_device(recipe.device)
     data = _data(settings)
     state = pvt_blip.read_combined(settings.checkpoint)

@@ -191,12 +191,7 @@ class Captioner:
     def push_to_hub(
         self, repo: str, *, private: bool = False, facts: CardFacts | None = None
     ) -> str:
-        """Upload to a model repository (`owner/model`), made if need be; return its address.
-
-        Raises:
-            UsageError: `repo` is no name of a repository.
-            CheckpointError: there is no token (HF_TOKEN), or the hub refuses.
-        """
+        """Upload to a model repository; see `publish.push_to_hub`."""
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / (Path(repo).name or "captioner")  # the title of its card
             self.save_pretrained(folder, facts)
