@@ -139,21 +139,6 @@ def test_download_all_brings_checkpoints_and_logs(machine: Machine) -> None:
     assert found == {**contents, "logs/events.out": b"curve"}
 
 
-def test_a_file_that_changes_under_way_is_copied_again_or_refused(machine: Machine) -> None:
-    machine.write_checkpoint("best_model.pth")
-    original = shlex.quote(str(machine.checkpoints / "best_model.pth"))
-    change = f'{shutil.which("rsync")} "$@" || exit\n{{}} head -c 50000 /dev/urandom >{original}'
-    rsync = machine.commands / "rsync"
-    write_program(rsync, change.format("[ -e once ] && exit || touch once;"))
-    result = machine.control("download-best", "host", "-d", "models")
-    assert result.returncode == 0 and "changed on the machine" in result.stderr
-    write_program(rsync, change.format(""))
-    (machine.folder / "models" / "best_model.pth").unlink()
-    result = machine.control("download-best", "host", "-d", "models")
-    assert result.returncode == 1 and "was not copied" in result.stderr
-    assert not (machine.folder / "models" / "best_model.pth").exists()
-
-
 @pytest.mark.parametrize(
     ("message", "explained"),
     [
@@ -320,29 +305,6 @@ def test_piped_in_it_clones_and_trains(rented: Rented) -> None:
     assert missing.returncode == 1 and "cannot clone: fatal: repository" in one_error(missing)
 
 
-def test_piped_in_without_a_repository_it_prints_its_usage(rented: Rented) -> None:
-    result = rented.piped("--foreground")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "bash -s -- URL_OR_PATH (see --help)" in one_error(result)
-    assert rented.piped("--help").stdout.startswith("Usage: ")
-
-
-def test_half_a_download_runs_nothing(rented: Rented) -> None:
-    script = SETUP.read_text(encoding="utf-8")
-    for end in range(0, len(script) - len('main "$@"\n'), 4999):
-        result = rented.run("bash", "-s", "--", "--install-only", stdin=script[:end])
-        assert result.stdout == ""
-    assert not rented.calls("python3")
-
-
-def test_data_of_the_original_project_are_used_as_they_are(rented: Rented) -> None:
-    folder = rented.root / "data" / "groundcap" / "train"
-    folder.mkdir(parents=True)
-    (folder / "captions.jsonl").touch()
-    assert rented.setup("--foreground").returncode == 0
-    assert not rented.calls("vlm-data") and len(rented.calls("vlm-training")) == 1
-
-
 def test_a_second_run_starts_no_second_training(rented: Rented) -> None:
     (rented.notes / "long").touch()
     first = rented.setup("--watch", "1", HF_TOKEN=TOKEN)
@@ -390,14 +352,3 @@ def test_the_skypilot_task_runs_the_same_job_on_any_cloud(rented: Rented) -> Non
         assert result.returncode == 0, result.stderr
         assert TOKEN not in result.stdout + result.stderr
     assert len(rented.calls("python", "pip")) == len(rented.calls("vlm-training")) == 1
-
-
-def test_the_guide_names_scripts_and_options_that_exist() -> None:
-    guide = (REPOSITORY / "docs" / "rented-gpus.md").read_text(encoding="utf-8")
-    for name in re.findall(r"scripts/[\w.]+", guide):
-        assert (REPOSITORY / name.rstrip(".")).is_file(), name
-    known = {"monitor", "download-all", *DOWNLOADS}
-    assert set(re.findall(r"control_vastai_local\.sh ([a-z-]+)", guide)) <= known
-    options = set(re.findall(r"(?m)^  (--[a-z-]+)", SETUP.read_text(encoding="utf-8")))
-    lines = re.findall(r"setup_vastai_remote\.sh([^#\n]*)", guide)
-    assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= options

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,11 +18,10 @@ from vlm_bridge.cli.quiet import quiet_transformers
 from vlm_bridge.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.configuration import DecodeSettings
     from vlm_bridge.data_pipeline.samples import CaptionedImage
-    from vlm_bridge.evaluation.baseline import BaselineCaptioner
-    from vlm_bridge.training_strategy.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 
 class Split(StrEnum):
@@ -84,20 +84,16 @@ def evaluate(
         subject, images[:limit], decode, batch_size, spice, data, device, json_file, output_dir
     )
     if len(skipped):
-        note(f"skipped {len(skipped):,} of {skipped.total:,} {skipped.kind}: {skipped.summary()}")
+        logger.info(
+            f"skipped {len(skipped):,} of {skipped.total:,} {skipped.kind}: {skipped.summary()}"
+        )
 
 
-class _Subject(NamedTuple):
-    """The captioner under evaluation, its decoding settings and its identity."""
-
-    captioner: Captioner | BaselineCaptioner
-    decode: DecodeSettings
-    facts: dict[str, Any]
-    recipe_yaml: str = ""
-    validate: Callable[..., Validation] | None = None
+Subject = tuple[Any, "DecodeSettings", dict[str, Any], str, Any]
+"""Captioner, its decoding settings, its identity, its recipe, and what validates it."""
 
 
-def _open_checkpoint(checkpoint: Path, config: Path | None, device: str) -> _Subject:
+def _open_checkpoint(checkpoint: Path, config: Path | None, device: str) -> Subject:
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.configuration import load_recipe
 
@@ -110,10 +106,10 @@ def _open_checkpoint(checkpoint: Path, config: Path | None, device: str) -> _Sub
         run = run.parent.parent if run.parent.name == "checkpoints" else run.parent
         facts = {"name": run.name, "checkpoint": checkpoint.name}
     recipe = captioner.recipe
-    return _Subject(captioner, recipe.decode, facts, recipe.to_yaml(), captioner.validate)
+    return captioner, recipe.decode, facts, recipe.to_yaml(), captioner.validate
 
 
-def _open_model(name: str, revision: str | None, prompt: str | None, device: str) -> _Subject:
+def _open_model(name: str, revision: str | None, prompt: str | None, device: str) -> Subject:
     from vlm_bridge.configuration import DecodeSettings
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
@@ -124,11 +120,11 @@ def _open_model(name: str, revision: str | None, prompt: str | None, device: str
         "revision": revision,
         "prompt": captioner.prompt,
     }
-    return _Subject(captioner, DecodeSettings(), facts)
+    return captioner, DecodeSettings(), facts, "", None
 
 
 def _evaluate(
-    open_subject: Callable[[str], _Subject],
+    open_subject: Callable[[str], Subject],
     images: Sequence[CaptionedImage],
     decode: Mapping[str, Any],
     batch_size: int,

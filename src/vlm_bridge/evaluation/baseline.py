@@ -47,13 +47,15 @@ class BaselineCaptioner:
         self.prompt = (PROMPTS.get(self.model_type, "") if prompt is None else prompt).strip()
         text = model.config.get_text_config(decoder=True)
         # Published folders keep the ids in one of three places.
-        places = [model.generation_config.to_dict(), model.config.to_dict(), text.to_dict()]
-        self.eos_id = _first_id(
-            places, "sep_token_id" if self.model_type == "blip" else "eos_token_id"
-        )
+        places = (text.to_dict(), model.config.to_dict(), model.generation_config.to_dict())
+        ids = {name: i for place in places for name, i in place.items() if i is not None}
+        start = ids.get("decoder_start_token_id", ids.get("bos_token_id"))
+        end = ids.get("sep_token_id" if self.model_type == "blip" else "eos_token_id")
+        if start is None or end is None:
+            raise ModelError("the model's configuration names no start or no end token")
+        self.eos_id: int = end[0] if isinstance(end, list) else end
         words = tokenizer(self.prompt, add_special_tokens=False).input_ids if self.prompt else []
-        start_id = _first_id(places, "decoder_start_token_id", "bos_token_id")
-        self.prompt_ids = [start_id, *words]
+        self.prompt_ids = [start, *words]
         self.max_positions: int = text.max_position_embeddings
 
     @classmethod
@@ -120,8 +122,7 @@ class BaselineCaptioner:
         if needed > self.max_positions:
             raise UsageError(
                 f"max_new_tokens={decode.max_new_tokens} needs {needed} positions with the prompt, "
-                f"and the decoder of {type(self.model).__name__} has {self.max_positions}: ask for "
-                "fewer"
+                f"and {type(self.model).__name__} has {self.max_positions}: ask for fewer"
             )
         return caption_in_batches(
             images, lambda batch: self._caption_batch(batch, decode), batch_size, progress
@@ -152,11 +153,9 @@ class BaselineCaptioner:
             **{name: getattr(decode, name) for name in SETTINGS},
         )
         output = model.generate(**inputs, generation_config=settings)
+        beams, greedy = output.get("beam_indices"), decode.num_beams == 1
         log_probs = model.compute_transition_scores(
-            output.sequences,
-            output.scores,
-            output.get("beam_indices"),
-            normalize_logits=decode.num_beams == 1,
+            output.sequences, output.scores, beams, normalize_logits=greedy
         )
         captions = []
         rows = output.sequences[:, ids.shape[1] :].tolist()
@@ -181,11 +180,3 @@ def _captioning_class(name: str, config: dict[str, Any]) -> str:
         known = ", ".join(MODELS.values())
         raise ModelError(f"{name} holds a {saved_as}, no known captioner; these work: {known}")
     return class_name
-
-
-def _first_id(places: Sequence[dict[str, Any]], *names: str) -> int:
-    """Return the first token id that any place has under the first name that is set."""
-    for value in (place.get(name) for name in names for place in places):
-        if value is not None:
-            return value[0] if isinstance(value, list) else value
-    raise ModelError(f"the model's configuration has no {' and no '.join(names)}")

@@ -93,17 +93,18 @@ def compare(
         raise UsageError("comparing takes the scores of two evaluations or more")
     runs = [read_scores(path) for path in paths]
     names = [run.name for run in runs]
-    for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-        if names.count(name) > 1:
-            runs[index] = replace(run, name=f"{name} ({run.path})")
+    runs = [
+        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run
+        for run in runs
+    ]
     chosen = runs[0]
     if reference is not None:
-        by_name = {run.name: run for run in runs} | {str(run.path): run for run in runs}
-        by_name |= {str(path): run for path, run in zip(paths, runs, strict=True)}
-        if reference not in by_name:
+        pairs = zip(runs, paths, strict=True)
+        known = {key: run for run, path in pairs for key in (run.name, str(run.path), str(path))}
+        if reference not in known:
             options = ", ".join(run.name for run in runs)
             raise UsageError(f"--reference {reference} is none of: {options}")
-        chosen = by_name[reference]
+        chosen = known[reference]
     obstacles = [line for run in runs for line in _obstacles(run, chosen)]
     if obstacles and not force:
         raise DataError(
@@ -152,22 +153,22 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 def _obstacles(run: Scores, other: Scores) -> list[str]:
     """Return why the scores of two evaluations do not compare."""
-    facts = [("scores by the tokenizer", *(s.content.get("tokenizer") for s in (run, other)))]
-    references = run.data("references"), other.data("references")
+    facts = {"scores by the tokenizer": [s.content.get("tokenizer") for s in (run, other)]}
+    references = [s.data("references") for s in (run, other)]
     if None in references or references[0] != references[1]:
-        facts.append(("num_images", run.content["num_images"], other.content["num_images"]))
-        facts.append(("the split", run.data("split"), other.data("split")))
+        facts["num_images"] = [s.content["num_images"] for s in (run, other)]
+        facts["the split"] = [s.data("split") for s in (run, other)]
     lines = [
         f"{run.name} has {what} {own}, {other.name} has {others}"
-        for what, own, others in facts
+        for what, (own, others) in facts.items()
         if None not in (own, others) and own != others
     ]
-    if lines or None in references or references[0] == references[1]:
-        return lines
-    return [
-        f"{run.name} was scored on {run.data('name')} {run.data('split')}, and the images or "
-        f"reference captions of {other.name} are not the same"
-    ]
+    if not lines and None not in references and references[0] != references[1]:
+        lines.append(
+            f"{run.name} was scored on {run.data('name')} {run.data('split')}, and the images or "
+            f"reference captions of {other.name} are not the same"
+        )
+    return lines
 
 
 def _notes(run: Scores, other: Scores) -> list[str]:
@@ -178,11 +179,10 @@ def _notes(run: Scores, other: Scores) -> list[str]:
         lines.append(
             f"{failures} image(s) of {run.name} were not captioned and count as empty captions"
         )
-    fingerprints = run.data("fingerprint"), other.data("fingerprint")
-    if None not in fingerprints and fingerprints[0] != fingerprints[1]:
+    if len({run.data("fingerprint"), other.data("fingerprint")} - {None}) > 1:
         lines.append(
-            f"the caption folders of {run.name} and {other.name} differ, their captions do not: "
-            "images may have been prepared differently"
+            f"the caption folders of {run.name} and {other.name} differ: images may have been "
+            "prepared differently"
         )
     own, others = run.content.get("decode") or {}, other.content.get("decode") or {}
     differing = [key for key in own if others.get(key, own[key]) != own[key]]

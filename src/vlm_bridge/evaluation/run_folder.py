@@ -106,11 +106,10 @@ def read_run(path: Path) -> ReportedRun:
             f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run "
             "folder"
         )
-    dataset = (metrics.get("data") or {}).get("name")
-    if recipe and not dataset:
-        dataset = Path(recipe.data_dir).name
+    trained_on = Path(recipe.data_dir).name if recipe else ""
+    dataset = (metrics.get("data") or {}).get("name") or trained_on
     recipe_yaml = recipe.to_yaml() if recipe else ""
-    return ReportedRun(name, dataset or "", metrics, predictions, curves, recipe_yaml, notes=notes)
+    return ReportedRun(name, dataset, metrics, predictions, curves, recipe_yaml, notes=notes)
 
 
 def _run_of(path: Path) -> Path:
