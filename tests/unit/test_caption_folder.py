@@ -74,17 +74,16 @@ def test_the_fingerprint_sees_every_change(made: Path) -> None:
     assert folder.compute_fingerprint() != folder.fingerprint
 
 
-def test_an_unfinished_folder_says_how_to_continue(made: Path) -> None:
+def test_other_folders_are_refused_with_the_command_that_makes_one(
+    made: Path, tmp_path: Path
+) -> None:
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(DataError, match="make one with `vlm-data transform"):
+            CaptionFolder.open(path)
     (made / MANIFEST_NAME).unlink()
     (made / UNFINISHED_NAME).mkdir()
     with pytest.raises(DataError, match="continue it with the same `vlm-data transform`"):
         CaptionFolder.open(made)
-
-
-def test_other_folders_are_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(DataError, match="vlm-data transform"):
-            CaptionFolder.open(path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from logs import log_lines
 from shards import jpeg, sample, write_shard_folder, write_tar
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import shards
-from vlm_bridge.data_pipeline.caption_folder import CaptionFolder, open_data_folder, readable_split
+from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
 from vlm_bridge.data_pipeline.features import check_images, images_digest
 from vlm_bridge.data_pipeline.images import check_image, image_size, open_image
 from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, TarImage
@@ -66,25 +66,19 @@ def read_all(root: Path, members: list[tuple[str, bytes]]) -> tuple[dict[str, st
     )
 
 
-def test_captions_come_from_text_or_json(tmp_path: Path) -> None:
+def test_captions_come_from_text_or_json_and_plain_extensions_go_first(tmp_path: Path) -> None:
     members = [
         ("./part.1/a.png", jpeg(1)), ("./part.1/a.json", b'{"caption": "in json"}'),
         ("b.webp", jpeg(2)), ("b.txt", b" "), ("b.json", b'{"caption": "for the text is empty"}'),
         ("c.JPG", jpeg(3)), ("c.txt", b"text wins\n"), ("c.json", b'{"caption": "not this"}'),
-    ]  # fmt: skip
-    captions = {"part.1/a": "in json", "b": "for the text is empty", "c": "text wins"}
-    assert read_all(tmp_path, members) == (captions, {})
-
-
-def test_the_rest_of_a_name_is_its_extension(tmp_path: Path) -> None:
-    members = [
-        ("a.input.jpg", jpeg(1)), ("a.output.txt", b"of a"),
-        ("b.jpg", jpeg(2)), ("b.mask.png", jpeg(3)), ("b.en.txt", b"not this"), ("b.txt", b"of b"),
-        ("c.input.jpg", jpeg(4)), ("c.meta.json", b'{"caption": "of c"}'),
+        ("d.input.jpg", jpeg(1)), ("d.output.txt", b"of d"),
+        ("e.jpg", jpeg(2)), ("e.mask.png", jpeg(3)), ("e.en.txt", b"not this"), ("e.txt", b"of e"),
         *((f"my photo v1.{n}.{kind}", jpeg(n)) for n in range(5) for kind in ("jpg", "txt")),
     ]  # fmt: skip
     captions, skipped = read_all(tmp_path, members)
-    assert captions == {"a": "of a", "b": "of b", "c": "of c"}
+    assert captions == {
+        "part.1/a": "in json", "b": "for the text is empty", "c": "text wins", "d": "of d", "e": "of e",
+    }  # fmt: skip
     assert "several images (my photo v1.0.jpg, my photo v1.1.jpg" in skipped.pop("my photo v1")
     assert skipped == {}
 
@@ -111,13 +105,7 @@ def test_an_index_is_kept_and_renewed_where_a_tar_changes(root: Path, passes: li
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
-        for name, content in (("a.jpg", b"no image"), ("a.txt", b"a caption")):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    (tmp_path / "train").mkdir()
-    (tmp_path / "00000.tar").rename(tmp_path / "train" / "00000.tar")
+    write_tar(tmp_path / "train" / "00000.tar", [("a.jpg", b"no image"), ("a.txt", b"a caption")])
     found = open_data_folder(tmp_path).fingerprint
     assert found == "sha256:1a03dd39cf7fb2d402257c060a01a8d6428a082ee1b718e7f8ab44e9d9be9f6c"
 
@@ -136,9 +124,7 @@ def test_a_damaged_index_is_made_again(root: Path, damage: str, passes: list[Pat
     assert kept.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(
-    root: Path, passes: list[Path]
-) -> None:
+def test_a_folder_that_cannot_be_written_is_read_too(root: Path, passes: list[Path]) -> None:
     (root / ".shards").write_text("a file, for permissions do not stop root")
     for count in (4, 8):
         assert open_data_folder(root).manifest["counts"]["train"]["images"] == 30
@@ -237,7 +223,7 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
         ({"train/0.tar.gz": b"\x1f\x8b"}, "compressed: run gunzip"),
         ({"train/0.tar.zst": b""}, "unzstd"),
         ({"0.tar": b""}, "move or link them into"),
-        ({"train/readme.txt": b""}, "is not a caption folder .* and not a shard folder"),
+        ({"train/readme.txt": b""}, "is no caption folder .* and no shard folder"),
         ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is damaged"),
     ],
 )
@@ -257,13 +243,6 @@ def test_splits_have_shards_and_a_compressed_copy_does_no_harm(root: Path) -> No
     assert len(open_data_folder(root).split("val")) == 4
     with pytest.raises(DataError, match=r"has no test shards \(it has: train, val\)"):
         open_data_folder(root).split("test")
-
-
-def test_a_caption_folder_is_still_one(drawn_caption_folder: Path) -> None:
-    folder = open_data_folder(drawn_caption_folder)
-    assert isinstance(folder, CaptionFolder)
-    images, skipped = readable_split(folder, "val")
-    assert (len(images), len(skipped)) == (8, 0)
 
 
 def test_the_content_hash_is_that_of_the_same_files(root: Path, tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ class CaptionFolder:
                 "continue it with the same `vlm-data transform` command"
             )
         raise DataError(
-            f"no caption folder at {root} (neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME}): "
-            f"make one with `{TRANSFORM}`"
+            f"{root} is no caption folder (neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME}) and "
+            f"no shard folder (no *.tar in {'/, '.join(SPLITS)}/): make one with `{TRANSFORM}`"
         )
 
     @property
@@ -324,16 +324,11 @@ def open_data_folder(path: str | Path) -> DataFolder:
     """
     root = Path(path)
     is_ours = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()
-    if is_ours or not root.is_dir() or is_prepared_elsewhere(root):
-        return CaptionFolder.open(root)
-    if any(_has_shards(root / split) for split in SPLITS):
+    places = [root, *(root / split for split in SPLITS)]
+    has_tars = any(any(place.glob("*.tar*")) for place in places)
+    if has_tars and not is_ours and not is_prepared_elsewhere(root):
         return ShardFolder.open(root)
-    if _has_shards(root):
-        raise DataError(f"the shards in {root} are of no split: move or link them into train, val")
-    raise DataError(
-        f"{root} is not a caption folder (it has no {MANIFEST_NAME}) and not a shard folder "
-        f"(no *.tar in {'/, '.join(SPLITS)}/): make one with `{TRANSFORM}`"
-    )
+    return CaptionFolder.open(root)
 
 
 def readable_split(folder: DataFolder, split: SplitName) -> tuple[list[CaptionedImage], Skipped]:
@@ -346,7 +341,3 @@ def readable_split(folder: DataFolder, split: SplitName) -> tuple[list[Captioned
     images = folder.split(split, skipped)
     skipped.check()
     return images, skipped
-
-
-def _has_shards(folder: Path) -> bool:
-    return any(".tar" in path.suffixes[-2:] for path in folder.glob("*"))

@@ -288,9 +288,8 @@ class ShardFolder:
             if found := [path for path in paths if path.suffix == ".tar" and path.is_file()]:
                 tars[split] = found
         if not tars:
-            raise DataError(
-                f"no shard (*.tar) in {root}/{{{','.join(SPLITS)}}}: put shards into these folders"
-            )
+            folders = f"{root}/{{{','.join(SPLITS)}}}"
+            raise DataError(f"no shard (*.tar) in {folders}: move or link them into these folders")
         return cls(Path(root), tars)
 
     @property
