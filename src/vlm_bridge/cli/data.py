@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -79,6 +79,7 @@ Workers = Annotated[int | None, Option(min=1, help="Processes. (default: by core
 DryRun = Annotated[bool, Option("--dry-run", help="Only show the splits.")]
 NumRows = Annotated[int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
+PLANNING = ("seed", "split_by", "val_fraction", "test_fraction", "caption_style", "limit")
 
 
 @app.command("download")
@@ -112,7 +113,7 @@ def download(
 
 @app.command("explore-dataset")
 def explore_dataset(
-    context: typer.Context,  # `_open_source` takes a source's options out of it
+    context: typer.Context,  # holds the options of the source too
     source: Name = None,
     data_dir: Annotated[Path | None, Option(help="A caption folder, not a source.")] = None,
     input_dir: InputDir = None,
@@ -166,7 +167,7 @@ def explore_dataset(
 
 @app.command("transform")
 def transform(
-    context: typer.Context,  # `_open_source` takes a source's options out of it
+    context: typer.Context,  # holds the options of the source too
     source: Name = None,
     output_dir: Annotated[Path | None, Option(help="The caption folder to make.")] = None,
     input_dir: InputDir = None,
@@ -209,14 +210,7 @@ def transform(
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
     opened = _open_source(context.params | {"official_split": split == SplitKind.official})
-    planning: Planning = {
-        "seed": seed,
-        "split_by": split_by,
-        "val_fraction": val_fraction,
-        "test_fraction": test_fraction,
-        "caption_style": caption_style,
-        "limit": limit,
-    }
+    planning = cast("Planning", {name: context.params[name] for name in PLANNING})
     if output_dir is None or dry_run:
         _print_result(_preview(opened, planning, num_rows), json_output)
         return
@@ -230,7 +224,7 @@ def transform(
     except KeyboardInterrupt:
         note("interrupted: the same command continues where this one stopped")
         raise typer.Exit(130) from None
-    _print_result(manifest if json_output else _summary(manifest, output_dir), json_output)
+    _print_result(manifest if json_output else _summary(manifest), json_output)
 
 
 @app.command("inspect-loader")
@@ -317,11 +311,12 @@ def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool
     plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths)
     rows = plan.batches(0)[0]
     shown = [images[row.image] for row in rows]
+    texts = [[i.captions[c] for c in row.captions] for i, row in zip(shown, rows, strict=True)]
     batch: dict[str, Any] = {
         "batches_per_epoch": plan.num_batches(0),
         "rows": [
-            {"id": image.original_id, "captions": [image.captions[c] for c in row.captions]}
-            for image, row in zip(shown, rows, strict=True)
+            {"id": image.original_id, "captions": captions}
+            for image, captions in zip(shown, texts, strict=True)
         ],
     }
     if format is not None:
@@ -362,17 +357,18 @@ def _preview(source: Source, planning: Planning, num_rows: int | None) -> dict[s
     }
 
 
-def _summary(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what a user looks at first of a manifest."""
-    result = {name: manifest[name] for name in ("counts", "split_rule", "rejected")}
-    near = manifest["near_duplicates"] or {}
-    result["near_duplicates"] = {name: near[name] for name in near if name.startswith("pairs")}
+    names = ("counts", "split_rule", "rejected", "near_duplicates", "licence_note")
+    summary = {name: manifest[name] for name in names}
+    if summary["near_duplicates"]:
+        summary["near_duplicates"] = manifest["near_duplicates"] | {"listed": "in manifest.json"}
     if empty := [name for name in ("train", "val") if not manifest["counts"][name]["images"]]:
-        result["note"] = (
+        summary["note"] = (
             f"no image is in {' and '.join(empty)}, and training needs some: where the source "
             "decides no splits, --val-fraction and --test-fraction change the shares"
         )
-    return result | {"licence": manifest["licence_note"], "more": str(folder / "manifest.json")}
+    return summary
 
 
 def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
@@ -395,25 +391,23 @@ def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
 
 
 def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path) -> None:
-    """Write the images of ``items`` with one caption each as one PNG."""
-    import tempfile
+    """Write the images of ``items`` with one caption each as one PNG; broken ones are gray."""
+    from PIL import Image
 
     from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
+    from vlm_bridge.data_pipeline.images import decode_image
     from vlm_bridge.data_pipeline.sources import iter_pictures
+    from vlm_bridge.errors import ImageError
 
-    with tempfile.TemporaryDirectory() as unpacked:
-        tiles = []
-        for caption, image in zip(captions, iter_pictures(items), strict=True):
-            file = Path(unpacked) / f"{len(tiles)}.png"
-            if callable(image):
-                image().save(file)
-            elif image is None or isinstance(image, bytes):
-                file.write_bytes(image or b"")
-            else:
-                file = image
-            tiles.append(SheetItem(file, caption))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(tiles, path)
+    tiles = []
+    for image, caption in zip(iter_pictures(items), captions, strict=True):
+        try:
+            shown = image() if callable(image) else decode_image(image or b"").image
+        except ImageError:
+            shown = Image.new("RGB", (4, 3), "lightgray")
+        tiles.append(SheetItem(shown, caption))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(tiles, path)
 
 
 def _plain(skipped: Iterable[Any]) -> list[dict[str, str]]:
@@ -429,11 +423,11 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     class Dumper(yaml.SafeDumper):
         """Writes numbers that belong together on one line."""
 
-    def represent(dumper: yaml.SafeDumper, values: dict[str, Any]) -> yaml.Node:
-        is_short = all(isinstance(value, int | float) for value in values.values())
-        return dumper.represent_mapping("tag:yaml.org,2002:map", values, flow_style=is_short)
+        def represent_dict(self, data: dict[str, Any]) -> yaml.Node:
+            is_short = all(isinstance(value, int | float) for value in data.values())
+            return self.represent_mapping("tag:yaml.org,2002:map", data, flow_style=is_short)
 
-    Dumper.add_representer(dict, represent)
+    Dumper.add_representer(dict, Dumper.represent_dict)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
@@ -444,9 +438,9 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 def _by_cause(result: dict[str, Any]) -> dict[str, Any]:
     from vlm_bridge.data_pipeline.samples import by_cause
 
-    shown: dict[str, Any] = {}
-    for name, value in result.items():
+    def shown(name: str, value: Any) -> Any:
         if name in ("set_aside", "unreadable", "broken", "rejected"):
-            value = by_cause((item["id"], item["reason"]) for item in value)
-        shown[name] = _by_cause(value) if isinstance(value, dict) else value
-    return shown
+            return by_cause((item["id"], item["reason"]) for item in value)
+        return _by_cause(value) if isinstance(value, dict) else value
+
+    return {name: shown(name, value) for name, value in result.items()}
