@@ -90,33 +90,24 @@ def test_a_finished_folder_is_left_alone(dataset: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 1}, "seed was 0"),
-        ({"val_fraction": 0.3}, "val_fraction was 0.1"),
-        ({"limit": 3}, "limit was None"),
-    ],
-)
-def test_other_settings_are_refused(
-    dataset: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    transform(LocalFolder(dataset), tmp_path / "out")
-    with pytest.raises(DataError, match=message):
-        transform(LocalFolder(dataset), tmp_path / "out", **change)
-
-
-def test_another_source_or_foreign_files_are_refused(dataset: Path, tmp_path: Path) -> None:
-    transform(LocalFolder(dataset), tmp_path / "out")
+def test_other_settings_sources_and_files_are_refused(dataset: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", LocalFolder(dataset)
+    transform(source, out)
+    with pytest.raises(DataError, match="seed was 0"):
+        transform(source, out, seed=1)
+    with pytest.raises(DataError, match="val_fraction was 0.1"):
+        transform(source, out, val_fraction=0.3)
+    with pytest.raises(DataError, match="limit was None"):
+        transform(source, out, limit=3)
     with pytest.raises(DataError, match="source was local"):
-        transform(Scenes(2, 1, 1), tmp_path / "out")
+        transform(Scenes(2, 1, 1), out)
     write_captions(dataset, {"0.jpg": "another caption"})
     with pytest.raises(DataError, match="captions or images of the source differ"):
-        transform(LocalFolder(dataset), tmp_path / "out")
+        transform(source, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").touch()
     with pytest.raises(DataError, match="not empty"):
-        transform(LocalFolder(dataset), tmp_path / "mine")
+        transform(source, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
@@ -128,11 +119,8 @@ def test_odd_images_are_made_upright_rgb_or_skipped(tmp_path: Path) -> None:
     good: dict[str, Any] = {
         "plain.jpg": (drawn(0), {"quality": 90}),
         "turned.jpg": (drawn(1), {"exif": exif}),
-        "cmyk.jpg": (drawn(2).convert("CMYK"), {}),
         "deep.png": (Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48) * 40), {}),
         "clear.png": (Image.new("RGBA", (9, 9), (255, 0, 0, 100)), {}),
-        "moving.gif": (drawn(3), {"save_all": True, "append_images": [drawn(4)]}),
-        "dot.png": (Image.new("RGB", (1, 1), "red"), {}),
         "thin.png": (drawn(5, (2000, 1)), {}),
         "large.jpg": (drawn(6, (900, 300)), {}),
     }
@@ -149,10 +137,8 @@ def test_odd_images_are_made_upright_rgb_or_skipped(tmp_path: Path) -> None:
     reasons = {entry["id"]: entry["reason"] for entry in manifest["rejected"]}
     assert reasons.keys() == bad.keys()
     assert all(bad[name] in reasons[name] for name in bad)
-    images = {
-        image.original_id: image.path
-        for image in CaptionFolder.open(tmp_path / "out").split("train")
-    }
+    made = CaptionFolder.open(tmp_path / "out").split("train")
+    images = {image.original_id: image.path for image in made}
     for path in images.values():
         with Image.open(path) as stored:
             assert (stored.format, stored.mode, max(stored.size) <= 640) == ("JPEG", "RGB", True)
@@ -172,11 +158,7 @@ def test_equal_images_stay_in_one_split_and_the_test_split_wins(tmp_path: Path) 
     splits = dict(zip(names, ["train", "val", "test", "train", "train", "val"], strict=True))
     write_captions(root, dict.fromkeys(names, "A caption."), splits)
     manifest = transform(LocalFolder(root), tmp_path / "out")
-    assert manifest["counts"] == {
-        "train": {"images": 2, "captions": 2},
-        "val": {"images": 1, "captions": 1},
-        "test": {"images": 1, "captions": 1},
-    }
+    assert [counts["images"] for counts in manifest["counts"].values()] == [2, 1, 1]
     assert manifest["rejected"] == [
         {"id": "a", "reason": "train: same image as c in test"},
         {"id": "b", "reason": "val: same image as c in test"},
@@ -227,14 +209,8 @@ def test_ids_become_portable_file_names(tmp_path: Path) -> None:
 
 def test_limit_takes_a_seeded_sample_of_each_split(dataset: Path, tmp_path: Path) -> None:
     def chosen(name: str, seed: int) -> set[str]:
-        transform(
-            LocalFolder(dataset),
-            tmp_path / name,
-            limit=5,
-            seed=seed,
-            val_fraction=0,
-            test_fraction=0,
-        )
+        shares = {"val_fraction": 0.0, "test_fraction": 0.0}
+        transform(LocalFolder(dataset), tmp_path / name, limit=5, seed=seed, **shares)
         return {image.original_id for image in CaptionFolder.open(tmp_path / name).split("train")}
 
     first = chosen("first", seed=0)
@@ -243,11 +219,7 @@ def test_limit_takes_a_seeded_sample_of_each_split(dataset: Path, tmp_path: Path
     assert chosen("reversed", seed=0) == first and chosen("other", seed=1) != first
 
     manifest = transform(Scenes(5, 5, 1), tmp_path / "out", limit=2)
-    assert {split: count["images"] for split, count in manifest["counts"].items()} == {
-        "train": 2,
-        "val": 2,
-        "test": 1,
-    }
+    assert [counts["images"] for counts in manifest["counts"].values()] == [2, 2, 1]
 
 
 def test_nothing_usable_leaves_no_manifest(dataset: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ _READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the images of a whole 
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetPicture:
+class ParquetImage:
     """Where an image lies: ``row`` counts within its row group."""
 
     file: Path
@@ -60,7 +60,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, di
                     row += 1
 
 
-def read_pictures(images: Iterable[ParquetPicture]) -> Iterator[bytes | None]:
+def read_images(images: Iterable[ParquetImage]) -> Iterator[bytes | None]:
     """Yield the bytes of each image, None where its row holds none.
 
     ``images`` stand in the order of their files; row groups that none of them is in are not read.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from PIL import Image
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_pictures
+from vlm_bridge.data_pipeline.parquet import ParquetImage, read_images
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
@@ -36,7 +36,7 @@ class SourceItem:
     split: SplitName | None
     path: ImageFile | None = None
     draw: Callable[[], Image.Image] | None = None
-    stored: ParquetPicture | None = None
+    stored: ParquetImage | None = None
     film: str | None = None
 
 
@@ -113,6 +113,6 @@ def iter_pictures(items: Iterable[SourceItem]) -> Iterator[Picture | None]:
     """
     for is_stored, group in groupby(items, key=lambda item: item.stored is not None):
         if is_stored:
-            yield from read_pictures(item.stored for item in group if item.stored)
+            yield from read_images(item.stored for item in group if item.stored)
         else:
             yield from (item.path or item.draw for item in group)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.parquet import ParquetPicture, read_rows, schema_of
+from vlm_bridge.data_pipeline.parquet import ParquetImage, read_rows, schema_of
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
@@ -48,7 +48,7 @@ class CaptionRecord:
     image: str
     captions: tuple[str, ...]
     part: str = ""  # the split as the file writes it
-    stored: ParquetPicture | None = None  # the image itself, where the file holds it
+    stored: ParquetImage | None = None  # the image itself, where the file holds it
 
     @property
     def split(self) -> SplitName | None:
@@ -311,7 +311,7 @@ def _parquet_records(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
     for number, (row_group, row, values) in enumerate(read_rows(path, columns)):
         place = None
         if stored is not None:
-            place = ParquetPicture(path, row_group, row, stored)
+            place = ParquetImage(path, row_group, row, stored)
             values["image"] = (values.pop(stored) or {}).get("path") or f"{path.stem}-{number:06d}"
         for record in _records([(f"{path}: row {number}", values)], skipped):
             yield replace(record, stored=place)

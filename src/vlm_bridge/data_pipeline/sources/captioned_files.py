@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from vlm_bridge.data_pipeline.caption_folder import FORMAT, MANIFEST_NAME, UNFINISHED_NAME
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.parquet import ParquetPicture
+from vlm_bridge.data_pipeline.parquet import ParquetImage
 from vlm_bridge.data_pipeline.samples import (
     MIN_SKIPPED_ROWS,
     NUM_CAUSES,
@@ -200,7 +200,7 @@ class CaptionedFiles(Source):
         images = ImageFiles(self.input_dir, self.follow_links)
         skipped = Skipped("captions in the caption file")
         missing: dict[str, str] = {}
-        found: dict[Path | ParquetPicture, _Found] = {}
+        found: dict[Path | ParquetImage, _Found] = {}
         for record, (file, split) in self.records(images, skipped):
             name, place = record.image, record.stored
             if place is None:
@@ -230,7 +230,7 @@ class CaptionedFiles(Source):
                 one.captions,
                 next(iter(one.splits), None),
                 path=place if isinstance(place, Path) else None,
-                stored=place if isinstance(place, ParquetPicture) else None,
+                stored=place if isinstance(place, ParquetImage) else None,
             )
             for place, one in found.items()
             if one.captions
@@ -241,7 +241,7 @@ class CaptionedFiles(Source):
         images: ImageFiles,
         skipped: Skipped,
         missing: dict[str, str],
-        captioned: set[Path | ParquetPicture],
+        captioned: set[Path | ParquetImage],
     ) -> None:
         """List what is skipped; raise DataError where too many images are missing."""
         lost = Skipped("captioned images", len(missing) + len(captioned))

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm_bridge.credentials import hub_problem
 from vlm_bridge.data_pipeline.captions import strip_tags
-from vlm_bridge.data_pipeline.parquet import ParquetPicture, count_rows, read_rows, schema_of
+from vlm_bridge.data_pipeline.parquet import ParquetImage, count_rows, read_rows, schema_of
 from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
@@ -76,7 +76,7 @@ class GroundCap(Source):
                     self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
                     continue
                 film = _FILM.search(image_id)
-                stored = ParquetPicture(path, row_group, row, IMAGE)
+                stored = ParquetImage(path, row_group, row, IMAGE)
                 item = SourceItem(image_id, [], split, stored=stored, film=film and film[0])
                 item = items.setdefault(image_id, item)
                 if item.split == split:
