@@ -137,7 +137,7 @@ def _current() -> Attached | None:
     return _Traced.attached if torch.compiler.is_compiling() else _ATTACHED.get()
 
 
-# Hooks return None where no image edits the text at their module: it stays as it is.
+# Hooks return None, which changes nothing, where no image edits the text at their module.
 
 
 def edit_embeddings(module: nn.Module, args: tuple[Any, ...], _: Any) -> torch.Tensor | None:

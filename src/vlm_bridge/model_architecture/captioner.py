@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,11 +26,7 @@ from vlm_bridge.model_architecture.bridges import (
     build_bridge,
 )
 from vlm_bridge.model_architecture.generation import Caption, beams, image_keys, search
-from vlm_bridge.model_architecture.language_model import (
-    LanguageModel,
-    cross_attention_cache,
-    packed_positions,
-)
+from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
 from vlm_bridge.model_architecture.loss import CaptionLoss, caption_cross_entropy
 from vlm_bridge.model_architecture.object_names import ObjectBonus, ObjectNamer
 from vlm_bridge.model_architecture.trainable import choose_trainable
@@ -208,41 +204,27 @@ class CaptionModel(nn.Module):
             ConfigurationError: captions may become longer than the language model can count, or
                 more captions are asked for than there are beams.
         """
-        model, per_image = self.language_model, num_return_sequences
+        per_image = num_return_sequences
         self._check_request(decode, per_image, len(prompt_ids) + self.num_soft_positions)
         num_captions = len(features_bnd) * per_image
         features_bnd = _filled_up(features_bnd, -(-FEWEST_ROWS // max(beams(decode), per_image)))
         if decode.do_sample:
             keys = image_keys(features_bnd) if keys is None else list(keys)
             keys += keys[-1:] * (len(features_bnd) - len(keys))
-        # transformers itself makes a row for each beam.
-        num_rows = len(features_bnd) * (1 if beams(decode) > 1 else per_image)
-        prompt_rt = torch.tensor([list(prompt_ids)], device=self.device).repeat(num_rows, 1)
         bonus = []
         if decode.object_bonus:
             names = self.object_namer(features_bnd, decode.known_objects)
             bonus = [ObjectBonus(names, decode.object_bonus, len(prompt_ids))]
-        with attach(model, self.image_inputs(features_bnd)) as attached:
-            inputs = attached.inputs(prompt_rt)
-            length = inputs.get("inputs_embeds", prompt_rt).shape[1]
-            # Beside soft tokens too, `generate` gets the prompt's ids: penalties count them.
-            inputs |= {
-                "input_ids": prompt_rt,
-                "bos_token_id": model.start_id,
-                "pad_token_id": model.eos_id,
-                "attention_mask": prompt_rt.new_ones(num_rows, length),
-            }
-            options = {**inputs, **cross_attention_cache(model), **self._cache_options}
-            generate = partial(model.causal_lm.generate, **options)
-            captions = search(
-                generate,
-                prompt_rt,
-                decode,
-                model.eos_id,
-                keys=keys,
-                per_image=per_image,
-                more=bonus,
-            )
+        captions = search(
+            self.language_model,
+            self.image_inputs(features_bnd),
+            prompt_ids,
+            decode,
+            keys=keys or (),
+            per_image=per_image,
+            more=bonus,
+            **self._cache_options,
+        )
         return captions[:num_captions]
 
     def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,9 @@ from transformers import (
 )
 
 from vlm_bridge.configuration import DecodeSettings
+from vlm_bridge.model_architecture.attach import attach
+from vlm_bridge.model_architecture.bridges import ImageInputs
+from vlm_bridge.model_architecture.language_model import LanguageModel, cross_attention_cache
 
 
 class Caption(NamedTuple):
@@ -39,47 +42,53 @@ def beams(decode: DecodeSettings) -> int:
 
 
 def search(
-    generate: Callable[..., Any],
-    prompt_rt: torch.Tensor,
+    model: LanguageModel,
+    image: ImageInputs,
+    prompt_ids: Sequence[int],
     decode: DecodeSettings,
-    eos_id: int,
     *,
-    keys: Sequence[int] | None = None,
+    keys: Sequence[int] = (),
     per_image: int = 1,
     more: Sequence[LogitsProcessor] = (),
+    **options: Any,
 ) -> list[Caption]:
-    """Caption images with a model's own ``generate``, by the settings of a recipe.
+    """Caption images with a language model's own ``generate``, by the settings of a recipe.
 
     Args:
-        generate: the model's own, with its inputs bound.
-        prompt_rt: token ids [R, T] before captions: a row for each image for beams, else
-            ``per_image`` rows.
+        prompt_ids: tokens before each caption.
         keys: of the images (`image_keys`), where tokens are drawn.
         per_image: captions of each image.
         more: further processors, applied after the penalties.
+        options: further ones of ``generate``.
     """
-    device, length = prompt_rt.device, prompt_rt.shape[1]
-    log_probs = TokenLogProbs(eos_id, beams(decode))
-    processors = [log_probs, *_penalties(decode, prompt_rt, eos_id), *more]
-    options: dict[str, Any] = {"num_beams": beams(decode), "max_new_tokens": decode.max_new_tokens}
+    # transformers itself makes a row for each beam.
+    num_rows = image.num_images * (1 if beams(decode) > 1 else per_image)
+    prompt_rt = torch.tensor([list(prompt_ids)], device=model.device).repeat(num_rows, 1)
+    log_probs = TokenLogProbs(model.eos_id, beams(decode))
+    processors = [log_probs, *_penalties(decode, prompt_rt, model.eos_id), *more]
     if beams(decode) > 1:  # transformers warns about options that a way of decoding does not read
         options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
     if decode.do_sample:
-        assert keys is not None
         processors.append(TemperatureLogitsWarper(decode.temperature))
         processors.append(TopPLogitsWarper(decode.top_p))
-        processors.append(Draw(decode.seed, keys, per_image, decode.max_new_tokens, device))
-    output = generate(
-        **options,
-        logits_processor=LogitsProcessorList(processors),
-        eos_token_id=eos_id,
-        return_dict_in_generate=True,
-    )
-    ids_st = output.sequences[:, length:]
+        processors.append(Draw(decode, keys, per_image, prompt_rt.device))
+    with attach(model, image) as attached:
+        inputs = attached.inputs(prompt_rt)
+        length = inputs.get("inputs_embeds", prompt_rt).shape[1]
+        # Beside soft tokens too, `generate` gets the prompt's ids: penalties count them.
+        inputs |= {"input_ids": prompt_rt, "attention_mask": prompt_rt.new_ones(num_rows, length)}
+        output = model.causal_lm.generate(
+            **(inputs | cross_attention_cache(model) | options),
+            num_beams=beams(decode),
+            max_new_tokens=decode.max_new_tokens,
+            logits_processor=LogitsProcessorList(processors),
+            return_dict_in_generate=True,
+        )
+    ids_st = output.sequences[:, prompt_rt.shape[1] :]
     rows_st = getattr(output, "beam_indices", None)
     if rows_st is None:
-        rows_st = torch.arange(len(ids_st), device=device)[:, None].expand_as(ids_st)
-    return _captions(ids_st, log_probs.of(ids_st, rows_st.long().clamp_min(0)), eos_id)
+        rows_st = torch.arange(len(ids_st), device=ids_st.device)[:, None].expand_as(ids_st)
+    return _captions(ids_st, log_probs.of(ids_st, rows_st.long().clamp_min(0)), model.eos_id)
 
 
 def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> list[Caption]:
@@ -129,15 +138,11 @@ class Draw(LogitsProcessor):
     """
 
     def __init__(
-        self,
-        seed: int,
-        keys: Sequence[int],
-        per_image: int,
-        max_new_tokens: int,
-        device: torch.device,
+        self, decode: DecodeSettings, keys: Sequence[int], per_image: int, device: torch.device
     ):
-        rows = [(seed, key, alternative) for key in keys for alternative in range(per_image)]
-        numbers = [np.random.default_rng(row).random(max_new_tokens, np.float32) for row in rows]
+        rows = [(decode.seed, key, other) for key in keys for other in range(per_image)]
+        count = decode.max_new_tokens
+        numbers = [np.random.default_rng(row).random(count, np.float32) for row in rows]
         self.uniform_rt = torch.from_numpy(np.stack(numbers)).to(device)
         self.step = 0
 

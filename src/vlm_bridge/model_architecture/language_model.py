@@ -84,6 +84,10 @@ class LanguageModel(nn.Module):
         )
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
