@@ -1,4 +1,4 @@
-"""Shards as img2dataset writes them, of members given one by one or of a caption folder's images."""
+"""Shards as img2dataset writes them, of given members or of a caption folder's images."""
 
 from __future__ import annotations
 

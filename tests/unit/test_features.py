@@ -1,4 +1,4 @@
-"""Features from a cache equal those of the encoder; stale, damaged and unfinished caches are not used."""
+"""Features from a cache are the encoder's; stale, damaged and unfinished caches are not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards as training data: indexed once, read by place; damage is logged and hostile tars do no harm."""
+"""Shards as training data: indexed once, read by place; hostile tars do no harm."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_captions_come_from_text_or_json_and_plain_extensions_go_first(tmp_path:
     ]  # fmt: skip
     captions, skipped = read_all(tmp_path, members)
     assert captions == {
-        "part.1/a": "in json", "b": "for the text is empty", "c": "text wins", "d": "of d", "e": "of e",
+        "part.1/a": "in json", "b": "for the text is empty", "c": "text wins",
+        "d": "of d", "e": "of e",
     }  # fmt: skip
     assert "several images (my photo v1.0.jpg, my photo v1.1.jpg" in skipped.pop("my photo v1")
     assert skipped == {}

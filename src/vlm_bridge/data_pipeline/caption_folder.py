@@ -36,7 +36,7 @@ CAPTIONS_NAME = "captions.jsonl"
 IMAGES_NAME = "images"
 UNFINISHED_NAME = ".unfinished"  # working files of `transform`
 PREPARED_ELSEWHERE = "prepared by other tools"  # `source` of a folder without a manifest
-TRANSFORM = "vlm-data transform --source local --input-dir PICTURES --output-dir NEW_FOLDER"
+TRANSFORM = "vlm-data transform --source local --input-dir IMAGES --output-dir NEW_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,8 @@ class CaptionFolder:
             DataError: no such split, or a line that cannot be used (with file and line).
         """
         if name not in self.splits:
-            raise DataError(
-                f"caption folder {self.root} has no {name} images "
-                f"(it has: {', '.join(self.splits)})"
-            )
+            known = ", ".join(self.splits)
+            raise DataError(f"caption folder {self.root} has no {name} images (it has: {known})")
         found = Skipped(name) if skipped is None else skipped
         images = _read_captions(self.root / name, found)
         if skipped is None:

@@ -194,7 +194,7 @@ def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) ->
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """Features [N, D] of an image as bytes; `int8` has a float32 scale per token, behind the values."""
+    """Features [N, D] of an image as bytes; `int8` has a float32 scale per token at the end."""
 
     num_tokens: int
     dim: int
@@ -289,9 +289,10 @@ class FeatureCache:
             file.truncate(first * self._stride)
             remaining = (self.num_images - first) * self._stride
             if shutil.disk_usage(self.folder).free < remaining + FREE_SPACE_TO_LEAVE:
+                reserve = as_bytes(FREE_SPACE_TO_LEAVE)
                 raise CacheUnavailable(
                     f"no room for {as_bytes(remaining)} of cached features below "
-                    f"{self.folder.parent}: {as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
+                    f"{self.folder.parent}: {reserve} are left for checkpoints"
                 )
             size = f"{self.num_images - first:,} images into {self.folder} ({as_bytes(remaining)})"
             logger.info("%s: encoding %s", name, size)

@@ -1,4 +1,4 @@
-"""Samples of a data folder: an image with its captions, and those that were skipped with a reason."""
+"""Samples of a data folder: images with their captions, and those that were skipped."""
 
 from __future__ import annotations
 

@@ -329,10 +329,8 @@ class ShardFolder:
             DataError: no such split, or a sample that cannot be used.
         """
         if name not in self.tars:
-            raise DataError(
-                f"shard folder {self.root} has no {name} shards (it has: {', '.join(self.splits)}): "
-                f"put *.tar into {self.root / name}"
-            )
+            known = ", ".join(self.splits)
+            raise DataError(f"shard folder {self.root} has no {name} shards (it has: {known})")
         images, found = [], Skipped(name) if skipped is None else skipped
         for path, shard in zip(self.tars[name], self._shards(name), strict=True):
             images += shard.images(path)

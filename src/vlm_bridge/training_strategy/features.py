@@ -108,7 +108,7 @@ def cached_features(
 def _pixels(
     encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage]
 ) -> OnTheFlyPixels:
-    """Return random crops of training images, if the recipe says so, or else whole images."""
+    """Return random crops of training images with `feature_cache_views`, or else whole images."""
     has_views = split == "train" and recipe.feature_cache_views
     views = Views(recipe.feature_cache_views, recipe.seed) if has_views else None
     return OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)
