@@ -181,16 +181,3 @@ def test_mistakes_are_one_line(
         assert (result.returncode, result.stdout) == (1, "")
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: ") and message in line
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(
-    run: Path, images: list[Path], tmp_path: Path, tiny_dinov2_dir: Path, tiny_gpt2_dir: Path,
-    run_here: Callable,
-) -> None:  # fmt: skip
-    weights = checkpoints.load_checkpoint(run)["weights"]
-    other = tiny_recipe(tiny_dinov2_dir, tiny_gpt2_dir, "cross_attention")
-    checkpoints.save_checkpoint(tmp_path / checkpoints.BEST_WEIGHTS, other, weights)
-    result = run_here("caption", images[0], "--checkpoint", tmp_path)
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert "architecture" in line and "bridge." in line

@@ -150,17 +150,12 @@ def test_quantized_weights_are_close_and_take_less_room(run: Path, export: Calla
     assert f"bridge of {size:,} parameters" in card_of(folder)[1]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_quantized_weights_with_wrong_scales_are_refused(export: Callable, dtype: str) -> None:
-    file = export("--dtype", dtype) / "model.safetensors"
-    stored, prefix = load_file(file), f"{dtype}_scale_of."
-    name = next(name for name in stored if name.startswith(prefix))
-    scale = stored.pop(name)
-    save_file(stored, file)
-    with pytest.raises(CheckpointError, match=name.removeprefix(prefix)):
-        Captioner.from_pretrained(file.parent, "cpu")
-    save_file({**stored, name: scale.repeat(1, 3)}, file)
-    with pytest.raises(CheckpointError, match="is damaged"):
+def test_quantized_weights_without_their_scales_are_refused(export: Callable) -> None:
+    file = export("--dtype", "int8") / "model.safetensors"
+    stored = load_file(file)
+    name = next(name for name in stored if name.startswith("int8_scale_of."))
+    save_file({key: tensor for key, tensor in stored.items() if key != name}, file)
+    with pytest.raises(CheckpointError, match=name.removeprefix("int8_scale_of.")):
         Captioner.from_pretrained(file.parent, "cpu")
 
 
