@@ -163,9 +163,11 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
     encoder, decoder = (
         known_architecture(part.name) for part in (recipe.vision_encoder, recipe.language_model)
     )
-    assert encoder is not None and encoder.image_size is not None and decoder is not None
-    size = recipe.vision_encoder.image_size or encoder.image_size
-    return encoder.config, decoder.config.get_text_config(), size
+    assert encoder is not None and decoder is not None
+    (vision_config, size), (text_config, _) = encoder, decoder
+    size = recipe.vision_encoder.image_size or size
+    assert size is not None
+    return vision_config, text_config.get_text_config(), size
 
 
 def random_captioner(

@@ -74,9 +74,7 @@ def to_original(weights: Mapping[str, torch.Tensor], where: str | Path) -> dict[
 
 def original_architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the recipe keys that translated weights decide (heads are not in them)."""
-    width, hidden = (
-        weights[f"bridge.{n}.weight"].shape[0] for n in ("vision_projection", "feed_forward_in")
-    )
+    hidden, width = weights["bridge.feed_forward_in.weight"].shape
     return {
         "bridge.kind": "cross_attention",
         "bridge.enter_at_layer": 0,

@@ -20,13 +20,10 @@ class TrainedParameter(NamedTuple):
 
 
 def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list[TrainedParameter]:
-    """Return the parameters that a pattern matches, in the model's order; the first match counts.
+    """Return the parameters that a shell pattern matches, in the model's order.
 
-    A parameter with several names (a head tied to the embeddings) is matched by any of them.
-
-    Args:
-        patterns: shell patterns (``bridge.*``, ``language_model.*crossattention*``) and their
-            learning rates.
+    The first pattern that matches decides. A parameter with several names (a head tied to the
+    embeddings) is matched by any of them.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or reaches into the vision encoder.
@@ -46,10 +43,9 @@ def trained_parameters(model: Any, patterns: Mapping[str, float | None]) -> list
                 )
     used = {trained.pattern for trained in found}
     if unused := [pattern for pattern in patterns if pattern not in used]:
-        known = sorted({".".join(name.split(".")[:4]) for name, _ in model.named_parameters()})
         raise ConfigurationError(
             f"trainable: no parameter is left for the pattern {unused[0]!r} (names begin with "
-            f"{', '.join(known[:6])} ...)"
+            "bridge. or language_model.causal_lm.)"
         )
     return found
 

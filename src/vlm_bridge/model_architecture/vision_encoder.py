@@ -107,18 +107,19 @@ class EfficientNetLiteEncoder(nn.Module):
         network.set_submodule("_fc", nn.Identity())
         # The package, unchanged since 2020, gives its layers private names. In a tuple, modules
         # keep the single name that they have in the network.
-        part = network.get_submodule
+        part: Any = network.get_submodule
         stem = nn.Sequential(part("_conv_stem"), part("_bn0"), part("_swish"))
         head = nn.Sequential(part("_conv_head"), part("_bn1"), part("_swish"))
         blocks = list(part("_blocks").children())
         self._steps: tuple[nn.Module, ...] = (stem, *blocks, head)
-        last = len(blocks)
-        self.layers = tuple(layers) if layers else (last,)
-        if not all(0 <= layer <= last for layer in self.layers):
-            raise ModelError(f"vision_encoder.layers={list(self.layers)}: {name} has 0 to {last}")
-        outputs: list[Any] = [block.get_submodule("_project_conv") for block in blocks]
-        outputs.append(part("_conv_head"))
-        self.embed_dim: int = sum(outputs[layer].weight.shape[0] for layer in self.layers)
+        self.last = len(blocks)
+        self.layers = tuple(layers) if layers else (self.last,)
+        if not all(0 <= layer <= self.last for layer in self.layers):
+            asked = f"vision_encoder.layers={list(self.layers)}"
+            raise ModelError(f"{asked}: {name} has 0 to {self.last}")
+        outputs = [block.get_submodule("_project_conv") for block in blocks]
+        widths = [convolution.weight.shape[0] for convolution in (*outputs, part("_conv_head"))]
+        self.embed_dim: int = sum(widths[layer] for layer in self.layers)
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> EfficientNetLiteEncoder:
@@ -164,7 +165,7 @@ class EfficientNetLiteEncoder(nn.Module):
 
     def classifier(self) -> nn.Linear | None:
         """Read ImageNet's classifier of the mean of the last map; None if that is not in layers."""
-        if self.layers[-1] != len(self._steps) - 2:
+        if self.layers[-1] != self.last:
             return None
         state = load_lite_weights(self.name)
         num_classes, dim = state["_fc.weight"].shape
