@@ -1,4 +1,4 @@
-"""Every recipe that ships trains what it names and nothing else, to the bit; shrunk to tiny models."""
+"""Every recipe that ships trains what it names and nothing else, to the bit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ TINY_ENCODERS = {
     "facebook/dinov2-large": ("tiny_dinov2_dir", 56),
     "OpenGVLab/pvt_v2_b0": ("tiny_pvt_v2_dir", 64),
     "OpenGVLab/pvt_v2_b1": ("tiny_pvt_v2_dir", 64),
-    "efficientnet-lite0": (
-        None,
-        64,
-    ),  # the real one: 4.6 M weights, and batch norms that must not learn
+    "efficientnet-lite0": (None, 64),  # the real one: its batch norms must not learn
 }
 TINY_LANGUAGE_MODELS = {
     "google/gemma-2-2b": "tiny_gemma2_dir",
@@ -49,11 +46,13 @@ def test_what_a_recipe_freezes_stays_as_it_is(
         f"feature_cache={tmp_path / 'features'}",
         f"checkpoint_dir={tmp_path / 'checkpoints'}",
         f"log_dir={tmp_path / 'logs'}",
-        "captions_per_image=2", "batch_size=8", "gradient_accumulation_steps=1", "max_steps=2", "num_epochs=1",
+        "captions_per_image=2", "batch_size=8", "gradient_accumulation_steps=1", "max_steps=2",
+        "num_epochs=1",
         "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss",
-        "decode.num_beams=1", "decode.max_new_tokens=4", "max_validation_images=4", "num_validation_samples=1",
+        "decode.num_beams=1", "decode.max_new_tokens=4", "max_validation_images=4",
+        "num_validation_samples=1",
         "scst_samples=4", "start_from=null",
-        f"vision_encoder.name={request.getfixturevalue(encoder) if encoder is not None else last_encoder}",
+        f"vision_encoder.name={request.getfixturevalue(encoder) if encoder else last_encoder}",
     ]  # fmt: skip
     if getattr(published.bridge, "enter_at_layer", None):
         changes += [

@@ -30,7 +30,7 @@ BY_STEPS = ("save_every=4 steps", "validate_every=4 steps")
 def make_recipe(
     tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_bert_dir: Path
 ) -> MakeRecipe:
-    """BERT with dropout, trained whole at a tenth of the projection's rate: ``make_recipe("name", "KEY=VALUE")``."""
+    """BERT with dropout, trained whole at a tenth of the projection's rate."""
 
     def make(name: str, *overrides: str) -> Recipe:
         settings = {
@@ -142,7 +142,7 @@ def test_the_weights_only_file_captions_alike(
         "torch.bfloat16"
     }
     same = [one.caption == other.caption for one, other in zip(whole, half, strict=True)]
-    # Rounded weights may tip a token that was as likely as another; other weights would tip them all.
+    # Rounded weights may tip a token that was as likely; other weights would tip them all.
     assert sum(same) > len(same) / 2
     for one, other, is_same in zip(whole, half, same, strict=True):
         if is_same:

@@ -184,7 +184,7 @@ def test_other_parts_are_refused_there_and_kept_here(
 
 
 def bert_captioner() -> Tensors:
-    """Tensors of the original's training: PVT, a normalizer, a projection and a cross-attending BERT."""
+    """PVT, a normalizer, a projection and a cross-attending BERT, of the original's training."""
     config = BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64, is_decoder=True, add_cross_attention=True,

@@ -1,4 +1,4 @@
-"""Checkpoints made to cost memory or time, or to caption without a word of warning: each is refused by one line."""
+"""Checkpoints made to cost memory or time are refused by one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the original project: the same names, the same numbers, the same function, both ways."""
+"""Checkpoints of the original project: names, numbers and function, both ways."""
 
 from __future__ import annotations
 

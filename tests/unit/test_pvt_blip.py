@@ -1,4 +1,4 @@
-"""The module that captions as BLIP does: BlipProcessor's pixels in, the captions of `vlm-bridge caption` out."""
+"""The module that captions as BLIP does: BlipProcessor's pixels in, captions out."""
 
 from __future__ import annotations
 
@@ -46,17 +46,9 @@ def images() -> list[Image.Image]:
 
 
 def captioner(pvt: Path, blip: Path, projection: str = "linear") -> Captioner:
-    recipe = recipe_from_dict(
-        {
-            **tiny_recipe(pvt, blip, "projection").to_dict(),
-            "bridge": {
-                "kind": "projection",
-                "projection": projection,
-                "standardize_features": False,
-            },
-        }
-    )
-    recipe = override_recipe(recipe, RECIPE)
+    bridge = {"kind": "projection", "projection": projection, "standardize_features": False}
+    tiny = tiny_recipe(pvt, blip, "projection").to_dict()
+    recipe = override_recipe(recipe_from_dict({**tiny, "bridge": bridge}), RECIPE)
     return Captioner(tiny_captioner(recipe), recipe)
 
 

@@ -96,7 +96,7 @@ def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("trainable", "overrides", "message"),
     [
-        ({"bridge.*": None, "language_model.*lora*": None}, (), "no parameter is left for the patt"),
+        ({"bridge.*": None, "language_model.*lora*": None}, (), "no parameter is left for"),
         ({"bridge.*": None, "vision_encoder.*": None}, (), "reaches into the vision encoder"),
         ({"*": None}, (), r"'\*' reaches into the vision encoder"),
         ({"bridge.*": None, "language_model.*": None}, ("language_model.dtype=bfloat16",),
