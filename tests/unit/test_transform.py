@@ -95,7 +95,7 @@ def test_other_settings_sources_and_files_are_refused(dataset: Path, tmp_path: P
     transform(source, out)
     with pytest.raises(DataError, match="seed was 0"):
         transform(source, out, seed=1)
-    with pytest.raises(DataError, match="val_fraction was 0.1"):
+    with pytest.raises(DataError, match=r"val_fraction was 0\.1"):
         transform(source, out, val_fraction=0.3)
     with pytest.raises(DataError, match="limit was None"):
         transform(source, out, limit=3)
