@@ -69,7 +69,8 @@ def caption_cross_entropy(
             checkpoint(_token_losses, *chunk, head, label_smoothing, use_reentrant=False)
             for chunk in _chunks(hidden_vh, labels_v)
         ]
-        smoothed_v, losses_v = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # type: ignore[arg-type]
+        parts: Any = zip(*chunks, strict=True)
+        smoothed_v, losses_v = map(torch.cat, parts)
     else:
         wants_gradient = torch.is_grad_enabled() and hidden_vh.requires_grad
         smoothed_v, losses_v = _FrozenHeadLosses.apply(

@@ -44,7 +44,7 @@ def build_bridge(
     *,
     meta: bool = False,
 ) -> Bridge:
-    """Build a bridge on the CPU or the meta device; ConfigurationError if an option is impossible."""
+    """Build a bridge on the CPU or the meta device. Raises ConfigurationError for its options."""
     try:
         with torch.device("meta" if meta else "cpu"):
             return BRIDGES[options.kind](options, vision_dim, text, num_image_tokens)

@@ -98,11 +98,16 @@ class Bridge(nn.Module):
         raise NotImplementedError
 
     def set_output_scale(self, embedding_std: float) -> None:
-        """Start at the size of the language model's embeddings, where the output stands beside them."""
+        """Start soft tokens at the size of the language model's embeddings."""
 
 
-def entered_layer(layer: int, text: TextShape) -> int:
-    """Return the layer at which a bridge enters. Raises ValueError if there is no such layer."""
+def entered_layer(layer: int | None, text: TextShape) -> int:
+    """Return the layer at which a bridge enters; None is a third of the way up.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layer = text.num_layers // 3 if layer is None else layer
     if layer >= text.num_layers:
         raise ValueError(
             f"bridge.enter_at_layer={layer} is beyond the language model's last layer, "

@@ -69,8 +69,7 @@ class DeepPrefixBridge(ResamplerBridge):
     ):
         width = options.width or text.width
         super().__init__(options, vision_dim, width, num_image_tokens)
-        layer = options.enter_at_layer
-        self.first_layer = entered_layer(text.num_layers // 3 if layer is None else layer, text)
+        self.first_layer = entered_layer(options.enter_at_layer, text)
         layers = text.num_layers - self.first_layer
         self.shape = (layers, 2, text.num_key_value_heads, text.head_dim)
         self.output_norm = nn.LayerNorm(width)
