@@ -94,12 +94,12 @@ def test_a_round_trip_through_a_captioner_is_bit_equal(recipe: Recipe, tmp_path:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["c.pth"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("first", [False, True], ids=["pvt_v2", "pvt"])
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_a_round_trip_through_modules_is_bit_equal(
-    kind: combined.ProjectionKind, first: bool, dtype: torch.dtype, tmp_path: Path
+    kind: combined.ProjectionKind, first: bool, tmp_path: Path
 ) -> None:
+    dtype = torch.float16 if first else torch.float32
     state = {name: tensor.to(dtype) for name, tensor in small_published_state(kind, first).items()}
     write_combined(tmp_path / "c.pth", state)
     write_combined(tmp_path / "again.pth", load(tmp_path / "c.pth").blip.state_dict())
