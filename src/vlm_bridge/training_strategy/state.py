@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,15 +16,11 @@ from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.optimizer import WeightAverage
 
+if TYPE_CHECKING:
+    from vlm_bridge.training_strategy.monitor import Monitor
+
 POSITION = ("step", "epoch", "step_in_epoch", "validated_step")
 PROGRESS = (*POSITION, "best_loss", "best_score", "skipped_steps")
-
-
-class Stateful(Protocol):
-    """A part of a run with running means of its own, such as the monitor."""
-
-    def state_dict(self) -> dict[str, float]: ...
-    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
 
 
 @dataclass
@@ -45,7 +41,7 @@ class TrainState:
     bad_validations: int = 0  # in a row without a new best
     skipped_steps: int = 0  # without a finite loss or gradient; they changed nothing
     skipped_in_a_row: int = 0
-    parts: dict[str, Stateful] = field(default_factory=dict)  # with a state of their own
+    monitor: Monitor | None = None  # in the first process
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +77,12 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint beside weights and recipe."""
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        monitor = {"monitor": self.monitor.state_dict()} if self.monitor is not None else {}
         average = self.average
         return {
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "early_stopping": {"best": self.best_watched, "bad_validations": self.bad_validations},
-            "running": {"skipped_in_a_row": self.skipped_in_a_row, **parts},
+            "running": {"skipped_in_a_row": self.skipped_in_a_row, **monitor},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **random_states(self.device),
@@ -112,9 +108,8 @@ class TrainState:
         self.bad_validations = int(training["early_stopping"]["bad_validations"])
         running = training["running"]
         self.skipped_in_a_row = running.get("skipped_in_a_row", 0)
-        for name, part in self.parts.items():
-            if running.get(name):
-                part.load_state_dict(running[name])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(running.get("monitor", {}))
         restore_random_states(training, self.device)
 
 
@@ -122,10 +117,7 @@ def upgrade(training: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the state in a checkpoint of an earlier version to today's layout."""
     progress = dict(training["progress"])
     progress.setdefault("validated_step", 0 if progress.get("owes_decoding") else progress["step"])
-    running = dict(training.get("running", {}))
-    if "self_critical" in running:
-        running["objective"] = running.pop("self_critical")
-    return {**training, "progress": progress, "running": running}
+    return {**training, "progress": progress, "running": training.get("running", {})}
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -90,7 +90,7 @@ def train(
         monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
         scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
         state = TrainState(model, optimizer, scaler)
-        state.parts = {"monitor": monitor} if world.is_first else {}
+        state.monitor = monitor if world.is_first else None
         if recipe.weight_averaging is not None:
             state.average = WeightAverage(model, recipe.weight_averaging)
         if found is None:
