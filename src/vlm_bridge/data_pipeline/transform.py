@@ -276,11 +276,10 @@ def _claim(writer: CaptionFolderWriter, facts: dict[str, Any]) -> dict[str, Any]
     elif root.is_dir() and any(path.name != UNFINISHED_NAME for path in root.iterdir()):
         raise DataError(f"{root} is not empty and no caption folder: choose another --output-dir")
     before, now = ({**some, **some.get("settings", {})} for some in (earlier, facts))
+    compared = [key for key in ("source", "seed", *facts["settings"], "content") if key in before]
+    changed = [key for key in compared if before[key] != now[key]]
     # Another seed or limit changes the content as well: name the cause, not its consequence.
-    changed = [key for key in now if key in before and before[key] != now[key]]
-    causes = [
-        f"{k} was {before[k]}" for k in changed if k in ("source", "seed") or k in now["settings"]
-    ]
+    causes = [f"{key} was {before[key]}" for key in changed if key != "content"]
     if changed:
         raise DataError(
             f"{root} was made with other settings "
@@ -341,8 +340,7 @@ def _make_image(image_id: str, image: Picture | None, target: Path, image_size: 
         content = target.read_bytes()
         stored = decode_image(content).image
     except (OSError, ImageError):
-        content = _content(image_id, image, image_size)
-        stored = decode_image(content).image
+        content, stored = _content(image_id, image, image_size)
         unfinished = target.with_name(f".{target.name}")
         unfinished.write_bytes(content)
         unfinished.replace(target)
@@ -351,8 +349,8 @@ def _make_image(image_id: str, image: Picture | None, target: Path, image_size: 
     return pixels, looks, hashlib.sha256(content).hexdigest()
 
 
-def _content(image_id: str, image: Picture | None, image_size: int) -> bytes:
-    """Return the file to store: the image's own where training can read it."""
+def _content(image_id: str, image: Picture | None, image_size: int) -> tuple[bytes, Image.Image]:
+    """Return the file to store, the image's own where training can read it, and its image."""
     if image is None:
         raise ImageError(image_id, "the source holds no image for it")
     if callable(image):
@@ -361,12 +359,12 @@ def _content(image_id: str, image: Picture | None, image_size: int) -> bytes:
         decoded = decode_image(image)
         rgb = decoded.image
         if decoded.is_plain_jpeg and max(rgb.size) <= image_size:
-            return image if isinstance(image, bytes) else image.read_bytes()
+            return image if isinstance(image, bytes) else image.read_bytes(), rgb
     rgb.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     # Full color resolution (4:4:4): JPEG's usual halving blurs the edges of saturated colors.
     rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue()
+    return buffer.getvalue(), decode_image(buffer.getvalue()).image
 
 
 def _drop_duplicates(images: Sequence[_Planned]) -> tuple[list[_Planned], list[Rejected]]:
