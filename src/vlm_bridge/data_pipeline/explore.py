@@ -156,7 +156,7 @@ def sample_items(items: Sequence[SourceItem], count: int, seed: int = 0) -> list
 def read_images(
     items: Sequence[SourceItem], read: Callable[[ImageFile | bytes], Value], progress: Progress
 ) -> tuple[list[Value], list[Rejected]]:
-    """Apply ``read`` to stored images; return the values, and the images that fail with a reason."""
+    """Apply ``read`` to stored images; return the values, and the images that fail."""
     values: list[Value] = []
     failed: list[Rejected] = []
     for done, (item, image) in enumerate(zip(items, iter_pictures(items), strict=True), start=1):

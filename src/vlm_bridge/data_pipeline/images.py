@@ -117,14 +117,14 @@ def decode_image(image: str | ImageFile | bytes) -> DecodedImage:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image that the caller opened as :func:`open_image` does. Raises Pillow's errors."""
+    """Convert an opened image as :func:`open_image` does. Raises Pillow's errors."""
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     return _to_rgb(image) if turn is None else _to_rgb(image).transpose(turn)
 
 
 def check_image(image: str | ImageFile | bytes) -> None:
-    """Raise ImageError where :func:`open_image` would; a JPEG is decoded at an eighth of its size."""
+    """Raise ImageError where :func:`open_image` would; a JPEG is decoded at an eighth."""
     with _opened(image) as opened:
         if opened.format == "JPEG":
             opened.draft(opened.mode, (opened.width // 8, opened.height // 8))

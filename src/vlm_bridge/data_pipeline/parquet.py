@@ -1,7 +1,7 @@
 """Rows and images of parquet files, as Hugging Face datasets store them, a few at a time.
 
-An image column is a struct ``{bytes, path}``. A plan of many thousand images names each by file, row
-group and row; the bytes are read when their turn comes.
+An image column is a struct ``{bytes, path}``. A plan of many thousand images names each by file,
+row group and row; the bytes are read when their turn comes.
 """
 
 from __future__ import annotations
