@@ -1,4 +1,4 @@
-"""The scripts for rented machines, with this computer as the machine: ssh, GPU and our own commands are stubs."""
+"""The scripts for rented machines; ssh, the GPU and our own commands are stubs."""
 
 from __future__ import annotations
 

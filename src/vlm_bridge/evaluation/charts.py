@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, colored by the page's CSS variables --soft, --line and --c0 to --c5."""
+"""Line charts as inline SVG, colored by the CSS variables --soft, --line and --c0 to --c5."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def write_report(
 
 
 def published_on(dataset: str) -> list[dict[str, Any]]:
-    """Return published systems on a dataset, found by the beginning of its name (Flickr8k-clean)."""
+    """Return published systems on a dataset whose name begins like `dataset` (Flickr8k-clean)."""
     file = resources.files("vlm_bridge.evaluation") / "published.yaml"
     name = re.sub(r"[^a-z0-9]", "", dataset.lower())
     published = yaml.safe_load(file.read_text(encoding="utf-8"))

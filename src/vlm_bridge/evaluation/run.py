@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
-from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import CaptionedImage
@@ -31,7 +31,9 @@ from vlm_bridge.version import environment
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
-NOT_MEASURED = "only measured for captioners of vlm-bridge"
+NOT_MEASURED = dict.fromkeys(
+    ("perplexity", "visual_gain"), "only measured for captioners of vlm-bridge"
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ def evaluate_captioner(
 ) -> Evaluation:
     """Caption every image, score the captions, and measure perplexity and visual gain.
 
-    A failed image counts as an empty caption. Perplexity, per token of the reference captions, and
-    visual gain are measured on the others.
+    A failed image counts as an empty caption, and takes no part in perplexity and visual gain.
 
     Args:
         validate: a captioner's `validate`; None leaves perplexity and visual gain out.
@@ -78,46 +79,62 @@ def evaluate_captioner(
     if not images:
         raise DataError("there are no images to evaluate on")
     world = world or World(torch.device("cpu"))
-    paths = [image.path for image in images]
-    own = captioner.caption(
-        list(chain.from_iterable(world.share(in_batches(paths, batch_size)))),
-        decode=decode,
-        batch_size=batch_size,
-        progress=lambda done: progress(min(done * world.size, len(images))),
-    )
-    results = list(chain.from_iterable(world.interleave(in_batches(own, batch_size))))
+    results = _caption(captioner, images, decode, batch_size, world, progress)
     readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
     if not readable:
-        raise DataError(
-            f"none of the {len(images)} images can be captioned; the first: {results[0].error}"
-        )
+        first = f"the first: {results[0].error}"
+        raise DataError(f"none of the {len(images)} images can be captioned; {first}")
     validation = validate(readable, batch_size=batch_size, world=world) if validate else None
     # Paths, not original ids, tell images apart: images of several folders may share an id.
-    captions = {str(p): r.caption or "" for p, r in zip(paths, results, strict=True)}
     references = {str(image.path): image.captions for image in images}
+    texts = [result.caption or "" for result in results]
+    captions = dict(zip(references, texts, strict=True))
     scores = world.from_first(lambda: score_captions(references, captions, spice=spice))
+    per_image = [scores.per_image[key] for key in references]
     predictions = tuple(
-        Prediction(
-            image, r.caption or "", r.score, r.error, scores.per_image[str(image.path)], r.finished
-        )
-        for image, r in zip(images, results, strict=True)
+        Prediction(image, text, result.score, result.error, own_scores, result.finished)
+        for image, text, result, own_scores in zip(images, texts, results, per_image, strict=True)
     )
-    skipped = dict.fromkeys(() if validation else ("perplexity", "visual_gain"), NOT_MEASURED)
     metrics = {
         **dict.fromkeys(METRICS),
         **scores.corpus,
-        "perplexity": _finite(validation.perplexity) if validation else None,
-        "visual_gain": _finite(validation.visual_gain) if validation else None,
+        **_validation_scores(validation),
         "num_images": len(images),
         "num_failures": len(images) - len(readable),
         "decode": decode.to_dict(),
         "tokenizer": scores.tokenizer,
-        "skipped": scores.skipped | skipped,
+        "skipped": scores.skipped | ({} if validation else NOT_MEASURED),
         "versions": environment(),
         "model": dict(model or {}),
         "data": {**(data or {}), "references": references_digest(images)},
     }
     return Evaluation(predictions, metrics)
+
+
+def _caption(
+    captioner: Captioner | BaselineCaptioner,
+    images: Sequence[CaptionedImage],
+    decode: DecodeSettings,
+    batch_size: int,
+    world: World,
+    progress: Callable[[int], None],
+) -> list[CaptionResult]:
+    """Split the batches among processes; each gets the captions of a single one, to the bit."""
+    batches = world.share(in_batches([image.path for image in images], batch_size))
+    results = captioner.caption(
+        list(chain.from_iterable(batches)),
+        decode=decode,
+        batch_size=batch_size,
+        progress=lambda done: progress(min(done * world.size, len(images))),
+    )
+    return list(chain.from_iterable(world.interleave(in_batches(results, batch_size))))
+
+
+def _validation_scores(validation: Validation | None) -> dict[str, float | None]:
+    if validation is None:
+        return dict.fromkeys(NOT_MEASURED)
+    scores = {"perplexity": validation.perplexity, "visual_gain": validation.visual_gain}
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def write_evaluation(
@@ -159,7 +176,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON, without NaN."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -22,8 +22,8 @@ Curve = list[tuple[int, float]]
 """Points (training step, value)."""
 HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
 NOT_EVALUATED = (
-    "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA --output-dir RUN/val` "
-    "adds scores and images."
+    "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA "
+    "--output-dir RUN/val` adds scores and images."
 )
 
 

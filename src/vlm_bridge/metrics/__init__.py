@@ -49,7 +49,8 @@ def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
     lines = [f"{' and '.join(metrics)} skipped: {reason}" for reason, metrics in reasons.items()]
     if tokenizer == "regex":
         lines.append(
-            "tokenized by a simple rule, not by PTB: do not compare these scores with published ones"
+            "tokenized by a simple rule, not by PTB: do not compare these scores with published "
+            "ones"
         )
     return lines
 
