@@ -332,6 +332,11 @@ def recipe_of(
             "(training takes its own settings, or a recipe by --config)"
         )
     else:
+        if content["recipe"].get("feature_cache_pooling", 1) != 1:
+            raise CheckpointError(
+                f"{where} was trained on pooled features (feature_cache_pooling), which are no "
+                "longer supported: train again without"
+            )
         try:
             recipe = recipe_from_dict(content["recipe"], where=str(where))
         except ConfigurationError as error:

@@ -37,11 +37,11 @@ def check_machine(recipe: Recipe, world: World) -> None:
 
 
 def check_folders(checkpoint_dir: str, log_dir: str) -> None:
-    """Raise ConfigurationError if checkpoints or logs cannot be written."""
+    """Raise ConfigurationError if checkpoints or logs cannot be written; leave nothing behind."""
     for key, folder in (("checkpoint_dir", checkpoint_dir), ("log_dir", log_dir)):
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:
+            places = (Path(folder), *Path(folder).parents)
+            with tempfile.TemporaryFile(dir=next(p for p in places if p.exists())) as probe:
                 probe.write(bytes(PROBE_BYTES))
                 probe.flush()
                 os.fsync(probe.fileno())

@@ -164,7 +164,6 @@ def start(
         model.feature_scale.measure(data.sample_features(model))
     if recipe.distillation is not None:
         paths = [image.path for image in data.train_images]
-        paths = [image.path for image in data.train_images]
         distill_projection(
             model, recipe.distillation, data.train_features, paths,
             seed=recipe.seed, num_workers=recipe.num_workers,
