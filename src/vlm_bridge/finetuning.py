@@ -10,18 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import nn
 
 from vlm_bridge.configuration import BridgeOptions, Recipe
-from vlm_bridge.data_pipeline.caption_folder import (
-    MANIFEST_NAME,
-    CaptionFolder,
-    is_prepared_elsewhere,
-)
+from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, is_prepared_elsewhere
 from vlm_bridge.data_pipeline.sources import make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.device import resolve_device
@@ -64,8 +59,7 @@ class FineTuning:
         dataset_path: in its own layout, or a caption folder; None is where `vlm-data download`
             leaves it.
         output: the combined file to write; the run's folder has its name without the ending.
-        pvt: model with the encoder's configuration and preprocessing; None reads sizes from the
-            tensors and normalizes as PVT does.
+        pvt: model with the encoder's configuration and preprocessing; None takes the tensors'.
         blip: model with the decoder's configuration and tokenizer; None is the recipe's decoder.
     """
 
@@ -98,7 +92,6 @@ def finetune_combined(
         show_progress: name of the items -> a context with a function of (done, total).
 
     Raises:
-        VLMBridgeError: a file, the data or a model cannot be used, or another training is there.
         Interrupted: a signal came; the state was saved first.
     """
     if not settings.output.suffix:
@@ -106,51 +99,69 @@ def finetune_combined(
     if settings.output.resolve() == settings.checkpoint.resolve():
         raise UsageError("the output is the checkpoint itself: choose another --output")
     resolve_device(recipe.device)
-    data = _data(settings)
-    state = pvt_blip.read_combined(settings.checkpoint)
-    blip = settings.blip or recipe.language_model.name
-    parts = pvt_blip.build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=blip)
-    projection = parts.proj or _new_projection(parts, recipe.seed)
-    added = {f"{pvt_blip.PREFIXES[2]}{n}": x for n, x in projection.state_dict().items()}
-    tensors = pvt_blip.from_combined(state | added)
-    bridge = {name: x for name, x in tensors.items() if name.startswith("bridge.")}
-    with show_progress("images") as progress:
-        folder = _caption_folder(settings, data, recipe.num_workers, progress)
-    logger.info(f"captions and images: {folder}")
-    start = _lay_out(settings, parts, blip, recipe.vision_encoder.resample or "bicubic")
-    recipe = _recipe_of_run(recipe, settings.run_dir, folder, start, projection)
-    del state, added, parts, projection, tensors  # `train` loads the frozen parts from folders
-    checkpoint_dir = Path(recipe.checkpoint_dir)
-    resume = AUTO if checkpoint_dir.is_dir() else None
+    recipe, bridge = _prepare(settings, recipe, _data(settings), show_progress)
+    resume = AUTO if Path(recipe.checkpoint_dir).is_dir() else None
     result = train(recipe, resume=resume, initial_weights=bridge, force=settings.force)
-    pvt_blip.write_combined(settings.output, combine_checkpoint(checkpoint_dir))
+    pvt_blip.write_combined(settings.output, combine_checkpoint(recipe.checkpoint_dir))
     return result
 
 
 def _data(settings: FineTuning) -> Path:
     """Return the folder of the dataset."""
-    dataset = DATASETS[settings.dataset]
-    if settings.dataset_path is None and dataset.folder is None:
-        raise UsageError(f"--dataset {settings.dataset} needs --dataset_path DIR")
-    path = settings.dataset_path or Path(str(dataset.folder))
-    if path.is_dir():
-        return path
+    source, folder = DATASETS[settings.dataset].source, DATASETS[settings.dataset].folder
     if settings.dataset_path is not None:
-        raise DataError(f"no such folder: {path} (--dataset_path)")
-    raise DataError(
-        f"no dataset at {path}: run vlm-data download {dataset.source} here and follow its steps, "
-        "or give --dataset_path DIR"
+        if not settings.dataset_path.is_dir():
+            raise DataError(f"no such folder: {settings.dataset_path} (--dataset_path)")
+        return settings.dataset_path
+    if folder is None:
+        raise UsageError(f"--dataset {settings.dataset} needs --dataset_path DIR")
+    if not Path(folder).is_dir():
+        steps = f"run vlm-data download {source} here and follow its steps"
+        raise DataError(f"no dataset at {folder}: {steps}, or give --dataset_path DIR")
+    return Path(folder)
+
+
+def _prepare(
+    settings: FineTuning,
+    recipe: Recipe,
+    data: Path,
+    show_progress: Callable[[str], AbstractContextManager[Progress]],
+) -> tuple[Recipe, dict[str, torch.Tensor]]:
+    """Write the data and the frozen parts; return the run's recipe and the bridge's weights."""
+    state = pvt_blip.read_combined(settings.checkpoint)
+    blip = settings.blip or recipe.language_model.name
+    parts = pvt_blip.build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=blip)
+    projection = parts.proj
+    if projection is None:
+        config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
+        sizes = f"{config.hidden_sizes[-1]} -> {width}"
+        logger.info(f"no projection in the file: a new linear one, {sizes}, seed {recipe.seed}")
+        with torch.random.fork_rng([]):
+            torch.manual_seed(recipe.seed)
+            projection = pvt_blip.projection_for(config, "linear", width)
+    weights = projection.state_dict()
+    state |= {f"{pvt_blip.PREFIXES[2]}{name}": tensor for name, tensor in weights.items()}
+    tensors = pvt_blip.from_combined(state)
+    with show_progress("images") as progress:
+        folder = _caption_folder(settings, data, recipe.num_workers, progress)
+    logger.info(f"captions and images: {folder}")
+    start = _save_parts(settings, parts, blip, recipe.vision_encoder.resample or "bicubic")
+    encoder, decoder = str(start / "vision_encoder"), str(start / "language_model")
+    is_projection = recipe.bridge.kind == "projection"
+    bridge = recipe.bridge if is_projection else BridgeOptions(kind="projection")
+    recipe = recipe.replace(
+        vision_encoder=recipe.vision_encoder.replace(name=encoder, revision=None),
+        language_model=recipe.language_model.replace(name=decoder, revision=None),
+        bridge=bridge.replace(
+            projection=pvt_blip.projection_kind(weights),
+            position_embeddings=False,
+            standardize_features=False,
+        ),
+        data_dir=str(folder),
+        checkpoint_dir=str(settings.run_dir / "checkpoints"),
+        log_dir=str(settings.run_dir / "logs"),
     )
-
-
-def _new_projection(parts: pvt_blip.CombinedModel, seed: int) -> nn.Module:
-    """Return a linear projection with random weights between the encoder and the decoder."""
-    config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
-    sizes = f"{config.hidden_sizes[-1]} -> {width}"
-    logger.info(f"no projection in the file: a new linear one, {sizes}, with seed {seed}")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return pvt_blip.projection_for(config, "linear", width)
+    return recipe, {name: x for name, x in tensors.items() if name.startswith("bridge.")}
 
 
 def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Progress) -> Path:
@@ -158,11 +169,8 @@ def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Pr
     dataset = DATASETS[settings.dataset]
     if (data / MANIFEST_NAME).is_file() or is_prepared_elsewhere(data):
         if settings.dataset_size is not None:
-            raise UsageError(
-                f"{data} is a caption folder already: --dataset_size is for datasets in their own "
-                "layout"
-            )
-        return CaptionFolder.open(data).root.resolve()
+            raise UsageError(f"{data} is a caption folder already: --dataset_size has no use")
+        return data.resolve()
     limit = settings.dataset_size or dataset.limit
     name = f"{settings.dataset}-{limit}-captions" if limit else f"{settings.dataset}-captions"
     folder = settings.output.resolve().parent / name
@@ -171,7 +179,9 @@ def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Pr
     return folder
 
 
-def _lay_out(settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, resample: str) -> Path:
+def _save_parts(
+    settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, resample: str
+) -> Path:
     """Save the encoder and the decoder as folders that `from_pretrained` loads."""
     from transformers import AutoImageProcessor
 
@@ -186,42 +196,21 @@ def _lay_out(settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, res
                 "with other models: choose another --output, or delete that folder"
             )
         return start
-    processor: Any = image_processor(resample=resample)
+    processor = image_processor(resample=resample)
     if settings.pvt is not None:
         sampling = Image.Resampling[resample.upper()]
         processor = AutoImageProcessor.from_pretrained(
             settings.pvt, backend="pil", resample=sampling
         )
-    tokenizer = load_tokenizer(blip)
     unfinished = start.with_name(".start")
     shutil.rmtree(unfinished, ignore_errors=True)
     for part in (parts.pvt, processor):
         part.save_pretrained(unfinished / "vision_encoder")
-    for part in (parts.blip.text_decoder, tokenizer):
+    for part in (parts.blip.text_decoder, load_tokenizer(blip)):
         part.save_pretrained(unfinished / "language_model")
     (unfinished / "combined.json").write_text(json.dumps(identity) + "\n", encoding="utf-8")
     unfinished.rename(start)
     return start
-
-
-def _recipe_of_run(
-    recipe: Recipe, run_dir: Path, data: Path, start: Path, projection: nn.Module
-) -> Recipe:
-    """Return the recipe with parts from folders and a plain projection of the file's kind."""
-    encoder, decoder = str(start / "vision_encoder"), str(start / "language_model")
-    is_projection = recipe.bridge.kind == "projection"
-    bridge = recipe.bridge if is_projection else BridgeOptions(kind="projection")
-    kind = pvt_blip.projection_kind(projection.state_dict())
-    return recipe.replace(
-        vision_encoder=recipe.vision_encoder.replace(name=encoder, revision=None),
-        language_model=recipe.language_model.replace(name=decoder, revision=None),
-        bridge=bridge.replace(
-            projection=kind, position_embeddings=False, standardize_features=False
-        ),
-        data_dir=str(data),
-        checkpoint_dir=str(run_dir / "checkpoints"),
-        log_dir=str(run_dir / "logs"),
-    )
 
 
 def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -229,10 +218,6 @@ def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
     Args:
         path: a checkpoint, or the folder of a run, whose best one in full precision is taken.
-
-    Raises:
-        CheckpointError: no checkpoint, or one of a captioner that is no PVT + projection + BLIP.
-        ModelError: a part cannot be loaded.
     """
     folders = (Path(path), Path(path) / "checkpoints")
     whole = [f / name for f in folders for name in (checkpoints.BEST, checkpoints.LATEST)]

@@ -28,6 +28,7 @@ ACCURACIES = {
     "colour_shape_accuracy": "color_shape", "relation_accuracy": "relation",
     "colour_accuracy": "color", "shape_accuracy": "shape", "count_accuracy": "count",
 }  # fmt: skip
+SCORES = ("visual_gain", "CIDEr", "BLEU-4", "perplexity", "versions")
 
 
 def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, Any], Evaluation]:
@@ -55,20 +56,14 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, An
     evaluation = evaluate_captioner(
         captioner, images, decode=recipe.decode, validate=captioner.validate, batch_size=32
     )
-    verdicts = [judge_caption(p.caption, p.image.captions[0]) for p in evaluation.predictions]
 
     logger.info(f"4/4 writing {output_dir / 'report.html'}")
-    write_evaluation(
-        evaluation,
-        output_dir,
-        title=TITLE,
-        recipe_yaml=recipe.to_yaml(),
-        curves=read_curves(log_dir),
-    )
-    scores = ("visual_gain", "CIDEr", "BLEU-4", "perplexity", "versions")
+    curves, recipe_yaml = read_curves(log_dir), recipe.to_yaml()
+    write_evaluation(evaluation, output_dir, title=TITLE, recipe_yaml=recipe_yaml, curves=curves)
+    verdicts = [judge_caption(p.caption, p.image.captions[0]) for p in evaluation.predictions]
     metrics = {
         **{name: _share([v[kind] for v in verdicts]) for name, kind in ACCURACIES.items()},
-        **{name: evaluation.metrics[name] for name in scores},
+        **{name: evaluation.metrics[name] for name in SCORES},
         "num_images": len(images),
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),

@@ -9,12 +9,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
+from demo_server import noise
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -50,26 +49,10 @@ def test_order_is_kept_over_files_folders_and_globs(
     glob = images[0].parent / "test-0[45].jpg"
     result = caption(images[3], tmp_path, images[1], glob, "--json")
     assert result.returncode == 0, result.stderr
-    names = [Path(row["image"]).name for row in json.loads(result.stdout)]
+    rows = json.loads(result.stdout)
+    names = [Path(row["image"]).name for row in rows]
     assert names == ["test-03.jpg", "a.jpg", "b.png", "test-01.jpg", "test-04.jpg", "test-05.jpg"]
-
-
-def test_json_has_image_caption_and_score(
-    caption: Callable, images: list[Path], tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no image")
-    result = caption(images[0], broken, images[1], "--json")
-    assert result.returncode == 1
-    first, error, last = json.loads(result.stdout)
-    for row, path in ((first, images[0]), (last, images[1])):
-        assert row.keys() == {"image", "caption", "score"}
-        assert row["image"] == str(path)
-        assert isinstance(row["caption"], str)
-        assert row["score"] < 0
-    assert error.keys() == {"image", "error"}
-    assert error["image"] == str(broken)
-    assert result.stderr == f"{broken}: {error['error']}\n"
+    assert all(row.keys() == {"image", "caption", "score"} and row["score"] < 0 for row in rows)
 
 
 def test_lines_name_their_image_where_there_are_several(
@@ -98,11 +81,6 @@ def test_options_reach_the_generation(caption: Callable, images: list[Path]) -> 
     assert captions(*sample, "3") == captions(*sample, "3") != captions(*sample, "4")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it compiles there")
-def test_compilation_is_refused_without_a_gpu(caption: Callable, images: list[Path]) -> None:
-    assert "on NVIDIA GPUs" in caption(images[0], "--compile").stderr
-
-
 def png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(header))
@@ -111,14 +89,11 @@ def png_header(width: int, height: int) -> bytes:
 
 def test_hostile_images_cost_one_line_each(run: Path, tmp_path: Path, run_cli: Callable) -> None:
     """In a process of its own, as users start it."""
-    random = np.random.default_rng(0)
-    image = Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8))
+    image = noise(0, (30, 20))
     image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    Image.fromarray(random.integers(0, 65536, (20, 30), np.uint16)).save(tmp_path / "gray16.png")
     image.save(tmp_path / "animated.gif", save_all=True, append_images=[image.rotate(90)])
-    image.convert("RGBA").save(tmp_path / "glass.png")
-    image.convert("1").save(tmp_path / "bits.png")
-    image.convert("P").save(tmp_path / "palette.png", transparency=3)
+    for mode in ("RGBA", "1", "P", "I;16"):
+        image.convert("L" if mode == "I;16" else mode).convert(mode).save(tmp_path / f"{mode}.png")
     Image.new("RGB", (60_000, 1), "blue").save(tmp_path / "wide.png")
     image.resize((200, 200)).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()

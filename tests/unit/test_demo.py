@@ -17,11 +17,6 @@ def service(tiny_vit_dir: Path, tiny_llama_dir: Path) -> CaptionService:
     return tiny_service(tiny_vit_dir, tiny_llama_dir)
 
 
-def test_a_form_changes_the_settings_of_the_recipe(service: CaptionService) -> None:
-    changed = service.default_request.updated({"num_beams": "5", "temperature": "0.7"})
-    assert (changed.num_beams, changed.temperature, changed.max_new_tokens) == (5, 0.7, 6)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_beams", "0"), ("num_beams", "9" * 5000), ("temperature", "-1"), ("temperature", "nan"),
@@ -54,18 +49,13 @@ def test_alternatives_are_distinct_and_the_likeliest_comes_first(service: Captio
     assert [x.score for x in drawn] == sorted((x.score for x in drawn), reverse=True)
     request = request.updated({"temperature": 0, "num_beams": 2})
     assert len(service.answer(png(noise(2)), "a.png", request).captions) <= 2
-
-
-def test_the_summary_names_all_parts(
-    service: CaptionService, tiny_vit_dir: Path, tiny_llama_dir: Path
-) -> None:
-    for part in (tiny_vit_dir.name, tiny_llama_dir.name, "prefix", "runs/tiny"):
-        assert part in service.summary()
+    for part in ("tiny-vit", "tiny-llama", "prefix", "runs/tiny"):
+        assert part in service.summary
 
 
 def test_a_run_is_shown_with_curves_and_samples(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from vlm_bridge.demo.page import live_html
+    from vlm_bridge.demo.server import live_html
 
     assert "no training log" in live_html(tmp_path)
     events = [
@@ -85,7 +75,7 @@ def test_a_run_is_shown_with_curves_and_samples(tmp_path: Path) -> None:
 
 
 def test_the_command_names_the_missing_package(run_here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_bridge.cli.demo.find_spec", lambda name: None)
+    monkeypatch.setattr("vlm_bridge.cli.caption.find_spec", lambda name: None)
     result = run_here("demo")
     assert result.returncode == 2
     assert result.stderr == "error: the demo page needs gradio: pip install 'vlm-bridge[demo]'\n"

@@ -1,7 +1,5 @@
 """Captions from images. The bundled captioner is a folder that `save_pretrained` wrote."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

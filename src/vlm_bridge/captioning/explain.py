@@ -18,14 +18,11 @@ from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
 from vlm_bridge.model_architecture.captioner import image_attention
 
-__all__ = ["Explanation", "WordAttention", "attention_panels", "explain", "word_overlays"]
-
 UNLIMITED = 2**31  # tokens of an explained caption
 # Five colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
-EVEN_SCALE = 3.0
-"""Least top of the color scale, as a multiple of even attention; even maps then stay pale."""
+EVEN_SCALE = 3.0  # least top of the color scale, in even spreads: even maps stay pale
 NOTE = "Yellow: where a word looked most, and how many times an even spread that is"
 
 
@@ -64,12 +61,10 @@ def explain(
 ) -> Explanation:
     """Compute where each word looks, by the attention of the position that predicts it.
 
-    Attention is averaged over heads and layers, and normalized over the grid of the image: text,
-    start, class and register tokens are left out.
+    Attention is averaged over heads and layers, and normalized over the grid of the image.
 
     Args:
-        decode: how to generate the caption; None means the recipe's settings.
-        caption: explain this text instead of generating one.
+        caption: explain this text instead of generating one with `decode`.
 
     Raises:
         ImageError: the image cannot be read.
@@ -122,41 +117,32 @@ def group_words(
 def word_overlays(explanation: Explanation, image: Image.Image, side: int) -> list[Image.Image]:
     """Return the image under each word's heat map, in order; `side` pixels on the longer side.
 
-    Args:
-        image: in the size that `explain` was given.
+    Parts that the encoder does not see stay gray.
     """
-    shown = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    scale = (shown.width / image.width, shown.height / image.height) * 2
-    left, top, right, bottom = (round(x * s) for x, s in zip(explanation.area, scale, strict=True))
-    left, top = max(left, 0), max(top, 0)
-    right, bottom = max(min(right, shown.width), left + 1), max(min(bottom, shown.height), top + 1)
-    return [_overlay(shown, word, (left, top, right, bottom)) for word in explanation.words]
-
-
-def _overlay(
-    shown: Image.Image, word: WordAttention, area: tuple[int, int, int, int]
-) -> Image.Image:
-    """Return the gray image under a heat map; areas that the encoder does not see stay gray."""
-    left, top, right, bottom = area
-    ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
-    heat = Image.fromarray((word.map / ceiling).astype(np.float32))
-    heat_hw = np.asarray(heat.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
-    heat_hw = heat_hw.clip(0, 1)
+    gray = ImageOps.contain(image.convert("L"), (side, side), Image.Resampling.LANCZOS)
+    size = np.array([gray.width, gray.height])
+    area = np.array(explanation.area).reshape(2, 2) / image.size * size
+    start = area[0].round().clip(0, size - 1).astype(int)
+    stop = area[1].round().clip(start + 1, size).astype(int)
+    place, seen = tuple(start.tolist()), (*start.tolist(), *stop.tolist())
     stops = np.linspace(0, 1, len(HEAT))
-    colors_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
-    opacity_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
-    gray = shown.convert("L").convert("RGB")
-    covered = (1 - opacity_hw1) * np.asarray(gray.crop(area)) + opacity_hw1 * colors_hwc
-    gray.paste(Image.fromarray(covered.round().astype(np.uint8)), (left, top))
-    return gray
+    overlays = []
+    for word in explanation.words:
+        ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
+        heat = Image.fromarray((word.map / ceiling).astype(np.float32))
+        resized = heat.resize(tuple((stop - start).tolist()), Image.Resampling.BICUBIC)
+        heat_hw = np.asarray(resized).clip(0, 1)
+        colors_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
+        opacity_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
+        overlay = gray.convert("RGB")
+        covered = (1 - opacity_hw1) * np.asarray(overlay.crop(seen)) + opacity_hw1 * colors_hwc
+        overlay.paste(Image.fromarray(covered.round().astype(np.uint8)), place)
+        overlays.append(overlay)
+    return overlays
 
 
 def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Image:
-    """Draw the image above its caption, and a panel with the highest attention of each word.
-
-    Args:
-        image: in the size that `explain` was given.
-    """
+    """Draw the image above its caption, and a panel with the highest attention of each word."""
     overlays = word_overlays(explanation, image, max(TILE))
     panels = [SheetItem(image.convert("RGB"), explanation.caption)]
     for word, overlay in zip(explanation.words, overlays, strict=True):

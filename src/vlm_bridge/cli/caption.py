@@ -1,23 +1,29 @@
-"""`vlm-bridge caption`."""
+"""`vlm-bridge caption` and `vlm-bridge demo`."""
 
 from __future__ import annotations
 
 import json
+import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_bridge import __version__
 from vlm_bridge.cli import options
 from vlm_bridge.credentials import redact
-from vlm_bridge.errors import on_one_line
+from vlm_bridge.errors import UsageError, on_one_line
 
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
     from vlm_bridge.data_pipeline.isolated import ImageReader
 
+SETTINGS = ("num_beams", "max_new_tokens", "length_penalty", "object_bonus", "temperature", "seed")
+
 
 def caption(
+    context: typer.Context,
     paths: Annotated[list[str], typer.Argument(help="Images, folders of images, or globs.")],
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
@@ -44,7 +50,6 @@ def caption(
     Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are.
     A file that cannot be read is one line on stderr (exit code 1).
     """
-    from vlm_bridge.cli.quiet import quiet_transformers, without_garbage_collection
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.isolated import ImageReader
@@ -56,18 +61,14 @@ def caption(
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(config) if config else None
-    with without_garbage_collection():
+    with options.without_garbage_collection():
         from vlm_bridge.captioning.pipeline import Captioner
 
-        quiet_transformers()
+        options.quiet_transformers()
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
-    changes = {
-        "num_beams": 1 if do_sample and num_beams is None else num_beams,
-        "max_new_tokens": max_new_tokens, "length_penalty": length_penalty,
-        "object_bonus": object_bonus, "do_sample": do_sample or None,
-        "temperature": temperature, "seed": seed,
-    }  # fmt: skip
-    decode = captioner.recipe.decode.replace(**{k: v for k, v in changes.items() if v is not None})
+    sampling = {"do_sample": True, "num_beams": 1} if do_sample else {}
+    given = {name: value for name in SETTINGS if (value := context.params[name]) is not None}
+    decode = captioner.recipe.decode.replace(**sampling | given)
     with ImageReader(min(2, len(files))) as reader:
         results = captioner.caption(
             files, decode=decode, batch_size=batch_size, open_image=reader.open_image
@@ -114,3 +115,30 @@ def _write_explanations(
         attention_panels(explain(captioner, image, caption=result.caption), image).save(path)
         written[index] = str(path)
     return written
+
+
+def demo(
+    checkpoint: options.Checkpoint = None,
+    host: str = typer.Option("127.0.0.1", help="Address to serve on; 0.0.0.0 lets the network in."),
+    port: int = typer.Option(7860, min=0, max=65535, help="Port to serve on; 0 takes a free one."),
+    run: Path = typer.Option(None, "--run", help="A training run to show live in the second tab."),
+    device: options.Device = "auto",
+) -> None:
+    """Serve a page that captions images and shows a training run, and a JSON endpoint."""
+    if find_spec("gradio") is None:
+        raise UsageError("the demo page needs gradio: pip install 'vlm-bridge[demo]'")
+    with options.without_garbage_collection():
+        from vlm_bridge.captioning.pipeline import Captioner
+        from vlm_bridge.data_pipeline.isolated import ImageReader
+        from vlm_bridge.demo.server import serving
+        from vlm_bridge.demo.service import DECODE_TOGETHER, CaptionService
+        from vlm_bridge.quickstart import real_photographs
+
+        options.quiet_transformers()
+        captioner = Captioner.from_pretrained(checkpoint, device)
+    name = str(checkpoint or f"bundled with vlm-bridge {__version__}")
+    with ImageReader(DECODE_TOGETHER) as reader:
+        service = CaptionService(captioner, name, reader.open_image)
+        with serving(service, host, port, run=run, examples=real_photographs()) as address:
+            print(f"serving on {address} (Ctrl-C stops)", flush=True)
+            threading.Event().wait()

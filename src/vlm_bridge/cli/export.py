@@ -17,19 +17,8 @@ if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
 
 ORIGINAL_HEADS = 8  # of the original project's bridge; its checkpoints do not name them
-
-
-class Layout(StrEnum):
-    huggingface = "huggingface"
-    original = "original"
-
-
-class Dtype(StrEnum):
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    int8 = "int8"
-    int4 = "int4"
+Layout = StrEnum("Layout", ["huggingface", "original"])
+Dtype = StrEnum("Dtype", ["float16", "bfloat16", "float32", "int8", "int4"])
 
 
 def export(
@@ -38,15 +27,13 @@ def export(
     ],
     output_dir: Path = typer.Option(..., help="Where to write; made if need be."),
     format: Layout = typer.Option(
-        Layout.huggingface, help="A Hugging Face folder, or the original project's .pth."
+        "huggingface", help="A Hugging Face folder, or the original project's .pth."
     ),
     config: options.Config = None,
     dtype: Dtype = typer.Option(None, help="Of the weights. (default: as the checkpoint does)"),
     title: str = typer.Option(None, help="Title of the model card. (default: the folder's name)"),
     license: str = typer.Option(None, help="License for the model card, e.g. mit."),
-    dataset: str = typer.Option(
-        None, help="Training data for the model card, e.g. daniel3303/GroundCap."
-    ),
+    dataset: str = typer.Option(None, help="The card's training data, e.g. daniel3303/GroundCap."),
     metrics: Path = typer.Option(
         None, help="Scores for the model card. (default: the last evaluation in the run's folder)"
     ),
@@ -57,19 +44,18 @@ def export(
     private: bool = typer.Option(False, "--private", help="Make the hub's repository private."),
 ) -> None:
     """Write a trained captioner as a Hugging Face folder, or in the original project's layout."""
-    original = format is Layout.original
-    if original and (push_to_hub or dtype in (Dtype.int8, Dtype.int4)):
+    original = format == Layout.original
+    if original and (push_to_hub or dtype in ("int8", "int4")):
         raise UsageError("--push-to-hub, int8 and int4 are for Hugging Face folders: no --format")
     if private and not push_to_hub:
         raise UsageError("--private needs --push-to-hub REPO")
 
     from vlm_bridge.captioning import publish
-    from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.formats.dinov2_gemma import save_original
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
-    quiet_transformers()
+    options.quiet_transformers()
     target = output_dir / (checkpoints.BEST_WEIGHTS if original else checkpoints.WEIGHTS_NAME)
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists: choose another --output-dir, or give --overwrite")
@@ -78,7 +64,7 @@ def export(
     given = load_recipe(config) if config else None
     recipe = checkpoints.recipe_of(content, where, given, to_build=False)
     if dtype is not None:
-        content["weights"] = checkpoints.stored_as(content["weights"], dtype.value)
+        content["weights"] = checkpoints.stored_as(content["weights"], dtype.name)
     facts = publish.CardFacts(title, license, dataset, _scores(where, metrics))
     if original:
         save_original(target, recipe, content, where)
@@ -111,11 +97,8 @@ def _notes(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:
 
     for name in filter(is_local, [*recipe.vision_encoder.names, recipe.language_model.name]):
         yield f"{name} is a folder of this machine: others must have it in the same place"
-    if original and recipe.bridge.num_heads != ORIGINAL_HEADS:
-        yield (
-            f"the original project builds {ORIGINAL_HEADS} heads: construct its FullModel with "
-            f"bridge_num_heads={recipe.bridge.num_heads}"
-        )
+    if original and (heads := recipe.bridge.num_heads) != ORIGINAL_HEADS:
+        yield f"in the original project, construct its FullModel with bridge_num_heads={heads}"
     if not original and not facts.license:
         yield "the model card names no license: give --license, or edit README.md"
     if not original and not facts.metrics:

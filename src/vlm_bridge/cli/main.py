@@ -17,7 +17,6 @@ from vlm_bridge.cli import (
     caption,
     compare,
     data,
-    demo,
     doctor,
     evaluate,
     export,
@@ -41,7 +40,7 @@ HELP = (
 )
 COMMANDS = (
     quickstart.quickstart, caption.caption, evaluate.evaluate, compare.compare, report.report,
-    demo.demo, info.info, doctor.doctor, export.export, average.average, features.features,
+    caption.demo, info.info, doctor.doctor, export.export, average.average, features.features,
     new_decoder.new_decoder, train.train,
 )  # fmt: skip
 

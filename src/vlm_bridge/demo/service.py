@@ -48,27 +48,12 @@ class Request(BaseModel):
         )
 
     def updated(self, fields: Mapping[str, Any]) -> Request:
-        """Return the request with fields of a form.
-
-        Raises:
-            ConfigurationError: an unknown field, no number, or one out of bounds.
-        """
+        """Return the request with fields of a form. Raises ConfigurationError."""
         try:
             return Request(**{**self.model_dump(), **fields})
         except ValidationError as error:
             problem = error.errors()[0]
             raise ConfigurationError(f"{problem['loc'][0]}: {problem['msg']}") from None
-
-    def decode_settings(self, recipe: DecodeSettings) -> DecodeSettings:
-        """Return a recipe's settings with those of the request."""
-        sampled = self.temperature > 0
-        return recipe.replace(
-            num_beams=1 if sampled else self.num_beams,
-            do_sample=sampled,
-            temperature=self.temperature if sampled else 1.0,
-            length_penalty=self.length_penalty,
-            max_new_tokens=self.max_new_tokens,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,20 +87,19 @@ class CaptionService:
         open_image: Callable[[Any], Image.Image] = open_image,
     ):
         self.captioner = captioner
-        self.checkpoint = checkpoint
         self.open_image = open_image
-        self.default_request = Request.of(captioner.recipe.decode)
+        recipe, device = captioner.recipe, captioner.model.device
+        self.default_request = Request.of(recipe.decode)
+        parts = [*recipe.vision_encoder.names, recipe.bridge.kind, recipe.language_model.name]
+        names = " → ".join(Path(name).name for name in parts)
+        self.summary = f"{names}, on {device} ({checkpoint})"
         self._places = threading.Semaphore(DECODE_TOGETHER)
         self._turn = threading.Lock()
 
     def answer(
         self, content: bytes, name: str, request: Request, *, overlays: bool = False
     ) -> Answer:
-        """Caption an uploaded image.
-
-        Args:
-            content: of the file.
-            name: of the file, for messages.
+        """Caption the content of an uploaded file.
 
         Raises:
             DataError: the upload is too large or not an image.
@@ -127,18 +111,24 @@ class CaptionService:
             try:
                 image = self.open_image(content)
             except ImageError as error:
-                formats = "JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF or JPEG 2000"
-                raise DataError(f"{name}: {error.reason}; send a {formats}") from error
+                raise DataError(f"{name}: {error.reason}; send a JPEG, PNG or WebP") from error
             with self._turn:
                 return self._caption(image, request, overlays)
 
     def _caption(self, image: Image.Image, request: Request, overlays: bool) -> Answer:
         started = time.perf_counter()
-        decode = request.decode_settings(self.captioner.recipe.decode)
-        most = MOST_ALTERNATIVES if decode.do_sample else decode.num_beams
-        count = min(request.num_alternatives, most)
+        sampled = request.temperature > 0
+        decode = self.captioner.recipe.decode.replace(
+            num_beams=1 if sampled else request.num_beams,
+            do_sample=sampled,
+            temperature=request.temperature if sampled else 1.0,
+            length_penalty=request.length_penalty,
+            max_new_tokens=request.max_new_tokens,
+        )
+        count = request.num_alternatives
+        count = count if sampled else min(count, decode.num_beams)
         (found,) = self.captioner.candidates([image], count, decode=decode)
-        if decode.do_sample:
+        if sampled:
             found.sort(key=lambda candidate: -candidate.score)
         captions = list({candidate.caption: candidate for candidate in found}.values())
         words: list[tuple[WordAttention, Image.Image]] = []
@@ -147,9 +137,3 @@ class CaptionService:
             shown = word_overlays(explained, image, OVERLAY_SIDE)
             words = list(zip(explained.words, shown, strict=True))
         return Answer(captions, words, image, time.perf_counter() - started)
-
-    def summary(self) -> str:
-        """Return one line about the captioner's parts, checkpoint and device."""
-        recipe, device = self.captioner.recipe, self.captioner.model.device
-        parts = [*recipe.vision_encoder.names, recipe.bridge.kind, recipe.language_model.name]
-        return f"{' → '.join(Path(name).name for name in parts)}, on {device} ({self.checkpoint})"
