@@ -25,7 +25,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.cli.quiet import quiet_transformers
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.sources.base import SourceItem
+from vlm_bridge.data_pipeline.sources import SourceItem
 from vlm_bridge.data_pipeline.sources.scenes import Kind, Scene, Scenes, make_scene
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.model_architecture.new_decoder import DecoderSize, write_new_decoder

@@ -151,8 +151,8 @@ def read_local(suffix: str) -> Callable[[bytes, Path], None]:
         captions.write_bytes(content)
         source = LocalFolder(folder, captions)
         for item in source.items():
-            place = item.path and item.path.resolve()
-            assert item.stored or (place and place.is_relative_to(folder.resolve())), place
+            if isinstance(item.image, Path):
+                assert item.image.resolve().is_relative_to(folder.resolve()), item.image
         preview(source)
 
     return read
@@ -198,16 +198,16 @@ def read_exported(content: bytes, folder: Path) -> None:
 
 
 def read_parquet(content: bytes, folder: Path) -> None:
-    from vlm_bridge.data_pipeline.sources.base import iter_pictures
+    from vlm_bridge.data_pipeline.sources import iter_images
     from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
     from vlm_bridge.data_pipeline.sources.local import LocalFolder
 
     (folder / "train-0.parquet").write_bytes(content)
     with contextlib.suppress(VLMBridgeError):
-        decode_all(iter_pictures(LocalFolder(folder).items()))
+        decode_all(iter_images(LocalFolder(folder).items()))
     source = GroundCap(folder)
     source.facts()
-    decode_all(iter_pictures(source.items()))
+    decode_all(iter_images(source.items()))
 
 
 def read_shards(content: bytes, folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from shards import jpeg
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.samples import Skipped
-from vlm_bridge.data_pipeline.sources.base import iter_pictures
+from vlm_bridge.data_pipeline.sources import iter_images
 from vlm_bridge.data_pipeline.sources.caption_forms import read_captions
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.data_pipeline.transform import transform
@@ -197,7 +197,7 @@ def test_images_within_parquet_files_are_transformed(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), root / "data" / f"{part}-00000-of-00001.parquet")
     items = LocalFolder(root).items()
     assert [item.split for item in items] == ["train"] * 3 + ["val"] * 2
-    assert list(iter_pictures(items)) == [jpeg(n) for n in range(5)]
+    assert list(iter_images(items)) == [jpeg(n) for n in range(5)]
     transform(LocalFolder(root), tmp_path / "out")
     images = CaptionFolder.open(tmp_path / "out").split("val")
     assert [image.captions for image in images] == [("one 3", "two 3"), ("one 4", "two 4")]

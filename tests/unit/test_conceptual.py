@@ -158,5 +158,5 @@ def test_folders_without_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no shard \(\*\.tar\)"):
         Conceptual(tmp_path).items()
     write_tar(tmp_path / "00000.tar", [("readme.md", b"text")])
-    with pytest.raises(DataError, match=r"no whole sample in the 1 shards.*it has no image"):
+    with pytest.raises(DataError, match=r"no whole sample in 1 shards.*it has no image"):
         Conceptual(tmp_path).items()

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlm_bridge.cli.data import DatasetName, app
-from vlm_bridge.data_pipeline.sources import SOURCES
+from vlm_bridge.data_pipeline.sources import source_class
 
 TOOLS = ("sh", "curl", "unzip", "sha256sum")
 needs_tools = pytest.mark.skipif(
@@ -29,7 +29,7 @@ needs_tools = pytest.mark.skipif(
 def test_every_offer_names_page_licence_and_the_next_step(name: str) -> None:
     done = CliRunner().invoke(app, ["download", name, "--output-dir", "my data"])
     assert done.exit_code == 0, done.output
-    for part in ("# page: http", SOURCES[name].licence_note, f"--source {name}", "'my data"):
+    for part in ("# page: http", source_class(name).licence_note, f"--source {name}", "'my data"):
         assert part in done.output
     assert subprocess.run(["sh", "-n"], input=done.output, text=True).returncode == 0
 

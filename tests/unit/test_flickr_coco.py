@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.sources.coco import Coco
-from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
+from vlm_bridge.data_pipeline.sources.flickr_coco import Coco, Flickr8k, Flickr30k
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
 
@@ -247,11 +246,9 @@ def test_karpathy_names_2014_and_the_images_of_2017_are_found(coco2017: Path) ->
     items = source.items()
     assert [item.split for item in items] == ["train", "train", "val", "test", "test"]
     assert source.split_rule == "Karpathy's splits (dataset_coco.json), restval in train"
-    assert items[4].path == coco2017 / "val2017" / "000000000007.jpg"
+    assert items[4].image == coco2017 / "val2017" / "000000000007.jpg"
     without = Coco(coco2017, restval=False)
     assert [item.split for item in without.items()] == ["train", "val", "test", "test"]
-    left_out = [(entry.id, entry.reason) for entry in without.rejected]
-    assert left_out == [("restval", "1 images left out (--no-restval)")]
     assert "restval left out" in str(without.split_rule)
     assert {item.split for item in Coco(coco2017, year=2017).items()} == {"train", "val"}
     elsewhere = karpathy.rename(coco2017.parent / "splits.json")

@@ -11,7 +11,7 @@ import pytest
 from groundcap import frame, make_row, write_groundcap, write_rows
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.explore import describe_items
-from vlm_bridge.data_pipeline.sources import iter_pictures
+from vlm_bridge.data_pipeline.sources import iter_images
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
 from vlm_bridge.data_pipeline.transform import preview, transform
 from vlm_bridge.errors import DataError
@@ -34,7 +34,7 @@ def test_rows_become_images_with_clean_captions(dataset: Path) -> None:
     assert tagged["tt1000000_000000"] == [make_row(0, 12)["caption"]]
     some = items[::7]
     frames = [frame(int(item.image_id.split("_")[1])) for item in some]
-    assert list(iter_pictures(some)) == frames
+    assert list(iter_images(some)) == frames
 
 
 def test_films_stay_together_and_parts_are_as_near_as_they_allow(
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_named(dataset: Path, tmp_path: Path) -> None:
     damaged[200:3000] = bytes(2800)
     (tmp_path / "test-0.parquet").write_bytes(damaged)
     with pytest.raises(DataError, match=r"test-0\.parquet is damaged"):
-        list(iter_pictures(GroundCap(tmp_path).items()))
+        list(iter_images(GroundCap(tmp_path).items()))
 
 
 def test_the_hub_is_asked_for_parquet_files_alone(

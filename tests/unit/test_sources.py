@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_bridge.cli.data import SourceName
-from vlm_bridge.data_pipeline.sources import SOURCES, Rejected, find_source, make_source
+from vlm_bridge.data_pipeline.sources import Rejected, find_source, make_source
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.errors import DataError, UsageError
 
@@ -171,7 +170,7 @@ def test_malformed_caption_files_name_file_and_line(
 def test_names_in_another_spelling_find_their_image(tmp_path: Path, file: str, name: str) -> None:
     touch(tmp_path, file)
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": name, "caption": "x"}))
-    assert [item.path for item in LocalFolder(tmp_path).items()] == [tmp_path / file]
+    assert [item.image for item in LocalFolder(tmp_path).items()] == [tmp_path / file]
 
 
 def test_a_name_that_fits_several_files_is_skipped(tmp_path: Path) -> None:
@@ -237,7 +236,6 @@ def test_no_caption_file_or_several(images: Path) -> None:
 
 
 def test_sources_by_name(tmp_path: Path) -> None:
-    assert set(SOURCES) == {name.value for name in SourceName}
     assert make_source("scenes", num_train=1, num_val=2, num_test=3).items()[-1].split == "test"
     with pytest.raises(UsageError, match="unknown source"):
         make_source("flickr9k")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.sources import SOURCES
 from vlm_bridge.data_pipeline.splits import SplitBy
 
 if TYPE_CHECKING:
@@ -25,16 +26,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Option = typer.Option
-# Written out, since importing the originals would slow down --help; a test compares them.
 DatasetName = StrEnum("DatasetName", ["flickr30k", "coco", "conceptual"])
-SourceName = StrEnum(
-    "SourceName", ["groundcap", "flickr8k", "flickr30k", "coco", "conceptual", "local", "scenes"]
-)
 SplitKind = StrEnum("SplitKind", ["fractions", "official"])
 
 Name = Annotated[
-    SourceName | None,
-    Option(help="The dataset's layout. (default: found out; without --input-dir groundcap)"),
+    str | None,
+    Option(
+        metavar=f"[{'|'.join(SOURCES)}]",
+        help="The dataset's layout. (default: found out; without --input-dir groundcap)",
+    ),
 ]
 InputDir = Annotated[
     Path | None,
@@ -94,13 +94,13 @@ def download(
 
     import yaml
 
-    from vlm_bridge.data_pipeline.sources import SOURCES
+    from vlm_bridge.data_pipeline.sources import source_class
     from vlm_bridge.errors import UsageError
 
     if year not in (2014, 2017):
         raise UsageError(f"--year {year}: choose from 2014, 2017")
     downloads = yaml.safe_load((files("vlm_bridge") / "data_pipeline/downloads.yaml").read_text())
-    source, dataset = SOURCES[name], downloads[name]
+    source, dataset = source_class(name), downloads[name]
     folder = output_dir or Path("datasets") / name
     read_from = quote(str(folder / "shards" if name == "conceptual" else folder))
     print(
@@ -156,7 +156,7 @@ def explore_dataset(
     with show_progress("images measured") as report:
         result = explore.describe_items(items, report, count_tokens=count_tokens)
     shown = explore.sample_items(items, samples, seed)
-    result |= {"dataset": facts, "set_aside": _plain(skipped)}
+    result |= {"dataset": facts, "set_aside": [item._asdict() for item in skipped]}
     result["samples"] = explore.describe_samples(shown, keep_tags=keep_tags)
     if shown and not no_grid:
         grid = grid or Path("runs/explore") / f"{name}.png"
@@ -265,9 +265,9 @@ def inspect_loader(
         "source": folder.manifest.get("source", "unknown source"),
         "fingerprint": folder.fingerprint,
         "statistics": explore.describe_items(items),
-        "set_aside": _plain(skipped),
+        "set_aside": [item._asdict() for item in skipped],
         "pictures_decoded": len(checked),
-        "broken": _plain(broken),
+        "broken": [item._asdict() for item in broken],
         "first_batch": None,
     }
     if "train" in folder.splits:
@@ -396,11 +396,11 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
 
     from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
     from vlm_bridge.data_pipeline.images import decode_image
-    from vlm_bridge.data_pipeline.sources import iter_pictures
+    from vlm_bridge.data_pipeline.sources import iter_images
     from vlm_bridge.errors import ImageError
 
     tiles = []
-    for image, caption in zip(iter_pictures(items), captions, strict=True):
+    for image, caption in zip(iter_images(items), captions, strict=True):
         try:
             shown = image() if callable(image) else decode_image(image or b"").image
         except ImageError:
@@ -408,10 +408,6 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
         tiles.append(SheetItem(shown, caption))
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(tiles, path)
-
-
-def _plain(skipped: Iterable[Any]) -> list[dict[str, str]]:
-    return [{"id": item.id, "reason": item.reason} for item in skipped]
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

@@ -14,7 +14,7 @@ from vlm_bridge.data_pipeline.caption_folder import DataFolder
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, find_tags, strip_tags
 from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.data_pipeline.samples import ImageFile, Skipped
-from vlm_bridge.data_pipeline.sources.base import Rejected, SourceItem, iter_pictures
+from vlm_bridge.data_pipeline.sources import Rejected, SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.errors import ImageError
 
@@ -40,8 +40,8 @@ def folder_items(folder: DataFolder, skipped: list[Rejected]) -> list[SourceItem
         bad = Skipped(split)
         for image in folder.split(split, bad):
             captions = list(image.captions)
-            items.append(SourceItem(image.original_id, captions, split, path=image.path))
-        skipped += [Rejected(sample.where, sample.reason) for sample in bad.samples]
+            items.append(SourceItem(image.original_id, captions, split, image.path))
+        skipped += [Rejected(*sample) for sample in bad.samples]
     return items
 
 
@@ -86,7 +86,7 @@ def describe_items(
             "most_common": dict(vocabulary.most_common(20)),
         },
         "tags": count_tags(captions),
-        "unreadable": [{"id": item.id, "reason": item.reason} for item in unreadable],
+        "unreadable": [item._asdict() for item in unreadable],
     }
 
 
@@ -159,7 +159,7 @@ def read_images(
     """Apply ``read`` to stored images; return the values, and the images that fail."""
     values: list[Value] = []
     failed: list[Rejected] = []
-    for done, (item, image) in enumerate(zip(items, iter_pictures(items), strict=True), start=1):
+    for done, (item, image) in enumerate(zip(items, iter_images(items), strict=True), start=1):
         try:
             if image is None:
                 raise ImageError(item.image_id, "the source holds no image for it")

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -39,12 +39,12 @@ from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionSty
 from vlm_bridge.data_pipeline.images import decode_image
 from vlm_bridge.data_pipeline.isolated import ImageReader, result_of
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
-from vlm_bridge.data_pipeline.sources.base import (
-    Picture,
+from vlm_bridge.data_pipeline.sources import (
+    RawImage,
     Rejected,
     Source,
     SourceItem,
-    iter_pictures,
+    iter_images,
 )
 from vlm_bridge.data_pipeline.splits import (
     DUPLICATE_PRIORITY,
@@ -140,7 +140,7 @@ def transform(
     kept, duplicates = _drop_duplicates([p for p in plan.images if p.sha256])
     skipped = [*plan.skipped, *broken, *duplicates]
     if not kept:
-        causes = by_cause((item.id, item.reason) for item in skipped)[:NUM_CAUSES]
+        causes = by_cause(skipped)[:NUM_CAUSES]
         why = f": {'; '.join(causes)}" if causes else ""
         raise DataError(f"no usable image in source {source.name}{why}")
     facts["duplicates"] = {
@@ -150,7 +150,7 @@ def transform(
     }
     finds_near = source.finds_near_duplicates
     facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
-    facts["rejected"] = [asdict(item) for item in skipped]
+    facts["rejected"] = [item._asdict() for item in skipped]
     return _finish(source, writer, kept, facts)
 
 
@@ -301,7 +301,7 @@ def _make_images(
 ) -> list[Rejected]:
     """Make every image that is not there yet; return the broken ones."""
     broken: list[Rejected] = []
-    images = iter_pictures(p.item for p in planned)
+    images = iter_images(p.item for p in planned)
     tasks = (
         (p.image_id, image, writer.images_dir(p.split) / p.file_name, image_size)
         for p, image in zip(planned, images, strict=True)
@@ -318,7 +318,7 @@ def _make_images(
 
 
 def _run(
-    tasks: Iterator[tuple[str, Picture | None, Path, int]], processes: int
+    tasks: Iterator[tuple[str, RawImage | None, Path, int]], processes: int
 ) -> Generator[Hashes | ImageError]:
     """Yield the outcomes of tasks in order, from this process (0) or others."""
     with ImageReader(processes) if processes else nullcontext() as reader:
@@ -332,7 +332,7 @@ def _run(
                     yield error
 
 
-def _make_image(image_id: str, image: Picture | None, target: Path, image_size: int) -> Hashes:
+def _make_image(image_id: str, image: RawImage | None, target: Path, image_size: int) -> Hashes:
     """Decode or draw one image and put it where it belongs, unless it is there."""
     import imagehash
 
@@ -349,7 +349,7 @@ def _make_image(image_id: str, image: Picture | None, target: Path, image_size: 
     return pixels, looks, hashlib.sha256(content).hexdigest()
 
 
-def _content(image_id: str, image: Picture | None, image_size: int) -> tuple[bytes, Image.Image]:
+def _content(image_id: str, image: RawImage | None, image_size: int) -> tuple[bytes, Image.Image]:
     """Return the file to store, the image's own where training can read it, and its image."""
     if image is None:
         raise ImageError(image_id, "the source holds no image for it")

@@ -2,40 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem, iter_pictures
-from vlm_bridge.data_pipeline.sources.coco import Coco
-from vlm_bridge.data_pipeline.sources.conceptual import Conceptual
-from vlm_bridge.data_pipeline.sources.flickr import Flickr8k, Flickr30k
-from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
-from vlm_bridge.data_pipeline.sources.local import LocalFolder
-from vlm_bridge.data_pipeline.sources.scenes import Scenes
+from vlm_bridge.data_pipeline.captions import CaptionStyle
+from vlm_bridge.data_pipeline.parquet import ParquetImage, read_images
+from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
 
-# In the order in which a folder is recognized.
-_KINDS = (GroundCap, Flickr8k, Flickr30k, Coco, Conceptual, LocalFolder, Scenes)
-SOURCES: dict[str, type[Source]] = {kind.name: kind for kind in _KINDS}
+if TYPE_CHECKING:
+    from PIL import Image
 
-__all__ = [
-    "SOURCES",
-    "Rejected",
-    "Source",
-    "SourceItem",
-    "find_source",
-    "iter_pictures",
-    "make_source",
-]
+    from vlm_bridge.data_pipeline.samples import ImageFile
+
+# An image file, the bytes of one, or a function that draws the image.
+RawImage: TypeAlias = "ImageFile | bytes | Callable[[], Image.Image]"
+
+# Module and class, in the order in which a folder is recognized; imported when they are needed.
+SOURCES = {
+    "groundcap": "groundcap.GroundCap",
+    "flickr8k": "flickr_coco.Flickr8k",
+    "flickr30k": "flickr_coco.Flickr30k",
+    "coco": "flickr_coco.Coco",
+    "conceptual": "conceptual.Conceptual",
+    "local": "local.LocalFolder",
+    "scenes": "scenes.Scenes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceItem:
+    """One image with its captions as found.
+
+    Attributes:
+        split: None where the dataset does not decide it.
+        image: a file, a row of a parquet file, or a picklable function that draws it. Rows come in
+            the order of their files.
+        film: the film that the image is a frame of, if its id names one.
+    """
+
+    image_id: str
+    captions: list[str]
+    split: SplitName | None
+    image: ImageFile | ParquetImage | Callable[[], Image.Image]
+    film: str | None = None
+
+
+class Rejected(NamedTuple):
+    """A skipped image, caption or file, and the reason."""
+
+    id: str
+    reason: str
+
+
+@dataclass
+class Source:
+    """A dataset in its own layout.
+
+    Attributes:
+        finds_near_duplicates: whether perceptual hashes tell its images apart, and they are few
+            enough to compare every pair.
+        split_rule: how the dataset decides its splits; None where it leaves images to a rule.
+        rejected: what ``items`` skipped.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    licence_note: ClassVar[str]
+    default_caption_style: ClassVar[CaptionStyle] = "sentence"
+    finds_near_duplicates: ClassVar[bool] = True
+    needs_input_dir: ClassVar[bool] = True
+
+    split_rule: str | None = field(default=None, init=False)
+    rejected: list[Rejected] = field(default_factory=list, init=False)
+
+    @classmethod
+    def recognize(cls, folder: Path) -> str | None:
+        """Return the name of the file by which a folder is recognized as this dataset, or None."""
+        return None
+
+    @property
+    def default_split_rule(self) -> SplitRule:
+        """Rule for images whose split the dataset does not decide."""
+        return SplitRule()
+
+    def items(self) -> list[SourceItem]:
+        """Read the dataset. Raises DataError, with file and line, where it is malformed."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Return sizes, fields and types that the files state; empty where they state nothing."""
+        return {}
+
+
+def source_class(name: str) -> type[Source]:
+    """Return the class of a source; UsageError where there is none of that name."""
+    if name not in SOURCES:
+        raise UsageError(f"unknown source {name!r}: choose from {', '.join(SOURCES)}")
+    module, _, kind = SOURCES[name].partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), kind)
+
+
+def make_source(
+    name: str, input_dir: Path | None = None, captions_file: Path | None = None, **options: Any
+) -> Source:
+    """Return the source called ``name``, with those of the options that it has.
+
+    Raises UsageError or DataError if a name is unknown, or a folder or file is not there.
+    """
+    kind = source_class(name)
+    if input_dir is None and kind.needs_input_dir:
+        raise UsageError(f"source {name} needs --input-dir")
+    if input_dir is not None and not input_dir.exists():
+        raise DataError(f"no such folder: {input_dir} (--input-dir)")
+    if captions_file is not None and not captions_file.is_file():
+        raise DataError(f"no such caption file: {captions_file} (--captions-file)")
+    options |= {"input_dir": input_dir, "captions_file": captions_file}
+    known = {field.name for field in fields(kind) if field.init}
+    return kind(**{name: value for name, value in options.items() if name in known})
 
 
 def find_source(
     input_dir: Path | None = None, captions_file: Path | None = None
 ) -> tuple[str, str]:
-    """Return the name of the source that reads a folder or file, and the file that tells it.
+    """Return the name of the source that reads a folder or file, and the file that shows it.
 
     Raises:
-        DataError: no such folder, or nothing in it tells what it is.
+        DataError: no such folder, or nothing in it shows what it is.
     """
     if input_dir is None:
         return ("groundcap", "the hub") if captions_file is None else ("local", "")
@@ -47,8 +144,8 @@ def find_source(
     if captions_file is not None:
         name = captions_file.stem.removeprefix("dataset_")  # as Karpathy's files are called
         return name if name in ("coco", "flickr30k") else "local", captions_file.name
-    for name, source in SOURCES.items():
-        if file := source.recognize(input_dir):
+    for name in SOURCES:
+        if file := source_class(name).recognize(input_dir):
             return name, file
     raise DataError(
         f"cannot tell which dataset {input_dir} holds: no caption file, text files beside images, "
@@ -56,8 +153,14 @@ def find_source(
     )
 
 
-def make_source(name: str, **options: Any) -> Source:
-    """Return the source called ``name``; UsageError where there is none or an option is missing."""
-    if name not in SOURCES:
-        raise UsageError(f"unknown source {name!r}: choose from {', '.join(SOURCES)}")
-    return SOURCES[name].from_options(**options)
+def iter_images(items: Iterable[SourceItem]) -> Iterator[RawImage | None]:
+    """Yield the image of each item, None where a parquet file holds none for it.
+
+    Raises DataError if a parquet file is missing or damaged.
+    """
+    images = (item.image for item in items)
+    for is_row, group in groupby(images, key=lambda image: isinstance(image, ParquetImage)):
+        if is_row:
+            yield from read_images(row for row in group if isinstance(row, ParquetImage))
+        else:
+            yield from (image for image in group if not isinstance(image, ParquetImage))

@@ -9,7 +9,7 @@ import ast
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,11 +33,10 @@ MAX_CELL_LINES = 100  # a quote that is open for longer was opened by mistake
 _NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
 _LIST = re.compile(r"""\[(\s*["'].*)?\]""", re.DOTALL)
 _NO_COMMA = re.compile(r"""["']\s+["']""")  # numpy writes lists of texts so; Python joins them
-
 _CAPTION_NUMBER = re.compile(r"#\d+\s*$")
 
 Rows = Iterator[tuple[str, Any]]
-"""("file:line", values by the names of their fields) of each row."""
+"""("file:line", values by the names of their fields, or a ValueError) of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,51 +64,48 @@ def read_captions(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
 
     Raises DataError if the file as a whole cannot be read; damaged rows are ``skipped``.
     """
-    if path.suffix.lower() == ".parquet":
-        return _parquet_records(path, skipped)
-    return _records(FORMS.get(path.suffix.lower(), _table_rows)(path, skipped), skipped)
+    return _records(FORMS.get(path.suffix.lower(), _table_rows)(path), skipped)
 
 
 def read_sidecars(folder: Path, images: Iterable[str], skipped: Skipped) -> Iterator[CaptionRecord]:
     """Yield the captions of images from text files beside them, a caption a line."""
-    for image in images:
-        text = (folder / image).with_suffix(".txt")
-        for where, line in _lines_of(text, skipped) if text.is_file() else ():
-            yield from _records([(where, {"image": image, "caption": line})], skipped)
-
-
-def _skip(skipped: Skipped, where: str, reason: str) -> None:
-    skipped.total += 1
-    skipped.add(where, reason)
+    texts = ((image, (folder / image).with_suffix(".txt")) for image in images)
+    lines = ((image, line) for image, text in texts if text.is_file() for line in _lines_of(text))
+    return _records(((at, {"image": image, "text": line}) for image, (at, line) in lines), skipped)
 
 
 def _records(rows: Iterable[tuple[str, Any]], skipped: Skipped) -> Iterator[CaptionRecord]:
     for where, row in rows:
+        skipped.total += 1
         try:
             record = _make_record(where, row)
         except ValueError as error:
-            _skip(skipped, where, str(error))
+            skipped.add(where, str(error))
         else:
-            skipped.total += 1
             yield record
 
 
 def _make_record(where: str, row: Any) -> CaptionRecord:
     """Return the record of a row; ValueError where it has no image, captions or known split."""
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     image = next((row[name] for name in IMAGE_FIELDS if row.get(name) is not None), None)
-    if not is_text(image) or not image.strip():
+    if not isinstance(image, str) or not image.strip():
         raise ValueError(f"names no image (one of the fields {', '.join(IMAGE_FIELDS)})")
     texts = _texts_of(row)
+    if not all(map(is_text, (image, *texts))):
+        raise ValueError("not UTF-8 text")
     captions = tuple(text for text in texts if text.strip().lower() not in _NO_CAPTION)
-    record = CaptionRecord(where, image.strip(), captions, str(row.get("split") or ""))
-    if record.part and record.split is None:
-        raise ValueError(f"unknown split {shown(record.part)} (train, val or test)")
+    part, stored = str(row.get("split") or ""), row.get(ParquetImage)
+    record = CaptionRecord(where, image.strip(), captions, part, stored)
+    if part and record.split is None:
+        raise ValueError(f"unknown split {shown(part)} (train, val or test)")
     return record
 
 
-def _texts_of(row: dict[str, Any]) -> list[str]:
+def _texts_of(row: dict[Any, Any]) -> list[str]:
     """Return a row's captions, of a LLaVA conversation the first answer."""
     values = [row[name] for name in CAPTION_FIELDS if name in row]
     if not values and "conversations" in row:
@@ -126,7 +122,7 @@ def _texts_of(row: dict[str, Any]) -> list[str]:
     elif value != value:  # pandas writes NaN for an empty cell
         value = []
     texts = [text for text in value if text is not None] if isinstance(value, list) else [value]
-    if not all(map(is_text, texts)):
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("its caption is neither text nor a list of texts")
     return texts
 
@@ -146,29 +142,25 @@ def _listed(cell: str) -> list[str]:
     raise ValueError(f"a list of captions that cannot be read: {shown(cell)}")
 
 
-# --- lines and tables ---
-
-
-def _lines_of(path: Path, skipped: Skipped) -> Iterator[tuple[str, str]]:
-    """Yield ("file:line", text) for every line."""
+def _lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", text) for every line; bytes that are not UTF-8 make it no text."""
     for number, line in lines_of(path):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            _skip(skipped, f"{path}:{number}", "not UTF-8 text")
-        else:
-            yield f"{path}:{number}", text.rstrip("\r\n")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+        yield f"{path}:{number}", text.rstrip("\r\n")
 
 
-def _table_rows(path: Path, skipped: Skipped) -> Rows:
+# --- tables ---
+
+
+def _table_rows(path: Path) -> Rows:
     """Yield the rows of a table; a damaged row costs no other row.
 
     Commas, semicolons, tabs or bars part the cells. A table with tabs may have no header; its
     columns are image and caption.
     """
-    lines = _lines_of(path, skipped)
+    lines = _lines_of(path)
     where, first = next((line for line in lines if line[1].strip()), ("", ""))
-    if not first:
+    if not is_text(first) or not first:
         raise DataError(f"{path}: the caption file is empty or no UTF-8 text")
     delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in first else ","
     if delimiter not in first:
@@ -179,31 +171,18 @@ def _table_rows(path: Path, skipped: Skipped) -> Rows:
             raise DataError(f"{where}: the header must name {NEEDED}")
         header, lines = ["image", "caption"], chain([(where, first)], lines)
     column = next(n for n, name in enumerate(header) if name in IMAGE_FIELDS)
-    for where, cells in _split_rows(lines, delimiter, column, skipped):
-        if reason := _fit(cells, header, delimiter):
-            _skip(skipped, where, reason)
-        else:
-            yield where, dict(zip(header, cells, strict=True))
+    for where, cells in _split_rows(lines, delimiter, column):
+        yield where, _fit(cells, header, delimiter) if isinstance(cells, list) else cells
 
 
 def _split_rows(
-    lines: Iterable[tuple[str, str]], delimiter: str, column: int, skipped: Skipped
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield the cells of each row; a quoted cell may hold lines, but none that is a row itself.
-
-    With tabs and bars, a quote that does not close is text.
-    """
+    lines: Iterable[tuple[str, str]], delimiter: str, column: int
+) -> Iterator[tuple[str, list[str] | ValueError]]:
+    """Yield the cells of each row; a quoted cell may hold lines, but none that is a row itself."""
     start, text = "", ""
-
-    def damaged(reason: str) -> Iterator[tuple[str, list[str]]]:
-        if delimiter in "\t|":
-            yield from ((start, line.split(delimiter)) for line in text.splitlines())
-        else:
-            _skip(skipped, start, f"{reason}: put the cell in quotes and double those within it")
-
     for where, line in chain(lines, [("", "")]):
         if text and (not where or _begins_row(line.split(delimiter), column)):
-            yield from damaged(OPEN_QUOTE)
+            yield from _damaged(start, text, delimiter, OPEN_QUOTE)
             text = ""
         start = start if text else where
         text += f"{line}\n"
@@ -215,7 +194,8 @@ def _split_rows(
             is_open = "end of data" in str(error)
             if is_open and text.count("\n") < MAX_CELL_LINES:
                 continue
-            yield from damaged(OPEN_QUOTE if is_open else f"a stray double quote ({error})")
+            reason = OPEN_QUOTE if is_open else f"a stray double quote ({error})"
+            yield from _damaged(start, text, delimiter, reason)
         text = ""
 
 
@@ -225,8 +205,16 @@ def _begins_row(cells: list[str], column: int) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _fit(cells: list[str], header: list[str], delimiter: str) -> str:
-    """Bring the cells to the number of columns; return the reason where that is impossible."""
+def _damaged(
+    start: str, text: str, delimiter: str, reason: str
+) -> list[tuple[str, list[str] | ValueError]]:
+    if delimiter in "\t|":  # a quote that does not close is text
+        return [(start, line.split(delimiter)) for line in text.splitlines()]
+    return [(start, ValueError(f"{reason}: put the cell in quotes and double those within it"))]
+
+
+def _fit(cells: list[str], header: list[str], delimiter: str) -> dict[str, str] | ValueError:
+    """Return the cells by the names of their columns."""
     wanted, is_plain = len(header), delimiter in "\t|"
     while len(cells) > wanted and not cells[-1].strip():  # spreadsheets add empty cells
         cells.pop()
@@ -234,28 +222,29 @@ def _fit(cells: list[str], header: list[str], delimiter: str) -> str:
         glue = "| " if delimiter == "|" else delimiter  # blanks after a bar are not kept
         cells[wanted - 1 :] = [glue.join(cells[wanted - 1 :])]
     if len(cells) == wanted:
-        return ""
+        return dict(zip(header, cells, strict=True))
     hint = "" if is_plain else "; put captions with commas in double quotes"
-    return f"{len(cells)} cells instead of {wanted} ({delimiter.join(header)}){hint}"
+    columns = delimiter.join(header)
+    return ValueError(f"{len(cells)} cells instead of {wanted} ({columns}){hint}")
 
 
 # --- JSON and parquet ---
 
 
-def _json_lines(path: Path, skipped: Skipped) -> Rows:
-    for where, line in _lines_of(path, skipped):
+def _json_lines(path: Path) -> Rows:
+    for where, line in _lines_of(path):
         if line.strip():
             try:
                 yield where, parse_json(line)
             except ValueError as error:
-                _skip(skipped, where, f"not a JSON object ({error})")
+                yield where, ValueError(f"not a JSON object ({error})")
 
 
-def _json_rows(path: Path, skipped: Skipped) -> Rows:
+def _json_rows(path: Path) -> Rows:
     """Read JSON lines, a list of records (BLIP, LAVIS, LLaVA), or COCO's or Karpathy's form."""
     content = path.read_bytes().lstrip()
     if path.suffix.lower() == ".jsonl" and not content.startswith(b"["):
-        return _json_lines(path, skipped)
+        return _json_lines(path)
     try:
         document = parse_json(content)
     except ValueError as error:
@@ -263,7 +252,7 @@ def _json_rows(path: Path, skipped: Skipped) -> Rows:
             parse_json(content.partition(b"\n")[0])
         except ValueError:
             raise DataError(f"{path} is damaged or no JSON ({error}): get it again") from None
-        return _json_lines(path, skipped)
+        return _json_lines(path)
     if isinstance(document, list):
         return ((f"{path}: entry {number}", row) for number, row in enumerate(document))
     try:
@@ -281,11 +270,9 @@ def _coco_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]
     captions: dict[Any, list[str]] = {}
     for annotation in document["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    names = {image["id"]: str(image.get("file_name")) for image in document["images"]}
-    for image_id, name in names.items():
-        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and isinstance(image_id, int):
-            name = f"{image_id:012d}.jpg"  # COCO names images by their ids
-        yield image_id, {"image": name, "captions": captions.pop(image_id, [])}
+    for image in document["images"]:
+        texts = captions.pop(image["id"], [])
+        yield image["id"], {"image": image["file_name"], "captions": texts}
     for image_id, texts in captions.items():
         yield image_id, {"image": f"{shown(image_id)} (not listed)", "captions": texts}
 
@@ -297,7 +284,7 @@ def _karpathy_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, An
         yield number, {"image": image["filename"], "captions": captions, "split": image["split"]}
 
 
-def _parquet_records(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
+def _parquet_rows(path: Path) -> Rows:
     """Read columns as fields; the bytes of an image column are read later."""
     import pyarrow.types as types
 
@@ -309,18 +296,18 @@ def _parquet_records(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
         raise DataError(f"{path}: its columns must name {NEEDED}; it has {', '.join(schema.names)}")
     columns = [f"{name}.path" if name == stored else name for name in names]
     for number, (row_group, row, values) in enumerate(read_rows(path, columns)):
-        place = None
+        fields: dict[Any, Any] = values
         if stored is not None:
-            place = ParquetImage(path, row_group, row, stored)
-            values["image"] = (values.pop(stored) or {}).get("path") or f"{path.stem}-{number:06d}"
-        for record in _records([(f"{path}: row {number}", values)], skipped):
-            yield replace(record, stored=place)
+            fields[ParquetImage] = ParquetImage(path, row_group, row, stored)
+            fields["image"] = (values.pop(stored) or {}).get("path") or f"{path.stem}-{number:06d}"
+        yield f"{path}: row {number}", fields
 
 
-FORMS: dict[str, Callable[[Path, Skipped], Rows]] = {
+FORMS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
     ".csv": _table_rows,
     ".tsv": _table_rows,
     ".txt": _table_rows,
+    ".parquet": _parquet_rows,
 }

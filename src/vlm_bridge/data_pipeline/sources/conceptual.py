@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.shards import read_shard
-from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError, UsageError
 
@@ -51,34 +51,31 @@ class Conceptual(Source):
         split rule. About 1 kB of memory a sample, whatever the size of the shards.
         """
         self.rejected, self.split_rule = [], None
-        root = self.input_dir
-        shards = sorted(root.rglob("*.tar"), key=lambda path: path.relative_to(root).parts)
-        if not shards:
-            raise _no_shards(root)
+        names = sorted(path.relative_to(self.input_dir) for path in self.input_dir.rglob("*.tar"))
+        if not names:
+            raise _no_shards(self.input_dir)
         items: dict[str, SourceItem] = {}
-        names = [shard.relative_to(root) for shard in shards]
         parts: list[SplitName | None] = [_part_of(name) for name in names]
-        for shard, name, part in zip(shards, names, parts, strict=True):
+        for name, part in zip(names, parts, strict=True):
             # Keys start from zero in every run of img2dataset: train/ and val/ have the same ones.
             prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
             split = part if part != "train" or "val" in parts else None
+            shard = self.input_dir / name
             content = read_shard(shard)
-            for member, reason in content.skipped:
-                where = f"{name.as_posix()}:{member}" if member else name.as_posix()
-                self.rejected.append(Rejected(where, reason))
+            skipped = [
+                (f"{name.as_posix()}:{key}".rstrip(":"), why) for key, why in content.skipped
+            ]
             for image in content.images(shard):
-                image_id = prefix + image.original_id
-                if image_id in items:
-                    where = f"{name.as_posix()}:{image.original_id}"
-                    self.rejected.append(Rejected(where, "an earlier sample has this key"))
+                key = image.original_id
+                if prefix + key in items:
+                    skipped.append((f"{name.as_posix()}:{key}", "an earlier sample has this key"))
                 else:
-                    captions, path = [*image.captions], image.path
-                    items[image_id] = SourceItem(image_id, captions, split, path=path)
+                    item = SourceItem(prefix + key, [*image.captions], split, image.path)
+                    items[item.image_id] = item
+            self.rejected += [Rejected(*one) for one in skipped]
         if not items:
-            causes = by_cause((item.id, item.reason) for item in self.rejected)[:NUM_CAUSES]
-            raise DataError(
-                f"no whole sample in the {len(shards)} shards of {root}: {'; '.join(causes)}"
-            )
+            causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES])
+            raise DataError(f"no whole sample in {len(names)} shards of {self.input_dir}: {causes}")
         if all(item.split is not None for item in items.values()):
             self.split_rule = "the dataset's own parts, from the names of the shards"
         return list(items.values())
@@ -87,7 +84,7 @@ class Conceptual(Source):
 def _part_of(shard: Path) -> SplitName | None:
     """Return the part that a shard's path names: ``cc3m-train-0000.tar``, ``validation/0.tar``."""
     words = re.split(r"[-_./]", shard.with_suffix("").as_posix())
-    return next((split for word in words if (split := normalise_split(word)) is not None), None)
+    return next((split for split in map(normalise_split, words) if split is not None), None)
 
 
 def _no_shards(path: Path) -> DataError | UsageError:

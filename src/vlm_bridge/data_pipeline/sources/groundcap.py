@@ -11,19 +11,17 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlm_bridge.credentials import hub_problem
 from vlm_bridge.data_pipeline.captions import strip_tags
 from vlm_bridge.data_pipeline.parquet import ParquetImage, count_rows, read_rows, schema_of
-from vlm_bridge.data_pipeline.sources.base import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
 HUB_NAME = "daniel3303/GroundCap"
-ID, IMAGE, CAPTION = "id", "image", "caption"
 # IMDb's number of a title, as MovieNet names its films; not the end of another word.
 _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
 
@@ -52,10 +50,10 @@ class GroundCap(Source):
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
-        for path in islice(folder.rglob("*.parquet"), 1):
-            with suppress(DataError):  # a damaged file tells nothing
-                if {ID, IMAGE, CAPTION, "detections"} <= set(schema_of(path).names):
-                    return path.relative_to(folder).as_posix()
+        path = next(folder.rglob("*.parquet"), None)
+        with suppress(DataError):  # a damaged file shows nothing
+            if path and {"id", "image", "caption", "detections"} <= set(schema_of(path).names):
+                return path.relative_to(folder).as_posix()
         return None
 
     @property
@@ -70,14 +68,14 @@ class GroundCap(Source):
         items: dict[str, SourceItem] = {}
         for path, part in self._files:
             split = part if self.official_split and part == "test" else None
-            for number, (row_group, row, values) in enumerate(read_rows(path, [ID, CAPTION])):
-                image_id, caption = values[ID], values[CAPTION] or ""
+            for number, (row_group, row, values) in enumerate(read_rows(path, ["id", "caption"])):
+                image_id, caption = values["id"], values["caption"] or ""
                 if not image_id:
                     self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
                     continue
                 film = _FILM.search(image_id)
-                stored = ParquetImage(path, row_group, row, IMAGE)
-                item = SourceItem(image_id, [], split, stored=stored, film=film and film[0])
+                image = ParquetImage(path, row_group, row)
+                item = SourceItem(image_id, [], split, image, film and film[0])
                 item = items.setdefault(image_id, item)
                 if item.split == split:
                     item.captions.append(caption if self.keep_tags else strip_tags(caption))
@@ -99,6 +97,8 @@ class GroundCap(Source):
     @cached_property
     def _files(self) -> list[tuple[Path, SplitName | None]]:
         """The parquet files with their parts, those of the test part first."""
+        import pyarrow.types as types
+
         root = self.input_dir or _download()
         paths = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
         if not paths:
@@ -107,10 +107,15 @@ class GroundCap(Source):
                 "files (your own images: --source local)"
             )
         for path in paths:
-            _check_columns(path)
-        order: tuple[SplitName | None, ...] = ("test", "val", "train", None)
-        found: list[tuple[Path, SplitName | None]]
-        found = [(path, part) for part in order for path in paths if _part_of(path) == part]
+            kinds = {field.name: field.type for field in schema_of(path)}
+            if not ({"id", "image", "caption"} <= kinds.keys() and types.is_struct(kinds["image"])):
+                raise DataError(
+                    f"{path} is not GroundCap: it needs columns id, caption and image (a struct of "
+                    f"bytes and path), and has {', '.join(kinds)}"
+                )
+        order = ("test", "val", "train", None)
+        found: list[tuple[Path, SplitName | None]] = [(path, _part_of(path)) for path in paths]
+        found.sort(key=lambda file: order.index(file[1]))
         if self.official_split and found[0][1] != "test":
             raise DataError(f"--split official: {root} has no test part (test-*.parquet)")
         return found
@@ -121,26 +126,13 @@ def _part_of(path: Path) -> SplitName | None:
     return normalise_split(path.stem.split("-")[0]) or normalise_split(path.parent.name)
 
 
-def _check_columns(path: Path) -> None:
-    import pyarrow.types as types
-
-    schema = schema_of(path)
-    has_images = IMAGE in schema.names and types.is_struct(schema.field(IMAGE).type)
-    if not has_images or not {ID, CAPTION} <= set(schema.names):
-        raise DataError(
-            f"{path} is not GroundCap: it needs columns {ID}, {CAPTION} and {IMAGE} (a struct of "
-            f"bytes and path), and has {', '.join(schema.names)}"
-        )
-
-
 def _download() -> Path:
     """Return the hub's copy in the user's cache (1.9 GB; an interrupted download continues)."""
     from huggingface_hub import snapshot_download
 
+    files = "data/*.parquet"
     try:
-        return Path(
-            snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="data/*.parquet")
-        )
+        return Path(snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns=files))
     except Exception as error:  # of any library on the way to the hub
         why = hub_problem(error, HUB_NAME, "dataset") or f"{type(error).__name__}: {error}"
         raise DataError(

@@ -17,13 +17,12 @@ import itertools
 import math
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from vlm_bridge.data_pipeline.sources.base import Source, SourceItem
+from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import UsageError
 
@@ -32,19 +31,13 @@ RGB = tuple[int, ...]
 
 IMAGE_SIZE = 224
 COLORS: dict[str, RGB] = {
-    "red": (206, 24, 34),
-    "green": (24, 140, 52),
-    "blue": (28, 70, 208),
-    "yellow": (255, 224, 24),
-    "orange": (255, 128, 0),
-    "purple": (126, 36, 156),
-    "black": (14, 14, 16),
-    "white": (253, 253, 253),
-}
+    "red": (206, 24, 34), "green": (24, 140, 52), "blue": (28, 70, 208),
+    "yellow": (255, 224, 24), "orange": (255, 128, 0), "purple": (126, 36, 156),
+    "black": (14, 14, 16), "white": (253, 253, 253),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = ("small", "large")
 INVERSE = {"above": "below", "to the left of": "to the right of"}
-COUNT_WORDS = ("one", "two", "three", "four")
 
 
 class Kind(NamedTuple):
@@ -67,10 +60,7 @@ _SUPERSAMPLING = 4
 
 
 class SceneFacts(NamedTuple):
-    """The content of a caption.
-
-    With a relation (above, to the left of), ``kinds[0]`` stands in it to ``kinds[1]``.
-    """
+    """The content of a caption; in a relation, ``kinds[0]`` stands above or left of ``kinds[1]``."""
 
     kinds: tuple[Kind, ...]
     count: int = 1
@@ -184,29 +174,24 @@ def _jitter(color: RGB, rng: random.Random, amount: int) -> RGB:
 def _shapes() -> dict[str, list[Point]]:
     """Return outlines about the origin that reach about one unit every way, y downwards."""
     turn = [math.tau * i / 90 for i in range(90)]
-    tenths = [math.tau * i / 10 for i in range(10)]
+    star = [(r, math.tau * i / 10) for i, r in enumerate((1.1, 0.45) * 5)]
     quarters = ((1, 0), (0, 1), (-1, 0), (0, -1))  # cosines and sines
     arm = [(0.32, -1.0), (0.32, -0.32), (1.0, -0.32)]
-    heart = [
-        13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turn
-    ]
+
+    def height(t: float) -> float:
+        return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+
     return {
         "circle": [(math.cos(t), math.sin(t)) for t in turn],
         "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
         "triangle": [(0, -0.98), (1.02, 0.8), (-1.02, 0.8)],
-        "star": [
-            (r * math.sin(t), 0.08 - r * math.cos(t))
-            for t, r in zip(tenths, (1.1, 0.45) * 5, strict=True)
-        ],
+        "star": [(r * math.sin(t), 0.08 - r * math.cos(t)) for r, t in star],
         "cross": [(x * c - y * s, x * s + y * c) for c, s in quarters for x, y in arm],
-        "heart": [(math.sin(t) ** 3, (-y - 2.5) / 15.5) for t, y in zip(turn, heart, strict=True)],
+        "heart": [(math.sin(t) ** 3, (-height(t) - 2.5) / 15.5) for t in turn],
     }
 
 
 _OUTLINES = _shapes()
-
-
-# --- captions ---
 
 
 def describe(facts: SceneFacts) -> list[str]:
@@ -214,21 +199,18 @@ def describe(facts: SceneFacts) -> list[str]:
     nouns = [_noun(kind, 1 if facts.relation else facts.count, facts.size) for kind in facts.kinds]
     if facts.relation is not None:
         first, second = nouns
-        texts = [
-            f"{first} {facts.relation} {second}",
-            f"{second} {INVERSE[facts.relation]} {first}",
-        ]
+        inverse = f"{second} {INVERSE[facts.relation]} {first}"
+        texts = [f"{first} {facts.relation} {second}", inverse]
     else:
         texts = [nouns[0], f"there {'is' if facts.count == 1 else 'are'} {nouns[0]}"]
     return [f"{text[0].upper()}{text[1:]}." for text in texts]
 
 
 def _noun(kind: Kind, count: int, size: str | None) -> str:
-    article = COUNT_WORDS[count - 1]
-    if count == 1:
-        article = "an" if (size or kind.color)[0] in "aeiou" else "a"
+    one = "an" if (size or kind.color)[0] in "aeiou" else "a"
     plural = "" if count == 1 else "es" if kind.shape.endswith("s") else "s"
-    return " ".join(filter(None, (article, size, kind.color, kind.shape + plural)))
+    number = (one, "two", "three", "four")[count - 1]
+    return " ".join(filter(None, (number, size, kind.color, kind.shape + plural)))
 
 
 def parse_caption(text: str) -> SceneFacts | None:
@@ -266,14 +248,13 @@ def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
         raise ValueError(f"the reference is not a scene caption: {reference!r}")
 
     def facts_of(facts: SceneFacts) -> dict[str, object]:
+        kinds, count, size, relation = facts
+        colors, shapes = (sorted(names) for names in zip(*kinds, strict=True))
+        relation = relation and (kinds, relation)
         return {
-            "color_shape": Counter(facts.kinds),
-            "color": Counter(kind.color for kind in facts.kinds),
-            "shape": Counter(kind.shape for kind in facts.kinds),
-            "count": facts.count,
-            "size": facts.size,
-            "relation": facts.relation and (facts.kinds, facts.relation),
-        }
+            "color_shape": sorted(kinds), "color": colors, "shape": shapes,
+            "count": count, "size": size, "relation": relation,
+        }  # fmt: skip
 
     stated = facts_of(guess) if guess is not None else {}
     right = facts_of(truth).items()
@@ -302,19 +283,16 @@ class Scenes(Source):
         if min(self.num_train, self.num_val, self.num_test) < 0 or self.wordings not in (1, 2):
             raise UsageError("scenes need counts of images from 0 on, and 1 or 2 wordings")
         self.split_rule = "test shows held-out color-shape pairs only, train and val never do"
-        counts: tuple[tuple[SplitName, int], ...] = (
-            ("train", self.num_train), ("val", self.num_val), ("test", self.num_test),
-        )  # fmt: skip
+        counts: dict[SplitName, int]
+        counts = {"train": self.num_train, "val": self.num_val, "test": self.num_test}
         return [
-            SourceItem(
-                f"{split}-{index:06d}",
-                describe(make_scene(self.seed, split, index).facts)[: self.wordings],
-                split,
-                draw=functools.partial(_draw_scene, self.seed, split, index),
-            )
-            for split, count in counts
-            for index in range(count)
+            self._item(split, index) for split, count in counts.items() for index in range(count)
         ]
+
+    def _item(self, split: SplitName, index: int) -> SourceItem:
+        captions = describe(make_scene(self.seed, split, index).facts)[: self.wordings]
+        draw = functools.partial(_draw_scene, self.seed, split, index)
+        return SourceItem(f"{split}-{index:06d}", captions, split, draw)
 
 
 def _draw_scene(seed: int, split: SplitName, index: int) -> Image.Image:

@@ -1,0 +1,171 @@
+"""Flickr8k (Hodosh et al., 2013), Flickr30k (Young et al., 2014), COCO captions (Chen et al., 2015).
+
+COCO of 2014 and of 2017 have the same 123,287 images and split them differently. The number in a
+file name is the image's id in both: ``train2014/COCO_train2014_000000000009.jpg`` is
+``train2017/000000000009.jpg``. Images are found by id, also where Karpathy's file names 2014's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from vlm_bridge.data_pipeline.samples import Skipped
+from vlm_bridge.data_pipeline.sources import Rejected, SourceItem
+from vlm_bridge.data_pipeline.sources.caption_forms import RESTVAL, CaptionRecord
+from vlm_bridge.data_pipeline.sources.local import (
+    CaptionedFiles,
+    CaptionFile,
+    ImageFiles,
+    first_file,
+)
+from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.errors import DataError
+
+YEARS = (2017, 2014)
+PARTS: tuple[SplitName, ...] = ("train", "val")  # the captions of COCO's test part are not public
+KARPATHY = "dataset_coco.json"
+_COCO_IMAGE = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
+
+
+@dataclass
+class _Flickr(CaptionedFiles):
+    """Photographs with five human captions each, from the first of the usual files that is there.
+
+    Splits come with the captions where that file has some, or else from official lists.
+    """
+
+    split_lists: ClassVar[dict[str, SplitName]] = {}
+
+    def caption_files(self) -> list[CaptionFile]:
+        # Kaggle's captions.txt may be of any images: a folder is not recognized by it.
+        names = (*self.usual_files, "captions.txt")
+        path = self.captions_file or first_file(self.input_dir, *names)
+        if path is None:
+            raise DataError(f"{self.input_dir} is not {self.name}: no {', '.join(names)} in it")
+        return [(path, None)]
+
+    def items(self) -> list[SourceItem]:
+        items, self.split_rule = super().items(), None
+        if listed := self._listed():
+            self.split_rule = "official lists (train, dev as val, test)"
+            by_name = {item.image.name: item for item in items if isinstance(item.image, Path)}
+            unlisted = by_name.keys() - listed.keys()
+            self.rejected += [Rejected(name, "it is in no split list") for name in sorted(unlisted)]
+            return [replace(by_name[n], split=listed[n]) for n in listed if n in by_name]
+        if all(item.split is not None for item in items):
+            self.split_rule = f"Karpathy's splits ({self.caption_files()[0][0].name})"
+        return items
+
+    def _listed(self) -> dict[str, SplitName]:
+        """Return the split of every listed image; empty without lists."""
+        listed: dict[str, SplitName] = {}
+        for name, split in self.split_lists.items():
+            path = self.input_dir / name
+            lines = path.read_text("utf-8", errors="replace").split() if path.is_file() else ()
+            for image in lines:
+                if listed.setdefault(image, split) != split:
+                    raise DataError(f"{path}: {image} is also in the list of {listed[image]}")
+        return listed
+
+
+@dataclass
+class Flickr8k(_Flickr):
+    """8,000 photographs; an absent list file leaves its split empty."""
+
+    name = "flickr8k"
+    description = "Flickr8k: photographs of people and dogs, five human captions each"
+    licence_note = "Flickr photographs of many owners: research use only, not to be redistributed"
+    usual_files = ("dataset_flickr8k.json", "Flickr8k.token.txt")
+    split_lists: ClassVar = {
+        "Flickr_8k.trainImages.txt": "train",
+        "Flickr_8k.devImages.txt": "val",
+        "Flickr_8k.testImages.txt": "test",
+    }
+
+
+@dataclass
+class Flickr30k(_Flickr):
+    """31,783 photographs; 31,014 of them are in Karpathy's splits."""
+
+    name = "flickr30k"
+    description = "Flickr30k: photographs of everyday life, five human captions each"
+    licence_note = (
+        "Flickr photographs of many owners under Flickr's terms of use: for non-commercial "
+        "research and education only, not to be redistributed"
+    )
+    usual_files = (
+        "dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token",
+        "results.csv",
+    )  # fmt: skip
+
+
+@dataclass
+class Coco(CaptionedFiles):
+    """123,287 photographs with five human captions each (a few have six or seven).
+
+    Attributes:
+        captions_file: Karpathy's file; None takes ``dataset_coco.json`` if it is there.
+        year: of COCO's own splits; None takes Karpathy's, or else the newest.
+        restval: train on Karpathy's restval images too, as papers do: 113,287 training images
+            instead of 82,783.
+    """
+
+    name = "coco"
+    description = "COCO captions: photographs of common objects, five human captions each"
+    licence_note = (
+        "captions: CC BY 4.0, the COCO Consortium; photographs: Flickr's terms of use and the "
+        "licence that the annotations name for each, many of them non-commercial"
+    )
+    usual_files = (KARPATHY, *(f"captions_{part}{year}.json" for year in YEARS for part in PARTS))
+
+    year: int | None = None
+    restval: bool = True
+
+    def caption_files(self) -> list[CaptionFile]:
+        karpathy = self.captions_file
+        if karpathy is None and self.year is None:
+            karpathy = first_file(self.input_dir, KARPATHY)
+        if karpathy is not None:
+            restval = "in train" if self.restval else "left out"
+            self.split_rule = f"Karpathy's splits ({karpathy.name}), restval {restval}"
+            return [(karpathy, None)]
+        years = YEARS if self.year is None else (self.year,)
+        for year in years:
+            found: list[CaptionFile] = []
+            for part in PARTS:
+                if path := first_file(self.input_dir, f"captions_{part}{year}.json"):
+                    found.append((path, part))
+            if found:
+                self.split_rule = (
+                    f"COCO {year}'s own train and val; test is empty, since COCO keeps the "
+                    f"captions of its test images (Karpathy's {KARPATHY} has a test split)"
+                )
+                return found
+        raise DataError(
+            f"{self.input_dir} is not COCO: it has neither annotations/captions_train{years[0]}"
+            f".json nor {KARPATHY} (vlm-data download coco prints how to get them)"
+        )
+
+    def records(
+        self, images: ImageFiles, skipped: Skipped
+    ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
+        for record, file in super().records(images, skipped):
+            if self.restval or record.part != RESTVAL:
+                yield record, file
+
+    def find_image(self, images: ImageFiles, name: str, beside: Path) -> str | None:
+        """Return the name of an image's file by its name of either year."""
+        names = [name]
+        if match := _COCO_IMAGE.fullmatch(name.rpartition("/")[2]):
+            starts = ("", "COCO_train2014_", "COCO_val2014_")
+            names = [f"{start}{match[1]}.jpg" for start in starts]
+        found = (images.find(name, self.input_dir) for name in names)
+        return next(filter(None, found), None)
+
+    def image_id(self, name: str) -> str:
+        match = _COCO_IMAGE.fullmatch(Path(name).name)
+        return match[1] if match else Path(name).stem
