@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from typing import Literal
 
 SITE = "https://huggingface.co"
 HIDDEN = "***"
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-SHORTEST_TOKEN = 8  # hiding shorter values would garble text that has them by chance
-PROBE_SECONDS = 5.0
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _USER_OF_ADDRESS = re.compile(r"(:/{1,2})[^/\s@]+@")  # Path turns two slashes into one
 
@@ -24,7 +21,7 @@ def redact(text: str) -> str:
     """Hide the hub's token, what looks like one, and users and passwords of addresses."""
     for variable in TOKEN_VARIABLES:
         token = os.environ.get(variable, "").strip()
-        if len(token) >= SHORTEST_TOKEN:
+        if len(token) >= 8:  # shorter ones stand in other text by chance
             text = text.replace(token, HIDDEN)
     return _USER_OF_ADDRESS.sub(rf"\1{HIDDEN}@", _HUB_TOKEN.sub(HIDDEN, text))
 
@@ -43,7 +40,10 @@ def hub_problem(
         return None
     page = f"{SITE}/{name}" if kind == "model" else f"{SITE}/datasets/{name}"
     token = f"export HF_TOKEN=hf_...; tokens are made on {SITE}/settings/tokens"
-    causes = list(_causes(error))
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
@@ -53,16 +53,11 @@ def hub_problem(
     if caused_by(errors.RevisionNotFoundError):
         return f"it has no such revision; {page}/commits/main lists them"
     if caused_by(errors.RepositoryNotFoundError):
-        return (
-            f"it is no folder here and no public {kind} on {SITE}; check the name, or for a private "
-            f"one set HF_TOKEN to a token that may read it ({token})"
-        )
+        return f"it is no folder here and no public {kind} on {SITE}; if private, set HF_TOKEN ({token})"
     statuses = (getattr(getattr(e, "response", None), "status_code", None) for e in causes)
     if status := next((status for status in statuses if status in (401, 403)), None):
-        return (
-            f"the hub refused access to {page} ({status}): the token is missing, wrong or expired; "
-            f"set HF_TOKEN ({token})"
-        )
+        fault = "the token is missing, wrong or expired"
+        return f"the hub refused access to {page} ({status}): {fault}; set HF_TOKEN ({token})"
     offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
     # The hub's client is httpx or httpx2, whose errors share no base class with others.
     if caused_by(*offline, ConnectionError, TimeoutError) or any(
@@ -70,10 +65,8 @@ def hub_problem(
     ):
         mend = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
         folder = ", or give a folder made by save_pretrained" if kind == "model" else ""
-        return (
-            f"it is not in the hub's cache, and {constants.ENDPOINT} cannot be reached: "
-            f"{mend}{folder}"
-        )
+        hub = f"{constants.ENDPOINT} cannot be reached"
+        return f"it is not in the hub's cache, and {hub}: {mend}{folder}"
     return None
 
 
@@ -99,13 +92,7 @@ def hub_answers() -> bool:
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+        get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # of whichever client the hub's library uses
         return False
     return True
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

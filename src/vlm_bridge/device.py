@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -10,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,8 @@ from vlm_bridge.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
+# Environment variables that torchrun and accelerate launch set.
 LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"})
-"""Environment variables that torchrun and accelerate launch set."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -38,9 +38,7 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if not {"cpu": True, "cuda": has_cuda, "mps": has_mps}[device.type]:
         kind = "CUDA" if device.type == "cuda" else "Apple"
-        raise ConfigurationError(
-            f"device={name!r}, but torch sees no {kind} GPU here (see vlm-bridge doctor)"
-        )
+        raise ConfigurationError(f"device={name!r}, but torch sees no {kind} GPU here")
     return device
 
 
@@ -49,14 +47,12 @@ def process_rank() -> int:
     return int(os.environ["RANK"]) if os.environ.keys() >= LAUNCHED else 0
 
 
-def autocast(
-    device: torch.device, dtype_name: str | None
-) -> contextlib.AbstractContextManager[object]:
+def autocast(device: torch.device, dtype_name: str | None) -> AbstractContextManager[object]:
     """Return a new context of mixed precision; one without effect where `dtype_name` is None."""
     import torch
 
     if dtype_name is None:
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype_name))
 
 
@@ -67,7 +63,7 @@ def usable_cores() -> int:
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if sys.platform == "linux":
         cores = min(cores, len(os.sched_getaffinity(0)))
-    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+    with suppress(OSError, ValueError):  # no limit reads "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         cores = min(cores, -(-int(quota) // int(period)))
     return max(1, cores)
@@ -112,10 +108,8 @@ class DeviceCopy:
             self.tensors = [tensor.to(device) for tensor in tensors]
             return
         with torch.cuda.stream(stream := _copy_stream(device)):
-            self.tensors = [
-                tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
-                for tensor in tensors
-            ]
+            pinned = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+            self.tensors = [tensor.to(device, non_blocking=True) for tensor in pinned]
             self.done = stream.record_event()
 
     def wait(self) -> list[torch.Tensor]:
@@ -139,7 +133,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 def return_freed_memory() -> None:
     """Return freed memory to the system (glibc); batches of many lengths leave gigabytes of holes."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

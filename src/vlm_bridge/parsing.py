@@ -32,11 +32,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML document of plain values.
-
-    Raises:
-        ValueError: not YAML, too long, nested too deeply, or with too many aliases.
-    """
+    """Parse a YAML document of plain values. Raises ValueError if it is none, or too large."""
     if len(text) > MAX_YAML_CHARACTERS or len(_ALIAS.findall(text)) > MAX_YAML_ALIASES:
         raise ValueError(f"over {MAX_YAML_CHARACTERS:,} characters or {MAX_YAML_ALIASES} aliases")
     try:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from vlm_bridge import doctor
 from vlm_bridge.doctor import Check, run_checks
-from vlm_bridge.version import environment, java_version
+from vlm_bridge.evaluation.run import versions
+from vlm_bridge.metrics.java import java_version
 
 SECRET = "hf_averysecrettoken"
 
@@ -130,6 +131,6 @@ def test_the_lock_is_read_for_this_python(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_environment_names_versions() -> None:
-    found = environment()
+    found = versions()
     assert found["torch"] == metadata.version("torch")
     assert {"python", "vlm-bridge", "transformers", "pycocoevalcap"} <= set(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
@@ -17,7 +16,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
     checks = run_checks()
     if as_json:
-        rows = [dataclasses.asdict(check) for check in checks]
+        rows = [check._asdict() for check in checks]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         width = max(len(check.name) for check in checks)

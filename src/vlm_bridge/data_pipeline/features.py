@@ -40,7 +40,6 @@ from vlm_bridge.data_pipeline.images import check_image, open_image
 from vlm_bridge.data_pipeline.loader import in_batches, logged, prefetch
 from vlm_bridge.data_pipeline.samples import ImageFile, remembered, state_of
 from vlm_bridge.errors import DataError, ImageError
-from vlm_bridge.quantization import to_int8
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +189,19 @@ def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) ->
         return dict(json.loads(check()))
     place = remember_in / f".checked-{PIL.__version__}-{state_of(paths)}"
     return dict(json.loads(remembered(place, check)))
+
+
+def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row symmetrically (LLM.int8(), Dettmers et al. 2022).
+
+    Values are [..., D] and finite.
+
+    Returns:
+        Levels [..., D] in int8 and scales [..., 1] in float32; the product is off by half a scale.
+    """
+    values = values.float()
+    scales = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (values / scales).round().to(torch.int8), scales
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +27,9 @@ from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_repo
 from vlm_bridge.evaluation.run_folder import METRICS_NAME, REPORT_NAME, Curve
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import score_captions
+from vlm_bridge.metrics.java import java_version
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Validation
-from vlm_bridge.version import environment
 
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
@@ -104,11 +107,21 @@ def evaluate_captioner(
         "decode": decode.to_dict(),
         "tokenizer": scores.tokenizer,
         "skipped": scores.skipped | ({} if validation else NOT_MEASURED),
-        "versions": environment(),
+        "versions": versions(),
         "model": dict(model or {}),
         "data": {**(data or {}), "references": references_digest(images)},
     }
     return Evaluation(predictions, metrics)
+
+
+def versions() -> dict[str, str]:
+    """Return installed versions and the system; no names or paths of the machine."""
+    system = f"{platform.system()} {platform.machine()}"
+    found = {"python": platform.python_version(), "platform": system}
+    for name in ("vlm-bridge", "torch", "transformers", "accelerate", "pillow", "pycocoevalcap"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found | ({"java": java} if (java := java_version()) else {})
 
 
 def _caption(

@@ -41,6 +41,16 @@ def find_java() -> str:
     raise JavaError(f"no Java found; install it with: {install_java_command()}")
 
 
+def java_version() -> str | None:
+    """Return the first line of `java -version`; None without a working Java."""
+    try:
+        command = [find_java(), "-version"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (JavaError, OSError, subprocess.SubprocessError):
+        return None
+    return answer.stderr.partition("\n")[0]
+
+
 def run_java(
     arguments: Sequence[str], text: str = "", *, timeout_s: float, cwd: Path | None = None
 ) -> str:

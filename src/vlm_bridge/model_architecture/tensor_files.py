@@ -14,19 +14,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from vlm_bridge.data_pipeline.features import to_int8
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import parse_json
-from vlm_bridge.quantization import GROUP, from_int4, to_int4, to_int8
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 MAX_CONFIG_BYTES = 1_000_000  # a recipe has about 4,000
 MAX_PICKLE_BYTES = 4_000_000  # a training state of 1,000 tensors has about 300,000
 MAX_VALUES = 300_000  # a training state has about 5 a tensor, and 2,000 beside
 MAX_DEPTH = 50
+GROUP = 64  # numbers of a row that share a scale in 4 bits
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (str, int, float, bytes, type(None), torch.dtype, torch.device, argparse.Namespace)
-_UNPACK = {"int8_scale_of.": torch.mul, "int4_scale_of.": from_int4}
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -157,6 +157,34 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise CheckpointError(
             f"{folder} is damaged or is not an exported captioner: {error}"
         ) from error
+
+
+# --- numbers in 8 and 4 bits ---
+
+
+def to_int4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each `GROUP` of a row to 16 levels, as llama.cpp's Q4_0: the largest is level -8.
+
+    Values are [..., D] and finite, D a multiple of `GROUP`.
+
+    Returns:
+        Two levels a byte [..., D / 2] in uint8, and signed scales [..., D / `GROUP`] in bfloat16.
+    """
+    groups = values.float().unflatten(-1, (-1, GROUP))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (largest / -8).bfloat16()
+    levels = (groups / scales.float()).nan_to_num().round().clamp(-8, 7)
+    nibbles = (levels + 8).to(torch.uint8).flatten(-2)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4, scales.squeeze(-1)
+
+
+def from_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return values [..., D] of `to_int4`. Raises RuntimeError if shapes do not agree."""
+    levels = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).float() - 8
+    return (levels.unflatten(-1, (-1, GROUP)) * scales.float()[..., None]).flatten(-2)
+
+
+_UNPACK = {"int8_scale_of.": torch.mul, "int4_scale_of.": from_int4}
 
 
 def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:

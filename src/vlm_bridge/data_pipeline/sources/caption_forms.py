@@ -271,8 +271,10 @@ def _coco_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]
     for annotation in document["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     for image in document["images"]:
-        texts = captions.pop(image["id"], [])
-        yield image["id"], {"image": image["file_name"], "captions": texts}
+        image_id, name = image["id"], str(image.get("file_name"))
+        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and isinstance(image_id, int):
+            name = f"{image_id:012d}.jpg"  # COCO names images by their ids
+        yield image_id, {"image": name, "captions": captions.pop(image_id, [])}
     for image_id, texts in captions.items():
         yield image_id, {"image": f"{shown(image_id)} (not listed)", "captions": texts}
 
