@@ -111,7 +111,7 @@ def finetune_combined(
     from vlm_bridge.cli.progress import show_progress
     from vlm_bridge.cli.quiet import quiet_transformers
     from vlm_bridge.configuration import load_recipe, shipped_recipe
-    from vlm_bridge.training_strategy.saver import Interrupted
+    from vlm_bridge.training_strategy.resume import Interrupted
 
     quiet_transformers()
     shipped = shipped_recipe(finetuning.DATASETS[dataset.value].recipe)

@@ -32,7 +32,9 @@ def run_world(size: int, work: Callable[..., Any], *arguments: Any) -> list[Outc
     """Run a function of this module in ``size`` processes of one world; return outcomes by rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm_bridge.training_strategy.trainer", "accelerate"])
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     pipes, processes = [], []
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
@@ -49,12 +51,6 @@ def run_world(size: int, work: Callable[..., Any], *arguments: Any) -> list[Outc
             process.kill()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _outcome(pipe: Any) -> Outcome:
     assert pipe.poll(SECONDS), "the processes wait for each other"
     try:
@@ -69,14 +65,9 @@ def _member(
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({**where, **{name: str(number) for name, number in ranks.items()}})
     try:
         outcome = Outcome(work(*arguments))
     except Exception as error:
@@ -161,24 +152,14 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
             model, data.val, data.val_features, batch_images=3, autocast=nullcontext, world=world
         )
         decoded = validation.decode_and_score(
-            model,
-            data.format.prompt_ids,
-            data.val_images,
-            data.val_features,
-            recipe.decode,
-            nullcontext,
-            world,
-        )
+            model, data.format.prompt_ids, data.val_images, data.val_features, recipe.decode,
+            nullcontext, world,
+        )  # fmt: skip
         captioner = Captioner.from_pretrained(checkpoint, "cpu")
-        images = list(data.val_images)
         evaluation = evaluate_captioner(
-            captioner,
-            images,
-            decode=recipe.decode,
-            validate=captioner.validate,
-            batch_size=3,
-            world=world,
-        )
+            captioner, list(data.val_images), decode=recipe.decode, validate=captioner.validate,
+            batch_size=3, world=world,
+        )  # fmt: skip
     return [result, decoded, evaluation.predictions, evaluation.metrics]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from vlm_bridge.cli.main import run_training
 from vlm_bridge.configuration import DEFAULT_RECIPE
 from vlm_bridge.formats import dinov2_gemma
-from vlm_bridge.training_strategy.monitor import Sample, sample_statistics
+from vlm_bridge.training_strategy.validation import Sample, sample_statistics
 
 # A file in the original project's layout: no model is named.
 FLAT = """\

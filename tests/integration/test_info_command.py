@@ -46,13 +46,6 @@ def test_the_lite_models_need_no_weights(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_mistake_is_a_usage_error(run_here) -> None:
-    result = run_here("info", "bridge.kind=telepathy")
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert "bridge.kind='telepathy'" in result.stderr
-
-
 @pytest.mark.parametrize(("bridge", "language_model"), SYSTEMS)
 def test_counts_are_those_of_the_real_captioner(
     tiny_vit_dir: Path, bridge: str, language_model: str, request: pytest.FixtureRequest

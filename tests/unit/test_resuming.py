@@ -19,15 +19,13 @@ from same import assert_same_checkpoints
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import saver, trainer
+from vlm_bridge.training_strategy import resume, validation
 from vlm_bridge.training_strategy.resume import (
     AUTO,
-    dataset_changes,
-    dataset_facts,
+    Interrupted,
     find_run,
     resumed_recipe,
 )
-from vlm_bridge.training_strategy.saver import Interrupted
 from vlm_bridge.training_strategy.step import TrainStep
 from vlm_bridge.training_strategy.trainer import train
 
@@ -112,7 +110,7 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
 ) -> None:
     whole, recipe = (make_recipe(name, *BY_STEPS) for name in ("whole", "run"))
     train(whole)
-    work, seen = getattr(trainer, moment), []
+    work, seen = getattr(validation, moment), []
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         if not seen:
@@ -123,7 +121,7 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
         return work(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, moment, interrupted)
+        patch.setattr(validation, moment, interrupted)
         with pytest.raises(Interrupted) as caught:
             train(recipe)
     assert seen
@@ -143,12 +141,12 @@ def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first() -> None:
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         now = [100.0]
-        saver.time.monotonic = lambda: now[0]
-        with saver.Interruption().watched():
+        resume.time.monotonic = lambda: now[0]
+        with resume.Interruption().watched():
             signal.raise_signal(signal.SIGINT)
-            now[0] += saver.ECHO_SECONDS / 2
+            now[0] += resume.ECHO_SECONDS / 2
             signal.raise_signal(signal.SIGINT)  # what a launcher passes on
-            now[0] += 2 * saver.ECHO_SECONDS
+            now[0] += 2 * resume.ECHO_SECONDS
             signal.raise_signal(signal.SIGTERM)  # what a container adds
             os.write(writer, b"went on")
             signal.raise_signal(signal.SIGINT)
@@ -158,13 +156,10 @@ def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first() -> None:
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT  # 130 in a shell
 
 
-# `auto`.
-
-
 def test_auto_starts_anew_resumes_and_skips_damaged_checkpoints(
     make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "KEPT_STEP_CHECKPOINTS", 9)
+    monkeypatch.setattr(resume, "KEPT_STEP_CHECKPOINTS", 9)
     whole, recipe = (make_recipe(name, "save_every=1 step") for name in ("whole", "run"))
     train(whole, resume=AUTO)
     assert f"no checkpoint to resume from in {whole.checkpoint_dir}" in caplog.text
@@ -231,9 +226,6 @@ def test_the_latest_is_saved_every_so_many_minutes(
     assert saved == steps
 
 
-# Changes since.
-
-
 def test_other_settings_are_named_field_by_field_and_need_force(
     make_recipe: MakeRecipe,
     drawn_caption_folder: Path,
@@ -263,18 +255,6 @@ def test_other_settings_are_named_field_by_field_and_need_force(
     caplog.clear()
     assert train(other, resume=inside, force=True).steps == 6
     assert "changed by --force: learning_rate=0.5, was 0.01" in caplog.messages
-
-
-def test_datasets_are_compared_by_their_manifests() -> None:
-    manifest = {"source": "coco", "counts": {"train": {"images": 5}}, "fingerprint": "a", "x": [1]}
-    before = dataset_facts(manifest)
-    assert before == {"source": "coco", "counts.train.images": 5, "fingerprint": "a"}
-    now = dataset_facts({**manifest, "counts": {"train": {"images": 6}}, "fingerprint": "b"})
-    assert dataset_changes(before, now) == [
-        "data counts.train.images=6, was 5",
-        "data fingerprint=b, was a",
-    ]
-    assert dataset_changes({"fingerprint": "a"}, before) == []
 
 
 def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> None:

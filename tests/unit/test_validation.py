@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -85,24 +84,6 @@ def test_the_gain_is_the_loss_with_other_images_minus_the_loss(captioner: Captio
     swapped = validate(model, data, features[::-1].copy(), autocast=contextlib.nullcontext)
     assert right.visual_gain == pytest.approx(swapped.loss - right.loss, abs=1e-5)
     assert swapped.visual_gain == pytest.approx(-right.visual_gain, abs=1e-5)
-
-
-def test_no_image_is_its_own_wrong_image(captioner: Captioner) -> None:
-    data = tokenized(captioner)
-    read: list[list[int]] = []
-
-    class Remembering:
-        features = random_features(captioner.model, len(data)).numpy()
-
-        def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-            read.append(indices.tolist())
-            return self.features[indices]
-
-    validate(captioner.model, data, Remembering(), batch_images=2, autocast=contextlib.nullcontext)
-    right = [index for indices in read[::2] for index in indices]
-    wrong = [index for indices in read[1::2] for index in indices]
-    assert sorted(right) == sorted(wrong) == list(range(5))
-    assert all(one != other for one, other in zip(right, wrong, strict=True))
 
 
 def test_a_single_image_has_no_wrong_one_and_the_mode_stays(captioner: Captioner) -> None:

@@ -65,7 +65,7 @@ def train(
 def exit_when_interrupted() -> Iterator[None]:
     """Turn an interruption that was saved into one line and the signal's exit code."""
     from vlm_bridge import device
-    from vlm_bridge.training_strategy.saver import Interrupted
+    from vlm_bridge.training_strategy.resume import Interrupted
 
     try:
         yield

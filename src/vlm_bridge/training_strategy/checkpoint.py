@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +41,7 @@ ORIGINAL_TRAINING = "original_training"
 FORMAT_VERSION = 2
 # The original's losses count pads, so its best loss is not read.
 ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict")
-PARTS = ("weights", "model_state_dict", "recipe", "training")
+PARTS = {"weights", "model_state_dict", "recipe", "training"}
 STEP, STEP_PATTERN = "step_{:08d}.pth", "step_*.pth"
 LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
 BEST_WEIGHTS = "best_model_weights_only.pth"
@@ -69,10 +67,7 @@ def save_checkpoint(
         format_version: of the checkpoint that the weights were read from.
     """
     content = {
-        "format": FORMAT,
-        "format_version": format_version,
-        "versions": package_versions(),
-        "recipe": recipe.to_dict(),
+        **_header(recipe.to_dict(), format_version),
         "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
     }
     if training is not None:
@@ -80,18 +75,19 @@ def save_checkpoint(
     write_file(path, content)
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide what a step computes."""
-    packages = ("torch", "transformers", "accelerate", "numpy")
-    installed = {name: metadata.version(name) for name in packages}
-    return {"vlm_bridge": __version__, "python": platform.python_version(), **installed}
+def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``config.json`` of a Hugging Face folder."""
+    header = _header(recipe, content.get("format_version", FORMAT_VERSION))
+    return {"model_type": "vlm-bridge-captioner", **header}
 
 
-def keep_newest_steps(folder: Path, count: int) -> None:
-    """Delete all but the last written checkpoints of single steps."""
-    steps = sorted(folder.glob(STEP_PATTERN), key=lambda p: (p.stat().st_mtime_ns, p.name))
-    for old in steps[:-count]:
-        old.unlink(missing_ok=True)
+def _header(recipe: Mapping[str, Any], format_version: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": format_version,
+        "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
+        "recipe": dict(recipe),
+    }
 
 
 def discard_unfinished(folder: Path) -> None:
@@ -101,11 +97,7 @@ def discard_unfinished(folder: Path) -> None:
 
 
 def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the last saved checkpoint that a run can continue, with its content.
-
-    Raises:
-        CheckpointError: the newest was written by a newer vlm-bridge.
-    """
+    """Return the last saved checkpoint that a run can continue, with its content."""
     names = [path for pattern in (LATEST, BEST, STEP_PATTERN) for path in folder.glob(pattern)]
     for path in sorted(names, key=_when_saved, reverse=True):
         try:
@@ -129,9 +121,6 @@ def _when_saved(path: Path) -> float:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint: our own, the original project's, or an exported Hugging Face folder.
 
-    Args:
-        path: the file, or a folder that holds one.
-
     Returns:
         ``format``, ``format_version``, ``weights``; ``recipe`` and ``training`` where the file has
         them; ``original_training`` of the original project's.
@@ -146,11 +135,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = {**config, "weights": weights}
     else:
         content = read_file(path)
+    is_original = dinov2_gemma.is_original(content)
     try:
-        _check_layout(content)
+        _check_layout(content, is_original)
         if content.get("format_version", 1) > FORMAT_VERSION:
             raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
-        if dinov2_gemma.is_original(content):
+        if is_original:
             content = _from_original(content, path)
         check_weights(content["weights"])
     except ValueError as error:
@@ -161,14 +151,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_layout(content: Any) -> None:
+def _check_layout(content: Any, is_original: bool) -> None:
     """Refuse missing parts and parts of wrong types. Raises ValueError."""
-    is_original = dinov2_gemma.is_original(content)
     is_ours = isinstance(content, dict) and content.get("format") == FORMAT
     if not is_original and not (is_ours and {"recipe", "weights"} <= content.keys()):
         raise ValueError("it has other keys")
-    parts = [content[key] for key in PARTS if key in content]
-    if not all(isinstance(part, Mapping) for part in parts):
+    if not all(isinstance(content[key], Mapping) for key in PARTS & content.keys()):
         raise ValueError("a part of it is no mapping")
     check_content(content.get("recipe"), 0)  # no tensors
     for name, tensor in content["model_state_dict" if is_original else "weights"].items():
@@ -181,12 +169,11 @@ def _check_layout(content: Any) -> None:
 
 def _from_original(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Bring a checkpoint of dinov2-gemma's own code to our keys."""
-    weights = dinov2_gemma.from_original(content["model_state_dict"], path)
     recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
     return {
         "format": ORIGINAL_FORMAT,
         "format_version": content.get("format_version", 1) if recipe else FORMAT_VERSION,
-        "weights": weights,
+        "weights": dinov2_gemma.from_original(content["model_state_dict"], path),
         **recipe,
         ORIGINAL_TRAINING: {key: content[key] for key in ORIGINAL_ENTRIES if key in content},
     }
@@ -210,11 +197,12 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
         matrices = {name: tensor.float() for name, tensor in weights.items() if tensor.ndim >= 2}
         vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
         return stored_as(vectors, "float16") | quantized(matrices, bits=int(dtype[3:]))
-    stored = dict(weights)
-    for name in weights:
-        if not name.startswith("feature_scale."):
-            stored[name] = weights[name].to(getattr(torch, dtype))
-        if not stored[name].is_meta and not stored[name].isfinite().all():
+    stored = {
+        name: tensor if name.startswith("feature_scale.") else tensor.to(getattr(torch, dtype))
+        for name, tensor in weights.items()
+    }
+    for name, tensor in stored.items():
+        if not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} does not fit into {dtype}")
     return stored
 
@@ -222,8 +210,7 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
 def save_average(target: Path, paths: Sequence[Path]) -> None:
     """Write the mean of checkpoints' weights in float32, with the recipe of the first.
 
-    Raises:
-        CheckpointError: one is missing or damaged, or they are not of one architecture.
+    Raises CheckpointError where they are not of one architecture.
     """
     contents = [load_checkpoint(path) for path in paths]
     recipe = recipe_of(contents[0], paths[0], to_build=False)
@@ -236,17 +223,6 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
     }
     version = min(content["format_version"] for content in contents)
     save_checkpoint(target, recipe, mean, format_version=version)
-
-
-def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``config.json`` of a Hugging Face folder."""
-    return {
-        "model_type": "vlm-bridge-captioner",
-        "format": FORMAT,
-        "format_version": content.get("format_version", FORMAT_VERSION),
-        "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
-        "recipe": dict(recipe),
-    }
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -274,14 +250,9 @@ def has_checkpoint(path: str | Path) -> bool:
 
 
 def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
-    """Return `checkpoint_path` of a path, or download a model of the Hugging Face hub.
+    """Return `checkpoint_path` of a path, or download `owner/model` of the Hugging Face hub.
 
-    Args:
-        name: a path, or `owner/model` of the hub.
-        revision: branch, tag or commit of the hub's model.
-
-    Raises:
-        CheckpointError: nothing is there, or the hub does not give it.
+    Raises CheckpointError where nothing is there, or the hub does not give it.
     """
     path = Path(name)
     model = path.as_posix()
@@ -362,11 +333,7 @@ def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) 
 
 
 def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
-    """Refuse a checkpoint whose encoder, language model or bridge is not that of a recipe.
-
-    Raises:
-        CheckpointError: the keys that differ are named.
-    """
+    """Raise CheckpointError where encoder, language model or bridge are not those of a recipe."""
     has = (
         architecture(recipe_of(content, where, to_build=False))
         if "recipe" in content
@@ -388,12 +355,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
 
 
 def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
-    """Load a checkpoint's weights into a captioner.
-
-    Raises:
-        CheckpointError: it is of another architecture, or its bridge was trained on scaled
-            embeddings (format version 1).
-    """
+    """Load a checkpoint's weights into a captioner. Raises CheckpointError."""
     if content["format_version"] < 2 and model.edits_scaled_embeddings:
         raise CheckpointError(
             f"{where} was trained by an earlier vlm-bridge, whose bridge changed embeddings after "
@@ -404,11 +366,7 @@ def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
 
 
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Load trained weights into a captioner.
-
-    Raises:
-        CheckpointError: names or shapes differ.
-    """
+    """Load trained weights into a captioner. Raises CheckpointError where names or shapes differ."""
     _refuse(misfits(weights, model.trained_state_dict()), where)
     model.load_state_dict(weights, strict=False)
 

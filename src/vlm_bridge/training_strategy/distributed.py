@@ -1,8 +1,7 @@
 """Several processes, on one machine or more, that `torchrun` or `accelerate launch` started.
 
-Every process holds the whole model and computes its share of the rows of every batch. Gradients of
-the trained weights, a few percent of the parameters, are summed once a step. It does
-without DistributedDataParallel, which has no place for global token counts and empty shares.
+Every process computes its share of the rows of every batch; gradients are summed once a step.
+DistributedDataParallel has no place for global token counts and empty shares.
 """
 
 from __future__ import annotations
@@ -132,8 +131,7 @@ class GradientSum:
     """Sum gradients over all processes; the first step decides which parameters take part."""
 
     def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter]):
-        self.world = world
-        self.parameters = parameters
+        self.world, self.parameters = world, parameters
         self._taking_part: list[torch.nn.Parameter] | None = None
 
     @torch.no_grad()
@@ -192,8 +190,8 @@ def _join(device_name: str, size: int) -> World:
             )
         if (count := torch.cuda.device_count()) < local_size:
             raise ConfigurationError(
-                f"{local_size} processes were started on this machine, which has {count} GPUs: "
-                f"start one for each (--nproc-per-node {count}), or use device=cpu"
+                f"{local_size} processes share {count} GPUs: start one for each (--nproc-per-node "
+                f"{count}), or use device=cpu"
             )
         device = torch.device("cuda", local_rank)
     PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)

@@ -9,56 +9,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.files import append_line
-from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.training_strategy.step import StepSize
-from vlm_bridge.training_strategy.validation import DecodedValidation, Validation
+from vlm_bridge.training_strategy.validation import (
+    DecodedValidation,
+    Sample,
+    SampleStatistics,
+    Validation,
+)
 
 logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 8  # of a skipped step, on the console
 BLIND_VALIDATIONS = 3  # in a row with a visual gain below BLIND_BELOW before a warning
 KEPT = ("epoch_loss", "epoch_steps", "blind_validations")
-
-
-class Sample(NamedTuple):
-    """A generated caption with its image and references; tokens are without prompt and EOS."""
-
-    image: Image.Image
-    token_ids: Sequence[int]
-    caption: str
-    references: Sequence[str]
-
-
-class SampleStatistics(NamedTuple):
-    """Tokens per caption, distinct tokens over all tokens, and BLEU-4 of each caption (0 to 1)."""
-
-    mean_length: float
-    token_diversity: float
-    bleu4: list[float]
-
-    @property
-    def mean_bleu4(self) -> float:
-        return sum(self.bleu4) / len(self.bleu4)
-
-
-def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
-    """Compute length, diversity and BLEU-4, in simple tokens, of at least one caption."""
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    tokens = [token for sample in samples for token in sample.token_ids]
-    references = {i: simple_tokenize(sample.references) for i, sample in enumerate(samples)}
-    captions = {i: simple_tokenize([sample.caption]) for i, sample in enumerate(samples)}
-    _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
-    diversity = len(set(tokens)) / max(len(tokens), 1)
-    return SampleStatistics(len(tokens) / len(samples), diversity, list(map(float, by_caption[3])))
 
 
 class Monitor:
@@ -168,9 +138,8 @@ class Monitor:
         self._scalars(step, "val/", bleu4=result.bleu4, cider=result.cider)
         self._record("decoded", step, **vars(result))
 
-    def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Log captions beside their images and references, and their `sample_statistics`."""
-        statistics = sample_statistics(samples)
+    def samples(self, step: int, samples: Sequence[Sample], statistics: SampleStatistics) -> None:
+        """Log captions beside their images and references."""
         for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
             caption, reference = sample.caption, sample.references[0]
             logger.info(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")

@@ -1,16 +1,20 @@
-"""Find a checkpoint to continue, refuse one of another training, and continue from it."""
+"""Save a training, stop it on a signal, and continue it from a checkpoint."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-from vlm_bridge.configuration import Recipe, flat, published_recipe
-from vlm_bridge.errors import CheckpointError
+from vlm_bridge.configuration import Recipe, flat, parse_interval, published_recipe
+from vlm_bridge.errors import CheckpointError, TrainingError
 from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import TrainingData
@@ -21,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # the newest sound checkpoint in the recipe's checkpoint_dir, if there is one
 DATASET_FACTS = ("source", "counts", "split_rule", "seed", "settings", "fingerprint")
+KEPT_STEP_CHECKPOINTS = 3
+ECHO_SECONDS = 1.0  # within which torchrun repeats a Ctrl-C to processes that have had it
 
 
 class Found(NamedTuple):
@@ -31,11 +37,20 @@ class Found(NamedTuple):
     changes: Sequence[str] = ()
 
 
+class Interrupted(Exception):
+    """Training stopped on a signal after saving; ``exit_code`` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, signal_number: int, saved_to: Path):
+        self.exit_code = 128 + signal_number
+        self.saved_to = saved_to
+        super().__init__(f"interrupted; saved {saved_to}")
+
+
 def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """Return a checkpoint and its content; of a folder, the newest sound one."""
     path = Path(path)
     for folder in (path, path / "checkpoints"):
-        if folder.is_dir() and (found := checkpoints.newest_sound(folder)) is not None:
+        if found := checkpoints.newest_sound(folder):
             return found
     path = checkpoints.checkpoint_path(path)
     return path, checkpoints.load_checkpoint(path)
@@ -51,9 +66,8 @@ def find_checkpoint(
 ) -> Found | None:
     """Return the checkpoint that a training continues; None for a new run.
 
-    Raises:
-        CheckpointError: there is none, it is damaged, or (without ``force``) its recipe or the
-            data that ``manifest`` describes have changed.
+    Raises CheckpointError where it cannot be used, or, without ``force``, where its recipe or the
+    data that ``manifest`` describes have changed.
     """
     folder = Path(recipe.checkpoint_dir)
     if resume is None:
@@ -66,13 +80,11 @@ def find_checkpoint(
             content = world.from_first(lambda: checkpoints.load_checkpoint(start))
             checkpoints.check_architecture(content, recipe, start)
         return None
-    if str(resume) == AUTO:
-        found = world.from_first(lambda: checkpoints.newest_sound(folder))
-        if found is None:
-            logger.info(f"no checkpoint to resume from in {folder}: training starts anew")
-            return None
-    else:
-        found = world.from_first(lambda: find_run(resume))
+    is_auto = str(resume) == AUTO
+    find = (lambda: checkpoints.newest_sound(folder)) if is_auto else (lambda: find_run(resume))
+    if (found := world.from_first(find)) is None:
+        logger.info(f"no checkpoint to resume from in {folder}: training starts anew")
+        return None
     path, content = found
     checkpoints.check_architecture(content, recipe, path)
     if checkpoints.ORIGINAL_TRAINING in content:
@@ -129,9 +141,11 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
         return
     training = content["training"]
     try:
-        before = [group.get("param_names") for group in training["optimizer"]["param_groups"]]
-        now = [group["param_names"] for group in state.optimizer.state_dict()["param_groups"]]
-        if before[0] is not None and before != now:  # an early version wrote no names
+        before, now = (
+            [group["param_names"] for group in saved["param_groups"]]
+            for saved in (training["optimizer"], state.optimizer.state_dict())
+        )
+        if before != now:
             raise CheckpointError(
                 f"{path} has its optimizer's state for other groups of parameters: keep the "
                 "patterns under trainable in their order (their learning rates may change)"
@@ -152,9 +166,6 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     logger.info(f"resumed {path} at step {state.step} of {data.total_steps}")
     for change in changes:
         logger.info(f"changed by --force: {change}")
-    was, versions = content.get("versions", {}), checkpoints.package_versions()
-    if others := [f"{k}={v}, was {was[k]}" for k, v in versions.items() if was.get(k, v) != v]:
-        logger.info(f"other versions may round otherwise: {', '.join(others)}")
 
 
 def _continue_original(
@@ -184,12 +195,142 @@ def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[st
         by_name = {name: theirs[number] for number, name in enumerate(ORIGINAL_NAMES)}
         moments = {}
         for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-            exp_avg, exp_avg_sq = (by_name[name][key] for key in ("exp_avg", "exp_avg_sq"))
-            if not exp_avg.shape == exp_avg_sq.shape == parameter.shape:
+            moment = {key: by_name[name][key] for key in ("exp_avg", "exp_avg_sq")}
+            if any(tensor.shape != parameter.shape for tensor in moment.values()):
                 return False
-            step = torch.as_tensor(by_name[name]["step"])
-            moments[number] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+            moments[number] = {**moment, "step": torch.as_tensor(by_name[name]["step"])}
     except (KeyError, TypeError, AttributeError):
         return False
     optimizer.load_state_dict({"state": moments, "param_groups": ours["param_groups"]})
     return True
+
+
+class Saver:
+    """Save checkpoints of a state, with `dataset_facts`; it may be ``resumed`` from one."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        recipe: Recipe,
+        world: World,
+        dataset: Mapping[str, Any],
+        resumed: Path | None = None,
+    ):
+        self.state, self.recipe, self.world = state, recipe, world
+        self.facts = {"dataset": dataset, "dataset_fingerprint": dataset["fingerprint"]}
+        self.folder = Path(recipe.checkpoint_dir)
+        self.every = parse_interval(recipe.save_every)
+        self.saved_at = time.monotonic()
+        self.last_sound = resumed
+        is_latest = resumed and resumed.resolve() == (self.folder / checkpoints.LATEST).resolve()
+        self._latest_holds = self._position if is_latest else None
+        if world.is_first:
+            checkpoints.discard_unfinished(self.folder)
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.state.step, self.state.validated_step
+
+    def latest(self) -> Path:
+        """Save the latest checkpoint, unless it holds this state already."""
+        if self._latest_holds != self._position:
+            self._save(checkpoints.LATEST)
+            self._latest_holds = self._position
+        return self.folder / checkpoints.LATEST
+
+    def best(self) -> None:
+        """Save the best checkpoint, and its weights alone in bfloat16."""
+        self.check_weights()
+        if self.world.is_first:
+            weights = checkpoints.in_bfloat16(self.state.weights())
+            path = self.folder / checkpoints.BEST_WEIGHTS
+            checkpoints.save_checkpoint(path, self.recipe, weights)
+        self._save(checkpoints.BEST)
+
+    def after_step(self) -> None:
+        """Save where the recipe's ``save_every`` asks for it."""
+        (count, unit), state = self.every, self.state
+        if unit == "step" and state.step % count == 0:
+            self.step()
+        is_epoch = unit == "epoch" and state.step_in_epoch == 0 and state.epoch % count == 0
+        if is_epoch or (unit == "minute" and time.monotonic() - self.saved_at >= 60 * count):
+            self.latest()
+
+    def step(self) -> Path:
+        """Keep a checkpoint of this very step, and the newest few of its kind."""
+        path = self._save(checkpoints.STEP.format(self.state.step))
+        if self.world.is_first:
+            steps = self.folder.glob(checkpoints.STEP_PATTERN)
+            by_age = sorted(steps, key=lambda path: (path.stat().st_mtime_ns, path.name))
+            for old in by_age[:-KEPT_STEP_CHECKPOINTS]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def check_weights(self) -> None:
+        """Raise TrainingError if an update overflowed; waits for the device."""
+        if not self.state.is_finite():
+            before = self.last_sound
+            mend = f"resume {before}, the last checkpoint before that," if before else "start"
+            raise TrainingError(
+                f"stopped at step {self.state.step}: the weights are not finite any more, and were "
+                f"not saved: {mend} with a learning_rate below {self.recipe.learning_rate:g}"
+            )
+
+    def _save(self, name: str) -> Path:
+        self.check_weights()
+        path = self.folder / name
+        if self.world.is_first:
+            training, weights = {**self.state.state_dict(), **self.facts}, self.state.weights()
+            checkpoints.save_checkpoint(path, self.recipe, weights, training)
+        self.saved_at = time.monotonic()
+        self.last_sound = path
+        return path
+
+
+class Interruption:
+    """Receive SIGINT and SIGTERM: noted during a step, immediate in a validation.
+
+    A second Ctrl-C ends the program without saving.
+
+    Attributes:
+        received: number of the first signal; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._received_at = 0.0
+        self._saved_to: Path | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Receive signals inside this block, in the main thread."""
+        previous = {}
+        with suppress(ValueError):  # not in the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def immediate(self, saved_to: Path) -> Iterator[None]:
+        """Raise `Interrupted` for a signal inside this block, whose start is saved."""
+        self._saved_to = saved_to
+        try:
+            if self.received:
+                raise Interrupted(self.received, saved_to)
+            yield
+        finally:
+            self._saved_to = None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._received_at = number, time.monotonic()
+            if self._saved_to is not None:
+                raise Interrupted(number, self._saved_to)
+        elif number == signal.SIGINT and time.monotonic() - self._received_at > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)  # a shell sees 130
+            raise SystemExit(128 + number)  # process 1 of a container is spared by the kernel

@@ -31,6 +31,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.GradScaler
     average: WeightAverage | None = None
+    monitor: Monitor | None = None
     step: int = 0
     epoch: int = 0  # epochs finished
     step_in_epoch: int = 0
@@ -41,11 +42,15 @@ class TrainState:
     bad_validations: int = 0  # in a row without a new best
     skipped_steps: int = 0  # without a finite loss or gradient; they changed nothing
     skipped_in_a_row: int = 0
-    monitor: Monitor | None = None  # in the first process
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def last_epoch(self) -> int:
+        """0-based epoch of the last step; with its last step an epoch counts as finished."""
+        return self.epoch - 1 if self.step_in_epoch == 0 else self.epoch
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the weights to validate and save: the average, where there is one."""
@@ -77,12 +82,12 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint beside weights and recipe."""
-        monitor = {"monitor": self.monitor.state_dict()} if self.monitor is not None else {}
+        monitor = self.monitor.state_dict() if self.monitor is not None else {}
         average = self.average
         return {
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "early_stopping": {"best": self.best_watched, "bad_validations": self.bad_validations},
-            "running": {"skipped_in_a_row": self.skipped_in_a_row, **monitor},
+            "running": {"skipped_in_a_row": self.skipped_in_a_row, "monitor": monitor},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **random_states(self.device),
@@ -91,7 +96,6 @@ class TrainState:
 
     def load_state_dict(self, training: Mapping[str, Any], where: Path) -> None:
         """Continue from `state_dict`; the model's weights are loaded already."""
-        training = upgrade(training)
         if live := training.get("live_weights"):
             if not all_finite(live.values()):
                 raise ValueError("its live weights are not finite")
@@ -99,25 +103,21 @@ class TrainState:
             checkpoints.load_weights(self.model, weights, where)
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
-        progress = training["progress"]
+        progress = dict(training["progress"])
+        # Versions before this key saved a state after its validation.
+        progress.setdefault(
+            "validated_step", 0 if progress.get("owes_decoding") else progress["step"]
+        )
         if not all(type(progress[name]) is int and progress[name] >= 0 for name in POSITION):
             raise ValueError(f"its position is {progress}")
         for name in progress.keys() & set(PROGRESS):
             setattr(self, name, progress[name])
         self.best_watched = float(training["early_stopping"]["best"])
         self.bad_validations = int(training["early_stopping"]["bad_validations"])
-        running = training["running"]
-        self.skipped_in_a_row = running.get("skipped_in_a_row", 0)
+        self.skipped_in_a_row = training["running"]["skipped_in_a_row"]
         if self.monitor is not None:
-            self.monitor.load_state_dict(running.get("monitor", {}))
+            self.monitor.load_state_dict(training["running"]["monitor"])
         restore_random_states(training, self.device)
-
-
-def upgrade(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the state in a checkpoint of an earlier version to today's layout."""
-    progress = dict(training["progress"])
-    progress.setdefault("validated_step", 0 if progress.get("owes_decoding") else progress["step"])
-    return {**training, "progress": progress, "running": training.get("running", {})}
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -146,13 +146,12 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Continue from `random_states`; early versions saved torch's generators only."""
+    """Continue from `random_states`."""
     torch.set_rng_state(states["random_state"])
     if device.type == "cuda":
         for index, state in enumerate(states["cuda_random_state"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, index)
-    if "python_random_state" in states:
-        version, internal, gauss = states["python_random_state"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, key, *rest = states["numpy_random_state"]
-        np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python_random_state"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, key, *rest = states["numpy_random_state"]
+    np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))

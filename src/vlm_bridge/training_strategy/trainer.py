@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from vlm_bridge import device
-from vlm_bridge.configuration import DecodeSettings, Recipe, parse_interval
+from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
-from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.model_architecture.trainable import trained_parameters
@@ -26,19 +23,20 @@ from vlm_bridge.training_strategy import preflight
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
 from vlm_bridge.training_strategy.distributed import World, joined
-from vlm_bridge.training_strategy.monitor import Monitor, Sample
+from vlm_bridge.training_strategy.monitor import Monitor
 from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
 from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw
-from vlm_bridge.training_strategy.resume import continue_from, dataset_facts, find_checkpoint
-from vlm_bridge.training_strategy.saver import Interrupted, Interruption, Saver
+from vlm_bridge.training_strategy.resume import (
+    Interrupted,
+    Interruption,
+    Saver,
+    continue_from,
+    dataset_facts,
+    find_checkpoint,
+)
 from vlm_bridge.training_strategy.state import TrainState, seed_all
 from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep
-from vlm_bridge.training_strategy.validation import (
-    DecodedValidation,
-    Validation,
-    decode_and_score,
-    validate,
-)
+from vlm_bridge.training_strategy.validation import DecodedValidation, Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -83,16 +81,15 @@ def train(
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
-        optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
         objective = OBJECTIVES[recipe.objective](
             model, recipe, data.format, data.train_images, data.train, autocast
         )
-        monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
+        optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
         scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
-        state = TrainState(model, optimizer, scaler)
-        state.monitor = monitor if world.is_first else None
-        if recipe.weight_averaging is not None:
-            state.average = WeightAverage(model, recipe.weight_averaging)
+        decay = recipe.weight_averaging
+        average = None if decay is None else WeightAverage(model, decay)
+        monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
+        state = TrainState(model, optimizer, scaler, average, monitor)
         if found is None:
             start(state, data, initial_weights)
         else:
@@ -101,35 +98,31 @@ def train(
             state, objective, recipe, world,
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
         )  # fmt: skip
-        facts = {
-            "dataset": dataset_facts(folder.manifest), "dataset_fingerprint": folder.fingerprint
-        }  # fmt: skip
-        saver = Saver(state, recipe, world, facts, resumed=found and found.path)
-        judge = Judge(state, data, monitor, saver, autocast)
+        saver = Saver(state, recipe, world, dataset_facts(folder.manifest), found and found.path)
+        validator = Validator(state, data, monitor, saver, autocast)
         log_start(state, data, take_step)
         monitor.start(recipe.to_yaml())
-        if judge.is_finished and not judge.is_due:
+        if validator.is_finished and not validator.is_due:
             logger.info("nothing is left to train")
         model.train()
         interruption = Interruption()
         with closing(monitor), interruption.watched():
-            judge.validate_if_due(interruption)  # a resumed run stopped before it was done
-            while not judge.is_finished:
+            validator.validate_if_due(interruption)  # a resumed run stopped before it was done
+            while not validator.is_finished:
                 epoch, steps = state.epoch, data.steps_in_epoch(state.epoch)
                 for batches in data.steps(objective, epoch, state.step_in_epoch):
                     rate = take_step.learning_rate
                     monitor.step(take_step(batches, steps))
                     log_step(take_step, objective, data, monitor, rate, saver)
                     saver.after_step()
-                    judge.validate_if_due(interruption)
+                    validator.validate_if_due(interruption)
                     if signal_number := world.largest(interruption.received):
                         raise Interrupted(signal_number, saver.latest())
-                    if judge.is_finished:
+                    if validator.is_finished:
                         break
-        return TrainingResult(
-            Path(recipe.checkpoint_dir), state.step, time.perf_counter() - started,
-            state.best_loss, judge.validation, judge.decoded,
-        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        best, validation, decoded = state.best_loss, validator.validation, validator.decoded
+        return TrainingResult(saver.folder, state.step, seconds, best, validation, decoded)
 
 
 def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
@@ -238,107 +231,4 @@ def log_step(
             epoch, norm = last.place[0], last.gradient_norm
             monitor.training(state.step, data.total_steps, epoch, norm, **means)
     if is_epoch_end:
-        monitor.epoch(last_epoch(state))
-
-
-def last_epoch(state: TrainState) -> int:
-    """Return the 0-based epoch of the last step; with its last step an epoch counts as finished."""
-    return state.epoch - 1 if state.step_in_epoch == 0 else state.epoch
-
-
-class Judge:
-    """Validate when the recipe asks for it; decide the best checkpoint and the end of training.
-
-    The state is saved before a validation, so that an interrupted one is simply done again.
-    """
-
-    def __init__(
-        self,
-        state: TrainState,
-        data: TrainingData,
-        monitor: Monitor,
-        saver: Saver,
-        autocast: Callable[[], Any],
-    ):
-        self.state, self.data, self.recipe = state, data, data.recipe
-        self.monitor, self.saver, self.autocast = monitor, saver, autocast
-        self.every = parse_interval(self.recipe.validate_every)
-        self.validation: Validation | None = None
-        self.decoded: DecodedValidation | None = None
-
-    @property
-    def stops_early(self) -> bool:
-        patience = self.recipe.early_stopping_patience
-        return patience is not None and self.state.bad_validations >= patience
-
-    @property
-    def is_finished(self) -> bool:
-        return self.stops_early or self.state.step >= self.data.total_steps
-
-    @property
-    def is_due(self) -> bool:
-        state, (count, unit) = self.state, self.every
-        if state.validated_step == state.step or state.step >= self.data.total_steps:
-            return state.validated_step != state.step
-        if unit == "step":
-            return state.step % count == 0
-        return state.step_in_epoch == 0 and state.epoch % count == 0
-
-    def validate_if_due(self, interruption: Interruption) -> None:
-        """Validate, show samples, and save the best checkpoint."""
-        if not self.is_due:
-            return
-        state, data, saved_to = self.state, self.data, self.saver.latest()
-        with state.averaged(), interruption.immediate(saved_to):
-            self.validation = validate(
-                state.model, data.val, data.val_features, autocast=self.autocast, world=data.world
-            )
-            samples = self._samples()
-            self.decoded = self._decode(self.recipe.decoded_images)
-        self.monitor.validation(state.step, last_epoch(state), self.validation, data.val)
-        watched = self.validation.loss
-        if self.decoded is not None:
-            self.monitor.decoded(state.step, self.decoded)
-            if self.recipe.monitor != "loss":
-                score = self.decoded.score(self.recipe.monitor)
-                state.best_score = max(state.best_score, score)
-                watched = -score
-        if samples:
-            self.monitor.samples(state.step, samples)
-        state.best_loss = min(state.best_loss, self.validation.loss)
-        state.validated_step = state.step
-        if state.watch(watched):
-            self.saver.best()
-        if self.is_finished:
-            if self.stops_early:
-                patience = self.recipe.early_stopping_patience
-                logger.info(f"early stopping: no improvement in {patience} validations")
-            self.saver.latest()
-        self.monitor.restart_clock()
-
-    def _decode(self, count: int) -> DecodedValidation | None:
-        data = self.data
-        if not count:
-            return None
-        return decode_and_score(
-            self.state.model, data.format.prompt_ids, data.val_images[:count], data.val_features,
-            self.recipe.decode, self.autocast, data.world,
-        )  # fmt: skip
-
-    def _samples(self) -> list[Sample]:
-        """Caption the first validation images greedily, in the first process."""
-        data, model = self.data, self.state.model
-        count = min(self.recipe.num_validation_samples, len(data.val_images))
-        if not count or not data.world.is_first:
-            return []
-        model.eval()
-        greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
-        features = model.features(torch.as_tensor(data.val_features[np.arange(count)]))
-        with self.autocast():
-            captions = model.generate(features, data.format.prompt_ids, greedy)
-        model.train()
-        decode = model.language_model.decode
-        return [
-            Sample(open_image(image.path), ids, decode(ids), image.captions)
-            for image, (ids, _) in zip(data.val_images, captions, strict=False)
-        ]
+        monitor.epoch(state.last_epoch)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
-from vlm_bridge.configuration import DecodeSettings
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
+from vlm_bridge.configuration import DecodeSettings, parse_interval
+from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
+from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.device import DeviceCopy
-from vlm_bridge.metrics import score_without_java
+from vlm_bridge.metrics import score_without_java, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.distributed import World
+
+if TYPE_CHECKING:
+    from vlm_bridge.training_strategy.data import TrainingData
+    from vlm_bridge.training_strategy.monitor import Monitor
+    from vlm_bridge.training_strategy.resume import Interruption, Saver
+    from vlm_bridge.training_strategy.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 BLIND_BELOW = 0.05  # nats per token of visual gain
 DECODE_BATCH = 16
@@ -60,6 +71,27 @@ class DecodedValidation:
 
     def score(self, monitor: Literal["bleu4", "cider"]) -> float:
         return self.bleu4 if monitor == "bleu4" else self.cider
+
+
+class Sample(NamedTuple):
+    """A generated caption with its image and references; tokens are without prompt and EOS."""
+
+    image: Image.Image
+    token_ids: Sequence[int]
+    caption: str
+    references: Sequence[str]
+
+
+class SampleStatistics(NamedTuple):
+    """Tokens per caption, distinct tokens over all tokens, and BLEU-4 of each caption (0 to 1)."""
+
+    mean_length: float
+    token_diversity: float
+    bleu4: list[float]
+
+    @property
+    def mean_bleu4(self) -> float:
+        return sum(self.bleu4) / len(self.bleu4)
 
 
 @torch.no_grad()
@@ -173,11 +205,111 @@ def batch_loss(
     ids, labels, segments, supervised, features = batch.tensors.wait()
     image = model.image_inputs(model.features(features))
     return model.caption_loss(
-        ids,
-        labels,
-        segments,
-        image,
-        supervised_v=supervised,
-        weights_v=batch.weights,
+        ids, labels, segments, image, supervised_v=supervised, weights_v=batch.weights,
         label_smoothing=label_smoothing,
-    )
+    )  # fmt: skip
+
+
+def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
+    """Compute length, diversity and BLEU-4, in simple tokens, of at least one caption."""
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    tokens = [token for sample in samples for token in sample.token_ids]
+    references = {i: simple_tokenize(sample.references) for i, sample in enumerate(samples)}
+    captions = {i: simple_tokenize([sample.caption]) for i, sample in enumerate(samples)}
+    _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
+    diversity = len(set(tokens)) / max(len(tokens), 1)
+    return SampleStatistics(len(tokens) / len(samples), diversity, list(map(float, by_caption[3])))
+
+
+class Validator:
+    """Validate when the recipe asks for it; decide the best checkpoint and the end of training.
+
+    The state is saved before a validation, so that an interrupted one is simply done again.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        data: TrainingData,
+        monitor: Monitor,
+        saver: Saver,
+        autocast: Callable[[], Any],
+    ):
+        self.state, self.data, self.recipe = state, data, data.recipe
+        self.monitor, self.saver, self.autocast = monitor, saver, autocast
+        self.every = parse_interval(self.recipe.validate_every)
+        self.validation: Validation | None = None
+        self.decoded: DecodedValidation | None = None
+
+    @property
+    def stops_early(self) -> bool:
+        patience = self.recipe.early_stopping_patience
+        return patience is not None and self.state.bad_validations >= patience
+
+    @property
+    def is_finished(self) -> bool:
+        return self.stops_early or self.state.step >= self.data.total_steps
+
+    @property
+    def is_due(self) -> bool:
+        state, (count, unit) = self.state, self.every
+        if state.validated_step == state.step or state.step >= self.data.total_steps:
+            return state.validated_step != state.step
+        if unit == "step":
+            return state.step % count == 0
+        return state.step_in_epoch == 0 and state.epoch % count == 0
+
+    def validate_if_due(self, interruption: Interruption) -> None:
+        """Validate, log samples, and save the best checkpoint."""
+        if not self.is_due:
+            return
+        state, data, saved_to = self.state, self.data, self.saver.latest()
+        with state.averaged(), interruption.immediate(saved_to):
+            self.validation = validate(
+                state.model, data.val, data.val_features, autocast=self.autocast, world=data.world
+            )
+            samples = self._samples()
+            if count := self.recipe.decoded_images:
+                self.decoded = decode_and_score(
+                    state.model, data.format.prompt_ids, data.val_images[:count],
+                    data.val_features, self.recipe.decode, self.autocast, data.world,
+                )  # fmt: skip
+        watched = self.validation.loss
+        self.monitor.validation(state.step, state.last_epoch, self.validation, data.val)
+        if self.decoded is not None:
+            self.monitor.decoded(state.step, self.decoded)
+            if self.recipe.monitor != "loss":
+                score = self.decoded.score(self.recipe.monitor)
+                state.best_score = max(state.best_score, score)
+                watched = -score
+        if samples:
+            self.monitor.samples(state.step, samples, sample_statistics(samples))
+        state.best_loss = min(state.best_loss, self.validation.loss)
+        state.validated_step = state.step
+        if state.watch(watched):
+            self.saver.best()
+        if self.stops_early:
+            patience = self.recipe.early_stopping_patience
+            logger.info(f"early stopping: no improvement in {patience} validations")
+        if self.is_finished:
+            self.saver.latest()
+        self.monitor.restart_clock()
+
+    def _samples(self) -> list[Sample]:
+        """Caption the first validation images greedily, in the first process."""
+        data, model = self.data, self.state.model
+        count = min(self.recipe.num_validation_samples, len(data.val_images))
+        if not count or not data.world.is_first:
+            return []
+        model.eval()
+        greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
+        features = model.features(torch.as_tensor(data.val_features[np.arange(count)]))
+        with self.autocast():
+            captions = model.generate(features, data.format.prompt_ids, greedy)
+        model.train()
+        decode = model.language_model.decode
+        return [
+            Sample(open_image(image.path), ids, decode(ids), image.captions)
+            for image, (ids, _) in zip(data.val_images, captions, strict=False)
+        ]

@@ -1,0 +1,380 @@
+"""Sections and fields of recipes: strict pydantic models whose mistakes are one line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from vlm_bridge.credentials import holds_credential
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.parsing import shown
+
+ATTENTION = frozenset({"num_heads", "feed_forward_multiplier", "dropout"})
+RESAMPLER = ATTENTION | {"num_queries", "depth", "width", "position_embeddings"}
+BRIDGE_KEYS: dict[str, frozenset[str]] = {
+    "prefix": RESAMPLER,
+    "deep_prefix": RESAMPLER | {"enter_at_layer"},
+    "cross_attention": ATTENTION | {"enter_at_layer"},
+    "projection": frozenset({"projection", "position_embeddings", "dropout"}),
+}
+
+# What a resumed run may change: "place" is where things are on this machine, "free" is what a run
+# logs and keeps. All other keys decide what is learned.
+PLACE = Field(json_schema_extra={"resume": "place"})
+FREE = Field(json_schema_extra={"resume": "free"})
+
+
+def parse_interval(text: str) -> tuple[float, str]:
+    """Return count and unit, without an s, of "1 epoch", "500 steps" or "30 minutes"."""
+    count, unit = text.split(" ")
+    return float(count), unit.removesuffix("s")
+
+
+def _to_float(value: object) -> object:
+    """YAML 1.1 reads 1e-4 (no dot) as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_to_float)]
+Positive = Annotated[Number, Field(gt=0, le=1_000)]
+Rate = Annotated[Number, Field(ge=0, le=1_000)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Small = Annotated[int, Field(ge=1, le=100)]
+Thousand = Annotated[int, Field(ge=1, le=1_000)]
+ThousandOrZero = Annotated[int, Field(ge=0, le=1_000)]
+Size = Annotated[int, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+EpochsOrSteps = Annotated[str, Field(pattern=r"^[1-9]\d{0,8} (epoch|step)s?$")]
+Every = Annotated[str, Field(pattern=r"^([1-9]\d{0,8} (epoch|step)|\d{1,9}(\.\d+)? minute)s?$")]
+# Without control characters.
+ModelName = Annotated[str, Field(min_length=1, max_length=1_000, pattern=r"^\P{C}*$")]
+
+
+class Section(BaseModel):
+    """Frozen model, strict about types, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    place: ClassVar[str] = ""
+    sections: ClassVar[dict[str, type[Section]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        Section.sections[cls.place] = cls
+
+    @classmethod
+    def build(cls, data: object, where: str = "") -> Self:
+        """Validate the YAML layout. Raises ConfigurationError for the first mistake."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problem = cls._explain(error)
+            raise ConfigurationError(f"{where}: {problem}" if where else problem) from None
+
+    def replace(self, **changes: object) -> Self:
+        """Return a validated copy. Raises ConfigurationError as `build` does."""
+        given = {key: getattr(self, key) for key in self.model_fields_set}
+        return self.build({**given, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values in the YAML layout."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def _explain(cls, error: ValidationError) -> str:
+        """Return the first mistake in one line: key, value, and what it should be."""
+        first = error.errors(include_url=False)[0]
+        place, value = [cls.place, *first["loc"]] if cls.place else first["loc"], first["input"]
+        names = [str(name) for name in place]
+        plain = (name if name.isprintable() and len(name) <= 100 else shown(name) for name in names)
+        key = ".".join(plain)
+        if first["type"] in ("extra_forbidden", "invalid_key"):
+            owner = Section.sections.get(names[-2], cls) if len(names) > 1 else cls
+            return f"unknown key {key}{suggest(names[-1], owner.model_fields)}"
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if isinstance(value, BaseModel | dict) and first["type"] == "value_error":
+            return f"{key}.{message}" if key else message  # of several keys of a section
+        return f"{key or 'a recipe'}={shown(value)} {message[0].lower()}{message[1:]}"
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """Return the nearest known key, or all of them, as the end of an error message."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= {f"{prefix}{key}": value} if inner is None else inner
+    return found
+
+
+class VisionEncoderConfig(Section):
+    """Frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder.
+
+    Features of several names joined by ` + `, and of ``layers``, are concatenated.
+    """
+
+    place = "vision_encoder"
+    name: ModelName = "efficientnet-lite0"
+    revision: str | None = None
+    image_size: Annotated[int, Field(ge=1, le=2_048)] | None = None
+    layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+    resample: Literal["bilinear", "bicubic"] | None = None  # null: the image processor's own
+
+    @model_validator(mode="after")
+    def _check_several(self) -> Self:
+        given = self.model_fields_set - {"name"}
+        if len(self.names) > 1 and (keys := [k for k in given if getattr(self, k) is not None]):
+            raise ValueError(f"{keys[0]} is for one encoder: leave it out beside {self.name!r}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return self.name.split(" + ")
+
+    @property
+    def parts(self) -> list[VisionEncoderConfig]:
+        return [self.replace(name=name) for name in self.names]
+
+
+class LanguageModelConfig(Section):
+    """Language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
+
+    A BLIP captioning model contributes its text decoder. Stored in ``dtype``, of which `int8`
+    (Dettmers et al. 2022) and `nf4` (QLoRA, 2023) quantize linear layers on NVIDIA GPUs.
+    """
+
+    place = "language_model"
+    name: ModelName = "smollm2-135m-instruct"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
+    # auto: eager for soft-capped scores (Gemma 2) and on CPUs, where it is faster, else sdpa.
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    prompt: Annotated[str, Field(max_length=10_000)] = ""  # before every caption, not supervised
+    add_cross_attention: bool = False  # to GPT-2 or BERT, to be trained
+
+    @property
+    def quantization(self) -> str | None:
+        return self.dtype if self.dtype in ("int8", "nf4") else None
+
+
+class BridgeOptions(Section):
+    """Options of a bridge. Each kind has some of them, see `BRIDGE_KEYS`.
+
+    Attributes:
+        kind: `prefix`: soft tokens before the text; `deep_prefix`: keys and values for the layers
+            from ``enter_at_layer`` on; `cross_attention`: the text attends to the image before
+            that layer; `projection`: encoder states for a decoder that cross-attends.
+        enter_at_layer: None means a third of the way up; 0, the default of `cross_attention`,
+            edits embeddings.
+    """
+
+    place = "bridge"
+    kind: Literal["prefix", "deep_prefix", "cross_attention", "projection"] = "prefix"
+    standardize_features: bool = True  # by mean and deviation of channels of training images
+    num_queries: Size = 16  # vectors per image
+    depth: Small = 2
+    width: Size | None = None  # null: the language model's
+    num_heads: Size = 8
+    feed_forward_multiplier: Small = 4
+    position_embeddings: bool = False  # of image tokens, for convolutional encoders
+    dropout: Share = 0.0  # on residual branches and on image tokens
+    enter_at_layer: CountOrZero | None = None
+    projection: Literal["linear", "mlp", "conv3x3"] = "linear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_the_embeddings(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("kind") == "cross_attention":
+            return {"enter_at_layer": 0, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        keys = BRIDGE_KEYS[self.kind]
+        for key in self.model_fields_set - {"kind", "standardize_features"} - keys:
+            raise ValueError(f"{key} is no option of kind={self.kind}{suggest(key, keys)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _of_kind(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        keys = {"kind", "standardize_features"} | BRIDGE_KEYS[self.kind]
+        return {key: value for key, value in dump(self).items() if key in keys}
+
+
+class DecodeSettings(Section):
+    """Settings of generation; names are those of `transformers`' GenerationConfig.
+
+    EfficientNet-Lite's classifier names an object in each image. Its first token gains
+    ``object_bonus`` nats (0: off), unless ``known_objects``, frequent in training, has the name.
+    """
+
+    place = "decode"
+    num_beams: Thousand = 3
+    max_new_tokens: Thousand = 40
+    min_new_tokens: ThousandOrZero = 0
+    length_penalty: Annotated[Number, Field(ge=-1_000, le=1_000)] = 1.0
+    repetition_penalty: Positive = 1.0
+    no_repeat_ngram_size: ThousandOrZero = 0
+    do_sample: bool = False
+    temperature: Positive = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+    object_bonus: Rate = 0.0
+    known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    vision_encoder: VisionEncoderConfig = VisionEncoderConfig()
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    bridge: BridgeOptions = BridgeOptions()
+    decode: DecodeSettings = DecodeSettings()
+
+    # Data
+    data_dir: Annotated[str, PLACE] = "data/flickr8k"
+    captions_per_image: Count = 1  # in one row
+    max_caption_tokens: Count = 128
+    num_workers: Annotated[CountOrZero, PLACE] = 2
+    # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
+    max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    # auto: in data_dir/.features if that is measured to be quicker than encoding; a folder; off
+    # (which YAML 1.1 reads as false).
+    feature_cache: Annotated[str, PLACE, BeforeValidator(lambda value: value or "off")] = "auto"
+    feature_cache_dtype: Literal["float16", "bfloat16", "int8", "float32"] = "float16"
+    feature_cache_views: CountOrZero = 0  # random crops per training image; 0: the whole image
+
+    # Objective and start
+    # Patterns of parameter names, and the learning rate of each; null: learning_rate.
+    trainable: dict[str, Rate | None] = Field(default={"bridge.*": None}, min_length=1)
+    # scst: self-critical training on CIDEr-D (Rennie et al. 2017), from `start_from`.
+    objective: Literal["cross_entropy", "scst"] = "cross_entropy"
+    scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5  # per image; batch_size counts them
+    scst_temperature: Positive = 1.0
+    start_from: Annotated[str | None, PLACE] = None  # a checkpoint of the same architecture
+    # A vision encoder, for BLIP its own, to whose features a projection is fitted before step 1.
+    distillation: ModelName | None = None
+
+    # Optimization
+    learning_rate: Rate = 1e-5
+    min_lr: Rate = 1e-6
+    num_epochs: Count = 12
+    max_steps: Count | None = None
+    batch_size: Count = 8  # captions
+    tokens_per_batch: Count | None = None  # instead: rows of like length up to so many positions
+    gradient_accumulation_steps: Count = 1
+    gradient_clip_val: Annotated[Number, Field(gt=0, le=1e6)] = 0.3
+    weight_decay: Rate = 0.01
+    label_smoothing: Share = 0.0  # Szegedy et al. 2016
+    weight_averaging: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay, such as 0.999
+    scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: CountOrZero = 0  # at most a tenth of all steps
+    seed: Seed = 0
+
+    # Precision and devices
+    amp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # float32: none
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    device: Annotated[str, PLACE] = "auto"
+
+    # Validation, early stopping, checkpoints, logs
+    validate_every: EpochsOrSteps = "1 epoch"  # and the last step
+    monitor: Literal["loss", "bleu4", "cider"] = "loss"  # decides the best checkpoint
+    num_decoded_images: CountOrZero | None = None  # in validation; null: 200, and 0 for loss
+    early_stopping_patience: Count | None = 3  # validations without a new best; null: no stop
+    # The latest checkpoint; "500 steps" keeps the newest three of single steps.
+    save_every: Annotated[Every, FREE] = "1 epoch"
+    log_every_n_steps: Annotated[Count, FREE] = 10
+    num_validation_samples: Annotated[CountOrZero, FREE] = 4
+    max_validation_images: Count | None = None
+    checkpoint_dir: Annotated[str, PLACE] = "checkpoints"
+    log_dir: Annotated[str, PLACE] = "logs"
+    resume_from_checkpoint: Annotated[str | None, PLACE] = None  # or a folder, or auto
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        texts = {key: text for key, text in flat(self.to_dict()).items() if isinstance(text, str)}
+        if secret := next((key for key, text in texts.items() if holds_credential(text)), None):
+            raise ValueError(
+                f"{secret} holds a token or a password, and a recipe goes into checkpoints and "
+                "reports: give the plain name or address, and the hub's token in HF_TOKEN"
+            )
+        if self.learning_rate == 0 and any(self.trainable.values()):
+            raise ValueError("learning_rate must be above 0, as rates of trainable are")
+        if self.distillation is not None and self.feature_cache_views:
+            raise ValueError("distillation needs whole images: feature_cache_views=0")
+        if self.monitor != "loss" and self.num_decoded_images == 0:
+            raise ValueError(f"num_decoded_images must be above 0 with monitor={self.monitor}")
+        scst = self.objective == "scst"
+        if scst and (self.tokens_per_batch or self.label_smoothing):
+            raise ValueError("objective=scst goes without tokens_per_batch and label_smoothing")
+        divisor = "scst_samples" if scst else "captions_per_image"
+        if self.tokens_per_batch is None and self.batch_size % getattr(self, divisor):
+            raise ValueError(
+                f"batch_size counts captions: {self.batch_size} is not a multiple of "
+                f"{divisor}={getattr(self, divisor)}"
+            )
+        return self
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        return None if self.amp_dtype == "float32" else self.amp_dtype
+
+    @property
+    def decoded_images(self) -> int:
+        """Number of images that each validation decodes and scores."""
+        default = 0 if self.monitor == "loss" else 200
+        return default if self.num_decoded_images is None else self.num_decoded_images
+
+    @classmethod
+    def keys_marked(cls, *marks: str) -> frozenset[str]:
+        """Return keys that a resumed run may change: those marked `place`, `free` or both."""
+        extras = ((key, field.json_schema_extra) for key, field in cls.model_fields.items())
+        return frozenset(
+            key for key, extra in extras if isinstance(extra, dict) and extra["resume"] in marks
+        )
+
+    def changes_since(self, before: Recipe) -> list[str]:
+        """Return "key=now, was before" for each key that decides what is learned and differs."""
+        free = self.keys_marked("place", "free")
+        now, then = (
+            flat({key: value for key, value in recipe.to_dict().items() if key not in free})
+            for recipe in (self, before)
+        )
+        return [
+            f"{key}={now.get(key, 'nothing')}, was {then.get(key, 'nothing')}"
+            for key in dict.fromkeys((*then, *now))
+            if (key in now) != (key in then) or not same_setting(key, then[key], now[key])
+        ]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def same_setting(key: str, has: Any, wanted: Any) -> bool:
+    """Compare two values of a key: models by the last part of their names, None is any revision."""
+    if key.endswith(".name") and has and wanted:
+        has, wanted = ([Path(n).name for n in names.split(" + ")] for names in (has, wanted))
+    return has == wanted or (key.endswith(".revision") and None in (has, wanted))
