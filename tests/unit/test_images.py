@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -18,15 +18,16 @@ from PIL import Image
 
 from image_files import FILES, noise, saved, several
 from logs import log_lines
-from vlm_bridge.data_pipeline import images, isolated
+from vlm_bridge.data_pipeline import images
 from vlm_bridge.data_pipeline.images import (
+    ImageReader,
     decode_image,
     image_size,
     iter_image_paths,
     open_image,
+    result_of,
     upright_rgb,
 )
-from vlm_bridge.data_pipeline.isolated import ImageReader, result_of
 from vlm_bridge.errors import DataError, ImageError
 
 MEGABYTE = 1 << 20
@@ -39,35 +40,14 @@ def opened(content: bytes) -> Image.Image:
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_becomes_rgb(name: str) -> None:
     content = FILES[name]()
-    image = opened(content)
+    image, is_plain = decode_image(content)
     assert image.mode == "RGB" and image.size == image_size(content)
+    assert is_plain == (name in ("jpeg", "jpeg progressive", "jpeg restarts")), "copied unchanged"
     if name in ("jpeg", "png", "gif", "webp lossless", "apng", "bmp", "tiff"):
         with Image.open(io.BytesIO(content)) as whole:
             rgba = whole.convert("RGBA")
         white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         assert image.tobytes() == white.convert("RGB").tobytes()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_damaged_files_are_read_or_refused_in_time(name: str) -> None:
-    content, random = FILES[name](), np.random.default_rng(len(name))
-    started = time.process_time()
-    for _ in range(20):
-        damaged = bytearray(content)
-        for place in random.integers(0, min(len(content), 400), 6):
-            damaged[place] = random.integers(256)
-        cut = bytes(damaged[: int(random.integers(1, len(content) + 1))])
-        for candidate in (bytes(damaged), cut):
-            try:
-                assert opened(candidate).mode == "RGB"
-            except ImageError as error:
-                assert "\n" not in str(error)
-    assert time.process_time() - started < 60
-
-
-def test_only_upright_rgb_jpegs_are_copied_unchanged() -> None:
-    plain = {name for name in FILES if decode_image(FILES[name]()).is_plain_jpeg}
-    assert plain == {"jpeg", "jpeg progressive", "jpeg restarts"}
 
 
 def test_colors_are_kept_in_every_mode() -> None:
@@ -133,90 +113,64 @@ def exif_of_many(tags: int, size: int = MEGABYTE) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4) + bytes(size)
 
 
-def with_exif(jpeg: bytes, exif: bytes) -> bytes:
-    exif = exif[:65_000]
+def jpeg_with(exif: bytes) -> bytes:
+    jpeg, exif = FILES["jpeg"](), exif[:65_000]
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
 
 
-def png(
-    *chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: int | None = None
-) -> bytes:
-    """A PNG with further chunks, or with fewer rows than it claims."""
-    pixels = (b"\0" + bytes(3 * size[0])) * (size[1] if rows is None else rows)
+def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: int = 1) -> bytes:
+    """A PNG of a row or more, with further chunks."""
     header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    pixels = zlib.compress((b"\0" + bytes(3 * size[0])) * rows)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in parts
     )
 
 
-def tiff(entries: list[tuple[int, int, int, int]], tail: int = MEGABYTE) -> bytes:
+def tiff(*entries: tuple[int, int, int, int], tail: int = MEGABYTE) -> bytes:
+    """A TIFF of one pixel, with further tags or others in their place."""
     pixel = [*((tag, 3, 1, 1) for tag in (256, 257, 259, 262, 277, 278)), (258, 3, 1, 8)]
     pixel += [(273, 4, 1, 4), (279, 4, 1, 1)]
-    table = sorted({entry[0]: entry for entry in [*pixel, *entries]}.values())
-    table += [entry for entry in entries if entry not in table]
+    given = {tag for tag, *_ in entries}
+    table = sorted([*entries, *(entry for entry in pixel if entry[0] not in given)])
     packed = b"".join(struct.pack("<HHII", *entry) for entry in table)
     return b"II*\0" + struct.pack("<IH", 8, len(table)) + packed + bytes(4) + bytes(tail)
 
 
 GIF = b"GIF89a\1\0\1\0\0\0\0"
+STRIPS = [(273, 4, 2_000_000, 200), (279, 4, 2_000_000, 200)]
 HOSTILE: dict[str, Callable[[], bytes]] = {
-    "jpeg, tags": lambda: with_exif(saved(noise(), "JPEG"), exif_of_many(2000, 30_000)),
+    "jpeg, tags": lambda: jpeg_with(exif_of_many(2000, 30_000)),
     "jpeg, segments": lambda: b"\xff\xd8" + b"\xff\xe1\0\x08Exif\0\0" * 2_000_000,
     "png, tags": lambda: png((b"eXIf", exif_of_many(65_535)[6:])),
-    "png, chunks": lambda: png(*[(b"tEXt", b"a\0b")] * 1_500_000),
-    "png, thin": lambda: png(size=(1, 10_000)),
+    "png, chunks": lambda: png(*[(b"tEXt", b"a\0b")] * 1_000_000),
+    "png, thin": lambda: png(size=(1, 10_000), rows=10_000),
     "webp, tags": lambda: saved(noise(), "WEBP", exif=exif_of_many(2000)),
     "gif, comments": lambda: GIF + b"!\xfe\1a\0" * 4_000_000,
     "gif, one comment": lambda: GIF + b"!\xfe" + b"\1a" * 9_000_000,
     "gif, late comment": lambda: GIF + b"x!\xfe" + b"\1a" * 9_000_000,
-    "tiff, tags": lambda: tiff([(0x9000, 7, MEGABYTE, 200)] * 65_000),
-    "tiff, strips": lambda: tiff(
-        [(273, 4, 2_000_000, 200), (279, 4, 2_000_000, 200)], 9 * MEGABYTE
-    ),
-    "tiff, wide table": lambda: tiff([(320, 3, 4_000_000_000, 200)]),
+    "tiff, tags": lambda: tiff(*[(0x9000, 7, MEGABYTE, 200)] * 65_000),
+    "tiff, strips": lambda: tiff(*STRIPS, tail=9 * MEGABYTE),
+    "tiff, wide table": lambda: tiff((320, 3, 4_000_000_000, 200)),
 }
-MEASURE = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
-from test_images import HOSTILE
-from vlm_bridge.data_pipeline.images import decode_image
-from vlm_bridge.errors import ImageError
-files = {name: make() for name, make in HOSTILE.items()}
-for name, content in files.items():
-    started = time.process_time()
-    try:
-        decode_image(content)
-    except ImageError:
-        pass
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) // 1024
-    print(f"{name}\\t{time.process_time() - started:.2f}\\t{peak}")
-"""
+REFUSED = HOSTILE.keys() - {"png, tags", "png, thin", "webp, tags"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-def test_hostile_metadata_costs_neither_time_nor_memory() -> None:
-    """Together they hold some 100 MB; each would have cost gigabytes or minutes."""
-    tests = Path(__file__).parent
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, tests, tests.parent],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split("\t") for line in measured.stdout.splitlines()]
-    assert [name for name, *_ in rows] == list(HOSTILE)
-    assert all(float(seconds) < 5 for _, seconds, _ in rows), rows
-    assert int(rows[-1][2]) < 1000, rows
-
-
-@pytest.mark.parametrize("name", ["tiff, strips", "jpeg, segments", "png, chunks"])
-def test_large_metadata_is_refused(name: str) -> None:
-    with pytest.raises(ImageError, match="no camera writes such a file"):
-        opened(HOSTILE[name]())
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as Linux does")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_metadata_costs_neither_time_nor_memory(name: str) -> None:
+    """Each would have cost gigabytes or minutes."""
+    content = HOSTILE[name]()
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name in REFUSED:
+        with pytest.raises(ImageError, match="no camera writes such a file"):
+            opened(content)
+    else:
+        assert opened(content).mode == "RGB"
+    assert time.process_time() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 @pytest.mark.parametrize(
@@ -266,7 +220,7 @@ def test_a_task_that_takes_too_much_costs_itself_alone(monkeypatch: pytest.Monke
         assert reader.open_image(FILES["gif"]()).tobytes() == opened(FILES["gif"]()).tobytes()
         with pytest.raises(ImageError, match=r"in memory \(5 bytes\): it is no image"):
             reader.open_image(b"words")
-        monkeypatch.setattr(isolated, "SECONDS_AN_IMAGE", 2)
+        monkeypatch.setattr(images, "SECONDS_AN_IMAGE", 2)
         tasks = ["a", "sleep", "b", "die", "eat", "c"]
         calls = [reader.submit(misbehave, task) for task in tasks]
         assert [result_of(calls[i], tasks[i]) for i in (0, 2, 5)] == ["A", "B", "C"]
@@ -293,15 +247,13 @@ def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
             iter_image_paths([tmp_path / path])
 
 
-def test_files_of_a_folder_that_are_skipped_are_counted_by_kind(tmp_path: Path) -> None:
+def test_skipped_files_of_a_folder_are_logged(tmp_path: Path) -> None:
     names = ("a.jpg", "b.HEIC", "c.avif", "d.jp2", "e.jfif")
     for name in (*names, "f.txt", "g.txt", "h.mov", "README", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
     logged = log_lines()
     assert len(iter_image_paths([tmp_path])) == len(names)
-    (line,) = logged
-    assert line.startswith(f"{tmp_path}: skipped 4 files that are no images (2 .txt")
-    assert "1 .mov" in line and "1 no suffix" in line
+    assert logged == [f"{tmp_path}: skipped 4 files that are no images (.mov, .txt)"]
 
 
 def test_a_file_named_otherwise_is_read(tmp_path: Path) -> None:

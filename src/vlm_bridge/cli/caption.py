@@ -17,7 +17,7 @@ from vlm_bridge.errors import UsageError, on_one_line
 
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
-    from vlm_bridge.data_pipeline.isolated import ImageReader
+    from vlm_bridge.data_pipeline.images import ImageReader
 
 SETTINGS = ("num_beams", "max_new_tokens", "length_penalty", "object_bonus", "temperature", "seed")
 
@@ -52,7 +52,7 @@ def caption(
     """
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images
-    from vlm_bridge.data_pipeline.isolated import ImageReader
+    from vlm_bridge.data_pipeline.images import ImageReader
 
     # Wrong paths are found before the seconds that torch and transformers take to load.
     files = images.iter_image_paths(paths)
@@ -129,7 +129,7 @@ def demo(
         raise UsageError("the demo page needs gradio: pip install 'vlm-bridge[demo]'")
     with options.without_garbage_collection():
         from vlm_bridge.captioning.pipeline import Captioner
-        from vlm_bridge.data_pipeline.isolated import ImageReader
+        from vlm_bridge.data_pipeline.images import ImageReader
         from vlm_bridge.demo.server import serving
         from vlm_bridge.demo.service import DECODE_TOGETHER, CaptionService
         from vlm_bridge.quickstart import real_photographs

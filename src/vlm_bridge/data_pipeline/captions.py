@@ -15,14 +15,16 @@ import unicodedata
 from typing import Literal, NamedTuple
 
 CaptionStyle = Literal["sentence", "raw"]
-MAX_CAPTION_CHARACTERS = 10_000
+MAX_CAPTION_CHARACTERS = 10_000  # longer ones are left as they are here, and then skipped
 
-_SPACE_BEFORE_CLOSING = re.compile(r"\s+([,.;:!?%)\]])")
-_SPACE_AFTER_OPENING = re.compile(r"([(\[])\s+")
-# Tokenized corpora separate clitics from their word: "dog 's", "do n't", "they 're".
-_PARTED_CLITIC = re.compile(r"\s+('(?:s|re|ve|ll|d|m)|n't)\b", re.IGNORECASE)
 _QUOTE_LOOKALIKES = re.compile(r"``|''|[“”„«»]")
-_SPACED_QUOTATION = re.compile(r'"\s*([^"]*?)\s*"')
+_SPACES = [
+    (re.compile(r'"\s*([^"]*?)\s*"'), r'"\1"'),
+    # Tokenized corpora separate clitics from their word: "dog 's", "do n't", "they 're".
+    (re.compile(r"\s+('(?:s|re|ve|ll|d|m)|n't)\b", re.IGNORECASE), r"\1"),
+    (re.compile(r"\s+([,.;:!?%)\]])"), r"\1"),
+    (re.compile(r"([(\[])\s+"), r"\1"),
+]
 _CLOSING_MARKS = " .,;:!?…-"
 
 _CLASS = r"""\s*class\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
@@ -65,7 +67,7 @@ def clean_caption(text: str, style: CaptionStyle) -> str:
     while text != before:
         before, text = text, _normalize(text)
         text = _as_sentence(text) if style == "sentence" else text
-    return text if any(character.isalnum() for character in text) else ""
+    return text if any(map(str.isalnum, text)) else ""
 
 
 def _normalize(text: str) -> str:
@@ -78,29 +80,19 @@ def _normalize(text: str) -> str:
 
 def _as_sentence(text: str) -> str:
     text = _QUOTE_LOOKALIKES.sub('"', text)
-    text = _drop_stray_quotes(text)
-    text = _SPACED_QUOTATION.sub(r'"\1"', text)
-    text = _PARTED_CLITIC.sub(r"\1", text)
-    text = _SPACE_BEFORE_CLOSING.sub(r"\1", text)
-    text = _SPACE_AFTER_OPENING.sub(r"\1", text)
-    text = " ".join(text.split())
-    text = _closed(text).lstrip(" .,;:!?-")
-    first = 1 if text.startswith('"') else 0
-    return text[:first] + text[first : first + 1].upper() + text[first + 1 :]
-
-
-def _closed(text: str) -> str:
-    """Replace the marks at the end by one full stop, behind a closing quote."""
-    # Not a regular expression: on a hostile caption of many marks it would take cubic time.
-    body = text.rstrip(_CLOSING_MARKS)
-    return body[:-1].rstrip(_CLOSING_MARKS) + '".' if body.endswith('"') else body + "."
-
-
-def _drop_stray_quotes(text: str) -> str:
-    """Remove double quotes without a partner or around the whole caption; keep others."""
     body = text.rstrip(" .")
     is_around = text.count('"') == 2 and body.startswith('"') and body.endswith('"')
-    return text.replace('"', "") if is_around or text.count('"') % 2 else text
+    if is_around or text.count('"') % 2:
+        text = text.replace('"', "")
+    for pattern, kept in _SPACES:
+        text = pattern.sub(kept, text)
+    # Not a regular expression: on a hostile caption of many marks it would take cubic time.
+    body = " ".join(text.split()).rstrip(_CLOSING_MARKS)
+    is_quoted = body.endswith('"')
+    body = body[:-1].rstrip(_CLOSING_MARKS) + '".' if is_quoted else body + "."
+    text = body.lstrip(" .,;:!?-")
+    first = 1 if text.startswith('"') else 0
+    return text[:first] + text[first : first + 1].upper() + text[first + 1 :]
 
 
 class Tag(NamedTuple):
@@ -115,12 +107,13 @@ class Tag(NamedTuple):
 def find_tags(caption: str) -> list[Tag]:
     """Return the opening and closing grounding tags of a caption in their order."""
     found: list[Tag] = []
-    for text in _TAGS.findall(_decode_entities(caption)):
-        if (opening := _OPENING.match(text)) is None:
+    text = caption if len(caption) <= MAX_CAPTION_CHARACTERS else ""
+    for tag in _TAGS.findall(_decode_entities(text)):
+        if (opening := _OPENING.match(tag)) is None:
             found.append(Tag("", False, "", []))
             continue
         name = opening["double"] or opening["single"] or opening["bare"] or "(none)"
-        found.append(Tag(opening["kind"].lower(), True, name, _IDS.findall(text, opening.end())))
+        found.append(Tag(opening["kind"].lower(), True, name, _IDS.findall(tag, opening.end())))
     return found
 
 
@@ -130,6 +123,8 @@ def strip_tags(text: str) -> str:
     Words that only tags separated get a space between them. Punctuation behind a tag moves up to
     its word. Other markup stays. Stripping twice changes nothing more.
     """
+    if len(text) > MAX_CAPTION_CHARACTERS:
+        return text
     # Repeat: a tag may be escaped twice, or be complete only when another one is removed.
     while (plain := _RUN_OF_TAGS.sub(_gap, _decode_entities(text))) != text:
         text = plain

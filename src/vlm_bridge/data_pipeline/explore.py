@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vlm_bridge.data_pipeline.caption_folder import DataFolder
-from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, find_tags, strip_tags
+from vlm_bridge.data_pipeline.captions import find_tags, strip_tags
 from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.data_pipeline.samples import ImageFile, Skipped
 from vlm_bridge.data_pipeline.sources import Rejected, SourceItem, iter_images
@@ -27,12 +27,7 @@ Value = TypeVar("Value")
 
 
 def folder_items(folder: DataFolder, skipped: list[Rejected]) -> list[SourceItem]:
-    """Return the images of all splits of a caption folder or of shards.
-
-    Args:
-        folder: the opened folder.
-        skipped: gets the samples that cannot be used, with a reason each.
-    """
+    """Return the images of all splits; ``skipped`` gets the samples that cannot be used."""
     items: list[SourceItem] = []
     for split in SPLITS:
         if split not in folder.splits:
@@ -96,8 +91,7 @@ def count_tags(captions: Sequence[str]) -> dict[str, Any] | None:
     Of each kind: the number of tags and of classes, the counts of the most frequent ones, and how
     many tags name 0, 1, 2 ... detections. ``ids_per_caption`` is the mean number of different ones.
     """
-    found = (find_tags(caption[:MAX_CAPTION_CHARACTERS]) for caption in captions)
-    tagged = [tags for tags in found if tags]
+    tagged = [tags for tags in map(find_tags, captions) if tags]
     if not tagged:
         return None
     kinds: dict[str, Any] = {}
@@ -111,13 +105,11 @@ def count_tags(captions: Sequence[str]) -> dict[str, Any] | None:
             "most_common": dict(classes.most_common(10)),
             "ids_per_tag": dict(sorted(Counter(len(tag.ids) for tag in of_kind).items())),
         }
-    num_opening = [sum(tag.is_opening for tag in tags) for tags in tagged]
+    unbalanced = [tags for tags in tagged if 2 * sum(tag.is_opening for tag in tags) != len(tags)]
     num_ids = [len({name for tag in tags for name in tag.ids}) for tags in tagged]
     return {
         "captions_with_tags": len(tagged),
-        "captions_with_unbalanced_tags": sum(
-            2 * n != len(tags) for n, tags in zip(num_opening, tagged, strict=True)
-        ),
+        "captions_with_unbalanced_tags": len(unbalanced),
         "ids_per_caption": float(np.mean(num_ids)),
         "kinds": kinds,
     }
@@ -134,8 +126,7 @@ def describe_samples(items: Sequence[SourceItem], *, keep_tags: bool) -> list[di
 
 def plain_caption(caption: str) -> str:
     """Return a caption on one line and without grounding tags."""
-    plain = strip_tags(caption) if len(caption) <= MAX_CAPTION_CHARACTERS else caption
-    return " ".join(plain.split())
+    return " ".join(strip_tags(caption).split())
 
 
 def distribution(values: Iterable[int]) -> dict[str, float] | None:
@@ -143,8 +134,8 @@ def distribution(values: Iterable[int]) -> dict[str, float] | None:
     array = np.fromiter(values, dtype=np.int64)
     if not array.size:
         return None
-    low, median, p95, high = np.percentile(array, [0, 50, 95, 100]).tolist()
-    return {"min": low, "median": median, "p95": p95, "max": high}
+    of_array = np.percentile(array, [0, 50, 95, 100]).tolist()
+    return dict(zip(("min", "median", "p95", "max"), of_array, strict=True))
 
 
 def sample_items(items: Sequence[SourceItem], count: int, seed: int = 0) -> list[SourceItem]:

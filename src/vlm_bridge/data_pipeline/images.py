@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import struct
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from PIL import Image, UnidentifiedImageError
 
 from vlm_bridge.data_pipeline.samples import ImageFile, TarImage
@@ -25,18 +27,14 @@ logger = logging.getLogger(__name__)
 
 # 50-megapixel phones (8192 x 6144) fit. Decoding that many takes seconds and, as WebP, 0.8 GB.
 MAX_PIXELS = 51_000_000
-# Larger JPEGs are read at a half, a quarter or an eighth of their size, which costs little.
-MAX_JPEG_PIXELS = 178_000_000
-# JPEG's own limit. Every row costs memory of its own, however short it is.
-MAX_SIDE = 65_535
-# MAX_PIXELS uncompressed, at six bytes a pixel.
-MAX_FILE_BYTES = 300_000_000
-# Pixels of a progressive JPEG times its scans (usually ten): an empty scan is a pass over all.
-MAX_SCAN_PIXELS = 1_500_000_000
-# Segments of a JPEG, text chunks of a PNG, numbers of a TIFF's tag.
-MAX_PARTS = 100_000
-# Blocks before a GIF's first image: Pillow's time is quadratic in those of a comment.
-MAX_GIF_BLOCKS = 4_000
+MAX_JPEG_PIXELS = 178_000_000  # larger ones are read at a half or less, which costs little
+MAX_SIDE = 65_535  # JPEG's own limit; every row costs memory of its own, however short it is
+MAX_FILE_BYTES = 300_000_000  # MAX_PIXELS uncompressed, at six bytes a pixel
+MAX_SCAN_PIXELS = 1_500_000_000  # of a progressive JPEG times its scans: each is a pass over all
+MAX_PARTS = 100_000  # segments of a JPEG, text chunks of a PNG, numbers of a TIFF's tag
+MAX_GIF_BLOCKS = 4_000  # before the first image: Pillow's time is quadratic in a comment's
+SECONDS_AN_IMAGE = 10.0  # in an `ImageReader`; the largest image takes two or three
+MEMORY_ABOVE_START = 2 << 30  # bytes of address space: twice what the largest image takes
 
 IMAGE_SUFFIXES = frozenset(
     {
@@ -57,22 +55,22 @@ _PARTS = {
     "PNG": [b"tEXt", b"zTXt", b"iTXt"],
 }
 _BYTE_TYPES = (1, 2, 6, 7)  # of TIFF's values
-_VALUE_BYTES = {3: 2, 8: 2} | dict.fromkeys((4, 9, 11, 13), 4)
-_VALUE_BYTES |= dict.fromkeys((5, 10, 12, 16, 17, 18), 8)
-_TURNS = (
-    *(Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180),
-    *(Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270),
-    *(Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
-)
-_UPRIGHT = dict(enumerate(_TURNS, start=2))  # by EXIF's orientation
+_VALUE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8), start=1))
+_UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-# MAX_PIXELS is checked anyway, and a file of odd metadata warns a thousand times. Appended, so
-# that filters of the program come first.
+# A file of odd metadata warns a thousand times. Appended: filters of the program come first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
 
-@dataclass
 class Limits:
     """Limits of this process that a user may raise (`--max-pixels`); 0 for none."""
 
@@ -82,8 +80,7 @@ class Limits:
 LIMITS = Limits()
 
 
-@dataclass(frozen=True)
-class DecodedImage:
+class DecodedImage(NamedTuple):
     """An image and whether its file already was what training reads (an upright RGB JPEG)."""
 
     image: Image.Image
@@ -174,11 +171,11 @@ def _images(candidates: Iterable[Path], given: str | Path) -> list[Path]:
     images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise DataError(f"no image in {given} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    others = Counter(path.suffix.lower() or "no suffix" for path in files)
-    others -= Counter(path.suffix.lower() for path in images)
-    if others:
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
-        logger.info(f"{given}: skipped {others.total():,} files that are no images ({kinds})")
+    if others := {path.suffix.lower() for path in files} - IMAGE_SUFFIXES:
+        kinds = ", ".join(sorted(others - {""})) or "without a suffix"
+        logger.info(
+            f"{given}: skipped {len(files) - len(images):,} files that are no images ({kinds})"
+        )
     return images
 
 
@@ -275,14 +272,15 @@ def _image_comes_late(content: bytes) -> bool:
     place = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)  # behind the color table
     is_in_extension = False
     for _ in range(MAX_GIF_BLOCKS):
-        if place >= len(content) or (not is_in_extension and content[place] in b",;"):
+        start = content[place : place + 1]
+        if not start or (start in b",;" and not is_in_extension):
             return False
-        if is_in_extension:
-            is_in_extension = content[place] > 0
-            place += content[place] + 1
+        if is_in_extension:  # a length and as many bytes; 0 ends it
+            is_in_extension = start != b"\0"
+            place += start[0] + 1
         else:
-            is_in_extension = content[place] == ord("!")
-            place += 2 if is_in_extension else 1
+            is_in_extension = start == b"!"
+            place += 1 + is_in_extension
     return True
 
 
@@ -336,3 +334,65 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     white = next((level for level in levels if values.max() <= level), values.max())
     pixels = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
     return Image.fromarray(pixels).convert("RGB")
+
+
+class ImageReader:
+    """Processes that read an image at a time, from any number of threads.
+
+    One that takes too long or too much memory is ended and replaced, so that a hostile file costs
+    itself alone. A script that makes a reader needs the usual ``if __name__ == "__main__":`` guard.
+    """
+
+    def __init__(self, workers: int = 1):
+        self._pool = ProcessPool(
+            workers,
+            context=get_context("spawn"),
+            initializer=_limit_process,
+            initargs=[LIMITS.max_pixels, MEMORY_ABOVE_START],
+        )
+
+    def submit(self, function: Callable[..., object], *arguments: object) -> ProcessFuture:
+        """Call a function of a module in one of the processes; `result_of` waits for it."""
+        return self._pool.schedule(function, arguments, timeout=SECONDS_AN_IMAGE)
+
+    def open_image(self, image: str | ImageFile | bytes) -> Image.Image:
+        """As the function of that name, also of a file's bytes. Raises ImageError."""
+        return result_of(self.submit(decode_image, image), name_of(image)).image
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        self._pool.stop()
+        self._pool.join()
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def result_of(future: ProcessFuture, name: str) -> Any:
+    """Return the result of a call that was submitted. Raises its ImageError, or one of a limit."""
+    try:
+        return future.result()
+    except TimeoutError:
+        reason = f"it takes more than {SECONDS_AN_IMAGE:.0f} s to read"
+    except ProcessExpired:
+        reason = "reading it ended its process: it takes too much memory, or a decoder crashed"
+    except MemoryError:
+        reason = f"it takes more than {MEMORY_ABOVE_START / 2**30:.0f} GiB of memory to read"
+    raise ImageError(name, reason)
+
+
+def _limit_process(max_pixels: int, memory: int) -> None:
+    """Set the limits of a process, and leave Ctrl-C to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    LIMITS.max_pixels = max_pixels
+    # Windows has no limits, and macOS counts otherwise.
+    with suppress(ImportError, OSError, ValueError, IndexError):
+        import resource
+
+        if max_pixels:
+            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+            limit = pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,18 +1,17 @@
 """Rows and images of parquet files, as Hugging Face datasets store them, a few at a time.
 
-An image column is a struct ``{bytes, path}``. A plan of many thousand images names each by file,
-row group and row; the bytes are read when their turn comes.
+An image column is a struct ``{bytes, path}``; its bytes are read when their turn comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,12 +20,10 @@ if TYPE_CHECKING:
 
 IMAGE_ROWS = 16  # rows of images held at a time: a few megabytes
 TEXT_ROWS = 4096
-MAX_CHARACTERS = 100_000  # of a text
 _READ_AHEAD = 1 << 20  # bytes; without it, pyarrow loads the images of a whole row group at once
 
 
-@dataclass(frozen=True, slots=True)
-class ParquetImage:
+class ParquetImage(NamedTuple):
     """Where an image lies: ``row`` counts within its row group."""
 
     file: Path
@@ -38,25 +35,20 @@ class ParquetImage:
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (row group, row within it, values of ``columns``) for every row, in order.
 
-    A text that is not UTF-8 or too long is None.
-
-    Raises:
-        DataError: pyarrow is not installed, or the file is damaged.
+    A text that is not UTF-8 is None; one too long for a caption is cut, and still too long.
+    Raises DataError if the file is damaged.
     """
     from pyarrow import types
 
+    is_text = (types.is_string, types.is_large_string)
+    texts = {field.name for field in schema_of(path) if any(kind(field.type) for kind in is_text)}
     # As dictionaries: a text that the file holds once may stand in every row.
-    texts = {
-        field.name
-        for field in schema_of(path)
-        if types.is_string(field.type) or types.is_large_string(field.type)
-    }
     with _opened(path, [name for name in columns if name in texts]) as file:
-        for row_group in range(file.num_row_groups):
+        for group in range(file.num_row_groups):
             row = 0
-            for batch in _batches(file, row_group, columns, TEXT_ROWS):
+            for batch in _batches(file, group, columns, TEXT_ROWS):
                 for values in zip(*map(_values, batch.columns), strict=True):
-                    yield row_group, row, dict(zip(batch.schema.names, values, strict=True))
+                    yield group, row, dict(zip(batch.schema.names, values, strict=True))
                     row += 1
 
 
@@ -64,9 +56,7 @@ def read_images(images: Iterable[ParquetImage]) -> Iterator[bytes | None]:
     """Yield the bytes of each image, None where its row holds none.
 
     ``images`` stand in the order of their files; row groups that none of them is in are not read.
-
-    Raises:
-        DataError: pyarrow is not installed, or a file is missing or damaged.
+    Raises DataError if a file is missing or damaged.
     """
     for path, of_file in groupby(images, key=lambda image: image.file):
         with _opened(path) as file:
@@ -104,7 +94,7 @@ def _plain(value: pa.Scalar) -> Any:
         plain = value.as_py()
     except UnicodeDecodeError:
         return None
-    return None if isinstance(plain, str) and len(plain) > MAX_CHARACTERS else plain
+    return plain[: MAX_CAPTION_CHARACTERS + 1] if isinstance(plain, str) else plain
 
 
 @contextmanager
@@ -125,9 +115,7 @@ def _opened(path: Path, texts: Sequence[str] = ()) -> Iterator[ParquetFile]:
 
 
 def _batches(
-    file: ParquetFile, row_group: int, columns: Sequence[str], rows: int
+    file: ParquetFile, group: int, columns: Sequence[str], rows: int
 ) -> Iterator[pa.RecordBatch]:
     # One thread: decoding images is what takes time, and the other processes do that.
-    yield from file.iter_batches(
-        rows, row_groups=[row_group], columns=list(columns), use_threads=False
-    )
+    return file.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)

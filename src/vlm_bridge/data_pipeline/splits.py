@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,8 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 SplitBy = Literal["hash", "image", "film"]
 # A duplicate stays in the first of these: losing a training image costs least.
 DUPLICATE_PRIORITY: tuple[SplitName, ...] = ("test", "val", "train")
-_SYNONYMS: dict[str, SplitName] = {
-    "training": "train",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-}
+_SYNONYMS: dict[str, SplitName] = {"training": "train"}
+_SYNONYMS |= dict.fromkeys(("valid", "validation", "dev"), "val")
 
 
 def normalise_split(name: str) -> SplitName | None:
@@ -80,16 +77,13 @@ class SplitRule:
         if by == "film":
             return self._assign_films(image_ids, films, seed)
         if by == "hash":
-            return [self._by_position(_position(image_id, seed)) for image_id in image_ids]
+            ends = [self.test_fraction, self.test_fraction + self.val_fraction]
+            places = (bisect_right(ends, _position(image_id, seed)) for image_id in image_ids)
+            return [DUPLICATE_PRIORITY[place] for place in places]
         sizes = self.sizes(len(image_ids))
         splits: list[SplitName] = [s for s in DUPLICATE_PRIORITY for _ in range(sizes[s])]
         split_of = dict(zip(_shuffled(image_ids, seed), splits, strict=True))
         return [split_of[image_id] for image_id in image_ids]
-
-    def _by_position(self, position: float) -> SplitName:
-        if position < self.test_fraction:
-            return "test"
-        return "val" if position < self.test_fraction + self.val_fraction else "train"
 
     def sizes(self, num_images: int) -> dict[SplitName, int]:
         """Return the number of images of each split, by the largest-remainder method.

@@ -36,8 +36,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     write_atomically,
 )
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
-from vlm_bridge.data_pipeline.images import decode_image
-from vlm_bridge.data_pipeline.isolated import ImageReader, result_of
+from vlm_bridge.data_pipeline.images import ImageReader, decode_image, result_of
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.sources import (
     RawImage,
@@ -119,7 +118,7 @@ def transform(
     """Write ``source`` as a caption folder and return its manifest.
 
     Args:
-        workers: processes; with several, images are decoded within the limits of `isolated`.
+        workers: processes; with several, images are decoded by an `ImageReader`.
         image_size: longest side in pixels, by default COCO's; smaller upright RGB JPEGs are copied
             unchanged.
         near_duplicate_distance: differing bits of 64-bit perceptual hashes to report.
