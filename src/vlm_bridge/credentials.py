@@ -53,7 +53,8 @@ def hub_problem(
     if caused_by(errors.RevisionNotFoundError):
         return f"it has no such revision; {page}/commits/main lists them"
     if caused_by(errors.RepositoryNotFoundError):
-        return f"it is no folder here and no public {kind} on {SITE}; if private, set HF_TOKEN ({token})"
+        mend = f"if private, set HF_TOKEN ({token})"
+        return f"it is no folder here and no public {kind} on {SITE}; {mend}"
     statuses = (getattr(getattr(e, "response", None), "status_code", None) for e in causes)
     if status := next((status for status in statuses if status in (401, 403)), None):
         fault = "the token is missing, wrong or expired"

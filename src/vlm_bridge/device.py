@@ -132,7 +132,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system (glibc); batches of many lengths leave gigabytes of holes."""
+    """Return freed memory to the system (glibc); batches of many lengths leave holes."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

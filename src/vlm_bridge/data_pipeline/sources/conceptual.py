@@ -6,7 +6,6 @@ The dataset is a list of captions and URLs; img2dataset fetches the images and w
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
 from vlm_bridge.data_pipeline.shards import read_shard
 from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
-from vlm_bridge.errors import DataError, UsageError
+from vlm_bridge.errors import DataError
 
 # The end of a shard's name, unlike that of images.tar or train2017.tar.
 _NUMBERED = re.compile(r"(?:^|[-_.])\d{4,}$")
@@ -53,7 +52,10 @@ class Conceptual(Source):
         self.rejected, self.split_rule = [], None
         names = sorted(path.relative_to(self.input_dir) for path in self.input_dir.rglob("*.tar"))
         if not names:
-            raise _no_shards(self.input_dir)
+            raise DataError(
+                f"no shard (*.tar) in {self.input_dir}: give the folder that img2dataset wrote "
+                "(vlm-data download conceptual prints how to fetch the images of a list)"
+            )
         items: dict[str, SourceItem] = {}
         parts: list[SplitName | None] = [_part_of(name) for name in names]
         for name, part in zip(names, parts, strict=True):
@@ -85,14 +87,3 @@ def _part_of(shard: Path) -> SplitName | None:
     """Return the part that a shard's path names: ``cc3m-train-0000.tar``, ``validation/0.tar``."""
     words = re.split(r"[-_./]", shard.with_suffix("").as_posix())
     return next((split for split in map(normalise_split, words) if split is not None), None)
-
-
-def _no_shards(path: Path) -> DataError | UsageError:
-    tables = [path] if path.is_file() else sorted(path.glob("*.tsv"))
-    if not tables:
-        return DataError(f"no shard (*.tar) in {path}: give the folder that img2dataset wrote")
-    shards = tables[0].parent / "shards"
-    return UsageError(
-        f"{tables[0]} lists images by URL; fetch them as shards first, with img2dataset as in "
-        f"`vlm-data download conceptual`; then --input-dir {shlex.quote(str(shards))}"
-    )

@@ -1,4 +1,4 @@
-"""Flickr8k (Hodosh et al., 2013), Flickr30k (Young et al., 2014), COCO captions (Chen et al., 2015).
+"""Flickr8k (Hodosh et al. 2013), Flickr30k (Young et al. 2014), COCO (Chen et al. 2015).
 
 COCO of 2014 and of 2017 have the same 123,287 images and split them differently. The number in a
 file name is the image's id in both: ``train2014/COCO_train2014_000000000009.jpg`` is

@@ -60,7 +60,7 @@ _SUPERSAMPLING = 4
 
 
 class SceneFacts(NamedTuple):
-    """The content of a caption; in a relation, ``kinds[0]`` stands above or left of ``kinds[1]``."""
+    """The content of a caption; in a relation, the first kind stands above or left."""
 
     kinds: tuple[Kind, ...]
     count: int = 1
@@ -236,29 +236,27 @@ def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
     """Compare the facts of two captions, not their words.
 
     Returns:
-        Whether ``color_shape``, ``color``, ``shape``, ``count``, ``size`` and ``relation`` are
-        right; None for a size or relation that the reference does not state. A hypothesis outside
-        the grammar is wrong throughout.
+        Whether each fact is right; None for a size or relation that the reference does not state.
+        A hypothesis outside the grammar is wrong throughout.
 
     Raises:
         ValueError: the reference does not follow the grammar.
     """
-    truth, guess = parse_caption(reference), parse_caption(hypothesis)
-    if truth is None:
+    truth, stated = _facts_of(reference), _facts_of(hypothesis)
+    if not truth:
         raise ValueError(f"the reference is not a scene caption: {reference!r}")
+    return {k: None if fact is None else stated.get(k) == fact for k, fact in truth.items()}
 
-    def facts_of(facts: SceneFacts) -> dict[str, object]:
-        kinds, count, size, relation = facts
-        colors, shapes = (sorted(names) for names in zip(*kinds, strict=True))
-        relation = relation and (kinds, relation)
-        return {
-            "color_shape": sorted(kinds), "color": colors, "shape": shapes,
-            "count": count, "size": size, "relation": relation,
-        }  # fmt: skip
 
-    stated = facts_of(guess) if guess is not None else {}
-    right = facts_of(truth).items()
-    return {name: None if value is None else stated.get(name) == value for name, value in right}
+def _facts_of(caption: str) -> dict[str, object]:
+    if (facts := parse_caption(caption)) is None:
+        return {}
+    kinds, count, size, relation = facts
+    colors, shapes = (sorted(names) for names in zip(*kinds, strict=True))
+    return {
+        "color_shape": sorted(kinds), "color": colors, "shape": shapes,
+        "count": count, "size": size, "relation": relation and (kinds, relation),
+    }  # fmt: skip
 
 
 @dataclass
