@@ -26,7 +26,7 @@ from vlm_bridge.data_pipeline.samples import inside
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
-from vlm_bridge.training_strategy.features import usable_images
+from vlm_bridge.training_strategy.data import usable_images
 
 FORMAT = {"format": "vlm-bridge caption folder", "format_version": 1}
 
@@ -90,11 +90,11 @@ def test_other_folders_are_refused_with_the_command_that_makes_one(
     ("manifest", "message"),
     [
         ("{", "damaged"),
-        ("[]", "not the manifest"),
-        (json.dumps({"format": "other"}), "not the manifest"),
-        (json.dumps({**FORMAT, "format_version": 99}), "format version 99"),
-        (json.dumps(FORMAT), "lacks counts, fingerprint"),
-        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "lacks counts"),
+        ("[]", "no manifest"),
+        (json.dumps({"format": "other"}), "format: "),
+        (json.dumps({**FORMAT, "format_version": 99}), "format_version: "),
+        (json.dumps(FORMAT), "counts: "),
+        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "counts.train: "),
     ],
 )
 def test_damaged_manifests(made: Path, manifest: str, message: str) -> None:
@@ -190,15 +190,6 @@ def test_its_fingerprint_is_of_the_content_alone(prepared: Path, tmp_path: Path)
     assert len({fingerprint, changed, open_data_folder(prepared).fingerprint}) == 3
 
 
-def test_the_manifest_of_an_earlier_version_is_read(prepared: Path) -> None:
-    facts = {**FORMAT, **CaptionFolder.open(prepared).manifest, "fingerprint": "sha256:0"}
-    facts["state"] = CaptionFolder.open(prepared).fingerprint
-    (prepared / MANIFEST_NAME).write_text(json.dumps(facts))
-    assert CaptionFolder.open(prepared).fingerprint == "sha256:0"
-    write_image(prepared / "train" / "images" / "one more.jpg", 20)
-    assert CaptionFolder.open(prepared).fingerprint != "sha256:0"
-
-
 def test_names_with_spaces_and_of_any_language_are_read(tmp_path: Path) -> None:
     root = tmp_path / "données de film"
     names = {"a b": 1, "été 名前": 2, "it's 100%": 3}
@@ -246,7 +237,7 @@ def test_captions_in_another_form_say_how_they_are_read(prepared: Path) -> None:
         open_data_folder(prepared)
     for split in NAMES:
         (prepared / split / CAPTIONS_NAME).write_bytes(b"")
-    with pytest.raises(DataError, match=r"captions.jsonl files in .* have no lines"):
+    with pytest.raises(DataError, match=r"no caption folder .* with lines"):
         open_data_folder(prepared)
 
 

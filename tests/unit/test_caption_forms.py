@@ -30,7 +30,7 @@ def read(path: Path, content: str | bytes) -> tuple[Captions, dict[str, str]]:
     captions: Captions = {}
     for record in read_captions(path, skipped):
         captions[record.image] = captions.get(record.image, ()) + record.captions
-    return captions, {sample.where.rpartition("/")[2]: sample.reason for sample in skipped.samples}
+    return captions, {sample.id.rpartition("/")[2]: sample.reason for sample in skipped.samples}
 
 
 ROWS = [f"p{n}.jpg,a dog number {n}" for n in range(6)]

@@ -37,7 +37,7 @@ from vlm_bridge.data_pipeline.features import (
 )
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
-from vlm_bridge.training_strategy.features import split_features
+from vlm_bridge.training_strategy.data import split_features
 
 TOKENS, DIM, NUM_IMAGES = 2, 3, 22
 KEYS = [f"{number:024x}" for number in range(4)]

@@ -20,7 +20,7 @@ from vlm_bridge.data_pipeline.images import check_image, image_size, open_image
 from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, TarImage
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.evaluation.predictions import Prediction
-from vlm_bridge.training_strategy.features import usable_images
+from vlm_bridge.training_strategy.data import usable_images
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def read_all(root: Path, members: list[tuple[str, bytes]]) -> tuple[dict[str, st
     images = open_data_folder(root).split("train", skipped)
     return (
         {image.original_id: image.captions[0] for image in images},
-        {sample.where.rpartition("/")[2]: sample.reason for sample in skipped.samples},
+        {sample.id.rpartition("/")[2]: sample.reason for sample in skipped.samples},
     )
 
 
@@ -80,7 +80,7 @@ def test_captions_come_from_text_or_json_and_plain_extensions_go_first(tmp_path:
         "part.1/a": "in json", "b": "for the text is empty", "c": "text wins",
         "d": "of d", "e": "of e",
     }  # fmt: skip
-    assert "several images (my photo v1.0.jpg, my photo v1.1.jpg" in skipped.pop("my photo v1")
+    assert "several 0.jpg, 1.jpg" in skipped.pop("my photo v1")
     assert skipped == {}
 
 
@@ -139,8 +139,9 @@ def test_samples_that_cannot_be_used_are_skipped_and_counted(root: Path) -> None
     skipped = Skipped("train captions")
     images = open_data_folder(root).split("train", skipped)
     assert (len(images), skipped.total) == (32, 34)
-    assert [(sample.where, sample.reason) for sample in skipped.samples] == [
-        (f"{shard}/00040", "it has no caption"), (f"{shard}/00042", "it has several .jpg"),
+    assert [(sample.id, sample.reason) for sample in skipped.samples] == [
+        (f"{shard}/00040", "it has no caption"),
+        (f"{shard}/00042", "it has several jpg; a key ends at the first dot"),
     ]  # fmt: skip
     with pytest.raises(DataError, match="00040: it has no caption"):
         open_data_folder(root).split("train")
@@ -165,7 +166,7 @@ def test_a_tar_that_was_cut_off_gives_the_samples_before(root: Path) -> None:
     skipped = Skipped("train captions")
     assert len(open_data_folder(root).split("train", skipped)) == 25
     assert "00015.jpg is not whole" in skipped.samples[0].reason
-    assert skipped.samples[0].where == str(path)
+    assert skipped.samples[0].id == str(path)
 
 
 def test_a_tar_cut_off_after_it_was_indexed_is_an_error_for_each_sample(root: Path) -> None:
@@ -225,7 +226,7 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
         ({"train/0.tar.zst": b""}, "unzstd"),
         ({"0.tar": b""}, "move or link them into"),
         ({"train/readme.txt": b""}, "is no caption folder .* and no shard folder"),
-        ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is damaged"),
+        ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is no manifest .* .damaged"),
     ],
 )
 def test_other_folders_are_refused_in_a_line(
@@ -242,7 +243,7 @@ def test_other_folders_are_refused_in_a_line(
 def test_splits_have_shards_and_a_compressed_copy_does_no_harm(root: Path) -> None:
     (root / "val" / "00000.tar.gz").write_bytes(b"x")
     assert len(open_data_folder(root).split("val")) == 4
-    with pytest.raises(DataError, match=r"has no test shards \(it has: train, val\)"):
+    with pytest.raises(DataError, match=r"has no test images \(it has: train, val\)"):
         open_data_folder(root).split("test")
 
 

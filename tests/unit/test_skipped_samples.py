@@ -15,7 +15,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.features import check_images
 from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped
 from vlm_bridge.errors import DataError
-from vlm_bridge.training_strategy.features import usable_images
+from vlm_bridge.training_strategy.data import usable_images
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_captions_that_cannot_be_used_are_skipped_and_the_others_stay(
     assert folder.split("train", skipped) == expected
     assert (len(skipped), skipped.total) == (1, 49)
     sample = skipped.samples[0]
-    assert "captions.jsonl:49" in sample.where and reason in sample.reason
+    assert "captions.jsonl:49" in sample.id and reason in sample.reason
     with pytest.raises(DataError, match=reason):
         folder.split("train")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_bridge.data_pipeline.sources import Rejected, find_source, make_source
+from vlm_bridge.data_pipeline.samples import SkippedSample
+from vlm_bridge.data_pipeline.sources import find_source, make_source
 from vlm_bridge.data_pipeline.sources.local import LocalFolder
 from vlm_bridge.errors import DataError, UsageError
 
@@ -68,7 +69,7 @@ def test_text_files_beside_images(tmp_path: Path) -> None:
     source = LocalFolder(tmp_path)
     captions = {item.image_id: item.captions for item in source.items()}
     assert captions == {"a": ["one", "two"], "sub/b": ["three"]}
-    assert source.rejected == [Rejected("c.jpg", "it has no caption")]
+    assert source.rejected == [SkippedSample("c.jpg", "it has no caption")]
 
 
 def test_splits_from_a_column_and_from_folders(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_captions_of_missing_images_are_skipped_up_to_a_share(tmp_path: Path) ->
         assert len(source.items()) == 10
         return source
 
-    first = Rejected("captions.tsv:51", "its image 'dogs-0.jpg' is missing")
+    first = SkippedSample("captions.tsv:51", "its image 'dogs-0.jpg' is missing")
     assert read(missing=2).rejected[0] == first
     with pytest.raises(DataError, match=r"3 of 13 captioned images .* 'dogs-0.jpg' is missing"):
         read(missing=3)

@@ -85,7 +85,7 @@ def _build(recipe: Recipe, verify: bool, json_output: bool) -> None:
     from vlm_bridge.data_pipeline.features import as_bytes
     from vlm_bridge.device import resolve_device
     from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
-    from vlm_bridge.training_strategy.features import cached_features, usable_images
+    from vlm_bridge.training_strategy.data import cached_features, usable_images
 
     quiet_transformers()
     folder = open_data_folder(recipe.data_dir)

@@ -14,38 +14,34 @@ manifest: such a folder is read too.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, inside, is_inside
+from vlm_bridge.data_pipeline.samples import (
+    CaptionedImage,
+    DataFolder,
+    Skipped,
+    inside,
+    is_inside,
+)
 from vlm_bridge.data_pipeline.shards import ShardFolder
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError
-from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text, lines_of, parse_json
 
-FORMAT = "vlm-bridge caption folder"
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-CAPTIONS_NAME = "captions.jsonl"
-IMAGES_NAME = "images"
+FORMAT, FORMAT_VERSION = "vlm-bridge caption folder", 1
+MANIFEST_NAME, CAPTIONS_NAME, IMAGES_NAME = "manifest.json", "captions.jsonl", "images"
 UNFINISHED_NAME = ".unfinished"  # working files of `transform`
-PREPARED_ELSEWHERE = "prepared by other tools"  # `source` of a folder without a manifest
-TRANSFORM = "vlm-data transform --source local --input-dir IMAGES --output-dir NEW_FOLDER"
 
 
-@dataclass(frozen=True)
-class CaptionFolder:
+class CaptionFolder(DataFolder):
     """A finished caption folder; make one with :meth:`open`."""
-
-    root: Path
-    manifest: dict[str, Any]
-    notes_dir: ClassVar[Path | None] = None
 
     @classmethod
     def open(cls, root: str | Path) -> CaptionFolder:
@@ -54,87 +50,63 @@ class CaptionFolder:
         Raises:
             DataError: missing, unfinished, damaged or of another format.
         """
-        root = Path(root)
-        if is_prepared_elsewhere(root):
-            return cls(root, _facts(root))
+        folder, root = cls(Path(root)), Path(root)
         if (root / MANIFEST_NAME).is_file():
-            folder = cls(root, read_manifest(root))
             for path in (root / split / CAPTIONS_NAME for split in folder.splits):
                 if not path.is_file():
                     raise DataError(f"{path} is missing: make the caption folder again")
-            return folder
-        if (root / UNFINISHED_NAME).is_dir():
+        elif (root / UNFINISHED_NAME).is_dir():
             raise DataError(
                 f"caption folder {root} is unfinished: "
                 "continue it with the same `vlm-data transform` command"
             )
-        raise DataError(
-            f"{root} is no caption folder (neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME}) and "
-            f"no shard folder (no *.tar in {'/, '.join(SPLITS)}/): make one with `{TRANSFORM}`"
-        )
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash over every caption line and every image, as recorded in the manifest."""
-        return self.manifest["fingerprint"]
-
-    @property
-    def splits(self) -> list[str]:
-        """The splits that hold at least one image, in the order train, val, test."""
-        counts = self.manifest["counts"]
-        return [split for split in SPLITS if counts.get(split, {}).get("images", 0) > 0]
-
-    def split(self, name: SplitName, skipped: Skipped | None = None) -> list[CaptionedImage]:
-        """Return the images of a split with their captions, in the order of the file.
-
-        Args:
-            skipped: takes the lines that cannot be used; without it, the first is an error.
-
-        Raises:
-            DataError: no such split, or a line that cannot be used (with file and line).
-        """
-        if name not in self.splits:
-            known = ", ".join(self.splits)
-            raise DataError(f"caption folder {self.root} has no {name} images (it has: {known})")
-        found = Skipped(name) if skipped is None else skipped
-        images = _read_captions(self.root / name, found)
-        if skipped is None:
-            found.refuse("make the folder again")
-        return images
+        elif not is_prepared_elsewhere(root) or not folder.splits:
+            raise DataError(
+                f"{root} is no caption folder (neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME} "
+                f"with lines) and no shard folder (no *.tar in {'/, '.join(SPLITS)}/): make one "
+                "with `vlm-data transform --source local --input-dir IMAGES --output-dir FOLDER`"
+            )
+        return folder
 
     def compute_fingerprint(self) -> str:
         """Read every file and return the fingerprint; another one where a file was changed."""
         if "format" not in self.manifest:
             return _state(self.root)
-        folders = {split: self.root / split for split in self.splits}
-        images = {split: _image_digests(folder) for split, folder in folders.items()}
-        return fingerprint({split: _lines(folder) for split, folder in folders.items()}, images)
+        lines, images = {}, {}
+        for split in self.splits:
+            content = (self.root / split / CAPTIONS_NAME).read_bytes()
+            text = content.decode(errors="backslashreplace")
+            lines[split] = text.removesuffix("\n").split("\n")
+            paths = _image_files(self.root / split)
+            images[split] = {f"{IMAGES_NAME}/{path.name}": _sha256(path) for path in paths}
+        return fingerprint(lines, images)
+
+    def _load_manifest(self) -> dict[str, Any]:
+        is_prepared = is_prepared_elsewhere(self.root)
+        return _facts(self.root) if is_prepared else read_manifest(self.root)
+
+    def _read(self, split: SplitName, skipped: Skipped) -> list[CaptionedImage]:
+        return _read_captions(self.root / split, skipped)
 
 
 def _read_captions(folder: Path, skipped: Skipped) -> list[CaptionedImage]:
     """Read a ``captions.jsonl``; images come in the order of their first lines."""
-    path, resolved = folder / CAPTIONS_NAME, folder.resolve()
-    captions: dict[str, list[str]] = {}
-    ids: dict[str, str] = {}
-    problems: dict[str, str] = {}
+    path, captions, ids = folder / CAPTIONS_NAME, {}, {}
+    problem_of = cache(partial(_problem, folder, folder.resolve()))
     for number, line in lines_of(path):
         skipped.total += 1
         try:
             record = _parse_record(line)
             name = record["image_path"]
-            if name not in problems:
-                problems[name] = _problem(folder, name, resolved)
-            if problems[name]:
-                raise ValueError(problems[name])
+            if problem := problem_of(name):
+                raise ValueError(problem)
         except ValueError as error:
             skipped.add(f"{path}:{number}", str(error))
             continue
         captions.setdefault(name, []).append(record["caption"])
         image_id = record.get("original_id")
         ids.setdefault(name, image_id if is_text(image_id) else PurePosixPath(name).stem)
-    return [
-        CaptionedImage(folder / name, tuple(texts), ids[name]) for name, texts in captions.items()
-    ]
+    return [CaptionedImage(folder / n, tuple(texts), ids[n]) for n, texts in captions.items()]
 
 
 def _parse_record(line: bytes) -> dict[str, Any]:
@@ -154,7 +126,7 @@ def _parse_record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _problem(folder: Path, name: str, resolved: Path) -> str:
+def _problem(folder: Path, resolved: Path, name: str) -> str:
     """Return why an image file cannot be used, without opening it; empty where it can."""
     try:
         path = inside(folder, name)
@@ -168,36 +140,6 @@ def _problem(folder: Path, name: str, resolved: Path) -> str:
         return str(error)
 
 
-class CaptionFolderWriter:
-    """Writes the parts of a caption folder; the manifest, which makes it whole, comes last."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.working_dir = root / UNFINISHED_NAME
-
-    def prepare(self) -> None:
-        self.working_dir.mkdir(parents=True, exist_ok=True)
-        for split in SPLITS:
-            self.images_dir(split).mkdir(parents=True, exist_ok=True)
-
-    def images_dir(self, split: str) -> Path:
-        return self.root / split / IMAGES_NAME
-
-    def write_captions(self, split: str, lines: Iterable[str]) -> None:
-        content = "".join(f"{line}\n" for line in lines)
-        write_atomically(self.root / split / CAPTIONS_NAME, _encoded(content))
-
-    def finish(self, manifest: Mapping[str, Any]) -> None:
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.root / MANIFEST_NAME, _encoded(text))
-
-
-def caption_line(file_name: str, caption: str, original_id: str) -> str:
-    """Return one line of ``captions.jsonl``, without its newline."""
-    record = {"image_path": f"{IMAGES_NAME}/{file_name}", "caption": caption}
-    return json.dumps({**record, "original_id": original_id}, ensure_ascii=False)
-
-
 def fingerprint(lines: Mapping[str, Iterable[str]], images: Mapping[str, Mapping[str, str]]) -> str:
     """Hash the content of a caption folder, whatever its order.
 
@@ -208,19 +150,10 @@ def fingerprint(lines: Mapping[str, Iterable[str]], images: Mapping[str, Mapping
     total = hashlib.sha256()
     for split in SPLITS:
         for line in sorted(lines.get(split, ())):
-            total.update(_encoded(f"{split}\tcaption\t{line}\n"))
+            total.update(f"{split}\tcaption\t{line}\n".encode(errors="backslashreplace"))
         for path, digest in sorted(images.get(split, {}).items()):
             total.update(f"{split}\timage\t{path}\t{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
-
-
-def _encoded(text: str) -> bytes:
-    """Encode text that may hold half characters (names of files that are not UTF-8), escaped."""
-    return text.encode(errors="backslashreplace")
-
-
-def _image_digests(split_dir: Path) -> dict[str, str]:
-    return {f"{IMAGES_NAME}/{path.name}": _sha256(path) for path in _image_files(split_dir)}
 
 
 def _sha256(path: Path) -> str:
@@ -234,9 +167,11 @@ def _image_files(split_dir: Path) -> list[Path]:
     return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
 
 
-def _lines(split_dir: Path) -> list[str]:
-    text = (split_dir / CAPTIONS_NAME).read_text(encoding="utf-8", errors="backslashreplace")
-    return text.removesuffix("\n").split("\n")
+class _Manifest(BaseModel):
+    format: Literal["vlm-bridge caption folder"]
+    format_version: Literal[1]
+    counts: dict[str, dict[str, int]]
+    fingerprint: str
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -244,31 +179,21 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST_NAME
     try:
         manifest = parse_json(path.read_bytes())
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): make the caption folder again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not the manifest of a caption folder: choose another folder")
-    if (version := manifest.get("format_version")) != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {version}, not {FORMAT_VERSION}: make the folder again"
-        )
-    counts = manifest.get("counts")
-    are_counts = isinstance(counts, dict) and all(isinstance(n, dict) for n in counts.values())
-    if not (are_counts and isinstance(manifest.get("fingerprint"), str)):
-        raise DataError(f"{path} lacks counts, fingerprint: make the caption folder again")
-    return manifest
-
-
-# Folders that other tools prepared.
+        reason = f"damaged: {error}"
+    else:
+        return manifest
+    raise DataError(f"{path} is no manifest of a caption folder ({reason}): make the folder again")
 
 
 def is_prepared_elsewhere(root: Path) -> bool:
-    """Return whether a folder has the layout, and no manifest of `transform`."""
-    has_captions = any((root / split / CAPTIONS_NAME).is_file() for split in SPLITS)
-    if not has_captions or (root / UNFINISHED_NAME).is_dir():
-        return False
-    is_bare = not (root / MANIFEST_NAME).is_file()
-    return is_bare or read_manifest(root).get("source") == PREPARED_ELSEWHERE
+    """Return whether other tools made the folder: it has captions, and nothing of `transform`."""
+    is_ours = (root / MANIFEST_NAME).is_file() or (root / UNFINISHED_NAME).is_dir()
+    return not is_ours and any((root / split / CAPTIONS_NAME).is_file() for split in SPLITS)
 
 
 def _facts(root: Path) -> dict[str, Any]:
@@ -277,25 +202,18 @@ def _facts(root: Path) -> dict[str, Any]:
     Raises:
         DataError: no line of a split can be used.
     """
-    state = _state(root)
-    if (root / MANIFEST_NAME).is_file():  # earlier versions wrote one
-        manifest = read_manifest(root)
-        if manifest.get("state") == state:
-            return manifest
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         path, skipped = root / split / CAPTIONS_NAME, Skipped(f"{split} captions")
         images = _read_captions(path.parent, skipped) if path.is_file() else []
-        if skipped and not images:
+        if len(skipped) and not images:
             raise DataError(
                 f"none of the {skipped.total:,} lines of {path} can be used: {skipped.summary()}; "
                 f"captions in another form: `vlm-data transform --source local --input-dir {root} "
                 "--output-dir NEW_FOLDER`"
             )
         counts[split] = {"images": len(images)}
-    if not any(count["images"] for count in counts.values()):
-        raise DataError(f"the {CAPTIONS_NAME} files in {root} have no lines: prepare it again")
-    return {"source": PREPARED_ELSEWHERE, "counts": counts, "fingerprint": state}
+    return {"source": "prepared by other tools", "counts": counts, "fingerprint": _state(root)}
 
 
 def _state(root: Path) -> str:
@@ -311,9 +229,6 @@ def _state(root: Path) -> str:
     return f"blake2b:{digest.hexdigest()}"
 
 
-DataFolder = CaptionFolder | ShardFolder
-
-
 def open_data_folder(path: str | Path) -> DataFolder:
     """Open a recipe's ``data_dir``: a caption folder or a shard folder.
 
@@ -322,8 +237,7 @@ def open_data_folder(path: str | Path) -> DataFolder:
     """
     root = Path(path)
     is_ours = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()
-    places = [root, *(root / split for split in SPLITS)]
-    has_tars = any(any(place.glob("*.tar*")) for place in places)
+    has_tars = any(any(place.glob("*.tar*")) for place in (root, *(root / s for s in SPLITS)))
     if has_tars and not is_ours and not is_prepared_elsewhere(root):
         return ShardFolder.open(root)
     return CaptionFolder.open(root)

@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.caption_folder import DataFolder
 from vlm_bridge.data_pipeline.captions import find_tags, strip_tags
 from vlm_bridge.data_pipeline.images import image_size
-from vlm_bridge.data_pipeline.samples import ImageFile, Skipped
-from vlm_bridge.data_pipeline.sources import Rejected, SourceItem, iter_images
+from vlm_bridge.data_pipeline.samples import DataFolder, ImageFile, Skipped, SkippedSample
+from vlm_bridge.data_pipeline.sources import SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.errors import ImageError
 
@@ -26,7 +25,7 @@ Progress = Callable[[int, int], None]
 Value = TypeVar("Value")
 
 
-def folder_items(folder: DataFolder, skipped: list[Rejected]) -> list[SourceItem]:
+def folder_items(folder: DataFolder, skipped: list[SkippedSample]) -> list[SourceItem]:
     """Return the images of all splits; ``skipped`` gets the samples that cannot be used."""
     items: list[SourceItem] = []
     for split in SPLITS:
@@ -36,7 +35,7 @@ def folder_items(folder: DataFolder, skipped: list[Rejected]) -> list[SourceItem
         for image in folder.split(split, bad):
             captions = list(image.captions)
             items.append(SourceItem(image.original_id, captions, split, image.path))
-        skipped += [Rejected(*sample) for sample in bad.samples]
+        skipped += bad.samples
     return items
 
 
@@ -146,10 +145,10 @@ def sample_items(items: Sequence[SourceItem], count: int, seed: int = 0) -> list
 
 def read_images(
     items: Sequence[SourceItem], read: Callable[[ImageFile | bytes], Value], progress: Progress
-) -> tuple[list[Value], list[Rejected]]:
+) -> tuple[list[Value], list[SkippedSample]]:
     """Apply ``read`` to stored images; return the values, and the images that fail."""
     values: list[Value] = []
-    failed: list[Rejected] = []
+    failed: list[SkippedSample] = []
     for done, (item, image) in enumerate(zip(items, iter_images(items), strict=True), start=1):
         try:
             if image is None:
@@ -157,6 +156,6 @@ def read_images(
             if not callable(image):
                 values.append(read(image))
         except ImageError as error:
-            failed.append(Rejected(item.image_id, error.reason))
+            failed.append(SkippedSample(item.image_id, error.reason))
         progress(done, len(items))
     return values, failed

@@ -38,8 +38,9 @@ from PIL import Image, ImageOps
 
 from vlm_bridge.data_pipeline.images import check_image, open_image
 from vlm_bridge.data_pipeline.loader import in_batches, logged, prefetch
-from vlm_bridge.data_pipeline.samples import ImageFile, remembered, state_of
+from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import DataError, ImageError
+from vlm_bridge.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
             digests = pool.map(lambda path: hashlib.blake2b(path.read_bytes()).hexdigest(), paths)
             return cache_key(*digests)
 
-    return remembered(root / f".pictures-{state_of(paths)}", compute)
+    return _remembered(root, ".pictures", paths, compute)
 
 
 def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) -> dict[int, str]:
@@ -185,10 +186,32 @@ def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) ->
         checked = enumerate(logged(problems, len(paths), "checked %s of %s images"))
         return json.dumps([(index, problem) for index, problem in checked if problem])
 
-    if remember_in is None:
-        return dict(json.loads(check()))
-    place = remember_in / f".checked-{PIL.__version__}-{state_of(paths)}"
-    return dict(json.loads(remembered(place, check)))
+    name = f".checked-{PIL.__version__}"
+    return dict(json.loads(_remembered(remember_in, name, paths, check)))
+
+
+def _remembered(
+    folder: Path | None, name: str, paths: Sequence[ImageFile], compute: Callable[[], str]
+) -> str:
+    """Return what ``compute`` finds in images; a file keeps it while none of them is touched."""
+    if folder is None:
+        return compute()
+    state = hashlib.blake2b(digest_size=12)
+    for path in paths:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise DataError(f"image {path} is missing: make the data folder again") from None
+        line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        state.update(line.encode(errors="surrogateescape"))
+    place = folder / f"{name}-{state.hexdigest()}"
+    with contextlib.suppress(OSError, ValueError):
+        return place.read_text()
+    text = compute()
+    with contextlib.suppress(OSError):  # a read-only folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, text.encode())
+    return text
 
 
 def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,10 +324,9 @@ class FeatureCache:
             file.truncate(first * self._stride)
             remaining = (self.num_images - first) * self._stride
             if shutil.disk_usage(self.folder).free < remaining + FREE_SPACE_TO_LEAVE:
-                reserve = as_bytes(FREE_SPACE_TO_LEAVE)
                 raise CacheUnavailable(
-                    f"no room for {as_bytes(remaining)} of cached features below "
-                    f"{self.folder.parent}: {reserve} are left for checkpoints"
+                    f"no room for {as_bytes(remaining)} of cached features in {self.folder}: "
+                    f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
                 )
             size = f"{self.num_images - first:,} images into {self.folder} ({as_bytes(remaining)})"
             logger.info("%s: encoding %s", name, size)
@@ -350,16 +372,16 @@ def open_cache(
                 if not cache.was_there:
                     cache.build(pixels, encode, name, batch_images, num_workers)
         cache.file = cache.path.open("rb")
-    except BaseException as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        is_empty = not (cache.building.is_file() and cache.building.stat().st_size)
-        if (is_full or is_empty) and not cache.path.exists():
+        with contextlib.suppress(PermissionError):  # of another user
+            os.utime(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cache.building.unlink(missing_ok=True)
+        raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
+    finally:
+        is_begun = cache.building.is_file() and cache.building.stat().st_size
+        if not is_begun and not cache.path.exists():
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
-        raise
-    with contextlib.suppress(OSError):  # of another user
-        os.utime(folder)
     return cache
 
 

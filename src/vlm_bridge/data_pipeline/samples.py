@@ -1,19 +1,18 @@
-"""Samples of a data folder: images with their captions, and those that were skipped."""
+"""Images with their captions, samples that were skipped, and the folders that hold them."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError, ImageError, on_one_line
-from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import shown
 
 MAX_SKIPPED_SHARE = 0.01
@@ -48,9 +47,6 @@ class TarImage:
     def is_file(self) -> bool:
         return self.file.is_file() and self.file.stat().st_size >= self.offset + self.size
 
-    def resolve(self) -> TarImage:
-        return replace(self, file=self.file.resolve())
-
     def stat(self) -> os.stat_result:
         return self.file.stat()
 
@@ -80,30 +76,6 @@ class CaptionedImage:
     original_id: str
 
 
-def state_of(paths: Iterable[ImageFile]) -> str:
-    """Hash names, sizes and times of image files. Raises DataError where one is missing."""
-    digest = hashlib.blake2b(digest_size=12)
-    for path in paths:
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            raise DataError(f"image {path} is missing: make the data folder again") from None
-        state = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0"
-        digest.update(state.encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def remembered(place: Path, compute: Callable[[], str]) -> str:
-    """Return the text in a file; compute and write it where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return place.read_text()
-    text = compute()
-    with contextlib.suppress(OSError):  # a read-only folder
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, text.encode())
-    return text
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``; ValueError where ``name`` is absolute or climbs out of ``folder``.
 
@@ -125,9 +97,9 @@ def is_inside(resolved: Path, path: Path) -> bool:
 
 
 class SkippedSample(NamedTuple):
-    """A skipped sample (a file, or "file:line") and the reason."""
+    """A skipped image, caption or file (such as "file:line"), and the reason."""
 
-    where: str
+    id: str
     reason: str
 
 
@@ -144,11 +116,6 @@ class Skipped:
 
     def add(self, where: object, reason: str) -> None:
         self.samples.append(SkippedSample(str(where), reason))
-
-    def refuse(self, cure: str) -> None:
-        """Raise DataError for the first sample, if there is one."""
-        for where, reason in self.samples:
-            raise DataError(f"{where}: {reason}; {cure}")
 
     def check(
         self,
@@ -176,10 +143,8 @@ class Skipped:
 
     def summary(self, listing: Path | None = None) -> str:
         """Return the causes on one line, each with a count and a few samples."""
-        causes = by_cause(self.samples)
-        more = f"; and {len(causes) - NUM_CAUSES:,} more causes" if len(causes) > NUM_CAUSES else ""
         place = f" (all in {listing})" if listing is not None else ""
-        return on_one_line("; ".join(causes[:NUM_CAUSES])) + more + place
+        return on_one_line("; ".join(by_cause(self.samples)[:NUM_CAUSES])) + place
 
 
 def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
@@ -200,11 +165,58 @@ def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def write_listing(path: Path, parts: Sequence[Skipped]) -> None:
-    """Write every skipped sample as a line of JSON, or remove a listing of nothing."""
-    lines = [json.dumps({"kind": p.kind, **s._asdict()}) for p in parts for s in p.samples]
-    if lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-    else:
-        path.unlink(missing_ok=True)
+class DataFolder(ABC):
+    """Captioned images in splits: a `CaptionFolder` or a `ShardFolder`.
+
+    Attributes:
+        notes_dir: where facts about images may be kept without a feature cache.
+    """
+
+    notes_dir: Path | None = None
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Source, counts of each split and fingerprint, at least."""
+        return self._load_manifest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of captions and images, as recorded."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that hold at least one image, in the order train, val, test."""
+        counts = self.manifest["counts"]
+        return [split for split in SPLITS if counts.get(split, {}).get("images", 0) > 0]
+
+    def split(self, name: SplitName, skipped: Skipped | None = None) -> list[CaptionedImage]:
+        """Return the images of a split with their captions, in the order of the files.
+
+        Args:
+            skipped: takes the samples that cannot be used; without it, the first is an error.
+
+        Raises:
+            DataError: no such split, or a sample that cannot be used, with its place.
+        """
+        if name not in self.splits:
+            known = ", ".join(self.splits)
+            raise DataError(f"data folder {self.root} has no {name} images (it has: {known})")
+        found = Skipped(name) if skipped is None else skipped
+        images = self._read(name, found)
+        if skipped is None and found.samples:
+            raise DataError(": ".join(found.samples[0]) + "; make the data folder again")
+        return images
+
+    @abstractmethod
+    def compute_fingerprint(self) -> str:
+        """Return the fingerprint of the files as they are now."""
+
+    @abstractmethod
+    def _load_manifest(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _read(self, split: SplitName, skipped: Skipped) -> list[CaptionedImage]: ...

@@ -16,9 +16,6 @@ import hashlib
 import io
 import struct
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +23,13 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.loader import logged
-from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, TarImage, inside
+from vlm_bridge.data_pipeline.samples import (
+    CaptionedImage,
+    DataFolder,
+    Skipped,
+    TarImage,
+    inside,
+)
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError
 from vlm_bridge.files import write_atomically
@@ -95,14 +98,12 @@ def read_shard(path: Path) -> Shard:
                 names += image.name.encode(errors="surrogateescape")
                 place = image.offset_data, image.size, text.offset_data, text.size, is_json
                 places += struct.pack("<qiqi?i", *place, len(names))
-                name = _printable(image.name)
-                key = key_of(name)[0]
-                samples.append(ShardSample(key, caption, name, image.offset_data, image.size))
+                found = _printable(key), caption, _printable(image.name)
+                samples.append(ShardSample(*found, image.offset_data, image.size))
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror or error}") from None
     if cut:
-        kept = f"the {len(samples):,} samples before are read, the rest is lost"
-        skipped.append(("", f"cut off or damaged {cut}: {kept}"))
+        skipped.append(("", f"cut off or damaged {cut}: {len(samples):,} samples before are read"))
     return Shard(
         num_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
@@ -145,7 +146,7 @@ def _members(
             if problem := _problem(member, folder):
                 skipped.append((member.name, problem))
             elif not member.isdir():
-                key, extension = key_of(member.name)
+                key, extension = _key_of(member.name)
                 parts = found.setdefault(key, {})
                 parts[extension] = None if extension in parts else member
     except DAMAGE as error:
@@ -160,13 +161,14 @@ def _members(
 def _problem(member: tarfile.TarInfo, folder: Path) -> str:
     if member.issparse() or not (member.isreg() or member.isdir()):
         return "a link, device or sparse file"
-    with contextlib.suppress(ValueError):
+    try:
         inside(folder, member.name)
-        return ""
-    return "its name leads out of the shard"
+    except ValueError:
+        return "its name leads out of the shard"
+    return ""
 
 
-def key_of(member: str) -> tuple[str, str]:
+def _key_of(member: str) -> tuple[str, str]:
     """Split a member's name into key and extension: ``a/b.c.JPG`` is ``("a/b", "c.jpg")``."""
     folder, slash, name = member.removeprefix("./").rpartition("/")
     stem, _, extension = name.partition(".")
@@ -182,51 +184,40 @@ def _sample(parts: Parts, file: _Headers) -> tuple[tarfile.TarInfo, tarfile.TarI
     if record is not None:
         with contextlib.suppress(ValueError, TypeError):
             metadata = dict(parse_json(_content(record, file)))
+    image, member = _pick(parts, IMAGES), _pick(parts, TEXTS)
+    if (status := metadata.get("status", "success")) != "success":
+        raise ValueError(f"img2dataset status {shown(status)} of {shown(metadata.get('url'))}")
+    if image is None:
+        raise ValueError("it has no image")
     try:
-        image, member = _pick(parts, IMAGES), _pick(parts, TEXTS)
-        if (status := metadata.get("status", "success")) != "success":
-            status = status if is_text(status) else shown(status)
-            raise ValueError(f"img2dataset status {status}")
-        if image is None:
-            raise ValueError("it has no image")
-        # Where the .txt is missing or empty, img2dataset's .json still has the caption.
         caption = _content(member, file).decode("utf-8").strip() if member is not None else ""
-        is_json = not caption
-        if is_json:
-            member, caption = record, metadata.get("caption")
-        if member is None or not is_text(caption) or not caption.strip():
-            raise ValueError("it has no caption")
-        if len(caption) > MAX_CAPTION_CHARACTERS:
-            raise ValueError(f"a caption of {len(caption):,} characters")
-    except ValueError as error:
-        reason = "its caption is not UTF-8 text" if isinstance(error, UnicodeError) else str(error)
-        url = metadata.get("url")
-        raise ValueError(f"{reason} (from {url})" if is_text(url) else reason) from None
+    except UnicodeError:
+        raise ValueError("its caption is not UTF-8 text") from None
+    # Where the .txt is missing or empty, img2dataset's .json still has the caption.
+    if is_json := not caption:
+        member, caption = record, metadata.get("caption")
+    if member is None or not is_text(caption) or not caption.strip():
+        raise ValueError("it has no caption")
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise ValueError(f"a caption of {len(caption):,} characters")
     return image, member, caption, is_json
 
 
-def _pick(parts: Parts, kinds: Iterable[str]) -> tarfile.TarInfo | None:
+def _pick(parts: Parts, kinds: tuple[str, ...]) -> tarfile.TarInfo | None:
     """Return the member of a kind: ``jpg`` goes before ``input.jpg``.
 
     Raises:
         ValueError: there are several, or it is too large.
     """
-    plain = [extension for extension in parts if extension in kinds]
-    found = plain or [extension for extension in parts if extension.rpartition(".")[2] in kinds]
+    found = [extension for extension in parts if extension in kinds]
+    found = found or [extension for extension in parts if extension.rpartition(".")[2] in kinds]
     if not found:
         return None
-    if len(found) > 1 and kinds != RECORDS:
-        names = ", ".join(m.name.rpartition("/")[2] for e in found[:3] if (m := parts[e]))
-        why = "" if plain else ": a sample's key ends at the first dot of a name"
-        raise ValueError(
-            f"it has several {'images' if kinds == IMAGES else 'texts'} ({names}){why}"
-        )
     member = parts[found[0]]
-    if member is None and kinds != RECORDS:
-        raise ValueError(f"it has several .{found[0]}")
-    if member is not None and member.size > (
-        MAX_IMAGE_BYTES if kinds == IMAGES else MAX_TEXT_BYTES
-    ):
+    if kinds != RECORDS and (member is None or len(found) > 1):
+        raise ValueError(f"it has several {', '.join(found[:3])}; a key ends at the first dot")
+    limit = MAX_IMAGE_BYTES if kinds == IMAGES else MAX_TEXT_BYTES
+    if member is not None and member.size > limit:
         raise ValueError(f"its .{found[0]} has {member.size / 1e6:,.0f} MB")
     return member
 
@@ -259,17 +250,17 @@ def kept_shard(path: Path, index: Path) -> Shard:
     return shard
 
 
-@dataclass(frozen=True)
-class ShardFolder:
+class ShardFolder(DataFolder):
     """A folder of shards, in place of a `CaptionFolder`; make one with :meth:`open`.
 
     Attributes:
         tars: the shards of each split, by name.
     """
 
-    root: Path
-    tars: dict[str, list[Path]]
-    _read: dict[str, list[Shard]] = field(default_factory=dict, repr=False)
+    def __init__(self, root: Path, tars: dict[str, list[Path]]):
+        super().__init__(root)
+        self.tars, self.notes_dir = tars, root / ".shards"
+        self._kept: dict[str, list[Shard]] = {}
 
     @classmethod
     def open(cls, root: str | Path) -> ShardFolder:
@@ -293,66 +284,44 @@ class ShardFolder:
         return cls(Path(root), tars)
 
     @property
-    def notes_dir(self) -> Path:
-        return self.root / ".shards"
-
-    @property
     def splits(self) -> list[str]:
+        """The splits that have shards, which need not be read to know it."""
         return list(self.tars)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash over names and sizes of shards, names of images, and places of the content."""
-        return _fingerprint(self.tars, {split: self._shards(split) for split in self.splits})
-
     def compute_fingerprint(self) -> str:
-        """Return the fingerprint from the headers as they are now."""
-        shards = {split: [read_shard(tar) for tar in tars] for split, tars in self.tars.items()}
-        return _fingerprint(self.tars, shards)
+        """Return the fingerprint of the headers as they are now."""
+        return self._fingerprint({s: list(map(read_shard, tars)) for s, tars in self.tars.items()})
 
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """Facts that a caption folder has in its manifest."""
+    def _load_manifest(self) -> dict[str, Any]:
+        shards = {split: self._shards(split) for split in self.tars}
         counts = {
-            split: {"images": sum(len(s.samples) for s in self._shards(split)), "shards": len(tars)}
-            for split, tars in self.tars.items()
+            split: {"images": sum(len(shard.samples) for shard in found), "shards": len(found)}
+            for split, found in shards.items()
         }
-        return {"source": "shards", "counts": counts, "fingerprint": self.fingerprint}
+        fingerprint = self._fingerprint(shards)
+        return {"source": "shards", "counts": counts, "fingerprint": fingerprint}
 
-    def split(self, name: SplitName, skipped: Skipped | None = None) -> list[CaptionedImage]:
-        """Return the images of a split, by shard and in the order of each tar.
-
-        Args:
-            skipped: takes the samples that cannot be used; without it, the first is an error.
-
-        Raises:
-            DataError: no such split, or a sample that cannot be used.
-        """
-        if name not in self.tars:
-            known = ", ".join(self.splits)
-            raise DataError(f"shard folder {self.root} has no {name} shards (it has: {known})")
-        images, found = [], Skipped(name) if skipped is None else skipped
-        for path, shard in zip(self.tars[name], self._shards(name), strict=True):
+    def _read(self, split: SplitName, skipped: Skipped) -> list[CaptionedImage]:
+        images = []
+        for path, shard in zip(self.tars[split], self._shards(split), strict=True):
             images += shard.images(path)
-            found.total += len(shard.samples) + len(shard.skipped)
+            skipped.total += len(shard.samples) + len(shard.skipped)
             for member, reason in shard.skipped:
-                found.add(f"{path}/{member}" if member else path, reason)
-        if skipped is None:
-            found.refuse("fetch or write the shard again")
+                skipped.add(f"{path}/{member}" if member else path, reason)
         return images
 
     def _shards(self, split: str) -> list[Shard]:
-        if split not in self._read:
-            tars, indices = self.tars[split], self.notes_dir / split
+        if split not in self._kept:
+            tars, indices = self.tars[split], self.root / ".shards" / split
             paths = logged(tars, len(tars), f"{split}: headers read of %s of %s shards")
-            self._read[split] = [kept_shard(tar, indices / f"{tar.name}.index") for tar in paths]
-        return self._read[split]
+            self._kept[split] = [kept_shard(tar, indices / f"{tar.name}.index") for tar in paths]
+        return self._kept[split]
 
-
-def _fingerprint(tars: dict[str, list[Path]], shards: dict[str, list[Shard]]) -> str:
-    total = hashlib.sha256()
-    for split, paths in tars.items():
-        for path, shard in zip(paths, shards[split], strict=True):
-            line = f"{split}/{path.name}\t{shard.num_bytes}\t{shard.checksum}\n"
-            total.update(line.encode())
-    return f"sha256:{total.hexdigest()}"
+    def _fingerprint(self, shards: dict[str, list[Shard]]) -> str:
+        """Hash names and sizes of shards, names of images, and places of the content."""
+        total = hashlib.sha256()
+        for split, paths in self.tars.items():
+            for path, shard in zip(paths, shards[split], strict=True):
+                line = f"{split}/{path.name}\t{shard.num_bytes}\t{shard.checksum}\n"
+                total.update(line.encode())
+        return f"sha256:{total.hexdigest()}"

@@ -24,27 +24,19 @@ from PIL import Image
 
 from vlm_bridge import __version__
 from vlm_bridge.data_pipeline.caption_folder import (
+    CAPTIONS_NAME,
     FORMAT,
     FORMAT_VERSION,
     IMAGES_NAME,
     MANIFEST_NAME,
     UNFINISHED_NAME,
-    CaptionFolderWriter,
-    caption_line,
     fingerprint,
     read_manifest,
-    write_atomically,
 )
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import ImageReader, decode_image, result_of
-from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
-from vlm_bridge.data_pipeline.sources import (
-    RawImage,
-    Rejected,
-    Source,
-    SourceItem,
-    iter_images,
-)
+from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
+from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import (
     DUPLICATE_PRIORITY,
     SPLITS,
@@ -53,6 +45,7 @@ from vlm_bridge.data_pipeline.splits import (
     SplitRule,
 )
 from vlm_bridge.errors import DataError, ImageError
+from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text
 
 Progress = Callable[[int, int], None]
@@ -100,7 +93,7 @@ class _Plan:
     """The images to make, what was skipped so far, and how images are split."""
 
     images: list[_Planned]
-    skipped: list[Rejected]
+    skipped: list[SkippedSample]
     rule: SplitRule
     facts: dict[str, Any]
 
@@ -132,10 +125,10 @@ def transform(
         "image_size": image_size,
         "near_duplicate_distance": near_duplicate_distance,
     }
-    writer = CaptionFolderWriter(Path(output_dir))
-    if finished := _claim(writer, facts):
+    root = Path(output_dir)
+    if finished := _claim(root, facts):
         return finished
-    broken = _make_images(writer, plan.images, image_size, workers, progress)
+    broken = _make_images(root, plan.images, image_size, workers, progress)
     kept, duplicates = _drop_duplicates([p for p in plan.images if p.sha256])
     skipped = [*plan.skipped, *broken, *duplicates]
     if not kept:
@@ -150,7 +143,7 @@ def transform(
     finds_near = source.finds_near_duplicates
     facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
     facts["rejected"] = [item._asdict() for item in skipped]
-    return _finish(source, writer, kept, facts)
+    return _finish(source, root, kept, facts)
 
 
 def preview(
@@ -179,7 +172,10 @@ def _plan(
     items = source.items()
     # A name that is no text cannot be written into captions.jsonl.
     unnamed = [item.image_id for item in items if not is_text(item.image_id)]
-    skipped = [*source.rejected, *(Rejected(name, "its name is not UTF-8") for name in unnamed)]
+    skipped = [
+        *source.rejected,
+        *(SkippedSample(name, "its name is not UTF-8") for name in unnamed),
+    ]
     items = [item for item in items if is_text(item.image_id)]
     undecided = [item for item in items if item.split is None]
     ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
@@ -239,14 +235,16 @@ def _sample(
     return [pair for pair in placed if pair[0].image_id in chosen]
 
 
-def _clean(item: SourceItem, style: CaptionStyle, skipped: list[Rejected]) -> list[str]:
+def _clean(item: SourceItem, style: CaptionStyle, skipped: list[SkippedSample]) -> list[str]:
     short = [caption for caption in item.captions if len(caption) <= MAX_CAPTION_CHARACTERS]
     if too_long := len(item.captions) - len(short):
         reason = f"{too_long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters"
-        skipped.append(Rejected(item.image_id, reason))
+        skipped.append(SkippedSample(item.image_id, reason))
     captions = [text for caption in short if (text := clean_caption(caption, style))]
     if empty := len(short) - len(captions):
-        skipped.append(Rejected(item.image_id, f"{empty} of {len(short)} captions without words"))
+        skipped.append(
+            SkippedSample(item.image_id, f"{empty} of {len(short)} captions without words")
+        )
     return captions
 
 
@@ -259,13 +257,13 @@ def _file_name(image_id: str, taken: set[str]) -> str:
     return f"{name}.jpg"
 
 
-def _claim(writer: CaptionFolderWriter, facts: dict[str, Any]) -> dict[str, Any] | None:
+def _claim(root: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     """Begin or continue the folder; return its manifest if it is finished.
 
     Raises:
         DataError: the folder holds something else, or was made with other settings.
     """
-    root, begun = writer.root, writer.working_dir / "settings.json"
+    begun = root / UNFINISHED_NAME / "settings.json"
     earlier = {}
     is_finished = (root / MANIFEST_NAME).is_file()
     if is_finished:
@@ -286,30 +284,31 @@ def _claim(writer: CaptionFolderWriter, facts: dict[str, Any]) -> dict[str, Any]
             "choose another --output-dir or delete that folder"
         )
     if not is_finished:
-        writer.prepare()
+        for folder in (begun.parent, *(root / split / IMAGES_NAME for split in SPLITS)):
+            folder.mkdir(parents=True, exist_ok=True)
         write_atomically(begun, json.dumps(facts).encode())
     return earlier if is_finished else None
 
 
 def _make_images(
-    writer: CaptionFolderWriter,
+    root: Path,
     planned: Sequence[_Planned],
     image_size: int,
     workers: int,
     progress: Progress,
-) -> list[Rejected]:
+) -> list[SkippedSample]:
     """Make every image that is not there yet; return the broken ones."""
-    broken: list[Rejected] = []
+    broken: list[SkippedSample] = []
     images = iter_images(p.item for p in planned)
     tasks = (
-        (p.image_id, image, writer.images_dir(p.split) / p.file_name, image_size)
+        (p.image_id, image, root / p.split / IMAGES_NAME / p.file_name, image_size)
         for p, image in zip(planned, images, strict=True)
     )
     processes = 0 if workers == 1 else min(workers, 1 + len(planned) // IMAGES_A_PROCESS)
     with closing(_run(tasks, processes)) as outcomes:
         for done, (p, outcome) in enumerate(zip(planned, outcomes, strict=True), start=1):
             if isinstance(outcome, ImageError):
-                broken.append(Rejected(p.image_id, outcome.reason))
+                broken.append(SkippedSample(p.image_id, outcome.reason))
             else:
                 p.pixels, p.looks, p.sha256 = outcome
             progress(done, len(planned))
@@ -366,20 +365,20 @@ def _content(image_id: str, image: RawImage | None, image_size: int) -> tuple[by
     return buffer.getvalue(), decode_image(buffer.getvalue()).image
 
 
-def _drop_duplicates(images: Sequence[_Planned]) -> tuple[list[_Planned], list[Rejected]]:
+def _drop_duplicates(images: Sequence[_Planned]) -> tuple[list[_Planned], list[SkippedSample]]:
     """Keep equal images in one split only; return those kept, and the others."""
     home: dict[str, _Planned] = {}
     for p in sorted(images, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
         home.setdefault(p.pixels, p)
     kept: list[_Planned] = []
-    doubles: list[Rejected] = []
+    doubles: list[SkippedSample] = []
     for p in images:
         first = home[p.pixels]
         if first.split == p.split:
             kept.append(p)
         else:
             reason = f"{p.split}: same image as {first.image_id} in {first.split}"
-            doubles.append(Rejected(p.image_id, reason))
+            doubles.append(SkippedSample(p.image_id, reason))
     return kept, doubles
 
 
@@ -408,17 +407,21 @@ def _near(kept: Sequence[_Planned], distance: int) -> dict[str, Any]:
 
 
 def _finish(
-    source: Source, writer: CaptionFolderWriter, kept: Sequence[_Planned], facts: dict[str, Any]
+    source: Source, root: Path, kept: Sequence[_Planned], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the captions and the manifest, and return it."""
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for p in kept:
-        lines[p.split] += [caption_line(p.file_name, text, p.image_id) for text in p.captions]
-        digests[p.split][f"{IMAGES_NAME}/{p.file_name}"] = p.sha256
+        name = f"{IMAGES_NAME}/{p.file_name}"
+        records = (
+            {"image_path": name, "caption": c, "original_id": p.image_id} for c in p.captions
+        )
+        lines[p.split] += [json.dumps(record, ensure_ascii=False) for record in records]
+        digests[p.split][name] = p.sha256
     for split in SPLITS:
-        writer.write_captions(split, lines[split])
-        for path in writer.images_dir(split).iterdir():
+        _write(root / split / CAPTIONS_NAME, "".join(f"{line}\n" for line in lines[split]))
+        for path in (root / split / IMAGES_NAME).iterdir():
             if f"{IMAGES_NAME}/{path.name}" not in digests[split]:  # a duplicate
                 path.unlink()
     manifest = {
@@ -431,6 +434,11 @@ def _finish(
         **facts,
         "fingerprint": fingerprint(lines, digests),
     }
-    writer.finish(manifest)
-    shutil.rmtree(writer.working_dir, ignore_errors=True)
+    _write(root / MANIFEST_NAME, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    shutil.rmtree(root / UNFINISHED_NAME, ignore_errors=True)
     return manifest
+
+
+def _write(path: Path, text: str) -> None:
+    """Write text that may hold half characters (names of files that are not UTF-8), escaped."""
+    write_atomically(path, text.encode(errors="backslashreplace"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.parquet import ParquetImage, read_images
@@ -17,7 +17,7 @@ from vlm_bridge.errors import DataError, UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlm_bridge.data_pipeline.samples import ImageFile
+    from vlm_bridge.data_pipeline.samples import ImageFile, SkippedSample
 
 # An image file, the bytes of one, or a function that draws the image.
 RawImage: TypeAlias = "ImageFile | bytes | Callable[[], Image.Image]"
@@ -52,13 +52,6 @@ class SourceItem:
     film: str | None = None
 
 
-class Rejected(NamedTuple):
-    """A skipped image, caption or file, and the reason."""
-
-    id: str
-    reason: str
-
-
 @dataclass
 class Source:
     """A dataset in its own layout.
@@ -78,7 +71,7 @@ class Source:
     needs_input_dir: ClassVar[bool] = True
 
     split_rule: str | None = field(default=None, init=False)
-    rejected: list[Rejected] = field(default_factory=list, init=False)
+    rejected: list[SkippedSample] = field(default_factory=list, init=False)
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:

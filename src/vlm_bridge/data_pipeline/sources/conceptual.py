@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_bridge.data_pipeline.samples import NUM_CAUSES, by_cause
+from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
 from vlm_bridge.data_pipeline.shards import read_shard
-from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
@@ -74,7 +74,7 @@ class Conceptual(Source):
                 else:
                     item = SourceItem(prefix + key, [*image.captions], split, image.path)
                     items[item.image_id] = item
-            self.rejected += [Rejected(*one) for one in skipped]
+            self.rejected += [SkippedSample(*one) for one in skipped]
         if not items:
             causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES])
             raise DataError(f"no whole sample in {len(names)} shards of {self.input_dir}: {causes}")

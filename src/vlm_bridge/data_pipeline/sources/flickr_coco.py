@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from vlm_bridge.data_pipeline.samples import Skipped
-from vlm_bridge.data_pipeline.sources import Rejected, SourceItem
+from vlm_bridge.data_pipeline.samples import Skipped, SkippedSample
+from vlm_bridge.data_pipeline.sources import SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import RESTVAL, CaptionRecord
 from vlm_bridge.data_pipeline.sources.local import (
     CaptionedFiles,
@@ -54,7 +54,9 @@ class _Flickr(CaptionedFiles):
             self.split_rule = "official lists (train, dev as val, test)"
             by_name = {item.image.name: item for item in items if isinstance(item.image, Path)}
             unlisted = by_name.keys() - listed.keys()
-            self.rejected += [Rejected(name, "it is in no split list") for name in sorted(unlisted)]
+            self.rejected += [
+                SkippedSample(name, "it is in no split list") for name in sorted(unlisted)
+            ]
             return [replace(by_name[n], split=listed[n]) for n in listed if n in by_name]
         if all(item.split is not None for item in items):
             self.split_rule = f"Karpathy's splits ({self.caption_files()[0][0].name})"

@@ -17,7 +17,8 @@ from typing import Any
 from vlm_bridge.credentials import hub_problem
 from vlm_bridge.data_pipeline.captions import strip_tags
 from vlm_bridge.data_pipeline.parquet import ParquetImage, count_rows, read_rows, schema_of
-from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.samples import SkippedSample
+from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
@@ -71,7 +72,7 @@ class GroundCap(Source):
             for number, (row_group, row, values) in enumerate(read_rows(path, ["id", "caption"])):
                 image_id, caption = values["id"], values["caption"] or ""
                 if not image_id:
-                    self.rejected.append(Rejected(f"{path.name} row {number}", "it has no id"))
+                    self.rejected.append(SkippedSample(f"{path.name} row {number}", "it has no id"))
                     continue
                 film = _FILM.search(image_id)
                 image = ParquetImage(path, row_group, row)
@@ -81,7 +82,7 @@ class GroundCap(Source):
                     item.captions.append(caption if self.keep_tags else strip_tags(caption))
                 else:
                     reason = f"{part}: the same id as an image of test"
-                    self.rejected.append(Rejected(image_id, reason))
+                    self.rejected.append(SkippedSample(image_id, reason))
         if not items:
             raise DataError(f"{self.input_dir or HUB_NAME} holds no rows")
         return list(items.values())

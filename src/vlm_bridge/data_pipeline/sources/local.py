@@ -18,10 +18,11 @@ from vlm_bridge.data_pipeline.samples import (
     MIN_SKIPPED_ROWS,
     NUM_CAUSES,
     Skipped,
+    SkippedSample,
     by_cause,
     is_inside,
 )
-from vlm_bridge.data_pipeline.sources import Rejected, Source, SourceItem
+from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
     FORMS,
     CaptionRecord,
@@ -251,7 +252,7 @@ class CaptionedFiles(Source):
                 lost.check(at_least=MIN_SKIPPED_ROWS)
             others = (name for name, path in images.paths.items() if path not in captioned)
             skips += [(name, "it has no caption") for name in others]
-        self.rejected = [Rejected(*skip) for skip in skips]
+        self.rejected = [SkippedSample(*skip) for skip in skips]
 
 
 def _end_of(where: str) -> str:
