@@ -93,12 +93,10 @@ def _imports() -> Iterator[Check]:
     for name in ("torch", "transformers", "torchvision"):
         try:
             __import__(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                fix = f"{PIP} install {error.name}"
-                yield Check(f"import {name}", "fail", str(error), fix)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                continue  # which `_installed` names, where it is needed
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             action = "uninstall -y" if name == "torchvision" else "install --force-reinstall"
             yield Check(f"import {name}", "fail", reason, f"{PIP} {action} {name}")
 

@@ -27,7 +27,8 @@ IMAGE_FIELDS = (
 CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "description", "comment", "raw")
 NEEDED = f"an image ({', '.join(IMAGE_FIELDS)}) and a caption ({', '.join(CAPTION_FIELDS)})"
 RESTVAL = "restval"  # Karpathy's name for images of COCO's val part that are for training
-OPEN_QUOTE = "a double quote opens here and does not close before the next row"
+QUOTING = ": put the cell in quotes and double those within it"
+OPEN_QUOTE = f"a double quote opens here and does not close before the next row{QUOTING}"
 MAX_CELL_LINES = 100  # a quote that is open for longer was opened by mistake
 
 _NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
@@ -178,24 +179,29 @@ def _table_rows(path: Path) -> Rows:
 def _split_rows(
     lines: Iterable[tuple[str, str]], delimiter: str, column: int
 ) -> Iterator[tuple[str, list[str] | ValueError]]:
-    """Yield the cells of each row; a quoted cell may hold lines, but none that is a row itself."""
+    """Yield the cells of each row; a quoted cell may hold lines, but none that is a row itself.
+
+    With tabs and bars, a row is a line, and a quote that does not close is text.
+    """
     start, text = "", ""
     for where, line in chain(lines, [("", "")]):
         if text and (not where or _begins_row(line.split(delimiter), column)):
-            yield from _damaged(start, text, delimiter, OPEN_QUOTE)
+            yield start, ValueError(OPEN_QUOTE)
             text = ""
-        start = start if text else where
-        text += f"{line}\n"
+        start, text = start if text else where, f"{text}{line}\n"
         reader = csv.reader([text], delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
             if cells := next(reader):
                 yield start, cells
         except csv.Error as error:
-            is_open = "end of data" in str(error)
-            if is_open and text.count("\n") < MAX_CELL_LINES:
+            if delimiter in "\t|":
+                yield start, line.split(delimiter)
+            elif "end of data" not in str(error):
+                yield start, ValueError(f"a stray double quote ({error}){QUOTING}")
+            elif text.count("\n") < MAX_CELL_LINES:
                 continue
-            reason = OPEN_QUOTE if is_open else f"a stray double quote ({error})"
-            yield from _damaged(start, text, delimiter, reason)
+            else:
+                yield start, ValueError(OPEN_QUOTE)
         text = ""
 
 
@@ -203,14 +209,6 @@ def _begins_row(cells: list[str], column: int) -> bool:
     """Return whether a line within a quoted cell is rather a row: it names an image file."""
     name = without_number(cells[column].strip().strip('"')) if column < len(cells) > 1 else ""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _damaged(
-    start: str, text: str, delimiter: str, reason: str
-) -> list[tuple[str, list[str] | ValueError]]:
-    if delimiter in "\t|":  # a quote that does not close is text
-        return [(start, line.split(delimiter)) for line in text.splitlines()]
-    return [(start, ValueError(f"{reason}: put the cell in quotes and double those within it"))]
 
 
 def _fit(cells: list[str], header: list[str], delimiter: str) -> dict[str, str] | ValueError:

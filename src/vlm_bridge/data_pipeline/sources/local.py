@@ -67,7 +67,6 @@ class ImageFiles:
         self.paths: dict[str, Path] = {}
         self.linked_out: list[str] = []
         self._seen: set[Path] = set()
-        self._found: dict[tuple[str, str], str | None] = {}
         self._scan(root, "")
 
     def _scan(self, folder: Path, below: str) -> None:
@@ -100,11 +99,6 @@ class ImageFiles:
         bare, below = without_number(name).replace("\\", "/"), ""
         if beside != self.root and beside.is_relative_to(self.root):
             below = f"{beside.relative_to(self.root).as_posix()}/"
-        if (bare, below) not in self._found:
-            self._found[bare, below] = self._search(bare, below)
-        return self._found[bare, below]
-
-    def _search(self, bare: str, below: str) -> str | None:
         for known in (top + folder + bare for top in (below, "") for folder in _SUBFOLDERS):
             if known in self.paths:
                 return known
