@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from vlm_bridge import doctor
 from vlm_bridge.doctor import Check, run_checks
-from vlm_bridge.evaluation.run import versions
 from vlm_bridge.metrics.java import java_version
 
 SECRET = "hf_averysecrettoken"
@@ -46,14 +45,9 @@ def test_no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert java_version() is None
 
 
-@pytest.mark.parametrize(
-    ("line", "status"),
-    [("numpy>=1", "ok"), ("numpy>=999", "fail"), ("no-such-package-here>=1", "fail")],
-)
-def test_required_packages(line: str, status: str) -> None:
-    check = doctor._installed(Requirement(line), None)
-    assert check.status == status
-    assert check.fix is None if status == "ok" else check.fix and line in check.fix
+def test_a_package_that_is_required_and_missing() -> None:
+    check = doctor._installed(Requirement("no-such-package-here>=1"), None)
+    assert check.status == "fail" and check.fix and "no-such-package-here>=1" in check.fix
 
 
 def test_the_hub_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,11 +93,9 @@ def test_command(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("declared", "installed", "newest", "detail"),
     [
-        ("transformers>=5.3,<6", "5.3", "5.24.0", "5.3"),
         ("transformers>=5.3,<6", "5.30.0", "5.24.0", "5.30.0 is newer than tested, 5.24.0"),
         ("transformers>=5.3", "5.1", "5.24.0", "5.1 is older or newer than allowed, >=5.3"),
         ("torch>=2.8", "2.13.0+cu126", "2.13.0", "2.13.0+cu126"),
-        ("torch>=2.8", "2.14.0.dev7+cpu", "2.13.0", "2.14.0.dev7+cpu is newer than tested, 2.13.0"),
         ("not-locked>=1", "7", None, "7"),
     ],
 )
@@ -119,18 +111,9 @@ def test_versions_outside_the_tested_range(
 def test_the_lock_is_read_for_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8")
     assert f"torch=={doctor._newest_tested()['torch']}" in lock
-    package = tmp_path / "site" / "vlm_bridge"
-    package.mkdir(parents=True)
-    monkeypatch.setattr(doctor, "PACKAGE", package)
-    assert doctor._newest_tested() == {}
-    (package / "constraints.txt").write_text(
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    (tmp_path / "constraints.txt").write_text(
         "# Tested.\nTorch==2.13.0\n\n"
         "numpy==1.9 ; python_version < '3'\nnumpy==2.4.6 ; python_version >= '3'\n"
     )
     assert doctor._newest_tested() == {"torch": "2.13.0", "numpy": "2.4.6"}
-
-
-def test_environment_names_versions() -> None:
-    found = versions()
-    assert found["torch"] == metadata.version("torch")
-    assert {"python", "vlm-bridge", "transformers", "pycocoevalcap"} <= set(found)

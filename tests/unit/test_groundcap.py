@@ -142,14 +142,6 @@ def test_other_files_are_named(dataset: Path, tmp_path: Path) -> None:
         GroundCap(train, official_split=True).items()
 
 
-def test_a_damaged_file_is_named(dataset: Path, tmp_path: Path) -> None:
-    damaged = bytearray(next(dataset.rglob("test-*.parquet")).read_bytes())
-    damaged[200:3000] = bytes(2800)
-    (tmp_path / "test-0.parquet").write_bytes(damaged)
-    with pytest.raises(DataError, match=r"test-0\.parquet is damaged"):
-        list(iter_images(GroundCap(tmp_path).items()))
-
-
 def test_the_hub_is_asked_for_parquet_files_alone(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,17 +101,6 @@ def test_the_hub_is_not_asked_for_local_files(
     reach_hub("owner/model")
 
 
-def test_gemma_without_access_names_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gated(*_: Any, **__: Any) -> None:
-        raise refusal(errors.GatedRepoError, 401)
-
-    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", gated)
-    page = f"accept its terms on https://huggingface.co/{GEMMA}"
-    message = f"cannot load the language model '{GEMMA}': access is gated: {page}"
-    with pytest.raises(ModelError, match=message):
-        build_language_model(LanguageModelConfig(name=GEMMA))
-
-
 def test_models_offline_have_a_line_of_their_own() -> None:
     offline = r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"
     with pytest.raises(ModelError, match=offline):

@@ -8,11 +8,9 @@ from itertools import combinations
 import pytest
 
 from vlm_bridge.data_pipeline.sources.scenes import (
-    COLORS,
     HELD_OUT_PAIRS,
     IMAGE_SIZE,
     INVERSE,
-    SHAPES,
     SIZES,
     TRAINING_PAIRS,
     Kind,
@@ -47,33 +45,12 @@ def test_captions_read_like_english() -> None:
     ]
 
 
-BLUE_SQUARES = SceneFacts((Kind("blue", "square"),), 3, "small")
-
-
-@pytest.mark.parametrize(
-    ("text", "facts"),
-    [
-        ("three small blue squares", BLUE_SQUARES),
-        ("There are three small blue squares!", BLUE_SQUARES),
-        ("  THREE SMALL BLUE SQUARES . ", BLUE_SQUARES),
-        ("", None),
-        ("A dog.", None),
-        ("A large red.", None),
-        ("Blue squares.", None),
-        ("A red circle above.", None),
-        ("A red circle above a blue star above a red heart.", None),
-    ],
-)
-def test_parsing_is_tolerant_within_the_grammar(text: str, facts: SceneFacts | None) -> None:
-    assert parse_caption(text) == facts
-
-
-def test_held_out_pairs_leave_every_color_and_shape_to_training() -> None:
-    assert len(HELD_OUT_PAIRS) == len(COLORS)
-    for color in COLORS:
-        assert sum(kind.color == color for kind in TRAINING_PAIRS) == len(SHAPES) - 1
-    for shape in SHAPES:
-        assert sum(kind.shape == shape for kind in TRAINING_PAIRS) >= len(COLORS) - 2
+def test_parsing_is_tolerant_within_the_grammar() -> None:
+    squares = SceneFacts((Kind("blue", "square"),), 3, "small")
+    for text in ("There are three small blue squares!", "  THREE SMALL BLUE SQUARES . "):
+        assert parse_caption(text) == squares
+    for text in ("", "A dog.", "A large red.", "Blue squares.", "A red circle above."):
+        assert parse_caption(text) is None
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -136,8 +113,5 @@ def test_captions_are_judged_by_their_facts(
     hypothesis: str, reference: str, verdict: tuple[bool | None, ...]
 ) -> None:
     assert judge_caption(hypothesis, reference) == dict(zip(FACTS, verdict, strict=True))
-
-
-def test_a_reference_outside_the_grammar_is_an_error() -> None:
     with pytest.raises(ValueError, match="not a scene caption"):
-        judge_caption("A red circle.", "A dog.")
+        judge_caption(reference, "A dog.")
