@@ -1,7 +1,7 @@
-"""Caption images by training a small bridge between a frozen vision encoder and a frozen language model.
+"""Caption images by a small trained bridge between a frozen encoder and a frozen language model.
 
-``from vlm_bridge import Captioner`` loads a trained captioner; everything else is a command (see the README).
-Imports are lazy so that ``vlm-bridge --help`` never waits for torch.
+``from vlm_bridge import Captioner`` loads a trained captioner; everything else is a command (see
+the README). Imports are lazy so that ``vlm-bridge --help`` never waits for torch.
 """
 
 from typing import TYPE_CHECKING

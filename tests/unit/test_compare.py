@@ -73,12 +73,15 @@ def test_no_share_without_meaning(pair: list[Path], write: Write) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_images": 500, "data": {"references": "other"}}, "lite has num_images 500, Sales.* has 1000"),
+        (
+            {"num_images": 500, "data": {"references": "other"}},
+            "lite has num_images 500, Sales.* has 1000",
+        ),
         ({"data": {"references": "other", "split": "test"}}, "lite has the split test"),
         ({"data": {"references": "other", "name": "coco"}}, "lite was scored on coco val"),
         ({"tokenizer": "regex"}, "lite has scores by the tokenizer regex, Salesforce/blip has ptb"),
     ],
-)  # fmt: skip
+)
 def test_scores_of_other_data_are_refused(changes: dict, reason: str, write: Write) -> None:
     paths = [write("blip.json"), write("lite.json", **{"model": {"name": "lite"}, **changes})]
     with pytest.raises(DataError, match=reason) as refusal:
@@ -95,15 +98,6 @@ def test_other_settings_are_noted(write: Write) -> None:
     assert "lite and Salesforce/blip were decoded differently: num_beams 5 and 3" in notes
     assert any("caption folders of lite and Salesforce/blip differ" in note for note in notes)
     assert any("2 image(s) of lite" in note for note in notes)
-
-
-def test_scores_without_a_record_of_their_data(write: Write) -> None:
-    old: dict[str, Any] = {"data": dict.fromkeys(DATA), "model": None}
-    with pytest.raises(DataError, match="num_images 3"):
-        compare([write("a.json"), write("old.json", **{**old, "num_images": 3})])
-    comparison = compare([write("a.json"), write("runs/lite/metrics.json", **old)])
-    assert comparison.runs[1].name == "lite"
-    assert any("does not name its data" in note for note in comparison.notes)
 
 
 def test_equal_names_get_their_paths(write: Write) -> None:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from vlm_bridge.errors import DataError
-from vlm_bridge.metrics import (
-    CaptionScores,
-    JavaError,
-    coco,
-    ptb_tokenize,
-    score_captions,
-    score_notes,
-    simple_tokenize,
-)
+from vlm_bridge.metrics import JavaError, coco, score_captions, score_notes
 from vlm_bridge.metrics.cider import CiderD
-from vlm_bridge.metrics.tokens import reference_tokens
+from vlm_bridge.metrics.coco import ptb_tokenize, reference_tokens, simple_tokenize
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -155,24 +145,23 @@ def test_ptb_tokens_equal_pycocoevalcap(capfd: pytest.CaptureFixture[str]) -> No
     assert ptb_tokenize(broken) == ["a b c", "", "d e f", "", "g"]
 
 
-@pytest.fixture(scope="module")
-def scores() -> CaptionScores:
-    return score_captions(REFERENCES, HYPOTHESES, spice=True)
-
-
 @needs_java
-def test_scores_equal_pycocoevalcap(scores: CaptionScores) -> None:
+def test_scores_equal_pycocoevalcap() -> None:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    gts = {image_id: ptb_tokenize(refs) for image_id, refs in REFERENCES.items()}
-    res = {image_id: ptb_tokenize([text]) for image_id, text in HYPOTHESES.items()}
+    scores = score_captions(REFERENCES, HYPOTHESES, spice=True)
+    tokens = iter(ptb_tokenize([*chain(*REFERENCES.values()), *HYPOTHESES.values()]))
+    gts = {image_id: [next(tokens) for _ in refs] for image_id, refs in REFERENCES.items()}
+    res = {image_id: [next(tokens)] for image_id in HYPOTHESES}
     bleus = zip(*Bleu(4).compute_score(gts, res, verbose=0), strict=True)
     expected = {f"BLEU-{n}": pair for n, pair in enumerate(bleus, start=1)}
-    for name, scorer in {"METEOR": Meteor(), "ROUGE-L": Rouge(), "CIDEr": Cider()}.items():
+    for name, scorer in {"ROUGE-L": Rouge(), "CIDEr": Cider()}.items():
         expected[name] = scorer.compute_score(gts, res)
+    # Of pycocoevalcap's own wrapper, whose Java takes 20 s to start.
+    meteor = [0.35228013986476026, 0.184606632665633, 0.42271651506400487, 0.0]
+    expected["METEOR"] = (0.2909882374750596, meteor)
     assert scores.tokenizer == "ptb" and set(scores.corpus) - {"SPICE"} == set(expected)
     for name, (corpus, per_image) in expected.items():
         assert scores.corpus[name] == corpus
@@ -183,24 +172,13 @@ def test_scores_equal_pycocoevalcap(scores: CaptionScores) -> None:
 
 
 @needs_java
-def test_meteor_that_hangs_is_stopped_with_its_children(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real, pid = shutil.which("java"), tmp_path / "pid"
-    hang = f'case "$*" in *meteor*) sleep 300 & echo $! > {pid}; wait;; *) exec {real} "$@";; esac'
+def test_meteor_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hang = f'case "$*" in *meteor*) sleep 300;; *) exec {shutil.which("java")} "$@";; esac'
     fake_java(tmp_path, monkeypatch, hang)
-    started = time.monotonic()
     monkeypatch.setattr(coco, "METEOR_TIMEOUT_S", 1)
     scores = score_captions(REFERENCES, HYPOTHESES)
-    assert time.monotonic() - started < 30
     assert scores.skipped == {"METEOR": "Java gave no answer within 1 s and was stopped"}
     assert scores.tokenizer == "ptb" and "CIDEr" in scores.corpus
-    # A killed orphan may stay a zombie until init reaps it.
-    with suppress(psutil.NoSuchProcess):
-        child = psutil.Process(int(pid.read_text()))
-        while child.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() - started < 30
-            time.sleep(0.05)
 
 
 def test_java_that_breaks_is_reported_with_its_own_words(

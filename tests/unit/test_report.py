@@ -22,10 +22,16 @@ from vlm_bridge.cli.main import app
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.predictions import Prediction, read_predictions, write_predictions
-from vlm_bridge.evaluation.report import PEOPLE, ReportedRun, published_on, write_report
+from vlm_bridge.evaluation.report import PEOPLE, published_on, write_report
 from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation
-from vlm_bridge.evaluation.run_folder import read_curves, read_run
+from vlm_bridge.evaluation.run_folder import (
+    Prediction,
+    ReportedRun,
+    read_curves,
+    read_predictions,
+    read_run,
+    write_predictions,
+)
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 

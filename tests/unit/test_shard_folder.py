@@ -19,7 +19,7 @@ from vlm_bridge.data_pipeline.features import check_images, images_digest
 from vlm_bridge.data_pipeline.images import check_image, image_size, open_image
 from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, TarImage
 from vlm_bridge.errors import DataError, ImageError
-from vlm_bridge.evaluation.predictions import Prediction
+from vlm_bridge.evaluation.run_folder import Prediction
 from vlm_bridge.training_strategy.data import usable_images
 
 

@@ -174,7 +174,7 @@ def _evaluate(
 
 
 def _print_scores(metrics: Mapping[str, Any]) -> None:
-    from vlm_bridge.evaluation.report import METRICS
+    from vlm_bridge.evaluation.run_folder import METRICS
 
     names = [name for name in (*METRICS, "SPICE") if metrics.get(name) is not None]
     rows = [(name, f"{metrics[name]:.4f}") for name in names]

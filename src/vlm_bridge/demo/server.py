@@ -1,4 +1,4 @@
-"""Serve the demo page at `/` and a JSON endpoint at `/api/caption`; nothing loads from elsewhere."""
+"""Serve the demo page at `/` and a JSON endpoint at `/api/caption`; nothing else is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from starlette.routing import Route
 from vlm_bridge.demo import service as bounds
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, Answer, CaptionService, Request
 from vlm_bridge.errors import DataError, UsageError, VLMBridgeError
-from vlm_bridge.evaluation.charts import line_chart
+from vlm_bridge.evaluation.report import line_chart
 from vlm_bridge.evaluation.run_folder import HISTORY_NAME, read_curves
 
 UPLOAD_PATHS = ("/api/caption", "/gradio_api/upload")
@@ -271,7 +271,7 @@ def live_html(run: Path) -> str:
     charts = samples = ""
     for title, names in CHARTS.items():
         if drawn := {name: curves[name] for name in names if name in curves}:
-            charts += line_chart(title, drawn, x_label="training step", legend=len(names) > 1)
+            charts += line_chart(title, drawn, "training step")
     lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     # The last line may be half written.
     events = [json.loads(line) for line in lines if '"samples"' in line and line.endswith("}")]

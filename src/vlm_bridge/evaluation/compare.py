@@ -9,7 +9,8 @@ from typing import Any
 
 from vlm_bridge.errors import DataError, UsageError
 from vlm_bridge.evaluation import run_folder
-from vlm_bridge.evaluation.report import METRICS, write_report
+from vlm_bridge.evaluation.report import write_report
+from vlm_bridge.evaluation.run_folder import METRICS
 
 SHOWN_AS_ZERO = 5e-5
 """Reference scores below it have no shares: pycocoevalcap's BLEU is never exactly 0."""
@@ -36,7 +37,6 @@ class Scores:
         return float(value) if isinstance(value, int | float) else None
 
     def data(self, key: str) -> Any:
-        """Return a fact about the data; None where an old file has none."""
         return (self.content.get("data") or {}).get(key)
 
 
@@ -97,20 +97,18 @@ def compare(
         replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run
         for run in runs
     ]
-    chosen = runs[0]
-    if reference is not None:
-        pairs = zip(runs, paths, strict=True)
-        known = {key: run for run, path in pairs for key in (run.name, str(run.path), str(path))}
-        if reference not in known:
-            options = ", ".join(run.name for run in runs)
-            raise UsageError(f"--reference {reference} is none of: {options}")
-        chosen = known[reference]
+    pairs = zip(runs, paths, strict=True)
+    known = {key: run for run, path in pairs for key in (run.name, str(run.path), str(path))}
+    chosen = known.get(reference) if reference else runs[0]
+    if chosen is None:
+        options = ", ".join(run.name for run in runs)
+        raise UsageError(f"--reference {reference} is none of: {options}")
     obstacles = [line for run in runs for line in _obstacles(run, chosen)]
     if obstacles and not force:
         raise DataError(
             f"these scores cannot be compared: {obstacles[0]} (--force shows them all the same)"
         )
-    notes = [line for run in runs for line in _notes(run, chosen)]
+    notes = obstacles + [line for run in runs for line in _notes(run, chosen)]
     if any(run.content.get("tokenizer") == "regex" for run in runs):
         notes.append("tokenized without Java: do not compare these scores with published ones")
     if any(run.value(metric) is not None for run in runs for metric in PER_TOKEN):
@@ -118,7 +116,7 @@ def compare(
             "perplexity and visual gain are per token of each model's own vocabulary: compare them "
             "only between models of one tokenizer"
         )
-    return Comparison(runs, chosen, [*obstacles, *notes])
+    return Comparison(runs, chosen, notes)
 
 
 def read_scores(path: Path) -> Scores:
@@ -141,10 +139,10 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the report of all runs side by side. Raises OSError as `write_report`."""
     reported = []
     for run in comparison.runs:
-        in_folder = run.path.name == run_folder.METRICS_NAME
         shares = {name: comparison.share(run, name) for name in comparison.metrics}
         known = {name: share for name, share in shares.items() if share is not None}
         shown = {} if run is comparison.reference else known
+        in_folder = run.path.name == run_folder.METRICS_NAME
         content = run_folder.read_run(run.path.parent if in_folder else run.path)
         reported.append(replace(content, name=run.name, shares=shown))
     title = f"{' and '.join(run.name for run in reported)} side by side"
@@ -154,16 +152,16 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 def _obstacles(run: Scores, other: Scores) -> list[str]:
     """Return why the scores of two evaluations do not compare."""
     facts = {"scores by the tokenizer": [s.content.get("tokenizer") for s in (run, other)]}
-    references = [s.data("references") for s in (run, other)]
-    if None in references or references[0] != references[1]:
+    same_data = run.data("references") == other.data("references")
+    if not same_data:
         facts["num_images"] = [s.content["num_images"] for s in (run, other)]
         facts["the split"] = [s.data("split") for s in (run, other)]
     lines = [
         f"{run.name} has {what} {own}, {other.name} has {others}"
         for what, (own, others) in facts.items()
-        if None not in (own, others) and own != others
+        if own != others
     ]
-    if not lines and None not in references and references[0] != references[1]:
+    if not lines and not same_data:
         lines.append(
             f"{run.name} was scored on {run.data('name')} {run.data('split')}, and the images or "
             f"reference captions of {other.name} are not the same"
@@ -173,13 +171,11 @@ def _obstacles(run: Scores, other: Scores) -> list[str]:
 
 def _notes(run: Scores, other: Scores) -> list[str]:
     lines = []
-    if run.data("references") is None:
-        lines.append(f"{run.path} does not name its data: evaluate again to be sure")
     if failures := run.content.get("num_failures"):
         lines.append(
             f"{failures} image(s) of {run.name} were not captioned and count as empty captions"
         )
-    if len({run.data("fingerprint"), other.data("fingerprint")} - {None}) > 1:
+    if run.data("fingerprint") != other.data("fingerprint"):
         lines.append(
             f"the caption folders of {run.name} and {other.name} differ: images may have been "
             "prepared differently"

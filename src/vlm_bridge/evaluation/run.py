@@ -22,9 +22,17 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, Prediction, write_predictions
-from vlm_bridge.evaluation.report import METRICS, SHOWN, ReportedRun, write_report
-from vlm_bridge.evaluation.run_folder import METRICS_NAME, REPORT_NAME, Curve
+from vlm_bridge.evaluation.report import SHOWN, write_report
+from vlm_bridge.evaluation.run_folder import (
+    METRICS,
+    METRICS_NAME,
+    PREDICTIONS_NAME,
+    REPORT_NAME,
+    Curve,
+    Prediction,
+    ReportedRun,
+    write_predictions,
+)
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import score_captions
 from vlm_bridge.metrics.java import java_version
@@ -34,9 +42,8 @@ from vlm_bridge.training_strategy.validation import Validation
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
-NOT_MEASURED = dict.fromkeys(
-    ("perplexity", "visual_gain"), "only measured for captioners of vlm-bridge"
-)
+MEASURED = ("perplexity", "visual_gain")
+NOT_OURS = "only measured for captioners of vlm-bridge"
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,15 @@ def evaluate_captioner(
     if not readable:
         first = f"the first: {results[0].error}"
         raise DataError(f"none of the {len(images)} images can be captioned; {first}")
-    validation = validate(readable, batch_size=batch_size, world=world) if validate else None
-    # Paths, not original ids, tell images apart: images of several folders may share an id.
+    measured: dict[str, float | None] = dict.fromkeys(MEASURED)
+    if validate:
+        validation = validate(readable, batch_size=batch_size, world=world)
+        values = (validation.perplexity, validation.visual_gain)
+        measured = {
+            name: value if math.isfinite(value) else None
+            for name, value in zip(MEASURED, values, strict=True)
+        }
+    # By path: images of several folders may share an id.
     references = {str(image.path): image.captions for image in images}
     texts = [result.caption or "" for result in results]
     captions = dict(zip(references, texts, strict=True))
@@ -101,12 +115,12 @@ def evaluate_captioner(
     metrics = {
         **dict.fromkeys(METRICS),
         **scores.corpus,
-        **_validation_scores(validation),
+        **measured,
         "num_images": len(images),
         "num_failures": len(images) - len(readable),
         "decode": decode.to_dict(),
         "tokenizer": scores.tokenizer,
-        "skipped": scores.skipped | ({} if validation else NOT_MEASURED),
+        "skipped": scores.skipped | ({} if validate else dict.fromkeys(MEASURED, NOT_OURS)),
         "versions": versions(),
         "model": dict(model or {}),
         "data": {**(data or {}), "references": references_digest(images)},
@@ -141,13 +155,6 @@ def _caption(
         progress=lambda done: progress(min(done * world.size, len(images))),
     )
     return list(chain.from_iterable(world.interleave(in_batches(results, batch_size))))
-
-
-def _validation_scores(validation: Validation | None) -> dict[str, float | None]:
-    if validation is None:
-        return dict.fromkeys(NOT_MEASURED)
-    scores = {"perplexity": validation.perplexity, "visual_gain": validation.visual_gain}
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def write_evaluation(

@@ -1,19 +1,24 @@
-"""Files of a run for its report: training log, recipe and evaluations."""
+"""Files of a run and of its evaluation: scores, captions with their scores, training log."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
+from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
 from vlm_bridge.errors import CheckpointError, DataError
-from vlm_bridge.evaluation.predictions import PREDICTIONS_NAME, read_predictions
-from vlm_bridge.evaluation.report import ReportedRun
+from vlm_bridge.files import write_atomically
+from vlm_bridge.metrics import score_notes
 
 HISTORY_NAME = "history.jsonl"
 METRICS_NAME = "metrics.json"
+PREDICTIONS_NAME = "predictions.jsonl"
 REPORT_NAME = "report.html"
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NOT_CURVES = frozenset(
     {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
 )
@@ -25,6 +30,124 @@ NOT_EVALUATED = (
     "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA "
     "--output-dir RUN/val` adds scores and images."
 )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Caption of an image with its scores.
+
+    Attributes:
+        caption: empty after an error, and scored as such.
+        log_probability: mean per token, in nats.
+        finished: the caption ended before the longest length allowed; None where that is unknown.
+    """
+
+    image: CaptionedImage
+    caption: str
+    log_probability: float | None
+    error: str | None
+    scores: Mapping[str, float]
+    finished: bool | None = None
+
+    @property
+    def cider(self) -> float:
+        return self.scores["CIDEr"]
+
+    def to_record(self) -> dict[str, Any]:
+        path = self.image.path
+        record: dict[str, Any] = {"image": str(path)}
+        if isinstance(path, TarImage):
+            record["tar"] = {"file": str(path.file), "offset": path.offset, "size": path.size}
+        return record | {
+            "original_id": self.image.original_id,
+            "caption": self.caption,
+            "log_probability": self.log_probability,
+            "references": list(self.image.captions),
+            "finished": self.finished,
+            "scores": dict(self.scores),
+            **({"error": self.error} if self.error else {}),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Prediction:
+        """Read `to_record`; ValueError, KeyError or TypeError where it is damaged."""
+        path = Path(record["image"])
+        if place := record.get("tar"):
+            offset, size = place["offset"], place["size"]
+            if not (type(offset) is type(size) is int and offset >= 0 <= size <= MAX_FILE_BYTES):
+                raise ValueError("no place in a tar")
+            member = record["image"].removeprefix(f"{place['file']}/")
+            path = TarImage(Path(place["file"]), offset, size, member)
+        image = CaptionedImage(path, tuple(record["references"]), record["original_id"])
+        scores = record["scores"]
+        if not image.captions or "CIDEr" not in scores:
+            raise ValueError("no references, or no CIDEr")
+        log_probability, error = record["log_probability"], record.get("error")
+        return cls(image, record["caption"], log_probability, error, scores, record.get("finished"))
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """Content of a report about one run. Empty parts are left out.
+
+    Attributes:
+        name: unique within a report.
+        dataset: name of the data, to find published scores.
+        metrics: content of ``metrics.json``; numbers at its top level are scores.
+        predictions: in the order of the images.
+        curves: ``series/quantity`` (``train/loss``) -> points. Series of one quantity share a
+            chart.
+        recipe_yaml: the whole recipe.
+        shares: metric -> fraction of the reference run's score.
+        notes: one line each.
+    """
+
+    name: str
+    dataset: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    predictions: Sequence[Prediction] = ()
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    recipe_yaml: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """All numbers of the metrics but the failures, in the usual order."""
+        names = dict.fromkeys((*METRICS, "SPICE", "perplexity", "visual_gain", *self.metrics))
+        values = ((name, self.metrics.get(name)) for name in names if name != "num_failures")
+        return {name: value for name, value in values if type(value) in (int, float)}
+
+    def all_notes(self, prefix: str) -> list[str]:
+        skipped = self.metrics.get("skipped") or {}
+        lines = [*self.notes, *score_notes(skipped, self.metrics.get("tokenizer"))]
+        if failures := self.metrics.get("num_failures"):
+            lines.append(f"{failures} image(s) were not captioned and count as empty captions")
+        return [prefix + line for line in lines]
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write a JSON line per image. Raises OSError."""
+    lines = [json.dumps(prediction.to_record(), ensure_ascii=False) for prediction in predictions]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read predictions; empty where there is no file.
+
+    Raises:
+        DataError: a line is damaged.
+    """
+    predictions = []
+    # Captions may hold other ends of lines.
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
+        try:
+            predictions += [Prediction.from_record(json.loads(line))] if line else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}:{number} is not a prediction: evaluate again ({error!r})"
+            ) from error
+    return predictions
 
 
 def evaluations_in(path: Path) -> list[Path]:
@@ -68,16 +191,12 @@ def read_run(path: Path) -> ReportedRun:
     Raises:
         DataError: there is nothing to report, or a part is damaged.
     """
-    from vlm_bridge.training_strategy import checkpoint as checkpoints
-
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
-    notes: list[str] = []
-    root, evaluations = _run_of(path), evaluations_in(path)
-    metrics, predictions = {}, []
-    name = root.resolve().name
+    root, evaluations, notes = _run_of(path), evaluations_in(path), []
+    name, metrics, predictions = root.resolve().name, {}, []
     if evaluations:
-        *earlier, file = evaluations
+        file = evaluations[-1]
         metrics = read_metrics(file)
         name = model_name(metrics, file)
         # A file that --json wrote may lie beside another evaluation's predictions.
@@ -85,42 +204,49 @@ def read_run(path: Path) -> ReportedRun:
             predictions = read_predictions(file.parent / PREDICTIONS_NAME)
         if not predictions:
             notes.append(f"No {PREDICTIONS_NAME}: evaluate with --output-dir to see images.")
-        if earlier:
+        if len(evaluations) > 1:
             notes.append(f"Scores of {file.parent}, the latest of {len(evaluations)} evaluations.")
     else:
         notes.append(NOT_EVALUATED)
-    curves, recipe = read_curves(root / "logs"), None
+    curves = read_curves(root / "logs")
     if not curves:
         notes.append(f"No training log at {root / 'logs'}: no curves.")
-    if checkpoints.has_checkpoint(root):
-        where = checkpoints.checkpoint_path(root)
-        try:
-            content = checkpoints.load_checkpoint(where)
-            recipe = checkpoints.recipe_of(content, where, to_build=False)
-        except CheckpointError as error:
-            notes.append(f"No recipe: {error}")
-    else:
-        notes.append(f"No checkpoint in {root}: no recipe.")
-    if not (metrics or curves or recipe):
+    recipe_yaml, trained_on = _read_recipe(root, notes)
+    if not (metrics or curves or recipe_yaml):
         raise DataError(
             f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run "
             "folder"
         )
-    trained_on = Path(recipe.data_dir).name if recipe else ""
     dataset = (metrics.get("data") or {}).get("name") or trained_on
-    recipe_yaml = recipe.to_yaml() if recipe else ""
     return ReportedRun(name, dataset, metrics, predictions, curves, recipe_yaml, notes=notes)
+
+
+def _read_recipe(root: Path, notes: list[str]) -> tuple[str, str]:
+    """Return the recipe and the data's name from a run's checkpoint; empty with a note if none."""
+    from vlm_bridge.training_strategy import checkpoint as checkpoints
+
+    if not checkpoints.has_checkpoint(root):
+        notes.append(f"No checkpoint in {root}: no recipe.")
+        return "", ""
+    where = checkpoints.checkpoint_path(root)
+    try:
+        content = checkpoints.load_checkpoint(where)
+        recipe = checkpoints.recipe_of(content, where, to_build=False)
+    except CheckpointError as error:
+        notes.append(f"No recipe: {error}")
+        return "", ""
+    return recipe.to_yaml(), Path(recipe.data_dir).name
 
 
 def _run_of(path: Path) -> Path:
     """Return the run folder itself, or the one around an evaluation."""
+
+    def is_run(folder: Path) -> bool:
+        return (folder / "logs").is_dir() or (folder / "checkpoints").is_dir()
+
     folder = path if path.is_dir() else path.parent
     parent = folder.resolve().parent
-    return parent if _is_run(parent) and not _is_run(folder) else folder
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "logs").is_dir() or (folder / "checkpoints").is_dir()
+    return parent if is_run(parent) and not is_run(folder) else folder
 
 
 def read_curves(log_dir: Path) -> dict[str, Curve]:

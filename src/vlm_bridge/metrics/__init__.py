@@ -12,8 +12,8 @@ from typing import Literal
 
 from vlm_bridge.errors import DataError
 from vlm_bridge.metrics import coco
+from vlm_bridge.metrics.coco import ptb_tokenize, simple_tokenize
 from vlm_bridge.metrics.java import JavaError
-from vlm_bridge.metrics.tokens import ptb_tokenize, simple_tokenize
 
 METRICS: dict[str, Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {
     "BLEU": coco.bleu,
@@ -47,12 +47,10 @@ def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
     for metric, reason in skipped.items():
         reasons.setdefault(reason, []).append(metric)
     lines = [f"{' and '.join(metrics)} skipped: {reason}" for reason, metrics in reasons.items()]
-    if tokenizer == "regex":
-        lines.append(
-            "tokenized by a simple rule, not by PTB: do not compare these scores with published "
-            "ones"
-        )
-    return lines
+    plain = (
+        "tokenized by a simple rule, not by PTB: do not compare these scores with published ones"
+    )
+    return [*lines, plain] if tokenizer == "regex" else lines
 
 
 def score_captions(

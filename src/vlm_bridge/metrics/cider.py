@@ -28,8 +28,8 @@ class _Vector:
 class CiderD:
     """CIDEr-D (Vedantam et al. 2015) of captions for a fixed set of images.
 
-    For equal tokens it equals pycocoevalcap's value. References become vectors when their image
-    is asked for: the vectors of all of COCO would fill gigabytes.
+    For equal tokens it equals pycocoevalcap's value. Vectors of references are made when needed:
+    those of all of COCO would fill gigabytes.
 
     Args:
         references: per image its sentences, as tokens joined by spaces.

@@ -1,21 +1,12 @@
-"""Run the Java programs of pycocoevalcap.
-
-Its own wrappers write into the installed package, print to the terminal, and wait forever for a
-Java that has died.
-"""
+"""Run the Java programs of pycocoevalcap, whose own wrappers wait forever for a Java that died."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
 
 # Otherwise the jars read and write text in the locale's encoding and decimal mark.
 TEXT_OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
@@ -52,57 +43,30 @@ def java_version() -> str | None:
 
 
 def run_java(
-    arguments: Sequence[str], text: str = "", *, timeout_s: float, cwd: Path | None = None
+    arguments: Sequence[str | Path],
+    text: str = "",
+    *,
+    timeout_s: float,
+    cwd: Path | None = None,
 ) -> str:
-    """Run a Java program on a text and return its output; JavaError as `java`."""
-    with java(arguments, timeout_s=timeout_s, cwd=cwd) as process:
-        output, _ = process.communicate(text)
-        if process.returncode:
-            raise EOFError(f"it ended with code {process.returncode}")
-        return output
-
-
-@contextmanager
-def java(
-    arguments: Sequence[str], *, timeout_s: float, cwd: Path | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """Start a Java process with text pipes; kill it and its children at the end of the block.
+    """Run a Java program on a text and return its output.
 
     Raises:
-        JavaError: Java is missing, failed, or gave no answer within `timeout_s` seconds.
+        JavaError: Java is missing, failed, or did not end within `timeout_s` seconds.
     """
     command = [find_java(), *TEXT_OPTIONS, *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-    # A file for stderr: a full pipe that nobody reads would block Java.
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr,
-        subprocess.Popen(command, stderr=stderr, cwd=cwd, **pipes) as process,
-    ):
-        timer = threading.Timer(timeout_s, _kill, [process])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield process
-        except (EOFError, OSError, ValueError) as error:
-            timer.join(0.1)  # if it fired, let it finish
-            if timer.finished.is_set():
-                reason = f"Java gave no answer within {timeout_s:g} s and was stopped"
-                raise JavaError(reason) from error
-            stderr.seek(0)
-            lines = [line.strip() for line in stderr if line.strip()]
-            named = [line for line in lines if "Exception" in line or "Error" in line]
-            raise JavaError(f"Java failed: {(named or lines or [error])[0]}") from error
-        finally:
-            timer.cancel()
-            _kill(process)
-            with suppress(OSError):  # unread input of a dead process cannot be flushed
-                if process.stdin:
-                    process.stdin.close()
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    if process.returncode is None:
-        with suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(process.pid)
-            for one in (*parent.children(recursive=True), parent):
-                one.kill()
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, encoding="utf-8", timeout=timeout_s, cwd=cwd
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"Java gave no answer within {timeout_s:g} s and was stopped"
+        raise JavaError(reason) from None
+    except (OSError, ValueError) as error:
+        raise JavaError(f"Java failed: {error}") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        named = [line for line in lines if "Exception" in line or "Error" in line]
+        reason = (named or lines or [f"it ended with code {done.returncode}"])[0]
+        raise JavaError(f"Java failed: {reason}")
+    return done.stdout

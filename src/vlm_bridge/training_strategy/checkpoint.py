@@ -366,7 +366,7 @@ def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
 
 
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Load trained weights into a captioner. Raises CheckpointError where names or shapes differ."""
+    """Load trained weights into a captioner. Raises CheckpointError if names or shapes differ."""
     _refuse(misfits(weights, model.trained_state_dict()), where)
     model.load_state_dict(weights, strict=False)
 

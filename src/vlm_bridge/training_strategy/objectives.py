@@ -15,7 +15,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, TokenizedImages, pack_rows
 from vlm_bridge.device import DeviceCopy
 from vlm_bridge.metrics.cider import CiderD
-from vlm_bridge.metrics.tokens import reference_tokens, simple_tokenize
+from vlm_bridge.metrics.coco import reference_tokens, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
