@@ -91,10 +91,7 @@ RunCLI = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def run_cli(tmp_path: Path) -> RunCLI:
-    """Run ``vlm-bridge ARGUMENTS`` in a process of its own, without a terminal, in a new folder.
-
-    ``run_cli("caption", path, cwd=..., env={...}, timeout=120)`` raises nothing for a failure.
-    """
+    """Run ``vlm-bridge ARGUMENTS`` in a process of its own, without a terminal, in a new folder."""
 
     def run(
         *arguments: object,
@@ -104,13 +101,9 @@ def run_cli(tmp_path: Path) -> RunCLI:
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "vlm_bridge", *map(str, arguments)],
-            cwd=cwd or tmp_path,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+            cwd=cwd or tmp_path, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
 
     return run
 

@@ -44,22 +44,12 @@ NUM_WRITES = "num_writes.txt"
 def make_recipe(root: Path, name: str) -> Recipe:
     """Dropout, averaged weights, decoding inside epochs, early stopping, checkpoints by steps."""
     recipe = tiny_recipe(
-        root / "vit",
-        root / "llama",
-        **places_of_run(root / name, "", root / "captions"),
-        learning_rate=1e-2,
-        warmup_steps=3,
-        num_epochs=2,
-        batch_size=4,
-        captions_per_image=2,
-        weight_averaging=0.9,
-        monitor="cider",
-        validate_every="5 steps",
-        num_decoded_images=3,
-        num_validation_samples=1,
-        save_every="3 steps",
+        root / "vit", root / "llama", **places_of_run(root / name, "", root / "captions"),
+        learning_rate=1e-2, warmup_steps=3, num_epochs=2, batch_size=4, captions_per_image=2,
+        weight_averaging=0.9, monitor="cider", validate_every="5 steps", num_decoded_images=3,
+        num_validation_samples=1, save_every="3 steps",
         decode={"num_beams": 1, "max_new_tokens": 4},
-    )
+    )  # fmt: skip
     return override_recipe(recipe, ["bridge.dropout=0.1", "num_workers=2"])
 
 
@@ -108,9 +98,7 @@ def end_of(child: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="an empty folder (default: a temporary one)")

@@ -38,21 +38,13 @@ def make_recipe(
     runs = tmp_path_factory.mktemp("runs")
 
     def make(*overrides: str) -> Recipe:
+        places = places_of_run(runs, tmp_path_factory.mktemp("run").name, drawn_caption_folder)
         recipe = tiny_recipe(
-            tiny_vit_dir,
-            tiny_llama_dir,
-            **places_of_run(runs, tmp_path_factory.mktemp("run").name, drawn_caption_folder),
-            device="cpu",
-            learning_rate=1e-2,
-            num_epochs=4,
-            validate_every="2 epochs",
-            batch_size=10,
-            captions_per_image=2,
-            early_stopping_patience=None,
-            log_every_n_steps=1,
-            save_every="5 steps",
+            tiny_vit_dir, tiny_llama_dir, **places, device="cpu", learning_rate=1e-2, num_epochs=4,
+            validate_every="2 epochs", batch_size=10, captions_per_image=2,
+            early_stopping_patience=None, log_every_n_steps=1, save_every="5 steps",
             decode={"num_beams": 2, "max_new_tokens": 5},
-        )
+        )  # fmt: skip
         return override_recipe(recipe, overrides)
 
     return make

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = 10
+KILLS = 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each life of a training is a fork")

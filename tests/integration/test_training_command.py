@@ -34,18 +34,11 @@ def make_recipe(
 
     def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
         recipe = tiny_recipe(
-            tiny_vit_dir,
-            tiny_llama_dir,
-            bridge,
-            **places_of_run(tmp_path, name, drawn_caption_folder),
-            learning_rate=1e-2,
-            num_epochs=2,
-            batch_size=8,
-            captions_per_image=2,
-            early_stopping_patience=None,
-            log_every_n_steps=1,
+            tiny_vit_dir, tiny_llama_dir, bridge,
+            **places_of_run(tmp_path, name, drawn_caption_folder), learning_rate=1e-2, num_epochs=2,
+            batch_size=8, captions_per_image=2, early_stopping_patience=None, log_every_n_steps=1,
             decode={"num_beams": 1, "max_new_tokens": 5},
-        )
+        )  # fmt: skip
         return override_recipe(recipe, overrides)
 
     return make
@@ -242,11 +235,8 @@ def test_ctrl_c_saves_and_the_run_continues_bit_for_bit(
     config.write_text(make_recipe("interrupted", *settings).to_yaml(), encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, "-m", "vlm_bridge", "train", "--config", str(config)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if "step 25/48" in line:

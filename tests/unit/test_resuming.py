@@ -26,7 +26,6 @@ from vlm_bridge.training_strategy.resume import (
     find_run,
     resumed_recipe,
 )
-from vlm_bridge.training_strategy.step import TrainStep
 from vlm_bridge.training_strategy.trainer import train
 
 MakeRecipe = Callable[..., Recipe]
@@ -46,18 +45,11 @@ def make_recipe(
 
     def make(name: str, *overrides: str) -> Recipe:
         recipe = tiny_recipe(
-            tiny_vit_dir,
-            tiny_llama_dir,
-            **places_of_run(tmp_path, name, drawn_caption_folder),
-            learning_rate=1e-2,
-            num_epochs=2,
-            batch_size=16,
-            captions_per_image=2,
-            weight_averaging=0.9,
-            log_every_n_steps=1,
-            num_validation_samples=1,
+            tiny_vit_dir, tiny_llama_dir, **places_of_run(tmp_path, name, drawn_caption_folder),
+            learning_rate=1e-2, num_epochs=2, batch_size=16, captions_per_image=2,
+            weight_averaging=0.9, log_every_n_steps=1, num_validation_samples=1,
             decode={"num_beams": 1, "max_new_tokens": 4},
-        )
+        )  # fmt: skip
         return override_recipe(recipe, ["bridge.dropout=0.1", *overrides])
 
     return make
@@ -79,31 +71,6 @@ def decoded_steps(recipe: Recipe) -> set[int]:
     return {event["step"] for event in map(json.loads, lines) if event["event"] == "decoded"}
 
 
-def send(number: int = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_a_step_is_saved_behind_it(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    recipe = make_recipe("run")
-    with monkeypatch.context() as patch:
-        step = TrainStep.__call__
-
-        def interrupted(self: TrainStep, *arguments: Any) -> Any:
-            if self.state.step == 1:
-                send(number)
-            return step(self, *arguments)
-
-        patch.setattr(TrainStep, "__call__", interrupted)
-        with pytest.raises(Interrupted) as caught:
-            train(recipe)
-    assert caught.value.exit_code == 128 + number
-    assert state(recipe)["training"]["progress"]["step"] == 2
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
 @pytest.mark.parametrize("moment", ["validate", "decode_and_score", "open_image"])
 def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -116,7 +83,7 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
         if not seen:
             seen.append(moment)
             torch.rand(3)  # is taken back
-            send()
+            os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("it went on")
         return work(*arguments, **named)
 
@@ -134,6 +101,7 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
     assert result.decoded is not None
     assert_same_end(whole, recipe)
     assert decoded_steps(whole) == decoded_steps(recipe) == {2, 4, 6}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork is interrupted")

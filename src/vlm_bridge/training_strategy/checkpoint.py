@@ -187,11 +187,7 @@ def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[str, torch.Tensor]:
     """Return weights in another dtype, with feature statistics as they are.
 
-    Args:
-        dtype: int8 and int4 are for Hugging Face folders; vectors are float16 there.
-
-    Raises:
-        CheckpointError: a weight is too large for the dtype.
+    In int8 and int4 vectors are float16. Raises CheckpointError for a weight that is too large.
     """
     if dtype in ("int8", "int4"):
         matrices = {name: tensor.float() for name, tensor in weights.items() if tensor.ndim >= 2}
@@ -291,7 +287,6 @@ def recipe_of(
 
     Raises:
         CheckpointError: no recipe, a wrong one, or one of another architecture.
-        ModelError: the configuration of a frozen part cannot be read.
     """
     if given is not None:
         check_architecture(content, given, where)

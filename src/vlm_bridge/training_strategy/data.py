@@ -59,9 +59,7 @@ class TrainingData:
     ) -> TrainingData:
         """Read the splits, tokenize captions and open or build the feature caches.
 
-        Raises:
-            DataError: too many captions or images cannot be read.
-            ConfigurationError: a process has other data than the first.
+        Raises DataError where too many captions or images cannot be read.
         """
         log_dir = Path(recipe.log_dir) if world.is_first else None
         with world.first_of_machine_first():
@@ -122,22 +120,12 @@ def epoch_plan(
     captions_per_image: Sequence[int] | np.ndarray,
     caption_lengths: np.ndarray | None,
 ) -> EpochPlan:
-    """Plan which captions meet in which batch; with sampled captions, which images.
-
-    Args:
-        caption_lengths: see `TokenizedImages`; needed with ``tokens_per_batch``.
-    """
-    if recipe.objective == "scst":
-        return EpochPlan(
-            np.ones(len(captions_per_image), np.int64),
-            row_captions=1,
-            batch_captions=recipe.batch_size // recipe.scst_samples,
-            seed=recipe.seed,
-        )
+    """Plan which captions meet in which batch; with sampled captions, which images."""
+    samples = recipe.objective == "scst"
     return EpochPlan(
-        captions_per_image,
-        row_captions=recipe.captions_per_image,
-        batch_captions=recipe.batch_size,
+        np.ones(len(captions_per_image), np.int64) if samples else captions_per_image,
+        row_captions=1 if samples else recipe.captions_per_image,
+        batch_captions=recipe.batch_size // (recipe.scst_samples if samples else 1),
         seed=recipe.seed,
         batch_positions=recipe.tokens_per_batch,
         caption_lengths=caption_lengths,

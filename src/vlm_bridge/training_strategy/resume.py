@@ -19,7 +19,7 @@ from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.state import TrainState, seed_all
+from vlm_bridge.training_strategy.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _continue_original(
     path: Path, training: Mapping[str, Any], state: TrainState, data: TrainingData
 ) -> None:
     """Continue a run of dinov2-gemma's own code: moments where they fit, and the epoch."""
-    seed_all(data.recipe.seed)  # of dropout
+    torch.manual_seed(data.recipe.seed)  # of dropout
     epochs = training.get("epoch")
     state.epoch = min(epochs if type(epochs) is int else 0, data.recipe.num_epochs)
     steps = sum(data.steps_in_epoch(epoch) for epoch in range(state.epoch))
@@ -302,14 +302,14 @@ class Interruption:
         self._saved_to: Path | None = None
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> Iterator[Interruption]:
         """Receive signals inside this block, in the main thread."""
         previous = {}
         with suppress(ValueError):  # not in the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous[number] = signal.signal(number, self._receive)
         try:
-            yield
+            yield self
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

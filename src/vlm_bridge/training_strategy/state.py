@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -46,6 +44,10 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def last_epoch(self) -> int:
@@ -90,7 +92,8 @@ class TrainState:
             "running": {"skipped_in_a_row": self.skipped_in_a_row, "monitor": monitor},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            **random_states(self.device),
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state_all() if self._is_cuda else [],
             **({"live_weights": average.live_weights} if average is not None else {}),
         }
 
@@ -105,9 +108,8 @@ class TrainState:
         self.scaler.load_state_dict(training["scaler"])
         progress = dict(training["progress"])
         # Versions before this key saved a state after its validation.
-        progress.setdefault(
-            "validated_step", 0 if progress.get("owes_decoding") else progress["step"]
-        )
+        validated = 0 if progress.get("owes_decoding") else progress["step"]
+        progress.setdefault("validated_step", validated)
         if not all(type(progress[name]) is int and progress[name] >= 0 for name in POSITION):
             raise ValueError(f"its position is {progress}")
         for name in progress.keys() & set(PROGRESS):
@@ -117,41 +119,14 @@ class TrainState:
         self.skipped_in_a_row = training["running"]["skipped_in_a_row"]
         if self.monitor is not None:
             self.monitor.load_state_dict(training["running"]["monitor"])
-        restore_random_states(training, self.device)
+        torch.set_rng_state(training["random_state"])
+        if self._is_cuda:
+            states = training["cuda_random_state"][: torch.cuda.device_count()]
+            for index, state in enumerate(states):
+                torch.cuda.set_rng_state(state, index)
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Return whether every number of some tensors is finite. Waits for the device once."""
     flags = [tensor.detach().isfinite().all() for tensor in tensors]
     return not flags or bool(torch.stack(flags).all())
-
-
-def seed_all(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of all random generators in types that a checkpoint can hold."""
-    kind, key, position, has_gauss, gauss = np.random.get_state()
-    key = torch.from_numpy(np.asarray(key, np.int64))
-    return {
-        "random_state": torch.get_rng_state(),
-        "cuda_random_state": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-        "python_random_state": random.getstate(),
-        "numpy_random_state": (str(kind), key, int(position), int(has_gauss), float(gauss)),
-    }
-
-
-def restore_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Continue from `random_states`."""
-    torch.set_rng_state(states["random_state"])
-    if device.type == "cuda":
-        for index, state in enumerate(states["cuda_random_state"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, index)
-    version, internal, gauss = states["python_random_state"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, key, *rest = states["numpy_random_state"]
-    np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))

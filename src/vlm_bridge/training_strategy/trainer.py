@@ -34,7 +34,7 @@ from vlm_bridge.training_strategy.resume import (
     dataset_facts,
     find_checkpoint,
 )
-from vlm_bridge.training_strategy.state import TrainState, seed_all
+from vlm_bridge.training_strategy.state import TrainState
 from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep
 from vlm_bridge.training_strategy.validation import DecodedValidation, Validation, Validator
 
@@ -62,14 +62,12 @@ def train(
 ) -> TrainingResult:
     """Train the parameters that a recipe names under `trainable`.
 
+    Raises VLMBridgeError before anything is written, and Interrupted after the state was saved.
+
     Args:
         resume: a checkpoint to continue, a folder of them, or `auto`.
         initial_weights: start of some or all trained weights of a new run, by name.
         force: continue although recipe or data have changed.
-
-    Raises:
-        VLMBridgeError: data, models or the checkpoint cannot be used; nothing is written then.
-        Interrupted: a signal came; the state was saved first.
     """
     started = time.perf_counter()
     with joined(recipe.device) as world, preflight.memory_explained(world.device):
@@ -77,19 +75,14 @@ def train(
         folder = open_data_folder(recipe.data_dir)
         found = find_checkpoint(resume, recipe, folder.manifest, world, force=force)
         world.from_first(lambda: preflight.check_folders(recipe.checkpoint_dir, recipe.log_dir))
-
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
         objective = OBJECTIVES[recipe.objective](
             model, recipe, data.format, data.train_images, data.train, autocast
         )
-        optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
-        scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
-        decay = recipe.weight_averaging
-        average = None if decay is None else WeightAverage(model, decay)
         monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
-        state = TrainState(model, optimizer, scaler, average, monitor)
+        state, rates = new_state(model, recipe, monitor)
         if found is None:
             start(state, data, initial_weights)
         else:
@@ -100,13 +93,10 @@ def train(
         )  # fmt: skip
         saver = Saver(state, recipe, world, dataset_facts(folder.manifest), found and found.path)
         validator = Validator(state, data, monitor, saver, autocast)
-        log_start(state, data, take_step)
+        log_start(data, validator)
         monitor.start(recipe.to_yaml())
-        if validator.is_finished and not validator.is_due:
-            logger.info("nothing is left to train")
         model.train()
-        interruption = Interruption()
-        with closing(monitor), interruption.watched():
+        with closing(monitor), Interruption().watched() as interruption:
             validator.validate_if_due(interruption)  # a resumed run stopped before it was done
             while not validator.is_finished:
                 epoch, steps = state.epoch, data.steps_in_epoch(state.epoch)
@@ -121,8 +111,8 @@ def train(
                     if validator.is_finished:
                         break
         seconds = time.perf_counter() - started
-        best, validation, decoded = state.best_loss, validator.validation, validator.decoded
-        return TrainingResult(saver.folder, state.step, seconds, best, validation, decoded)
+        last = validator.validation, validator.decoded
+        return TrainingResult(saver.folder, state.step, seconds, state.best_loss, *last)
 
 
 def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
@@ -140,12 +130,23 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     return model
 
 
+def new_state(
+    model: CaptionModel, recipe: Recipe, monitor: Monitor
+) -> tuple[TrainState, list[float]]:
+    """Return the state before the first step, and the relative rates of the optimizer's groups."""
+    optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
+    scaler = torch.GradScaler(model.device.type, enabled=recipe.amp_dtype == "float16")
+    decay = recipe.weight_averaging
+    average = None if decay is None else WeightAverage(model, decay)
+    return TrainState(model, optimizer, scaler, average, monitor), rates
+
+
 def start(
     state: TrainState, data: TrainingData, initial_weights: Mapping[str, torch.Tensor] | None
 ) -> None:
     """Initialize a new run: seeds, given weights, feature statistics and distillation."""
     recipe, model, world = data.recipe, state.model, data.world
-    seed_all(recipe.seed)  # of dropout
+    torch.manual_seed(recipe.seed)  # of dropout
     if (path := recipe.start_from) is not None:
         content = world.from_first(lambda: checkpoints.load_checkpoint(path))
         checkpoints.restore(model, content, path)
@@ -167,19 +168,17 @@ def start(
         state.average.restart()
 
 
-def log_start(state: TrainState, data: TrainingData, take_step: TrainStep) -> None:
-    trained = sum(p.numel() for p in take_step.parameters)
-    total = sum(p.numel() for p in state.model.parameters())
+def log_start(data: TrainingData, validator: Validator) -> None:
+    if validator.is_finished and not validator.is_due:
+        logger.info("nothing is left to train")
+    parameters = list(validator.state.model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     where = str(data.world.device)
     if where == "cpu":
         where += f" ({torch.get_num_threads()} threads)"
     if data.world.size > 1:
         where += f", {data.world.size} processes"
-    if take_step.warmup_steps < data.recipe.warmup_steps:
-        logger.info(
-            f"warm-up takes {take_step.warmup_steps} steps, a tenth of {data.total_steps}, and not "
-            f"warmup_steps={data.recipe.warmup_steps}"
-        )
     logger.info(
         f"training {trained:,} of {total:,} parameters ({trained / total:.1%}) on "
         f"{len(data.train):,} images, {data.train.num_captions:,} captions; "

@@ -42,14 +42,10 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Validation:
-    """Losses in nats per supervised token: captions and their EOS, without pads and prompt.
-
-    Attributes:
-        visual_gain: loss with images shuffled among captions minus ``loss``; 0 without looking.
-    """
+    """Losses in nats per supervised token: captions and their EOS, without pads and prompt."""
 
     loss: float
-    visual_gain: float
+    visual_gain: float  # loss with images shuffled among captions minus `loss`
     num_tokens: int
 
     @property
@@ -172,24 +168,15 @@ def shuffled_images(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A packed batch with its tensors on their way to the device.
-
-    Attributes:
-        tensors: input ids, labels, segments [R, T], supervised positions [V], features or pixels.
-        weights: of the losses of supervised tokens [V]; None is 1 each.
-    """
+    """A packed batch with its tensors on their way to the device."""
 
     packed: PackedBatch
-    tensors: DeviceCopy
-    weights: torch.Tensor | None = None
+    tensors: DeviceCopy  # ids, labels, segments [R, T], supervised [V], features or pixels
+    weights: torch.Tensor | None = None  # of the losses of supervised tokens [V]; None is 1 each
 
 
 def load_batch(
-    batch: PackedBatch,
-    features: Features,
-    device: torch.device,
-    *,
-    images: np.ndarray | None = None,
+    batch: PackedBatch, features: Features, device: torch.device, images: np.ndarray | None = None
 ) -> LoadedBatch:
     """Read features of a batch, or of ``images`` [R], and start to copy it; threads may call it."""
     indices = batch.image_indices if images is None else images
