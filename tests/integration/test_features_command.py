@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from captioners import tiny_recipe
-from vlm_bridge.data_pipeline import features
-from vlm_bridge.data_pipeline.features import CacheUnavailable, caches_below
+from vlm_bridge.data_pipeline.features import caches_below
 from vlm_bridge.training_strategy.trainer import train
 
 
@@ -71,16 +70,6 @@ def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Pa
 def test_mistakes_are_named(run_here, recipe_file: Path, arguments: list[str], reason: str) -> None:
     failed = run_here("features", "--config", recipe_file, *arguments)
     assert failed.returncode == 2 and reason in failed.stderr
-
-
-def test_no_room_is_one_line(run_here, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise CacheUnavailable("no room for 3 GiB")
-
-    monkeypatch.setattr(features, "open_cache", fail)
-    failed = run_here("features", "--config", recipe_file)
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1] == "error: no room for 3 GiB"
 
 
 def test_training_sees_the_same_views_with_a_cache_and_without(

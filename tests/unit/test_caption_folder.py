@@ -1,8 +1,9 @@
-"""The on-disk format: folders that `transform` made, and those that other tools prepared."""
+"""Folders that `transform` made and that other tools prepared, and samples that are skipped."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from vlm_bridge.data_pipeline.caption_folder import (
     readable_split,
 )
 from vlm_bridge.data_pipeline.explore import folder_items
-from vlm_bridge.data_pipeline.samples import inside
+from vlm_bridge.data_pipeline.features import check_images
+from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, inside
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
@@ -103,12 +105,6 @@ def test_damaged_manifests(made: Path, manifest: str, message: str) -> None:
         CaptionFolder.open(made)
 
 
-def test_a_missing_caption_file_is_found_on_opening(made: Path) -> None:
-    (made / "val" / CAPTIONS_NAME).unlink()
-    with pytest.raises(DataError, match=r"val/captions.jsonl is missing"):
-        CaptionFolder.open(made)
-
-
 LINES = {
     b"": "not a JSON object",
     b"{": "not a JSON object",
@@ -120,14 +116,6 @@ LINES = {
     b'{"image_path": "../x.jpg", "caption": "A."}': r"image path .* stay inside",
     b'{"image_path": "/etc/passwd", "caption": "A."}': r"image path .* must be relative",
 }
-
-
-@pytest.mark.parametrize(("line", "reason"), LINES.items())
-def test_malformed_lines_name_file_and_line(made: Path, line: bytes, reason: str) -> None:
-    path = made / "train" / CAPTIONS_NAME
-    path.write_bytes(line + b"\n" + path.read_bytes())
-    with pytest.raises(DataError, match=f"captions.jsonl:1: {reason}"):
-        CaptionFolder.open(made).split("train")
 
 
 @pytest.mark.parametrize(
@@ -190,17 +178,7 @@ def test_its_fingerprint_is_of_the_content_alone(prepared: Path, tmp_path: Path)
     assert len({fingerprint, changed, open_data_folder(prepared).fingerprint}) == 3
 
 
-def test_names_with_spaces_and_of_any_language_are_read(tmp_path: Path) -> None:
-    root = tmp_path / "données de film"
-    names = {"a b": 1, "été 名前": 2, "it's 100%": 3}
-    write_split(root / "train", names)
-    write_split(root / "val", {"ключ": 4})
-    images = CaptionFolder.open(root).split("train")
-    assert [image.original_id for image in images] == list(names)
-    assert all(image.path.is_file() for image in images)
-
-
-@pytest.mark.parametrize(("line", "reason"), list(LINES.items())[::3])
+@pytest.mark.parametrize(("line", "reason"), LINES.items())
 def test_lines_that_cannot_be_used_are_skipped_with_a_reason(
     prepared: Path, line: bytes, reason: str
 ) -> None:
@@ -209,25 +187,19 @@ def test_lines_that_cannot_be_used_are_skipped_with_a_reason(
     folder = open_data_folder(prepared)
     assert folder.manifest["counts"]["train"] == {"images": 4}
     assert folder.compute_fingerprint() == folder.fingerprint
+    recipe = Recipe(max_bad_samples=0.2, feature_cache="off")
     lines = log_lines()
-    assert (
-        len(usable_images(folder, "train", Recipe(max_bad_samples=0.2, feature_cache="off"))) == 4
-    )
+    assert len(usable_images(folder, "train", recipe)) == 4
     assert "skipped 1 of 5 train captions" in lines[0]
     assert re.search(f"{CAPTIONS_NAME}:5: {reason}", lines[0])
     with pytest.raises(DataError, match=r"1 of 5 train captions .* more than max_bad_samples=0.01"):
-        usable_images(folder, "train", Recipe(max_bad_samples=0.01, feature_cache="off"))
+        usable_images(folder, "train", recipe.replace(max_bad_samples=0.01))
+    with pytest.raises(DataError, match=f"captions.jsonl:5: {reason}"):
+        folder.split("train")
     with pytest.raises(DataError, match="1 of 5 train samples cannot be used"):
         readable_split(folder, "train")
     skipped = []
     assert len(folder_items(folder, skipped)) == 7 and len(skipped) == 1
-
-
-def test_an_image_without_an_id_has_its_file_name(prepared: Path) -> None:
-    write_image(prepared / "val" / "images" / "new.jpg", 9)
-    with (prepared / "val" / CAPTIONS_NAME).open("a") as file:
-        file.write('{"image_path": "images/new.jpg", "caption": "A.", "original_id": 7}\n')
-    assert CaptionFolder.open(prepared).split("val")[-1].original_id == "new"
 
 
 def test_captions_in_another_form_say_how_they_are_read(prepared: Path) -> None:
@@ -246,3 +218,110 @@ def test_transform_leaves_such_a_folder_alone(prepared: Path) -> None:
         with pytest.raises(DataError, match="another --output-dir"):
             transform(Scenes(3, 2, 0), prepared)
         open_data_folder(prepared)
+
+
+# Samples that cannot be read are skipped, counted and named; too many of them are an error.
+
+
+@pytest.fixture
+def folder(drawn_caption_folder: Path, tmp_path: Path) -> CaptionFolder:
+    """A copy that a test may damage: 24 training images with two captions each."""
+    return CaptionFolder.open(shutil.copytree(drawn_caption_folder, tmp_path / "data"))
+
+
+def cut(folder: CaptionFolder, number: int) -> Path:
+    path = folder.split("train")[number].path
+    assert isinstance(path, Path)
+    path.write_bytes(path.read_bytes()[:400])
+    return path
+
+
+def read(folder: CaptionFolder, share: float, listing_dir: Path) -> list[CaptionedImage]:
+    recipe = Recipe(max_bad_samples=share, feature_cache="off")
+    return usable_images(folder, "train", recipe, listing_dir)
+
+
+def test_damaged_images_are_skipped_and_named(folder: CaptionFolder, tmp_path: Path) -> None:
+    listing = tmp_path / "set_aside_train.jsonl"
+    listing.write_text("of an earlier run")
+    images = folder.split("train")
+    assert read(folder, 0, tmp_path) == images and not listing.exists()
+    broken = [cut(folder, 3), cut(folder, 7)]
+    lines = log_lines()
+    expected = [image for n, image in enumerate(images) if n not in (3, 7)]
+    assert read(folder, 0.1, tmp_path) == expected
+    assert len(lines) == 1 and lines[0].startswith("skipped 2 of 24 train images")
+    listed = [json.loads(line)["where"] for line in listing.read_text().splitlines()]
+    assert listed == list(map(str, broken))
+
+
+def test_above_the_share_training_stops_with_the_list(
+    folder: CaptionFolder, tmp_path: Path
+) -> None:
+    for number in range(12):
+        cut(folder, number)
+    with pytest.raises(DataError, match=r"12 of 24 train images .* max_bad_samples=0.01") as caught:
+        read(folder, 0.01, tmp_path)
+    message, listing = str(caught.value), tmp_path / "set_aside_train.jsonl"
+    assert message.count("train-") == 3 and "12 times" in message and "and 9 more" in message
+    assert str(listing) in message
+    assert "\n" not in message and len(listing.read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"caption": "word " * 100_000}, "500,000 characters"),
+        ({"caption": "\ud800"}, "needs the texts"),
+        ({"image_path": "images/" + "x" * 300}, "too long"),
+        ({"image_path": "images/link.jpg"}, "leads out"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_skipped_and_the_others_stay(
+    folder: CaptionFolder, tmp_path: Path, record: dict[str, str], reason: str
+) -> None:
+    expected = folder.split("train")
+    shutil.copy(str(expected[0].path), tmp_path / "outside.jpg")
+    (folder.root / "train" / "images" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    whole = {"image_path": "images/train-00.jpg", "caption": "A.", "original_id": "x"}
+    with (folder.root / "train" / "captions.jsonl").open("a") as file:
+        file.write(json.dumps({**whole, **record}) + "\n")
+    skipped = Skipped("train captions")
+    assert folder.split("train", skipped) == expected
+    assert (len(skipped), skipped.total) == (1, 49)
+    sample = skipped.samples[0]
+    assert "captions.jsonl:49" in sample.id and reason in sample.reason
+    with pytest.raises(DataError, match=reason):
+        folder.split("train")
+
+
+def test_the_outcome_is_remembered_until_an_image_is_touched(
+    folder: CaptionFolder, tmp_path: Path
+) -> None:
+    path = cut(folder, 5)
+    paths = [image.path for image in folder.split("train")]
+    assert list(check_images(paths, tmp_path / "kept")) == [5]
+    (remembered,) = (tmp_path / "kept").iterdir()
+    remembered.write_text('[[6, "from memory"]]')
+    assert check_images(paths, tmp_path / "kept") == {6: "from memory"}
+    shutil.copy(str(paths[0]), path)
+    assert check_images(paths, tmp_path / "kept") == {}
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "pipe" in check_images([tmp_path / "pipe.jpg"])[0]
+
+
+def test_a_cause_is_named_once_with_its_count() -> None:
+    skipped = Skipped("rows", total=100)
+    for number in range(20):
+        skipped.add(f"a.csv:{number}", f"{number + 3} cells where the header has 2")
+    skipped.add("a.csv:50", "not UTF-8 text")
+    assert skipped.summary() == (
+        "20 times 3 cells where the header has 2: a.csv:0, a.csv:1, a.csv:2 and 17 more; "
+        "a.csv:50: not UTF-8 text"
+    )
+    Skipped("rows", 2, skipped.samples[:2]).check(at_least=3)
+    with pytest.raises(DataError, match="3 of 9 rows"):
+        Skipped("rows", 9, skipped.samples[:3]).check(at_least=3)

@@ -21,12 +21,10 @@ from vlm_bridge.data_pipeline.loader import (
     Row,
     TokenizedCaption,
     TokenizedImages,
-    in_batches,
     prefetch,
     whole_rows,
 )
 from vlm_bridge.data_pipeline.samples import CaptionedImage
-from vlm_bridge.errors import ConfigurationError, DataError
 from vlm_bridge.model_architecture.captioner import caption_format
 from vlm_bridge.training_strategy.data import count_steps, epoch_plan
 from vlm_bridge.training_strategy.validation import batch_loss, load_batch
@@ -91,18 +89,6 @@ def test_pads_are_never_supervised() -> None:
     assert all(array.dtype == np.int64 for array in (batch.input_ids, batch.labels, batch.segments))
 
 
-@pytest.mark.parametrize("eos", [0, EOS])
-def test_ends_are_supervised_whatever_the_pad_id_is(eos: int) -> None:
-    # Rows are filled with zeros: nothing may be concluded from a token id.
-    batch = tokenized(("ab",), ("a",), eos_id=eos).pack([Row(0, (0,)), Row(1, (0,))])
-    assert batch.labels.tolist() == [[97, 98, eos], [97, eos, IGNORE_INDEX]]
-
-
-def test_no_images_is_an_error() -> None:
-    with pytest.raises(DataError, match="no captioned images"):
-        tokenized()
-
-
 @pytest.mark.parametrize("prompt", ["", "P:"])
 def test_stored_captions_are_those_tokenized_one_by_one(
     prompt: str, monkeypatch: pytest.MonkeyPatch
@@ -128,17 +114,6 @@ def assert_once_per_epoch(batches: Sequence[list[Row]], counts: Sequence[int] | 
     rows = [row for batch in batches for row in batch]
     seen = Counter((row.image, caption) for row in rows for caption in row.captions)
     assert seen == Counter((image, c) for image, count in enumerate(counts) for c in range(count))
-
-
-def test_captions_are_shuffled_image_by_image() -> None:
-    random, counts = np.random.default_rng([0, 3]), (5, 1, 3, 2, 5, 4, 0, 2)
-    rows = []
-    for image, count in enumerate(counts):
-        order = random.permutation(count).tolist()
-        rows += [Row(image, tuple(order[start : start + 2])) for start in range(0, count, 2)]
-    expected = [rows[index] for index in random.permutation(len(rows))]
-    plan = EpochPlan(counts, row_captions=2, batch_captions=6, seed=0)
-    assert plan.batches(3) == in_batches(expected, 3)
 
 
 COUNTS = np.random.default_rng(5).integers(1, 6, 200)
@@ -192,11 +167,6 @@ def test_under_a_budget_few_positions_are_pads_and_batches_are_mixed() -> None:
 
 def test_validation_reads_whole_rows_in_order() -> None:
     assert whole_rows([2, 1]) == [Row(0, (0, 1)), Row(1, (0,))]
-
-
-def test_in_batches_keeps_the_order_and_the_rest() -> None:
-    assert in_batches(range(5), 2) == [[0, 1], [2, 3], [4]]
-    assert in_batches([], 2) == []
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 20])
@@ -260,11 +230,3 @@ def test_steps_are_those_of_every_epoch(recipe: Recipe, accumulation: int) -> No
     assert steps == sum(-(-batches // accumulation) for batches in of_epochs)
     assert count_steps(override_recipe(recipe, ["max_steps=7"]), plan) == 7
     assert count_steps(override_recipe(recipe, [f"max_steps={steps + 1}"]), plan) == steps
-
-
-def test_under_a_budget_the_batch_size_is_not_read(recipe: Recipe) -> None:
-    with pytest.raises(ConfigurationError, match="not a multiple"):
-        override_recipe(recipe, ["batch_size=7"])
-    assert override_recipe(recipe, ["batch_size=7", "tokens_per_batch=100"]).tokens_per_batch == 100
-    with pytest.raises(ConfigurationError, match="tokens_per_batch"):
-        override_recipe(recipe, ["tokens_per_batch=0"])

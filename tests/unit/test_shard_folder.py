@@ -72,21 +72,17 @@ def test_captions_come_from_text_or_json_and_plain_extensions_go_first(tmp_path:
         ("b.webp", jpeg(2)), ("b.txt", b" "), ("b.json", b'{"caption": "for the text is empty"}'),
         ("c.JPG", jpeg(3)), ("c.txt", b"text wins\n"), ("c.json", b'{"caption": "not this"}'),
         ("d.input.jpg", jpeg(1)), ("d.output.txt", b"of d"),
-        ("e.jpg", jpeg(2)), ("e.mask.png", jpeg(3)), ("e.en.txt", b"not this"), ("e.txt", b"of e"),
+        ("e.jpg", jpeg(2)), ("e.mask.png", jpeg(3)), ("e.en.txt", b"not this"),
+        ("f.jpg", jpeg(1)), ("f.txt", b"of f"), ("e.txt", b"of e"),
         *((f"my photo v1.{n}.{kind}", jpeg(n)) for n in range(5) for kind in ("jpg", "txt")),
     ]  # fmt: skip
     captions, skipped = read_all(tmp_path, members)
     assert captions == {
         "part.1/a": "in json", "b": "for the text is empty", "c": "text wins",
-        "d": "of d", "e": "of e",
+        "d": "of d", "e": "of e", "f": "of f",
     }  # fmt: skip
     assert "several 0.jpg, 1.jpg" in skipped.pop("my photo v1")
     assert skipped == {}
-
-
-def test_members_may_stand_apart(tmp_path: Path) -> None:
-    members = [("0.jpg", jpeg(0)), ("1.jpg", jpeg(1)), ("1.txt", b"one"), ("0.txt", b"zero")]
-    assert read_all(tmp_path, members) == ({"0": "zero", "1": "one"}, {})
 
 
 def test_an_index_is_kept_and_renewed_where_a_tar_changes(root: Path, passes: list[Path]) -> None:
@@ -111,25 +107,18 @@ def test_the_fingerprint_is_that_of_earlier_versions(tmp_path: Path) -> None:
     assert found == "sha256:1a03dd39cf7fb2d402257c060a01a8d6428a082ee1b718e7f8ab44e9d9be9f6c"
 
 
-@pytest.mark.parametrize("damage", ["cut", "types", "places", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "types", "places"])
 def test_a_damaged_index_is_made_again(root: Path, damage: str, passes: list[Path]) -> None:
     fingerprint = open_data_folder(root).fingerprint
     kept = root / ".shards" / "train" / "00000.tar.index"
     content = kept.read_bytes()
     facts = json.loads(content)
     facts["samples"][3][3] = 2**62 if damage == "places" else "x"  # outside the tar, or no number
-    kept.write_bytes({"cut": content[:-5], "empty": b""}.get(damage, json.dumps(facts).encode()))
+    kept.write_bytes(content[:-5] if damage == "cut" else json.dumps(facts).encode())
     passes.clear()
     assert open_data_folder(root).fingerprint == fingerprint
     assert passes == [root / "train" / "00000.tar"]
     assert kept.read_bytes() == content
-
-
-def test_a_folder_that_cannot_be_written_is_read_too(root: Path, passes: list[Path]) -> None:
-    (root / ".shards").write_text("a file, for permissions do not stop root")
-    for count in (4, 8):
-        assert open_data_folder(root).manifest["counts"]["train"]["images"] == 30
-        assert len(passes) == count
 
 
 def test_samples_that_cannot_be_used_are_skipped_and_counted(root: Path) -> None:
@@ -146,15 +135,9 @@ def test_samples_that_cannot_be_used_are_skipped_and_counted(root: Path) -> None
     with pytest.raises(DataError, match="00040: it has no caption"):
         open_data_folder(root).split("train")
     lines = log_lines()
-    used = usable_images(
-        open_data_folder(root), "train", Recipe(max_bad_samples=0.1, feature_cache="off")
-    )
-    assert used[-1].original_id == "00043"
+    recipe = Recipe(max_bad_samples=0.1, feature_cache="off")
+    assert usable_images(open_data_folder(root), "train", recipe)[-1].original_id == "00043"
     assert any("skipped 1 of 32 train images" in line and "00041.jpg" in line for line in lines)
-    with pytest.raises(DataError, match=r"2 of 34 train captions .* more than max_bad_samples"):
-        usable_images(
-            open_data_folder(root), "train", Recipe(max_bad_samples=0.01, feature_cache="off")
-        )
     with pytest.raises(DataError, match="2 of 34 train samples"):
         readable_split(open_data_folder(root), "train")
 
@@ -223,7 +206,6 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"train/0.tar.gz": b"\x1f\x8b"}, "compressed: run gunzip"),
-        ({"train/0.tar.zst": b""}, "unzstd"),
         ({"0.tar": b""}, "move or link them into"),
         ({"train/readme.txt": b""}, "is no caption folder .* and no shard folder"),
         ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is no manifest .* .damaged"),
@@ -238,13 +220,6 @@ def test_other_folders_are_refused_in_a_line(
     with pytest.raises(DataError, match=message) as error:
         open_data_folder(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_splits_have_shards_and_a_compressed_copy_does_no_harm(root: Path) -> None:
-    (root / "val" / "00000.tar.gz").write_bytes(b"x")
-    assert len(open_data_folder(root).split("val")) == 4
-    with pytest.raises(DataError, match=r"has no test images \(it has: train, val\)"):
-        open_data_folder(root).split("test")
 
 
 def test_the_content_hash_is_that_of_the_same_files(root: Path, tmp_path: Path) -> None:
