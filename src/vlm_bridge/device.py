@@ -69,22 +69,19 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
-def set_threads() -> int:
-    """Use OMP_NUM_THREADS, else one thread per usable core; return the number of threads."""
+def set_threads() -> None:
+    """Let torch use OMP_NUM_THREADS, else one thread per usable core."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
-    return torch.get_num_threads()
 
 
-def cpu_has_bfloat16() -> bool | None:
-    """Return whether the CPU computes in bfloat16 (AVX-512, AMX, Arm); None where unknown."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return None
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+def cpu_emulates_bfloat16() -> bool:
+    """Return whether Linux says that the CPU does not compute in bfloat16 itself."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text("utf-8", errors="replace").split() if cpu.exists() else ["bf16"]
+    return {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -95,6 +92,13 @@ def missing_compiler(device: torch.device) -> str | None:
     if device.type == "cuda" and find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.Stream(device)
 
 
 class DeviceCopy:
@@ -122,13 +126,6 @@ class DeviceCopy:
             for tensor in self.tensors:  # keeps their memory from the next copy while in use
                 tensor.record_stream(current)
         return self.tensors
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    import torch
-
-    return torch.cuda.Stream(device)
 
 
 def return_freed_memory() -> None:

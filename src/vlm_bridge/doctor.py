@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from vlm_bridge.captioning import bundled_models
 from vlm_bridge.credentials import hub_answers
-from vlm_bridge.device import cpu_has_bfloat16, usable_cores
+from vlm_bridge.device import cpu_emulates_bfloat16, usable_cores
 from vlm_bridge.metrics.java import install_java_command, java_version
 
 PACKAGE = Path(__file__).parent
@@ -114,9 +114,7 @@ def _devices() -> Iterator[Check]:
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         detail = f"an NVIDIA driver is here but torch {torch.__version__} cannot use it"
         yield Check("cuda", "warn", detail, f"{PIP} install --force-reinstall torch")
-    has_bf16 = cpu_has_bfloat16()
-    bf16 = "bf16 in hardware" if has_bf16 else "bf16 emulated (slow: amp_dtype=float32)"
-    bf16 = "bf16 support unknown" if has_bf16 is None else bf16
+    bf16 = "bf16 emulated (slow: amp_dtype=float32)" if cpu_emulates_bfloat16() else "bf16"
     yield Check("cpu", "ok", f"{usable_cores()} cores to compute on, {bf16}")
 
 

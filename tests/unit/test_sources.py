@@ -125,24 +125,17 @@ def test_captions_of_missing_images_are_skipped_up_to_a_share(tmp_path: Path) ->
     [
         ("captions.csv", b"image,caption\na.jpg,caf\xe9\n", r"captions.csv:2: not UTF-8"),
         ("captions.jsonl", b'{"image": "a.jpg", "caption": "caf\xe9"}\n', r"captions.jsonl:1: not UTF-8"),
-        ("captions.tsv", b"/etc/passwd\tA cat.\n", r"captions.tsv:1: its image .* is missing"),
         ("captions.tsv", b"../a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
-        ("captions.tsv", b"sub\\..\\..\\a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
         ("captions.tsv", b"C:\\a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
         ("captions.tsv", b"b.png A cat.\n", r"captions.tsv:1: 1 cells instead of 2"),
         ("captions.csv", b"a.jpg,A dog.\n", r"captions.csv:1: the header must name"),
         ("captions.csv", b"image,caption\na.jpg,A dog, wet.\n", r"captions.csv:2: 3 cells"),
-        ("captions.csv", b'image,caption\na.jpg,"A dog\n', r"captions.csv:2: a double quote opens here"),
         ("captions.csv", b"image,caption,split\na.jpg,A dog.,fold1\n", r"captions.csv:2: unknown split"),
         ("captions.csv", b"image,caption,split\na.jpg,x,train\na.jpg,y,test\n", r"csv:3: .* several splits"),
         ("captions.jsonl", b'{"image": "a.jpg"}\n', r"captions.jsonl:1: has no caption"),
         ("captions.jsonl", b'{"caption": "A dog."}\n', r"captions.jsonl:1: names no image"),
-        ("captions.jsonl", b"[1]\n", r"captions.jsonl: entry 0: not a JSON object"),
-        ("captions.json", b"{", r"captions.json is damaged or no JSON"),
-        ("captions.json", b'{"a": 1}', r"captions.json is damaged or no caption file"),
         ("captions.jsonl", b"{'a': 1}\n", r"captions.jsonl:1: not a JSON object"),
         ("captions.csv", b"", r"empty"),
-        ("captions.tsv", b"lost.jpg\tA dog.\n", r"captions.tsv:1: its image 'lost.jpg' is missing"),
     ],
 )  # fmt: skip
 def test_malformed_caption_files_name_file_and_line(
@@ -209,15 +202,6 @@ def test_links_that_lead_out_are_read_where_they_are_allowed(tmp_path: Path) -> 
     (root / "captions.tsv").write_text("b.jpg\ty\n")
     with pytest.raises(DataError, match="give --follow-links"):
         LocalFolder(root).items()
-
-
-def test_a_link_to_a_folder_within_is_another_name(tmp_path: Path) -> None:
-    touch(tmp_path, "photos/a.jpg")
-    (tmp_path / "images").symlink_to(tmp_path / "photos")
-    (tmp_path / "photos" / "circle").symlink_to(tmp_path)
-    (tmp_path / "captions.tsv").write_text("a.jpg\tx\n")
-    source = LocalFolder(tmp_path)
-    assert [item.captions for item in source.items()] == [["x"]] and not source.rejected
 
 
 def test_a_caption_folder_made_inside_is_not_taken_for_images(images: Path) -> None:

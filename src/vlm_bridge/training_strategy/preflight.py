@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.device import cpu_has_bfloat16, set_threads
+from vlm_bridge.device import cpu_emulates_bfloat16, set_threads
 from vlm_bridge.errors import ConfigurationError, TrainingError
 from vlm_bridge.training_strategy.distributed import World
 
@@ -30,7 +30,7 @@ def check_machine(recipe: Recipe, world: World) -> None:
         )
     if world.device.type == "cpu":
         set_threads()
-        if recipe.autocast_dtype and cpu_has_bfloat16() is False:
+        if recipe.autocast_dtype and cpu_emulates_bfloat16():
             logger.info("this processor emulates bfloat16: amp_dtype=float32 is quicker here")
     places = recipe.keys_marked("place")
     world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})
