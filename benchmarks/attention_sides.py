@@ -22,7 +22,7 @@ import numpy as np
 
 from vlm_bridge.captioning.explain import Explanation, attention_panels, explain
 from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.cli.quiet import quiet_transformers
+from vlm_bridge.cli.options import quiet_transformers
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources import SourceItem

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import transformers
 
-from vlm_bridge.cli.quiet import quiet_transformers
+from vlm_bridge.cli.options import quiet_transformers
 from vlm_bridge.device import peak_rss_gib, resolve_device, return_freed_memory
 
 GIB = 2**30

@@ -108,8 +108,7 @@ def finetune_combined(
     changes = [f"{key}={value}" for key, value in given.items() if value is not None]
 
     from vlm_bridge import finetuning
-    from vlm_bridge.cli.progress import show_progress
-    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.cli.options import quiet_transformers, show_progress
     from vlm_bridge.configuration import load_recipe, shipped_recipe
     from vlm_bridge.training_strategy.resume import Interrupted
 

@@ -29,7 +29,7 @@ def main(
     ),
 ) -> None:
     """Load a combined file and print what is in it."""
-    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.cli.options import quiet_transformers
 
     quiet_transformers()
     model = load_combined_model(checkpoint, device, blip_model, pvt)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
 from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.cli.quiet import quiet_transformers
+from vlm_bridge.cli.options import quiet_transformers
 from vlm_bridge.quickstart import real_photographs
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

@@ -32,7 +32,7 @@ from drawn_captions import write_drawn_caption_folder
 from faulty_disk import FaultyDisk
 from same import assert_same_checkpoints
 from tiny_models import save_tiny_llama, save_tiny_vit
-from vlm_bridge.cli.quiet import quiet_transformers
+from vlm_bridge.cli.options import quiet_transformers
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.resume import AUTO

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from captioners import SYSTEMS, tiny_recipe
-from vlm_bridge.cli.info import parts_of
+from vlm_bridge.cli.tools import parts_of
 from vlm_bridge.configuration import load_recipe, shipped_recipe
 from vlm_bridge.model_architecture.captioner import build_captioner
 

@@ -72,7 +72,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_command(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_bridge.cli.doctor import doctor as command
+    from vlm_bridge.cli.tools import doctor as command
 
     checks = [Check("python", "ok", "3.11"), Check("java", "warn", "none", "install it")]
     if failing:

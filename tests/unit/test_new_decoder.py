@@ -92,9 +92,7 @@ def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_h
     first = (folder / "model.safetensors").read_bytes()
     kept = run_here(*arguments, "--seed", 1)
     assert kept.returncode == 2
-    assert (
-        "holds a model; choose another --output-dir, or replace it with --overwrite" in kept.stderr
-    )
+    assert "exists: choose another --output-dir, or give --overwrite" in kept.stderr
     assert (folder / "model.safetensors").read_bytes() == first
     assert run_here(*arguments, "--seed", 1, "--overwrite").returncode == 0
     assert (folder / "model.safetensors").read_bytes() != first

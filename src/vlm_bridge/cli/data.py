@@ -136,7 +136,7 @@ def explore_dataset(
     json_output: Json = False,
 ) -> None:
     """Show sizes, caption lengths, vocabulary, tags and samples of a source or caption folder."""
-    from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.cli.options import show_progress
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
     from vlm_bridge.errors import UsageError
@@ -198,7 +198,7 @@ def transform(
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
     import os
 
-    from vlm_bridge.cli.progress import note, show_progress
+    from vlm_bridge.cli.options import note, show_progress
     from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.transform import transform as run
     from vlm_bridge.errors import UsageError
@@ -239,7 +239,7 @@ def inspect_loader(
     json_output: Json = False,
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
-    from vlm_bridge.cli.progress import show_progress
+    from vlm_bridge.cli.options import show_progress
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
@@ -282,7 +282,7 @@ def inspect_loader(
 
 def _open_source(options: dict[str, Any]) -> Source:
     """Return the named source, or the one that the input folder's files tell, and log it."""
-    from vlm_bridge.cli.progress import note
+    from vlm_bridge.cli.options import note
     from vlm_bridge.data_pipeline.sources import find_source, make_source
 
     name, input_dir = options["source"], options["input_dir"]
@@ -295,7 +295,7 @@ def _open_source(options: dict[str, Any]) -> Source:
 
 def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch: its rows, and its token counts if they are asked for."""
-    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.cli.options import quiet_transformers
     from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
     from vlm_bridge.model_architecture.captioner import caption_format
     from vlm_bridge.model_architecture.weights import build_language_model
@@ -372,7 +372,7 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
-    from vlm_bridge.cli.quiet import quiet_transformers
+    from vlm_bridge.cli.options import quiet_transformers
 
     quiet_transformers()
     from transformers import AutoTokenizer

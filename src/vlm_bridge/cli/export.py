@@ -37,7 +37,7 @@ def export(
     metrics: Path = typer.Option(
         None, help="Scores for the model card. (default: the last evaluation in the run's folder)"
     ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier export."),
+    overwrite: options.Overwrite = False,
     push_to_hub: str = typer.Option(
         None, metavar="REPO", help="Also upload, as owner/model; the token is HF_TOKEN."
     ),
@@ -57,8 +57,7 @@ def export(
 
     options.quiet_transformers()
     target = output_dir / (checkpoints.BEST_WEIGHTS if original else checkpoints.WEIGHTS_NAME)
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists: choose another --output-dir, or give --overwrite")
+    options.refuse_existing(target, overwrite)
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
     given = load_recipe(config) if config else None

@@ -12,21 +12,12 @@ from typing import Any
 import typer
 
 from vlm_bridge import __version__
-from vlm_bridge.cli import (
-    average,
-    caption,
-    compare,
-    data,
-    doctor,
-    evaluate,
-    export,
-    features,
-    info,
-    new_decoder,
-    quickstart,
-    report,
-    train,
-)
+from vlm_bridge.cli.caption import caption, demo
+from vlm_bridge.cli.data import app as data_app
+from vlm_bridge.cli.evaluate import compare, evaluate, report
+from vlm_bridge.cli.export import export
+from vlm_bridge.cli.tools import average, doctor, features, info, new_decoder
+from vlm_bridge.cli.train import quickstart, train
 from vlm_bridge.credentials import redact
 from vlm_bridge.errors import VLMBridgeError
 
@@ -39,9 +30,8 @@ HELP = (
     "language model."
 )
 COMMANDS = (
-    quickstart.quickstart, caption.caption, evaluate.evaluate, compare.compare, report.report,
-    caption.demo, info.info, doctor.doctor, export.export, average.average, features.features,
-    new_decoder.new_decoder, train.train,
+    quickstart, caption, evaluate, compare, report, demo, info, doctor, export, average, features,
+    new_decoder, train,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -49,7 +39,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
-app.add_typer(data.app, name="data")
+app.add_typer(data_app, name="data")
 
 
 def _print_version(value: bool) -> None:
@@ -129,11 +119,11 @@ def run_bridge() -> None:
 
 def run_data() -> None:
     """Entry point of ``vlm-data``, the same as ``vlm-bridge data``."""
-    run_program(data.app, logs_to_stdout=True)
+    run_program(data_app, logs_to_stdout=True)
 
 
 def run_training() -> None:
     """Entry point of ``vlm-training``, the same as ``vlm-bridge train``."""
     training = typer.Typer(pretty_exceptions_enable=False)
-    training.command("vlm-training")(train.train)
+    training.command("vlm-training")(train)
     run_program(training, logs_to_stdout=True)

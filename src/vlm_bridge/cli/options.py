@@ -10,9 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from vlm_bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from vlm_bridge import configuration
 
 Option = typer.Option
 Checkpoint = Annotated[
@@ -26,7 +31,7 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")
 ]
-Recipe = Annotated[
+RecipeFile = Annotated[
     Path | None, Option("--config", "-c", help="Recipe (YAML); training-default without it.")
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -59,6 +64,20 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier one.")]
 
 PLAIN_INTERVAL_S = 5.0
+
+
+def load_recipe(config: Path | None, overrides: list[str] | None) -> configuration.Recipe:
+    """Return a recipe file's recipe, or training-default, with overrides."""
+    from vlm_bridge import configuration
+
+    file = config or configuration.shipped_recipe(configuration.DEFAULT_RECIPE)
+    return configuration.load_recipe(file, overrides or ())
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise UsageError for a file that would be replaced without --overwrite."""
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists: choose another --output-dir, or give --overwrite")
 
 
 def note(line: str) -> None:

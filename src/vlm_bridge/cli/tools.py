@@ -1,0 +1,231 @@
+"""`vlm-bridge info`, `doctor`, `average`, `features` and `new-decoder`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vlm_bridge.cli import options
+from vlm_bridge.errors import ConfigurationError, UsageError
+
+if TYPE_CHECKING:
+    from vlm_bridge.configuration import Recipe
+
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS |= {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def info(
+    overrides: options.Overrides = None,
+    config: options.RecipeFile = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Count the parameters of a recipe's parts and show the feature shape. Reads no weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    options.quiet_transformers()
+    found = parts_of(options.load_recipe(config, overrides))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table("component", "role", "pretrained", "trainable", "parameters")
+    for part in found["components"]:
+        total, trainable = part["parameters"], part["trainable"]
+        trained = "no" if not trainable else "all" if trainable == total else f"{trainable:,}"
+        pretrained = "yes" if part["pretrained"] else "no"
+        table.add_row(part["name"], part["role"], pretrained, trained, f"{total:,}")
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    tokens, width = found["features_shape"]
+    console.print(f"trainable share   {found['trainable_share']:.2%}")
+    shape = f"[B, {tokens}, {width}]: {tokens} tokens x {width}"
+    soft = f"{found['soft_tokens']} soft tokens before the text"
+    console.print(f"features          {shape}, {soft}", markup=False)
+
+
+def parts_of(recipe: Recipe) -> dict[str, Any]:
+    """Count the parameters of a recipe's parts, from shapes alone (on the meta device)."""
+    from vlm_bridge.model_architecture.captioner import build_captioner
+
+    model = build_captioner(recipe, meta=True)
+    names = {
+        "vision_encoder": recipe.vision_encoder.name,
+        "bridge": recipe.bridge.kind,
+        "language_model": recipe.language_model.name,
+    }
+    components: list[dict[str, Any]] = []
+    for role, name in names.items():
+        sizes = [(p.numel(), p.requires_grad) for p in getattr(model, role).parameters()]
+        counts = {
+            "parameters": sum(count for count, _ in sizes),
+            "trainable": sum(count for count, is_trained in sizes if is_trained),
+        }
+        components.append({"name": name, "role": role, **counts, "pretrained": role != "bridge"})
+    share = sum(c["trainable"] for c in components) / sum(c["parameters"] for c in components)
+    return {
+        "components": components,
+        "features_shape": [model.vision_encoder.num_tokens, model.vision_encoder.embed_dim],
+        "soft_tokens": model.bridge.num_soft_tokens,
+        "trainable_share": share,
+    }
+
+
+def doctor(as_json: options.AsJson = False) -> None:
+    """Check versions, devices, Java, disk and hub access, and name commands that mend problems."""
+    from vlm_bridge.doctor import run_checks
+
+    checks = run_checks()
+    if as_json:
+        rows = [check._asdict() for check in checks]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        width = max(len(check.name) for check in checks)
+        colors = {"ok": "green", "warn": "yellow", "fail": "red"}
+        for check in checks:
+            status = typer.style(f"{check.status:<5}", colors[check.status])
+            typer.echo(f"{status}{check.name:<{width}}  {check.detail}")
+            if check.fix:
+                typer.echo(f"{'':<{width + 7}}mend: {check.fix}")
+    if failures := [check.name for check in checks if check.status == "fail"]:
+        options.note(f"error: required and missing or broken: {', '.join(failures)}")
+        raise typer.Exit(1)
+
+
+def average(
+    checkpoint: list[str] = typer.Argument(
+        ..., help="Two or more checkpoints, folders of runs, or models on the hub."
+    ),
+    output_dir: Path = typer.Option(..., help="Folder of the averaged run; made if need be."),
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Average the trained weights of several runs, which often captions better than any of them.
+
+    The runs start from the same weights and see other views, samples or orders of the data (model
+    soups: Wortsman et al. 2022; of self-critical runs: Ramé et al. 2024, WARP).
+    """
+    from vlm_bridge.training_strategy import checkpoint as checkpoints
+
+    if len(checkpoint) < 2:
+        raise UsageError("an average needs two checkpoints or more")
+    target = output_dir / "checkpoints" / checkpoints.BEST_WEIGHTS
+    options.refuse_existing(target, overwrite)
+    paths = [checkpoints.find_checkpoint(name) for name in checkpoint]
+    checkpoints.save_average(target, paths)
+    typer.echo(f"wrote {target}, the mean of {', '.join(map(str, paths))}")
+    typer.echo(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
+
+
+def features(
+    overrides: options.Overrides = None,
+    config: options.RecipeFile = None,
+    verify: bool = typer.Option(False, "--verify", help="Compare every cached image's checksum."),
+    evict_to: str = typer.Option(
+        None, metavar="SIZE", help="Build nothing; remove caches until they fit into, e.g., 5GiB."
+    ),
+    cache_dir: Path = typer.Option(
+        None, help="Where to look for caches to remove, instead of where the recipe keeps them."
+    ),
+    as_json: options.AsJson = False,
+) -> None:
+    """Encode the images of a recipe ahead of training, or remove the least recently used caches."""
+    from vlm_bridge.data_pipeline.features import cache_root
+
+    if cache_dir is not None and evict_to is None:
+        raise UsageError("--cache-dir needs --evict-to; a recipe's own place is feature_cache=DIR")
+    if evict_to is not None and cache_dir is not None:
+        _evict(cache_dir, evict_to, as_json)
+        return
+    recipe = options.load_recipe(config, overrides)
+    root = cache_root(recipe.feature_cache, recipe.data_dir)
+    if root is None:
+        raise ConfigurationError("feature_cache=off: give feature_cache=auto or a folder")
+    if evict_to is not None:
+        _evict(root, evict_to, as_json)
+    else:
+        _build_features(recipe, verify, as_json)
+
+
+def _evict(root: Path, size: str, as_json: bool) -> None:
+    from vlm_bridge.data_pipeline.features import as_bytes, caches_below, evict
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
+    if match is None or match[2].lower() not in UNITS:
+        raise UsageError(f"--evict-to {size!r} is not a size: 5GiB, 500MB or 0, for example")
+    removed = evict(root, int(float(match[1]) * UNITS[match[2].lower()]))
+    kept = caches_below(root)
+    if as_json:
+        facts = {
+            name: [{"folder": str(folder), "bytes": size} for folder, size in caches.items()]
+            for name, caches in (("removed", removed), ("kept", kept))
+        }
+        typer.echo(json.dumps({"cache_dir": str(root), **facts}, indent=2))
+        return
+    for folder, num_bytes in removed.items():
+        typer.echo(f"removed {folder} ({as_bytes(num_bytes)})")
+    typer.echo(f"{len(kept)} caches below {root} take {as_bytes(sum(kept.values()))}")
+
+
+def _build_features(recipe: Recipe, verify: bool, as_json: bool) -> None:
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder
+    from vlm_bridge.data_pipeline.features import as_bytes
+    from vlm_bridge.device import resolve_device
+    from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
+    from vlm_bridge.training_strategy.data import cached_features, usable_images
+
+    options.quiet_transformers()
+    folder = open_data_folder(recipe.data_dir)
+    encoder: Any = build_vision_encoder(recipe.vision_encoder)
+    encoder = encoder.to(resolve_device(recipe.device))
+    facts: list[dict[str, Any]] = []
+    for split in ("train", "val"):
+        images = usable_images(folder, split, recipe)
+        started = time.perf_counter()
+        cache = cached_features(encoder, recipe, split, images, verify)
+        seconds = time.perf_counter() - started
+        rate = None if cache.was_there else len(cache) / seconds
+        facts.append({"split": split, "folder": str(cache.folder), "num_images": len(cache)})
+        facts[-1] |= {"num_bytes": cache.num_bytes, "images_per_second": rate}
+        facts[-1] |= {"was_there": cache.was_there, "seconds": seconds}
+        if not as_json:
+            state = f"made in {seconds:.0f} s, {rate:.1f} images/s" if rate else "was there"
+            size = f"{len(cache):,} images, {as_bytes(cache.num_bytes)}"
+            typer.echo(f"{split}: {size} in {cache.folder}: {state}")
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+
+
+def new_decoder(
+    data_dir: Path = typer.Option(..., help="Caption folder; its words become word pieces."),
+    output_dir: Path = typer.Option(..., help="Where to write it, for `language_model.name`."),
+    layers: int = typer.Option(6, min=1, help="Layers."),
+    width: int = typer.Option(256, min=1, help="Width; feed-forward layers are 4x as wide."),
+    heads: int = typer.Option(4, min=1, help="Attention heads; they must divide the width."),
+    vocabulary: int = typer.Option(6000, min=100, help="Word pieces at most."),
+    dropout: float = typer.Option(0.1, min=0.0, max=0.9, help="Dropout in training."),
+    seed: int = typer.Option(0, min=0, help="Seed of the random weights."),
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Make a small decoder with cross-attention, to be trained from nothing on your captions."""
+    from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
+
+    options.refuse_existing(output_dir / "config.json", overwrite)
+    images, _ = readable_split(open_data_folder(data_dir), "train")
+
+    from vlm_bridge.model_architecture.new_decoder import DecoderSize, write_new_decoder
+
+    options.quiet_transformers()
+    size = DecoderSize(layers, width, heads, vocabulary, dropout)
+    captions = (caption for image in images for caption in image.captions)
+    pieces, parameters = write_new_decoder(captions, output_dir, size, seed=seed)
+    print(
+        f"{output_dir}: {layers} layers of width {width}, {pieces:,} word pieces, "
+        f"{parameters:,} parameters\n"
+        f"next: train it whole: vlm-training --config RECIPE language_model.name={output_dir} "
+        "'trainable.bridge.*=null' 'trainable.language_model.*=null'"
+    )
