@@ -78,7 +78,7 @@ def set_threads() -> None:
 
 
 def cpu_emulates_bfloat16() -> bool:
-    """Return whether Linux says that the CPU does not compute in bfloat16 itself."""
+    """Return whether Linux lists no bfloat16 instruction of the CPU (AVX-512, AMX, Arm)."""
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text("utf-8", errors="replace").split() if cpu.exists() else ["bf16"]
     return {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -79,8 +79,8 @@ class ImageFiles:
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
             if entry.name.startswith(".") or not (is_image or entry.is_dir()):
                 continue
-            is_free = not entry.is_symlink() or self.follow_links
-            if not (is_free or is_inside(self.root.resolve(), path)):
+            is_link = entry.is_symlink() and not self.follow_links
+            if is_link and not is_inside(self.root.resolve(), path):
                 self.linked_out.append(name)
             elif entry.is_dir():
                 self._scan(path, f"{name}/")
@@ -137,15 +137,6 @@ def _folded(name: str) -> str:
 
 
 @dataclass
-class _Found:
-    """An image with its captions; each split with the place that states it."""
-
-    name: str
-    captions: list[str] = field(default_factory=list)
-    splits: dict[SplitName | None, str] = field(default_factory=dict)
-
-
-@dataclass
 class CaptionedFiles(Source):
     """A folder of images with caption files, which a subclass finds."""
 
@@ -195,7 +186,7 @@ class CaptionedFiles(Source):
         images = ImageFiles(self.input_dir, self.follow_links)
         skipped = Skipped("captions in the caption file")
         missing: dict[str, str] = {}
-        found: dict[Path | ParquetImage, _Found] = {}
+        found: dict[Path | ParquetImage, SourceItem] = {}
         for record, (file, split) in self.records(images, skipped):
             name, place = record.image, record.stored
             if place is None:
@@ -208,21 +199,17 @@ class CaptionedFiles(Source):
                     missing.setdefault(without_number(name), record.where)
                     continue
                 name, place = known, images.paths[known]
-            one = found.setdefault(place, _Found(name))
-            one.captions += record.captions
-            if of_folder := self.split_of_folder(name):
-                one.splits.setdefault(of_folder, "its folder")
-            for stated in filter(None, (split, record.split)):
-                one.splits.setdefault(stated, _end_of(record.where))
-            if len(one.splits) > 1:
-                named = ", ".join(f"{split} by {by}" for split, by in one.splits.items())
-                raise DataError(f"{record.where}: {name} is in several splits ({named})")
-        captioned = {place: one for place, one in found.items() if one.captions}
+            stated = self.split_of_folder(name) or split or record.split
+            item = found.get(place) or SourceItem(self.image_id(name), [], stated, place)
+            found[place] = item = replace(item, split=item.split or stated)
+            item.captions.extend(record.captions)
+            for other in filter(None, (stated, split, record.split)):
+                if other != item.split:
+                    splits = f"{item.split} before, {other} here"
+                    raise DataError(f"{record.where}: {name} is in several splits ({splits})")
+        captioned = {place: item for place, item in found.items() if item.captions}
         self._report(images, skipped, missing, set(captioned))
-        return [
-            SourceItem(self.image_id(one.name), one.captions, next(iter(one.splits), None), place)
-            for place, one in captioned.items()
-        ]
+        return list(captioned.values())
 
     def _report(
         self,
