@@ -29,7 +29,7 @@ from benchmarks import harness
 from benchmarks.harness import Peak, Report, Variant
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat, open_cache
+from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, TokenizedImages, prefetch
 from vlm_bridge.model_architecture.bridges import build_bridge
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -189,7 +189,7 @@ def random_cache(folder: Path, num_images: int) -> FeatureCache:
         def __getitem__(self, indices: np.ndarray) -> np.ndarray:
             return indices % len(drawn)
 
-    return open_cache(folder, FORMAT, Numbers(), lambda numbers: drawn[numbers])
+    return FeatureCache(folder, FORMAT, Numbers(), lambda numbers: drawn[numbers]).open()
 
 
 # The two parts.

@@ -32,7 +32,6 @@ from vlm_bridge.data_pipeline.features import (
     caches_below,
     evict,
     images_digest,
-    open_cache,
 )
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
@@ -75,7 +74,11 @@ class Encode:
 
 def build(root: Path, encode: Any = None, key: str = KEYS[0], **options: Any) -> FeatureCache:
     format = FeatureFormat(TOKENS, DIM)
-    return open_cache(root / key, format, Numbers(), encode or Encode(), batch_images=3, **options)
+    check_all = options.pop("check_all", False)
+    cache = FeatureCache(
+        root / key, format, Numbers(), encode or Encode(), batch_images=3, **options
+    )
+    return cache.open(check_all)
 
 
 def check(cache: FeatureCache) -> None:
@@ -268,7 +271,7 @@ def test_a_broken_image_is_named_and_leaves_nothing(tmp_path: Path, paths: list[
     paths[1].write_bytes(b"\xff\xd8 not much")
     pixels = OnTheFlyPixels(paths, lambda images: torch.zeros(len(images)))
     with pytest.raises(ImageError, match=paths[1].name):
-        open_cache(tmp_path / "caches" / KEYS[0], FeatureFormat(TOKENS, DIM), pixels, Encode())
+        FeatureCache(tmp_path / "caches" / KEYS[0], FeatureFormat(2, 3), pixels, Encode()).open()
     assert list((tmp_path / "caches").iterdir()) == []
 
 

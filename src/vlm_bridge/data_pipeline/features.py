@@ -27,7 +27,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, Protocol
 
@@ -152,10 +152,10 @@ def cache_key(*parts: str) -> str:
 
 
 def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
-    """Hash the content of image files, in order; ``root`` keeps the hash while no file is touched.
+    """Hash the content of images, in order. Raises DataError where one is missing.
 
-    Raises:
-        DataError: an image is missing.
+    Args:
+        root: the folder that keeps the hash while no image is touched.
     """
 
     def compute() -> str:
@@ -252,10 +252,8 @@ class FeatureFormat:
         if not torch.isfinite(stored_bnd).all():
             is_finite = torch.isfinite(features_bnd).all()
             problem = f"do not fit into {self.dtype}" if is_finite else "are not finite numbers"
-            raise DataError(
-                f"features {problem}: train with feature_cache_dtype=bfloat16, or with "
-                "feature_cache=off"
-            )
+            cure = "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
+            raise DataError(f"features {problem}: {cure}")
         parts = to_int8(stored_bnd) if is_int8 else [stored_bnd]
         flat = [part.contiguous().flatten(1).view(torch.uint8).cpu().numpy() for part in parts]
         return np.concatenate(flat, axis=1)
@@ -272,18 +270,33 @@ class FeatureFormat:
         return torch.from_numpy(records.view(f"i{dtype.itemsize}")).view(dtype).view(shape)
 
 
+@dataclass
 class FeatureCache:
-    """Features on disk: ``cache[indices]`` is a tensor [len(indices), N, D]."""
+    """Features on disk: after `open`, ``cache[indices]`` is a tensor [len(indices), N, D].
 
-    def __init__(self, folder: Path, format: FeatureFormat, num_images: int):
-        self.folder, self.format, self.num_images = folder, format, num_images
-        self.was_there = True
-        self.file: IO[bytes]
-        self.path, self.building = folder / "features.bin", folder / "features.building"
-        self._stride = format.record_bytes + CHECKSUM_BYTES
+    Attributes:
+        name: of the images, for the log.
+        num_workers: batches decoded ahead of the encoder, in threads.
+        was_there: whether nothing had to be encoded.
+    """
+
+    folder: Path
+    format: FeatureFormat
+    pixels: Features
+    encode: Encode
+    name: str = "features"
+    batch_images: int = 32
+    num_workers: int = 0
+    was_there: bool = True
+    file: IO[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.path = self.folder / "features.bin"
+        self._building = self.folder / "features.building"
+        self._stride = self.format.record_bytes + CHECKSUM_BYTES
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self.pixels)
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
         records = np.empty((len(indices), self._stride), np.uint8)
@@ -293,16 +306,42 @@ class FeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_images * self._stride
+        return len(self) * self._stride
 
-    def is_sound(self, check_all: bool = False) -> bool:
-        """Check the size and one checksum at random, or all of them."""
-        sample = int(np.random.default_rng().integers(self.num_images))
-        numbers = range(self.num_images) if check_all else [sample]
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            is_whole = self.path.stat().st_size == self.num_bytes
-            return is_whole and all(self._is_sound_at(file, number) for number in numbers)
-        return False
+    def open(self, check_all: bool = False) -> FeatureCache:
+        """Open the file; encode what is missing or damaged.
+
+        Args:
+            check_all: compare every checksum, not only the size.
+
+        Raises:
+            CacheUnavailable: no room, or the files cannot be written.
+            DataError: an image cannot be read, or features do not fit into the format.
+        """
+        try:
+            if not self._is_sound(check_all):
+                with _lock(self.folder, self.name):
+                    self.was_there = self._is_sound(check_all)
+                    if not self.was_there:
+                        self._build()
+            self.file = self.path.open("rb")
+            with contextlib.suppress(PermissionError):  # of another user
+                os.utime(self.folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._building.unlink(missing_ok=True)
+            raise CacheUnavailable(f"cannot cache features in {self.folder}: {error}") from error
+        finally:
+            is_begun = self._building.is_file() and self._building.stat().st_size
+            if not is_begun and not self.path.exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+        return self
+
+    def _is_sound(self, check_all: bool) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size != self.num_bytes:
+            return False
+        with self.path.open("rb") as file:
+            return not check_all or all(self._is_sound_at(file, n) for n in range(len(self)))
 
     def _is_sound_at(self, file: IO[bytes], number: int) -> bool:
         file.seek(number * self._stride)
@@ -310,79 +349,34 @@ class FeatureCache:
         checksum = zlib.crc32(record[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little")
         return len(record) == self._stride and record[-CHECKSUM_BYTES:] == checksum
 
-    def build(
-        self, pixels: Features, encode: Encode, name: str, batch_images: int, num_workers: int
-    ) -> None:
-        """Encode the images behind the last sound record. Arguments as of `open_cache`."""
+    def _build(self) -> None:
+        """Encode the images behind the last sound record."""
         if self.path.is_file():
             logger.warning("%s is damaged: encoding the damaged features again", self.path)
-            self.path.replace(self.building)
-        with self.building.open("a+b") as file:
+            self.path.replace(self._building)
+        with self._building.open("a+b") as file:
             first = 0
-            while first < self.num_images and self._is_sound_at(file, first):
+            while first < len(self) and self._is_sound_at(file, first):
                 first += 1
             file.truncate(first * self._stride)
-            remaining = (self.num_images - first) * self._stride
+            remaining = (len(self) - first) * self._stride
             if shutil.disk_usage(self.folder).free < remaining + FREE_SPACE_TO_LEAVE:
                 raise CacheUnavailable(
                     f"no room for {as_bytes(remaining)} of cached features in {self.folder}: "
                     f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
                 )
-            size = f"{self.num_images - first:,} images into {self.folder} ({as_bytes(remaining)})"
-            logger.info("%s: encoding %s", name, size)
-            batches = in_batches(range(first, self.num_images), batch_images)
-            loaded = prefetch(batches, lambda batch: pixels[np.array(batch)], num_workers)
-            text = f"{name}: encoded %s of %s batches of {batch_images} images"
+            size = f"{len(self) - first:,} images into {self.folder} ({as_bytes(remaining)})"
+            logger.info("%s: encoding %s", self.name, size)
+            batches = in_batches(range(first, len(self)), self.batch_images)
+            loaded = prefetch(batches, lambda some: self.pixels[np.array(some)], self.num_workers)
+            text = f"{self.name}: encoded %s of %s batches of {self.batch_images} images"
             for values in logged(loaded, len(batches), text):
-                records = self.format.pack(encode(values))
+                records = self.format.pack(self.encode(values))
                 sums = np.array([zlib.crc32(record) for record in records], "<u4")
                 file.write(np.hstack([records, sums[:, None].view(np.uint8)]).tobytes())
             file.flush()
             os.fsync(file.fileno())
-        self.building.replace(self.path)
-
-
-def open_cache(
-    folder: Path,
-    format: FeatureFormat,
-    pixels: Features,
-    encode: Encode,
-    *,
-    name: str = "features",
-    batch_images: int = 32,
-    num_workers: int = 0,
-    check_all: bool = False,
-) -> FeatureCache:
-    """Open the cache in ``folder``; encode what is missing or damaged.
-
-    Args:
-        name: of the images, for the log.
-        num_workers: batches decoded ahead of the encoder, in threads.
-        check_all: compare every checksum instead of one at random.
-
-    Raises:
-        CacheUnavailable: no room, or the files cannot be written.
-        DataError: an image cannot be read, or features do not fit into the format.
-    """
-    cache = FeatureCache(folder, format, len(pixels))
-    try:
-        if not cache.is_sound(check_all):
-            with _lock(folder, name):
-                cache.was_there = cache.is_sound(check_all)
-                if not cache.was_there:
-                    cache.build(pixels, encode, name, batch_images, num_workers)
-        cache.file = cache.path.open("rb")
-        with contextlib.suppress(PermissionError):  # of another user
-            os.utime(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            cache.building.unlink(missing_ok=True)
-        raise CacheUnavailable(f"cannot cache features in {folder}: {error}") from error
-    finally:
-        is_begun = cache.building.is_file() and cache.building.stat().st_size
-        if not is_begun and not cache.path.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-    return cache
+        self._building.replace(self.path)
 
 
 @contextlib.contextmanager

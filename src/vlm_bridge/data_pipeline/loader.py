@@ -1,13 +1,11 @@
 """From captioned images to packed token batches.
 
-A row is one image and up to K of its captions, one behind the other: the image side of a step is
-computed once per row, and few positions are pads. Which rows form which batch depends only on
-(seed, epoch), so an interrupted epoch continues exactly.
+A row is one image and up to K of its captions, one behind the other. Which rows form which batch
+depends only on (seed, epoch), so an interrupted epoch continues exactly.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,15 +93,14 @@ class TokenizedImages:
         self.format = format
         self.captions_per_image = np.array([len(image.captions) for image in images])
         captions = chain.from_iterable(image.captions for image in images)
-        tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        tokens, lengths = [], []
         while some := list(islice(captions, TOKENIZE_TOGETHER)):
             targets = format.targets(some)
             tokens.append(np.fromiter(chain.from_iterable(targets), np.int32))
             lengths.append(np.fromiter(map(len, targets), np.int64))
         self._targets, num_targets = np.concatenate(tokens), np.concatenate(lengths)
-        self._first_target, self._first_caption = map(
-            _starts, (num_targets, self.captions_per_image)
-        )
+        self._first_target = _starts(num_targets)
+        self._first_caption = _starts(self.captions_per_image)
         self.caption_lengths = num_targets + len(format.prompt_ids) - 1
         self.image_lengths = np.diff(_starts(self.caption_lengths)[self._first_caption])
 
@@ -132,13 +129,6 @@ class TokenizedImages:
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
         return pack_rows([row.image for row in rows], chosen)
-
-    def digest(self) -> str:
-        """Hash the tokens of all captions, in order."""
-        digest = hashlib.blake2b(digest_size=12)
-        for array in (self._targets, self.caption_lengths, np.array(self.format.prompt_ids)):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

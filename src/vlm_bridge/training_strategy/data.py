@@ -69,8 +69,8 @@ class TrainingData:
         train = TokenizedImages(train_images, format)
         val = TokenizedImages(val_images, format)
         if world.size > 1:
-            digests = train.digest(), val.digest()
-            world.check_same({"data": folder.fingerprint, "captions in use": digests})
+            used = train.num_captions, val.num_captions
+            world.check_same({"data": folder.fingerprint, "captions in use": used})
         encoder = model.vision_encoder
         plan = epoch_plan(recipe, train.captions_per_image, train.caption_lengths)
         train_features = split_features(encoder, recipe, "train", train_images, world)
@@ -208,13 +208,10 @@ def split_features(
 def cached_features(
     encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], check_all: bool = False
 ) -> FeatureCache:
-    """Open the cache of a split, or make it. Raises as `features.open_cache`."""
-    root, dtype = (
-        features.cache_root(recipe.feature_cache, recipe.data_dir),
-        recipe.feature_cache_dtype,
-    )
+    """Open the cache of a split, or make it. Raises as `FeatureCache.open`."""
+    root = features.cache_root(recipe.feature_cache, recipe.data_dir)
     assert root is not None, "feature_cache is not off"
-    pixels = _pixels(encoder, recipe, split, images)
+    pixels, dtype = _pixels(encoder, recipe, split, images), recipe.feature_cache_dtype
     content = features.images_digest(pixels.paths, root)
     key = features.LAYOUT, encoder_fingerprint(encoder), content, dtype, repr(pixels.views)
     device = next(encoder.parameters()).device
@@ -223,7 +220,7 @@ def cached_features(
     def encode(pixels_bchw: torch.Tensor) -> torch.Tensor:
         return encoder(pixels_bchw.to(device))
 
-    return features.open_cache(
+    return FeatureCache(
         root / features.cache_key(*key),
         features.FeatureFormat(encoder.num_tokens, encoder.embed_dim, dtype),
         pixels,
@@ -231,8 +228,7 @@ def cached_features(
         name=split,
         batch_images=ENCODE_BATCH.get(device.type, 32),
         num_workers=recipe.num_workers,
-        check_all=check_all,
-    )
+    ).open(check_all)
 
 
 def _pixels(
