@@ -131,36 +131,20 @@ def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
 
 
 def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
-    """Validate a checkpoint as training does, and evaluate it, all in batches of three images."""
-    from contextlib import nullcontext
-
+    """Evaluate a checkpoint on the images of validation, in batches of three."""
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
     from vlm_bridge.evaluation.run import evaluate_captioner
-    from vlm_bridge.training_strategy import validation
-    from vlm_bridge.training_strategy.checkpoint import load_checkpoint, restore
-    from vlm_bridge.training_strategy.data import TrainingData
     from vlm_bridge.training_strategy.distributed import joined
-    from vlm_bridge.training_strategy.trainer import prepare_model
 
-    validation.DECODE_BATCH = 3
     with joined(recipe.device) as world:
-        model = prepare_model(recipe, world)
-        data = TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
-        restore(model, load_checkpoint(checkpoint), checkpoint)
-        result = validation.validate(
-            model, data.val, data.val_features, batch_images=3, autocast=nullcontext, world=world
-        )
-        decoded = validation.decode_and_score(
-            model, data.format.prompt_ids, data.val_images, data.val_features, recipe.decode,
-            nullcontext, world,
-        )  # fmt: skip
         captioner = Captioner.from_pretrained(checkpoint, "cpu")
+        images = open_data_folder(recipe.data_dir).split("val")
         evaluation = evaluate_captioner(
-            captioner, list(data.val_images), decode=recipe.decode, validate=captioner.validate,
-            batch_size=3, world=world,
+            captioner, images, decode=recipe.decode, validate=captioner.validate, batch_size=3,
+            world=world,
         )  # fmt: skip
-    return [result, decoded, evaluation.predictions, evaluation.metrics]
+    return [evaluation.predictions, evaluation.metrics]
 
 
 def ask_world() -> dict[str, Any]:

@@ -105,24 +105,6 @@ def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
     assert [event["step"] for event in second.events("train")] == list(range(1, 13))
 
 
-def test_a_run_under_a_budget_continues_inside_an_epoch(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vlm_bridge.training_strategy.resume.KEPT_STEP_CHECKPOINTS", 99)
-    settings = ("tokens_per_batch=80", "batch_size=5", "bridge.dropout=0.2", "save_every=1 step")
-    whole = Run(make_recipe("whole", *settings, "num_workers=2"))
-    inside = whole.result.steps // 4
-    step = whole.folder / checkpoints.STEP.format(inside)
-    assert checkpoints.load_checkpoint(step)["training"]["progress"]["step_in_epoch"] > 0
-    resumed = Run(make_recipe("resumed", *settings), resume=step)
-    assert resumed.said(f"at step {inside} of {whole.result.steps}")
-    assert_same_checkpoints(whole.latest, resumed.latest)
-    # Batches have no fewer tokens than captions counted in batches of such a size would leave.
-    assert max(event["padding_share"] for event in whole.events("train")) < 0.5
-    with pytest.raises(CheckpointError, match="tokens_per_batch"):
-        Run(make_recipe("resumed", *settings, "tokens_per_batch=81"), resume=step)
-
-
 def test_compiling_changes_no_loss_and_no_name(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,6 @@ from vlm_bridge.configuration import (
     Recipe,
     load_recipe,
     override_recipe,
-    published_recipe,
     recipe_from_dict,
     shipped_recipe,
 )
@@ -193,41 +192,10 @@ class TestTrainingDefault:
         assert with_value == with_comment
 
 
-ORIGINAL_PROJECT = {
-    "amp_dtype": "bfloat16", "batch_size": 16, "checkpoint_dir": "checkpoints/experiment",
-    "data_dir": "data/groundcap", "device": None, "early_stopping_min_delta": 0.01,
-    "early_stopping_patience": 4, "generate_samples_every_n_epochs": 5, "gradient_clip_val": 0.3,
-    "learning_rate": 2.0e-05, "log_dir": "logs/experiment", "log_every_n_steps": 10,
-    "min_lr": 1.0e-06, "num_epochs": 12, "num_validation_samples": 3, "num_workers": 4,
-    "resume_from_checkpoint": None, "save_every_n_epochs": 1, "scheduler_type": "cosine",
-    "use_amp": True, "use_early_stopping": True, "use_scheduler": True, "val_every_n_epochs": 1,
-    "weight_decay": 0.01,
-}  # fmt: skip
-"""Every key of the original project's configuration file, in its layout."""
-
-
-class TestOriginalLayout:
-    def test_a_file_of_the_original_project_loads_unchanged(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        caplog.set_level(logging.INFO, "vlm_bridge")
-        recipe = load_recipe(written(tmp_path, yaml.safe_dump(ORIGINAL_PROJECT)))
-        default = load_recipe(shipped_recipe(DEFAULT_RECIPE))
-        for key in ORIGINAL_PROJECT.keys() & Recipe.model_fields.keys():
-            expected = "auto" if key == "device" else ORIGINAL_PROJECT[key]
-            assert getattr(recipe, key) == expected
-        for section in ("vision_encoder", "language_model", "bridge", "max_caption_tokens"):
-            assert getattr(recipe, section) == getattr(default, section)
-        assert "facebook/dinov2-large + cross_attention + google/gemma-2-2b" in caplog.text
-        assert published_recipe(ORIGINAL_PROJECT, "x.pth") == recipe
-
-    @pytest.mark.parametrize("off", ["use_amp: false", "amp_dtype: float32"])
-    def test_without_mixed_precision_all_is_float32(self, tmp_path: Path, off: str) -> None:
-        recipe = load_recipe(written(tmp_path, f"batch_size: 8\n{off}\n"))
-        assert recipe.autocast_dtype is None
-        assert (recipe.language_model.dtype, recipe.feature_cache_dtype) == ("float32", "float32")
-        half = load_recipe(written(tmp_path, "batch_size: 8\n"), ["use_amp=false"])
-        assert half.language_model.dtype == "bfloat16"  # an override changes its own key only
+def test_mixed_precision_of_the_original_layout_is_overridden_alone(tmp_path: Path) -> None:
+    half = load_recipe(written(tmp_path, "batch_size: 8\n"), ["use_amp=false"])
+    assert half.language_model.dtype == "bfloat16"
+    assert half.autocast_dtype is None
 
 
 class TestEarlierRecipes:

@@ -46,7 +46,7 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's part of some items; it may be empty."""
+        """Return this process's part of some items, which may be empty."""
         return items[self.rank :: self.size]
 
     def sum(self, numbers: Sequence[float]) -> list[float]:

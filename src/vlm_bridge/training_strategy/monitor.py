@@ -117,10 +117,9 @@ class Monitor:
         self.blind_validations = self.blind_validations + 1 if result.ignores_images else 0
         if self.blind_validations == BLIND_VALIDATIONS:
             logger.warning(
-                f"WARNING: the captioner is ignoring the image: after {BLIND_VALIDATIONS} "
-                f"validations in a row its visual gain is {gain} per token, captions come out the "
-                "same for every image. Train longer, raise learning_rate, or check that captions "
-                "and images belong together (vlm-data inspect-loader)."
+                f"WARNING: the captioner is ignoring the image: in {BLIND_VALIDATIONS} validations "
+                f"in a row its visual gain is {gain} per token. Train longer, raise learning_rate, "
+                "or check that captions and images belong together (vlm-data inspect-loader)."
             )
         scalars = {name: getattr(result, name) for name in ("loss", "perplexity", "visual_gain")}
         length, diversity = captions.mean_length, captions.token_diversity

@@ -99,7 +99,6 @@ def validate(
     batch_images: int = 16,
     autocast: Callable[[], Any],
     world: World | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Validation:
     """Measure the loss of all captions with their own image and with another one.
 
@@ -112,7 +111,7 @@ def validate(
     wrong_image = shuffled_images(len(data))
     right: list[torch.Tensor] = []
     wrong: list[torch.Tensor] = []
-    num_tokens = done = 0
+    num_tokens = 0
     rows = whole_rows(data.captions_per_image)
     longest_first = np.argsort(-data.image_lengths, kind="stable")
     for some in world.share(in_batches([rows[image] for image in longest_first], batch_images)):
@@ -122,8 +121,6 @@ def validate(
             with autocast():
                 sums.append(batch_loss(model, loaded).token_losses.sum())
         num_tokens += batch.num_supervised
-        done += len(some)
-        progress(done)
     model.train(was_training)
     num_tokens = int(world.sum([num_tokens])[0])
     loss, wrong_loss = (
