@@ -157,23 +157,28 @@ def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(
 
 @pytest.mark.parametrize("system", ["lite", "pvt-blip"])
 def test_all_variants_of_captioning_find_the_same_captions(
-    system: str, repository: Path, tmp_path: Path
+    system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--tiny", "--system", system, "--repeats", 1, "--json", tmp_path / "caption.json")
-    done = run(repository, sys.executable, "-m", "benchmarks.caption", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    from benchmarks import caption
+
+    options = ["--tiny", "--system", system, "--repeats", "1"]
+    assert caption.main([*options, "--json", str(tmp_path / "caption.json")]) == 0
+    printed = capsys.readouterr().out
     for other in ("published loop", "plain generate"):
-        assert f"same captions: 3/3 (float32, ours and {other})" in done.stdout
+        assert f"same captions: 3/3 (float32, ours and {other})" in printed
     found = json.loads((tmp_path / "caption.json").read_text(encoding="utf-8"))
     names = {row["variant"] for row in found["rows"]}
     assert names >= {"ours", "batch 1", "no KV cache", "plain generate", "published loop"}
     assert found["ratios"].keys() == {f"ours / {name}: samples/s" for name in names - {"ours"}}
 
 
-def test_our_first_losses_are_those_of_the_published_formula(repository: Path) -> None:
-    command = ("-m", "benchmarks.published_losses", "--tiny", "--steps", 6)
-    result = run(repository, sys.executable, *command)
-    assert result.returncode == 0, result.stdout + result.stderr
-    *rows, last = result.stdout.splitlines()[1:]
+def test_our_first_losses_are_those_of_the_published_formula(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import published_losses
+
+    monkeypatch.setattr(sys, "argv", ["published_losses", "--tiny", "--steps", "6"])
+    assert published_losses.main() == 0
+    *rows, last = capsys.readouterr().out.splitlines()[1:]
     assert len(rows) == 6
     assert float(last.split("difference ")[1].split()[0]) < 1e-5

@@ -141,13 +141,12 @@ class TestRefusals:
         message = self.refused(tmp_path)
         assert "1 weights are missing" in message and lost in message
 
-    @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize(
-        ("lost", "words"),
+        ("name", "lost", "words"),
         [
-            (("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-            (("preprocessor_config.json",), "image processor"),
-            (("model.safetensors",), "model.safetensors"),
+            ("git", ("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+            ("blip", ("preprocessor_config.json",), "image processor"),
+            ("vit-gpt2", ("model.safetensors",), "model.safetensors"),
         ],
     )
     def test_a_folder_with_a_part_missing(

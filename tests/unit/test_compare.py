@@ -78,7 +78,11 @@ def test_no_share_without_meaning(pair: list[Path], write: Write) -> None:
             "lite has num_images 500, Sales.* has 1000",
         ),
         ({"data": {"references": "other", "split": "test"}}, "lite has the split test"),
-        ({"data": {"references": "other", "name": "coco"}}, "lite was scored on coco val"),
+        (
+            {"data": {"references": "other", "name": "coco"}},
+            "lite has data coco, Sales.* has flickr8k",
+        ),
+        ({"data": {"references": "other"}}, "lite has images and captions of the hash other"),
         ({"tokenizer": "regex"}, "lite has scores by the tokenizer regex, Salesforce/blip has ptb"),
     ],
 )

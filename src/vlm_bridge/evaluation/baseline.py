@@ -47,8 +47,8 @@ class BaselineCaptioner:
         self.prompt = (PROMPTS.get(self.model_type, "") if prompt is None else prompt).strip()
         text = model.config.get_text_config(decoder=True)
         # Published folders keep the ids in one of three places.
-        places = (text.to_dict(), model.config.to_dict(), model.generation_config.to_dict())
-        ids = {name: i for place in places for name, i in place.items() if i is not None}
+        places = (text, model.config, model.generation_config)
+        ids = {name: i for p in places for name, i in p.to_dict().items() if i is not None}
         start = ids.get("decoder_start_token_id", ids.get("bos_token_id"))
         end = ids.get("sep_token_id" if self.model_type == "blip" else "eos_token_id")
         if start is None or end is None:

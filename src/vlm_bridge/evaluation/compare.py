@@ -140,11 +140,14 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     reported = []
     for run in comparison.runs:
         shares = {name: comparison.share(run, name) for name in comparison.metrics}
-        known = {name: share for name, share in shares.items() if share is not None}
-        shown = {} if run is comparison.reference else known
+        known = (
+            {}
+            if run is comparison.reference
+            else {k: v for k, v in shares.items() if v is not None}
+        )
         in_folder = run.path.name == run_folder.METRICS_NAME
         content = run_folder.read_run(run.path.parent if in_folder else run.path)
-        reported.append(replace(content, name=run.name, shares=shown))
+        reported.append(replace(content, name=run.name, shares=known))
     title = f"{' and '.join(run.name for run in reported)} side by side"
     write_report(path, reported, title=title, notes=comparison.notes)
 
@@ -152,21 +155,19 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 def _obstacles(run: Scores, other: Scores) -> list[str]:
     """Return why the scores of two evaluations do not compare."""
     facts = {"scores by the tokenizer": [s.content.get("tokenizer") for s in (run, other)]}
-    same_data = run.data("references") == other.data("references")
-    if not same_data:
+    if run.data("references") != other.data("references"):
         facts["num_images"] = [s.content["num_images"] for s in (run, other)]
-        facts["the split"] = [s.data("split") for s in (run, other)]
-    lines = [
+        for what, key in (
+            ("the split", "split"),
+            ("data", "name"),
+            ("images and captions of the hash", "references"),
+        ):
+            facts[what] = [s.data(key) for s in (run, other)]
+    return [
         f"{run.name} has {what} {own}, {other.name} has {others}"
         for what, (own, others) in facts.items()
         if own != others
     ]
-    if not lines and not same_data:
-        lines.append(
-            f"{run.name} was scored on {run.data('name')} {run.data('split')}, and the images or "
-            f"reference captions of {other.name} are not the same"
-        )
-    return lines
 
 
 def _notes(run: Scores, other: Scores) -> list[str]:

@@ -1,7 +1,7 @@
 """CIDEr-D of single captions against fixed document frequencies, for self-critical training.
 
-pycocoevalcap counts document frequencies in the collection that it scores. A reward needs them
-once, from the training split, and then scores a few captions at a time, thousands of times.
+pycocoevalcap counts document frequencies in the collection that it scores; a reward has those of
+the training split, and scores a few captions at a time.
 """
 
 from __future__ import annotations
