@@ -10,7 +10,6 @@ import pytest
 
 from captioners import tiny_recipe
 from vlm_bridge.data_pipeline.features import caches_below
-from vlm_bridge.training_strategy.trainer import train
 
 
 @pytest.fixture
@@ -70,30 +69,3 @@ def test_caches_are_evicted_down_to_a_size(run_here, recipe_file: Path, data: Pa
 def test_mistakes_are_named(run_here, recipe_file: Path, arguments: list[str], reason: str) -> None:
     failed = run_here("features", "--config", recipe_file, *arguments)
     assert failed.returncode == 2 and reason in failed.stderr
-
-
-def test_training_sees_the_same_views_with_a_cache_and_without(
-    data: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    losses = []
-    for place in ("auto", "off"):
-        recipe = tiny_recipe(
-            tiny_vit_dir,
-            tiny_llama_dir,
-            data_dir=str(data),
-            feature_cache=place,
-            feature_cache_views=2,
-            checkpoint_dir=str(tmp_path / place / "run"),
-            log_dir=str(tmp_path / place / "logs"),
-            num_epochs=3,
-            batch_size=16,
-            log_every_n_steps=1,
-            learning_rate=1e-2,
-            num_validation_samples=0,
-        )
-        train(recipe)
-        lines = (tmp_path / place / "logs" / "history.jsonl").read_text().splitlines()
-        events = map(json.loads, lines)
-        losses.append([event["loss"] for event in events if event["event"] == "train"])
-    assert len(losses[0]) == 9
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -111,15 +112,12 @@ def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [b"", b"one\n"])
-@pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_line_is_appended_whole_or_not_at_all(
-    tmp_path: Path, before: bytes, fault: str, at: int
-) -> None:
-    path = tmp_path / "history.jsonl"
-    if before:
-        path.write_bytes(before)
-    with FaultyDisk(tmp_path, at, fault).plugged_in(), contextlib.suppress(OSError):
-        append_line(path, b"another\n")
-    after = path.read_bytes() if path.exists() else b""
-    assert after in (before, before + b"another\n")
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, before: bytes) -> None:
+    for at, fault in itertools.product((0, 1), ("ENOSPC", "EIO")):
+        path = tmp_path / f"{at}-{fault}.jsonl"
+        if before:
+            path.write_bytes(before)
+        with FaultyDisk(tmp_path, at, fault).plugged_in(), contextlib.suppress(OSError):
+            append_line(path, b"another\n")
+        after = path.read_bytes() if path.exists() else b""
+        assert after in (before, before + b"another\n"), (at, fault)
