@@ -137,6 +137,7 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
     from vlm_bridge.evaluation.run import evaluate_captioner
     from vlm_bridge.training_strategy.distributed import joined
 
+    os.environ["PATH"] = ""  # no Java: one process scores for all
     with joined(recipe.device) as world:
         captioner = Captioner.from_pretrained(checkpoint, "cpu")
         images = open_data_folder(recipe.data_dir).split("val")
