@@ -28,7 +28,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources import SourceItem
 from vlm_bridge.data_pipeline.sources.scenes import Kind, Scene, Scenes, make_scene
 from vlm_bridge.data_pipeline.transform import transform
-from vlm_bridge.model_architecture.new_decoder import DecoderSize, write_new_decoder
+from vlm_bridge.model_architecture.weights import DecoderSize, write_new_decoder
 from vlm_bridge.training_strategy.trainer import train
 
 SEED = 0

@@ -32,9 +32,12 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolde
 from vlm_bridge.data_pipeline.features import FeatureCache, FeatureFormat
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, TokenizedImages, prefetch
 from vlm_bridge.model_architecture.bridges import build_bridge
-from vlm_bridge.model_architecture.captioner import CaptionModel
+from vlm_bridge.model_architecture.captioner import (
+    CaptionModel,
+    choose_trainable,
+    trained_parameters,
+)
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.trainable import choose_trainable, trained_parameters
 from vlm_bridge.training_strategy.data import epoch_plan
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.validation import LoadedBatch, batch_loss, load_batch

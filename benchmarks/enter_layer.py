@@ -33,7 +33,7 @@ from vlm_bridge.configuration import (
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
-from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
+from vlm_bridge.model_architecture.weights import word_piece_tokenizer
 from vlm_bridge.training_strategy.trainer import TrainingResult, train
 
 LAYERS = {"deep_prefix": (0, 5, 10, 16, 20), "cross_attention": (0, 8)}

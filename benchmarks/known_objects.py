@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.model_architecture.object_names import imagenet_objects, plural
+from vlm_bridge.model_architecture.generation import imagenet_objects, plural
 
 
 def known_objects(captions: Iterable[str], at_least: int) -> list[str]:

@@ -37,9 +37,13 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolde
 from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import CaptionFormat, TokenizedImages
 from vlm_bridge.model_architecture.bridges import build_bridge
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
+from vlm_bridge.model_architecture.captioner import (
+    CaptionModel,
+    build_captioner,
+    caption_format,
+    choose_trainable,
+)
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.trainable import choose_trainable
 from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder
 from vlm_bridge.model_architecture.weights import known_architecture
 from vlm_bridge.training_strategy.validation import Features

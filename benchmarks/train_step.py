@@ -38,8 +38,7 @@ from benchmarks.systems import SYSTEMS, System, SystemName, build_system, own_ca
 from vlm_bridge import device
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
-from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.trainable import trained_parameters
+from vlm_bridge.model_architecture.captioner import CaptionModel, trained_parameters
 from vlm_bridge.training_strategy.data import epoch_plan
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch

@@ -16,8 +16,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig, image_processor
+from vlm_bridge.model_architecture.weights import word_piece_tokenizer
 
 HIDDEN = 32
 VOCABULARY = 320

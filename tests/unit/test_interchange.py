@@ -15,10 +15,8 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.formats import dinov2_gemma
-from vlm_bridge.model_architecture import tensor_files
 from vlm_bridge.model_architecture.bridges import TextShape, build_bridge
-from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.trainable import trained_parameters
+from vlm_bridge.model_architecture.captioner import CaptionModel, trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.resume import take_original_moments
@@ -293,25 +291,3 @@ def test_other_bridges_are_not_written(
     content.pop("recipe")  # which the original does not write
     with pytest.raises(CheckpointError, match=r"bridge\.enter_at_layer"):
         checkpoints.check_architecture(content, above, "it")
-
-
-def test_exported_folders_are_read_whole_or_refused(tmp_path: Path, recipe: Recipe) -> None:
-    weights = checkpoints.in_bfloat16(tiny_captioner(recipe).trained_state_dict())
-    config = checkpoints.exported_config(recipe.to_dict(), {})
-    tensor_files.write_folder(tmp_path, config, weights)
-    content = checkpoints.load_checkpoint(tmp_path)
-    assert equal(content["weights"], weights)
-    assert checkpoints.recipe_of(content, tmp_path) == recipe
-    assert {path.name for path in tmp_path.iterdir()} == {
-        tensor_files.CONFIG_NAME,
-        tensor_files.WEIGHTS_NAME,
-    }
-
-    whole = (tmp_path / tensor_files.WEIGHTS_NAME).read_bytes()
-    for damaged in (b"", whole[:-9], b"\xff" * 40 + whole[40:]):
-        (tmp_path / tensor_files.WEIGHTS_NAME).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="is damaged"):
-            checkpoints.load_checkpoint(tmp_path)
-    (tmp_path / tensor_files.CONFIG_NAME).unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        checkpoints.load_checkpoint(tmp_path)

@@ -9,13 +9,12 @@ import torch
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.model_architecture.language_model import LanguageModel
-from vlm_bridge.model_architecture.new_decoder import (
+from vlm_bridge.model_architecture.weights import (
     MAX_POSITIONS,
     DecoderSize,
-    word_piece_tokenizer,
+    build_language_model,
     write_new_decoder,
 )
-from vlm_bridge.model_architecture.weights import build_language_model
 
 TINY = ("--layers", 2, "--width", 16, "--heads", 2, "--vocabulary", 120)
 
@@ -68,15 +67,6 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rare_characters_do_not_crowd_out_the_words() -> None:
-    strange = [chr(code) for code in range(0x3B1, 0x3B1 + 200)]
-    captions = ["two dogs run on the grass"] * 50 + strange
-    tokenizer = word_piece_tokenizer(captions, 120)
-    assert len(tokenizer) <= 120
-    ids = tokenizer("two dogs run on the grass", add_special_tokens=False)["input_ids"]
-    assert len(ids) == 6
-
-
 def test_text_comes_back_in_lower_case_without_accents(tmp_path: Path) -> None:
     text = "A Man's dog,   isn't it? Ünïcode café."
     plain = "a man's dog, isn't it? unicode cafe."
@@ -101,10 +91,5 @@ def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_h
     uneven = run_here(*other, "--heads", 5, "--width", 16)
     assert uneven.returncode == 2
     assert uneven.stderr == "error: heads=5 does not divide width=16\n"
-    nowhere = run_here(
-        "new-decoder", "--data-dir", tmp_path / "nowhere", "--output-dir", tmp_path / "other"
-    )
-    assert nowhere.returncode == 1
-    assert "no caption folder" in nowhere.stderr
     assert run_here(*other, "--layers", 0).returncode == 2
     assert not (tmp_path / "other").exists()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.known_objects import known_objects
 
 from captioners import (
     BRIDGES,
@@ -21,7 +20,7 @@ from captioners import (
 )
 from vlm_bridge.configuration import DecodeSettings, VisionEncoderConfig
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.object_names import (
+from vlm_bridge.model_architecture.generation import (
     Names,
     ObjectBonus,
     ObjectNamer,
@@ -42,7 +41,7 @@ needs_lite = pytest.mark.skipif(
 
 
 def bonus_of(names: list[Names], *captions: list[int]) -> torch.Tensor:
-    """What is added to scores of nothing but zeros, behind captions of a vocabulary of 8."""
+    """Return what is added to zero scores behind captions, in a vocabulary of 8."""
     ids = torch.tensor([[TOY_START, *caption] for caption in captions])
     return ObjectBonus(names, 3.0, PROMPT_LENGTH)(ids, torch.zeros(len(captions), 8))
 
@@ -51,27 +50,20 @@ def occurrences(caption: list[int], name: tuple[int, ...] = NAME) -> int:
     return sum(tuple(caption[start : start + len(name)]) == name for start in range(len(caption)))
 
 
-def test_a_name_is_worth_the_bonus_until_it_stands() -> None:
+def test_a_name_is_worth_the_bonus_until_it_is_complete() -> None:
     of_row = bonus_of([[(4,), (6, 7)]], [2, 3])[0]
     assert of_row.tolist() == [0, 0, 0, 0, 3, 0, 3, 0]
     assert not bonus_of([[(4,), (6, 7)]], [2, 4]).any()
     assert not bonus_of([[(4,), (6, 7)]], [6, 7]).any()
-
-
-def test_a_name_that_has_begun_goes_on_to_its_end() -> None:
+    # A name that has begun is finished, unless its next token is forbidden.
     of_row = bonus_of([[(4,), (6, 7, 5)]], [6, 7])[0]
     assert of_row[5] == 0
     assert torch.isneginf(of_row[[0, 1, 2, 3, 4, 6, 7]]).all()
-
-
-def test_what_is_forbidden_stays_forbidden() -> None:
     scores = torch.zeros(1, 8)
     scores[0, 5] = -torch.inf
     bonus = ObjectBonus([[(4, 5)]], 3.0, PROMPT_LENGTH)
     assert torch.equal(bonus(torch.tensor([[TOY_START, 2, 4]]), scores), scores)
-
-
-def test_beams_belong_to_their_picture() -> None:
+    # Beams belong to their image.
     of_rows = bonus_of([[(4,)], [], [(5,)]], *[[2]] * 6)
     assert of_rows.nonzero().tolist() == [[0, 4], [1, 4], [4, 5], [5, 5]]
 
@@ -137,12 +129,6 @@ def test_classes_are_those_of_the_encoder() -> None:
     assert namer(tabby * 20, known=("cat", "dog")) == [[]]
     with pytest.raises(ConfigurationError, match="no class is called kat"):
         namer(tabby, known=("kat",))
-
-
-def test_objects_that_captions_name_are_known() -> None:
-    captions = ["A Dog and two dogs.", "Dogs by a cup of coffee.", "A hotdog.", "A dogsled."]
-    assert known_objects(captions, at_least=2) == ["dog"]
-    assert "cup of coffee" in known_objects(captions, at_least=1)
 
 
 def test_names_of_classes() -> None:

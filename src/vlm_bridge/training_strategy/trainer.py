@@ -16,8 +16,11 @@ from vlm_bridge import device
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import TrainingError
-from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
-from vlm_bridge.model_architecture.trainable import trained_parameters
+from vlm_bridge.model_architecture.captioner import (
+    CaptionModel,
+    build_captioner,
+    trained_parameters,
+)
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import preflight
 from vlm_bridge.training_strategy.data import TrainingData
