@@ -79,12 +79,6 @@ def test_command_line_starts_without_heavy_imports() -> None:
     assert result.stdout.split() == []
 
 
-def test_python_m_is_the_program(run_cli) -> None:
-    result = run_cli("--version")
-    assert result.returncode == 0
-    assert result.stdout.startswith("vlm-bridge ")
-
-
 # Rooms from the ground up: a room may import rooms of its own floor and below.
 FLOORS = [
     {"errors", "files", "parsing", "credentials", "device"},

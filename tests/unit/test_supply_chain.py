@@ -66,12 +66,6 @@ def test_the_lock_has_an_allowed_version_of_every_dependency(python: str, system
         )
 
 
-def test_the_default_source_and_the_default_system_need_no_extra() -> None:
-    core = {Requirement(requirement).name for requirement in PROJECT["dependencies"]}
-    assert {"torch", "transformers", "accelerate", "tensorboard", "pyarrow", "pillow"} <= core
-    assert PROJECT["optional-dependencies"]["data"] == [], "the old name of what the core has now"
-
-
 def test_pip_installs_from_the_lock() -> None:
     (recipe,) = re.findall(r"(?m)^\$\(STAMP\):.*\n((?:\t.*\n)+)", MAKEFILE)
     installations = [line for line in recipe.splitlines() if "pip install" in line]
