@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from vlm_bridge.cli.options import note, quiet_transformers, show_progress
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources import SOURCES
 from vlm_bridge.data_pipeline.splits import SplitBy
+from vlm_bridge.errors import DataError, ImageError, UsageError
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
@@ -95,7 +98,6 @@ def download(
     import yaml
 
     from vlm_bridge.data_pipeline.sources import source_class
-    from vlm_bridge.errors import UsageError
 
     if year not in (2014, 2017):
         raise UsageError(f"--year {year}: choose from 2014, 2017")
@@ -136,10 +138,8 @@ def explore_dataset(
     json_output: Json = False,
 ) -> None:
     """Show sizes, caption lengths, vocabulary, tags and samples of a source or caption folder."""
-    from vlm_bridge.cli.options import show_progress
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
-    from vlm_bridge.errors import UsageError
 
     if source is not None and data_dir is not None:
         raise UsageError("give either --source or --data-dir")
@@ -198,10 +198,8 @@ def transform(
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
     import os
 
-    from vlm_bridge.cli.options import note, show_progress
     from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.transform import transform as run
-    from vlm_bridge.errors import UsageError
 
     if output_dir is None and not dry_run:
         raise UsageError("give --output-dir, the caption folder to make (or --dry-run)")
@@ -239,12 +237,10 @@ def inspect_loader(
     json_output: Json = False,
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
-    from vlm_bridge.cli.options import show_progress
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
     from vlm_bridge.data_pipeline.images import check_image
-    from vlm_bridge.errors import DataError, UsageError
 
     if data_dir is None and config is None:
         raise UsageError("give --data-dir, --config, or both")
@@ -275,14 +271,12 @@ def inspect_loader(
         result["first_batch"] = _first_batch(images, recipe, config is not None)
     _print_result(result, json_output)
     if broken:
-        raise DataError(
-            f"{len(broken)} images of {folder.root} cannot be read: make the folder again"
-        )
+        unread = f"{len(broken)} images of {folder.root} cannot be read"
+        raise DataError(f"{unread}: make the folder again")
 
 
 def _open_source(options: dict[str, Any]) -> Source:
     """Return the named source, or the one that the input folder's files tell, and log it."""
-    from vlm_bridge.cli.options import note
     from vlm_bridge.data_pipeline.sources import find_source, make_source
 
     name, input_dir = options["source"], options["input_dir"]
@@ -295,7 +289,6 @@ def _open_source(options: dict[str, Any]) -> Source:
 
 def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch: its rows, and its token counts if they are asked for."""
-    from vlm_bridge.cli.options import quiet_transformers
     from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
     from vlm_bridge.model_architecture.captioner import caption_format
     from vlm_bridge.model_architecture.weights import build_language_model
@@ -372,13 +365,11 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
-    from vlm_bridge.cli.options import quiet_transformers
 
     quiet_transformers()
     from transformers import AutoTokenizer
 
     from vlm_bridge.credentials import hub_problem, reach_hub
-    from vlm_bridge.errors import DataError
     from vlm_bridge.model_architecture.language_model import encode_as_text
 
     try:
@@ -397,7 +388,6 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
     from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
     from vlm_bridge.data_pipeline.images import decode_image
     from vlm_bridge.data_pipeline.sources import iter_images
-    from vlm_bridge.errors import ImageError
 
     tiles = []
     for image, caption in zip(iter_images(items), captions, strict=True):
@@ -412,7 +402,6 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     """Print JSON, or else YAML in which skipped items are counted by cause."""
-    import json
 
     import yaml
 
