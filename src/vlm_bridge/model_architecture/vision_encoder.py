@@ -359,12 +359,11 @@ def middle_of(image: Image.Image) -> Image.Image:
 
     Resized by its short side first, 1 x 10,000 pixels would become 224 x 2,240,000.
     """
-    width, height = image.size
-    most = MAX_ASPECT * min(width, height)
-    if max(width, height) <= most:
+    most = MAX_ASPECT * min(image.size)
+    if max(image.size) <= most:
         return image
-    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
-    return image.crop((left, top, left + min(width, most), top + min(height, most)))
+    left, top = (max(side - most, 0) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def encoder_fingerprint(encoder: Any) -> str:
