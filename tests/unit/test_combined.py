@@ -160,7 +160,10 @@ def test_names_of_other_models_are_refused(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"visual_proj.weight": (24, 60)}, r"is \(24, 60\), not \(24, 64\); pvt and blip_model_name"),
+        (
+            {"visual_proj.weight": (24, 60)},
+            r"is \(24, 60\), not \(24, 64\); pvt and blip_model_name",
+        ),
         ({"visual_proj.bias": None}, r"visual_proj\.bias is missing"),
         ({"visual_proj.scale": (3,)}, r"visual_proj\.scale is unknown"),
         (
