@@ -13,6 +13,7 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.explore import describe_items
 from vlm_bridge.data_pipeline.sources import iter_images
 from vlm_bridge.data_pipeline.sources.groundcap import GroundCap
+from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.data_pipeline.transform import preview, transform
 from vlm_bridge.errors import DataError
 
@@ -42,10 +43,8 @@ def test_films_stay_together_and_parts_are_as_near_as_they_allow(
 ) -> None:
     manifest = transform(GroundCap(dataset), tmp_path / "out")
     folder = CaptionFolder.open(tmp_path / "out")
-    films = {
-        split: {image.original_id.split("_")[0] for image in folder.split(split)}  # type: ignore[arg-type]
-        for split in folder.splits
-    }
+    images = {split: folder.split(split) for split in SPLITS}
+    films = {s: {image.original_id.split("_")[0] for image in images[s]} for s in SPLITS}
     assert sum(map(len, films.values())) == len(set().union(*films.values())) == 12
     # 12 films of 25 frames: 45 and 15 of 300 are nearest to two films and one.
     assert {split: counts["images"] for split, counts in manifest["counts"].items()} == {
