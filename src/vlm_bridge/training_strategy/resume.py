@@ -240,11 +240,12 @@ class Saver:
 
     def best(self) -> None:
         """Save the best checkpoint, and its weights alone in bfloat16."""
-        self._save(checkpoints.BEST)
+        self.check_weights()
         if self.world.is_first:
             weights = checkpoints.in_bfloat16(self.state.weights())
             path = self.folder / checkpoints.BEST_WEIGHTS
             checkpoints.save_checkpoint(path, self.recipe, weights)
+        self._save(checkpoints.BEST)  # last: a killed run continues from it
 
     def after_step(self) -> None:
         """Save where the recipe's ``save_every`` asks for it."""
