@@ -94,14 +94,7 @@ def evaluate_captioner(
     if not readable:
         first = f"the first: {results[0].error}"
         raise DataError(f"none of the {len(images)} images can be captioned; {first}")
-    measured: dict[str, float | None] = dict.fromkeys(MEASURED)
-    if validate:
-        validation = validate(readable, batch_size=batch_size, world=world)
-        values = (validation.perplexity, validation.visual_gain)
-        measured = {
-            name: value if math.isfinite(value) else None
-            for name, value in zip(MEASURED, values, strict=True)
-        }
+    validation = validate(readable, batch_size=batch_size, world=world) if validate else None
     # By path: images of several folders may share an id.
     references = {str(image.path): image.captions for image in images}
     texts = [result.caption or "" for result in results]
@@ -115,7 +108,7 @@ def evaluate_captioner(
     metrics = {
         **dict.fromkeys(METRICS),
         **scores.corpus,
-        **measured,
+        **_measured(validation),
         "num_images": len(images),
         "num_failures": len(images) - len(readable),
         "decode": decode.to_dict(),
@@ -126,6 +119,14 @@ def evaluate_captioner(
         "data": {**(data or {}), "references": references_digest(images)},
     }
     return Evaluation(predictions, metrics)
+
+
+def _measured(validation: Validation | None) -> dict[str, float | None]:
+    if validation is None:
+        return dict.fromkeys(MEASURED)
+    values = (validation.perplexity, validation.visual_gain)
+    finite = (value if math.isfinite(value) else None for value in values)
+    return dict(zip(MEASURED, finite, strict=True))
 
 
 def versions() -> dict[str, str]:
