@@ -20,7 +20,7 @@ from captioners import (
     tiny_captioner,
     tiny_recipe,
 )
-from vlm_bridge.configuration import DecodeSettings, LanguageModelConfig, recipe_from_dict
+from vlm_bridge.configuration import LanguageModelConfig, recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import Attached, attach
 from vlm_bridge.model_architecture.bridges import (
@@ -97,14 +97,6 @@ def test_threads_attach_different_images(model: CaptionModel) -> None:
     with ThreadPoolExecutor(len(inputs)) as threads:
         for found, logits in zip(threads.map(forward, inputs), expected, strict=True):
             assert all(torch.equal(one, logits) for one in found)
-
-
-def test_threads_generate_captions_of_different_images(model: CaptionModel) -> None:
-    features, decode = random_features(model, 4), DecodeSettings(num_beams=2, max_new_tokens=6)
-    expected = [model.generate(one, [1], decode)[0].ids for one in features.split(1)]
-    with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda one: model.generate(one, [1], decode)[0].ids, features.split(1))
-    assert list(found) == expected
 
 
 def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.Tensor]:

@@ -90,6 +90,9 @@ def test_only_position_embeddings_tell_the_prefix_where_things_are() -> None:
         ("prefix", {"num_heads": 5}, "bridge.num_heads=5 does not divide"),
         ("cross_attention", {"num_heads": 0}, "bridge.num_heads"),
         ("prefix", {"num_queries": 0}, "bridge.num_queries"),
+        ("prefix", {"num_queries": -2}, "bridge.num_queries"),
+        ("prefix", {"width": 0}, "bridge.width"),
+        ("deep_prefix", {"width": -16}, "bridge.width"),
         ("prefix", {"depth": 0}, "bridge.depth"),  # it would never look at the image
         ("prefix", {"dropout": 1.0}, "bridge.dropout"),
         ("cross_attention", {"enter_at_layer": -1}, "bridge.enter_at_layer"),
@@ -116,14 +119,3 @@ def test_a_projection_gives_one_encoder_state_a_token(projection: str) -> None:
     for num_tokens in (17, 145, 2) if projection == "conv3x3" else ():
         with pytest.raises(ConfigurationError, match=f"not {num_tokens} .a class token has no pl"):
             bridge_of("projection", num_tokens=num_tokens, projection="conv3x3")
-
-
-@torch.no_grad()
-def test_the_convolution_is_that_of_the_feature_map() -> None:
-    bridge = bridge_of("projection", 4, num_tokens=16, cross=6, projection="conv3x3")
-    grid = torch.randn(2, 4, 4, 4)
-    convolution = torch.nn.Conv2d(4, 6, 3, padding=1)
-    convolution.load_state_dict(bridge.projection.state_dict())
-    found = what_is_read(bridge.encode(grid.flatten(2).transpose(1, 2)))
-    found = found.transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(found, convolution(grid))

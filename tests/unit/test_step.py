@@ -1,10 +1,14 @@
-"""An optimizer step: what is not finite changes nothing and is counted."""
+"""Optimizer steps, learning rates, and what is refused before the first step."""
 
 from __future__ import annotations
 
+import errno
+import itertools
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from vlm_bridge.configuration import Recipe
+from captioners import places_of_run, tiny_captioner, tiny_recipe
+from vlm_bridge.configuration import Recipe, override_recipe
+from vlm_bridge.errors import CheckpointError, ConfigurationError, VLMBridgeError
+from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import preflight, trainer
 from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.optimizer import WeightAverage, learning_rate_at, warmup_within
 from vlm_bridge.training_strategy.state import TrainState
 from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep
 
@@ -126,3 +135,128 @@ def test_micro_batches_add_up(take: Callable[..., TrainStep]) -> None:
     (result,) = step.results(wait=True)
     assert result.loss == pytest.approx((3 + 9) / 2)
     assert result.gradient_norm == pytest.approx(math.sqrt(3) * 2)
+
+
+def rates(kind: str, total_steps: int = 100, warmup_steps: int = 10) -> list[float]:
+    """Return the rates of 130 steps between 1.0 and 0.1."""
+    options = {"total_steps": total_steps, "warmup_steps": warmup_steps, "kind": kind}
+    return [learning_rate_at(step, learning_rate=1.0, min_lr=0.1, **options) for step in range(130)]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_warm_up_is_linear_and_ends_at_the_learning_rate(kind: str) -> None:
+    values = rates(kind)
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(values) == pytest.approx(1.0)
+    assert rates(kind, warmup_steps=0)[0] == pytest.approx(1.0)
+
+
+def test_schedules_fall_to_the_minimum_and_stay_there() -> None:
+    for kind in ("cosine", "linear"):
+        values = rates(kind)
+        assert all(later <= earlier for earlier, later in itertools.pairwise(values[10:]))
+        assert values[100:] == pytest.approx([0.1] * 30)
+        assert values[55] == pytest.approx(0.55)  # half way, both have lost half
+    assert rates("cosine")[10 + 30] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2)
+    assert rates("constant")[10:] == [1.0] * 120
+
+
+@pytest.mark.parametrize(("total", "steps"), [(25, 2), (80, 8), (5000, 500), (62820, 500), (9, 0)])
+def test_a_warm_up_takes_a_tenth_of_the_steps_at_most(total: int, steps: int) -> None:
+    assert warmup_within(500, total) == steps
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((2.0, 1.999, 1.998, 2.1, 2.1, 1.997, 2.0, 2.0), (True, True, True, 1, 2, True, 1, 2)),
+        ((1.0, math.nan, 1.5, 0.5), (True, 1, 2, True)),
+    ],
+)
+def test_any_new_best_resets_the_count_of_bad_validations(
+    losses: tuple[float, ...], expected: tuple[int, ...]
+) -> None:
+    state = TrainState(None, None, None)  # type: ignore[arg-type]
+    assert tuple(state.watch(loss) or state.bad_validations for loss in losses) == expected
+
+
+def test_the_average_follows_its_formula_and_stands_in_the_model_for_a_block() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    average = WeightAverage(model, decay=0.5)
+    assert set(average.weights) == {"0.weight", "0.bias"}
+    expected = model[0].weight.detach().clone()
+    for step in (1, 2, 30):
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        average.update(step, torch.tensor(0.0))
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+    average.update(31, torch.tensor(1.0))  # a skipped step
+    torch.testing.assert_close(average.weights["0.weight"], expected)
+
+    own = model[0].weight.detach().clone()
+    with average.in_model():
+        torch.testing.assert_close(model[0].weight.detach(), expected)
+    assert torch.equal(model[0].weight, own)
+    assert torch.equal(average.live_weights["0.weight"], own)
+    torch.testing.assert_close(average.weights["0.weight"], expected)
+
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path,
+    drawn_caption_folder: Path,
+    tiny_vit_dir: Path,
+    tiny_llama_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> MakeRecipe:
+    """Return a recipe with overrides, in a world in which no model can be loaded."""
+    places = places_of_run(tmp_path, "run", drawn_caption_folder)
+    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention", device="cpu", **places)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(trainer, "build_captioner", never)
+    return lambda *overrides: override_recipe(recipe, overrides)
+
+
+def refused(recipe: Recipe, error: type[VLMBridgeError], match: str, **resume: Any) -> None:
+    with pytest.raises(error, match=match):
+        trainer.train(recipe, **resume)
+
+
+def test_mistakes_of_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe()
+    weights = tiny_captioner(recipe).trained_state_dict()
+    path, bare = tmp_path / "latest.pth", tmp_path / "weights.pth"
+    training = {"progress": {}, "dataset_fingerprint": "of no data"}
+    checkpoints.save_checkpoint(path, recipe, weights, training)
+    checkpoints.save_checkpoint(bare, recipe, weights)
+    refused(make_recipe("batch_size=4"), CheckpointError, "batch_size=4, was 8", resume=path)
+    refused(make_recipe("bridge.num_heads=2"), CheckpointError, r"bridge\.num_heads=4", resume=path)
+    refused(recipe, CheckpointError, "no checkpoint at", resume=tmp_path / "nothing.pth")
+    refused(recipe, CheckpointError, f"weights only.*start_from={bare}", resume=bare)
+    other = make_recipe("bridge.num_heads=2", f"start_from={bare}")
+    refused(other, CheckpointError, r"bridge\.num_heads=4, wanted is 2")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir"])
+def test_a_folder_that_cannot_be_made(make_recipe: MakeRecipe, tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").touch()
+    recipe = make_recipe(f"{key}={tmp_path / 'file' / 'run'}")
+    match = f"cannot write into {key}=.*Not a directory.*another folder with {key}="
+    refused(recipe, ConfigurationError, match)
+
+
+def test_a_full_disk(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preflight.os, "fsync", full)
+    match = "checkpoint_dir=.*No space left on device.*free some space"
+    refused(make_recipe(), ConfigurationError, match)

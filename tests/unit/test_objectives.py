@@ -1,8 +1,9 @@
-"""Self-critical sequence training: samples, rewards, advantages, and a run that learns by them."""
+"""Objectives: self-critical training, averaged weights, and a start by distillation."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from captioners import BRIDGES, generated, places_of_run, tiny_recipe, toy_captioner
+from captioners import generated, places_of_run, tiny_recipe, toy_captioner
 from vlm_bridge.configuration import DecodeSettings, Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
-from vlm_bridge.errors import CheckpointError, ConfigurationError
-from vlm_bridge.model_architecture.captioner import build_captioner
+from vlm_bridge.errors import CheckpointError, ConfigurationError, ModelError
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import distillation
 from vlm_bridge.training_strategy.data import TrainingData
+from vlm_bridge.training_strategy.distillation import distill_projection, on_grid
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.objectives import SelfCritical, others_mean
-from vlm_bridge.training_strategy.trainer import train
+from vlm_bridge.training_strategy.trainer import prepare_model, train
 from vlm_bridge.training_strategy.validation import batch_loss
 
 MakeRecipe = Callable[..., Recipe]
@@ -66,10 +69,9 @@ def latest(recipe: Recipe) -> dict[str, Any]:
     return checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / checkpoints.LATEST)
 
 
-@pytest.mark.parametrize("bridge", BRIDGES)
-def test_samples_follow_the_models_own_distribution(bridge: str) -> None:
+def test_samples_follow_the_models_own_distribution() -> None:
     """Each first token comes as often as it is likely; at a low temperature, the likeliest."""
-    model = toy_captioner(bridge)
+    model = toy_captioner("prefix")
     features, start = torch.randn(2, 2, 4), model.language_model.start_id
     draw = DecodeSettings(num_beams=1, max_new_tokens=6, do_sample=True, seed=3)
     samples, _ = generated(model, features, [start], draw, 400)
@@ -86,6 +88,24 @@ def test_samples_follow_the_models_own_distribution(bridge: str) -> None:
     cold, _ = generated(model, features, [start], draw.replace(temperature=1e-4), 4)
     greedy, _ = generated(model, features, [start], DecodeSettings(num_beams=1, max_new_tokens=6))
     assert cold == [ids for ids in greedy for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("batch_size=10",), "scst_samples=4"),
+        (("scst_samples=1",), "equal to 2"),
+        (("tokens_per_batch=80",), "tokens_per_batch"),
+        (("label_smoothing=0.1",), "label_smoothing"),
+        (("label_smoothing=1",), "less than 1"),
+        (("weight_averaging=1",), "less than 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    make_recipe: MakeRecipe, overrides: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        make_recipe("run", *SCST, *overrides)
 
 
 def test_others_mean_leaves_each_sample_out() -> None:
@@ -191,19 +211,96 @@ def test_a_run_starts_from_another_and_smoothing_is_of_the_training_loss_alone(
         train(make_recipe("other", start, "bridge.num_queries=4"))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        ((*SCST, "batch_size=10"), "scst_samples=4"),
-        ((*SCST, "scst_samples=1"), "equal to 2"),
-        ((*SCST, "tokens_per_batch=80"), "tokens_per_batch"),
-        ((*SCST, "label_smoothing=0.1"), "label_smoothing"),
-        (("label_smoothing=1",), "less than 1"),
-        (("weight_averaging=1",), "less than 1"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(
-    make_recipe: MakeRecipe, overrides: tuple[str, ...], says: str
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make_distilled(
+    tmp_path: Path,
+    drawn_caption_folder: Path,
+    tiny_pvt_v2_dir: Path,
+    tiny_blip_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> MakeRecipe:
+    """PVTv2 as student (2x2 tokens), BLIP's tower as teacher (4x4 and a class token)."""
+    monkeypatch.setattr(distillation, "STEPS", 60)
+    recipe = tiny_recipe(
+        tiny_pvt_v2_dir,
+        tiny_blip_dir,
+        "projection",
+        **places_of_run(tmp_path, "run", drawn_caption_folder),
+        num_epochs=1,
+        num_validation_samples=0,
+        distillation=str(tiny_blip_dir),
+    )
+    return lambda *overrides: override_recipe(recipe, overrides)
+
+
+def distil(recipe: Recipe) -> tuple[CaptionModel, list[float]]:
+    world = World(torch.device("cpu"))
+    model = prepare_model(recipe, world)
+    data = TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
+    paths = [image.path for image in data.train_images]
+    assert recipe.distillation is not None
+    return model, distill_projection(
+        model, recipe.distillation, data.train_features, paths,
+        seed=recipe.seed, num_workers=recipe.num_workers,
+    )  # fmt: skip
+
+
+def test_the_projection_comes_near_its_teacher_and_nothing_else_moves(
+    make_distilled: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigurationError, match=says):
-        make_recipe("run", *overrides)
+    frozen = build_captioner(make_distilled()).state_dict()
+    model, losses = distil(make_distilled())
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("bridge."):
+            assert torch.equal(tensor, frozen[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    monkeypatch.setattr(distillation, "STEPS", 3)
+    few = ("num_workers=2", "amp_dtype=bfloat16")
+    assert distil(make_distilled(*few))[1] == losses[:3]
+    assert distil(make_distilled(*few, "seed=1"))[1] != losses[:3]
+
+
+def test_grids_are_averaged_and_class_tokens_dropped() -> None:
+    patches = torch.arange(16.0).reshape(1, 16, 1)
+    with_class_token = torch.cat((torch.full((1, 1, 1), 1000.0), patches), dim=1)
+    halved = on_grid(with_class_token, (4, 4), (2, 2))
+    assert halved.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert torch.equal(on_grid(with_class_token, (4, 4), (4, 4)), patches)
+
+
+def test_what_cannot_be_distilled_is_refused_before_features_are_computed(
+    make_distilled: MakeRecipe, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    narrow = make_distilled(f"distillation={tiny_vit_dir}")
+    with pytest.raises(ConfigurationError, match=r"features of width 32, .* output is 24"):
+        train(narrow)
+    with pytest.raises(ModelError, match="cannot load the vision encoder"):
+        train(make_distilled("distillation=nowhere/at-all"))
+    with pytest.raises(ConfigurationError, match=r"it needs bridge\.kind=projection"):
+        train(make_distilled(f"language_model.name={tiny_llama_dir}", "bridge={kind: prefix}"))
+    assert not (tmp_path / "features").exists()
+
+
+def test_it_comes_before_the_first_step_and_not_after_a_resume(
+    make_distilled: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vlm_bridge")
+    # Nothing else moves: the checkpoint holds what distillation gave.
+    still = ("learning_rate=0", "min_lr=0")
+    train(make_distilled(*still))
+    assert "distillation: 60 steps" in caplog.text
+    latest = tmp_path / "run" / "checkpoints" / checkpoints.LATEST
+    distilled = checkpoints.load_checkpoint(latest)["weights"]
+    fresh = build_captioner(make_distilled(*still)).trained_state_dict()
+    assert not torch.equal(distilled["bridge.positions"], fresh["bridge.positions"])
+
+    caplog.clear()
+    train(make_distilled(*still, "num_epochs=2"), resume=latest, force=True)
+    assert "distillation: " not in caplog.text
+    again = checkpoints.load_checkpoint(latest)["weights"]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in distilled.items())
