@@ -39,7 +39,7 @@ from vlm_bridge.model_architecture.captioner import (
 )
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.training_strategy.data import epoch_plan
-from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.step import adamw
 from vlm_bridge.training_strategy.validation import LoadedBatch, batch_loss, load_batch
 
 SIZES, TINY_SIZES = (1_000, 5_000, 15_000, 35_000), (50, 100, 200)

@@ -25,7 +25,7 @@ from benchmarks.systems import as_if_trained, random_captioner, random_configs
 from vlm_bridge.configuration import DEFAULT_RECIPE, Recipe, load_recipe, shipped_recipe
 from vlm_bridge.device import autocast, peak_rss_gib, resolve_device
 from vlm_bridge.model_architecture.captioner import CaptionModel, trained_parameters
-from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.step import adamw
 
 MIB = 2**20
 

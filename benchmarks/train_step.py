@@ -40,7 +40,7 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX, in_batches, prefetch, whole_rows
 from vlm_bridge.model_architecture.captioner import CaptionModel, trained_parameters
 from vlm_bridge.training_strategy.data import epoch_plan
-from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.step import adamw
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
 OURS, PUBLISHED, ENCODER_DECODER, CLIPCAP = "ours", "published", "encoder-decoder", "clipcap"

@@ -23,9 +23,8 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import step as step_module
 from vlm_bridge.training_strategy import trainer as training
 from vlm_bridge.training_strategy.data import TrainingData
-from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.distributed import World, memory_explained
 from vlm_bridge.training_strategy.monitor import BLIND_VALIDATIONS, Monitor
-from vlm_bridge.training_strategy.preflight import memory_explained
 from vlm_bridge.training_strategy.state import TrainState
 from vlm_bridge.training_strategy.step import TrainStep
 from vlm_bridge.training_strategy.trainer import TrainingResult

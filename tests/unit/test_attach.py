@@ -210,6 +210,9 @@ def test_layers_below_run_without_a_graph(above: CaptionModel) -> None:
     assert needs_gradient == [False, True]
 
 
+@pytest.mark.parametrize(
+    "above", [("cross_attention_above", "llama"), ("deep_prefix_above", "gemma2")], indirect=True
+)
 def test_a_compiled_body_reads_every_image_anew(
     above: CaptionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,14 +14,14 @@ from vlm_bridge.model_architecture.bridges import BRIDGES, TextShape, build_brid
 def bridge_of(
     kind: str,
     vision_dim: int = 12,
-    width: int = 32,
+    text_width: int = 32,
     num_tokens: int = 6,
     cross: int = 24,
     **options,
 ):
     meta = options.pop("meta", False)
     recipe = recipe_from_dict({"bridge": {"kind": kind, **options}})
-    text = TextShape(width, 6, num_key_value_heads=2, head_dim=8, cross_attention_width=cross)
+    text = TextShape(text_width, 6, num_key_value_heads=2, head_dim=8, cross_attention_width=cross)
     return build_bridge(recipe.bridge, vision_dim, text, num_tokens, meta=meta)
 
 
@@ -50,7 +50,7 @@ def test_untrained_bridges_leave_the_text_alone() -> None:
     # Keys differ, or no gradient would tell queries apart.
     assert not torch.allclose(one[:, 0], other[:, 0])
     assert not one[:, 1].any()
-    prefix = bridge_of("prefix", width=64)
+    prefix = bridge_of("prefix", text_width=64)
     prefix.set_output_scale(0.05)  # soft tokens start at the size of text embeddings
     soft = what_is_read(prefix.encode(torch.randn(4, 9, 12)))
     assert soft.std().item() == pytest.approx(0.05, rel=0.1)

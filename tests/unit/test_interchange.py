@@ -18,8 +18,8 @@ from vlm_bridge.formats import dinov2_gemma
 from vlm_bridge.model_architecture.bridges import TextShape, build_bridge
 from vlm_bridge.model_architecture.captioner import CaptionModel, trained_parameters
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.optimizer import adamw
 from vlm_bridge.training_strategy.resume import take_original_moments
+from vlm_bridge.training_strategy.step import adamw
 
 HEADS = 4
 

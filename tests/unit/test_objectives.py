@@ -19,11 +19,15 @@ from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import CheckpointError, ConfigurationError, ModelError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import distillation
+from vlm_bridge.training_strategy import objectives
 from vlm_bridge.training_strategy.data import TrainingData
-from vlm_bridge.training_strategy.distillation import distill_projection, on_grid
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.objectives import SelfCritical, others_mean
+from vlm_bridge.training_strategy.objectives import (
+    SelfCritical,
+    distill_projection,
+    on_grid,
+    others_mean,
+)
 from vlm_bridge.training_strategy.trainer import prepare_model, train
 from vlm_bridge.training_strategy.validation import batch_loss
 
@@ -223,7 +227,7 @@ def make_distilled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> MakeRecipe:
     """PVTv2 as student (2x2 tokens), BLIP's tower as teacher (4x4 and a class token)."""
-    monkeypatch.setattr(distillation, "STEPS", 60)
+    monkeypatch.setattr(objectives, "DISTILLATION_STEPS", 60)
     recipe = tiny_recipe(
         tiny_pvt_v2_dir,
         tiny_blip_dir,
@@ -259,7 +263,7 @@ def test_the_projection_comes_near_its_teacher_and_nothing_else_moves(
         if not name.startswith("bridge."):
             assert torch.equal(tensor, frozen[name]), name
     assert all(parameter.grad is None for parameter in model.parameters())
-    monkeypatch.setattr(distillation, "STEPS", 3)
+    monkeypatch.setattr(objectives, "DISTILLATION_STEPS", 3)
     few = ("num_workers=2", "amp_dtype=bfloat16")
     assert distil(make_distilled(*few))[1] == losses[:3]
     assert distil(make_distilled(*few, "seed=1"))[1] != losses[:3]

@@ -20,11 +20,15 @@ from captioners import places_of_run, tiny_captioner, tiny_recipe
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, VLMBridgeError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import preflight, trainer
+from vlm_bridge.training_strategy import distributed, trainer
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.optimizer import WeightAverage, learning_rate_at, warmup_within
-from vlm_bridge.training_strategy.state import TrainState
-from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep
+from vlm_bridge.training_strategy.state import TrainState, WeightAverage
+from vlm_bridge.training_strategy.step import (
+    MAX_SKIPPED_IN_A_ROW,
+    TrainStep,
+    learning_rate_at,
+    warmup_within,
+)
 
 CPU = torch.device("cpu")
 PACKED = SimpleNamespace(num_supervised=1, num_captions=1, num_tokens=1, num_positions=1)
@@ -257,6 +261,6 @@ def test_a_full_disk(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(preflight.os, "fsync", full)
+    monkeypatch.setattr(distributed.os, "fsync", full)
     match = "checkpoint_dir=.*No space left on device.*free some space"
     refused(make_recipe(), ConfigurationError, match)

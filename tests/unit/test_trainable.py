@@ -18,7 +18,7 @@ from vlm_bridge.model_architecture.captioner import (
     trained_parameters,
 )
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.optimizer import adamw
+from vlm_bridge.training_strategy.step import adamw
 
 CROSS_ATTENTION = "language_model.*crossattention*"
 HEAD = "language_model.causal_lm.cls.*"

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from vlm_bridge.errors import ModelError
-from vlm_bridge.model_architecture.bridges.base import ImageInputs
+from vlm_bridge.model_architecture.bridges import ImageInputs
 
 if TYPE_CHECKING:
     from vlm_bridge.model_architecture.language_model import LanguageModel

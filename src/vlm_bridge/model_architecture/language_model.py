@@ -22,7 +22,7 @@ from vlm_bridge.model_architecture.attach import (
     edit_layer_input,
     keep_attached,
 )
-from vlm_bridge.model_architecture.bridges.base import TextShape
+from vlm_bridge.model_architecture.bridges import TextShape
 
 BLIP_TEXT = "blip_text_model"  # transformers' model_type of BLIP's text decoder
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,64 @@ import torch
 
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.optimizer import WeightAverage
 
 if TYPE_CHECKING:
     from vlm_bridge.training_strategy.monitor import Monitor
 
 POSITION = ("step", "epoch", "step_in_epoch", "validated_step")
 PROGRESS = (*POSITION, "best_loss", "best_score", "skipped_steps")
+
+
+class WeightAverage:
+    """Exponential moving average of the trained parameters (Polyak & Juditsky 1992).
+
+    `torch.optim.swa_utils.AveragedModel` would copy the frozen models, too.
+
+    Attributes:
+        weights: the average, by parameter name.
+        live_weights: the weights that the optimizer changes.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.decay = decay
+        self.live_weights = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.weights = {name: tensor.clone() for name, tensor in self.live_weights.items()}
+
+    def restart(self) -> None:
+        """Start again from the weights of the model."""
+        for name, live in self.live_weights.items():
+            self.weights[name].copy_(live)
+
+    def update(self, step: int, skipped: torch.Tensor) -> None:
+        """Average in the weights after a step (the first is 1).
+
+        Early on the decay is (1 + step) / (10 + step), TensorFlow's rule.
+
+        Args:
+            skipped: 1.0 on the device where the step changed nothing, else 0.0.
+        """
+        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
+        for name, live in self.live_weights.items():
+            self.weights[name].lerp_(live, share.to(live.dtype))
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Swap the average into the model for a block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, live in self.live_weights.items():
+            kept = live.clone()
+            live.copy_(self.weights[name])
+            self.weights[name].copy_(kept)
 
 
 @dataclass

@@ -12,9 +12,9 @@ import torch
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.device import return_freed_memory
+from vlm_bridge.model_architecture.captioner import TrainedParameter
 from vlm_bridge.training_strategy.distributed import GradientSum, World
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy, seed_of
-from vlm_bridge.training_strategy.optimizer import learning_rate_at, warmup_within
 from vlm_bridge.training_strategy.state import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -176,3 +176,54 @@ class TrainStep:
     @property
     def gives_up(self) -> bool:
         return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
+def adamw(
+    trained: Sequence[TrainedParameter], recipe: Recipe
+) -> tuple[torch.optim.AdamW, list[float]]:
+    """Build AdamW without weight decay on biases and norms.
+
+    Each pattern of ``trainable`` is one group with weight decay and one without, so that a resumed
+    run may have other rates. Parameter names are saved with the state.
+
+    Returns:
+        The optimizer, and each group's learning rate relative to the recipe's.
+    """
+    groups: dict[tuple[str, bool], list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter, pattern in trained:
+        groups.setdefault((pattern, parameter.ndim >= 2), []).append((name, parameter))
+    options = [
+        {"params": members, "weight_decay": recipe.weight_decay if decays else 0.0}
+        for (_, decays), members in groups.items()
+    ]
+    rates = [recipe.trainable[pattern] for pattern, _ in groups]
+    # learning_rate may be 0 only where every rate is 0 or null.
+    relative = [1.0 if rate is None else rate and rate / recipe.learning_rate for rate in rates]
+    return torch.optim.AdamW(options, lr=recipe.learning_rate, fused=True), relative
+
+
+def warmup_within(warmup_steps: int, total_steps: int) -> int:
+    """Limit the warm-up to a tenth of all steps."""
+    return min(warmup_steps, total_steps // 10)
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    learning_rate: float,
+    min_lr: float,
+    kind: str,
+) -> float:
+    """Return the learning rate of a 0-based step: linear warm-up, then down to ``min_lr``.
+
+    A checkpoint needs no schedule. Cosine as in Loshchilov & Hutter 2017 without restarts.
+    """
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    if kind == "constant":
+        return learning_rate
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
+    return min_lr + (learning_rate - min_lr) * remaining

@@ -22,13 +22,21 @@ from vlm_bridge.model_architecture.captioner import (
     trained_parameters,
 )
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import preflight
 from vlm_bridge.training_strategy.data import TrainingData
-from vlm_bridge.training_strategy.distillation import check_distillation, distill_projection
-from vlm_bridge.training_strategy.distributed import World, joined
+from vlm_bridge.training_strategy.distributed import (
+    World,
+    check_folders,
+    check_machine,
+    joined,
+    memory_explained,
+)
 from vlm_bridge.training_strategy.monitor import Monitor
-from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
-from vlm_bridge.training_strategy.optimizer import WeightAverage, adamw
+from vlm_bridge.training_strategy.objectives import (
+    OBJECTIVES,
+    CrossEntropy,
+    check_distillation,
+    distill_projection,
+)
 from vlm_bridge.training_strategy.resume import (
     Interrupted,
     Interruption,
@@ -37,8 +45,8 @@ from vlm_bridge.training_strategy.resume import (
     dataset_facts,
     find_checkpoint,
 )
-from vlm_bridge.training_strategy.state import TrainState
-from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep
+from vlm_bridge.training_strategy.state import TrainState, WeightAverage
+from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep, adamw
 from vlm_bridge.training_strategy.validation import DecodedValidation, Validation, Validator
 
 logger = logging.getLogger(__name__)
@@ -73,11 +81,11 @@ def train(
         force: continue although recipe or data have changed.
     """
     started = time.perf_counter()
-    with joined(recipe.device) as world, preflight.memory_explained(world.device):
-        preflight.check_machine(recipe, world)
+    with joined(recipe.device) as world, memory_explained(world.device):
+        check_machine(recipe, world)
         folder = open_data_folder(recipe.data_dir)
         found = find_checkpoint(resume, recipe, folder.manifest, world, force=force)
-        world.from_first(lambda: preflight.check_folders(recipe.checkpoint_dir, recipe.log_dir))
+        world.from_first(lambda: check_folders(recipe.checkpoint_dir, recipe.log_dir))
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)

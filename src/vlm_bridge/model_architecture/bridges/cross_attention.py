@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import BridgeOptions
-from vlm_bridge.model_architecture.bridges.base import (
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.bridges import (
     Bridge,
     ImageInputs,
     TextShape,
@@ -38,7 +39,7 @@ class CrossAttentionBridge(Bridge):
         super().__init__()
         width, hidden = text.width, options.feed_forward_multiplier * text.width
         if width % options.num_heads:
-            raise ValueError(
+            raise ConfigurationError(
                 f"bridge.num_heads={options.num_heads} does not divide the text width {width}"
             )
         self.first_layer = entered_layer(options.enter_at_layer or 0, text)

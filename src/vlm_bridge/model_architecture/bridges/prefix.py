@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import BridgeOptions
-from vlm_bridge.model_architecture.bridges.base import (
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.bridges import (
     Bridge,
     ImageInputs,
     KeyValuePrefix,
@@ -96,7 +97,7 @@ class Resampler(nn.Module):
     def __init__(self, options: BridgeOptions, vision_dim: int, width: int, num_image_tokens: int):
         super().__init__()
         if width % options.num_heads:
-            raise ValueError(
+            raise ConfigurationError(
                 f"bridge.num_heads={options.num_heads} does not divide the bridge's width {width}"
             )
         self.dropout = options.dropout

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import BridgeOptions
-from vlm_bridge.model_architecture.bridges.base import Bridge, ImageInputs, TextShape
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.bridges import Bridge, ImageInputs, TextShape
 
 
 class ProjectionBridge(Bridge):
@@ -25,7 +26,7 @@ class ProjectionBridge(Bridge):
         super().__init__()
         width = text.cross_attention_width
         if width is None:
-            raise ValueError(
+            raise ConfigurationError(
                 "bridge.kind=projection needs a decoder that cross-attends (BLIP's, or "
                 "language_model.add_cross_attention=true with GPT-2 or BERT's family); for other "
                 "language models choose deep_prefix, prefix or cross_attention"
@@ -62,7 +63,7 @@ class GridConvolution(nn.Conv2d):
     def __init__(self, vision_dim: int, width: int, num_image_tokens: int):
         self.side = isqrt(num_image_tokens)
         if self.side**2 != num_image_tokens:
-            raise ValueError(
+            raise ConfigurationError(
                 f"bridge.projection=conv3x3 needs a square grid of image tokens, not "
                 f"{num_image_tokens} (a class token has no place on a grid): choose linear or mlp"
             )
