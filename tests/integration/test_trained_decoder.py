@@ -179,7 +179,7 @@ def test_float16_alone_scales_gradients(
     make_recipe: MakeRecipe, amp_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A CPU computes in float16 too, slowly.
-    monkeypatch.setattr("vlm_bridge.training_strategy.preflight.check_machine", lambda *_: None)
+    monkeypatch.setattr("vlm_bridge.training_strategy.trainer.check_machine", lambda *_: None)
     short = ("max_steps=1", "monitor=loss", "num_validation_samples=0", "num_decoded_images=0")
     run = Run(make_recipe("run", f"amp_dtype={amp_dtype}", *short))
     assert bool(run.checkpoint()["training"]["scaler"]) == (amp_dtype == "float16")
