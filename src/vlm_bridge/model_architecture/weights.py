@@ -160,16 +160,11 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
     Raises:
         ModelError: weights, configuration, tokenizer, GPU or bitsandbytes are missing or unusable.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BlipForConditionalGeneration,
-        BlipTextLMHeadModel,
-    )
+    import transformers as hf
 
     # transformers' Auto classes do not know BLIP's decoder.
-    classes: dict[str, Any] = {"blip": BlipForConditionalGeneration, BLIP_TEXT: BlipTextLMHeadModel}
+    blip, text = hf.BlipForConditionalGeneration, hf.BlipTextLMHeadModel
+    classes: dict[str, Any] = {"blip": blip, BLIP_TEXT: text}
     name, revision = config.name, config.revision
     options = {} if meta else _quantization(config.quantization)
     try:
@@ -178,19 +173,19 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
         else:
             name = _source_of(name)
             reach_hub(name, revision)
-            whole_config = AutoConfig.from_pretrained(name, revision=revision)
+            whole_config = hf.AutoConfig.from_pretrained(name, revision=revision)
         decoder_config = _decoder_config(whole_config, config.add_cross_attention)
         if meta:
             with torch.device("meta"):
                 if decoder_config.model_type == BLIP_TEXT:
-                    decoder = BlipTextLMHeadModel(decoder_config)
+                    decoder = text(decoder_config)
                 else:
-                    decoder = AutoModelForCausalLM.from_config(decoder_config)
+                    decoder = hf.AutoModelForCausalLM.from_config(decoder_config)
             return LanguageModel(decoder, None).requires_grad_(False).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = hf.AutoTokenizer.from_pretrained(name, revision=revision)
         attention = _attention(config.attention, decoder_config)
         decoder, report = classes.get(
-            whole_config.model_type, AutoModelForCausalLM
+            whole_config.model_type, hf.AutoModelForCausalLM
         ).from_pretrained(
             name,
             config=whole_config if whole_config.model_type == "blip" else decoder_config,
