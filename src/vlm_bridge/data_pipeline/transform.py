@@ -12,9 +12,10 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -48,8 +49,7 @@ from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
+Progress = Callable[[int, int], None]  # called with (images done, images in all)
 
 JPEG_QUALITY = 95
 MAX_LISTED_NEAR_DUPLICATES = 100
@@ -67,8 +67,7 @@ class Planning(TypedDict, total=False):
     limit: int | None
 
 
-Hashes = tuple[str, int, str]
-"""Of an image's pixels, its looks (64 bits) and its file."""
+Hashes = tuple[str, int, str]  # of an image's pixels, its looks (64 bits) and its file
 
 
 @dataclass(slots=True)
@@ -119,12 +118,10 @@ def transform(
     Raises:
         VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
     """
-    plan = _plan(source, **planning)
+    plan = _plan(source, planning)
     facts = plan.facts
-    facts["settings"] |= {
-        "image_size": image_size,
-        "near_duplicate_distance": near_duplicate_distance,
-    }
+    facts["settings"]["image_size"] = image_size
+    facts["settings"]["near_duplicate_distance"] = near_duplicate_distance
     root = Path(output_dir)
     if finished := _claim(root, facts):
         return finished
@@ -153,22 +150,15 @@ def preview(
 
     No image is opened, so broken and duplicate ones are counted too.
     """
-    plan = _plan(source, **planning)
+    plan = _plan(source, planning)
     return {s: [len(p.captions) for p in plan.images if p.split == s] for s in SPLITS}, plan.rule
 
 
-def _plan(
-    source: Source,
-    *,
-    seed: int = 0,
-    split_by: SplitBy | None = None,
-    val_fraction: float | None = None,
-    test_fraction: float | None = None,
-    caption_style: CaptionStyle | None = None,
-    limit: int | None = None,
-) -> _Plan:
-    rule = split_rule(source, split_by, val_fraction, test_fraction)
-    style = caption_style or source.default_caption_style
+def _plan(source: Source, planning: Planning) -> _Plan:
+    seed, limit = planning.get("seed", 0), planning.get("limit")
+    style = planning.get("caption_style") or source.default_caption_style
+    shares = (planning.get(name) for name in ("split_by", "val_fraction", "test_fraction"))
+    rule = split_rule(source, *shares)
     items = source.items()
     # A name that is no text cannot be written into captions.jsonl.
     unnamed = [item.image_id for item in items if not is_text(item.image_id)]
@@ -299,35 +289,27 @@ def _make_images(
 ) -> list[SkippedSample]:
     """Make every image that is not there yet; return the broken ones."""
     broken: list[SkippedSample] = []
-    images = iter_images(p.item for p in planned)
-    tasks = (
-        (p.image_id, image, root / p.split / IMAGES_NAME / p.file_name, image_size)
-        for p, image in zip(planned, images, strict=True)
-    )
     processes = 0 if workers == 1 else min(workers, 1 + len(planned) // IMAGES_A_PROCESS)
-    with closing(_run(tasks, processes)) as outcomes:
-        for done, (p, outcome) in enumerate(zip(planned, outcomes, strict=True), start=1):
-            if isinstance(outcome, ImageError):
-                broken.append(SkippedSample(p.image_id, outcome.reason))
-            else:
-                p.pixels, p.looks, p.sha256 = outcome
-            progress(done, len(planned))
-    return broken
-
-
-def _run(
-    tasks: Iterator[tuple[str, RawImage | None, Path, int]], processes: int
-) -> Generator[Hashes | ImageError]:
-    """Yield the outcomes of tasks in order, from this process (0) or others."""
+    left = zip(planned, iter_images(p.item for p in planned), strict=True)
+    done = 0
     with ImageReader(processes) if processes else nullcontext() as reader:
         # Bounded, since a task may hold a file's bytes.
-        while batch := list(islice(tasks, 32 * max(1, processes))):
-            calls = [reader.submit(_make_image, *task) if reader else None for task in batch]
-            for task, call in zip(batch, calls, strict=True):
+        while batch := list(islice(left, 32 * max(1, processes))):
+            calls: list[Callable[[], Hashes]] = []
+            for p, image in batch:
+                path = root / p.split / IMAGES_NAME / p.file_name
+                call = partial(_make_image, p.image_id, image, path, image_size)
+                calls.append(
+                    partial(result_of, reader.submit(call), p.image_id) if reader else call
+                )
+            for (p, _), call in zip(batch, calls, strict=True):
                 try:
-                    yield result_of(call, task[0]) if call else _make_image(*task)
+                    p.pixels, p.looks, p.sha256 = call()
                 except ImageError as error:
-                    yield error
+                    broken.append(SkippedSample(p.image_id, error.reason))
+                done += 1
+                progress(done, len(planned))
+    return broken
 
 
 def _make_image(image_id: str, image: RawImage | None, target: Path, image_size: int) -> Hashes:
@@ -370,16 +352,12 @@ def _drop_duplicates(images: Sequence[_Planned]) -> tuple[list[_Planned], list[S
     home: dict[str, _Planned] = {}
     for p in sorted(images, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
         home.setdefault(p.pixels, p)
-    kept: list[_Planned] = []
-    doubles: list[SkippedSample] = []
-    for p in images:
-        first = home[p.pixels]
-        if first.split == p.split:
-            kept.append(p)
-        else:
-            reason = f"{p.split}: same image as {first.image_id} in {first.split}"
-            doubles.append(SkippedSample(p.image_id, reason))
-    return kept, doubles
+    kept = [p for p in images if home[p.pixels].split == p.split]
+    others = ((p, home[p.pixels]) for p in images if home[p.pixels].split != p.split)
+    return kept, [
+        SkippedSample(p.image_id, f"{p.split}: same image as {first.image_id} in {first.split}")
+        for p, first in others
+    ]
 
 
 def _near(kept: Sequence[_Planned], distance: int) -> dict[str, Any]:
