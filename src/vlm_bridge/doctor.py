@@ -6,9 +6,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -26,7 +27,8 @@ GIB = 2**30
 MIN_DISK_GIB = 5.0  # a converted language model, a feature cache and a few checkpoints
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True)
+class Check:
     """One finding. ``fail``: nothing works without it; ``warn``: something optional is missing."""
 
     name: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
+from vlm_bridge.training_strategy import monitor as monitoring
 from vlm_bridge.training_strategy import step as step_module
 from vlm_bridge.training_strategy import trainer as training
 from vlm_bridge.training_strategy.data import TrainingData
@@ -202,6 +205,26 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
     assert list(folder.glob("*")) == kept
     for path in kept:
         checkpoints.load_checkpoint(path)  # refuses what is not finite
+
+
+def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(make_recipe())
+    written = monitoring.append_line
+
+    def full(path: Path, line: bytes) -> None:
+        if len(run.weights) >= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(path, line)
+
+    monkeypatch.setattr(monitoring, "append_line", full)
+    with pytest.raises(TrainingError) as stopped:
+        run.train()
+    assert str(stopped.value).startswith(
+        f"cannot write {run.recipe.log_dir}: No space left on device ("
+    )
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,34 @@ def test_what_cannot_cross_attend_is_refused(
             build_language_model(LanguageModelConfig(name=str(tmp_path)), meta=meta)
 
 
+CROSS_KEYS = {
+    "blip": "crossattention.self.key",
+    "bert": "crossattention.self.key",
+    "cross_gpt2": "crossattention.c_attn",
+}
+
+
+@pytest.mark.parametrize("decoder", CROSS_KEYS)
+def test_an_image_gets_its_keys_once_per_caption(
+    decoder: str, tiny_vit_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{decoder}_dir")
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, folder, "projection"))
+    calls: dict[str, int] = {}
+    for name, module in model.language_model.named_modules():
+        if name.endswith(CROSS_KEYS[decoder]):
+            calls[name] = 0
+            module.register_forward_hook(
+                lambda *_, name=name: calls.update({name: calls[name] + 1})
+            )
+    decode = DecodeSettings(num_beams=3, max_new_tokens=9, min_new_tokens=9)
+    captions, _ = generated(
+        model, random_features(model, 2), [model.language_model.start_id or 0], decode
+    )
+    assert min(map(len, captions)) == 9
+    assert set(calls.values()) == {1}
+
+
 def test_captions_end_where_the_positions_do(tiny_vit_dir: Path, tiny_blip_dir: Path) -> None:
     recipe = tiny_recipe(tiny_vit_dir, tiny_blip_dir, "projection", max_caption_tokens=500)
     model = tiny_captioner(recipe)

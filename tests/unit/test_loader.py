@@ -89,6 +89,12 @@ def test_pads_are_never_supervised() -> None:
     assert all(array.dtype == np.int64 for array in (batch.input_ids, batch.labels, batch.segments))
 
 
+@pytest.mark.parametrize("eos", [0, EOS])
+def test_ends_are_supervised_whatever_the_pad_id_is(eos: int) -> None:
+    batch = tokenized(("ab",), ("a",), eos_id=eos).pack([Row(0, (0,)), Row(1, (0,))])
+    assert batch.labels.tolist() == [[97, 98, eos], [97, eos, IGNORE_INDEX]]
+
+
 @pytest.mark.parametrize("prompt", ["", "P:"])
 def test_stored_captions_are_those_tokenized_one_by_one(
     prompt: str, monkeypatch: pytest.MonkeyPatch

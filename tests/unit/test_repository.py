@@ -15,7 +15,7 @@ from vlm_bridge.configuration import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "vlm_bridge"
-PUBLIC = {"_exit", "_asdict", "_replace"}  # of os and of named tuples, documented
+PUBLIC = {"_exit", "_replace"}  # of os and of named tuples, documented
 RECIPES = sorted((REPOSITORY / "config").glob("*.yaml"))
 
 

@@ -150,6 +150,18 @@ def test_auto_starts_anew_resumes_and_skips_damaged_checkpoints(
     assert Path(folder, checkpoints.LATEST).read_bytes() == before
 
 
+def test_batches_by_tokens_resume_inside_an_epoch(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "KEPT_STEP_CHECKPOINTS", 99)
+    whole, recipe = (
+        make_recipe(name, "tokens_per_batch=60", "save_every=1 step") for name in ("whole", "run")
+    )
+    train(whole)
+    train(recipe, resume=Path(whole.checkpoint_dir, "step_00000002.pth"))
+    assert_same_end(whole, recipe)
+
+
 def test_a_run_that_stopped_early_stays_stopped(
     make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
     checks = run_checks()
     if as_json:
-        rows = [check._asdict() for check in checks]
+        rows = [asdict(check) for check in checks]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         width = max(len(check.name) for check in checks)
