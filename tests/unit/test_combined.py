@@ -126,7 +126,7 @@ def test_tensors_tell_the_sizes_of_published_models(name: str) -> None:
     config, _ = known_architecture(name) or (None, None)
     assert config is not None
     config = config.text_config if name.startswith("Salesforce") else config
-    classes = {**combined.ENCODERS, "blip_text_model": BlipTextLMHeadModel}
+    classes = {**combined.PVT, "blip_text_model": BlipTextLMHeadModel}
     with torch.device("meta"):
         model = classes[config.model_type](config)
     is_text = config.model_type == "blip_text_model"

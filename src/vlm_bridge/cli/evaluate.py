@@ -165,9 +165,9 @@ def _open_model(given: Mapping[str, Any], device: str) -> Subject:
 
 
 def _print_scores(metrics: Mapping[str, Any]) -> None:
-    from vlm_bridge.evaluation.run_folder import METRICS
+    from vlm_bridge.metrics import SCORES
 
-    names = [name for name in (*METRICS, "SPICE") if metrics.get(name) is not None]
+    names = [name for name in SCORES if metrics.get(name) is not None]
     rows = [(name, f"{metrics[name]:.4f}") for name in names]
     for name, digits in (("perplexity", 3), ("visual_gain", 4)):
         rows.append((name, "-" if metrics[name] is None else f"{metrics[name]:.{digits}f}"))

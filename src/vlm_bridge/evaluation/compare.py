@@ -10,7 +10,7 @@ from typing import Any
 from vlm_bridge.errors import DataError, UsageError
 from vlm_bridge.evaluation import run_folder
 from vlm_bridge.evaluation.report import write_report
-from vlm_bridge.evaluation.run_folder import METRICS
+from vlm_bridge.metrics import SCORES
 
 SHOWN_AS_ZERO = 5e-5
 """Reference scores below it have no shares: pycocoevalcap's BLEU is never exactly 0."""
@@ -51,7 +51,7 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """The metrics that at least one run has, in their usual order."""
-        names = (*METRICS, "SPICE", *PER_TOKEN)
+        names = (*SCORES, *PER_TOKEN)
         return [name for name in names if any(run.value(name) is not None for run in self.runs)]
 
     def share(self, run: Scores, metric: str) -> float | None:

@@ -24,7 +24,6 @@ from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.report import SHOWN, write_report
 from vlm_bridge.evaluation.run_folder import (
-    METRICS,
     METRICS_NAME,
     PREDICTIONS_NAME,
     REPORT_NAME,
@@ -34,7 +33,7 @@ from vlm_bridge.evaluation.run_folder import (
     write_predictions,
 )
 from vlm_bridge.files import write_atomically
-from vlm_bridge.metrics import score_captions
+from vlm_bridge.metrics import SCORES, score_captions
 from vlm_bridge.metrics.java import java_version
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Validation
@@ -106,7 +105,7 @@ def evaluate_captioner(
         for image, text, result, own_scores in zip(images, texts, results, per_image, strict=True)
     )
     metrics = {
-        **dict.fromkeys(METRICS),
+        **dict.fromkeys(name for name in SCORES if name != "SPICE"),
         **scores.corpus,
         **_measured(validation),
         "num_images": len(images),

@@ -12,13 +12,12 @@ from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
 from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
 from vlm_bridge.errors import CheckpointError, DataError
 from vlm_bridge.files import write_atomically
-from vlm_bridge.metrics import score_notes
+from vlm_bridge.metrics import SCORES, score_notes
 
 HISTORY_NAME = "history.jsonl"
 METRICS_NAME = "metrics.json"
 PREDICTIONS_NAME = "predictions.jsonl"
 REPORT_NAME = "report.html"
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NOT_CURVES = frozenset(
     {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
 )
@@ -114,7 +113,7 @@ class ReportedRun:
     @property
     def scores(self) -> dict[str, Any]:
         """All numbers of the metrics but the failures, in the usual order."""
-        names = dict.fromkeys((*METRICS, "SPICE", "perplexity", "visual_gain", *self.metrics))
+        names = dict.fromkeys((*SCORES, "perplexity", "visual_gain", *self.metrics))
         values = ((name, self.metrics.get(name)) for name in names if name != "num_failures")
         return {name: value for name, value in values if type(value) in (int, float)}
 

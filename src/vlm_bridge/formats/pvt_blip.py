@@ -66,7 +66,7 @@ _OURS = ("vision_encoder.model.", "language_model.causal_lm.", "bridge.projectio
 _WITHIN_BLIP, _VIT = "text_decoder.text_decoder.", "text_decoder.vision_model."
 # The original keeps the name of the projection in the checkpoint it was taken from.
 _PROJECTION_NAMES = re.compile(r"^visual_proj\.(proj_layer|visual_proj|visual_projection|proj)\.")
-ENCODERS: dict[str, Any] = {"pvt": PvtModel, "pvt_v2": PvtV2Model, PVT_CBAM: PvtCbam}
+PVT: dict[str, Any] = {"pvt": PvtModel, "pvt_v2": PvtV2Model, PVT_CBAM: PvtCbam}
 _TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -115,7 +115,7 @@ def read_combined(path: str | Path) -> dict[str, torch.Tensor]:
         for name, x in content.items()
         if not name.startswith(_VIT)
     }
-    encoder = ENCODERS[_encoder_kind(_part(state, PREFIXES[0]))].__name__
+    encoder = PVT[_encoder_kind(_part(state, PREFIXES[0]))].__name__
     vit = " (its ViT is left out)" if len(state) < len(content) else ""
     projection = "a projection" if _part(state, PREFIXES[2]) else "no projection"
     logger.info(f"{path}: {layout}: {encoder}, BLIP's decoder{vit}, {projection}")
@@ -275,7 +275,7 @@ def _renamed(state: Tensors, old: tuple[str, ...], new: tuple[str, ...]) -> dict
 
 
 def _check_parts(encoder: Any, decoder: Any, where: str | Path) -> None:
-    if isinstance(encoder, tuple(ENCODERS.values())) and isinstance(decoder, BlipTextLMHeadModel):
+    if isinstance(encoder, tuple(PVT.values())) and isinstance(decoder, BlipTextLMHeadModel):
         return
     raise CheckpointError(
         f"{where} cannot be written as a combined file, which holds a PVT and BLIP's text "
@@ -292,7 +292,7 @@ def build_combined(
     """Build the modules of a combined file, in the file's own types, as `load_combined_model`."""
     encoder, decoder, projection = (_part(state, prefix) for prefix in PREFIXES)
     try:
-        encoder_config = config_of(pvt, tuple(ENCODERS)) if pvt else pvt_config(encoder)
+        encoder_config = config_of(pvt, tuple(PVT)) if pvt else pvt_config(encoder)
         decoder_config = text_config(decoder, blip)
         kind = projection_kind(projection) if projection else None
     except KeyError as error:
@@ -309,7 +309,7 @@ def build_combined(
     )
     width = decoder_config.encoder_hidden_size
     model = PvtBlip(
-        ENCODERS[encoder_config.model_type](encoder_config),
+        PVT[encoder_config.model_type](encoder_config),
         BlipTextLMHeadModel(decoder_config),
         projection_for(encoder_config, kind, width) if kind else None,
         blip,

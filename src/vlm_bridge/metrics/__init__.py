@@ -1,7 +1,7 @@
 """Caption metrics: strings in, scores out.
 
 Every score comes from pycocoevalcap, the reference implementation of the field. A metric is one
-function in `coco` and one line in `METRICS`.
+function and one line in `METRICS`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from vlm_bridge.metrics import coco
 from vlm_bridge.metrics.coco import ptb_tokenize, simple_tokenize
 from vlm_bridge.metrics.java import JavaError
 
-METRICS: dict[str, Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {
-    "BLEU": coco.bleu,
-    "METEOR": coco.meteor,
-    "ROUGE-L": coco.rouge,
-    "CIDEr": coco.cider,
-    "SPICE": coco.spice,
+# The scores that each function returns, in the order in which they are shown.
+METRICS: dict[tuple[str, ...], Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {
+    ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"): coco.bleu,
+    ("METEOR",): coco.meteor,
+    ("ROUGE-L",): coco.rouge,
+    ("CIDEr",): coco.cider,
+    ("SPICE",): coco.spice,
 }
+SCORES = tuple(name for names in METRICS for name in names)
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,13 @@ def score_captions(
     corpus: dict[str, float] = {}
     skipped: dict[str, str] = {}
     per_image: dict[str, dict[str, float]] = {image_id: {} for image_id in gts}
-    for name, scorer in METRICS.items():
-        if name == "SPICE" and not spice:
+    for names, scorer in METRICS.items():
+        if "SPICE" in names and not spice:
             continue
         try:
             scores = scorer(gts, res)
         except JavaError as error:
-            skipped[name] = str(error)
+            skipped |= dict.fromkeys(names, str(error))
             continue
         for metric, (score, by_image) in scores.items():
             corpus[metric] = float(score)
