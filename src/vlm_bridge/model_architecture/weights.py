@@ -209,11 +209,6 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
     return language_model.requires_grad_(False).eval()
 
 
-def position_limit(config: LanguageModelConfig) -> int | None:
-    """Return how many positions a language model knows, without its weights; None: no limit."""
-    return build_language_model(config, meta=True).max_positions
-
-
 def _source_of(name: str) -> str:
     """Return the folder or hub name that transformers loads from."""
     if name == SMOLLM2:
