@@ -229,13 +229,12 @@ class TestEarlierRecipes:
             "pin_memory=false", "feature_cache_pooling=2", "text_state_cache=true",
             "scst_baseline=greedy", "halve_batch_on_oom=true", "max_skipped_steps=3",
             "keep_step_checkpoints=9", "shuffle_buffer=16",
-            "distillation={teacher: x, steps: 4, learning_rate: 1}",
+            "distillation={teacher: x}",
         ],
     )  # fmt: skip
     def test_removed_keys_are_ignored_and_named(
         self, override: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO, "vlm_bridge")
-        recipe = load_recipe(None, [override])
-        assert recipe.replace(distillation=None) == load_recipe(None)
+        assert load_recipe(None, [override]) == load_recipe(None)
         assert f"no longer supported: {override.partition('=')[0]}" in caplog.text

@@ -48,7 +48,7 @@ REMOVED: dict[str, object] = {
     "pin_memory": True, "generate_samples_every_n_epochs": 1, "early_stopping_min_delta": 0,
     "max_skipped_steps": 10, "keep_step_checkpoints": 3, "halve_batch_on_oom": False,
     "feature_cache_pooling": 1, "text_state_cache": False, "scst_baseline": "leave_one_out",
-    "loss_kernel": "auto", "shuffle_buffer": 0,
+    "loss_kernel": "auto", "shuffle_buffer": 0, "distillation": None,
 }  # fmt: skip
 
 
@@ -152,9 +152,6 @@ def upgrade(data: Mapping[str, Any], where: str | None = None) -> dict[str, Any]
             for target, value in translate(new.pop(key)).items():
                 _put(new, target, value)
     ignored = [key for key, todays in REMOVED.items() if new.pop(key, todays) != todays]
-    if isinstance(stage := new.get("distillation"), dict):
-        new["distillation"] = stage.pop("teacher", None)
-        ignored += [f"distillation.{key}" for key in stage]
     if ignored and where:
         logger.info("%s: ignored, as no longer supported: %s", where, ", ".join(ignored))
     return new

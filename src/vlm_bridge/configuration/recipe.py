@@ -274,8 +274,6 @@ class Recipe(Section):
     scst_samples: Annotated[int, Field(ge=2, le=1_000)] = 5  # per image; batch_size counts them
     scst_temperature: Positive = 1.0
     start_from: Annotated[str | None, PLACE] = None  # a checkpoint of the same architecture
-    # A vision encoder, for BLIP its own, to whose features a projection is fitted before step 1.
-    distillation: ModelName | None = None
 
     # Optimization
     learning_rate: Rate = 1e-5
@@ -323,8 +321,6 @@ class Recipe(Section):
             )
         if self.learning_rate == 0 and any(self.trainable.values()):
             raise ValueError("learning_rate must be above 0, as rates of trainable are")
-        if self.distillation is not None and self.feature_cache_views:
-            raise ValueError("distillation needs whole images: feature_cache_views=0")
         if self.monitor != "loss" and self.num_decoded_images == 0:
             raise ValueError(f"num_decoded_images must be above 0 with monitor={self.monitor}")
         scst = self.objective == "scst"

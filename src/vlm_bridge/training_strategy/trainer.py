@@ -31,12 +31,7 @@ from vlm_bridge.training_strategy.distributed import (
     memory_explained,
 )
 from vlm_bridge.training_strategy.monitor import Monitor
-from vlm_bridge.training_strategy.objectives import (
-    OBJECTIVES,
-    CrossEntropy,
-    check_distillation,
-    distill_projection,
-)
+from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
 from vlm_bridge.training_strategy.resume import (
     Interrupted,
     Interruption,
@@ -129,8 +124,6 @@ def train(
 def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     """Build the captioner on the device, with gradient checkpointing and compilation as asked."""
     model = build_captioner(recipe).to(world.device)
-    if recipe.distillation is not None:
-        check_distillation(model, recipe.distillation)
     if recipe.gradient_checkpointing:
         model.language_model.checkpoint_activations()
     if recipe.compile:
@@ -155,7 +148,7 @@ def new_state(
 def start(
     state: TrainState, data: TrainingData, initial_weights: Mapping[str, torch.Tensor] | None
 ) -> None:
-    """Initialize a new run: seeds, given weights, feature statistics and distillation."""
+    """Initialize a new run: seeds, given weights and feature statistics."""
     recipe, model, world = data.recipe, state.model, data.world
     torch.manual_seed(recipe.seed)  # of dropout
     if (path := recipe.start_from) is not None:
@@ -167,12 +160,6 @@ def start(
         checkpoints.load_weights(model, weights, "what training starts from")
     if model.feature_scale is not None and recipe.start_from is None:
         model.feature_scale.measure(data.sample_features(model))
-    if recipe.distillation is not None:
-        paths = [image.path for image in data.train_images]
-        distill_projection(
-            model, recipe.distillation, data.train_features, paths,
-            seed=recipe.seed, num_workers=recipe.num_workers,
-        )  # fmt: skip
     # Processors differ in how they round.
     world.copy_from_first(list(model.trained_state_dict().values()))
     if state.average is not None:
