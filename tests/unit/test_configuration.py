@@ -180,7 +180,7 @@ class TestTrainingDefault:
 
     def test_an_epoch_of_it_is_5235_steps(self) -> None:
         size = self.recipe.batch_size
-        plan = EpochPlan([1] * 41_880, row_captions=1, batch_captions=size, seed=0)
+        plan = EpochPlan([1] * 41_880, row_captions=1, batch_rows=size, seed=0)
         assert plan.num_batches(0) == 5_235
 
     def test_every_key_is_there_with_a_comment(self) -> None:

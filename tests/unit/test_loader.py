@@ -127,7 +127,7 @@ LENGTHS = np.random.default_rng(6).integers(4, 40, COUNTS.sum())
 
 
 def make_plan(row_captions: int = 2, *, seed: int = 0, budget: int | None = None) -> EpochPlan:
-    return EpochPlan(COUNTS, row_captions, 4 * row_captions, seed, budget, LENGTHS)
+    return EpochPlan(COUNTS, row_captions, 4, seed, budget, LENGTHS)
 
 
 def row_lengths(batch: list[Row]) -> list[int]:

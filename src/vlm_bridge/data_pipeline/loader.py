@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,8 +63,7 @@ class CaptionFormat:
     @cached_property
     def prompt_ids(self) -> list[int]:
         """The tokens that generation starts from."""
-        prompt = self.encode_all([self.prompt])[0] if self.prompt else []
-        return [self.start_id, *prompt]
+        return [self.start_id, *(self.encode_all([self.prompt])[0] if self.prompt else [])]
 
     def targets(self, captions: Sequence[str]) -> list[list[int]]:
         """Return the tokens to predict for each caption: its words and EOS."""
@@ -73,9 +73,8 @@ class CaptionFormat:
         return [[*words, self.eos_id][: self.max_caption_tokens] for words in encoded]
 
     def with_targets(self, targets: Sequence[int]) -> TokenizedCaption:
-        prompt = self.prompt_ids
-        ignored = [IGNORE_INDEX] * (len(prompt) - 1)
-        return TokenizedCaption((*prompt, *targets[:-1]), (*ignored, *targets))
+        ignored = [IGNORE_INDEX] * (len(self.prompt_ids) - 1)
+        return TokenizedCaption((*self.prompt_ids, *targets[:-1]), (*ignored, *targets))
 
 
 class TokenizedImages:
@@ -85,6 +84,8 @@ class TokenizedImages:
         captions_per_image: [images].
         caption_lengths: [captions], positions that each takes in a row; image after image.
         image_lengths: [images], positions of all captions of each.
+        mean_length: mean number of positions of a caption.
+        token_diversity: distinct tokens over all tokens.
     """
 
     def __init__(self, images: Sequence[CaptionedImage], format: CaptionFormat):
@@ -97,34 +98,22 @@ class TokenizedImages:
         while some := list(islice(captions, TOKENIZE_TOGETHER)):
             targets = format.targets(some)
             tokens.append(np.fromiter(chain.from_iterable(targets), np.int32))
-            lengths.append(np.fromiter(map(len, targets), np.int64))
-        self._targets, num_targets = np.concatenate(tokens), np.concatenate(lengths)
-        self._first_target = _starts(num_targets)
-        self._first_caption = _starts(self.captions_per_image)
-        self.caption_lengths = num_targets + len(format.prompt_ids) - 1
+            lengths += map(len, targets)
+        self._targets = np.concatenate(tokens)
+        self._first_target, self._first_caption = _starts(lengths), _starts(self.captions_per_image)
+        self.num_captions = len(lengths)
+        self.caption_lengths = np.array(lengths) + len(format.prompt_ids) - 1
         self.image_lengths = np.diff(_starts(self.caption_lengths)[self._first_caption])
+        self.mean_length = float(self.caption_lengths.mean())
+        self.token_diversity = len(np.unique(self._targets)) / len(self._targets)
 
     def __len__(self) -> int:
         return len(self.captions_per_image)
 
-    @property
-    def num_captions(self) -> int:
-        return len(self.caption_lengths)
-
-    @property
-    def mean_length(self) -> float:
-        """Mean number of positions of a caption."""
-        return float(self.caption_lengths.mean())
-
-    @property
-    def token_diversity(self) -> float:
-        """Distinct tokens over all tokens."""
-        return len(np.unique(self._targets)) / len(self._targets)
-
     def caption(self, image: int, number: int) -> TokenizedCaption:
         place = self._first_caption[image] + number
-        targets = self._targets[self._first_target[place] : self._first_target[place + 1]]
-        return self.format.with_targets(targets.tolist())
+        start, end = self._first_target[place : place + 2]
+        return self.format.with_targets(self._targets[start:end].tolist())
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
@@ -174,10 +163,9 @@ def pack_rows(
     Args:
         images: [B], the image of each row.
     """
-    lengths = [sum(len(c.input_ids) for c in captions) for captions in captions_of_rows]
-    shape = len(images), max(lengths)
-    input_ids, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORE_INDEX, np.int64)
+    length = max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows)
+    input_ids, segments = np.zeros((2, len(images), length), np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
     for b, captions in enumerate(captions_of_rows):
         start = 0
         for number, caption in enumerate(captions, 1):
@@ -196,14 +184,14 @@ class EpochPlan:
 
     Attributes:
         row_captions: captions of an image in one row, at most.
-        batch_captions: captions in a batch; not read with ``batch_positions``.
+        batch_rows: rows in a batch; not read with ``batch_positions``.
         batch_positions: fill batches with rows of like length, pads included; a single row that
             is longer is a batch of its own. Needs ``caption_lengths``.
     """
 
     captions_per_image: Sequence[int] | np.ndarray
     row_captions: int
-    batch_captions: int
+    batch_rows: int
     seed: int
     batch_positions: int | None = None
     caption_lengths: np.ndarray | None = None
@@ -212,7 +200,7 @@ class EpochPlan:
         if self.batch_positions is not None:
             return len(self.batches(epoch))
         num_rows = sum(-(-int(count) // self.row_captions) for count in self.captions_per_image)
-        return -(-num_rows // self._rows_per_batch)
+        return -(-num_rows // self.batch_rows)
 
     def batches(self, epoch: int) -> list[list[Row]]:
         random = np.random.default_rng([self.seed, epoch])
@@ -222,28 +210,24 @@ class EpochPlan:
             rows += [Row(image, tuple(part)) for part in in_batches(order, self.row_captions)]
         shuffled = [rows[number] for number in random.permutation(len(rows))]
         if self.batch_positions is None or self.caption_lengths is None:
-            return in_batches(shuffled, self._rows_per_batch)
-        batches = self._bucketed(shuffled, self.batch_positions, self.caption_lengths.tolist())
+            return in_batches(shuffled, self.batch_rows)
+        batches = self._bucketed(shuffled, self.batch_positions, self.caption_lengths)
         return [batches[index] for index in random.permutation(len(batches))]
 
-    @property
-    def _rows_per_batch(self) -> int:
-        return max(1, self.batch_captions // self.row_captions)
-
     def _bucketed(
-        self, rows: list[Row], budget: int, caption_lengths: list[int]
+        self, rows: list[Row], budget: int, caption_lengths: np.ndarray
     ) -> list[list[Row]]:
         """Cut rows into batches of like length, each window of them sorted, longest first."""
-        first = _starts(self.captions_per_image).tolist()
-        lengths = [sum(caption_lengths[first[i] + c] for c in captions) for i, captions in rows]
+        first, of_caption = _starts(self.captions_per_image).tolist(), caption_lengths.tolist()
+        sized = [(sum(of_caption[first[row.image] + c] for c in row.captions), row) for row in rows]
+        mean = sum(length for length, _ in sized) / len(sized)
         batches = []
-        window = WINDOW_BATCHES * max(1, round(budget / (sum(lengths) / len(lengths))))
-        for numbers in in_batches(range(len(rows)), window):
-            numbers.sort(key=lambda number: -lengths[number])
-            while numbers:
-                size = max(1, budget // lengths[numbers[0]])
-                batches.append([rows[number] for number in numbers[:size]])
-                numbers = numbers[size:]
+        for window in in_batches(sized, WINDOW_BATCHES * max(1, round(budget / mean))):
+            window.sort(key=lambda pair: -pair[0])
+            while window:
+                size = max(1, budget // window[0][0])
+                batches.append([row for _, row in window[:size]])
+                window = window[size:]
         return batches
 
 
@@ -276,15 +260,13 @@ def prefetch(items: Sequence[Item], work: Callable[[Item], Result], depth: int) 
     if depth < 1:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(max_workers=depth) as pool:
-        pending = []
-        try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) > depth:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
+    pool, pending = ThreadPoolExecutor(max_workers=depth), deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

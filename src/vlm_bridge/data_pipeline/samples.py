@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
@@ -25,17 +25,12 @@ _PARTICULARS = re.compile(r"'[^']*'|\d[\d,.]*|\S*/\S*")
 
 @dataclass(frozen=True, slots=True)
 class TarImage:
-    """An image in an uncompressed tar; it has the methods of `Path` that images need.
-
-    Attributes:
-        offset: where the content begins, in bytes.
-        member: its name in the tar, for messages only.
-    """
+    """An image in an uncompressed tar; it has the methods of `Path` that images need."""
 
     file: Path
-    offset: int
+    offset: int  # of the content, in bytes
     size: int
-    member: str = ""
+    member: str = ""  # name in the tar, for messages
 
     def __str__(self) -> str:
         return f"{self.file}/{self.member or self.offset}"
@@ -57,8 +52,7 @@ class TarImage:
                 file.seek(self.offset)
                 content = file.read(self.size)
         except OSError as error:
-            reason = f"its shard cannot be read ({error.strerror or error})"
-            raise ImageError(self, reason) from None
+            raise ImageError(self, f"its shard cannot be read ({error.strerror})") from None
         if len(content) < self.size:
             raise ImageError(self, "its shard became shorter: fetch the shard again")
         return content
@@ -76,14 +70,15 @@ class CaptionedImage:
     original_id: str
 
 
-def inside(folder: Path, name: str) -> Path:
-    """Return ``folder / name``; ValueError where ``name`` is absolute or climbs out of ``folder``.
+def stays_inside(name: str) -> bool:
+    """Return whether a relative path stays inside its folder, on Windows too."""
+    path = PureWindowsPath(name)  # knows / and \\
+    return bool(name.strip()) and not (path.anchor or ".." in path.parts or "\0" in name)
 
-    Windows forms are refused everywhere, so that a folder that works here does no harm there.
-    """
-    windows = PureWindowsPath(name)
-    leaves = PurePosixPath(name).is_absolute() or windows.drive or windows.root
-    if leaves or ".." in windows.parts or "\0" in name or not name.strip():
+
+def inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name``. Raises ValueError where it leads out of ``folder``."""
+    if not stays_inside(name):
         raise ValueError(f"image path {shown(name)} must be relative and stay inside {folder}")
     return folder / name
 
@@ -101,9 +96,6 @@ class SkippedSample(NamedTuple):
 
     id: str
     reason: str
-
-    def to_dict(self) -> dict[str, str]:
-        return {"id": self.id, "reason": self.reason}
 
 
 @dataclass
@@ -161,21 +153,15 @@ def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
         causes.setdefault(_PARTICULARS.sub("", reason), []).append((what, reason))
     lines = []
     for found in sorted(causes.values(), key=len, reverse=True):
-        (first, reason), names = found[0], ", ".join(what for what, _ in found[:NUM_NAMED])
+        names, reason = ", ".join(what for what, _ in found[:NUM_NAMED]), found[0][1]
         more = f" and {len(found) - NUM_NAMED:,} more" if len(found) > NUM_NAMED else ""
         several = f"{len(found):,} times {reason}: {names}{more}"
-        lines.append(several if len(found) > 1 else f"{first}: {reason}")
+        lines.append(several if len(found) > 1 else f"{names}: {reason}")
     return lines
 
 
 class DataFolder(ABC):
-    """Captioned images in splits: a `CaptionFolder` or a `ShardFolder`.
-
-    Attributes:
-        notes_dir: where facts about images may be kept without a feature cache.
-    """
-
-    notes_dir: Path | None = None
+    """Captioned images in splits: a `CaptionFolder` or a `ShardFolder`."""
 
     def __init__(self, root: Path):
         self.root = root

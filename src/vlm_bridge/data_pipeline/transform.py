@@ -139,7 +139,7 @@ def transform(
     }
     finds_near = source.finds_near_duplicates
     facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
-    facts["rejected"] = [item.to_dict() for item in skipped]
+    facts["rejected"] = [item._asdict() for item in skipped]
     return _finish(source, root, kept, facts)
 
 

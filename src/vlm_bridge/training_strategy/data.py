@@ -122,10 +122,11 @@ def epoch_plan(
 ) -> EpochPlan:
     """Plan which captions meet in which batch; with sampled captions, which images."""
     samples = recipe.objective == "scst"
+    row_captions = 1 if samples else recipe.captions_per_image
     return EpochPlan(
         np.ones(len(captions_per_image), np.int64) if samples else captions_per_image,
-        row_captions=1 if samples else recipe.captions_per_image,
-        batch_captions=recipe.batch_size // (recipe.scst_samples if samples else 1),
+        row_captions,
+        max(1, recipe.batch_size // (recipe.scst_samples if samples else row_captions)),
         seed=recipe.seed,
         batch_positions=recipe.tokens_per_batch,
         caption_lengths=caption_lengths,
@@ -159,8 +160,8 @@ def usable_images(
     limit = recipe.max_validation_images if split == "val" else None
     images = folder.split(split, captions)[:limit]
     unreadable.total = len(images)
-    remember_in = features.cache_root(recipe.feature_cache, recipe.data_dir) or folder.notes_dir
-    problems = features.check_images([image.path for image in images], remember_in)
+    root = features.cache_root(recipe.feature_cache, recipe.data_dir) or folder.root / ".features"
+    problems = features.check_images([image.path for image in images], root)
     for index, reason in problems.items():
         unreadable.add(images[index].path, reason)
     parts, listing = (captions, unreadable), None

@@ -62,12 +62,11 @@ class Conceptual(Source):
             # Keys start from zero in every run of img2dataset: train/ and val/ have the same ones.
             prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
             split = part if part != "train" or "val" in parts else None
-            shard = self.input_dir / name
-            content = read_shard(shard)
+            content = read_shard(self.input_dir / name)
             skipped = [
                 (f"{name.as_posix()}:{key}".rstrip(":"), why) for key, why in content.skipped
             ]
-            for image in content.images(shard):
+            for image in content.images:
                 key = image.original_id
                 if prefix + key in items:
                     skipped.append((f"{name.as_posix()}:{key}", "an earlier sample has this key"))
