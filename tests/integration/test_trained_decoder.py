@@ -134,7 +134,6 @@ def test_the_best_checkpoint_is_that_of_the_best_score(make_recipe: MakeRecipe) 
     assert [event["step"] for event in decoded] == [4, 8, 12, 16, 18]
     best = max(decoded, key=lambda event: (event["cider"], -event["step"]))
     progress = run.checkpoint(checkpoints.BEST)["training"]["progress"]
-    assert progress["best_score"] == best["cider"]
     assert progress["step"] == best["step"]
     assert any(f"step {best['step']} captions of 6 images | BLEU-4" in line for line in run.lines)
 

@@ -36,6 +36,7 @@ from vlm_bridge.data_pipeline.features import (
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.training_strategy.data import split_features
+from vlm_bridge.training_strategy.distributed import World
 
 TOKENS, DIM, NUM_IMAGES = 2, 3, 22
 KEYS = [f"{number:024x}" for number in range(4)]
@@ -319,7 +320,8 @@ class Split:
     ) -> Any:
         cache = str(self.root) if cached else "off"
         recipe = tiny_recipe(self.vision, Path("not/needed"), feature_cache=cache, **changes)
-        return split_features(encoder or self.encoder(), recipe, split, self.images, None)
+        world = World(torch.device("cpu"))
+        return split_features(encoder or self.encoder(), recipe, split, self.images, world)
 
     @torch.no_grad()
     def read(self, epoch: int = 0, **options: Any) -> torch.Tensor:

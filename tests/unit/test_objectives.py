@@ -116,8 +116,8 @@ def test_the_loss_is_the_policy_gradient_of_a_reward_that_wants_an_end(
     recipe = make_recipe("run", *SCST)
     model, world = build_captioner(recipe).eval(), World(torch.device("cpu"))
     data = TrainingData.open(open_data_folder(recipe.data_dir), model, recipe, world)
-    critic = SelfCritical(model, recipe, data.format, data.train_images, data.train, nullcontext)
-    (images, *_), *_ = data.steps(critic, 0, 0)
+    critic = SelfCritical(model, recipe, data.format, data.train, nullcontext)
+    (images, *_), *_ = data.steps(critic.load, 0, 0)
     batch = critic.captions(images, step=0, number=0)
     packed, weights = batch.packed, batch.weights
     assert weights is not None and not model.training
@@ -133,7 +133,7 @@ def test_the_loss_is_the_policy_gradient_of_a_reward_that_wants_an_end(
     np.testing.assert_allclose(of_caption.reshape(6, 4).sum(1), 0, atol=1e-5)
     assert torch.equal(critic.captions(images, step=0, number=0).weights, weights)
 
-    words = model.language_model.encode(data.train_images[0].captions[0])
+    words = model.language_model.encode(data.train.images[0].captions[0])
     ended, cut = critic._rewards(np.array([0]), [[*words, data.format.eos_id], words])[0]
     assert ended > cut > 0
 
@@ -149,7 +149,6 @@ def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
     assert result.decoded is not None
     rewards = [event["reward"] for event in events(recipe, "train")]
     assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.05
-    assert {"sample_length", "unfinished_share"} <= events(recipe, "train")[0].keys()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def decoded_steps(recipe: Recipe) -> set[int]:
     return {event["step"] for event in map(json.loads, lines) if event["event"] == "decoded"}
 
 
-@pytest.mark.parametrize("moment", ["validate", "decode_and_score", "open_image"])
+@pytest.mark.parametrize("moment", ["validate", "decode"])
 def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -24,13 +24,12 @@ from vlm_bridge.training_strategy import distributed, trainer
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.state import TrainState, WeightAverage
 from vlm_bridge.training_strategy.step import (
-    MAX_SKIPPED_IN_A_ROW,
     TrainStep,
     learning_rate_at,
-    warmup_within,
 )
 
 CPU = torch.device("cpu")
+NO_AVERAGE = WeightAverage(nn.Linear(1, 1), None)
 PACKED = SimpleNamespace(num_supervised=1, num_captions=1, num_tokens=1, num_positions=1)
 
 
@@ -58,7 +57,7 @@ def take() -> Callable[..., TrainStep]:
     model = Weight()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     step = TrainStep(
-        TrainState(model, optimizer, torch.GradScaler("cpu", enabled=False)),  # type: ignore[arg-type]
+        TrainState(model, optimizer, torch.GradScaler("cpu", enabled=False), NO_AVERAGE),  # type: ignore[arg-type]
         Objective(),  # type: ignore[arg-type]
         Recipe(learning_rate=0.1, scheduler_type="constant"),
         World(CPU),
@@ -104,34 +103,19 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
     step = take(good)
     assert state.optimizer.state[weight]["step"] == 2
     assert [result.was_skipped for result in step.results(wait=True)] == [False, True, False]
-    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (3, 1, 0)
+    assert (state.step, state.skipped_in_a_row, state.epoch_steps) == (3, 0, 2)
+    take(poison)
+    take(poison).results(wait=True)
+    assert (state.step, state.skipped_in_a_row, state.epoch_steps) == (5, 2, 2)
 
 
-def test_steps_in_a_row_are_counted_and_a_good_one_ends_the_row(
-    take: Callable[..., TrainStep],
-) -> None:
-    for losses in ([bad] * (MAX_SKIPPED_IN_A_ROW - 1) + [good], [bad] * MAX_SKIPPED_IN_A_ROW):
-        for loss in losses:
-            step = take(loss)
-        step.results(wait=True)
-        assert step.gives_up == (losses[-1] is bad)
-
-
-def test_float16_may_overflow_as_long_as_its_scale_can_be_lowered(
-    take: Callable[..., TrainStep],
-) -> None:
+def test_float16_overflows_until_its_scale_is_low_enough(take: Callable[..., TrainStep]) -> None:
     step = take(good)
     step.state.scaler = torch.GradScaler("cpu", init_scale=2.0**70)
     for _ in range(4):
         take(lambda weight: (weight * 1e18).sum())
-    *_, last = results = step.results(wait=True)
-    assert all(result.overflowed for result in results[1:3])
-    assert "float16 overflowed at loss scale 1.18059e+21" in results[1].cause
-    assert not step.gives_up
-    assert not last.was_skipped  # the scale is low enough now
-    take(infinite)
-    assert step.results(wait=True)[0].was_skipped
-    assert step.state.skipped_in_a_row == 1  # no scale mends a loss that is not finite
+    _, first, *_, last = step.results(wait=True)
+    assert first.was_skipped and not last.was_skipped
 
 
 def test_micro_batches_add_up(take: Callable[..., TrainStep]) -> None:
@@ -143,8 +127,11 @@ def test_micro_batches_add_up(take: Callable[..., TrainStep]) -> None:
 
 def rates(kind: str, total_steps: int = 100, warmup_steps: int = 10) -> list[float]:
     """Return the rates of 130 steps between 1.0 and 0.1."""
-    options = {"total_steps": total_steps, "warmup_steps": warmup_steps, "kind": kind}
-    return [learning_rate_at(step, learning_rate=1.0, min_lr=0.1, **options) for step in range(130)]
+    recipe = override_recipe(
+        Recipe(learning_rate=1.0, min_lr=0.1),
+        [f"scheduler_type={kind}", f"warmup_steps={warmup_steps}"],
+    )
+    return [learning_rate_at(step, total_steps, recipe) for step in range(130)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
@@ -165,9 +152,9 @@ def test_schedules_fall_to_the_minimum_and_stay_there() -> None:
     assert rates("constant")[10:] == [1.0] * 120
 
 
-@pytest.mark.parametrize(("total", "steps"), [(25, 2), (80, 8), (5000, 500), (62820, 500), (9, 0)])
+@pytest.mark.parametrize(("total", "steps"), [(25, 2), (80, 8), (1200, 120), (9, 0)])
 def test_a_warm_up_takes_a_tenth_of_the_steps_at_most(total: int, steps: int) -> None:
-    assert warmup_within(500, total) == steps
+    assert rates("linear", total, warmup_steps=500).index(1.0) == max(0, steps - 1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +167,7 @@ def test_a_warm_up_takes_a_tenth_of_the_steps_at_most(total: int, steps: int) ->
 def test_any_new_best_resets_the_count_of_bad_validations(
     losses: tuple[float, ...], expected: tuple[int, ...]
 ) -> None:
-    state = TrainState(None, None, None)  # type: ignore[arg-type]
+    state = TrainState(None, None, None, NO_AVERAGE)  # type: ignore[arg-type]
     assert tuple(state.watch(loss) or state.bad_validations for loss in losses) == expected
 
 

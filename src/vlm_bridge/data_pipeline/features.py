@@ -132,6 +132,9 @@ class SplitFeatures:
         chosen = self.views.of_epoch(self.num_images, self.epoch)
         return self.items[indices * self.views.count + chosen[indices]]
 
+    def __len__(self) -> int:
+        return self.num_images
+
     def in_epoch(self, epoch: int) -> SplitFeatures:
         return replace(self, epoch=epoch)
 

@@ -117,14 +117,12 @@ class Skipped:
         max_share: float = MAX_SKIPPED_SHARE,
         *,
         at_least: int = 1,
-        listing: Path | None = None,
         setting: str | None = None,
     ) -> None:
         """Raise DataError if more than ``max_share`` of the samples are skipped.
 
         Args:
             at_least: fewer are no error, whatever their share.
-            listing: the file that names all of them.
             setting: the recipe's key for the share.
         """
         if len(self) < at_least or len(self) <= max_share * self.total:
@@ -133,13 +131,12 @@ class Skipped:
         way_out = f", or raise {setting}" if setting else ""
         raise DataError(
             f"{len(self):,} of {self.total:,} {self.kind} cannot be used, more than {limit}: "
-            f"{self.summary(listing)}; mend or remove them{way_out}"
+            f"{self.summary()}; mend or remove them{way_out}"
         )
 
-    def summary(self, listing: Path | None = None) -> str:
+    def summary(self) -> str:
         """Return the causes on one line, each with a count and a few samples."""
-        place = f" (all in {listing})" if listing is not None else ""
-        return on_one_line("; ".join(by_cause(self.samples)[:NUM_CAUSES])) + place
+        return on_one_line("; ".join(by_cause(self.samples)[:NUM_CAUSES]))
 
 
 def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,33 +24,36 @@ from vlm_bridge.data_pipeline.loader import (
 )
 from vlm_bridge.data_pipeline.samples import CaptionedImage, DataFolder, Skipped
 from vlm_bridge.data_pipeline.splits import SplitName
-from vlm_bridge.files import write_atomically
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy
 
 logger = logging.getLogger(__name__)
 
 ENCODE_BATCH = {"cpu": 8, "cuda": 64}  # images encoded together, by kind of device
 STANDARDIZE_ON_IMAGES, STANDARDIZE_BATCH = 512, 32
 
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, captions and features of a split, by image index."""
+
+    images: list[CaptionedImage]
+    captions: TokenizedImages
+    features: SplitFeatures
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images, captions and features that a training reads, and its number of steps."""
+    """What a training reads, and in which order."""
 
     recipe: Recipe
     world: World
     format: CaptionFormat
-    train_images: list[CaptionedImage]
-    val_images: list[CaptionedImage]
-    train: TokenizedImages
-    val: TokenizedImages
-    train_features: SplitFeatures
-    val_features: SplitFeatures
-    plan: EpochPlan
-    total_steps: int
+    train: Split
+    val: Split
 
     @classmethod
     def open(
@@ -61,57 +63,59 @@ class TrainingData:
 
         Raises DataError where too many captions or images cannot be read.
         """
-        log_dir = Path(recipe.log_dir) if world.is_first else None
-        with world.first_of_machine_first():
-            train_images = usable_images(folder, "train", recipe, log_dir)
-            val_images = usable_images(folder, "val", recipe, log_dir)
         format = caption_format(model.language_model, recipe)
-        train = TokenizedImages(train_images, format)
-        val = TokenizedImages(val_images, format)
-        if world.size > 1:
-            used = train.num_captions, val.num_captions
-            world.check_same({"data": folder.fingerprint, "captions in use": used})
-        encoder = model.vision_encoder
-        plan = epoch_plan(recipe, train.captions_per_image, train.caption_lengths)
-        train_features = split_features(encoder, recipe, "train", train_images, world)
-        val_features = split_features(encoder, recipe, "val", val_images, world)
-        return cls(
-            recipe, world, format, train_images, val_images, train, val,
-            train_features, val_features, plan, count_steps(recipe, plan),
-        )  # fmt: skip
+        with world.first_of_machine_first():
+            images = {split: usable_images(folder, split, recipe) for split in ("train", "val")}
+        captions = {split: TokenizedImages(images[split], format) for split in images}
+        used = [of_split.num_captions for of_split in captions.values()]
+        world.check_same({"data": folder.fingerprint, "captions in use": used})
+        train, val = (
+            Split(
+                images[split],
+                captions[split],
+                split_features(model.vision_encoder, recipe, split, images[split], world),
+            )
+            for split in images
+        )
+        return cls(recipe, world, format, train, val)
+
+    @cached_property
+    def plan(self) -> EpochPlan:
+        captions = self.train.captions
+        return epoch_plan(self.recipe, captions.captions_per_image, captions.caption_lengths)
+
+    @cached_property
+    def total_steps(self) -> int:
+        return count_steps(self.recipe, self.plan)
 
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.plan.num_batches(epoch) // self.recipe.gradient_accumulation_steps)
 
-    def rows_of(self, epoch: int, step_in_epoch: int) -> list[Row]:
-        """Return the rows of a step, of all processes."""
-        batches, accumulated = self.plan.batches(epoch), self.recipe.gradient_accumulation_steps
-        group = in_batches(range(len(batches)), accumulated)[step_in_epoch]
-        return [row for index in group for row in batches[index]]
-
     def steps(
-        self, objective: CrossEntropy, epoch: int, step_in_epoch: int
-    ) -> Iterator[Sequence[Batch]]:
-        """Yield the micro-batches of each remaining step of an epoch, on their way to the device.
+        self,
+        load: Callable[[Sequence[Row], SplitFeatures], Batch],
+        epoch: int,
+        step_in_epoch: int,
+    ) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each remaining step of an epoch, loaded ahead in threads.
 
         Of several processes each gets its share of the rows of every micro-batch.
         """
-        batches, features = self.plan.batches(epoch), self.train_features.in_epoch(epoch)
-        groups = in_batches(range(len(batches)), self.recipe.gradient_accumulation_steps)
+        batches, features = self.plan.batches(epoch), self.train.features.in_epoch(epoch)
+        groups = in_batches(batches, self.recipe.gradient_accumulation_steps)
 
-        def load(group: list[int]) -> Sequence[Batch]:
-            shares = [rows for index in group if (rows := self.world.share(batches[index]))]
-            return [objective.load(rows, features) for rows in shares]
+        def load_share(group: list[list[Row]]) -> list[Batch]:
+            shares = [self.world.share(batch) for batch in group]
+            return [load(rows, features) for rows in shares if rows]
 
-        return prefetch(groups[step_in_epoch:], load, self.recipe.num_workers)
+        return prefetch(groups[step_in_epoch:], load_share, self.recipe.num_workers)
 
     def sample_features(self, model: CaptionModel) -> torch.Tensor:
         """Return features of some training images [S, N, D], for the channel statistics."""
-        count = min(STANDARDIZE_ON_IMAGES, len(self.train))
-        order = np.random.default_rng(self.recipe.seed).permutation(len(self.train))
-        chosen = np.sort(order[:count])
-        parts = np.array_split(chosen, -(-count // STANDARDIZE_BATCH))
-        read = (torch.as_tensor(self.train_features[part]) for part in parts)
+        order = np.random.default_rng(self.recipe.seed).permutation(len(self.train.images))
+        chosen = np.sort(order[:STANDARDIZE_ON_IMAGES])
+        parts = np.array_split(chosen, -(-len(chosen) // STANDARDIZE_BATCH))
+        read = (torch.as_tensor(self.train.features[part]) for part in parts)
         return torch.cat([model.features(features).float().cpu() for features in read])
 
 
@@ -143,15 +147,10 @@ def count_steps(recipe: Recipe, plan: EpochPlan) -> int:
     return steps
 
 
-def usable_images(
-    folder: DataFolder, split: SplitName, recipe: Recipe, listing_dir: Path | None = None
-) -> list[CaptionedImage]:
+def usable_images(folder: DataFolder, split: SplitName, recipe: Recipe) -> list[CaptionedImage]:
     """Return the images of a split without captions and images that cannot be read.
 
     A damaged image would end the training in its middle, so each is decoded once before.
-
-    Args:
-        listing_dir: where ``set_aside_SPLIT.jsonl`` names the skipped ones, if there are any.
 
     Raises:
         DataError: no such split, or more than ``max_bad_samples`` of captions or images.
@@ -164,27 +163,15 @@ def usable_images(
     problems = features.check_images([image.path for image in images], root)
     for index, reason in problems.items():
         unreadable.add(images[index].path, reason)
-    parts, listing = (captions, unreadable), None
-    if listing_dir is not None:
-        listing = listing_dir / f"set_aside_{split}.jsonl"
-        listing.unlink(missing_ok=True)
-        samples = [(part.kind, *sample) for part in parts for sample in part.samples]
-        lines = [
-            json.dumps(dict(zip(("kind", "where", "reason"), s, strict=True))) for s in samples
-        ]
-        if lines:
-            listing_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(listing, "".join(f"{line}\n" for line in lines).encode())
-    for part in parts:
-        part.check(recipe.max_bad_samples, listing=listing, setting="max_bad_samples")
+    for part in (captions, unreadable):
+        part.check(recipe.max_bad_samples, setting="max_bad_samples")
         if len(part):
-            counts = f"{len(part):,} of {part.total:,} {part.kind}"
-            logger.info(f"skipped {counts}: {part.summary(listing)}")
+            logger.info(f"skipped {len(part):,} of {part.total:,} {part.kind}: {part.summary()}")
     return [image for index, image in enumerate(images) if index not in problems]
 
 
 def split_features(
-    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], world: World | None
+    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], world: World
 ) -> SplitFeatures:
     """Return the features of a split from its cache, or pixels where there is none.
 
@@ -198,9 +185,7 @@ def split_features(
             items = cached_features(encoder, recipe, split, images)
         except features.CacheUnavailable as error:
             refusal = str(error)
-        if world is not None:
-            refusal = next(filter(None, world.gather(refusal)), None)
-        if refusal is not None:
+        if refusal := next(filter(None, world.gather(refusal)), None):
             logger.warning("%s: %s images are encoded in every step", refusal, split)
             items = pixels
     return SplitFeatures(items, len(images), pixels.views)

@@ -13,22 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.files import append_line
-from vlm_bridge.training_strategy.step import StepSize
+from vlm_bridge.training_strategy.step import StepResult, StepSize
 from vlm_bridge.training_strategy.validation import (
     DecodedValidation,
     Sample,
-    SampleStatistics,
     Validation,
+    scores_of,
 )
 
 logger = logging.getLogger(__name__)
-
-SHOWN_IMAGES = 8  # of a skipped step, on the console
-BLIND_VALIDATIONS = 3  # in a row with a visual gain below BLIND_BELOW before a warning
-KEPT = ("epoch_loss", "epoch_steps", "blind_validations")
 
 
 class Monitor:
@@ -41,19 +38,15 @@ class Monitor:
         log_dir: None, in all processes but the first, logs to the console only.
     """
 
-    def __init__(self, log_dir: Path | None):
-        self.log_dir = log_dir
-        self.epoch_loss, self.epoch_steps, self.blind_validations = 0.0, 0, 0
+    def __init__(self, log_dir: Path | None, recipe_yaml: str, total_steps: int):
+        self.log_dir, self.total_steps = log_dir, total_steps
         self._board: Any = None
         self.restart_clock()
-
-    def start(self, recipe_yaml: str) -> None:
-        """Open TensorBoard's file and log the recipe."""
-        if self.log_dir is not None:
+        if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             with self._writing():
-                self._board = SummaryWriter(str(self.log_dir))
+                self._board = SummaryWriter(str(log_dir))
                 self._board.add_text("training/config", f"```yaml\n{recipe_yaml}```", 0)
 
     def restart_clock(self) -> None:
@@ -64,69 +57,55 @@ class Monitor:
         """Count an optimizer step of all processes."""
         self._sizes.append(size)
 
-    def updated(self, loss: float) -> None:
-        """Count the loss of a step into the mean of its epoch."""
-        self.epoch_loss += loss
-        self.epoch_steps += 1
-
-    def epoch(self, epoch: int) -> None:
-        """Log the mean loss of an epoch's steps."""
-        if self.epoch_steps:
-            self._scalars(epoch, "epoch/", train_loss=self.epoch_loss / self.epoch_steps)
-        self.epoch_loss, self.epoch_steps = 0.0, 0
-
-    def training(
-        self, step: int, total_steps: int, epoch: int, gradient_norm: float, **means: float
-    ) -> None:
-        """Log a step. ``means``: loss, learning rate and what the objective adds."""
+    def training(self, epoch: int, result: StepResult, statistics: Mapping[str, float]) -> None:
+        """Log a step, and the throughput since the last one; ``statistics`` of the objective."""
+        step, rate, loss, norm = result
         seconds = max(time.perf_counter() - self._started, 1e-9)
         _, captions, tokens, positions = map(sum, zip(*self._sizes, strict=True))
         per_step, pads = seconds / len(self._sizes), 1 - tokens / positions
-        others = {k: v for k, v in means.items() if k not in ("loss", "learning_rate")}
+        seconds_left = per_step * (self.total_steps - step)
         logger.info(
-            f"epoch {epoch + 1} step {step}/{total_steps} | loss {means['loss']:.4f} | "
-            + "".join(f"{name.replace('_', ' ')} {mean:.3f} | " for name, mean in others.items())
-            + f"lr {means['learning_rate']:.2e} | grad {gradient_norm:.2f} | "
-            f"{1000 * per_step:.0f} ms/step | {captions / seconds:.1f} samples/s | "
-            f"{tokens / seconds:.0f} tokens/s | {pads:.0%} pads | "
-            f"ETA {timedelta(seconds=round((total_steps - step) * per_step))}"
+            f"epoch {epoch + 1} step {step}/{self.total_steps} | loss {loss:.4f} | "
+            + "".join(f"{name} {mean:.3f} | " for name, mean in statistics.items())
+            + f"lr {rate:.2e} | grad {norm:.2f} | {1000 * per_step:.0f} ms/step | "
+            f"{captions / seconds:.1f} samples/s | {tokens / seconds:.0f} tokens/s | "
+            f"{pads:.0%} pads | ETA {timedelta(seconds=round(seconds_left))}"
         )
-        self._scalars(step, "train/", **means, grad_norm_before_clip=gradient_norm)
+        means = {"loss": loss, "learning_rate": rate, **statistics}
+        self._scalars(step, "train/", **means, grad_norm_before_clip=norm)
         self._record(
-            "train", step, **means, gradient_norm=gradient_norm, padding_share=pads,
+            "train", step, **means, gradient_norm=norm, padding_share=pads,
             samples_per_second=captions / seconds, tokens_per_second=tokens / seconds,
         )  # fmt: skip
         self.restart_clock()
 
-    def skipped(self, step: int, cause: str, images: Sequence[str]) -> None:
-        """Log a step that changed nothing, with the names of its images."""
-        others = len(images) - SHOWN_IMAGES
-        shown = ", ".join(images[:SHOWN_IMAGES]) + (f" and {others} more" if others > 0 else "")
-        logger.warning(f"step {step} skipped: {cause} | images {shown}")
-        self._record("skipped", step, cause=cause, images=list(images))
+    def skipped(self, result: StepResult) -> None:
+        """Log a step that changed nothing."""
+        cause = f"loss {result.loss:g}, gradient norm {result.gradient_norm:g}"
+        logger.warning(f"step {result.step} skipped: {cause}")
+        self._record("skipped", result.step, cause=cause)
+
+    def epoch(self, epoch: int, train_loss: float) -> None:
+        """Log the mean loss of an epoch's steps."""
+        self._scalars(epoch, "epoch/", train_loss=train_loss)
 
     def validation(
         self, step: int, epoch: int, result: Validation, captions: TokenizedImages
     ) -> None:
         """Log a validation on human ``captions``, and warn where images are ignored."""
-        gain = f"{result.visual_gain:+.3f} nats"
         logger.info(
             f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity "
-            f"{result.perplexity:.2f} | visual gain {gain}/token"
+            f"{result.perplexity:.2f} | visual gain {result.visual_gain:+.3f} nats/token"
         )
-        self.blind_validations = self.blind_validations + 1 if result.ignores_images else 0
-        if self.blind_validations == BLIND_VALIDATIONS:
+        if result.ignores_images:
             logger.warning(
-                f"WARNING: the captioner is ignoring the image: in {BLIND_VALIDATIONS} validations "
-                f"in a row its visual gain is {gain} per token. Train longer, raise learning_rate, "
-                "or check that captions and images belong together (vlm-data inspect-loader)."
+                "the captioner ignores the image so far: if this stays, train longer, or check "
+                "that captions and images belong together (vlm-data inspect-loader)"
             )
-        scalars = {name: getattr(result, name) for name in ("loss", "perplexity", "visual_gain")}
+        values = {name: getattr(result, name) for name in ("loss", "perplexity", "visual_gain")}
         length, diversity = captions.mean_length, captions.token_diversity
-        self._scalars(
-            step, "val/", **scalars, avg_sequence_length=length, token_diversity=diversity
-        )
-        self._record("validation", step, epoch=epoch, **scalars)
+        self._scalars(step, "val/", **values, avg_sequence_length=length, token_diversity=diversity)
+        self._record("validation", step, epoch=epoch, **values)
 
     def decoded(self, step: int, result: DecodedValidation) -> None:
         """Log scores of decoded captions."""
@@ -137,36 +116,29 @@ class Monitor:
         self._scalars(step, "val/", bleu4=result.bleu4, cider=result.cider)
         self._record("decoded", step, **vars(result))
 
-    def samples(self, step: int, samples: Sequence[Sample], statistics: SampleStatistics) -> None:
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Log captions beside their images and references."""
-        for number, (sample, bleu4) in enumerate(zip(samples, statistics.bleu4, strict=True)):
-            caption, reference = sample.caption, sample.references[0]
+        for number, (image, _, caption) in enumerate(samples):
+            reference = image.captions[0]
             logger.info(f"  sample {number + 1}: {caption!r}  (reference: {reference!r})")
             if self._board is not None:
-                tag, pixels = f"val/sample_{number}", np.asarray(sample.image)
-                text = f"**{caption}**\n\nreference: {reference}\n\nBLEU-4: {bleu4:.4f}"
+                tag, pixels = f"val/sample_{number}", np.asarray(open_image(image.path))
                 with self._writing():
                     self._board.add_image(tag, pixels, step, dataformats="HWC")
-                    self._board.add_text(tag, text, step)
-        length, diversity, _ = statistics
-        bleu = statistics.mean_bleu4
+                    self._board.add_text(tag, f"**{caption}**\n\nreference: {reference}", step)
+        tokens = [token for sample in samples for token in sample.token_ids]
+        length, diversity = len(tokens) / len(samples), len(set(tokens)) / max(len(tokens), 1)
+        bleu = scores_of(samples).bleu4
         logger.info(
             f"  samples: mean length {length:.1f} tokens | token diversity {diversity:.2f} | "
             f"BLEU-4 {bleu:.3f}"
         )
         self._scalars(step, "val/sample_", length_avg=length, diversity=diversity, bleu_avg=bleu)
-        captions = [[sample.caption, sample.references[0]] for sample in samples]
+        captions = [[sample.caption, sample.image.captions[0]] for sample in samples]
         self._record(
             "samples", step, captions=captions, mean_length=length, token_diversity=diversity,
             sample_bleu4=bleu,
         )  # fmt: skip
-
-    def state_dict(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in KEPT}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        for name in state.keys() & set(KEPT):
-            setattr(self, name, state[name])
 
     def close(self) -> None:
         if self._board is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -11,27 +10,26 @@ import numpy as np
 import torch
 
 from vlm_bridge.configuration import DecodeSettings, Recipe
-from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
-from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, TokenizedImages, pack_rows
+from vlm_bridge.data_pipeline.features import Features
+from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, in_batches, pack_rows
 from vlm_bridge.device import DeviceCopy
 from vlm_bridge.metrics.cider import CiderD
 from vlm_bridge.metrics.coco import reference_tokens, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
+from vlm_bridge.training_strategy.data import Split
+from vlm_bridge.training_strategy.validation import (
+    LoadedBatch,
+    batch_loss,
+    evaluating,
+    load_batch,
+)
 
 # Ends references and finished samples. Without it, training learns to break off.
 END = "</s>"
-SUMS = ("samples", "reward", "tokens", "unfinished")
 
 
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images [B] with their features or pixels on the way to the device, still without captions."""
-
-    images: np.ndarray
-    tensors: DeviceCopy
-
-
+# Images [B], and their features or pixels on the way to the device, still without captions.
+ImageBatch = tuple[np.ndarray, DeviceCopy]
 Batch = LoadedBatch | ImageBatch
 
 
@@ -47,16 +45,15 @@ class CrossEntropy:
         model: CaptionModel,
         recipe: Recipe,
         format: CaptionFormat,
-        images: Sequence[CaptionedImage],
-        data: TokenizedImages,
+        split: Split,
         autocast: Callable[[], Any],
     ):
         self.model, self.recipe, self.format = model, recipe, format
-        self.images, self.data, self.autocast = images, data, autocast
+        self.split, self.autocast = split, autocast
 
     def load(self, rows: Sequence[Row], features: Features) -> Batch:
         """Start to copy the rows of a micro-batch to the device."""
-        return load_batch(self.data.pack(rows), features, self.model.device)
+        return load_batch(self.split.captions.pack(rows), features, self.model.device)
 
     def captions(self, batch: Any, step: int, number: int) -> LoadedBatch:
         """Return the captions of micro-batch ``number`` of a step; numbers count all processes."""
@@ -81,57 +78,47 @@ class SelfCritical(CrossEntropy):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.num_samples = self.recipe.scst_samples
-        references = [image.captions for image in self.images]
+        references = [image.captions for image in self.split.images]
         tokens = iter(reference_tokens(list(chain.from_iterable(references))))
         self.reward = CiderD([[f"{next(tokens)} {END}" for _ in some] for some in references])
+        self.num_samples = self.recipe.scst_samples
         self._sampling = DecodeSettings(
             max_new_tokens=self.recipe.decode.max_new_tokens,
             do_sample=True,
             temperature=self.recipe.scst_temperature,
         )
-        self._sums = np.zeros(len(SUMS))
+        self._count_and_rewards = np.zeros(2)
 
     def load(self, rows: Sequence[Row], features: Features) -> ImageBatch:
         images = np.array([row.image for row in rows])
         values = torch.as_tensor(features[images]).contiguous()
-        return ImageBatch(images, DeviceCopy([values], self.model.device))
+        return images, DeviceCopy([values], self.model.device)
 
     def captions(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
         """Sample captions of a batch of images, one row an image."""
-        (values,) = batch.tensors.wait()
+        images, copied = batch
+        (values,) = copied.wait()
         features_bnd = self.model.features(values)
         samples = self._sample(features_bnd, seed_of(self.recipe.seed, step, number))
-        rewards_bk = self._rewards(batch.images, samples)
-        unfinished = sum(ids[-1] != self.format.eos_id for ids in samples)
-        lengths = list(map(len, samples))
-        self._sums += (len(samples), rewards_bk.sum(), sum(lengths), unfinished)
+        rewards_bk = self._rewards(images, samples)
+        self._count_and_rewards += (rewards_bk.size, rewards_bk.sum())
 
         targets = [self.format.with_targets(ids) for ids in samples]
-        starts = range(0, len(targets), self.num_samples)
-        packed = pack_rows(
-            batch.images.tolist(), [targets[start : start + self.num_samples] for start in starts]
-        )
+        packed = pack_rows(images.tolist(), in_batches(targets, self.num_samples))
         arrays = (packed.input_ids, packed.labels, packed.segments, packed.supervised)
         advantages = (rewards_bk - others_mean(rewards_bk)).ravel().astype(np.float32)
-        weights = torch.from_numpy(np.repeat(advantages, lengths)).to(self.model.device)
+        weights = torch.from_numpy(np.repeat(advantages, list(map(len, samples))))
         tensors = [*map(torch.from_numpy, arrays), features_bnd]
-        return LoadedBatch(packed, DeviceCopy(tensors, self.model.device), weights)
+        device = self.model.device
+        return LoadedBatch(packed, DeviceCopy(tensors, device), weights.to(device))
 
     def _sample(self, features_bnd: torch.Tensor, seed: int) -> list[list[int]]:
         """Return token ids with EOS, but for captions that were cut."""
-        model, limit, eos = self.model, self._sampling.max_new_tokens, self.format.eos_id
-        was_training = model.training
-        model.eval()
-        with self.autocast():
-            captions = model.generate(
-                features_bnd,
-                self.format.prompt_ids,
-                self._sampling.replace(seed=seed),
-                self.num_samples,
-                keys=range(len(features_bnd)),
-            )
-        model.train(was_training)
+        settings, eos = self._sampling.replace(seed=seed), self.format.eos_id
+        keys, prompt = range(len(features_bnd)), self.format.prompt_ids
+        with evaluating(self.model), self.autocast():
+            captions = self.model.generate(features_bnd, prompt, settings, self.num_samples, keys)
+        limit = settings.max_new_tokens
         return [[*ids, eos] if len(ids) < limit else ids for ids, _ in captions]
 
     def _rewards(self, images: np.ndarray, samples: Sequence[Sequence[int]]) -> np.ndarray:
@@ -146,15 +133,10 @@ class SelfCritical(CrossEntropy):
         return np.array([self.reward.scores(image, some) for image, some in pairs])
 
     def statistics(self, add_up: Callable[[Sequence[float]], Sequence[float]]) -> dict[str, float]:
-        """Return means since the last call: CIDEr-D (1 is what papers print as 100), and tokens."""
-        sums = dict(zip(SUMS, add_up(self._sums.tolist()), strict=True))
-        self._sums[:] = 0
-        count = max(sums["samples"], 1)
-        return {
-            "reward": sums["reward"] / count,
-            "sample_length": sums["tokens"] / count,
-            "unfinished_share": sums["unfinished"] / count,
-        }
+        """Return the mean CIDEr-D since the last call; 1 is what papers print as 100."""
+        count, rewards = add_up(self._count_and_rewards.tolist())
+        self._count_and_rewards[:] = 0
+        return {"reward": rewards / max(count, 1)}
 
 
 def others_mean(rewards_bk: np.ndarray) -> np.ndarray:

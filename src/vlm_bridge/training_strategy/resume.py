@@ -150,8 +150,7 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
                 f"{path} has its optimizer's state for other groups of parameters: keep the "
                 "patterns under trainable in their order (their learning rates may change)"
             )
-        if state.average is not None:
-            state.average.restart()
+        state.average.restart()
         state.load_state_dict(training, path)
     except torch.OutOfMemoryError:
         raise

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
-if TYPE_CHECKING:
-    from vlm_bridge.training_strategy.monitor import Monitor
-
 POSITION = ("step", "epoch", "step_in_epoch", "validated_step")
-PROGRESS = (*POSITION, "best_loss", "best_score", "skipped_steps")
+PROGRESS = (*POSITION, "best_loss", "skipped_in_a_row", "epoch_loss", "epoch_steps")
 
 
 class WeightAverage:
@@ -25,27 +22,26 @@ class WeightAverage:
 
     `torch.optim.swa_utils.AveragedModel` would copy the frozen models, too.
 
+    Args:
+        decay: None averages nothing: there are no weights, and nothing happens.
+
     Attributes:
         weights: the average, by parameter name.
         live_weights: the weights that the optimizer changes.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.decay = decay
-        self.live_weights = {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        self.weights = {name: tensor.clone() for name, tensor in self.live_weights.items()}
+    def __init__(self, model: torch.nn.Module, decay: float | None):
+        self.decay = decay or 0.0
+        named = model.named_parameters() if decay is not None else []
+        self.live_weights = {name: p.detach() for name, p in named if p.requires_grad}
+        self.restart()
 
     def restart(self) -> None:
         """Start again from the weights of the model."""
-        for name, live in self.live_weights.items():
-            self.weights[name].copy_(live)
+        self.weights = {name: live.clone() for name, live in self.live_weights.items()}
 
     def update(self, step: int, skipped: torch.Tensor) -> None:
-        """Average in the weights after a step (the first is 1).
+        """Average in the weights after a step, counted from 1.
 
         Early on the decay is (1 + step) / (10 + step), TensorFlow's rule.
 
@@ -58,18 +54,15 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Swap the average into the model for a block."""
-        self._swap()
+        """Put the average into the model for a block."""
+        kept = {name: live.clone() for name, live in self.live_weights.items()}
         try:
+            for name, live in self.live_weights.items():
+                live.copy_(self.weights[name])
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, live in self.live_weights.items():
-            kept = live.clone()
-            live.copy_(self.weights[name])
-            self.weights[name].copy_(kept)
+            for name, live in self.live_weights.items():
+                live.copy_(kept[name])
 
 
 @dataclass
@@ -79,26 +72,17 @@ class TrainState:
     model: CaptionModel
     optimizer: torch.optim.Optimizer
     scaler: torch.GradScaler
-    average: WeightAverage | None = None
-    monitor: Monitor | None = None
+    average: WeightAverage
     step: int = 0
     epoch: int = 0  # epochs finished
     step_in_epoch: int = 0
     validated_step: int = 0  # of the last finished validation
     best_loss: float = float("inf")  # of validation, in nats per token
-    best_score: float = float("-inf")  # BLEU-4 or CIDEr, where the recipe monitors one
     best_watched: float = float("inf")  # as early stopping counts it; lower is better
     bad_validations: int = 0  # in a row without a new best
-    skipped_steps: int = 0  # without a finite loss or gradient; they changed nothing
-    skipped_in_a_row: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def _is_cuda(self) -> bool:
-        return self.device.type == "cuda"
+    skipped_in_a_row: int = 0  # steps without a finite loss or gradient; they changed nothing
+    epoch_loss: float = 0.0  # sum over the other steps of this epoch
+    epoch_steps: int = 0  # their number
 
     @property
     def last_epoch(self) -> int:
@@ -107,16 +91,12 @@ class TrainState:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the weights to validate and save: the average, where there is one."""
-        averaged = self.average.weights if self.average is not None else {}
-        return {**self.model.trained_state_dict(), **averaged}
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Swap the average, where there is one, into the model for a block."""
-        return self.average.in_model() if self.average is not None else nullcontext()
+        return {**self.model.trained_state_dict(), **self.average.weights}
 
     def is_finite(self) -> bool:
         """Return whether every trained and averaged weight is finite; waits for the device."""
-        return all_finite([*self.model.trained_state_dict().values(), *self.weights().values()])
+        tensors = [*self.model.trained_state_dict().values(), *self.weights().values()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     def advance(self, steps_in_epoch: int) -> None:
         """Count an optimizer step."""
@@ -125,6 +105,15 @@ class TrainState:
         if self.step_in_epoch == steps_in_epoch:
             self.epoch += 1
             self.step_in_epoch = 0
+
+    def record(self, loss: float, *, was_skipped: bool) -> None:
+        """Count the outcome of a step."""
+        if was_skipped:
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
+            self.epoch_loss += loss
+            self.epoch_steps += 1
 
     def watch(self, value: float) -> bool:
         """Record the monitored value of a validation; return whether it is the lowest so far."""
@@ -135,49 +124,34 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint beside weights and recipe."""
-        monitor = self.monitor.state_dict() if self.monitor is not None else {}
-        average = self.average
+        is_cuda = self.model.device.type == "cuda"
         return {
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "early_stopping": {"best": self.best_watched, "bad_validations": self.bad_validations},
-            "running": {"skipped_in_a_row": self.skipped_in_a_row, "monitor": monitor},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state_all() if self._is_cuda else [],
-            **({"live_weights": average.live_weights} if average is not None else {}),
+            "cuda_random_state": torch.cuda.get_rng_state_all() if is_cuda else [],
+            "live_weights": self.average.live_weights,
         }
 
     def load_state_dict(self, training: Mapping[str, Any], where: Path) -> None:
         """Continue from `state_dict`; the model's weights are loaded already."""
-        if live := training.get("live_weights"):
-            if not all_finite(live.values()):
-                raise ValueError("its live weights are not finite")
-            weights = {**self.model.trained_state_dict(), **live}
-            checkpoints.load_weights(self.model, weights, where)
+        weights = {**self.model.trained_state_dict(), **training.get("live_weights", {})}
+        checkpoints.load_weights(self.model, weights, where)
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
-        progress = dict(training["progress"])
         # Versions before this key saved a state after its validation.
-        validated = 0 if progress.get("owes_decoding") else progress["step"]
-        progress.setdefault("validated_step", validated)
+        progress = {"validated_step": training["progress"]["step"], **training["progress"]}
         if not all(type(progress[name]) is int and progress[name] >= 0 for name in POSITION):
             raise ValueError(f"its position is {progress}")
+        if not self.is_finite():
+            raise ValueError("its live weights are not finite")
         for name in progress.keys() & set(PROGRESS):
             setattr(self, name, progress[name])
         self.best_watched = float(training["early_stopping"]["best"])
         self.bad_validations = int(training["early_stopping"]["bad_validations"])
-        self.skipped_in_a_row = training["running"]["skipped_in_a_row"]
-        if self.monitor is not None:
-            self.monitor.load_state_dict(training["running"]["monitor"])
         torch.set_rng_state(training["random_state"])
-        if self._is_cuda:
-            states = training["cuda_random_state"][: torch.cuda.device_count()]
-            for index, state in enumerate(states):
-                torch.cuda.set_rng_state(state, index)
-
-
-def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Return whether every number of some tensors is finite. Waits for the device once."""
-    flags = [tensor.detach().isfinite().all() for tensor in tensors]
-    return not flags or bool(torch.stack(flags).all())
+        states = training["cuda_random_state"][: torch.cuda.device_count()]
+        for index, state in enumerate(states):
+            torch.cuda.set_rng_state(state, index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from vlm_bridge.training_strategy.distributed import GradientSum, World
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy, seed_of
 from vlm_bridge.training_strategy.state import TrainState
 
-MAX_SKIPPED_IN_A_ROW = 10
 RETURN_MEMORY_EVERY = 20  # steps on a CPU; asking for it again takes a tenth of a second
 
 
@@ -34,38 +32,17 @@ class StepSize(NamedTuple):
         return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Numbers of a step.
-
-    Attributes:
-        step: 1-based.
-        place: epoch and step in epoch, from 0, of the batches.
-        loss: nats per supervised token.
-        gradient_norm: before clipping.
-        loss_scale: of float16 gradients; 1 without.
-    """
+class StepResult(NamedTuple):
+    """Numbers of a step, which counts from 1: nats per token, and the norm before clipping."""
 
     step: int
-    place: tuple[int, int]
+    learning_rate: float
     loss: float
     gradient_norm: float
-    loss_scale: float
 
     @property
     def was_skipped(self) -> bool:
         return not math.isfinite(self.gradient_norm)
-
-    @property
-    def overflowed(self) -> bool:
-        """Skipped because of a loss scale that the scaler now lowers."""
-        return self.was_skipped and math.isfinite(self.loss) and self.loss_scale > 1
-
-    @property
-    def cause(self) -> str:
-        if self.overflowed:
-            return f"float16 overflowed at loss scale {self.loss_scale:g}, which is lowered now"
-        return f"loss {self.loss:g}, gradient norm {self.gradient_norm:g}"
 
 
 class TrainStep:
@@ -73,6 +50,9 @@ class TrainStep:
 
     No step waits for a GPU: fused optimizers take a flag (``found_inf``) and then change neither
     weights nor moments.
+
+    Args:
+        relative_rates: learning rate of each parameter group, relative to the recipe's.
     """
 
     def __init__(
@@ -87,31 +67,18 @@ class TrainStep:
         autocast: Callable[[], Any],
     ):
         self.state, self.objective, self.recipe, self.world = state, objective, recipe, world
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_within(recipe.warmup_steps, total_steps)
-        self.relative_rates = relative_rates
+        self.total_steps, self.relative_rates = total_steps, relative_rates
         self.autocast = autocast
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.add_up_gradients = GradientSum(world, self.parameters)
-        self._pending: list[tuple[int, tuple[int, int], torch.Tensor]] = []
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the coming step, before the factors of parameter groups."""
-        return learning_rate_at(
-            self.state.step,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            learning_rate=self.recipe.learning_rate,
-            min_lr=self.recipe.min_lr,
-            kind=self.recipe.scheduler_type,
-        )
+        self._pending: list[tuple[int, float, torch.Tensor]] = []
 
     def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> StepSize:
         """Update the weights from the micro-batches of this process and advance the state."""
         state, scaler, optimizer = self.state, self.state.scaler, self.state.optimizer
+        learning_rate = learning_rate_at(state.step, self.total_steps, self.recipe)
         for group, relative in zip(optimizer.param_groups, self.relative_rates, strict=True):
-            group["lr"] = self.learning_rate * relative
+            group["lr"] = learning_rate * relative
         loss, size = self._back_propagate(batches)
         self.add_up_gradients(loss)
         scaler.unscale_(optimizer)
@@ -121,17 +88,14 @@ class TrainStep:
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
-        loss_scale = scaler.scale(torch.ones_like(loss))  # before `update` changes it
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        place = (state.epoch, state.step_in_epoch)
         state.advance(steps_in_epoch)
-        if state.average is not None:
-            state.average.update(state.step, skipped)
-        numbers = torch.stack([loss.float(), norm.float(), loss_scale.float()])
-        self._pending.append((state.step, place, numbers))
-        if state.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
+        state.average.update(state.step, skipped)
+        numbers = torch.stack([loss.float(), norm.float()])
+        self._pending.append((state.step, learning_rate, numbers))
+        if self.world.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
             return_freed_memory()
         return size
 
@@ -146,7 +110,7 @@ class TrainStep:
         ]
         counts = StepSize.of([batch.packed for batch in loaded])
         size = StepSize(*map(int, world.sum(counts)))
-        step_loss = torch.zeros((), device=self.state.device)
+        step_loss = torch.zeros((), device=world.device)
         for batch in loaded:
             with self.autocast():
                 loss = self.objective.loss(batch) / size.num_supervised
@@ -158,24 +122,13 @@ class TrainStep:
 
     def results(self, *, wait: bool) -> list[StepResult]:
         """Return the steps since the last call; on a GPU nothing, unless ``wait`` is true."""
-        if not wait and self.state.device.type != "cpu":
+        if not wait and self.world.device.type != "cpu":
             return []
-        found = [
-            StepResult(step, place, *numbers.tolist()) for step, place, numbers in self._pending
-        ]
+        found = [StepResult(step, rate, *numbers.tolist()) for step, rate, numbers in self._pending]
         self._pending.clear()
-        state = self.state
         for result in found:
-            state.skipped_steps += result.was_skipped
-            if not result.was_skipped:
-                state.skipped_in_a_row = 0
-            elif not result.overflowed:
-                state.skipped_in_a_row += 1
+            self.state.record(result.loss, was_skipped=result.was_skipped)
         return found
-
-    @property
-    def gives_up(self) -> bool:
-        return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
 def adamw(
@@ -202,28 +155,19 @@ def adamw(
     return torch.optim.AdamW(options, lr=recipe.learning_rate, fused=True), relative
 
 
-def warmup_within(warmup_steps: int, total_steps: int) -> int:
-    """Limit the warm-up to a tenth of all steps."""
-    return min(warmup_steps, total_steps // 10)
-
-
-def learning_rate_at(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    learning_rate: float,
-    min_lr: float,
-    kind: str,
-) -> float:
+def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     """Return the learning rate of a 0-based step: linear warm-up, then down to ``min_lr``.
 
-    A checkpoint needs no schedule. Cosine as in Loshchilov & Hutter 2017 without restarts.
+    Warm-up takes a tenth of all steps at most. Cosine as in Loshchilov & Hutter 2017 without
+    restarts. A function of the step needs no state in a checkpoint.
     """
+    highest, lowest = recipe.learning_rate, recipe.min_lr
+    warmup_steps = min(recipe.warmup_steps, total_steps // 10)
     if step < warmup_steps:
-        return learning_rate * (step + 1) / warmup_steps
-    if kind == "constant":
-        return learning_rate
+        return highest * (step + 1) / warmup_steps
+    if recipe.scheduler_type == "constant":
+        return highest
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
-    return min_lr + (learning_rate - min_lr) * remaining
+    is_cosine = recipe.scheduler_type == "cosine"
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if is_cosine else 1 - progress
+    return lowest + (highest - lowest) * remaining

@@ -31,7 +31,7 @@ from vlm_bridge.training_strategy.distributed import (
     memory_explained,
 )
 from vlm_bridge.training_strategy.monitor import Monitor
-from vlm_bridge.training_strategy.objectives import OBJECTIVES, CrossEntropy
+from vlm_bridge.training_strategy.objectives import OBJECTIVES
 from vlm_bridge.training_strategy.resume import (
     Interrupted,
     Interruption,
@@ -41,10 +41,12 @@ from vlm_bridge.training_strategy.resume import (
     find_checkpoint,
 )
 from vlm_bridge.training_strategy.state import TrainState, WeightAverage
-from vlm_bridge.training_strategy.step import MAX_SKIPPED_IN_A_ROW, TrainStep, adamw
+from vlm_bridge.training_strategy.step import TrainStep, adamw
 from vlm_bridge.training_strategy.validation import DecodedValidation, Validation, Validator
 
 logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,8 @@ def train(
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
-        objective = OBJECTIVES[recipe.objective](
-            model, recipe, data.format, data.train_images, data.train, autocast
-        )
-        monitor = Monitor(Path(recipe.log_dir) if world.is_first else None)
-        state, rates = new_state(model, recipe, monitor)
+        objective = OBJECTIVES[recipe.objective](model, recipe, data.format, data.train, autocast)
+        state, rates = new_state(model, recipe)
         if found is None:
             start(state, data, initial_weights)
         else:
@@ -98,18 +97,20 @@ def train(
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
         )  # fmt: skip
         saver = Saver(state, recipe, world, dataset_facts(folder.manifest), found and found.path)
-        validator = Validator(state, data, monitor, saver, autocast)
-        log_start(data, validator)
-        monitor.start(recipe.to_yaml())
-        model.train()
-        with closing(monitor), Interruption().watched() as interruption:
+        log_dir = Path(recipe.log_dir) if world.is_first else None
+        with (
+            closing(Monitor(log_dir, recipe.to_yaml(), data.total_steps)) as monitor,
+            Interruption().watched() as interruption,
+        ):
+            validator = Validator(state, data, monitor, saver, autocast)
+            log_start(data, validator)
+            model.train()
             validator.validate_if_due(interruption)  # a resumed run stopped before it was done
             while not validator.is_finished:
-                epoch, steps = state.epoch, data.steps_in_epoch(state.epoch)
-                for batches in data.steps(objective, epoch, state.step_in_epoch):
-                    rate = take_step.learning_rate
+                steps = data.steps_in_epoch(state.epoch)
+                for batches in data.steps(objective.load, state.epoch, state.step_in_epoch):
                     monitor.step(take_step(batches, steps))
-                    log_step(take_step, objective, data, monitor, rate, saver)
+                    log_step(take_step, monitor, saver)
                     saver.after_step()
                     validator.validate_if_due(interruption)
                     if signal_number := world.largest(interruption.received):
@@ -134,15 +135,12 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     return model
 
 
-def new_state(
-    model: CaptionModel, recipe: Recipe, monitor: Monitor
-) -> tuple[TrainState, list[float]]:
+def new_state(model: CaptionModel, recipe: Recipe) -> tuple[TrainState, list[float]]:
     """Return the state before the first step, and the relative rates of the optimizer's groups."""
     optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
     scaler = torch.GradScaler(model.device.type, enabled=recipe.amp_dtype == "float16")
-    decay = recipe.weight_averaging
-    average = None if decay is None else WeightAverage(model, decay)
-    return TrainState(model, optimizer, scaler, average, monitor), rates
+    average = WeightAverage(model, recipe.weight_averaging)
+    return TrainState(model, optimizer, scaler, average), rates
 
 
 def start(
@@ -162,8 +160,7 @@ def start(
         model.feature_scale.measure(data.sample_features(model))
     # Processors differ in how they round.
     world.copy_from_first(list(model.trained_state_dict().values()))
-    if state.average is not None:
-        state.average.restart()
+    state.average.restart()
 
 
 def log_start(data: TrainingData, validator: Validator) -> None:
@@ -172,60 +169,41 @@ def log_start(data: TrainingData, validator: Validator) -> None:
     parameters = list(validator.state.model.parameters())
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    where = str(data.world.device)
-    if where == "cpu":
-        where += f" ({torch.get_num_threads()} threads)"
-    if data.world.size > 1:
-        where += f", {data.world.size} processes"
+    processes = f", {data.world.size} processes" if data.world.size > 1 else ""
     logger.info(
         f"training {trained:,} of {total:,} parameters ({trained / total:.1%}) on "
-        f"{len(data.train):,} images, {data.train.num_captions:,} captions; "
-        f"{data.total_steps:,} steps on {where}"
+        f"{len(data.train.images):,} images, {data.train.captions.num_captions:,} captions; "
+        f"{data.total_steps:,} steps on {data.world.device}{processes}"
     )
 
 
-def log_step(
-    take_step: TrainStep,
-    objective: CrossEntropy,
-    data: TrainingData,
-    monitor: Monitor,
-    learning_rate: float,
-    saver: Saver,
-) -> None:
+def log_step(take_step: TrainStep, monitor: Monitor, saver: Saver) -> None:
     """Log the steps whose numbers have arrived; in a log step wait for them, and check the weights.
 
     Raises TrainingError where too many steps were skipped, or the weights are not finite.
     """
-    state, recipe, world = take_step.state, data.recipe, data.world
-    is_last = state.step == data.total_steps
-    is_log_step = state.step % recipe.log_every_n_steps == 0 or is_last
-    is_epoch_end = state.step_in_epoch == 0 or is_last
-    results = take_step.results(wait=is_log_step or is_epoch_end)
+    state, recipe, world = take_step.state, take_step.recipe, take_step.world
+    is_epoch_end = state.step_in_epoch == 0 or state.step == take_step.total_steps
+    is_log_step = state.step % recipe.log_every_n_steps == 0 or is_epoch_end
+    results = take_step.results(wait=is_log_step)
     for result in results:
         if result.was_skipped:
-            rows = data.rows_of(*result.place)
-            names = [data.train_images[row.image].path.name for row in rows]
-            monitor.skipped(result.step, result.cause, names)
-        else:
-            monitor.updated(result.loss)
-    if is_log_step or is_epoch_end:
-        saver.check_weights()
-    # In a log step all processes know of the same steps.
-    if take_step.gives_up and (is_log_step or world.size == 1):
+            monitor.skipped(result)
+    if not is_log_step:
+        return
+    saver.check_weights()
+    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         saved_to = saver.step()
         world.wait()
         raise TrainingError(
-            f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, "
+            f"stopped at step {state.step}: {state.skipped_in_a_row} steps in a row were skipped, "
             f"since their loss or gradient was not finite. {saved_to} has the weights from before "
-            f"them, and older checkpoints in {recipe.checkpoint_dir} are kept: look at the images "
-            f"named above, or resume with a learning_rate below {recipe.learning_rate:g}"
+            f"them: resume with a learning_rate below {recipe.learning_rate:g}"
         )
-    if is_log_step:
-        statistics = objective.statistics(world.sum)
-        if results and results[-1].step == state.step and not results[-1].was_skipped:
-            last = results[-1]
-            means = {"loss": last.loss, "learning_rate": learning_rate, **statistics}
-            epoch, norm = last.place[0], last.gradient_norm
-            monitor.training(state.step, data.total_steps, epoch, norm, **means)
+    statistics = take_step.objective.statistics(world.sum)
+    if not results[-1].was_skipped:
+        monitor.training(state.last_epoch, results[-1], statistics)
     if is_epoch_end:
-        monitor.epoch(state.last_epoch)
+        if state.epoch_steps:
+            monitor.epoch(state.last_epoch, state.epoch_loss / state.epoch_steps)
+        state.epoch_loss, state.epoch_steps = 0.0, 0

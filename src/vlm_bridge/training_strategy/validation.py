@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vlm_bridge.configuration import DecodeSettings, parse_interval
-from vlm_bridge.data_pipeline.images import open_image
+from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.device import DeviceCopy
-from vlm_bridge.metrics import score_without_java, simple_tokenize
+from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
+from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.resume import Interruption, Saver
+from vlm_bridge.training_strategy.state import TrainState
 
 if TYPE_CHECKING:
-    from vlm_bridge.training_strategy.data import TrainingData
     from vlm_bridge.training_strategy.monitor import Monitor
-    from vlm_bridge.training_strategy.resume import Interruption, Saver
-    from vlm_bridge.training_strategy.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 BLIND_BELOW = 0.05  # nats per token of visual gain
 DECODE_BATCH = 16
-
-
-class Features(Protocol):
-    """By image index: cached features [len(indices), N, D], or pixels [len(indices), 3, h, w]."""
-
-    def __getitem__(self, indices: np.ndarray) -> torch.Tensor | np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -65,102 +59,13 @@ class DecodedValidation:
     cider: float
     num_images: int
 
-    def score(self, monitor: Literal["bleu4", "cider"]) -> float:
-        return self.bleu4 if monitor == "bleu4" else self.cider
-
 
 class Sample(NamedTuple):
-    """A generated caption with its image and references; tokens are without prompt and EOS."""
+    """A generated caption of an image; tokens are without prompt and EOS."""
 
-    image: Image.Image
+    image: CaptionedImage
     token_ids: Sequence[int]
     caption: str
-    references: Sequence[str]
-
-
-class SampleStatistics(NamedTuple):
-    """Tokens per caption, distinct tokens over all tokens, and BLEU-4 of each caption (0 to 1)."""
-
-    mean_length: float
-    token_diversity: float
-    bleu4: list[float]
-
-    @property
-    def mean_bleu4(self) -> float:
-        return sum(self.bleu4) / len(self.bleu4)
-
-
-@torch.no_grad()
-def validate(
-    model: CaptionModel,
-    data: TokenizedImages,
-    features: Features,
-    *,
-    batch_images: int = 16,
-    autocast: Callable[[], Any],
-    world: World | None = None,
-) -> Validation:
-    """Measure the loss of all captions with their own image and with another one.
-
-    Batches are longest first, so that the first takes the most memory. Neither the batch size nor
-    the number of processes, which share the batches, changes the result.
-    """
-    world = world or World(model.device)
-    was_training = model.training
-    model.eval()
-    wrong_image = shuffled_images(len(data))
-    right: list[torch.Tensor] = []
-    wrong: list[torch.Tensor] = []
-    num_tokens = 0
-    rows = whole_rows(data.captions_per_image)
-    longest_first = np.argsort(-data.image_lengths, kind="stable")
-    for some in world.share(in_batches([rows[image] for image in longest_first], batch_images)):
-        batch = data.pack(some)
-        for image_of, sums in ((np.arange(len(data)), right), (wrong_image, wrong)):
-            loaded = load_batch(batch, features, model.device, images=image_of[batch.image_indices])
-            with autocast():
-                sums.append(batch_loss(model, loaded).token_losses.sum())
-        num_tokens += batch.num_supervised
-    model.train(was_training)
-    num_tokens = int(world.sum([num_tokens])[0])
-    loss, wrong_loss = (
-        math.fsum(world.interleave(torch.stack(sums).tolist() if sums else [])) / num_tokens
-        for sums in (right, wrong)
-    )
-    return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
-
-
-def decode_and_score(
-    model: CaptionModel,
-    prompt_ids: Sequence[int],
-    images: Sequence[CaptionedImage],
-    features: Features,
-    decode: DecodeSettings,
-    autocast: Callable[[], Any],
-    world: World | None = None,
-) -> DecodedValidation:
-    """Caption the first images of a split and score them against all their references."""
-    world = world or World(model.device)
-    was_training = model.training
-    model.eval()
-    shared: list[list[str]] = []
-    for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
-        features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
-        with autocast():
-            captions = model.generate(features_bnd, prompt_ids, decode)
-        shared.append([model.language_model.decode(caption.ids) for caption in captions])
-    model.train(was_training)
-    texts = list(chain.from_iterable(world.interleave(shared)))
-    scores = score_without_java([image.captions for image in images], texts)
-    return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(images))
-
-
-def shuffled_images(count: int) -> np.ndarray:
-    """Return for each of ``count`` images another one: the neighbor in a seeded circle."""
-    circle = np.random.default_rng(0).permutation(count)
-    wrong_image = np.empty(count, np.int64)
-    wrong_image[circle] = np.roll(circle, 1)
-    return wrong_image
 
 
 @dataclass(frozen=True)
@@ -194,16 +99,80 @@ def batch_loss(
     )  # fmt: skip
 
 
-def sample_statistics(samples: Sequence[Sample]) -> SampleStatistics:
-    """Compute length, diversity and BLEU-4, in simple tokens, of at least one caption."""
-    from pycocoevalcap.bleu.bleu import Bleu
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off for a block."""
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
 
-    tokens = [token for sample in samples for token in sample.token_ids]
-    references = {i: simple_tokenize(sample.references) for i, sample in enumerate(samples)}
-    captions = {i: simple_tokenize([sample.caption]) for i, sample in enumerate(samples)}
-    _, by_caption = Bleu(4).compute_score(references, captions, verbose=0)
-    diversity = len(set(tokens)) / max(len(tokens), 1)
-    return SampleStatistics(len(tokens) / len(samples), diversity, list(map(float, by_caption[3])))
+
+@torch.no_grad()
+def validate(
+    model: CaptionModel,
+    data: TokenizedImages,
+    features: Features,
+    *,
+    batch_images: int = 16,
+    autocast: Callable[[], Any],
+    world: World | None = None,
+) -> Validation:
+    """Measure the loss of all captions with their own image and with another one.
+
+    Batches are longest first, so that the first takes the most memory. Neither the batch size nor
+    the number of processes, which share the batches, changes the result.
+    """
+    world = world or World(model.device)
+    own_image = np.arange(len(data))
+    circle = np.random.default_rng(0).permutation(own_image)
+    wrong_image = own_image.copy()
+    wrong_image[circle] = np.roll(circle, 1)  # its neighbor in the circle
+    losses: list[torch.Tensor] = []  # of each batch: with its own images, with wrong ones
+    num_tokens = 0
+    rows = whole_rows(data.captions_per_image)
+    longest_first = np.argsort(-data.image_lengths, kind="stable")
+    with evaluating(model):
+        for some in world.share(in_batches([rows[i] for i in longest_first], batch_images)):
+            batch = data.pack(some)
+            for image_of in (own_image, wrong_image):
+                images = image_of[batch.image_indices]
+                loaded = load_batch(batch, features, model.device, images)
+                with autocast():
+                    losses.append(batch_loss(model, loaded).token_losses.sum())
+            num_tokens += batch.num_supervised
+    num_tokens = int(world.sum([num_tokens])[0])
+    all_losses = list(chain(*world.gather(torch.stack(losses).tolist() if losses else [])))
+    loss, wrong_loss = (math.fsum(all_losses[start::2]) / num_tokens for start in (0, 1))
+    return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
+
+
+def decode(
+    model: CaptionModel,
+    prompt_ids: Sequence[int],
+    images: Sequence[CaptionedImage],
+    features: Features,
+    settings: DecodeSettings,
+    autocast: Callable[[], Any],
+    world: World,
+) -> list[Sample]:
+    """Caption the first images of a split; processes share the work, and each gets the result."""
+    shared = []
+    with evaluating(model):
+        for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
+            features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
+            with autocast():
+                captions = model.generate(features_bnd, prompt_ids, settings)
+            shared.append([(ids, model.language_model.decode(ids)) for ids, _ in captions])
+    decoded = chain(*world.interleave(shared))
+    return [Sample(image, *caption) for image, caption in zip(images, decoded, strict=True)]
+
+
+def scores_of(samples: Sequence[Sample]) -> DecodedValidation:
+    """Score captions against all references of their images."""
+    references = [sample.image.captions for sample in samples]
+    scores = score_without_java(references, [sample.caption for sample in samples])
+    return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(samples))
 
 
 class Validator:
@@ -248,52 +217,34 @@ class Validator:
         """Validate, log samples, and save the best checkpoint."""
         if not self.is_due:
             return
-        state, data, saved_to = self.state, self.data, self.saver.latest()
-        with state.averaged(), interruption.immediate(saved_to):
+        state, recipe, monitor, val = self.state, self.recipe, self.monitor, self.data.val
+        num_scored, num_shown = recipe.decoded_images, recipe.num_validation_samples
+        saved_to = self.saver.latest()
+        with state.average.in_model(), interruption.immediate(saved_to):
             self.validation = validate(
-                state.model, data.val, data.val_features, autocast=self.autocast, world=data.world
-            )
-            samples = self._samples()
-            if count := self.recipe.decoded_images:
-                self.decoded = decode_and_score(
-                    state.model, data.format.prompt_ids, data.val_images[:count],
-                    data.val_features, self.recipe.decode, self.autocast, data.world,
-                )  # fmt: skip
+                state.model, val.captions, val.features, autocast=self.autocast,
+                world=self.data.world,
+            )  # fmt: skip
+            samples = decode(
+                state.model, self.data.format.prompt_ids, val.images[: max(num_scored, num_shown)],
+                val.features, recipe.decode, self.autocast, self.data.world,
+            )  # fmt: skip
+        monitor.validation(state.step, state.last_epoch, self.validation, val.captions)
         watched = self.validation.loss
-        self.monitor.validation(state.step, state.last_epoch, self.validation, data.val)
-        if self.decoded is not None:
-            self.monitor.decoded(state.step, self.decoded)
-            if self.recipe.monitor != "loss":
-                score = self.decoded.score(self.recipe.monitor)
-                state.best_score = max(state.best_score, score)
-                watched = -score
-        if samples:
-            self.monitor.samples(state.step, samples, sample_statistics(samples))
+        if num_scored:
+            self.decoded = scores_of(samples[:num_scored])
+            monitor.decoded(state.step, self.decoded)
+            if recipe.monitor != "loss":
+                watched = -vars(self.decoded)[recipe.monitor]
+        if num_shown:
+            monitor.samples(state.step, samples[:num_shown])
         state.best_loss = min(state.best_loss, self.validation.loss)
         state.validated_step = state.step
         if state.watch(watched):
             self.saver.best()
         if self.stops_early:
-            patience = self.recipe.early_stopping_patience
+            patience = recipe.early_stopping_patience
             logger.info(f"early stopping: no improvement in {patience} validations")
         if self.is_finished:
             self.saver.latest()
-        self.monitor.restart_clock()
-
-    def _samples(self) -> list[Sample]:
-        """Caption the first validation images greedily, in the first process."""
-        data, model = self.data, self.state.model
-        count = min(self.recipe.num_validation_samples, len(data.val_images))
-        if not count or not data.world.is_first:
-            return []
-        model.eval()
-        greedy = DecodeSettings(num_beams=1, max_new_tokens=self.recipe.decode.max_new_tokens)
-        features = model.features(torch.as_tensor(data.val_features[np.arange(count)]))
-        with self.autocast():
-            captions = model.generate(features, data.format.prompt_ids, greedy)
-        model.train()
-        decode = model.language_model.decode
-        return [
-            Sample(open_image(image.path), ids, decode(ids), image.captions)
-            for image, (ids, _) in zip(data.val_images, captions, strict=False)
-        ]
+        monitor.restart_clock()
