@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
+from vlm_bridge.captioning.explain import SheetItem, draw_sheet
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.cli.options import quiet_transformers
 from vlm_bridge.quickstart import real_photographs
@@ -33,7 +33,7 @@ def main(checkpoint: str | None = None) -> None:
             SheetItem(path, result.caption or "", path.stem)
             for path, result in zip(paths, results, strict=True)
         ]
-        contact_sheet(sheet, IMAGES / "photographs.png", columns=len(sheet))
+        draw_sheet(sheet, columns=len(sheet)).save(IMAGES / "photographs.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from packaging.version import Version
 from vlm_bridge.captioning import bundled_models
 from vlm_bridge.credentials import hub_answers
 from vlm_bridge.device import cpu_emulates_bfloat16, usable_cores
-from vlm_bridge.metrics.java import install_java_command, java_version
+from vlm_bridge.metrics.coco import INSTALL_JAVA, java_version
 
 PACKAGE = Path(__file__).parent
 PIP = f"{sys.executable} -m pip"
@@ -125,7 +125,7 @@ def _java() -> Iterator[Check]:
         yield Check("java", "ok", version)
     else:
         detail = "no working Java: METEOR and SPICE are skipped, the others use a simple tokenizer"
-        yield Check("java", "warn", detail, install_java_command())
+        yield Check("java", "warn", detail, INSTALL_JAVA)
 
 
 def _disk() -> Iterator[Check]:

@@ -13,7 +13,7 @@ from captioners import tiny_captioner, tiny_recipe
 from tiny_captioners import SAVE
 from vlm_bridge.cli.main import app
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.evaluation.compare import SHOWN_AS_ZERO
+from vlm_bridge.evaluation.run_folder import SHOWN_AS_ZERO
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 DECODING = ("--num-beams", 2, "--max-new-tokens", 6, "--min-new-tokens", 2)

@@ -62,7 +62,6 @@ def test_captions_are_those_of_transformers(
     results = caption(captioner, images, num_beams=num_beams)
     assert [result.caption for result in results] == expected
     assert len(set(expected)) > 1, "else this test means nothing"
-    assert all(result.score is not None and result.score < 0 for result in results)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,8 +74,6 @@ def test_batches_and_broken_images_change_nothing(
     assert error.error and error.caption is None
     alone = caption(captioner, images, batch_size=1)
     assert [result.caption for result in (first, *others)] == [result.caption for result in alone]
-    scores = [result.score for result in (first, *others)]
-    assert scores == pytest.approx([result.score for result in alone], abs=1e-4)
 
 
 def test_the_prompt_is_the_familys_own_unless_given(

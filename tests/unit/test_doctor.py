@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from vlm_bridge import doctor
 from vlm_bridge.doctor import Check, run_checks
-from vlm_bridge.metrics.java import java_version
+from vlm_bridge.metrics.coco import java_version
 
 SECRET = "hf_averysecrettoken"
 

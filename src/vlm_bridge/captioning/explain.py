@@ -1,21 +1,24 @@
-"""Map each word of a caption to the places in the image that it attends to, and draw the maps."""
+"""Map each word of a caption to the places in the image that it attends to; draw sheets."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vlm_bridge.captioning.contact_sheet import TILE, SheetItem, draw_sheet
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
+from vlm_bridge.data_pipeline.samples import ImageFile
+from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import image_attention
 
 UNLIMITED = 2**31  # tokens of an explained caption
@@ -23,6 +26,9 @@ UNLIMITED = 2**31  # tokens of an explained caption
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
 EVEN_SCALE = 3.0  # least top of the color scale, in even spreads: even maps stay pale
+TILE = (288, 216)  # width and height of an image on a sheet, in pixels
+GAP, FONT_SIZE, LINE_HEIGHT = 16, 13, 17
+BROKEN = "#ced4da"
 NOTE = "Yellow: where a word looked most, and how many times an even spread that is"
 
 
@@ -148,3 +154,57 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
     for word, overlay in zip(explanation.words, overlays, strict=True):
         panels.append(SheetItem(overlay, word.word, f"{word.peak:.1f}x"))
     return draw_sheet(panels, columns=5, title=NOTE if len(panels) > 2 else "")
+
+
+@dataclass(frozen=True)
+class SheetItem:
+    """An image with its caption, and a reference and score to compare the caption with."""
+
+    image: ImageFile | Image.Image
+    caption: str
+    reference: str = ""
+    score: float | None = None
+
+    def text(self) -> str:
+        lines = []
+        for text in (self.caption or "(no caption)", self.reference):
+            lines += textwrap.wrap(text, 42, max_lines=7, placeholder=" ...")
+        return "\n".join(lines if self.score is None else [*lines, f"{self.score:.3f}"])
+
+
+def draw_sheet(items: Sequence[SheetItem], *, columns: int = 4, title: str = "") -> Image.Image:
+    """Draw images in rows of `columns`, each above its caption, reference and score.
+
+    An image that cannot be read becomes a gray tile.
+    """
+    columns = max(1, min(columns, len(items)))
+    texts = [item.text() for item in items]
+    lines = max((text.count("\n") + 1 for text in texts), default=0)
+    width, height, top = TILE[0] + GAP, TILE[1] + lines * LINE_HEIGHT + GAP, 40
+    size = (columns * width + GAP, top + -(-len(items) // columns) * height)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, 10), title, "black", _font(title, 16))
+    for index, (item, text) in enumerate(zip(items, texts, strict=True)):
+        x, y = GAP + index % columns * width, top + index // columns * height
+        tile = thumbnail(item.image, TILE) or Image.new("RGB", TILE, BROKEN)
+        sheet.paste(ImageOps.pad(tile, TILE, color="#f1f3f5"), (x, y))
+        pen.text((x, y + TILE[1] + 4), text, "black", _font(text, FONT_SIZE), spacing=3)
+    return sheet
+
+
+def thumbnail(image: ImageFile | Image.Image, size: tuple[int, int]) -> Image.Image | None:
+    """Return the image scaled to fit `size` (width, height); None if it cannot be read."""
+    try:
+        opened = image if isinstance(image, Image.Image) else open_image(image)
+        return ImageOps.contain(opened, size, Image.Resampling.LANCZOS)
+    except ImageError:
+        return None
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return Pillow's own font, which has only ASCII, or a system font for other text."""
+    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)

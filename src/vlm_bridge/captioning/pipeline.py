@@ -227,7 +227,7 @@ class Captioner:
 
 def caption_in_batches(
     images: Sequence[ImageSource],
-    caption_batch: Callable[[Any], Sequence[tuple[str, float, bool]]],
+    caption_batch: Callable[[Any], Sequence[tuple[str, float | None, bool]]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
     *,

@@ -385,7 +385,7 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
     """Write the images of ``items`` with one caption each as one PNG; broken ones are gray."""
     from PIL import Image
 
-    from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
+    from vlm_bridge.captioning.explain import SheetItem, draw_sheet
     from vlm_bridge.data_pipeline.images import decode_image
     from vlm_bridge.data_pipeline.sources import iter_images
 
@@ -397,7 +397,7 @@ def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path
             shown = Image.new("RGB", (4, 3), "lightgray")
         tiles.append(SheetItem(shown, caption))
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(tiles, path)
+    draw_sheet(tiles).save(path)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

@@ -207,10 +207,10 @@ def compare(
         header += [run.name, f"% of {name}"]
     rows = []
     for metric in comparison.metrics:
-        row = [metric, _number(comparison.reference.value(metric))]
+        row = [metric, _number(comparison.reference.scores.get(metric))]
         for run in others:
             share = comparison.share(run, metric)
-            row += [_number(run.value(metric)), "-" if share is None else f"{100 * share:.1f}"]
+            row += [_number(run.scores.get(metric)), "-" if share is None else f"{100 * share:.1f}"]
         rows.append(row)
     print_rows(rows, header)
     if html:
@@ -252,9 +252,9 @@ def report(
 
     reported = read_run(run)
     path = output or (run if run.is_dir() else run.parent) / REPORT_NAME
-    on = f" on {reported.dataset}" if reported.dataset else ""
+    on = f" on {reported.data['name']}" if reported.data.get("name") else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, [reported], title=f"{reported.name}{on}")
-    for line in reported.notes:
+    for line in reported.missing:
         note(f"note: {line}")
     print(f"report: {path}")

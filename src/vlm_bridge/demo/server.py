@@ -271,7 +271,7 @@ def live_html(run: Path) -> str:
     charts = samples = ""
     for title, names in CHARTS.items():
         if drawn := {name: curves[name] for name in names if name in curves}:
-            charts += line_chart(title, drawn, "training step")
+            charts += line_chart(title, drawn)
     lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     # The last line may be half written.
     events = [json.loads(line) for line in lines if '"samples"' in line and line.endswith("}")]

@@ -40,23 +40,19 @@ class BaselineCaptioner:
     """
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, prompt: str | None = None):
-        self.model = model.eval()
-        self.processor = processor
-        self.tokenizer = tokenizer
+        self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
         self.model_type: str = model.config.model_type
         self.prompt = (PROMPTS.get(self.model_type, "") if prompt is None else prompt).strip()
         text = model.config.get_text_config(decoder=True)
+        self.max_positions: int = text.max_position_embeddings
         # Published folders keep the ids in one of three places.
         places = (text, model.config, model.generation_config)
         ids = {name: i for p in places for name, i in p.to_dict().items() if i is not None}
-        start = ids.get("decoder_start_token_id", ids.get("bos_token_id"))
-        end = ids.get("sep_token_id" if self.model_type == "blip" else "eos_token_id")
-        if start is None or end is None:
-            raise ModelError("the model's configuration names no start or no end token")
+        end = ids["sep_token_id" if self.model_type == "blip" else "eos_token_id"]
         self.eos_id: int = end[0] if isinstance(end, list) else end
+        start = ids.get("decoder_start_token_id", ids.get("bos_token_id"))
         words = tokenizer(self.prompt, add_special_tokens=False).input_ids if self.prompt else []
         self.prompt_ids = [start, *words]
-        self.max_positions: int = text.max_position_embeddings
 
     @classmethod
     def from_pretrained(
@@ -131,11 +127,12 @@ class BaselineCaptioner:
     @torch.inference_mode()
     def _caption_batch(
         self, images: Sequence[Image.Image], decode: DecodeSettings
-    ) -> list[tuple[str, float, bool]]:
-        device, pad_id = self.model.device, self.tokenizer.pad_token_id
+    ) -> list[tuple[str, None, bool]]:
+        """Caption RGB images: (caption, no log-probability, whether it ended in time)."""
+        model, device, pad_id = self.model, self.model.device, self.tokenizer.pad_token_id
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(device)
         ids = torch.tensor([self.prompt_ids] * len(images), device=device)
-        model, inputs = self.model, {"pixel_values": pixels, "input_ids": ids}
+        inputs = {"pixel_values": pixels, "input_ids": ids}
         if self.model_type == "blip":
             # Its own generate drops the last token of a prompt, which it takes for [SEP].
             states = model.vision_model(pixel_values=pixels).last_hidden_state
@@ -148,22 +145,14 @@ class BaselineCaptioner:
             eos_token_id=self.eos_id,
             pad_token_id=self.eos_id if pad_id is None else pad_id,
             min_new_tokens=decode.min_new_tokens or None,
-            return_dict_in_generate=True,
-            output_scores=True,
             **{name: getattr(decode, name) for name in SETTINGS},
         )
-        output = model.generate(**inputs, generation_config=settings)
-        beams, greedy = output.get("beam_indices"), decode.num_beams == 1
-        log_probs = model.compute_transition_scores(
-            output.sequences, output.scores, beams, normalize_logits=greedy
-        )
         captions = []
-        rows = output.sequences[:, ids.shape[1] :].tolist()
-        for row, scores in zip(rows, log_probs.tolist(), strict=True):
+        for row in model.generate(**inputs, generation_config=settings)[:, ids.shape[1] :].tolist():
             finished = self.eos_id in row
-            length = row.index(self.eos_id) + 1 if finished else len(row)
-            text = self.tokenizer.decode(row[: length - finished], skip_special_tokens=True)
-            captions.append((text.strip(), sum(scores[:length]) / max(1, length), finished))
+            kept = row[: row.index(self.eos_id)] if finished else row
+            text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            captions.append((text.strip(), None, finished))
         return captions
 
 

@@ -11,16 +11,17 @@ import io
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from vlm_bridge.captioning.contact_sheet import thumbnail
+from vlm_bridge.captioning.explain import thumbnail
+from vlm_bridge.configuration import flat
 from vlm_bridge.evaluation.run_folder import Prediction, ReportedRun
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import simple_tokenize
@@ -30,11 +31,9 @@ FIRST_CURVES = ("loss", "visual_gain", "cider", "bleu4", "perplexity")
 SHOWN = 12  # images in each gallery
 THUMBNAIL = (320, 240)
 PEOPLE = "people"  # name of the first reference of each image beside the captioners
-LABELS = {"num_": "", "_": " ", "bleu4": "BLEU-4", "cider": "CIDEr"}
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 60, 545, 34, 250  # of a chart
-LEGEND_ROW = 18
-COLORS = 6
+LEGEND_ROW, NUM_TICKS, COLORS = 18, 5, 6
 MOST_POINTS = 400  # more cannot be seen and would bloat the file
 
 Points = Sequence[tuple[float, float]]
@@ -43,14 +42,20 @@ Row = Sequence[tuple[str, Prediction]]
 
 
 def write_report(
-    path: Path, runs: Sequence[ReportedRun], *, title: str, notes: Iterable[str] = ()
+    path: Path,
+    runs: Sequence[ReportedRun],
+    *,
+    title: str,
+    notes: Sequence[str] | None = None,
+    reference: str | None = None,
 ) -> None:
     """Write the report of a run, or of several side by side.
 
     Args:
         path: the HTML file, replaced when the new one is complete.
         title: heading and window title.
-        notes: lines about all runs.
+        notes: lines below the title; None is the notes of the runs.
+        reference: name of the run whose scores the others are shown as shares of.
 
     Raises:
         OSError: the file cannot be written.
@@ -58,18 +63,23 @@ def write_report(
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("vlm_bridge.evaluation", ""), autoescape=True)
-    environment.filters |= {"exact": repr, "shown": _shown, "label": _label}
-    prefixes = [f"{run.name}: " if len(runs) > 1 else "" for run in runs]
+    environment.filters |= {"shown": _shown, "label": _label}
     measured = [run for run in runs if run.scores]
+    whole = next((run for run in measured if run.name == reference), None)
     page = environment.get_template("report.html.j2").render(
         title=title,
         runs=runs,
         summary={n: runs[0].scores[n] for n in SUMMARY if n in runs[0].scores},
-        notes=chain(notes, *map(ReportedRun.all_notes, runs, prefixes)),
+        notes=[line for run in runs for line in run.notes] if notes is None else notes,
         metrics=list(dict.fromkeys(name for run in measured for name in run.scores)),
-        published=[s for name in {run.dataset for run in measured} for s in published_on(name)],
-        reference=next((run.name for run in measured if not run.shares), ""),
-        curves=_curves(runs, prefixes),
+        shares={r.name: r.shares_of(whole) for r in measured if r is not whole} if whole else {},
+        published=[
+            system
+            for name in dict.fromkeys(run.data.get("name") or "" for run in measured)
+            for system in published_on(name)
+        ],
+        reference=reference,
+        curves=_curves(runs),
         galleries=[(heading, list(map(_figure, rows))) for heading, rows in _galleries(runs)],
         statistics=_statistics(runs),
         people=PEOPLE,
@@ -90,10 +100,10 @@ def published_on(dataset: str) -> list[dict[str, Any]]:
 
 def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
     """Count words in the captions of each run, and in one human caption per image."""
-    predictions = {run.name: run.predictions for run in runs if run.predictions}
-    captions = {name: [p.caption for p in of_run] for name, of_run in predictions.items()}
-    for of_run in list(predictions.values())[:1]:
-        captions[PEOPLE] = [prediction.image.captions[0] for prediction in of_run]
+    captioned = {run.name: run.predictions for run in runs if run.predictions}
+    captions = {name: [p.caption for p in predictions] for name, predictions in captioned.items()}
+    for predictions in list(captioned.values())[:1]:
+        captions[PEOPLE] = [p.image.captions[0] for p in predictions]
     columns: dict[str, dict[str, float]] = {}
     for name, texts in captions.items():
         sentences = [tuple(sentence.split()) for sentence in simple_tokenize(texts)]
@@ -104,27 +114,23 @@ def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
             "vocabulary, words": len(set().union(*sentences)),
             "distinct, share": len(set(sentences)) / len(texts),
         }
-        ends = [p.finished for p in predictions.get(name, ()) if p.finished is not None]
+        ends = [p.finished for p in captioned.get(name, ()) if p.finished is not None]
         if ends:
             columns[name]["unfinished, share"] = ends.count(False) / len(ends)
     return columns
 
 
 def _galleries(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Sequence[Row]]]:
-    """Yield images of one run, or images that all runs captioned."""
-    several = len(runs) > 1
-    captioned = {run.name if several else "": run.predictions for run in runs if run.predictions}
-    by_image = {
-        name: {p.image.original_id if several else p.image: p for p in predictions}
-        for name, predictions in captioned.items()
-    }
-    rows: list[Row] = [
-        [(name, of[key]) for name, of in by_image.items()]
-        for key in next(iter(by_image.values()), ())
-        if all(key in of for of in by_image.values())
-    ]
+    """Yield headings with images of one run, or with images that all runs captioned."""
+    rows: list[Row] = [[("", prediction)] for prediction in runs[0].predictions]
+    if len(runs) > 1:
+        captioned = [run for run in runs if run.predictions]
+        by_id = {run.name: {p.image.original_id: p for p in run.predictions} for run in captioned}
+        ids = next(iter(by_id.values()), {})
+        common = [key for key in ids if all(key in of for of in by_id.values())]
+        rows = [[(name, of[key]) for name, of in by_id.items()] for key in common]
     yield "Drawn at random", random.Random(0).sample(rows, min(SHOWN, len(rows)))
-    if several:
+    if len(runs) > 1:
         yield "Where CIDEr differs most", sorted(rows, key=_spread)[::-1][:SHOWN]
         return
     ranked = sorted(rows, key=lambda row: row[0][1].cider)
@@ -150,25 +156,15 @@ def _figure(row: Row) -> dict[str, Any]:
 
 def _differing(runs: Sequence[ReportedRun]) -> dict[str, dict[str, object]]:
     """Return the dotted recipe keys that differ between runs."""
-
-    def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-        for key, inner in value.items():
-            if isinstance(inner, dict):
-                yield from flat(inner, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", inner
-
-    given = [run for run in runs if run.recipe_yaml]
-    recipes = {run.name: dict(flat(yaml.safe_load(run.recipe_yaml))) for run in given}
-    keys = dict.fromkeys(chain.from_iterable(recipes.values()))
+    recipes = {r.name: flat(yaml.safe_load(r.recipe_yaml)) for r in runs if r.recipe_yaml}
+    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
     differing = [k for k in keys if len({str(recipe.get(k)) for recipe in recipes.values()}) > 1]
     return {name: {key: recipe.get(key) for key in differing} for name, recipe in recipes.items()}
 
 
 def _label(name: str) -> str:
-    for old, new in LABELS.items():
-        name = name.replace(old, new)
-    return name
+    known = {"bleu4": "BLEU-4", "cider": "CIDEr"}
+    return known.get(name) or name.removeprefix("num_").replace("_", " ")
 
 
 def _shown(value: float) -> str:
@@ -178,48 +174,45 @@ def _shown(value: float) -> str:
     return f"{round(value, 4):.6g}"
 
 
-def _curves(runs: Sequence[ReportedRun], prefixes: Sequence[str]) -> list[str]:
+def _curves(runs: Sequence[ReportedRun]) -> list[str]:
     """Draw a chart per quantity."""
     charts: dict[str, dict[str, Points]] = {name: {} for name in FIRST_CURVES}
-    for run, prefix in zip(runs, prefixes, strict=True):
+    for run in runs:
         for name, curve in run.curves.items():
             series, _, quantity = name.rpartition("/")
+            label = f"{run.name}: {series}" if len(runs) > 1 else series
             if points := [(step, value) for step, value in curve if math.isfinite(value)]:
-                charts.setdefault(quantity, {})[prefix + (series or quantity)] = points
-    return [line_chart(_label(name), lines, "step") for name, lines in charts.items() if lines]
+                charts.setdefault(quantity, {})[label] = points
+    return [line_chart(_label(name), lines) for name, lines in charts.items() if lines]
 
 
-def line_chart(title: str, lines: Mapping[str, Points], x_label: str) -> str:
+def line_chart(title: str, lines: Mapping[str, Points]) -> str:
     """Return an ``<svg>`` that fills its container; several lines are named below it.
 
     It is colored by the CSS variables --soft, --line and --c0 to --c5.
 
     Args:
-        lines: name -> finite points in the order of x, at least one.
+        lines: name -> finite points (training step, value), at least one.
     """
     plots = [_thinned(points) for points in lines.values()]
-    x_ticks = _ticks([x for points in plots for x, _ in points])
-    y_ticks = _ticks([y for points in plots for _, y in points])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(LEFT + across * (RIGHT - LEFT), 1), round(BOTTOM - up * (BOTTOM - TOP), 1)
-
-    parts = [_text(LEFT, 18, title, "start", 14), _text((LEFT + RIGHT) / 2, BOTTOM + 36, x_label)]
-    for tick in y_ticks:
-        _, y = place(x_ticks[0], tick)
-        parts.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="var(--line)"/>')
-        parts.append(_text(LEFT - 6, y + 4, f"{tick:g}", "end"))
-    parts += [_text(place(tick, y_ticks[0])[0], BOTTOM + 18, f"{tick:g}") for tick in x_ticks]
+    low, high = np.concatenate(plots).min(0), np.concatenate(plots).max(0)
+    margin = (high - low <= 1e-9 * np.abs(low)) * (np.abs(low) + 1) / 2  # of a constant
+    low, high = low - margin, high + margin
+    corner, size = np.array([LEFT, BOTTOM]), np.array([RIGHT - LEFT, TOP - BOTTOM])
+    middle = (LEFT + RIGHT) / 2
+    parts = [_text(LEFT, 18, title, "start"), _text(middle, BOTTOM + 36, "training step")]
+    for share in np.linspace(0, 1, NUM_TICKS):
+        (x, y), (step, value) = corner + share * size, low + share * (high - low)
+        parts.append(f'<path d="M{LEFT} {y:g}H{RIGHT}" stroke="var(--line)"/>')
+        parts.append(_text(LEFT - 6, y + 4, f"{value:.4g}", "end"))
+        parts.append(_text(x, BOTTOM + 18, f"{step:.0f}"))
     row = BOTTOM + 40
     for number, (name, points) in enumerate(zip(lines, plots, strict=True)):
-        places = [place(x, y) for x, y in points]
-        color = f"var(--c{number % COLORS})"
-        stroke = f'fill="none" stroke="{color}" stroke-width="1.7"'
-        parts.append(f'<path d="M{"L".join(f"{x} {y}" for x, y in places)}" {stroke}/>')
-        if len(points) <= 30:
-            parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{color}"/>' for x, y in places]
+        places = corner + (points - low) / (high - low) * size
+        corners = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        stroke = f'fill="none" stroke="var(--c{number % COLORS})" stroke-width="2"'
+        # Round ends, and a last line of no length, make a single point a dot.
+        parts.append(f'<path d="M{corners}h0" {stroke} stroke-linecap="round"/>')
         if len(lines) > 1:
             row += LEGEND_ROW
             parts.append(f'<path d="M{LEFT} {row - 4}h28" {stroke}/>')
@@ -228,24 +221,12 @@ def line_chart(title: str, lines: Mapping[str, Points], x_label: str) -> str:
     return f'<svg {box} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", size: int = 12) -> str:
-    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"'
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="12"'
     return f'<text {place} fill="var(--soft)">{escape(text)}</text>'
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Return 3 to 7 round numbers, evenly spaced, that enclose the values."""
-    low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    magnitude = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(s for s in (1, 2, 5, 10) if (high - low) / (s * magnitude) <= 5) * magnitude
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
-
-
-def _thinned(points: Points) -> Points:
-    """Return means of neighbors, at most `MOST_POINTS` of them."""
-    size = -(-len(points) // MOST_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+def _thinned(points: Points) -> np.ndarray:
+    """Return means of neighbors [P, 2], at most `MOST_POINTS` of them."""
+    groups = np.array_split(np.array(points, float), min(len(points), MOST_POINTS))
+    return np.array([group.mean(0) for group in groups])

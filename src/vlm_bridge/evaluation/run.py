@@ -7,7 +7,6 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm_bridge.captioning.contact_sheet import SheetItem, contact_sheet
+from vlm_bridge.captioning.explain import SheetItem, draw_sheet
 from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
@@ -24,6 +23,7 @@ from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.report import SHOWN, write_report
 from vlm_bridge.evaluation.run_folder import (
+    MEASURED,
     METRICS_NAME,
     PREDICTIONS_NAME,
     REPORT_NAME,
@@ -34,14 +34,14 @@ from vlm_bridge.evaluation.run_folder import (
 )
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import SCORES, score_captions
-from vlm_bridge.metrics.java import java_version
+from vlm_bridge.metrics.coco import java_version
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.validation import Validation
 
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
-MEASURED = ("perplexity", "visual_gain")
+PACKAGES = ("vlm-bridge", "torch", "transformers", "accelerate", "pillow", "pycocoevalcap")
 NOT_OURS = "only measured for captioners of vlm-bridge"
 
 
@@ -93,7 +93,11 @@ def evaluate_captioner(
     if not readable:
         first = f"the first: {results[0].error}"
         raise DataError(f"none of the {len(images)} images can be captioned; {first}")
-    validation = validate(readable, batch_size=batch_size, world=world) if validate else None
+    measured: dict[str, float | None] = dict.fromkeys(MEASURED)
+    if validate:
+        found = validate(readable, batch_size=batch_size, world=world)
+        values = {name: getattr(found, name) for name in MEASURED}
+        measured |= {name: value for name, value in values.items() if math.isfinite(value)}
     # By path: images of several folders may share an id.
     references = {str(image.path): image.captions for image in images}
     texts = [result.caption or "" for result in results]
@@ -107,7 +111,7 @@ def evaluate_captioner(
     metrics = {
         **dict.fromkeys(name for name in SCORES if name != "SPICE"),
         **scores.corpus,
-        **_measured(validation),
+        **measured,
         "num_images": len(images),
         "num_failures": len(images) - len(readable),
         "decode": decode.to_dict(),
@@ -120,22 +124,12 @@ def evaluate_captioner(
     return Evaluation(predictions, metrics)
 
 
-def _measured(validation: Validation | None) -> dict[str, float | None]:
-    if validation is None:
-        return dict.fromkeys(MEASURED)
-    values = (validation.perplexity, validation.visual_gain)
-    finite = (value if math.isfinite(value) else None for value in values)
-    return dict(zip(MEASURED, finite, strict=True))
-
-
 def versions() -> dict[str, str]:
     """Return installed versions and the system; no names or paths of the machine."""
     system = f"{platform.system()} {platform.machine()}"
-    found = {"python": platform.python_version(), "platform": system}
-    for name in ("vlm-bridge", "torch", "transformers", "accelerate", "pillow", "pycocoevalcap"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found | ({"java": java} if (java := java_version()) else {})
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    java = {"java": version} if (version := java_version()) else {}
+    return {"python": platform.python_version(), "platform": system, **packages, **java}
 
 
 def _caption(
@@ -178,11 +172,10 @@ def write_evaluation(
     half = min(SHOWN, len(ranked) // 2)
     chosen = [*ranked[half:][: -1 - SHOWN : -1], *ranked[:half]]
     sheet = [SheetItem(p.image.path, p.caption, p.image.captions[0], p.cider) for p in chosen]
-    contact_sheet(sheet, folder / "contact_sheet.png", title=f"{title}: best and worst by CIDEr")
-    name, dataset = metrics["model"].get("name"), metrics["data"].get("name")
-    run = ReportedRun(
-        name or "this evaluation", dataset or "", metrics, predictions, curves or {}, recipe_yaml
-    )
+    best_and_worst = draw_sheet(sheet, title=f"{title}: best and worst by CIDEr")
+    best_and_worst.save(folder / "contact_sheet.png")
+    name = metrics["model"].get("name") or "this evaluation"
+    run = ReportedRun(name, metrics, predictions, curves or {}, recipe_yaml)
     write_report(folder / REPORT_NAME, [run], title=title)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_bridge.data_pipeline.images import MAX_FILE_BYTES
 from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
 from vlm_bridge.errors import CheckpointError, DataError
 from vlm_bridge.files import write_atomically
@@ -21,7 +20,10 @@ REPORT_NAME = "report.html"
 NOT_CURVES = frozenset(
     {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
 )
-SERIES = {"decoded": "validation", "samples": "validation"}
+MEASURED = ("perplexity", "visual_gain")
+"""Per token of each model's own vocabulary, so never a share of another model's."""
+SHOWN_AS_ZERO = 5e-5
+"""Reference scores below it have no shares: pycocoevalcap's BLEU is never exactly 0."""
 Curve = list[tuple[int, float]]
 """Points (training step, value)."""
 HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
@@ -70,15 +72,12 @@ class Prediction:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prediction:
         """Read `to_record`; ValueError, KeyError or TypeError where it is damaged."""
-        path = Path(record["image"])
+        path, scores = Path(record["image"]), record["scores"]
         if place := record.get("tar"):
-            offset, size = place["offset"], place["size"]
-            if not (type(offset) is type(size) is int and offset >= 0 <= size <= MAX_FILE_BYTES):
-                raise ValueError("no place in a tar")
             member = record["image"].removeprefix(f"{place['file']}/")
+            offset, size = int(place["offset"]), int(place["size"])
             path = TarImage(Path(place["file"]), offset, size, member)
         image = CaptionedImage(path, tuple(record["references"]), record["original_id"])
-        scores = record["scores"]
         if not image.captions or "CIDEr" not in scores:
             raise ValueError("no references, or no CIDEr")
         log_probability, error = record["log_probability"], record.get("error")
@@ -91,38 +90,49 @@ class ReportedRun:
 
     Attributes:
         name: unique within a report.
-        dataset: name of the data, to find published scores.
         metrics: content of ``metrics.json``; numbers at its top level are scores.
         predictions: in the order of the images.
         curves: ``series/quantity`` (``train/loss``) -> points. Series of one quantity share a
             chart.
         recipe_yaml: the whole recipe.
-        shares: metric -> fraction of the reference run's score.
-        notes: one line each.
+        missing: one line for each part that was not found.
+        path: the file of scores.
     """
 
     name: str
-    dataset: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     predictions: Sequence[Prediction] = ()
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     recipe_yaml: str = ""
-    shares: Mapping[str, float] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    path: Path | None = None
 
     @property
     def scores(self) -> dict[str, Any]:
         """All numbers of the metrics but the failures, in the usual order."""
-        names = dict.fromkeys((*SCORES, "perplexity", "visual_gain", *self.metrics))
+        names = dict.fromkeys((*SCORES, *MEASURED, *self.metrics))
         values = ((name, self.metrics.get(name)) for name in names if name != "num_failures")
         return {name: value for name, value in values if type(value) in (int, float)}
 
-    def all_notes(self, prefix: str) -> list[str]:
-        skipped = self.metrics.get("skipped") or {}
-        lines = [*self.notes, *score_notes(skipped, self.metrics.get("tokenizer"))]
-        if failures := self.metrics.get("num_failures"):
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The ``name``, ``split`` and hashes of the images of the evaluation."""
+        return self.metrics.get("data") or {}
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for everything that a reader must know."""
+        skipped, failures = self.metrics.get("skipped") or {}, self.metrics.get("num_failures")
+        lines = [*self.missing, *score_notes(skipped, self.metrics.get("tokenizer"))]
+        if failures:
             lines.append(f"{failures} image(s) were not captioned and count as empty captions")
-        return [prefix + line for line in lines]
+        return lines
+
+    def shares_of(self, reference: ReportedRun) -> dict[str, float]:
+        """Return scores as fractions of the reference's, where that means something."""
+        own, others = self.scores, reference.scores
+        known = [name for name in SCORES if name in own and others.get(name, 0) >= SHOWN_AS_ZERO]
+        return {name: own[name] / others[name] for name in known}
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -173,15 +183,25 @@ def read_metrics(file: Path) -> dict[str, Any]:
     return content
 
 
-def model_name(metrics: Mapping[str, Any], file: Path) -> str:
-    """Return the recorded name, or else the name of the run or file."""
-    recorded = (metrics.get("model") or {}).get("name")
+def read_scores(path: Path) -> ReportedRun:
+    """Read the scores of a JSON file, an evaluation's folder, or the latest one in a run folder.
+
+    Raises:
+        DataError: nothing is there, or it holds no scores.
+    """
+    files = evaluations_in(path)
+    if not files:
+        raise DataError(f"no scores at {path}: {HOW}")
+    file = files[-1]
+    metrics = read_metrics(file)
     unrecorded = _run_of(file).resolve().name if file.name == METRICS_NAME else file.stem
-    return str(recorded or unrecorded)
+    name = (metrics.get("model") or {}).get("name") or unrecorded
+    notes = [f"Scores of {file.parent}, the latest of {len(files)} evaluations."]
+    return ReportedRun(str(name), metrics, missing=notes if files[1:] else [], path=file)
 
 
 def read_run(path: Path) -> ReportedRun:
-    """Read the parts of a run for a report. Missing ones become notes.
+    """Read the parts of a run for a report.
 
     Args:
         path: a run folder (``logs``, ``checkpoints``, evaluations in subfolders), an evaluation's
@@ -192,49 +212,41 @@ def read_run(path: Path) -> ReportedRun:
     """
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
-    root, evaluations, notes = _run_of(path), evaluations_in(path), []
-    name, metrics, predictions = root.resolve().name, {}, []
-    if evaluations:
-        file = evaluations[-1]
-        metrics = read_metrics(file)
-        name = model_name(metrics, file)
+    root, predictions = _run_of(path), []
+    if evaluations_in(path):
+        run = read_scores(path)
         # A file that --json wrote may lie beside another evaluation's predictions.
-        if file.name == METRICS_NAME:
-            predictions = read_predictions(file.parent / PREDICTIONS_NAME)
-        if not predictions:
-            notes.append(f"No {PREDICTIONS_NAME}: evaluate with --output-dir to see images.")
-        if len(evaluations) > 1:
-            notes.append(f"Scores of {file.parent}, the latest of {len(evaluations)} evaluations.")
+        if run.path and run.path.name == METRICS_NAME:
+            predictions = read_predictions(run.path.with_name(PREDICTIONS_NAME))
+        no_images = f"No {PREDICTIONS_NAME}: evaluate with --output-dir to see images."
+        missing = [*run.missing, *([] if predictions else [no_images])]
     else:
-        notes.append(NOT_EVALUATED)
+        run, missing = ReportedRun(root.resolve().name), [NOT_EVALUATED]
     curves = read_curves(root / "logs")
     if not curves:
-        notes.append(f"No training log at {root / 'logs'}: no curves.")
-    recipe_yaml, trained_on = _read_recipe(root, notes)
-    if not (metrics or curves or recipe_yaml):
+        missing.append(f"No training log at {root / 'logs'}: no curves.")
+    try:
+        recipe_yaml = _read_recipe(root)
+    except CheckpointError as error:
+        recipe_yaml = ""
+        missing.append(f"No recipe: {error}")
+    if not (run.metrics or curves or recipe_yaml):
         raise DataError(
             f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run "
             "folder"
         )
-    dataset = (metrics.get("data") or {}).get("name") or trained_on
-    return ReportedRun(name, dataset, metrics, predictions, curves, recipe_yaml, notes=notes)
+    return replace(
+        run, predictions=predictions, curves=curves, recipe_yaml=recipe_yaml, missing=missing
+    )
 
 
-def _read_recipe(root: Path, notes: list[str]) -> tuple[str, str]:
-    """Return the recipe and the data's name from a run's checkpoint; empty with a note if none."""
+def _read_recipe(root: Path) -> str:
+    """Return the recipe in a run's checkpoint. Raises CheckpointError where there is none."""
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
-    if not checkpoints.has_checkpoint(root):
-        notes.append(f"No checkpoint in {root}: no recipe.")
-        return "", ""
     where = checkpoints.checkpoint_path(root)
-    try:
-        content = checkpoints.load_checkpoint(where)
-        recipe = checkpoints.recipe_of(content, where, to_build=False)
-    except CheckpointError as error:
-        notes.append(f"No recipe: {error}")
-        return "", ""
-    return recipe.to_yaml(), Path(recipe.data_dir).name
+    content = checkpoints.load_checkpoint(where)
+    return checkpoints.recipe_of(content, where, to_build=False).to_yaml()
 
 
 def _run_of(path: Path) -> Path:
@@ -262,11 +274,12 @@ def read_curves(log_dir: Path) -> dict[str, Curve]:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            series, step = SERIES.get(event["event"], event["event"]), event["step"]
+            series, step = event["event"], event["step"]
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise DataError(f"{path}:{number} is not an event of a training run") from None
+        series = "train" if series == "train" else "validation"
         for quantity, value in event.items():
             if isinstance(value, int | float) and quantity not in NOT_CURVES:
                 curve = curves.setdefault(f"{series}/{quantity}", [])

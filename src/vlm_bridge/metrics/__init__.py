@@ -12,8 +12,7 @@ from typing import Literal
 
 from vlm_bridge.errors import DataError
 from vlm_bridge.metrics import coco
-from vlm_bridge.metrics.coco import ptb_tokenize, simple_tokenize
-from vlm_bridge.metrics.java import JavaError
+from vlm_bridge.metrics.coco import JavaError, ptb_tokenize, simple_tokenize
 
 # The scores that each function returns, in the order in which they are shown.
 METRICS: dict[tuple[str, ...], Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {

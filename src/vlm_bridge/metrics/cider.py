@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
+from typing import NamedTuple
 
-MAX_N = 4
 SIGMA = 6.0  # width of the length penalty
 Phrase = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Vector:
+class _Vector(NamedTuple):
     """Tf-idf weights of a sentence's n-grams, their norms for n = 1..4, and its word pairs."""
 
     weights: dict[Phrase, float]
@@ -39,49 +39,42 @@ class CiderD:
         self.references = references
         self.document_frequency: Counter[Phrase] = Counter()
         for sentences in references:
-            self.document_frequency.update(
-                {phrase for sentence in sentences for phrase in _phrases(sentence.split())}
-            )
+            self.document_frequency.update(set(chain.from_iterable(map(_phrases, sentences))))
         self._log_images = math.log(len(references))
 
     def scores(self, image: int, captions: Iterable[str]) -> list[float]:
         """Score captions (tokens joined by spaces) of an image, each from 0 to 10."""
         references = [self._vector(sentence) for sentence in self.references[image]]
         return [
-            10 * sum(_similarity(vector, reference) for reference in references) / len(references)
+            10 * fmean(_similarity(vector, reference) for reference in references)
             for vector in map(self._vector, captions)
         ]
 
     def _vector(self, sentence: str) -> _Vector:
-        words = sentence.split()
-        weights: dict[Phrase, float] = {}
-        squares = [0.0] * MAX_N
-        for phrase, count in Counter(_phrases(words)).items():
+        weights, squares = {}, [0.0] * 4
+        for phrase, count in Counter(_phrases(sentence)).items():
             frequency = self.document_frequency.get(phrase, 1)
             weight = weights[phrase] = count * (self._log_images - math.log(frequency))
-            squares[len(phrase) - 1] += weight * weight
+            squares[len(phrase) - 1] += weight**2
         # As in the reference implementation, the length penalty compares numbers of word pairs.
-        return _Vector(weights, [math.sqrt(square) for square in squares], max(0, len(words) - 1))
+        return _Vector(weights, list(map(math.sqrt, squares)), max(0, len(sentence.split()) - 1))
 
 
 def _similarity(caption: _Vector, reference: _Vector) -> float:
-    products = [0.0] * MAX_N
+    products = [0.0] * 4
     for phrase, weight in caption.weights.items():
-        if other := reference.weights.get(phrase):
-            products[len(phrase) - 1] += min(weight, other) * other
+        other = reference.weights.get(phrase, 0.0)
+        products[len(phrase) - 1] += min(weight, other) * other
     cosines = [
         product / (norm * other)
         for product, norm, other in zip(products, caption.norms, reference.norms, strict=True)
         if norm and other
     ]
     penalty = math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
-    return penalty * sum(cosines) / MAX_N
+    return penalty * sum(cosines) / 4
 
 
-def _phrases(words: Sequence[str]) -> list[Phrase]:
-    """Return all n-grams of 1 to `MAX_N` words, repeated ones included."""
-    return [
-        tuple(words[start : start + n])
-        for n in range(1, MAX_N + 1)
-        for start in range(len(words) - n + 1)
-    ]
+def _phrases(sentence: str) -> list[Phrase]:
+    """Return all n-grams of 1 to 4 words, repeated ones included."""
+    words = sentence.split()
+    return [tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1)]

@@ -1,20 +1,29 @@
-"""Tokens and scorers of pycocoevalcap, one function a metric; and tokens that need no Java."""
+"""Tokens and scorers of pycocoevalcap, one function a metric; and tokens that need no Java.
+
+Its Java programs are run here: its own wrappers wait forever for a Java that died.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import SupportsFloat
 
-from vlm_bridge.metrics.java import JavaError, find_java, run_java
-
-PTB_TIMEOUT_S = METEOR_TIMEOUT_S = 300.0
-SPICE_TIMEOUT_S = 3600.0
+TIMEOUT_S, SPICE_TIMEOUT_S = 300.0, 3600.0
+# Otherwise the jars read and write text in the locale's encoding and decimal mark.
+TEXT_OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
+INSTALL_JAVA = {
+    "darwin": "brew install openjdk",
+    "win32": "winget install EclipseAdoptium.Temurin.21.JRE",
+}.get(sys.platform, "sudo apt-get install default-jre-headless")
 
 Tokens = dict[str, list[str]]
 """Image id -> sentences as tokens joined by spaces, the form that pycocoevalcap takes."""
@@ -31,6 +40,52 @@ _TOKEN = re.compile(
 logger = logging.getLogger(__name__)
 
 
+class JavaError(Exception):
+    """A Java program cannot run; the message has the reason and how to mend it."""
+
+
+def find_java() -> str:
+    """Return the path of `java`. Raises JavaError if there is none."""
+    if executable := shutil.which("java"):
+        return executable
+    raise JavaError(f"no Java found; install it with: {INSTALL_JAVA}")
+
+
+def java_version() -> str | None:
+    """Return the first line of `java -version`; None without a working Java."""
+    try:
+        command = [find_java(), "-version"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (JavaError, OSError, subprocess.SubprocessError):
+        return None
+    return answer.stderr.partition("\n")[0]
+
+
+def run_java(
+    arguments: Sequence[str | Path], text: str = "", *, timeout_s: float, cwd: Path | None = None
+) -> str:
+    """Run a Java program on a text and return its output.
+
+    Raises:
+        JavaError: Java is missing, failed, or did not end within `timeout_s` seconds.
+    """
+    command = [find_java(), *TEXT_OPTIONS, *arguments]
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, encoding="utf-8", timeout=timeout_s, cwd=cwd
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"Java gave no answer within {timeout_s:g} s and was stopped"
+        raise JavaError(reason) from None
+    except (OSError, ValueError) as error:
+        raise JavaError(f"Java failed: {error}") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reasons = [line for line in lines if "Error" in line or "Exception" in line] or lines
+        raise JavaError(f"Java failed: {(reasons or [f'exit code {done.returncode}'])[0]}")
+    return done.stdout
+
+
 def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     """Return lower-case Penn Treebank tokens without punctuation, joined by spaces.
 
@@ -45,7 +100,7 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     text = "".join(f"{' '.join(sentence.split())}\n" for sentence in sentences)
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     program = ("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer")
-    output = run_java([*program, "-preserveLines", "-lowerCase"], text, timeout_s=PTB_TIMEOUT_S)
+    output = run_java([*program, "-preserveLines", "-lowerCase"], text, timeout_s=TIMEOUT_S)
     lines = output.split("\n")[:-1]
     if len(lines) != len(sentences):
         raise JavaError(f"Java failed: PTB tokens for {len(lines)} of {len(sentences)} lines")
@@ -110,7 +165,7 @@ def meteor(gts: Tokens, res: Tokens) -> Scores:
             lines = (f"{text.replace('|||', '').replace('  ', ' ')}\n" for text in sentences)
             Path(scratch, name).write_text("".join(lines), encoding="utf-8")
         program = ["-Xmx2G", "-jar", jar, *files, "-l", "en", "-norm", "-r", str(most)]
-        output = run_java(program, timeout_s=METEOR_TIMEOUT_S, cwd=Path(scratch))
+        output = run_java(program, timeout_s=TIMEOUT_S, cwd=Path(scratch))
     scores = [float(score) for score in re.findall(r"(?m)^Segment \d+ score:\t(.+)$", output)]
     final = re.search(r"(?m)^Final score:\s+(.+)$", output)
     if final is None or len(scores) != len(gts):
