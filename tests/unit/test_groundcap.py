@@ -100,7 +100,11 @@ def test_broken_rows_are_skipped(tmp_path: Path) -> None:
     skipped = {entry["id"]: entry["reason"] for entry in manifest["rejected"]}
     assert skipped.pop("train-00000-of-00001.parquet row 6") == "it has no id"
     assert set(skipped) == {f"frame_00000{n}" for n in (1, 2, 3, 4, 5, 7)}
-    assert skipped["frame_000005"] == skipped["frame_000007"] == "1 of 1 captions without words"
+    assert (
+        skipped["frame_000005"]
+        == skipped["frame_000007"]
+        == "1 of 1 captions without words, or too long"
+    )
     assert sum(counts["images"] for counts in manifest["counts"].values()) == 33
 
 
@@ -110,8 +114,8 @@ def test_statistics_count_words_without_tags_and_the_tags(dataset: Path) -> None
     assert statistics["films"] == 12 and statistics["images_per_film"]["max"] == 25
     assert statistics["words_per_caption"]["max"] == 10
     assert statistics["tokens_per_caption"]["min"] >= 40
-    assert statistics["tags"]["kinds"]["gda"]["ids_per_tag"] == {1: 300}
-    assert statistics["tags"]["kinds"]["gdo"]["classes"] == 3
+    assert statistics["tags"]["actions"]["tags"] == 300
+    assert statistics["tags"]["objects"]["classes"] == 3
     facts = source.facts()
     assert facts["rows"] == {"test": 60, "train": 240}
     assert list(facts["fields"]) == ["id", "image", "detections", "caption", "human_annotated"]

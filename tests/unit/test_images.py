@@ -85,22 +85,22 @@ def test_every_format_is_shown_upright(kind: str) -> None:
 def test_broken_files_name_their_reason(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html></html>")
     (tmp_path / "cut.jpg").write_bytes(FILES["jpeg"]()[:5000])
     os.mkfifo(tmp_path / "pipe.jpg")
     for name, reason in [
         ("missing.jpg", "no such file"),
         ("empty.jpg", "empty"),
         ("text.jpg", "no image, or a damaged one"),
-        ("page.jpg", "an HTML page"),
         ("cut.jpg", "truncated"),
         ("pipe.jpg", "a pipe"),
-        (".", "folder"),
+        (".", "a folder"),
     ]:
         with pytest.raises(ImageError, match=reason) as caught:
             open_image(tmp_path / name)
         assert caught.value.path == str(tmp_path / name)
         assert "\n" not in str(caught.value)
+    (tmp_path / "IMG_0001.HEIC").write_bytes(FILES["jpeg"]())
+    assert open_image(tmp_path / "IMG_0001.HEIC").size == (60, 40)
 
 
 # Files that cost more than they are.
@@ -173,32 +173,15 @@ def test_hostile_metadata_costs_neither_time_nor_memory(name: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
-@pytest.mark.parametrize(
-    ("size", "reason"),
-    [
-        ((12_000, 12_000), "more than 51 million pixels"),
-        ((7_142, 7_142), "more than 51 million pixels"),
-        ((1, 51_000_000), "1 x 51000000 has a side of more than 65,535 pixels"),
-    ],
-)
-def test_huge_images_are_refused_from_their_header(size: tuple[int, int], reason: str) -> None:
-    content = png(size=size, rows=1)
+@pytest.mark.parametrize("size", [(12_000, 12_000), (7_142, 7_142), (1, 50_000_000)])
+def test_huge_images_are_refused_from_their_header(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for read in (decode_image, image_size):
-        with pytest.raises(ImageError, match=reason):
-            read(content)
-
-
-def test_a_large_jpeg_is_read_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = saved(noise(0, (640, 480)), "JPEG")
-    for most, size in ((640 * 480, (640, 480)), (640 * 480 - 1, (320, 240)), (20_000, (160, 120))):
-        monkeypatch.setattr(images.LIMITS, "max_pixels", most)
-        decoded = decode_image(content)
-        assert decoded.image.size == size
-        assert decoded.is_plain_jpeg is (size == (640, 480))
-    with pytest.raises(ImageError, match="--max-pixels raises the limit"):
-        opened(saved(noise(0, (640, 480)), "PNG"))
+        with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} is too large.*--max-pixels"):
+            read(png(size=size))
     monkeypatch.setattr(images.LIMITS, "max_pixels", 0)
-    assert opened(content).size == (640, 480)
+    assert image_size(png(size=size)) == size
 
 
 # Processes with limits.
@@ -207,26 +190,22 @@ def test_a_large_jpeg_is_read_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 def misbehave(task: str) -> str:
     if task == "sleep":
         time.sleep(600)
-    if task == "eat":
-        return str(len(bytes(8 << 30)))
     if task == "die":
         os._exit(9)
     return task.upper()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux counts it")
 def test_a_task_that_takes_too_much_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with ImageReader(2) as reader:
         assert reader.open_image(FILES["gif"]()).tobytes() == opened(FILES["gif"]()).tobytes()
         with pytest.raises(ImageError, match=r"in memory \(5 bytes\): it is no image"):
             reader.open_image(b"words")
         monkeypatch.setattr(images, "SECONDS_AN_IMAGE", 2)
-        tasks = ["a", "sleep", "b", "die", "eat", "c"]
-        calls = [reader.submit(misbehave, task) for task in tasks]
-        assert [result_of(calls[i], tasks[i]) for i in (0, 2, 5)] == ["A", "B", "C"]
-        for index, reason in ((1, "more than 2 s"), (3, "ended its process"), (4, "2 GiB of")):
-            with pytest.raises(ImageError, match=f"{tasks[index]}.*{reason}"):
-                result_of(calls[index], tasks[index])
+        calls = {task: reader.submit(misbehave, task) for task in ("a", "sleep", "b", "die", "c")}
+        assert [result_of(calls[task], task) for task in "abc"] == ["A", "B", "C"]
+        for task, reason in (("sleep", "more than 2 s"), ("die", "ended its process")):
+            with pytest.raises(ImageError, match=f"{task}.*{reason}"):
+                result_of(calls[task], task)
 
 
 # Paths.
@@ -238,24 +217,12 @@ def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     a, b, c = tmp_path / "a.jpg", tmp_path / "b.png", tmp_path / "sub/c.PNG"
     notes = tmp_path / "notes.txt"
+    logged = log_lines()
     assert iter_image_paths([b, tmp_path]) == [b, a, b, c]
+    assert logged == [f"{tmp_path}: skipped 1 files that are no images"]
     assert iter_image_paths([str(tmp_path / "*.png"), notes]) == [b, notes]
     assert iter_image_paths([str(tmp_path / "**" / "*.PNG")]) == [c]
     (tmp_path / "empty").mkdir()
     for path in ("missing.jpg", "empty", "*.tiff"):
         with pytest.raises(DataError):
             iter_image_paths([tmp_path / path])
-
-
-def test_skipped_files_of_a_folder_are_logged(tmp_path: Path) -> None:
-    names = ("a.jpg", "b.HEIC", "c.avif", "d.jp2", "e.jfif")
-    for name in (*names, "f.txt", "g.txt", "h.mov", "README", ".hidden"):
-        (tmp_path / name).write_bytes(b"x")
-    logged = log_lines()
-    assert len(iter_image_paths([tmp_path])) == len(names)
-    assert logged == [f"{tmp_path}: skipped 4 files that are no images (.mov, .txt)"]
-
-
-def test_a_file_named_otherwise_is_read(tmp_path: Path) -> None:
-    (tmp_path / "IMG_0001.HEIC").write_bytes(FILES["jpeg"]())
-    assert open_image(tmp_path / "IMG_0001.HEIC").size == (60, 40)

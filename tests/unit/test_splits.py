@@ -46,16 +46,6 @@ def test_usual_names_of_splits() -> None:
     assert [normalise_split(n) for n in names] == ["val", "val", "test", "train", None]
 
 
-@pytest.mark.parametrize(
-    ("number", "by", "fraction"),
-    [(50, "image", 0.1), (2_000, "image", 0.05), (10_000, "hash", 0.01)],
-)
-def test_small_sets_hold_out_enough(number: int, by: str, fraction: float) -> None:
-    rule = SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100)
-    rule = rule.resolve([None] * number)
-    assert (rule.by, rule.val_fraction, rule.test_fraction) == (by, fraction, fraction)
-
-
 def test_the_published_numbers() -> None:
     assert GROUNDCAP.sizes(52_350) == {"train": 41_880, "val": 2_618, "test": 7_852}
 

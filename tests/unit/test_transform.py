@@ -53,10 +53,8 @@ def write_captions(
 
 def test_the_number_of_processes_does_not_matter(dataset: Path, tmp_path: Path) -> None:
     (dataset / "7.jpg").write_bytes(b"broken")
-    one = transform(LocalFolder(dataset), tmp_path / "one", workers=1)
-    two = transform(LocalFolder(dataset), tmp_path / "two", workers=2)
-    assert one == two
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    one, two = (transform(LocalFolder(dataset), tmp_path / str(n), workers=n) for n in (1, 2))
+    assert one == two and tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 def test_an_interrupted_run_continues_to_the_same_result(dataset: Path, tmp_path: Path) -> None:
@@ -83,16 +81,12 @@ def test_an_interrupted_run_continues_to_the_same_result(dataset: Path, tmp_path
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_a_finished_folder_is_left_alone(dataset: Path, tmp_path: Path) -> None:
-    first = transform(LocalFolder(dataset), tmp_path / "out")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert transform(LocalFolder(dataset), tmp_path / "out") == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-
-
 def test_other_settings_sources_and_files_are_refused(dataset: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "out", LocalFolder(dataset)
-    transform(source, out)
+    first = transform(source, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert transform(source, out) == first, "a finished folder is left alone"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(DataError, match="seed was 0"):
         transform(source, out, seed=1)
     with pytest.raises(DataError, match=r"val_fraction was 0\.1"):
@@ -102,7 +96,7 @@ def test_other_settings_sources_and_files_are_refused(dataset: Path, tmp_path: P
     with pytest.raises(DataError, match="source was local"):
         transform(Scenes(2, 1, 1), out)
     write_captions(dataset, {"0.jpg": "another caption"})
-    with pytest.raises(DataError, match="captions or images of the source differ"):
+    with pytest.raises(DataError, match="captions or images differ"):
         transform(source, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").touch()
@@ -126,17 +120,12 @@ def test_odd_images_are_made_upright_rgb_or_skipped(tmp_path: Path) -> None:
     }
     for name, (image, options) in good.items():
         image.save(root / name, **options)
-    (root / "empty.jpg").touch()
-    (root / "text.jpg").write_text("text")
     (root / "cut.jpg").write_bytes((root / "large.jpg").read_bytes()[:2000])
-    bad = {"empty": "empty", "text": "no image", "cut": "truncated"}
-    write_captions(root, dict.fromkeys([*good, *(f"{name}.jpg" for name in bad)], "A caption."))
-
+    write_captions(root, dict.fromkeys([*good, "cut.jpg"], "A caption."))
     manifest = transform(LocalFolder(root), tmp_path / "out", val_fraction=0, test_fraction=0)
     assert manifest["counts"]["train"] == {"images": len(good), "captions": len(good)}
-    reasons = {entry["id"]: entry["reason"] for entry in manifest["rejected"]}
-    assert reasons.keys() == bad.keys()
-    assert all(bad[name] in reasons[name] for name in bad)
+    (broken,) = manifest["rejected"]
+    assert broken["id"] == "cut" and "truncated" in broken["reason"]
     made = CaptionFolder.open(tmp_path / "out").split("train")
     images = {image.original_id: image.path for image in made}
     for path in images.values():
@@ -163,19 +152,16 @@ def test_equal_images_stay_in_one_split_and_the_test_split_wins(tmp_path: Path) 
         {"id": "a", "reason": "train: same image as c in test"},
         {"id": "b", "reason": "val: same image as c in test"},
     ]
-    assert manifest["duplicates"]["within_a_split"] == 1
     assert len(list((tmp_path / "out").rglob("*.jpg"))) == 4
 
 
 def test_near_duplicates_are_reported_and_kept(tmp_path: Path) -> None:
-    root = tmp_path / "dataset"
-    root.mkdir()
-    drawn(1, (64, 64)).save(root / "a.png")
-    drawn(1, (64, 64)).save(root / "b.jpg", quality=60)
-    drawn(2, (64, 64)).save(root / "c.png")
+    drawn(1, (64, 64)).save(tmp_path / "a.png")
+    drawn(1, (64, 64)).save(tmp_path / "b.jpg", quality=60)
+    drawn(2, (64, 64)).save(tmp_path / "c.png")
     splits = {"a.png": "train", "b.jpg": "val", "c.png": "train"}
-    write_captions(root, dict.fromkeys(splits, "A caption."), splits)
-    manifest = transform(LocalFolder(root), tmp_path / "out")
+    write_captions(tmp_path, dict.fromkeys(splits, "A caption."), splits)
+    manifest = transform(LocalFolder(tmp_path), tmp_path / "out")
     near = manifest["near_duplicates"]
     assert (near["pairs"], near["pairs_across_splits"]) == (1, 1)
     assert near["listed"][0]["images"] == ["train/a", "val/b"]
@@ -189,7 +175,9 @@ def test_empty_captions_are_counted_and_images_without_any_left_out(
     manifest = transform(
         LocalFolder(dataset), tmp_path / "out", caption_style="sentence", val_fraction=0
     )
-    assert {"id": "1", "reason": "1 of 1 captions without words"} in manifest["rejected"]
+    assert {"id": "1", "reason": "1 of 1 captions without words, or too long"} in manifest[
+        "rejected"
+    ]
     folder = CaptionFolder.open(tmp_path / "out")
     assert [i.captions for split in folder.splits for i in folder.split(split)] == [("A dog.",)]
 

@@ -334,8 +334,7 @@ def _preview(source: Source, planning: Planning, num_rows: int | None) -> dict[s
     if num_rows is None:
         captions, rule = preview(source, **planning)
     else:
-        shares = (planning.get(name) for name in ("split_by", "val_fraction", "test_fraction"))
-        rule = split_rule(source, *shares).resolve([None] * num_rows)
+        rule = split_rule(source, planning).resolve([None] * num_rows)
         most = planning.get("limit") or num_rows
         captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
     recipe = Recipe()

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.captions import find_tags, strip_tags
+from vlm_bridge.data_pipeline.captions import count_tags, strip_tags
 from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.data_pipeline.samples import DataFolder, ImageFile, Skipped, SkippedSample
 from vlm_bridge.data_pipeline.sources import SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import SPLITS
 from vlm_bridge.errors import ImageError
 
-TAG_MEANINGS = {"gdo": "objects", "gda": "actions", "gdl": "locations"}
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _UNDECIDED = "undecided"  # an image that `transform` will assign to a split
 
@@ -31,11 +30,11 @@ def folder_items(folder: DataFolder, skipped: list[SkippedSample]) -> list[Sourc
     for split in SPLITS:
         if split not in folder.splits:
             continue
-        bad = Skipped(split)
-        for image in folder.split(split, bad):
+        unusable = Skipped(split)
+        for image in folder.split(split, unusable):
             captions = list(image.captions)
             items.append(SourceItem(image.original_id, captions, split, image.path))
-        skipped += bad.samples
+        skipped += unusable.samples
     return items
 
 
@@ -81,36 +80,6 @@ def describe_items(
         },
         "tags": count_tags(captions),
         "unreadable": [item._asdict() for item in unreadable],
-    }
-
-
-def count_tags(captions: Sequence[str]) -> dict[str, Any] | None:
-    """Return counts of grounding tags as plain data, None without any.
-
-    Of each kind: the number of tags and of classes, the counts of the most frequent ones, and how
-    many tags name 0, 1, 2 ... detections. ``ids_per_caption`` is the mean number of different ones.
-    """
-    tagged = [tags for tags in map(find_tags, captions) if tags]
-    if not tagged:
-        return None
-    kinds: dict[str, Any] = {}
-    for kind, meaning in TAG_MEANINGS.items():
-        of_kind = [tag for tags in tagged for tag in tags if tag.kind == kind]
-        classes = Counter(tag.object_class for tag in of_kind)
-        kinds[kind] = {
-            "meaning": meaning,
-            "tags": len(of_kind),
-            "classes": len(classes),
-            "most_common": dict(classes.most_common(10)),
-            "ids_per_tag": dict(sorted(Counter(len(tag.ids) for tag in of_kind).items())),
-        }
-    unbalanced = [tags for tags in tagged if 2 * sum(tag.is_opening for tag in tags) != len(tags)]
-    num_ids = [len({name for tag in tags for name in tag.ids}) for tags in tagged]
-    return {
-        "captions_with_tags": len(tagged),
-        "captions_with_unbalanced_tags": len(unbalanced),
-        "ids_per_caption": float(np.mean(num_ids)),
-        "kinds": kinds,
     }
 
 

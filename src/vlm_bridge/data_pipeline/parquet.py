@@ -35,15 +35,14 @@ class ParquetImage(NamedTuple):
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (row group, row within it, values of ``columns``) for every row, in order.
 
-    A text that is not UTF-8 is None; one too long for a caption is cut, and still too long.
-    Raises DataError if the file is damaged.
+    A text too long for a caption is cut, and still too long. Raises DataError if the file is
+    damaged.
     """
     from pyarrow import types
 
-    is_text = (types.is_string, types.is_large_string)
-    texts = {field.name for field in schema_of(path) if any(kind(field.type) for kind in is_text)}
-    # As dictionaries: a text that the file holds once may stand in every row.
-    with _opened(path, [name for name in columns if name in texts]) as file:
+    # As dictionaries: a text that the file holds once may stand in a million rows.
+    texts = [f.name for f in schema_of(path) if f.name in columns and types.is_string(f.type)]
+    with _opened(path, texts) as file:
         for group in range(file.num_row_groups):
             row = 0
             for batch in _batches(file, group, columns, TEXT_ROWS):
@@ -83,18 +82,10 @@ def count_rows(path: Path) -> int:
 def _values(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
-    if pa.types.is_dictionary(column.type):  # a text that stands in many rows is decoded once
-        texts = [_plain(text) for text in column.dictionary]
-        return [None if index is None else texts[index] for index in column.indices.to_pylist()]
-    return [_plain(value) for value in column]
-
-
-def _plain(value: pa.Scalar) -> Any:
-    try:
-        plain = value.as_py()
-    except UnicodeDecodeError:
-        return None
-    return plain[: MAX_CAPTION_CHARACTERS + 1] if isinstance(plain, str) else plain
+    if not isinstance(column, pa.DictionaryArray):
+        return column.to_pylist()
+    texts = [text and text[: MAX_CAPTION_CHARACTERS + 1] for text in column.dictionary.to_pylist()]
+    return [None if index is None else texts[index] for index in column.indices.to_pylist()]
 
 
 @contextmanager

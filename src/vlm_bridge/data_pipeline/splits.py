@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -37,7 +37,6 @@ class SplitRule:
             as near to the shares as possible. None is ``film`` where every id names one and
             ``image`` elsewhere.
         val_fraction, test_fraction: shares of those images, in [0, 1); the rest is for training.
-        held_out_at_least: images that val and test get at least, by shares up to a tenth.
 
     Raises:
         UsageError: the fractions leave nothing to train on.
@@ -46,7 +45,6 @@ class SplitRule:
     by: SplitBy | None = "hash"
     val_fraction: float = 0.1
     test_fraction: float = 0.1
-    held_out_at_least: int = 0
 
     def __post_init__(self) -> None:
         shares = self.val_fraction, self.test_fraction
@@ -57,13 +55,9 @@ class SplitRule:
             )
 
     def resolve(self, films: Sequence[str | None]) -> SplitRule:
-        """Return the rule for images of these films (None: the id names no film), fully decided."""
-        val, test = self.val_fraction, self.test_fraction
-        if films and self.held_out_at_least > len(films) * min(val, test):
-            share = round(min(0.1, self.held_out_at_least / len(films)), 4)
-            return SplitRule("image", max(val, share), max(test, share))
+        """Return the rule with ``by`` decided for these films (None: the id names no film)."""
         have_films = len(films) > 0 and None not in films
-        return SplitRule(self.by or ("film" if have_films else "image"), val, test)
+        return replace(self, by=self.by or ("film" if have_films else "image"))
 
     def assign(
         self, image_ids: Sequence[str], films: Sequence[str | None], *, seed: int
@@ -92,9 +86,13 @@ class SplitRule:
         """
         # Decimals as they were written: in binary, 1 - 0.05 - 0.15 is a little less than 0.8.
         val, test = Fraction(str(self.val_fraction)), Fraction(str(self.test_fraction))
-        exact = dict(zip(SPLITS, ((1 - val - test), val, test), strict=True))
-        sizes: dict[SplitName, int] = {s: int(exact[s] * num_images) for s in SPLITS}
-        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - exact[split] * num_images)
+        exact: dict[SplitName, Fraction] = {
+            "train": (1 - val - test) * num_images,
+            "val": val * num_images,
+            "test": test * num_images,
+        }
+        sizes: dict[SplitName, int] = {split: int(size) for split, size in exact.items()}
+        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - exact[split])
         for split in by_remainder[: num_images - sum(sizes.values())]:
             sizes[split] += 1
         return sizes
@@ -102,12 +100,12 @@ class SplitRule:
     def describe(self) -> str:
         """Return one line for the manifest."""
         shares = f"{self.val_fraction:g} val and {self.test_fraction:g} test"
-        ways = {
-            "hash": f"hash of (seed, image id), {shares}",
-            "image": f"images in the order of a hash of (seed, id), exactly {shares}",
-            "film": f"whole films, as near to {shares} as they allow",
-        }
-        return f"{ways[self.by or 'image']}, unless the source names a split"
+        way = f"images in the order of a hash of (seed, id), exactly {shares}"
+        if self.by == "hash":
+            way = f"hash of (seed, image id), {shares}"
+        elif self.by == "film":
+            way = f"whole films, as near to {shares} as they allow"
+        return f"{way}, unless the source names a split"
 
     def _assign_films(
         self, image_ids: Sequence[str], films: Sequence[str | None], seed: int

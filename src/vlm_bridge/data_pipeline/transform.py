@@ -14,37 +14,22 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
 
 from vlm_bridge import __version__
-from vlm_bridge.data_pipeline.caption_folder import (
-    CAPTIONS_NAME,
-    FORMAT,
-    FORMAT_VERSION,
-    IMAGES_NAME,
-    MANIFEST_NAME,
-    UNFINISHED_NAME,
-    fingerprint,
-    read_manifest,
-)
+from vlm_bridge.data_pipeline import caption_folder as folders
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import ImageReader, decode_image, result_of
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
 from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images
-from vlm_bridge.data_pipeline.splits import (
-    DUPLICATE_PRIORITY,
-    SPLITS,
-    SplitBy,
-    SplitName,
-    SplitRule,
-)
+from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SPLITS, SplitBy, SplitRule
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.parsing import is_text
@@ -67,34 +52,17 @@ class Planning(TypedDict, total=False):
     limit: int | None
 
 
-Hashes = tuple[str, int, str]  # of an image's pixels, its looks (64 bits) and its file
+Hashes = tuple[str, int, str]
 
 
-@dataclass(slots=True)
-class _Planned:
-    """One image: cleaned captions, its split, the name of its file, and its hashes once made."""
+class _Made(NamedTuple):
+    """A made image, with hashes of its pixels, of how it looks (64 bits), and of its file."""
 
-    captions: list[str]
-    split: SplitName
-    file_name: str
     item: SourceItem
-    pixels: str = ""
-    looks: int = 0
-    sha256: str = ""
-
-    @property
-    def image_id(self) -> str:
-        return self.item.image_id
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The images to make, what was skipped so far, and how images are split."""
-
-    images: list[_Planned]
-    skipped: list[SkippedSample]
-    rule: SplitRule
-    facts: dict[str, Any]
+    path: Path
+    pixels: str
+    looks: int
+    sha256: str
 
 
 def transform(
@@ -118,133 +86,101 @@ def transform(
     Raises:
         VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
     """
-    plan = _plan(source, planning)
-    facts = plan.facts
-    facts["settings"]["image_size"] = image_size
-    facts["settings"]["near_duplicate_distance"] = near_duplicate_distance
-    root = Path(output_dir)
-    if finished := _claim(root, facts):
-        return finished
-    broken = _make_images(root, plan.images, image_size, workers, progress)
-    kept, duplicates = _drop_duplicates([p for p in plan.images if p.sha256])
-    skipped = [*plan.skipped, *broken, *duplicates]
-    if not kept:
-        causes = by_cause(skipped)[:NUM_CAUSES]
-        why = f": {'; '.join(causes)}" if causes else ""
-        raise DataError(f"no usable image in source {source.name}{why}")
-    facts["duplicates"] = {
-        "rule": f"equal pixels across splits: kept in the first of {', '.join(DUPLICATE_PRIORITY)}",
-        "set_aside": len(duplicates),
-        "within_a_split": len(kept) - len({p.pixels for p in kept}),
-    }
-    finds_near = source.finds_near_duplicates
-    facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
-    facts["rejected"] = [item._asdict() for item in skipped]
-    return _finish(source, root, kept, facts)
-
-
-def preview(
-    source: Source, **planning: Unpack[Planning]
-) -> tuple[dict[SplitName, list[int]], SplitRule]:
-    """Return numbers of captions of the images that :func:`transform` would make, and the rule.
-
-    No image is opened, so broken and duplicate ones are counted too.
-    """
-    plan = _plan(source, planning)
-    return {s: [len(p.captions) for p in plan.images if p.split == s] for s in SPLITS}, plan.rule
-
-
-def _plan(source: Source, planning: Planning) -> _Plan:
-    seed, limit = planning.get("seed", 0), planning.get("limit")
-    style = planning.get("caption_style") or source.default_caption_style
-    shares = (planning.get(name) for name in ("split_by", "val_fraction", "test_fraction"))
-    rule = split_rule(source, *shares)
-    items = source.items()
-    # A name that is no text cannot be written into captions.jsonl.
-    unnamed = [item.image_id for item in items if not is_text(item.image_id)]
-    skipped = [
-        *source.rejected,
-        *(SkippedSample(name, "its name is not UTF-8") for name in unnamed),
-    ]
-    items = [item for item in items if is_text(item.image_id)]
-    undecided = [item for item in items if item.split is None]
-    ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
-    rule = rule.resolve(films)
-    split_of: dict[str, SplitName] = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
-    placed: list[tuple[SourceItem, SplitName]]
-    placed = [(item, item.split or split_of[item.image_id]) for item in items]
-    if limit is not None:
-        placed = _sample(placed, limit, seed)
-    images: list[_Planned] = []
-    taken: set[str] = set()
-    for item, split in placed:
-        if captions := _clean(item, style, skipped):
-            images.append(_Planned(captions, split, _file_name(item.image_id, taken), item))
+    items, skipped, rule = _plan(source, planning)
     # A changed source must not continue an older folder.
-    lines = (json.dumps([p.image_id, p.split, p.captions]) for p in images)
-    facts = {
+    lines = "".join(json.dumps([item.image_id, item.split, item.captions]) for item in items)
+    facts: dict[str, Any] = {
         "source": source.name,
-        "seed": seed,
-        "content": f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}",
+        "seed": planning.get("seed", 0),
+        "content": f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}",
         "split_rule": source.split_rule or rule.describe(),
         "settings": {
             "split_by": rule.by,
             "val_fraction": rule.val_fraction,
             "test_fraction": rule.test_fraction,
-            "caption_style": style,
-            "limit": limit,
+            "image_size": image_size,
+            "caption_style": planning.get("caption_style") or source.default_caption_style,
+            "limit": planning.get("limit"),
+            "near_duplicate_distance": near_duplicate_distance,
         },
     }
-    return _Plan(images, skipped, rule, facts)
+    root = Path(output_dir)
+    if finished := _claim(root, facts):
+        return finished
+    made, broken = _make_images(root, items, image_size, workers, progress)
+    kept, duplicates = _drop_duplicates(made)
+    skipped += [*broken, *duplicates]
+    if not kept:
+        causes = "; ".join(by_cause(skipped)[:NUM_CAUSES])
+        raise DataError(f"no usable image in source {source.name}: {causes or 'it is empty'}")
+    finds_near = source.finds_near_duplicates
+    facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
+    facts["rejected"] = [sample._asdict() for sample in skipped]
+    return _finish(source, root, kept, facts)
 
 
-def split_rule(
-    source: Source, by: SplitBy | None, val_fraction: float | None, test_fraction: float | None
-) -> SplitRule:
+def preview(source: Source, **planning: Unpack[Planning]) -> tuple[dict[str, list[int]], SplitRule]:
+    """Return numbers of captions of the images that :func:`transform` would make, and the rule.
+
+    No image is opened, so broken and duplicate ones are counted too.
+    """
+    items, _, rule = _plan(source, planning)
+    return {s: [len(item.captions) for item in items if item.split == s] for s in SPLITS}, rule
+
+
+def split_rule(source: Source, planning: Planning) -> SplitRule:
     """Return the source's usual rule with the given values. Raises UsageError as `SplitRule`."""
-    given: dict[str, Any] = {"by": by, "val_fraction": val_fraction, "test_fraction": test_fraction}
+    given: dict[str, Any] = {
+        "by": planning.get("split_by"),
+        "val_fraction": planning.get("val_fraction"),
+        "test_fraction": planning.get("test_fraction"),
+    }
     given = {name: value for name, value in given.items() if value is not None}
-    if given:
-        given["held_out_at_least"] = 0
     return replace(source.default_split_rule, **given)
 
 
-def _sample(
-    placed: list[tuple[SourceItem, SplitName]], limit: int, seed: int
-) -> list[tuple[SourceItem, SplitName]]:
-    """Return ``limit`` items of each split in their own order, chosen by a hash of (seed, id)."""
+def _plan(
+    source: Source, planning: Planning
+) -> tuple[list[SourceItem], list[SkippedSample], SplitRule]:
+    """Return images with their splits and clean captions, what is skipped, and the rule."""
+    seed, limit = planning.get("seed", 0), planning.get("limit")
+    style = planning.get("caption_style") or source.default_caption_style
+    found = source.items()
+    items = [item for item in found if is_text(item.image_id)]  # a file of JSON holds no others
+    unnamed = [item.image_id for item in found if not is_text(item.image_id)]
+    skipped = [*source.rejected, *(SkippedSample(n, "its name is not UTF-8") for n in unnamed)]
 
-    def rank(image_id: str) -> bytes:
+    undecided = [item for item in items if item.split is None]
+    ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
+    rule = split_rule(source, planning).resolve(films)
+    split_of = dict(zip(ids, rule.assign(ids, films, seed=seed), strict=True))
+    items = [replace(i, split=i.split or split_of[i.image_id]) for i in items]
+    if limit is not None:
+        items = _sample(items, limit, seed)
+
+    for n, item in enumerate(items):
+        short = (text for text in item.captions if len(text) <= MAX_CAPTION_CHARACTERS)
+        captions = [clean for text in short if (clean := clean_caption(text, style))]
+        if lost := len(item.captions) - len(captions):
+            reason = f"{lost} of {len(item.captions)} captions without words, or too long"
+            skipped.append(SkippedSample(item.image_id, reason))
+        items[n] = replace(item, captions=captions)
+    items = [item for item in items if item.captions]
+    return items, skipped, rule
+
+
+def _sample(items: Sequence[SourceItem], limit: int, seed: int) -> list[SourceItem]:
+    """Return ``limit`` images of each split in their own order, chosen by a hash of (seed, id)."""
+
+    def rank(item: SourceItem) -> bytes:
         # Apart from the hash that splits: a sample of one split must not depend on the shares.
-        return hashlib.blake2b(f"sample/{seed}/{image_id}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"sample/{seed}/{item.image_id}".encode(), digest_size=16).digest()
 
     chosen: set[str] = set()
     for split in SPLITS:
-        ids = (item.image_id for item, its in placed if its == split)
-        chosen |= {*heapq.nsmallest(limit, ids, key=rank)}
-    return [pair for pair in placed if pair[0].image_id in chosen]
-
-
-def _clean(item: SourceItem, style: CaptionStyle, skipped: list[SkippedSample]) -> list[str]:
-    short = [caption for caption in item.captions if len(caption) <= MAX_CAPTION_CHARACTERS]
-    if too_long := len(item.captions) - len(short):
-        reason = f"{too_long} captions of more than {MAX_CAPTION_CHARACTERS:,} characters"
-        skipped.append(SkippedSample(item.image_id, reason))
-    captions = [text for caption in short if (text := clean_caption(caption, style))]
-    if empty := len(short) - len(captions):
-        skipped.append(
-            SkippedSample(item.image_id, f"{empty} of {len(short)} captions without words")
-        )
-    return captions
-
-
-def _file_name(image_id: str, taken: set[str]) -> str:
-    """Return a portable, unused file name, with a part of a hash where the id cannot be one."""
-    name = re.sub(r"[^\w.-]+", "_", image_id).strip(".")[:60]
-    if name != image_id or name.casefold() in taken:
-        name = f"{name}-{hashlib.sha256(image_id.encode()).hexdigest()[:8]}"
-    taken.add(name.casefold())
-    return f"{name}.jpg"
+        best = heapq.nsmallest(limit, (item for item in items if item.split == split), key=rank)
+        chosen |= {item.image_id for item in best}
+    return [item for item in items if item.image_id in chosen]
 
 
 def _claim(root: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -253,63 +189,67 @@ def _claim(root: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         DataError: the folder holds something else, or was made with other settings.
     """
-    begun = root / UNFINISHED_NAME / "settings.json"
-    earlier = {}
-    is_finished = (root / MANIFEST_NAME).is_file()
+    begun = root / folders.UNFINISHED_NAME / "settings.json"
+    earlier: dict[str, Any] = {}
+    is_finished = (root / folders.MANIFEST_NAME).is_file()
     if is_finished:
-        earlier = read_manifest(root)
+        earlier = folders.read_manifest(root)
     elif begun.is_file():
         earlier = json.loads(begun.read_bytes())
-    elif root.is_dir() and any(path.name != UNFINISHED_NAME for path in root.iterdir()):
+    elif root.is_dir() and any(path.name != folders.UNFINISHED_NAME for path in root.iterdir()):
         raise DataError(f"{root} is not empty and no caption folder: choose another --output-dir")
     before, now = ({**some, **some.get("settings", {})} for some in (earlier, facts))
-    compared = [key for key in ("source", "seed", *facts["settings"], "content") if key in before]
-    changed = [key for key in compared if before[key] != now[key]]
     # Another seed or limit changes the content as well: name the cause, not its consequence.
-    causes = [f"{key} was {before[key]}" for key in changed if key != "content"]
-    if changed:
-        raise DataError(
-            f"{root} was made with other settings "
-            f"({', '.join(causes) or 'the captions or images of the source differ'}): "
-            "choose another --output-dir or delete that folder"
-        )
-    if not is_finished:
-        for folder in (begun.parent, *(root / split / IMAGES_NAME for split in SPLITS)):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(begun, json.dumps(facts).encode())
-    return earlier if is_finished else None
+    for key in ("source", "seed", *facts["settings"], "content"):
+        if before.get(key, now[key]) != now[key]:
+            change = f"{key} was {before[key]}" if key != "content" else "captions or images differ"
+            raise DataError(
+                f"{root} was made of another source or with other settings ({change}): "
+                "choose another --output-dir or delete that folder"
+            )
+    if is_finished:
+        return earlier
+    for folder in (begun.parent, *(root / split / folders.IMAGES_NAME for split in SPLITS)):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(begun, json.dumps(facts).encode())
+    return None
 
 
 def _make_images(
-    root: Path,
-    planned: Sequence[_Planned],
-    image_size: int,
-    workers: int,
-    progress: Progress,
-) -> list[SkippedSample]:
-    """Make every image that is not there yet; return the broken ones."""
+    root: Path, items: Sequence[SourceItem], image_size: int, workers: int, progress: Progress
+) -> tuple[list[_Made], list[SkippedSample]]:
+    """Make every image that is not there yet; return all, and the broken ones."""
+    made: list[_Made] = []
     broken: list[SkippedSample] = []
-    processes = 0 if workers == 1 else min(workers, 1 + len(planned) // IMAGES_A_PROCESS)
-    left = zip(planned, iter_images(p.item for p in planned), strict=True)
-    done = 0
-    with ImageReader(processes) if processes else nullcontext() as reader:
+    taken: set[str] = set()
+    processes = min(workers, 1 + len(items) // IMAGES_A_PROCESS)
+    left = zip(items, iter_images(items), strict=True)
+    with ImageReader(processes) if workers > 1 else nullcontext() as reader:
         # Bounded, since a task may hold a file's bytes.
-        while batch := list(islice(left, 32 * max(1, processes))):
-            calls: list[Callable[[], Hashes]] = []
-            for p, image in batch:
-                path = root / p.split / IMAGES_NAME / p.file_name
-                call = partial(_make_image, p.image_id, image, path, image_size)
-                calls.append(
-                    partial(result_of, reader.submit(call), p.image_id) if reader else call
-                )
-            for (p, _), call in zip(batch, calls, strict=True):
+        while batch := list(islice(left, 32 * processes)):
+            tasks: list[tuple[SourceItem, Path, Callable[[], Hashes]]] = []
+            for item, image in batch:
+                path = root / str(item.split) / folders.IMAGES_NAME / _file_name(item, taken)
+                task = partial(_make_image, item.image_id, image, path, image_size)
+                if reader:
+                    task = partial(result_of, reader.submit(task), item.image_id)
+                tasks.append((item, path, task))
+            for item, path, task in tasks:
                 try:
-                    p.pixels, p.looks, p.sha256 = call()
+                    made.append(_Made(item, path, *task()))
                 except ImageError as error:
-                    broken.append(SkippedSample(p.image_id, error.reason))
-                done += 1
-                progress(done, len(planned))
-    return broken
+                    broken.append(SkippedSample(item.image_id, error.reason))
+                progress(len(made) + len(broken), len(items))
+    return made, broken
+
+
+def _file_name(item: SourceItem, taken: set[str]) -> str:
+    """Return a portable, unused file name, with a part of a hash where the id cannot be one."""
+    name = re.sub(r"[^\w.-]+", "_", item.image_id).strip(".")[:60]
+    if name != item.image_id or name.casefold() in taken:
+        name = f"{name}-{hashlib.sha256(item.image_id.encode()).hexdigest()[:8]}"
+    taken.add(name.casefold())
+    return f"{name}.jpg"
 
 
 def _make_image(image_id: str, image: RawImage | None, target: Path, image_size: int) -> Hashes:
@@ -336,9 +276,8 @@ def _content(image_id: str, image: RawImage | None, image_size: int) -> tuple[by
     if callable(image):
         rgb = image()
     else:
-        decoded = decode_image(image)
-        rgb = decoded.image
-        if decoded.is_plain_jpeg and max(rgb.size) <= image_size:
+        rgb, is_plain_jpeg = decode_image(image)
+        if is_plain_jpeg and max(rgb.size) <= image_size:
             return image if isinstance(image, bytes) else image.read_bytes(), rgb
     rgb.thumbnail((image_size, image_size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -347,76 +286,79 @@ def _content(image_id: str, image: RawImage | None, image_size: int) -> tuple[by
     return buffer.getvalue(), decode_image(buffer.getvalue()).image
 
 
-def _drop_duplicates(images: Sequence[_Planned]) -> tuple[list[_Planned], list[SkippedSample]]:
+def _drop_duplicates(made: Sequence[_Made]) -> tuple[list[_Made], list[SkippedSample]]:
     """Keep equal images in one split only; return those kept, and the others."""
-    home: dict[str, _Planned] = {}
-    for p in sorted(images, key=lambda p: DUPLICATE_PRIORITY.index(p.split)):
-        home.setdefault(p.pixels, p)
-    kept = [p for p in images if home[p.pixels].split == p.split]
-    others = ((p, home[p.pixels]) for p in images if home[p.pixels].split != p.split)
-    return kept, [
-        SkippedSample(p.image_id, f"{p.split}: same image as {first.image_id} in {first.split}")
-        for p, first in others
-    ]
+    home: dict[str, SourceItem] = {}
+    for split in DUPLICATE_PRIORITY:
+        for image in made:
+            if image.item.split == split:
+                home.setdefault(image.pixels, image.item)
+    kept: list[_Made] = []
+    duplicates: list[SkippedSample] = []
+    for image in made:
+        item, first = image.item, home[image.pixels]
+        if item.split == first.split:
+            kept.append(image)
+        else:
+            reason = f"{item.split}: same image as {first.image_id} in {first.split}"
+            duplicates.append(SkippedSample(item.image_id, reason))
+    return kept, duplicates
 
 
-def _near(kept: Sequence[_Planned], distance: int) -> dict[str, Any]:
+def _near(kept: Sequence[_Made], distance: int) -> dict[str, Any]:
     """Report pairs of images that look alike; those across splits first, then the most alike."""
-    hashes = np.array([p.looks for p in kept], dtype=np.uint64)
-    splits = np.array([SPLITS.index(p.split) for p in kept])
-    num_pairs = num_across = 0
-    listed: list[tuple[bool, int, int, int]] = []
-    for i in range(len(kept)):
-        bits = np.bitwise_count(hashes[i] ^ hashes[i + 1 :])
-        near = np.flatnonzero(bits <= distance)
-        is_within = splits[near + i + 1] == splits[i]
-        num_pairs += len(near)
-        num_across += int((~is_within).sum())
-        new = zip(is_within.tolist(), bits[near].tolist(), repeat(i), (near + i + 1).tolist())
-        listed = heapq.nsmallest(MAX_LISTED_NEAR_DUPLICATES, [*listed, *new])
-    names = [f"{p.split}/{p.image_id}" for p in kept]
+    looks = np.array([image.looks for image in kept], dtype=np.uint64)
+    names = [f"{image.item.split}/{image.item.image_id}" for image in kept]
+    pairs: list[tuple[bool, int, int, int]] = []  # whether in one split, distance, both images
+    for i, image in enumerate(kept):
+        bits = np.bitwise_count(looks[i] ^ looks[i + 1 :])
+        for j in np.flatnonzero(bits <= distance).tolist():
+            is_within = kept[i + 1 + j].item.split == image.item.split
+            pairs.append((is_within, int(bits[j]), i, i + 1 + j))
+    listed = heapq.nsmallest(MAX_LISTED_NEAR_DUPLICATES, pairs)
     return {
         "measure": "64-bit perceptual hash (DCT), differing bits",
         "distance": distance,
-        "pairs": num_pairs,
-        "pairs_across_splits": num_across,
+        "pairs": len(pairs),
+        "pairs_across_splits": sum(not is_within for is_within, *_ in pairs),
         "listed": [{"images": [names[i], names[j]], "distance": n} for _, n, i, j in listed],
     }
 
 
 def _finish(
-    source: Source, root: Path, kept: Sequence[_Planned], facts: dict[str, Any]
+    source: Source, root: Path, kept: Sequence[_Made], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the captions and the manifest, and return it."""
-    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
-    digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
-    for p in kept:
-        name = f"{IMAGES_NAME}/{p.file_name}"
-        records = (
-            {"image_path": name, "caption": c, "original_id": p.image_id} for c in p.captions
-        )
-        lines[p.split] += [json.dumps(record, ensure_ascii=False) for record in records]
-        digests[p.split][name] = p.sha256
+    lines: dict[str, list[str]] = {}
+    digests: dict[str, dict[str, str]] = {}
     for split in SPLITS:
-        _write(root / split / CAPTIONS_NAME, "".join(f"{line}\n" for line in lines[split]))
-        for path in (root / split / IMAGES_NAME).iterdir():
-            if f"{IMAGES_NAME}/{path.name}" not in digests[split]:  # a duplicate
-                path.unlink()
+        images = {
+            f"{folders.IMAGES_NAME}/{image.path.name}": image
+            for image in kept
+            if image.item.split == split
+        }
+        digests[split] = {name: image.sha256 for name, image in images.items()}
+        records = (
+            {"image_path": name, "caption": caption, "original_id": image.item.image_id}
+            for name, image in images.items()
+            for caption in image.item.captions
+        )
+        lines[split] = [json.dumps(record, ensure_ascii=False) for record in records]
+        text = "".join(f"{line}\n" for line in lines[split])
+        write_atomically(root / split / folders.CAPTIONS_NAME, text.encode())
+        others = {*(root / split / folders.IMAGES_NAME).iterdir()}
+        for path in others - {image.path for image in images.values()}:
+            path.unlink()  # a duplicate, or what an interrupted run left
     manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": folders.FORMAT,
+        "format_version": folders.FORMAT_VERSION,
         "created_with": f"vlm-bridge {__version__}",
         "description": source.description,
         "licence_note": source.licence_note,
         "counts": {s: {"images": len(digests[s]), "captions": len(lines[s])} for s in SPLITS},
         **facts,
-        "fingerprint": fingerprint(lines, digests),
+        "fingerprint": folders.fingerprint(lines, digests),
     }
-    _write(root / MANIFEST_NAME, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(root / UNFINISHED_NAME, ignore_errors=True)
+    write_atomically(root / folders.MANIFEST_NAME, f"{json.dumps(manifest, indent=2)}\n".encode())
+    shutil.rmtree(root / folders.UNFINISHED_NAME, ignore_errors=True)
     return manifest
-
-
-def _write(path: Path, text: str) -> None:
-    """Write text that may hold half characters (names of files that are not UTF-8), escaped."""
-    write_atomically(path, text.encode(errors="backslashreplace"))

@@ -41,7 +41,7 @@ class Conceptual(Source):
     @property
     def default_split_rule(self) -> SplitRule:
         """Held-out shares of 1 %, but at least 100 images, or a tenth of few."""
-        return SplitRule(val_fraction=0.01, test_fraction=0.01, held_out_at_least=100)
+        return SplitRule(val_fraction=0.01, test_fraction=0.01)
 
     def items(self) -> list[SourceItem]:
         """Return the whole samples of all shards, in the order of their paths.
