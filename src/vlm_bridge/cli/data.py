@@ -156,7 +156,7 @@ def explore_dataset(
     with show_progress("images measured") as report:
         result = explore.describe_items(items, report, count_tokens=count_tokens)
     shown = explore.sample_items(items, samples, seed)
-    result |= {"dataset": facts, "set_aside": [item._asdict() for item in skipped]}
+    result |= {"dataset": facts, "set_aside": [item.to_dict() for item in skipped]}
     result["samples"] = explore.describe_samples(shown, keep_tags=keep_tags)
     if shown and not no_grid:
         grid = grid or Path("runs/explore") / f"{name}.png"
@@ -261,9 +261,9 @@ def inspect_loader(
         "source": folder.manifest.get("source", "unknown source"),
         "fingerprint": folder.fingerprint,
         "statistics": explore.describe_items(items),
-        "set_aside": [item._asdict() for item in skipped],
+        "set_aside": [item.to_dict() for item in skipped],
         "pictures_decoded": len(checked),
-        "broken": [item._asdict() for item in broken],
+        "broken": [item.to_dict() for item in broken],
         "first_batch": None,
     }
     if "train" in folder.splits:

@@ -79,7 +79,7 @@ def describe_items(
             "most_common": dict(vocabulary.most_common(20)),
         },
         "tags": count_tags(captions),
-        "unreadable": [item._asdict() for item in unreadable],
+        "unreadable": [item.to_dict() for item in unreadable],
     }
 
 

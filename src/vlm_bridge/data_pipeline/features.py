@@ -5,7 +5,7 @@
     ROOT/KEY/features.bin       a record per image: its features, then their CRC-32
     ROOT/KEY/features.building  the same while it is written; an interrupted build continues here
     ROOT/KEY/.lock              held by the one process that builds
-    ROOT/.pictures-STATE        content hash of a list of images, kept while no file is touched
+    ROOT/.hash-STATE            content hash of a list of images, kept while no file is touched
     ROOT/.checked-PIL-STATE     which of them cannot be decoded
 
 KEY hashes everything that features depend on: encoder weights, preprocessing, images, format.
@@ -15,7 +15,6 @@ A folder's time of change is that of its last use.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,11 +24,11 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import PIL
@@ -45,10 +44,8 @@ from vlm_bridge.files import write_atomically
 logger = logging.getLogger(__name__)
 
 LAYOUT = "vlm-bridge features 3"
-FREE_SPACE_TO_LEAVE = 512 * 2**20
-CHECKSUM_BYTES = SCALE_BYTES = 4
+FREE_SPACE_TO_LEAVE = 512 * 2**20  # for checkpoints
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
-Encode = Callable[[Any], torch.Tensor]  # pixels -> features [B, N, D]
 
 
 class CacheUnavailable(DataError):
@@ -122,15 +119,15 @@ class SplitFeatures:
     """Features or pixels of a split by image index; of several views, those of one epoch."""
 
     items: Features
-    num_images: int
     views: Views | None = None
     epoch: int = 0
 
     def __getitem__(self, indices: np.ndarray) -> Any:
-        if self.views is None:
-            return self.items[indices]
-        chosen = self.views.of_epoch(self.num_images, self.epoch)
-        return self.items[indices * self.views.count + chosen[indices]]
+        if self.views is not None:
+            count = self.views.count
+            chosen = self.views.of_epoch(len(self.items) // count, self.epoch)
+            indices = indices * count + chosen[indices]
+        return self.items[indices]
 
     def __len__(self) -> int:
         return self.num_images
@@ -148,25 +145,17 @@ def cache_root(feature_cache: str, data_dir: str | Path) -> Path | None:
 
 def cache_key(*parts: str) -> str:
     """Return the folder name of a cache from everything it depends on."""
-    digest = hashlib.blake2b(digest_size=12)
-    for part in parts:
-        digest.update(f"{len(part)}:{part}".encode())
-    return digest.hexdigest()
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def images_digest(paths: Sequence[ImageFile], root: Path) -> str:
-    """Hash the content of images, in order. Raises DataError where one is missing.
+    """Hash the content of images, in order; ``root`` keeps the hash while none is touched."""
 
-    Args:
-        root: the folder that keeps the hash while no image is touched.
-    """
+    def hash_of(path: ImageFile) -> str:
+        return hashlib.blake2b(path.read_bytes()).hexdigest()
 
-    def compute() -> str:
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = pool.map(lambda path: hashlib.blake2b(path.read_bytes()).hexdigest(), paths)
-            return cache_key(*digests)
-
-    return _remembered(root, ".pictures", paths, compute)
+    return _remembered(root, ".hash", paths, lambda: cache_key(*prefetch(paths, hash_of, 4)))
 
 
 def check_images(paths: Sequence[ImageFile], remember_in: Path | None = None) -> dict[int, str]:
@@ -232,45 +221,51 @@ def to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """Features [N, D] of an image as bytes; `int8` has a float32 scale per token at the end."""
+    """Features [N, D] of an image as a record with a checksum; `int8` has a scale per token."""
 
     num_tokens: int
     dim: int
     dtype: FeatureDtype = "float16"
 
-    @property
-    def record_bytes(self) -> int:
-        if self.dtype == "int8":
-            return self.num_tokens * (self.dim + SCALE_BYTES)
-        return self.num_tokens * self.dim * getattr(torch, self.dtype).itemsize
+    @cached_property
+    def record(self) -> np.dtype:
+        num_bytes = self.dim * getattr(torch, self.dtype).itemsize
+        features = ("features", "u1", (self.num_tokens, num_bytes))
+        scales = ("scales", "<f4", (self.num_tokens, int(self.dtype == "int8")))
+        return np.dtype([features, scales, ("checksum", "<u4")])
 
     def pack(self, features_bnd: torch.Tensor) -> np.ndarray:
-        """Features [B, N, D] -> records [B, ``record_bytes``] of bytes.
+        """Features [B, N, D] -> records [B].
 
         Raises:
             DataError: a feature is not finite, or becomes infinite in this format.
         """
-        is_int8 = self.dtype == "int8"
-        stored_bnd = features_bnd.to(torch.float32 if is_int8 else getattr(torch, self.dtype))
-        if not torch.isfinite(stored_bnd).all():
-            is_finite = torch.isfinite(features_bnd).all()
-            problem = f"do not fit into {self.dtype}" if is_finite else "are not finite numbers"
-            cure = "train with feature_cache_dtype=bfloat16, or with feature_cache=off"
-            raise DataError(f"features {problem}: {cure}")
-        parts = to_int8(stored_bnd) if is_int8 else [stored_bnd]
-        flat = [part.contiguous().flatten(1).view(torch.uint8).cpu().numpy() for part in parts]
-        return np.concatenate(flat, axis=1)
+        records, features_bnd = np.empty(len(features_bnd), self.record), features_bnd.cpu()
+        if self.dtype == "int8":
+            stored_bnd, scales_bn1 = to_int8(features_bnd)
+            records["scales"] = scales_bn1.numpy()
+        else:
+            features_bnd = stored_bnd = features_bnd.to(getattr(torch, self.dtype))
+        if not torch.isfinite(features_bnd).all():
+            raise DataError(
+                f"features are not finite in {self.dtype}: train with "
+                "feature_cache_dtype=bfloat16, or with feature_cache=off"
+            )
+        records["features"] = stored_bnd.contiguous().view(torch.uint8).numpy()
+        records["checksum"] = [_checksum(record) for record in records]
+        return records
 
     def unpack(self, records: np.ndarray) -> torch.Tensor:
-        """Records [B, ``record_bytes``] -> features [B, N, D]; those of `int8` in float32."""
-        shape = len(records), self.num_tokens, self.dim
-        if self.dtype == "int8":
-            num_values = self.num_tokens * self.dim
-            levels = torch.from_numpy(records[:, :num_values].view(np.int8)).view(shape)
-            scales = torch.from_numpy(records[:, num_values:].copy().view(np.float32))
-            return levels * scales[..., None]
-        dtype = getattr(torch, self.dtype)
-        return torch.from_numpy(records.view(f"i{dtype.itemsize}")).view(dtype).view(shape)
+        """Records [B] -> features [B, N, D]; those of `int8` in float32."""
+        stored_bnx = torch.from_numpy(np.ascontiguousarray(records["features"]))
+        stored_bnd = stored_bnx.view(getattr(torch, self.dtype))
+        if self.dtype != "int8":
+            return stored_bnd
+        return stored_bnd * torch.from_numpy(np.ascontiguousarray(records["scales"]))
+
+
+def _checksum(record: np.void) -> int:
+    return zlib.crc32(record.tobytes()[:-4])
 
 
 @dataclass
@@ -278,6 +273,7 @@ class FeatureCache:
     """Features on disk: after `open`, ``cache[indices]`` is a tensor [len(indices), N, D].
 
     Attributes:
+        encode: pixels -> features [B, N, D].
         name: of the images, for the log.
         num_workers: batches decoded ahead of the encoder, in threads.
         was_there: whether nothing had to be encoded.
@@ -286,30 +282,22 @@ class FeatureCache:
     folder: Path
     format: FeatureFormat
     pixels: Features
-    encode: Encode
+    encode: Callable[[Any], torch.Tensor]
     name: str = "features"
     batch_images: int = 32
     num_workers: int = 0
     was_there: bool = True
-    file: IO[bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.path = self.folder / "features.bin"
-        self._building = self.folder / "features.building"
-        self._stride = self.format.record_bytes + CHECKSUM_BYTES
+    records: np.ndarray = field(init=False)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
-        records = np.empty((len(indices), self._stride), np.uint8)
-        for record, index in zip(records, indices.tolist(), strict=True):
-            os.preadv(self.file.fileno(), [record.data], index * self._stride)
-        return self.format.unpack(records[:, :-CHECKSUM_BYTES])
+        return self.format.unpack(self.records[indices])
 
     @property
     def num_bytes(self) -> int:
-        return len(self) * self._stride
+        return len(self) * self.format.record.itemsize
 
     def open(self, check_all: bool = False) -> FeatureCache:
         """Open the file; encode what is missing or damaged.
@@ -321,78 +309,69 @@ class FeatureCache:
             CacheUnavailable: no room, or the files cannot be written.
             DataError: an image cannot be read, or features do not fit into the format.
         """
+        path = self.folder / "features.bin"
         try:
-            if not self._is_sound(check_all):
-                with _lock(self.folder, self.name):
-                    self.was_there = self._is_sound(check_all)
+            if not self._is_sound(path, check_all):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / ".lock").open("ab") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another process that builds
+                    self.was_there = self._is_sound(path, check_all)
                     if not self.was_there:
-                        self._build()
-            self.file = self.path.open("rb")
+                        self._build(path)
+            self.records = self._records(path)
             with contextlib.suppress(PermissionError):  # of another user
                 os.utime(self.folder)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self._building.unlink(missing_ok=True)
             raise CacheUnavailable(f"cannot cache features in {self.folder}: {error}") from error
-        finally:
-            is_begun = self._building.is_file() and self._building.stat().st_size
-            if not is_begun and not self.path.exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
         return self
 
-    def _is_sound(self, check_all: bool) -> bool:
-        if not self.path.is_file() or self.path.stat().st_size != self.num_bytes:
+    def _records(self, path: Path) -> np.ndarray:
+        """Map the whole records of a file, which may be unfinished or missing."""
+        count = path.stat().st_size // self.format.record.itemsize if path.is_file() else 0
+        if count == 0:
+            return np.empty(0, self.format.record)
+        return np.memmap(path, self.format.record, "r", shape=(count,))
+
+    def _is_sound(self, path: Path, check_all: bool) -> bool:
+        if not path.is_file() or path.stat().st_size != self.num_bytes:
             return False
-        with self.path.open("rb") as file:
-            return not check_all or all(self._is_sound_at(file, n) for n in range(len(self)))
+        return not check_all or self._num_sound(path) == len(self)
 
-    def _is_sound_at(self, file: IO[bytes], number: int) -> bool:
-        file.seek(number * self._stride)
-        record = file.read(self._stride)
-        checksum = zlib.crc32(record[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little")
-        return len(record) == self._stride and record[-CHECKSUM_BYTES:] == checksum
+    def _num_sound(self, path: Path) -> int:
+        """Count the records before the first one that is damaged or missing."""
+        records = self._records(path)[: len(self)]
+        damaged = (n for n, r in enumerate(records) if _checksum(r) != r["checksum"])
+        return next(damaged, len(records))
 
-    def _build(self) -> None:
+    def _build(self, path: Path) -> None:
         """Encode the images behind the last sound record."""
-        if self.path.is_file():
-            logger.warning("%s is damaged: encoding the damaged features again", self.path)
-            self.path.replace(self._building)
-        with self._building.open("a+b") as file:
-            first = 0
-            while first < len(self) and self._is_sound_at(file, first):
-                first += 1
-            file.truncate(first * self._stride)
-            remaining = (len(self) - first) * self._stride
-            if shutil.disk_usage(self.folder).free < remaining + FREE_SPACE_TO_LEAVE:
-                raise CacheUnavailable(
-                    f"no room for {as_bytes(remaining)} of cached features in {self.folder}: "
-                    f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
-                )
-            size = f"{len(self) - first:,} images into {self.folder} ({as_bytes(remaining)})"
-            logger.info("%s: encoding %s", self.name, size)
-            batches = in_batches(range(first, len(self)), self.batch_images)
-            loaded = prefetch(batches, lambda some: self.pixels[np.array(some)], self.num_workers)
-            text = f"{self.name}: encoded %s of %s batches of {self.batch_images} images"
-            for values in logged(loaded, len(batches), text):
-                records = self.format.pack(self.encode(values))
-                sums = np.array([zlib.crc32(record) for record in records], "<u4")
-                file.write(np.hstack([records, sums[:, None].view(np.uint8)]).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self._building.replace(self.path)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock of the process that builds; the kernel releases it with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as file:
+        building = path.with_suffix(".building")
+        if path.is_file():
+            logger.warning("%s is damaged: encoding what is damaged again", path)
+            path.replace(building)
+        first, stride = self._num_sound(building), self.format.record.itemsize
+        num_bytes = (len(self) - first) * stride
+        if shutil.disk_usage(self.folder).free < num_bytes + FREE_SPACE_TO_LEAVE:
+            raise CacheUnavailable(
+                f"no room for {as_bytes(num_bytes)} of cached features in {self.folder}: "
+                f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
+            )
+        size = f"{len(self) - first:,} images into {self.folder} ({as_bytes(num_bytes)})"
+        logger.info("%s: encoding %s", self.name, size)
+        batches = in_batches(range(first, len(self)), self.batch_images)
+        loaded = prefetch(batches, lambda some: self.pixels[np.array(some)], self.num_workers)
+        text = f"{self.name}: encoded %s of %s batches of {self.batch_images} images"
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: waiting for the process that builds %s", name, folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            with building.open("ab") as file:
+                file.truncate(first * stride)
+                for values in logged(loaded, len(batches), text):
+                    file.write(self.format.pack(self.encode(values)).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # the disk is full
+            building.unlink(missing_ok=True)
+            raise
+        building.replace(path)
 
 
 def as_bytes(count: float) -> str:

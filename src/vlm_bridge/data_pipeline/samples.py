@@ -97,6 +97,9 @@ class SkippedSample(NamedTuple):
     id: str
     reason: str
 
+    def to_dict(self) -> dict[str, str]:
+        return {"id": self.id, "reason": self.reason}
+
 
 @dataclass
 class Skipped:

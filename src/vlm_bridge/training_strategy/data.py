@@ -188,7 +188,7 @@ def split_features(
         if refusal := next(filter(None, world.gather(refusal)), None):
             logger.warning("%s: %s images are encoded in every step", refusal, split)
             items = pixels
-    return SplitFeatures(items, len(images), pixels.views)
+    return SplitFeatures(items, pixels.views)
 
 
 def cached_features(
