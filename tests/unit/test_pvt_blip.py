@@ -15,7 +15,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import load_recipe, override_recipe, recipe_from_dict, shipped_recipe
 from vlm_bridge.errors import UsageError
 from vlm_bridge.formats.pvt_blip import load_combined_model, to_combined, write_combined
-from vlm_bridge.model_architecture.pvt_blip import NO_REPEAT_NGRAM_SIZE, PROMPT, MapLinear
+from vlm_bridge.model_architecture.pvt_cbam import NO_REPEAT_NGRAM_SIZE, PROMPT, MapLinear
 
 ENCODERS = ("tiny_pvt_dir", "tiny_pvt_v2_dir", "tiny_pvt_cbam_dir")
 SIZE = {"height": 64, "width": 64}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_bridge.data_pipeline.features import to_int8
-from vlm_bridge.model_architecture.tensor_files import GROUP, from_int4, to_int4
+from vlm_bridge.formats import GROUP, from_int4, to_int4
 
 
 @pytest.fixture

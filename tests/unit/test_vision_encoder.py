@@ -29,8 +29,8 @@ FAMILIES = {
     "vit": (48, 10, (3, 3), 32, 64),
     "clip_vision": (32, 17, (4, 4), 32, 48),
     "clip": (32, 17, (4, 4), 32, 48),
-    "siglip_vision": (32, 16, (4, 4), 32, 48),
     "blip": (32, 17, (4, 4), 24, 64),
+    "siglip_vision": (32, 16, (4, 4), 32, 48),
     "pvt_v2": (64, 4, (2, 2), 32, 96),
 }
 LITE0 = "efficientnet-lite0"
@@ -111,10 +111,8 @@ def test_layers_can_be_chosen(tiny_dinov2_dir: Path, tiny_clip_dir: Path) -> Non
 
 @torch.no_grad()
 def test_whole_models_give_their_vision_tower(tiny_clip_dir: Path, tiny_blip_dir: Path) -> None:
-    for folder, model_class in (
-        (tiny_clip_dir, CLIPModel),
-        (tiny_blip_dir, BlipForConditionalGeneration),
-    ):
+    blip = BlipForConditionalGeneration
+    for folder, model_class in ((tiny_clip_dir, CLIPModel), (tiny_blip_dir, blip)):
         encoder, tower = load(folder), model_class.from_pretrained(folder).eval().vision_model
         pixels = encoder.preprocess(odd_images())
         torch.testing.assert_close(encoder(pixels), tower(pixels).last_hidden_state)
@@ -240,7 +238,7 @@ def test_an_efficientnet_lite_has_the_published_names_and_pixels() -> None:
 def test_mistakes_with_an_efficientnet_lite(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, says in (
         ({"image_size": 100}, "image_size=100 must be a multiple of 32, or 224"),
-        ({"layers": (17,)}, "efficientnet-lite0 has 0 to 16"),
+        ({"layers": (17,)}, "this encoder has 0 to 16"),
         ({"resample": "bilinear"}, "efficientnet-lite0 always resizes bicubically"),
     ):
         with pytest.raises(ModelError, match=says):

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
+from vlm_bridge import formats
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.credentials import SITE, hub_problem, redact
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.files import write_atomically
-from vlm_bridge.model_architecture import tensor_files
 from vlm_bridge.model_architecture.weights import EFFICIENTNET_LITE_SIZES, SMOLLM2
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -45,7 +45,7 @@ def write_huggingface_folder(
     """Write an opened checkpoint as a folder that `Captioner.from_pretrained` and the hub read."""
     local = recipe.keys_marked("place")
     shared = {key: value for key, value in recipe.to_dict().items() if key not in local}
-    weights = tensor_files.dequantized(content["weights"])
+    weights = formats.dequantized(content["weights"])
     trained = sum(x.numel() for name, x in weights.items() if name.startswith("bridge."))
     try:
         manifest = CaptionFolder.open(recipe.data_dir).manifest
@@ -54,8 +54,8 @@ def write_huggingface_folder(
     title = facts.title or folder.resolve().name
     card = _model_card(facts, shared, title=title, num_trained=trained, manifest=manifest)
     config = checkpoints.exported_config(shared, content)
-    tensor_files.write_folder(folder, config, content["weights"])
-    write_atomically(folder / tensor_files.CARD_NAME, redact(card).encode())
+    formats.write_folder(folder, config, content["weights"])
+    write_atomically(folder / formats.CARD_NAME, redact(card).encode())
 
 
 def _model_card(facts: CardFacts, recipe: Mapping[str, Any], **values: Any) -> str:
@@ -107,7 +107,7 @@ def push_to_hub(folder: Path, repo: str, *, private: bool) -> str:
             f"pushing needs a token with write access: make one on {SITE}/settings/tokens and set "
             "HF_TOKEN, or run `hf auth login`"
         )
-    files = [tensor_files.CONFIG_NAME, tensor_files.WEIGHTS_NAME, tensor_files.CARD_NAME]
+    files = [formats.CONFIG_NAME, formats.WEIGHTS_NAME, formats.CARD_NAME]
     try:
         hub = HfApi()
         name = hub.create_repo(repo, private=private, exist_ok=True).repo_id

