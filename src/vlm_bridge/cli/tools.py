@@ -177,7 +177,7 @@ def _build_features(recipe: Recipe, verify: bool, as_json: bool) -> None:
     from vlm_bridge.data_pipeline.features import as_bytes
     from vlm_bridge.device import resolve_device
     from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
-    from vlm_bridge.training_strategy.data import cached_features, usable_images
+    from vlm_bridge.training_strategy.data import split_features, usable_images
 
     options.quiet_transformers()
     folder = open_data_folder(recipe.data_dir)
@@ -187,7 +187,7 @@ def _build_features(recipe: Recipe, verify: bool, as_json: bool) -> None:
     for split in ("train", "val"):
         images = usable_images(folder, split, recipe)
         started = time.perf_counter()
-        cache = cached_features(encoder, recipe, split, images, verify)
+        cache: Any = split_features(encoder, recipe, split, images, check_all=verify).items
         seconds = time.perf_counter() - started
         rate = None if cache.was_there else len(cache) / seconds
         facts.append({"split": split, "folder": str(cache.folder), "num_images": len(cache)})

@@ -46,10 +46,7 @@ logger = logging.getLogger(__name__)
 LAYOUT = "vlm-bridge features 3"
 FREE_SPACE_TO_LEAVE = 512 * 2**20  # for checkpoints
 FeatureDtype = Literal["float16", "bfloat16", "int8", "float32"]
-
-
-class CacheUnavailable(DataError):
-    """There is no room or no permission for a cache; images can still be encoded in every step."""
+OTHERWISE = " (choose feature_cache=FOLDER elsewhere, or feature_cache=off)"
 
 
 class Features(Protocol):
@@ -124,13 +121,12 @@ class SplitFeatures:
 
     def __getitem__(self, indices: np.ndarray) -> Any:
         if self.views is not None:
-            count = self.views.count
-            chosen = self.views.of_epoch(len(self.items) // count, self.epoch)
-            indices = indices * count + chosen[indices]
+            chosen = self.views.of_epoch(len(self), self.epoch)
+            indices = indices * self.views.count + chosen[indices]
         return self.items[indices]
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self.items) // (self.views.count if self.views else 1)
 
     def in_epoch(self, epoch: int) -> SplitFeatures:
         return replace(self, epoch=epoch)
@@ -306,8 +302,8 @@ class FeatureCache:
             check_all: compare every checksum, not only the size.
 
         Raises:
-            CacheUnavailable: no room, or the files cannot be written.
-            DataError: an image cannot be read, or features do not fit into the format.
+            DataError: no room, the files cannot be written, an image cannot be read, or features
+                do not fit into the format.
         """
         path = self.folder / "features.bin"
         try:
@@ -322,7 +318,8 @@ class FeatureCache:
             with contextlib.suppress(PermissionError):  # of another user
                 os.utime(self.folder)
         except OSError as error:
-            raise CacheUnavailable(f"cannot cache features in {self.folder}: {error}") from error
+            problem = f"cannot cache features in {self.folder}: {error}"
+            raise DataError(problem + OTHERWISE) from error
         return self
 
     def _records(self, path: Path) -> np.ndarray:
@@ -352,9 +349,9 @@ class FeatureCache:
         first, stride = self._num_sound(building), self.format.record.itemsize
         num_bytes = (len(self) - first) * stride
         if shutil.disk_usage(self.folder).free < num_bytes + FREE_SPACE_TO_LEAVE:
-            raise CacheUnavailable(
+            raise DataError(
                 f"no room for {as_bytes(num_bytes)} of cached features in {self.folder}: "
-                f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints"
+                f"{as_bytes(FREE_SPACE_TO_LEAVE)} are left for checkpoints{OTHERWISE}"
             )
         size = f"{len(self) - first:,} images into {self.folder} ({as_bytes(num_bytes)})"
         logger.info("%s: encoding %s", self.name, size)

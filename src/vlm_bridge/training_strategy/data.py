@@ -66,18 +66,14 @@ class TrainingData:
         format = caption_format(model.language_model, recipe)
         with world.first_of_machine_first():
             images = {split: usable_images(folder, split, recipe) for split in ("train", "val")}
-        captions = {split: TokenizedImages(images[split], format) for split in images}
+        captions = {split: TokenizedImages(some, format) for split, some in images.items()}
         used = [of_split.num_captions for of_split in captions.values()]
         world.check_same({"data": folder.fingerprint, "captions in use": used})
-        train, val = (
-            Split(
-                images[split],
-                captions[split],
-                split_features(model.vision_encoder, recipe, split, images[split], world),
-            )
-            for split in images
-        )
-        return cls(recipe, world, format, train, val)
+        splits = [
+            Split(some, captions[split], split_features(model.vision_encoder, recipe, split, some))
+            for split, some in images.items()
+        ]
+        return cls(recipe, world, format, *splits)
 
     @cached_property
     def plan(self) -> EpochPlan:
@@ -171,42 +167,35 @@ def usable_images(folder: DataFolder, split: SplitName, recipe: Recipe) -> list[
 
 
 def split_features(
-    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], world: World
+    encoder: Any,
+    recipe: Recipe,
+    split: str,
+    images: Sequence[CaptionedImage],
+    *,
+    check_all: bool = False,
 ) -> SplitFeatures:
-    """Return the features of a split from its cache, or pixels where there is none.
+    """Open the feature cache of a split, or make it; with ``feature_cache=off``, read pixels.
 
-    Processes use a cache if all of them can: cached features are rounded.
+    Training images are random crops with ``feature_cache_views``. Raises as `FeatureCache.open`.
+
+    Args:
+        check_all: compare every checksum of the cache.
     """
-    pixels = _pixels(encoder, recipe, split, images)
-    items: Any = pixels
-    if recipe.feature_cache != "off":
-        refusal = None
-        try:
-            items = cached_features(encoder, recipe, split, images)
-        except features.CacheUnavailable as error:
-            refusal = str(error)
-        if refusal := next(filter(None, world.gather(refusal)), None):
-            logger.warning("%s: %s images are encoded in every step", refusal, split)
-            items = pixels
-    return SplitFeatures(items, pixels.views)
-
-
-def cached_features(
-    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], check_all: bool = False
-) -> FeatureCache:
-    """Open the cache of a split, or make it. Raises as `FeatureCache.open`."""
+    has_views = split == "train" and recipe.feature_cache_views
+    views = Views(recipe.feature_cache_views, recipe.seed) if has_views else None
+    pixels = OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)
     root = features.cache_root(recipe.feature_cache, recipe.data_dir)
-    assert root is not None, "feature_cache is not off"
-    pixels, dtype = _pixels(encoder, recipe, split, images), recipe.feature_cache_dtype
-    content = features.images_digest(pixels.paths, root)
-    key = features.LAYOUT, encoder_fingerprint(encoder), content, dtype, repr(pixels.views)
+    if root is None:
+        return SplitFeatures(pixels, views)
+    content, dtype = features.images_digest(pixels.paths, root), recipe.feature_cache_dtype
+    key = features.LAYOUT, encoder_fingerprint(encoder), content, dtype, repr(views)
     device = next(encoder.parameters()).device
 
     @torch.no_grad()
     def encode(pixels_bchw: torch.Tensor) -> torch.Tensor:
         return encoder(pixels_bchw.to(device))
 
-    return FeatureCache(
+    cache = FeatureCache(
         root / features.cache_key(*key),
         features.FeatureFormat(encoder.num_tokens, encoder.embed_dim, dtype),
         pixels,
@@ -214,13 +203,5 @@ def cached_features(
         name=split,
         batch_images=ENCODE_BATCH.get(device.type, 32),
         num_workers=recipe.num_workers,
-    ).open(check_all)
-
-
-def _pixels(
-    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage]
-) -> OnTheFlyPixels:
-    """Return random crops of training images with `feature_cache_views`, or else whole images."""
-    has_views = split == "train" and recipe.feature_cache_views
-    views = Views(recipe.feature_cache_views, recipe.seed) if has_views else None
-    return OnTheFlyPixels([image.path for image in images], encoder.preprocess, views)
+    )
+    return SplitFeatures(cache.open(check_all), views)
