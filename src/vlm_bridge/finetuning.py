@@ -127,9 +127,8 @@ def _prepare(
     show_progress: Callable[[str], AbstractContextManager[Progress]],
 ) -> tuple[Recipe, dict[str, torch.Tensor]]:
     """Write the data and the frozen parts; return the run's recipe and the bridge's weights."""
-    state = pvt_blip.read_combined(settings.checkpoint)
     blip = settings.blip or recipe.language_model.name
-    parts = pvt_blip.build_combined(state, settings.checkpoint, pvt=settings.pvt, blip=blip)
+    parts = pvt_blip.load_combined_model(settings.checkpoint, "cpu", blip, settings.pvt)
     projection = parts.proj
     if projection is None:
         config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
@@ -139,8 +138,6 @@ def _prepare(
             torch.manual_seed(recipe.seed)
             projection = projection_for(config, "linear", width)
     weights = projection.state_dict()
-    state |= {f"{pvt_blip.PREFIXES[2]}{name}": tensor for name, tensor in weights.items()}
-    tensors = pvt_blip.from_combined(state)
     with show_progress("images") as progress:
         folder = _caption_folder(settings, data, recipe.num_workers, progress)
     logger.info(f"captions and images: {folder}")
@@ -160,7 +157,7 @@ def _prepare(
         checkpoint_dir=str(settings.run_dir / "checkpoints"),
         log_dir=str(settings.run_dir / "logs"),
     )
-    return recipe, {name: x for name, x in tensors.items() if name.startswith("bridge.")}
+    return recipe, {f"bridge.projection.{name}": x for name, x in weights.items()}
 
 
 def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Progress) -> Path:

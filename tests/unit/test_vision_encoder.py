@@ -103,9 +103,9 @@ def test_layers_can_be_chosen(tiny_dinov2_dir: Path, tiny_clip_dir: Path) -> Non
         torch.testing.assert_close(features, torch.cat((first(pixels), last(pixels)), dim=-1))
         assert encoder_fingerprint(first) != encoder_fingerprint(last)
     # Two layers and the embedding: there is no fourth.
-    with pytest.raises(ModelError, match=r"image_size=56, layers=\[3\] does not fit"):
+    with pytest.raises(ModelError, match=r"image_size=56, layers=\(3,\) does not fit"):
         load(tiny_dinov2_dir, layers=(3,))
-    with pytest.raises(ModelError, match=r"vision_encoder\.image_size=5 does not fit"):
+    with pytest.raises(ModelError, match=r"vision_encoder\.image_size=5, .* does not fit"):
         load(tiny_dinov2_dir, image_size=5)
 
 
@@ -130,7 +130,7 @@ def test_features_of_pyramids_are_those_of_transformers(
     assert torch.equal(pvt(pixels), first(pixels).last_hidden_state[:, 1:])  # without class token
     expected = second(pixels).last_hidden_state.flatten(2).transpose(1, 2)
     assert torch.equal(pvt_v2(pixels), expected)
-    with pytest.raises(ModelError, match="image_size=96 does not fit PvtModel"):
+    with pytest.raises(ModelError, match=r"image_size=96, .* does not fit PvtModel"):
         load(tiny_pvt_dir, image_size=96)
 
 

@@ -63,10 +63,7 @@ _RULES = {
     # The original keeps the name of the projection in the checkpoint it was taken from.
     r"(visual_proj|projection)\.((proj_layer|visual_proj|visual_projection|proj)\.)?": PREFIXES[2],
 }
-_TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
+_HEAD, _EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 
 class CombinedModel(NamedTuple):
@@ -88,7 +85,7 @@ class CombinedModel(NamedTuple):
 
 def read_combined(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a combined file in any layout under our names. Raises CheckpointError."""
-    named = ((_our_name(name), tensor) for name, tensor in _read(Path(path)).items())
+    named = [(_our_name(name), tensor) for name, tensor in _read(Path(path)).items()]
     state = {name: tensor for name, tensor in named if name is not None}
     if "text_decoder.bert.embeddings.token_type_embeddings.weight" in state:
         raise CheckpointError(
@@ -113,9 +110,9 @@ def write_combined(path: str | Path, state: Tensors, layout: Layout = "auto") ->
         layout: `original` is read by the original's loader, `own` is ours, and `auto` the
             original's where that has a place for all tensors.
     """
-    weights = [x for name, x in state.items() if name.startswith(PREFIXES[2]) and x.ndim > 1]
-    has_cbam = "visual_encoder.stage1.0.cbam.sa.conv.weight" in state
-    fits = has_cbam and [x.ndim for x in weights] in ([], [2])
+    projection = _part(state, "visual_proj.")
+    is_linear = not projection or projection_kind(projection) == "linear"
+    fits = is_linear and "visual_encoder.stage1.0.cbam.sa.conv.weight" in state
     if layout == "original" and not fits:
         raise CheckpointError(
             f"{path} cannot be written in the original's pvt-blip layout, which holds PVT-Tiny "
@@ -143,11 +140,40 @@ def load_combined_model(
         CheckpointError: missing, damaged, or its tensors do not fit.
         ModelError: the configuration of ``pvt`` or ``blip_model_name`` cannot be read.
     """
-    target = resolve_device(device)
+    target, where = resolve_device(device), checkpoint_path
     state = read_combined(checkpoint_path)
-    model = build_combined(state, checkpoint_path, pvt=pvt, blip=blip_model_name)
-    model.blip.to(target)
-    return model
+    encoder, decoder, projection = (_part(state, prefix) for prefix in PREFIXES)
+    decoder_config = config_of(blip_model_name, (BLIP_TEXT,))
+    decoder_config.is_decoder = True
+    tokenizer = AutoTokenizer.from_pretrained(blip_model_name)
+    try:
+        encoder_config = config_of(pvt, tuple(PVT)) if pvt else pvt_config(encoder)
+        width, proj = decoder_config.encoder_hidden_size, None
+        if projection:
+            proj = projection_for(encoder_config, projection_kind(projection), width)
+        # In files of older versions of transformers, the head was trained for itself.
+        decoder_config.tie_word_embeddings = torch.equal(decoder[_HEAD], decoder[_EMBEDDINGS])
+    except KeyError as error:
+        raise CheckpointError(f"{where} does not fit: {error.args[0]} is missing") from error
+    except (IndexError, ArithmeticError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    model = PvtBlip(
+        PVT[encoder_config.model_type](encoder_config),
+        BlipTextLMHeadModel(decoder_config),
+        proj,
+        tokenizer(PROMPT, add_special_tokens=False)["input_ids"],
+    )
+    # Older versions also saved positions, which are computed today.
+    state = {name: x for name, x in state.items() if not name.endswith("embeddings.position_ids")}
+    if problems := misfits(state, model.state_dict()):
+        raise CheckpointError(
+            f"{where} does not fit: {shortened(problems)}; pvt and blip_model_name (--pvt, "
+            "--blip-model) name the models it was made of"
+        )
+    model.load_state_dict(state, assign=True)  # assigned, tensors keep their type
+    model.text_decoder.tie_weights()
+    model.eval().to(target)
+    return CombinedModel(model.visual_encoder, model, model.visual_proj)
 
 
 def combine_models(
@@ -229,17 +255,8 @@ def to_combined(captioner: Any, where: str | Path) -> dict[str, torch.Tensor]:
             "(bridge.kind=projection, bridge.standardize_features=false, "
             f"bridge.position_embeddings=false): {shortened(homeless)}"
         )
-    return _renamed(state, _CAPTIONER, PREFIXES)
-
-
-def from_combined(state: Tensors) -> dict[str, torch.Tensor]:
-    """Return the tensors of a combined file under a captioner's names."""
-    return _renamed(state, PREFIXES, _CAPTIONER)
-
-
-def _renamed(state: Tensors, old: tuple[str, ...], new: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    pairs = list(zip(old, new, strict=True))
-    return {theirs + n: x for ours, theirs in pairs for n, x in _part(state, ours).items()}
+    pairs = zip(_CAPTIONER, PREFIXES, strict=True)
+    return {prefix + n: x for ours, prefix in pairs for n, x in _part(state, ours).items()}
 
 
 def _check_parts(encoder: Any, decoder: Any, where: str | Path) -> None:
@@ -251,47 +268,7 @@ def _check_parts(encoder: Any, decoder: Any, where: str | Path) -> None:
     )
 
 
-# Modules
-
-
-def build_combined(
-    state: Tensors, where: str | Path, *, pvt: str | None = None, blip: str = BLIP
-) -> CombinedModel:
-    """Build the modules of a combined file, in the file's own types, as `load_combined_model`."""
-    encoder, decoder, projection = (_part(state, prefix) for prefix in PREFIXES)
-    decoder_config = config_of(blip, (BLIP_TEXT,))
-    decoder_config.is_decoder = True
-    tokenizer = AutoTokenizer.from_pretrained(blip)
-    try:
-        encoder_config = config_of(pvt, tuple(PVT)) if pvt else pvt_config(encoder)
-        proj = None
-        if projection:
-            kind, width = projection_kind(projection), decoder_config.encoder_hidden_size
-            proj = projection_for(encoder_config, kind, width)
-        # Files of older versions of transformers train the head apart from the embeddings.
-        decoder_config.tie_word_embeddings = all(
-            torch.equal(decoder[name], decoder[other]) for name, other in _TIED.items()
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{where} does not fit: {error.args[0]} is missing") from error
-    except (IndexError, ArithmeticError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    model = PvtBlip(
-        PVT[encoder_config.model_type](encoder_config),
-        BlipTextLMHeadModel(decoder_config),
-        proj,
-        tokenizer(PROMPT, add_special_tokens=False)["input_ids"],
-    )
-    # Older versions also saved positions, which are computed today.
-    state = {name: x for name, x in state.items() if not name.endswith("embeddings.position_ids")}
-    if problems := misfits(state, model.state_dict()):
-        raise CheckpointError(
-            f"{where} does not fit: {shortened(problems)}; pvt and blip_model_name (--pvt, "
-            "--blip-model) name the models it was made of"
-        )
-    model.load_state_dict(state, assign=True)  # assigned, tensors keep their type
-    model.text_decoder.tie_weights()
-    return CombinedModel(model.visual_encoder, model.eval(), model.visual_proj)
+# Sizes
 
 
 def config_of(name: str, wanted: tuple[str, ...]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,9 +25,10 @@ from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
 from vlm_bridge.model_architecture.weights import (
     EFFICIENTNET_LITE_SIZES,
     LOADING_ERRORS,
-    load_lite_weights,
     loading_error,
+    packaged_file,
     read_config,
+    require_weights,
 )
 from vlm_bridge.parsing import parse_json
 
@@ -119,20 +120,18 @@ class EfficientNetLiteEncoder(nn.Module):
         except ImportError as error:
             raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
         if config.resample is not None:
-            raise ModelError(
-                f"vision_encoder.resample: {config.name} always resizes bicubically; leave it out"
-            )
+            raise ModelError(f"vision_encoder.resample: {config.name} always resizes bicubically")
         native_size = EFFICIENTNET_LITE_SIZES[config.name]
         size = config.image_size or native_size
         if size % 32 and size != native_size:
-            raise ModelError(
-                f"vision_encoder.image_size={size} must be a multiple of 32, or {native_size}, "
-                f"for {config.name}"
-            )
+            wanted = f"a multiple of 32, or {native_size}, for {config.name}"
+            raise ModelError(f"vision_encoder.image_size={size} must be {wanted}")
         with torch.device("meta" if meta else "cpu"):
             network = EfficientNet.from_name(config.name, image_size=size)
         if not meta:
-            network.load_state_dict(load_lite_weights(config.name))
+            require_weights([config.name])
+            weights = torch.load(str(packaged_file(config.name)), weights_only=True)
+            network.load_state_dict(weights)
         return cls(network, size, config.layers)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -185,11 +184,9 @@ class HuggingFaceVisionEncoder(nn.Module):
                 probe = type(model)(model.config).eval()  # type: ignore[call-arg]
                 features = self._features_of(probe, torch.empty(1, 3, image_size, image_size))
         except (IndexError, ValueError, RuntimeError) as error:
-            given = f", layers={list(layers)}" if layers else ""
-            raise ModelError(
-                f"vision_encoder.image_size={image_size}{given} does not fit "
-                f"{type(model).__name__}: {' '.join(str(error).split())}"
-            ) from error
+            given = f"vision_encoder.image_size={image_size}, layers={self.layers}"
+            problem = f"does not fit {type(model).__name__}: {' '.join(str(error).split())}"
+            raise ModelError(f"{given} {problem}") from error
         _, self.num_tokens, self.embed_dim = features.shape
         self.grid = (isqrt(self.num_tokens), isqrt(self.num_tokens))
 
@@ -201,11 +198,10 @@ class HuggingFaceVisionEncoder(nn.Module):
         try:
             model, size = cls.load_model(config, meta=meta)
             if not meta:
-                how = config.resample
-                options = {"resample": Image.Resampling[how.upper()]} if how else {}
-                processor = AutoImageProcessor.from_pretrained(
-                    config.name, revision=config.revision, backend="pil", **options
-                )
+                options: dict[str, Any] = {"revision": config.revision, "backend": "pil"}
+                if config.resample:
+                    options["resample"] = Image.Resampling[config.resample.upper()]
+                processor = AutoImageProcessor.from_pretrained(config.name, **options)
                 crops = getattr(processor, "do_center_crop", False)
                 sides = (processor.crop_size if crops else processor.size) or {}
                 size = size or sides.get("height") or sides.get("shortest_edge")
@@ -345,10 +341,8 @@ def middle_of(image: Image.Image) -> Image.Image:
 
     Resized by its short side first, 1 x 10,000 pixels would become 224 x 2,240,000.
     """
-    most = MAX_ASPECT * min(image.size)
-    left, top = (max(side - most, 0) // 2 for side in image.size)
-    area = (left, top, image.width - left, image.height - top)
-    return image.crop(area) if left or top else image
+    left, top = (max(side - MAX_ASPECT * min(image.size), 0) // 2 for side in image.size)
+    return ImageOps.crop(image, (left, top, left, top)) if left or top else image
 
 
 def encoder_fingerprint(encoder: Any) -> str:

