@@ -83,11 +83,11 @@ def _scores(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
     from vlm_bridge.evaluation import run_folder
 
     if given is not None:
-        return run_folder.read_metrics(given)
+        return dict(run_folder.read_scores(given).metrics)
     folder = checkpoint.parent
     places = (folder, folder.parent) if folder.name == "checkpoints" else (folder,)
     written = [file for place in places for file in run_folder.evaluations_in(place)]
-    return run_folder.read_metrics(written[-1]) if written else None
+    return dict(run_folder.read_scores(written[-1]).metrics) if written else None
 
 
 def _notes(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:

@@ -18,15 +18,14 @@ from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.device import resolve_device
 from vlm_bridge.errors import ModelError, UsageError
 
-OUR_MODEL_TYPE = "vlm-bridge-captioner"
+# The `model_type` of a configuration, and the captioning class of `transformers`.
 MODELS = {
     "blip": "BlipForConditionalGeneration",
     "git": "GitForCausalLM",
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
 }
-"""``model_type`` of a configuration -> the captioning class of `transformers`."""
+# Text that the authors put before every caption (BLIP: `caption_coco.yaml`).
 PROMPTS = {"blip": "a picture of"}
-"""Text that the authors put before every caption (BLIP: `caption_coco.yaml`)."""
 SETTINGS = (
     "num_beams", "max_new_tokens", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
 )  # fmt: skip
@@ -92,10 +91,8 @@ class BaselineCaptioner:
         # Poolers take no part in captioning, and published captioners often lack theirs.
         missing = sorted(key for key in loading["missing_keys"] if ".pooler." not in key)
         if missing:
-            raise ModelError(
-                f"{name} is no whole {class_name}: {len(missing)} weights are missing "
-                f"({missing[0]}, ...); name a checkpoint of that class"
-            )
+            lost = f"{len(missing)} weights are missing ({missing[0]}, ...)"
+            raise ModelError(f"{name} is no whole {class_name}: {lost}")
         # Without its files, transformers builds BERT's tokenizer of special tokens alone.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ModelError(f"the tokenizer of {name} knows no words: tokenizer.json is missing")
@@ -114,11 +111,10 @@ class BaselineCaptioner:
         Raises:
             UsageError: prompt and caption exceed the decoder's positions.
         """
-        needed = len(self.prompt_ids) + decode.max_new_tokens
-        if needed > self.max_positions:
+        if len(self.prompt_ids) + decode.max_new_tokens > self.max_positions:
             raise UsageError(
-                f"max_new_tokens={decode.max_new_tokens} needs {needed} positions with the prompt, "
-                f"and {type(self.model).__name__} has {self.max_positions}: ask for fewer"
+                f"max_new_tokens={decode.max_new_tokens} and a prompt of {len(self.prompt_ids)} "
+                f"exceed the {self.max_positions} positions of {type(self.model).__name__}"
             )
         return caption_in_batches(
             images, lambda batch: self._caption_batch(batch, decode), batch_size, progress
@@ -158,14 +154,11 @@ class BaselineCaptioner:
 
 def _captioning_class(name: str, config: dict[str, Any]) -> str:
     """Return the name of the class of `transformers` that captions with a checkpoint."""
-    model_type = config.get("model_type")
-    if model_type is None:
-        raise ModelError(f"{name} names no model: its config.json is missing or has no model_type")
-    if model_type == OUR_MODEL_TYPE:
+    model_type = config.get("model_type", "")
+    if model_type == "vlm-bridge-captioner":
         raise ModelError(f"{name} is a captioner of vlm-bridge: score it with --checkpoint {name}")
-    class_name = MODELS.get(model_type)
-    (saved_as, *_) = config.get("architectures") or [class_name or model_type]
-    if class_name is None or saved_as != class_name:
-        known = ", ".join(MODELS.values())
-        raise ModelError(f"{name} holds a {saved_as}, no known captioner; these work: {known}")
-    return class_name
+    (saved_as, *_) = config.get("architectures") or [MODELS.get(model_type, model_type)]
+    if saved_as != MODELS.get(model_type):
+        holds = saved_as or "model without a config.json"
+        raise ModelError(f"{name} holds a {holds}; these work: {', '.join(MODELS.values())}")
+    return MODELS[model_type]

@@ -65,6 +65,7 @@ def write_report(
     environment = Environment(loader=PackageLoader("vlm_bridge.evaluation", ""), autoescape=True)
     environment.filters |= {"shown": _shown, "label": _label}
     measured = [run for run in runs if run.scores]
+    datasets = sorted({run.data.get("name") or "" for run in measured})
     whole = next((run for run in measured if run.name == reference), None)
     page = environment.get_template("report.html.j2").render(
         title=title,
@@ -73,11 +74,7 @@ def write_report(
         notes=[line for run in runs for line in run.notes] if notes is None else notes,
         metrics=list(dict.fromkeys(name for run in measured for name in run.scores)),
         shares={r.name: r.shares_of(whole) for r in measured if r is not whole} if whole else {},
-        published=[
-            system
-            for name in dict.fromkeys(run.data.get("name") or "" for run in measured)
-            for system in published_on(name)
-        ],
+        published=[system for name in datasets for system in published_on(name)],
         reference=reference,
         curves=_curves(runs),
         galleries=[(heading, list(map(_figure, rows))) for heading, rows in _galleries(runs)],
@@ -100,10 +97,10 @@ def published_on(dataset: str) -> list[dict[str, Any]]:
 
 def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
     """Count words in the captions of each run, and in one human caption per image."""
-    captioned = {run.name: run.predictions for run in runs if run.predictions}
-    captions = {name: [p.caption for p in predictions] for name, predictions in captioned.items()}
-    for predictions in list(captioned.values())[:1]:
-        captions[PEOPLE] = [p.image.captions[0] for p in predictions]
+    captioned = [run for run in runs if run.predictions]
+    captions = {run.name: [p.caption for p in run.predictions] for run in captioned}
+    for run in captioned[:1]:
+        captions[PEOPLE] = [p.image.captions[0] for p in run.predictions]
     columns: dict[str, dict[str, float]] = {}
     for name, texts in captions.items():
         sentences = [tuple(sentence.split()) for sentence in simple_tokenize(texts)]
@@ -114,9 +111,9 @@ def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
             "vocabulary, words": len(set().union(*sentences)),
             "distinct, share": len(set(sentences)) / len(texts),
         }
-        ends = [p.finished for p in captioned.get(name, ()) if p.finished is not None]
-        if ends:
-            columns[name]["unfinished, share"] = ends.count(False) / len(ends)
+    for run in captioned:
+        if ends := [p.finished for p in run.predictions if p.finished is not None]:
+            columns[run.name]["unfinished, share"] = ends.count(False) / len(ends)
     return columns
 
 
@@ -131,17 +128,13 @@ def _galleries(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Sequence[Row]
         rows = [[(name, of[key]) for name, of in by_id.items()] for key in common]
     yield "Drawn at random", random.Random(0).sample(rows, min(SHOWN, len(rows)))
     if len(runs) > 1:
-        yield "Where CIDEr differs most", sorted(rows, key=_spread)[::-1][:SHOWN]
+        spread = [np.ptp([prediction.cider for _, prediction in row]) for row in rows]
+        yield "Where CIDEr differs most", [rows[i] for i in np.argsort(spread)[::-1][:SHOWN]]
         return
     ranked = sorted(rows, key=lambda row: row[0][1].cider)
     yield "Best by CIDEr", ranked[::-1][:SHOWN]
     yield "Worst by CIDEr", ranked[:SHOWN]
     yield "Longest captions", sorted(rows, key=lambda row: len(row[0][1].caption))[::-1][:SHOWN]
-
-
-def _spread(row: Row) -> float:
-    scores = [prediction.cider for _, prediction in row]
-    return max(scores) - min(scores)
 
 
 def _figure(row: Row) -> dict[str, Any]:
@@ -150,8 +143,7 @@ def _figure(row: Row) -> dict[str, Any]:
         jpeg = io.BytesIO()
         small.save(jpeg, "JPEG", quality=80, optimize=True)
         source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
-    name, reference = image.path.name, image.captions[0]
-    return {"name": name, "source": source, "captions": row, "reference": reference}
+    return {"image": image, "source": source, "captions": row}
 
 
 def _differing(runs: Sequence[ReportedRun]) -> dict[str, dict[str, object]]:

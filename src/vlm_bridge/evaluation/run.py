@@ -21,17 +21,9 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
+from vlm_bridge.evaluation import run_folder
 from vlm_bridge.evaluation.report import SHOWN, write_report
-from vlm_bridge.evaluation.run_folder import (
-    MEASURED,
-    METRICS_NAME,
-    PREDICTIONS_NAME,
-    REPORT_NAME,
-    Curve,
-    Prediction,
-    ReportedRun,
-    write_predictions,
-)
+from vlm_bridge.evaluation.run_folder import MEASURED, Curve, Prediction, ReportedRun
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import SCORES, score_captions
 from vlm_bridge.metrics.coco import java_version
@@ -166,8 +158,8 @@ def write_evaluation(
     """
     folder.mkdir(parents=True, exist_ok=True)
     metrics, predictions = evaluation.metrics, evaluation.predictions
-    write_json(folder / METRICS_NAME, metrics)
-    write_predictions(folder / PREDICTIONS_NAME, predictions)
+    write_json(folder / run_folder.METRICS_NAME, metrics)
+    run_folder.write_predictions(folder / run_folder.PREDICTIONS_NAME, predictions)
     ranked = sorted(predictions, key=lambda prediction: prediction.cider)
     half = min(SHOWN, len(ranked) // 2)
     chosen = [*ranked[half:][: -1 - SHOWN : -1], *ranked[:half]]
@@ -176,7 +168,7 @@ def write_evaluation(
     best_and_worst.save(folder / "contact_sheet.png")
     name = metrics["model"].get("name") or "this evaluation"
     run = ReportedRun(name, metrics, predictions, curves or {}, recipe_yaml)
-    write_report(folder / REPORT_NAME, [run], title=title)
+    write_report(folder / run_folder.REPORT_NAME, [run], title=title)
 
 
 def references_digest(images: Sequence[CaptionedImage]) -> str:

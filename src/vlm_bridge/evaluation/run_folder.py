@@ -137,8 +137,8 @@ class ReportedRun:
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """Write a JSON line per image. Raises OSError."""
-    lines = [json.dumps(prediction.to_record(), ensure_ascii=False) for prediction in predictions]
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    lines = (json.dumps(each.to_record(), ensure_ascii=False) + "\n" for each in predictions)
+    write_atomically(path, "".join(lines).encode())
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -168,32 +168,22 @@ def evaluations_in(path: Path) -> list[Path]:
     return sorted(path.glob(f"*/{METRICS_NAME}"), key=lambda file: file.stat().st_mtime)
 
 
-def read_metrics(file: Path) -> dict[str, Any]:
-    """Read the scores of an evaluation.
-
-    Raises:
-        DataError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the scores in {file}: {error}") from error
-    if not isinstance(content, dict) or not {"CIDEr", "num_images"} <= content.keys():
-        raise DataError(f"{file} does not hold the scores of an evaluation: {HOW}")
-    return content
-
-
 def read_scores(path: Path) -> ReportedRun:
     """Read the scores of a JSON file, an evaluation's folder, or the latest one in a run folder.
 
     Raises:
-        DataError: nothing is there, or it holds no scores.
+        DataError: nothing is there, it cannot be read, or it holds something else.
     """
     files = evaluations_in(path)
     if not files:
         raise DataError(f"no scores at {path}: {HOW}")
     file = files[-1]
-    metrics = read_metrics(file)
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the scores in {file}: {error}") from error
+    if not isinstance(metrics, dict) or not {"CIDEr", "num_images"} <= metrics.keys():
+        raise DataError(f"{file} does not hold the scores of an evaluation: {HOW}")
     unrecorded = _run_of(file).resolve().name if file.name == METRICS_NAME else file.stem
     name = (metrics.get("model") or {}).get("name") or unrecorded
     notes = [f"Scores of {file.parent}, the latest of {len(files)} evaluations."]
@@ -212,7 +202,9 @@ def read_run(path: Path) -> ReportedRun:
     """
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
-    root, predictions = _run_of(path), []
+    root = _run_of(path)
+    run, missing = ReportedRun(root.resolve().name), [NOT_EVALUATED]
+    predictions: list[Prediction] = []
     if evaluations_in(path):
         run = read_scores(path)
         # A file that --json wrote may lie beside another evaluation's predictions.
@@ -220,21 +212,15 @@ def read_run(path: Path) -> ReportedRun:
             predictions = read_predictions(run.path.with_name(PREDICTIONS_NAME))
         no_images = f"No {PREDICTIONS_NAME}: evaluate with --output-dir to see images."
         missing = [*run.missing, *([] if predictions else [no_images])]
-    else:
-        run, missing = ReportedRun(root.resolve().name), [NOT_EVALUATED]
-    curves = read_curves(root / "logs")
+    curves, recipe_yaml = read_curves(root / "logs"), ""
     if not curves:
         missing.append(f"No training log at {root / 'logs'}: no curves.")
     try:
         recipe_yaml = _read_recipe(root)
     except CheckpointError as error:
-        recipe_yaml = ""
         missing.append(f"No recipe: {error}")
     if not (run.metrics or curves or recipe_yaml):
-        raise DataError(
-            f"{path} holds neither an evaluation nor a training log nor a checkpoint: give a run "
-            "folder"
-        )
+        raise DataError(f"{path} holds neither an evaluation nor a training: give a run folder")
     return replace(
         run, predictions=predictions, curves=curves, recipe_yaml=recipe_yaml, missing=missing
     )
