@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings
-from vlm_bridge.data_pipeline.images import open_image, upright_rgb
+from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings, opened
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.errors import ImageError
@@ -76,7 +75,7 @@ def explain(
         ImageError: the image cannot be read.
         ModelError: the language model does not return its attention weights.
     """
-    image = upright_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+    image = opened(image)
     if caption is None:
         caption = captioner.caption([image], decode=decode)[0].caption or ""
     model, language_model = captioner.model, captioner.model.language_model
@@ -196,8 +195,7 @@ def draw_sheet(items: Sequence[SheetItem], *, columns: int = 4, title: str = "")
 def thumbnail(image: ImageFile | Image.Image, size: tuple[int, int]) -> Image.Image | None:
     """Return the image scaled to fit `size` (width, height); None if it cannot be read."""
     try:
-        opened = image if isinstance(image, Image.Image) else open_image(image)
-        return ImageOps.contain(opened, size, Image.Resampling.LANCZOS)
+        return ImageOps.contain(opened(image), size, Image.Resampling.LANCZOS)
     except ImageError:
         return None
 

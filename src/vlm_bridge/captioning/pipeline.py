@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -38,16 +39,11 @@ ImageSource = str | ImageFile | Image.Image
 
 
 class Candidate(NamedTuple):
-    """A caption of an image.
-
-    Attributes:
-        score: mean log-probability per token, in nats.
-        finished: whether it ended with EOS before `max_new_tokens`.
-    """
+    """A caption of an image."""
 
     caption: str
-    score: float
-    finished: bool
+    score: float  # mean log-probability per token, in nats
+    finished: bool  # it ended with EOS before `max_new_tokens`
 
 
 @dataclass(frozen=True)
@@ -129,14 +125,15 @@ class Captioner:
         )
 
     def candidates(
-        self, images: Sequence[Image.Image], count: int, *, decode: DecodeSettings | None = None
+        self, images: Sequence[ImageSource], count: int, *, decode: DecodeSettings | None = None
     ) -> list[list[Candidate]]:
         """Return `count` captions per image: the best beams, best first, or independent draws.
 
         Raises:
             ConfigurationError: `count` is above the number of beams.
+            ImageError: an image cannot be read.
         """
-        pixels = self.model.vision_encoder.preprocess([upright_rgb(image) for image in images])
+        pixels = self.model.vision_encoder.preprocess([opened(image) for image in images])
         return in_batches(self._caption_batch(pixels, decode or self.recipe.decode, count), count)
 
     def __call__(
@@ -159,19 +156,15 @@ class Captioner:
         if isinstance(images, ImageSource):
             images = [images]
             return self(images, num_return_sequences=num_return_sequences, decode=decode)[0]
-        answers: list[Any] = []
-        for batch in in_batches(images, batch_size):
-            opened = [x if isinstance(x, Image.Image) else open_image(x) for x in batch]
-            for found in self.candidates(opened, num_return_sequences, decode=decode):
-                answers.append([{"generated_text": candidate.caption} for candidate in found])
-        return answers
+        batches = in_batches(images, batch_size)
+        found = (self.candidates(batch, num_return_sequences, decode=decode) for batch in batches)
+        return [
+            [{"generated_text": candidate.caption} for candidate in of_image]
+            for of_image in chain.from_iterable(found)
+        ]
 
     def save_pretrained(self, folder: str | Path, facts: CardFacts | None = None) -> None:
-        """Write a folder for `from_pretrained` and the hub: trained weights, recipe, model card.
-
-        Args:
-            facts: further facts for the model card.
-        """
+        """Write a folder for `from_pretrained` and the hub: trained weights, recipe, model card."""
         content = {"weights": self.model.trained_state_dict()}
         write_huggingface_folder(content, self.recipe, Path(folder), facts or CardFacts())
 
@@ -187,11 +180,7 @@ class Captioner:
     def validate(
         self, images: Sequence[CaptionedImage], *, batch_size: int = 16, world: World | None = None
     ) -> Validation:
-        """Measure loss, perplexity and visual gain on captioned images.
-
-        Args:
-            world: the processes that share the work; each gets the result.
-        """
+        """Measure loss, perplexity and visual gain; each process of `world` gets the result."""
         world = world or World(self.model.device)
         encoder = self.model.vision_encoder
         paths = [image.path for image in images]
@@ -238,31 +227,32 @@ def caption_in_batches(
 
     Args:
         caption_batch: prepared images -> (caption, mean log-probability per token, finished).
-        progress: called with the number of images done.
         prepare: turns the RGB images of a batch into the input of `caption_batch`.
-        open_image: reads a file.
     """
 
-    def read(batch: list[ImageSource]) -> tuple[list[str | None], Any]:
-        opened: list[Image.Image] = []
-        errors: list[str | None] = []
+    def read(batch: list[ImageSource]) -> tuple[list[CaptionResult], Any]:
+        results, readable = [], []
         for image in batch:
+            name, error = "<image>" if isinstance(image, Image.Image) else str(image), None
             try:
                 is_open = isinstance(image, Image.Image)
-                opened.append(upright_rgb(image) if is_open else open_image(image))
-                errors.append(None)
-            except ImageError as error:
-                errors.append(error.reason)
-        return errors, prepare(opened) if opened else None
+                readable.append(upright_rgb(image) if is_open else open_image(image))
+            except ImageError as damage:
+                error = damage.reason
+            results.append(CaptionResult(name, error=error))
+        return results, prepare(readable) if readable else None
 
-    results: list[CaptionResult] = []
-    batches = in_batches(images, batch_size)
-    ahead = prefetch(batches, read, DECODE_AHEAD)
-    for batch, (errors, prepared) in zip(batches, ahead, strict=True):
+    captioned: list[CaptionResult] = []
+    for results, prepared in prefetch(in_batches(images, batch_size), read, DECODE_AHEAD):
         captions = iter(caption_batch(prepared) if prepared is not None else [])
-        for image, error in zip(batch, errors, strict=True):
-            name = "<image>" if isinstance(image, Image.Image) else str(image)
-            caption = next(captions) if error is None else (None, None, None)
-            results.append(CaptionResult(name, *caption, error=error))
-        progress(len(results))
-    return results
+        captioned += [
+            result if result.error else CaptionResult(result.image, *next(captions))
+            for result in results
+        ]
+        progress(len(captioned))
+    return captioned
+
+
+def opened(image: ImageSource) -> Image.Image:
+    """Return an image, or one in a file, as upright RGB. Raises ImageError."""
+    return upright_rgb(image) if isinstance(image, Image.Image) else open_image(image)

@@ -10,7 +10,6 @@ import logging
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -20,10 +19,7 @@ from typing import SupportsFloat
 TIMEOUT_S, SPICE_TIMEOUT_S = 300.0, 3600.0
 # Otherwise the jars read and write text in the locale's encoding and decimal mark.
 TEXT_OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
-INSTALL_JAVA = {
-    "darwin": "brew install openjdk",
-    "win32": "winget install EclipseAdoptium.Temurin.21.JRE",
-}.get(sys.platform, "sudo apt-get install default-jre-headless")
+INSTALL_JAVA = "sudo apt-get install default-jre-headless (on a Mac: brew install openjdk)"
 
 Tokens = dict[str, list[str]]
 """Image id -> sentences as tokens joined by spaces, the form that pycocoevalcap takes."""
@@ -80,9 +76,8 @@ def run_java(
     except (OSError, ValueError) as error:
         raise JavaError(f"Java failed: {error}") from error
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reasons = [line for line in lines if "Error" in line or "Exception" in line] or lines
-        raise JavaError(f"Java failed: {(reasons or [f'exit code {done.returncode}'])[0]}")
+        reason = re.search(r".*(Error|Exception).*", done.stderr)
+        raise JavaError(f"Java failed: {reason[0] if reason else f'exit code {done.returncode}'}")
     return done.stdout
 
 
