@@ -102,10 +102,10 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     step = take(good)
     assert state.optimizer.state[weight]["step"] == 2
-    assert [result.was_skipped for result in step.results(wait=True)] == [False, True, False]
+    assert [result.was_skipped for result in step.results()] == [False, True, False]
     assert (state.step, state.skipped_in_a_row, state.epoch_steps) == (3, 0, 2)
     take(poison)
-    take(poison).results(wait=True)
+    take(poison).results()
     assert (state.step, state.skipped_in_a_row, state.epoch_steps) == (5, 2, 2)
 
 
@@ -114,13 +114,13 @@ def test_float16_overflows_until_its_scale_is_low_enough(take: Callable[..., Tra
     step.state.scaler = torch.GradScaler("cpu", init_scale=2.0**70)
     for _ in range(4):
         take(lambda weight: (weight * 1e18).sum())
-    _, first, *_, last = step.results(wait=True)
+    _, first, *_, last = step.results()
     assert first.was_skipped and not last.was_skipped
 
 
 def test_micro_batches_add_up(take: Callable[..., TrainStep]) -> None:
     step = take(good, lambda weight: 3 * weight.sum())
-    (result,) = step.results(wait=True)
+    (result,) = step.results()
     assert result.loss == pytest.approx((3 + 9) / 2)
     assert result.gradient_norm == pytest.approx(math.sqrt(3) * 2)
 

@@ -17,7 +17,7 @@ from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.files import append_line
-from vlm_bridge.training_strategy.step import StepResult, StepSize
+from vlm_bridge.training_strategy.step import StepResult
 from vlm_bridge.training_strategy.validation import (
     DecodedValidation,
     Sample,
@@ -51,18 +51,16 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
-        self._started, self._sizes = time.perf_counter(), []
+        self._started = time.perf_counter()
 
-    def step(self, size: StepSize) -> None:
-        """Count an optimizer step of all processes."""
-        self._sizes.append(size)
-
-    def training(self, epoch: int, result: StepResult, statistics: Mapping[str, float]) -> None:
-        """Log a step, and the throughput since the last one; ``statistics`` of the objective."""
-        step, rate, loss, norm = result
+    def training(
+        self, epoch: int, results: Sequence[StepResult], statistics: Mapping[str, float]
+    ) -> None:
+        """Log the last of some steps, their throughput, and ``statistics`` of the objective."""
+        step, _, rate, loss, norm = results[-1]
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        _, captions, tokens, positions = map(sum, zip(*self._sizes, strict=True))
-        per_step, pads = seconds / len(self._sizes), 1 - tokens / positions
+        _, captions, tokens, positions = map(sum, zip(*(r.size for r in results), strict=True))
+        per_step, pads = seconds / len(results), 1 - tokens / positions
         seconds_left = per_step * (self.total_steps - step)
         logger.info(
             f"epoch {epoch + 1} step {step}/{self.total_steps} | loss {loss:.4f} | "
@@ -77,7 +75,6 @@ class Monitor:
             "train", step, **means, gradient_norm=norm, padding_share=pads,
             samples_per_second=captions / seconds, tokens_per_second=tokens / seconds,
         )  # fmt: skip
-        self.restart_clock()
 
     def skipped(self, result: StepResult) -> None:
         """Log a step that changed nothing."""

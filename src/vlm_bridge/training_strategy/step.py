@@ -36,6 +36,7 @@ class StepResult(NamedTuple):
     """Numbers of a step, which counts from 1: nats per token, and the norm before clipping."""
 
     step: int
+    size: StepSize
     learning_rate: float
     loss: float
     gradient_norm: float
@@ -71,9 +72,9 @@ class TrainStep:
         self.autocast = autocast
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.add_up_gradients = GradientSum(world, self.parameters)
-        self._pending: list[tuple[int, float, torch.Tensor]] = []
+        self._pending: list[tuple[int, StepSize, float, torch.Tensor]] = []
 
-    def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> StepSize:
+    def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> None:
         """Update the weights from the micro-batches of this process and advance the state."""
         state, scaler, optimizer = self.state, self.state.scaler, self.state.optimizer
         learning_rate = learning_rate_at(state.step, self.total_steps, self.recipe)
@@ -94,10 +95,9 @@ class TrainStep:
         state.advance(steps_in_epoch)
         state.average.update(state.step, skipped)
         numbers = torch.stack([loss.float(), norm.float()])
-        self._pending.append((state.step, learning_rate, numbers))
+        self._pending.append((state.step, size, learning_rate, numbers))
         if self.world.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
             return_freed_memory()
-        return size
 
     def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, StepSize]:
         """Add up gradients; return this process's part of the loss, and the size of the step."""
@@ -120,15 +120,15 @@ class TrainStep:
             step_loss += loss.detach()
         return step_loss, size
 
-    def results(self, *, wait: bool) -> list[StepResult]:
-        """Return the steps since the last call; on a GPU nothing, unless ``wait`` is true."""
-        if not wait and self.world.device.type != "cpu":
-            return []
-        found = [StepResult(step, rate, *numbers.tolist()) for step, rate, numbers in self._pending]
+    def results(self) -> list[StepResult]:
+        """Return the steps since the last call; waits for the device."""
+        results = []
+        for step, size, learning_rate, numbers in self._pending:
+            loss, norm = numbers.tolist()
+            results.append(StepResult(step, size, learning_rate, loss, norm))
+            self.state.record(loss, was_skipped=results[-1].was_skipped)
         self._pending.clear()
-        for result in found:
-            self.state.record(result.loss, was_skipped=result.was_skipped)
-        return found
+        return results
 
 
 def adamw(

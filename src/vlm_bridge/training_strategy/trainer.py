@@ -109,8 +109,8 @@ def train(
             while not validator.is_finished:
                 steps = data.steps_in_epoch(state.epoch)
                 for batches in data.steps(objective.load, state.epoch, state.step_in_epoch):
-                    monitor.step(take_step(batches, steps))
-                    log_step(take_step, monitor, saver)
+                    take_step(batches, steps)
+                    log_step(take_step, monitor, saver, validator)
                     saver.after_step()
                     validator.validate_if_due(interruption)
                     if signal_number := world.largest(interruption.received):
@@ -177,20 +177,23 @@ def log_start(data: TrainingData, validator: Validator) -> None:
     )
 
 
-def log_step(take_step: TrainStep, monitor: Monitor, saver: Saver) -> None:
-    """Log the steps whose numbers have arrived; in a log step wait for them, and check the weights.
+def log_step(take_step: TrainStep, monitor: Monitor, saver: Saver, validator: Validator) -> None:
+    """Log the steps since the last log step, if this is one, and check the weights.
 
-    Raises TrainingError where too many steps were skipped, or the weights are not finite.
+    Epochs end, and validations begin, with a log step.
+
+    Raises:
+        TrainingError: too many steps were skipped, or the weights are not finite.
     """
     state, recipe, world = take_step.state, take_step.recipe, take_step.world
     is_epoch_end = state.step_in_epoch == 0 or state.step == take_step.total_steps
-    is_log_step = state.step % recipe.log_every_n_steps == 0 or is_epoch_end
-    results = take_step.results(wait=is_log_step)
+    is_log_step = state.step % recipe.log_every_n_steps == 0
+    if not (is_log_step or is_epoch_end or validator.is_due):
+        return
+    results = take_step.results()
     for result in results:
         if result.was_skipped:
             monitor.skipped(result)
-    if not is_log_step:
-        return
     saver.check_weights()
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         saved_to = saver.step()
@@ -202,7 +205,8 @@ def log_step(take_step: TrainStep, monitor: Monitor, saver: Saver) -> None:
         )
     statistics = take_step.objective.statistics(world.sum)
     if not results[-1].was_skipped:
-        monitor.training(state.last_epoch, results[-1], statistics)
+        monitor.training(state.last_epoch, results, statistics)
+    monitor.restart_clock()
     if is_epoch_end:
         if state.epoch_steps:
             monitor.epoch(state.last_epoch, state.epoch_loss / state.epoch_steps)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,12 +77,9 @@ class LoadedBatch:
     weights: torch.Tensor | None = None  # of the losses of supervised tokens [V]; None is 1 each
 
 
-def load_batch(
-    batch: PackedBatch, features: Features, device: torch.device, images: np.ndarray | None = None
-) -> LoadedBatch:
-    """Read features of a batch, or of ``images`` [R], and start to copy it; threads may call it."""
-    indices = batch.image_indices if images is None else images
-    chosen = torch.as_tensor(features[indices]).contiguous()
+def load_batch(batch: PackedBatch, features: Features, device: torch.device) -> LoadedBatch:
+    """Read features of a batch and start to copy it; threads may call it."""
+    chosen = torch.as_tensor(features[batch.image_indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
     return LoadedBatch(batch, DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
 
@@ -124,23 +121,22 @@ def validate(
     the number of processes, which share the batches, changes the result.
     """
     world = world or World(model.device)
-    own_image = np.arange(len(data))
-    circle = np.random.default_rng(0).permutation(own_image)
-    wrong_image = own_image.copy()
-    wrong_image[circle] = np.roll(circle, 1)  # its neighbor in the circle
+    circle = np.random.default_rng(0).permutation(len(data))
+    wrong_image = np.empty_like(circle)
+    wrong_image[circle] = np.roll(circle, 1)  # its neighbor
     losses: list[torch.Tensor] = []  # of each batch: with its own images, with wrong ones
     num_tokens = 0
     rows = whole_rows(data.captions_per_image)
     longest_first = np.argsort(-data.image_lengths, kind="stable")
     with evaluating(model):
         for some in world.share(in_batches([rows[i] for i in longest_first], batch_images)):
-            batch = data.pack(some)
-            for image_of in (own_image, wrong_image):
-                images = image_of[batch.image_indices]
-                loaded = load_batch(batch, features, model.device, images)
+            right = data.pack(some)
+            wrong = replace(right, image_indices=wrong_image[right.image_indices])
+            for batch in (right, wrong):
+                loaded = load_batch(batch, features, model.device)
                 with autocast():
                     losses.append(batch_loss(model, loaded).token_losses.sum())
-            num_tokens += batch.num_supervised
+            num_tokens += right.num_supervised
     num_tokens = int(world.sum([num_tokens])[0])
     all_losses = list(chain(*world.gather(torch.stack(losses).tolist() if losses else [])))
     loss, wrong_loss = (math.fsum(all_losses[start::2]) / num_tokens for start in (0, 1))
