@@ -116,9 +116,6 @@ def test_statistics_count_words_without_tags_and_the_tags(dataset: Path) -> None
     assert statistics["tokens_per_caption"]["min"] >= 40
     assert statistics["tags"]["actions"]["tags"] == 300
     assert statistics["tags"]["objects"]["classes"] == 3
-    facts = source.facts()
-    assert facts["rows"] == {"test": 60, "train": 240}
-    assert list(facts["fields"]) == ["id", "image", "detections", "caption", "human_annotated"]
 
 
 def test_a_file_or_folders_named_by_part_are_read_too(dataset: Path, tmp_path: Path) -> None:

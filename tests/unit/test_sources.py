@@ -129,7 +129,7 @@ def test_captions_of_missing_images_are_skipped_up_to_a_share(tmp_path: Path) ->
         ("captions.jsonl", b'{"image": "a.jpg", "caption": "caf\xe9"}\n', r"captions.jsonl:1: not UTF-8"),
         ("captions.tsv", b"../a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
         ("captions.tsv", b"C:\\a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
-        ("captions.tsv", b"b.png A cat.\n", r"captions.tsv:1: 1 cells instead of 2"),
+        ("captions.tsv", b"b.png A cat.\n", r"captions.tsv:1: the header must name"),
         ("captions.csv", b"a.jpg,A dog.\n", r"captions.csv:1: the header must name"),
         ("captions.csv", b"image,caption\na.jpg,A dog, wet.\n", r"captions.csv:2: 3 cells"),
         ("captions.csv", b"image,caption,split\na.jpg,A dog.,fold1\n", r"captions.csv:2: unknown split"),

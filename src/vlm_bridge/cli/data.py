@@ -145,18 +145,18 @@ def explore_dataset(
         raise UsageError("give either --source or --data-dir")
     if no_grid and grid is not None:
         raise UsageError("give either --grid or --no-grid")
-    facts, skipped = {}, []
+    skipped = []
     if data_dir is not None:
         name = data_dir.resolve().name
         items = explore.folder_items(open_data_folder(data_dir), skipped)
     else:  # with tags, which are counted
         opened = _open_source(context.params | {"keep_tags": True})
-        name, items, facts, skipped = opened.name, opened.items(), opened.facts(), opened.rejected
+        name, items, skipped = opened.name, opened.items(), opened.rejected
     count_tokens = _token_counter(tokenizer) if tokenizer else lambda texts: []
     with show_progress("images measured") as report:
         result = explore.describe_items(items, report, count_tokens=count_tokens)
     shown = explore.sample_items(items, samples, seed)
-    result |= {"dataset": facts, "set_aside": [item.to_dict() for item in skipped]}
+    result |= {"set_aside": [item.to_dict() for item in skipped]}
     result["samples"] = explore.describe_samples(shown, keep_tags=keep_tags)
     if shown and not no_grid:
         grid = grid or Path("runs/explore") / f"{name}.png"

@@ -73,12 +73,6 @@ def schema_of(path: Path) -> pa.Schema:
         return file.schema_arrow
 
 
-def count_rows(path: Path) -> int:
-    """Return the number of rows, from the file's footer alone; DataError as :func:`read_rows`."""
-    with _opened(path) as file:
-        return file.metadata.num_rows
-
-
 def _values(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 

@@ -34,7 +34,7 @@ SOURCES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SourceItem:
     """One image with its captions as found.
 
@@ -59,6 +59,7 @@ class Source:
     Attributes:
         finds_near_duplicates: whether perceptual hashes tell its images apart, and they are few
             enough to compare every pair.
+        default_split_rule: for images whose split the dataset does not decide.
         split_rule: how the dataset decides its splits; None where it leaves images to a rule.
         rejected: what ``items`` skipped.
     """
@@ -70,6 +71,7 @@ class Source:
     finds_near_duplicates: ClassVar[bool] = True
     needs_input_dir: ClassVar[bool] = True
 
+    default_split_rule: SplitRule = field(default=SplitRule(), init=False)
     split_rule: str | None = field(default=None, init=False)
     rejected: list[SkippedSample] = field(default_factory=list, init=False)
 
@@ -78,18 +80,9 @@ class Source:
         """Return the name of the file by which a folder is recognized as this dataset, or None."""
         return None
 
-    @property
-    def default_split_rule(self) -> SplitRule:
-        """Rule for images whose split the dataset does not decide."""
-        return SplitRule()
-
     def items(self) -> list[SourceItem]:
         """Read the dataset. Raises DataError, with file and line, where it is malformed."""
         raise NotImplementedError
-
-    def facts(self) -> dict[str, Any]:
-        """Return sizes, fields and types that the files state; empty where they state nothing."""
-        return {}
 
 
 def source_class(name: str) -> type[Source]:
@@ -130,8 +123,7 @@ def find_source(
     if input_dir is None:
         return ("groundcap", "the hub") if captions_file is None else ("local", "")
     if input_dir.is_file():
-        is_list = input_dir.suffix.lower() == ".tsv"
-        return "conceptual" if is_list else "groundcap", input_dir.name
+        return "groundcap", input_dir.name
     if not input_dir.is_dir():
         raise DataError(f"no such folder: {input_dir} (--input-dir)")
     if captions_file is not None:

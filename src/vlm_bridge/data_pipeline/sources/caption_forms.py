@@ -9,10 +9,9 @@ import ast
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.parquet import ParquetImage, read_rows, schema_of
@@ -27,32 +26,26 @@ IMAGE_FIELDS = (
 CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "description", "comment", "raw")
 NEEDED = f"an image ({', '.join(IMAGE_FIELDS)}) and a caption ({', '.join(CAPTION_FIELDS)})"
 RESTVAL = "restval"  # Karpathy's name for images of COCO's val part that are for training
-QUOTING = ": put the cell in quotes and double those within it"
-OPEN_QUOTE = f"a double quote opens here and does not close before the next row{QUOTING}"
-MAX_CELL_LINES = 100  # a quote that is open for longer was opened by mistake
 
 _NO_CAPTION = frozenset({"", "nan", "<na>", "n/a", "none", "null"})
 _LIST = re.compile(r"""\[(\s*["'].*)?\]""", re.DOTALL)
 _NO_COMMA = re.compile(r"""["']\s+["']""")  # numpy writes lists of texts so; Python joins them
 _CAPTION_NUMBER = re.compile(r"#\d+\s*$")
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 Rows = Iterator[tuple[str, Any]]
 """("file:line", values by the names of their fields, or a ValueError) of each row."""
 
 
-@dataclass(frozen=True, slots=True)
-class CaptionRecord:
-    """The captions that one place of a caption file gives an image."""
+class CaptionRecord(NamedTuple):
+    """The captions that one place of a caption file ("file:line") gives an image."""
 
-    where: str  # "file:line" or "file: entry 3"
+    where: str
     image: str
-    captions: tuple[str, ...]
-    part: str = ""  # the split as the file writes it
-    stored: ParquetImage | None = None  # the image itself, where the file holds it
-
-    @property
-    def split(self) -> SplitName | None:
-        return "train" if self.part == RESTVAL else normalise_split(self.part)
+    captions: list[str]
+    split: SplitName | None
+    is_restval: bool
+    stored: ParquetImage | None  # the image itself, where the file holds it
 
 
 def without_number(name: str) -> str:
@@ -72,18 +65,17 @@ def read_sidecars(folder: Path, images: Iterable[str], skipped: Skipped) -> Iter
     """Yield the captions of images from text files beside them, a caption a line."""
     texts = ((image, (folder / image).with_suffix(".txt")) for image in images)
     lines = ((image, line) for image, text in texts if text.is_file() for line in _lines_of(text))
-    return _records(((at, {"image": image, "text": line}) for image, (at, line) in lines), skipped)
+    rows = ((f"{image}:{n}", {"image": image, "text": line}) for image, (n, line) in lines)
+    return _records(rows, skipped)
 
 
 def _records(rows: Iterable[tuple[str, Any]], skipped: Skipped) -> Iterator[CaptionRecord]:
     for where, row in rows:
         skipped.total += 1
         try:
-            record = _make_record(where, row)
+            yield _make_record(where, row)
         except ValueError as error:
             skipped.add(where, str(error))
-        else:
-            yield record
 
 
 def _make_record(where: str, row: Any) -> CaptionRecord:
@@ -98,26 +90,25 @@ def _make_record(where: str, row: Any) -> CaptionRecord:
     texts = _texts_of(row)
     if not all(map(is_text, (image, *texts))):
         raise ValueError("not UTF-8 text")
-    captions = tuple(text for text in texts if text.strip().lower() not in _NO_CAPTION)
-    part, stored = str(row.get("split") or ""), row.get(ParquetImage)
-    record = CaptionRecord(where, image.strip(), captions, part, stored)
-    if part and record.split is None:
+    part = str(row.get("split") or "")
+    split = "train" if part == RESTVAL else normalise_split(part)
+    if part and split is None:
         raise ValueError(f"unknown split {shown(part)} (train, val or test)")
-    return record
+    captions = [text for text in texts if text.strip().lower() not in _NO_CAPTION]
+    return CaptionRecord(
+        where, image.strip(), captions, split, part == RESTVAL, row.get(ParquetImage)
+    )
 
 
 def _texts_of(row: dict[Any, Any]) -> list[str]:
     """Return a row's captions, of a LLaVA conversation the first answer."""
     values = [row[name] for name in CAPTION_FIELDS if name in row]
-    if not values and "conversations" in row:
-        try:
-            turns = (turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
-            values = [next(turns)]
-        except (StopIteration, LookupError, TypeError):
-            raise ValueError('its conversations have no answer (a turn from "gpt")') from None
+    if not values and isinstance(row.get("conversations"), list):
+        turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
+        values = [turn.get("value") for turn in turns if turn.get("from") == "gpt"][:1]
     if not values:
         raise ValueError(f"has no caption (one of the fields {', '.join(CAPTION_FIELDS)})")
-    value = next((value for value in values if value is not None), "")
+    value = next((value for value in values if value is not None), [])
     if isinstance(value, str):
         value = _listed(value)
     elif value != value:  # pandas writes NaN for an empty cell
@@ -143,125 +134,122 @@ def _listed(cell: str) -> list[str]:
     raise ValueError(f"a list of captions that cannot be read: {shown(cell)}")
 
 
-def _lines_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("file:line", text) for every line; bytes that are not UTF-8 make it no text."""
+def _lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of every line; bytes that are not UTF-8 make it no text."""
     for number, line in lines_of(path):
         text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
-        yield f"{path}:{number}", text.rstrip("\r\n")
+        yield number, text.rstrip("\r\n")
 
 
 # --- tables ---
 
 
 def _table_rows(path: Path) -> Rows:
-    """Yield the rows of a table; a damaged row costs no other row.
+    """Yield the rows of a table, whose cells are parted by commas, semicolons, tabs or bars.
 
-    Commas, semicolons, tabs or bars part the cells. A table with tabs may have no header; its
-    columns are image and caption.
+    A table with tabs may have no header; its columns are image and caption.
     """
     lines = _lines_of(path)
-    where, first = next((line for line in lines if line[1].strip()), ("", ""))
+    number, first = next((line for line in lines if line[1].strip()), (0, ""))
     if not is_text(first) or not first:
         raise DataError(f"{path}: the caption file is empty or no UTF-8 text")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in first else ","
-    if delimiter not in first:
-        delimiter = next((mark for mark in "|;" if mark in first), delimiter)
-    header = [cell.strip().strip('"').strip().lower() for cell in first.split(delimiter)]
+    delimiter = next((mark for mark in "\t|;" if mark in first), ",")
+    header = [cell.strip(' "').lower() for cell in first.split(delimiter)]
     if not (set(header) & set(IMAGE_FIELDS) and set(header) & set(CAPTION_FIELDS)):
         if delimiter != "\t":
-            raise DataError(f"{where}: the header must name {NEEDED}")
-        header, lines = ["image", "caption"], chain([(where, first)], lines)
-    column = next(n for n, name in enumerate(header) if name in IMAGE_FIELDS)
-    for where, cells in _split_rows(lines, delimiter, column):
-        yield where, _fit(cells, header, delimiter) if isinstance(cells, list) else cells
+            raise DataError(f"{path}:{number}: the header must name {NEEDED}")
+        header, lines = ["image", "caption"], chain([(number, first)], lines)
+    if delimiter in "\t|":
+        rows, hint = _plain_rows(lines, delimiter, len(header)), ""
+    else:
+        hint = f"; put captions with {delimiter!r} in double quotes"
+        column = next(n for n, name in enumerate(header) if name in IMAGE_FIELDS)
+        rows = _csv_rows(path, number + 1, lines, delimiter, column)
+    for number, cells in rows:
+        row: Any = dict(zip(header, cells, strict=False))
+        if len(cells) != len(header):
+            columns = f"{len(header)} ({delimiter.join(header)})"
+            row = ValueError(f"{len(cells)} cells instead of {columns}{hint}")
+        yield f"{path.name}:{number}", row
 
 
-def _split_rows(
-    lines: Iterable[tuple[str, str]], delimiter: str, column: int
-) -> Iterator[tuple[str, list[str] | ValueError]]:
-    """Yield the cells of each row; a quoted cell may hold lines, but none that is a row itself.
+def _plain_rows(
+    lines: Iterable[tuple[int, str]], delimiter: str, num_columns: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each line; the last one may hold delimiters, and any stray quotes."""
+    for number, line in lines:
+        if line.strip():
+            cells = [cell.strip() for cell in line.split(delimiter, num_columns - 1)]
+            yield (
+                number,
+                [
+                    cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
+                    for cell in cells
+                ],
+            )
 
-    With tabs and bars, a row is a line, and a quote that does not close is text.
+
+def _csv_rows(
+    path: Path, number: int, lines: Iterable[tuple[int, str]], delimiter: str, column: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row, which may hold lines, from line ``number`` on.
+
+    Raises DataError where a quote stays open and swallows other rows.
     """
-    start, text = "", ""
-    for where, line in chain(lines, [("", "")]):
-        if text and (not where or _begins_row(line.split(delimiter), column)):
-            yield start, ValueError(OPEN_QUOTE)
-            text = ""
-        start, text = start if text else where, f"{text}{line}\n"
-        reader = csv.reader([text], delimiter=delimiter, strict=True, skipinitialspace=True)
-        try:
-            if cells := next(reader):
+    texts = (f"{line}\n" for _, line in lines)
+    reader = csv.reader(texts, delimiter=delimiter, skipinitialspace=True)
+    start = number
+    try:
+        for cells in reader:
+            inner = (line.split(delimiter) for cell in cells for line in cell.split("\n")[1:])
+            if any(_is_image_file(row[column]) for row in inner if row[column:]):
+                raise csv.Error("a double quote opens here and does not close before the next row")
+            if cells:
                 yield start, cells
-        except csv.Error as error:
-            if delimiter in "\t|":
-                yield start, line.split(delimiter)
-            elif "end of data" not in str(error):
-                yield start, ValueError(f"a stray double quote ({error}){QUOTING}")
-            elif text.count("\n") < MAX_CELL_LINES:
-                continue
-            else:
-                yield start, ValueError(OPEN_QUOTE)
-        text = ""
+            start = number + reader.line_num
+    except csv.Error as error:
+        raise DataError(f"{path}:{start}: {error}; double the quotes within quoted cells") from None
 
 
-def _begins_row(cells: list[str], column: int) -> bool:
-    """Return whether a line within a quoted cell is rather a row: it names an image file."""
-    name = without_number(cells[column].strip().strip('"')) if column < len(cells) > 1 else ""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _fit(cells: list[str], header: list[str], delimiter: str) -> dict[str, str] | ValueError:
-    """Return the cells by the names of their columns."""
-    wanted, is_plain = len(header), delimiter in "\t|"
-    while len(cells) > wanted and not cells[-1].strip():  # spreadsheets add empty cells
-        cells.pop()
-    if is_plain and len(cells) > wanted and header[-1] in CAPTION_FIELDS:
-        glue = "| " if delimiter == "|" else delimiter  # blanks after a bar are not kept
-        cells[wanted - 1 :] = [glue.join(cells[wanted - 1 :])]
-    if len(cells) == wanted:
-        return dict(zip(header, cells, strict=True))
-    hint = "" if is_plain else "; put captions with commas in double quotes"
-    columns = delimiter.join(header)
-    return ValueError(f"{len(cells)} cells instead of {wanted} ({columns}){hint}")
+def _is_image_file(name: str) -> bool:
+    return PurePosixPath(without_number(name.strip('"'))).suffix.lower() in IMAGE_SUFFIXES
 
 
 # --- JSON and parquet ---
 
 
 def _json_lines(path: Path) -> Rows:
-    for where, line in _lines_of(path):
+    for number, line in _lines_of(path):
         if line.strip():
             try:
-                yield where, parse_json(line)
+                row = parse_json(line)
             except ValueError as error:
-                yield where, ValueError(f"not a JSON object ({error})")
+                row = ValueError(f"not a JSON object ({error})")
+            yield f"{path.name}:{number}", row
 
 
 def _json_rows(path: Path) -> Rows:
-    """Read JSON lines, a list of records (BLIP, LAVIS, LLaVA), or COCO's or Karpathy's form."""
+    """Read a list of records (BLIP, LAVIS, LLaVA), COCO's or Karpathy's form, or JSON lines."""
     content = path.read_bytes().lstrip()
-    if path.suffix.lower() == ".jsonl" and not content.startswith(b"["):
-        return _json_lines(path)
     try:
         document = parse_json(content)
     except ValueError as error:
-        try:
-            parse_json(content.partition(b"\n")[0])
-        except ValueError:
-            raise DataError(f"{path} is damaged or no JSON ({error}): get it again") from None
-        return _json_lines(path)
-    if isinstance(document, list):
-        return ((f"{path}: entry {number}", row) for number, row in enumerate(document))
+        if b"\n{" in content:
+            return _json_lines(path)
+        raise DataError(f"{path} is damaged or no JSON ({error}): get it again") from None
     try:
-        rows = _coco_rows(document) if "annotations" in document else _karpathy_rows(document)
-        return iter([(f"{path}: image {shown(image_id)}", row) for image_id, row in rows])
+        if isinstance(document, list):
+            rows = list(enumerate(document))
+        else:
+            is_coco = "annotations" in document
+            rows = list(_coco_rows(document) if is_coco else _karpathy_rows(document))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{path} is damaged or no caption file ({shown(error)}): a list of records with "
             f"{NEEDED}, COCO's form (images, annotations) and Karpathy's (images with filename, "
             "split and sentences) are read"
         ) from None
+    return ((f"{path.name}: image {shown(key)}", row) for key, row in rows)
 
 
 def _coco_rows(document: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -289,22 +277,22 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.types as types
 
     schema = schema_of(path)
-    structs = (field.name for field in schema if types.is_struct(field.type))
-    stored = next((name for name in structs if name in IMAGE_FIELDS), None)
     names = [name for name in schema.names if name in (*IMAGE_FIELDS, *CAPTION_FIELDS, "split")]
     if not set(names) & set(IMAGE_FIELDS) or not set(names) & set(CAPTION_FIELDS):
         raise DataError(f"{path}: its columns must name {NEEDED}; it has {', '.join(schema.names)}")
-    columns = [f"{name}.path" if name == stored else name for name in names]
+    structs = {field.name for field in schema if types.is_struct(field.type)}
+    stored = next((name for name in names if name in structs), None)
+    columns = [name for name in names if name != stored]
     for number, (row_group, row, values) in enumerate(read_rows(path, columns)):
         fields: dict[Any, Any] = values
         if stored is not None:
+            fields["image"] = f"{path.stem}-{number:06d}"
             fields[ParquetImage] = ParquetImage(path, row_group, row, stored)
-            fields["image"] = (values.pop(stored) or {}).get("path") or f"{path.stem}-{number:06d}"
-        yield f"{path}: row {number}", fields
+        yield f"{path.name}: row {number}", fields
 
 
 FORMS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _json_rows,
+    ".jsonl": _json_lines,
     ".json": _json_rows,
     ".csv": _table_rows,
     ".tsv": _table_rows,

@@ -6,7 +6,7 @@ The dataset is a list of captions and URLs; img2dataset fetches the images and w
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
@@ -32,16 +32,12 @@ class Conceptual(Source):
     finds_near_duplicates = False
 
     input_dir: Path
+    default_split_rule: SplitRule = field(default=SplitRule("hash", 0.01, 0.01), init=False)
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
         shard = next((path for path in folder.rglob("*.tar") if _NUMBERED.search(path.stem)), None)
         return shard.relative_to(folder).as_posix() if shard is not None else None
-
-    @property
-    def default_split_rule(self) -> SplitRule:
-        """Held-out shares of 1 %, but at least 100 images, or a tenth of few."""
-        return SplitRule(val_fraction=0.01, test_fraction=0.01)
 
     def items(self) -> list[SourceItem]:
         """Return the whole samples of all shards, in the order of their paths.
@@ -59,21 +55,18 @@ class Conceptual(Source):
         items: dict[str, SourceItem] = {}
         parts: list[SplitName | None] = [_part_of(name) for name in names]
         for name, part in zip(names, parts, strict=True):
-            # Keys start from zero in every run of img2dataset: train/ and val/ have the same ones.
-            prefix = "" if name.parent == Path() else f"{name.parent.as_posix()}/"
             split = part if part != "train" or "val" in parts else None
             content = read_shard(self.input_dir / name)
-            skipped = [
-                (f"{name.as_posix()}:{key}".rstrip(":"), why) for key, why in content.skipped
-            ]
+            for key, why in content.skipped:
+                self.rejected.append(SkippedSample(f"{name.as_posix()}:{key}".rstrip(":"), why))
             for image in content.images:
-                key = image.original_id
-                if prefix + key in items:
-                    skipped.append((f"{name.as_posix()}:{key}", "an earlier sample has this key"))
+                # Every run of img2dataset counts from zero: train/ and val/ have the same keys.
+                item_id = (name.parent / image.original_id).as_posix()
+                if item_id in items:
+                    where = f"{name.as_posix()}:{image.original_id}"
+                    self.rejected.append(SkippedSample(where, "an earlier sample has this key"))
                 else:
-                    item = SourceItem(prefix + key, [*image.captions], split, image.path)
-                    items[item.image_id] = item
-            self.rejected += [SkippedSample(*one) for one in skipped]
+                    items[item_id] = SourceItem(item_id, [*image.captions], split, image.path)
         if not items:
             causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES])
             raise DataError(f"no whole sample in {len(names)} shards of {self.input_dir}: {causes}")

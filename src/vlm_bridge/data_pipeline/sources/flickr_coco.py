@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from vlm_bridge.data_pipeline.samples import Skipped, SkippedSample
 from vlm_bridge.data_pipeline.sources import SourceItem
-from vlm_bridge.data_pipeline.sources.caption_forms import RESTVAL, CaptionRecord
+from vlm_bridge.data_pipeline.sources.caption_forms import CaptionRecord
 from vlm_bridge.data_pipeline.sources.local import (
     CaptionedFiles,
     CaptionFile,
@@ -28,14 +28,14 @@ from vlm_bridge.errors import DataError
 YEARS = (2017, 2014)
 PARTS: tuple[SplitName, ...] = ("train", "val")  # the captions of COCO's test part are not public
 KARPATHY = "dataset_coco.json"
-_COCO_IMAGE = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
+_COCO_IMAGE = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
 
 
 @dataclass
 class _Flickr(CaptionedFiles):
     """Photographs with five human captions each, from the first of the usual files that is there.
 
-    Splits come with the captions where that file has some, or else from official lists.
+    Splits come from official lists, or else with the captions where that file has some.
     """
 
     split_lists: ClassVar[dict[str, SplitName]] = {}
@@ -49,29 +49,25 @@ class _Flickr(CaptionedFiles):
         return [(path, None)]
 
     def items(self) -> list[SourceItem]:
-        items, self.split_rule = super().items(), None
-        if listed := self._listed():
-            self.split_rule = "official lists (train, dev as val, test)"
-            by_name = {item.image.name: item for item in items if isinstance(item.image, Path)}
-            unlisted = by_name.keys() - listed.keys()
-            self.rejected += [
-                SkippedSample(name, "it is in no split list") for name in sorted(unlisted)
-            ]
-            return [replace(by_name[n], split=listed[n]) for n in listed if n in by_name]
-        if all(item.split is not None for item in items):
-            self.split_rule = f"Karpathy's splits ({self.caption_files()[0][0].name})"
-        return items
-
-    def _listed(self) -> dict[str, SplitName]:
-        """Return the split of every listed image; empty without lists."""
+        items = super().items()
+        by_name = {Path(item.image_id).name: item for item in items}
+        for name, item in by_name.items():
+            item.image_id = Path(name).stem
         listed: dict[str, SplitName] = {}
         for name, split in self.split_lists.items():
-            path = self.input_dir / name
-            lines = path.read_text("utf-8", errors="replace").split() if path.is_file() else ()
-            for image in lines:
-                if listed.setdefault(image, split) != split:
-                    raise DataError(f"{path}: {image} is also in the list of {listed[image]}")
-        return listed
+            if (path := self.input_dir / name).is_file():
+                listed |= dict.fromkeys(path.read_text("utf-8", errors="replace").split(), split)
+        self.split_rule = None
+        if listed:
+            self.split_rule = "official lists (train, dev as val, test)"
+            unlisted = sorted(by_name.keys() - listed.keys())
+            self.rejected += [SkippedSample(name, "it is in no split list") for name in unlisted]
+            for name, item in by_name.items():
+                item.split = listed.get(name)
+            items = [by_name[name] for name in listed if name in by_name]
+        elif all(item.split is not None for item in items):
+            self.split_rule = f"Karpathy's splits ({self.caption_files()[0][0].name})"
+        return items
 
 
 @dataclass
@@ -135,8 +131,7 @@ class Coco(CaptionedFiles):
             restval = "in train" if self.restval else "left out"
             self.split_rule = f"Karpathy's splits ({karpathy.name}), restval {restval}"
             return [(karpathy, None)]
-        years = YEARS if self.year is None else (self.year,)
-        for year in years:
+        for year in YEARS if self.year is None else (self.year,):
             found: list[CaptionFile] = []
             for part in PARTS:
                 if path := first_file(self.input_dir, f"captions_{part}{year}.json"):
@@ -148,26 +143,28 @@ class Coco(CaptionedFiles):
                 )
                 return found
         raise DataError(
-            f"{self.input_dir} is not COCO: it has neither annotations/captions_train{years[0]}"
-            f".json nor {KARPATHY} (vlm-data download coco prints how to get them)"
+            f"{self.input_dir} is not COCO: it has neither annotations/captions_train"
+            f"{self.year or YEARS[0]}.json nor {KARPATHY} (vlm-data download coco prints how to "
+            "get them)"
         )
 
     def records(
         self, images: ImageFiles, skipped: Skipped
     ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
+        """Yield every record with its file, the image by its name of the year that is there."""
         for record, file in super().records(images, skipped):
-            if self.restval or record.part != RESTVAL:
+            if match := _COCO_IMAGE.fullmatch(Path(record.image).stem):
+                starts = ("", "COCO_train2014_", "COCO_val2014_")
+                names = (f"{start}{match[1]}.jpg" for start in starts)
+                there = next((n for n in names if images.find(n, self.input_dir)), record.image)
+                record = record._replace(image=there)
+            if self.restval or not record.is_restval:
                 yield record, file
 
-    def find_image(self, images: ImageFiles, name: str, beside: Path) -> str | None:
-        """Return the name of an image's file by its name of either year."""
-        names = [name]
-        if match := _COCO_IMAGE.fullmatch(name.rpartition("/")[2]):
-            starts = ("", "COCO_train2014_", "COCO_val2014_")
-            names = [f"{start}{match[1]}.jpg" for start in starts]
-        found = (images.find(name, self.input_dir) for name in names)
-        return next(filter(None, found), None)
-
-    def image_id(self, name: str) -> str:
-        match = _COCO_IMAGE.fullmatch(Path(name).name)
-        return match[1] if match else Path(name).stem
+    def items(self) -> list[SourceItem]:
+        items = super().items()
+        for item in items:
+            stem = Path(item.image_id).stem
+            match = _COCO_IMAGE.fullmatch(stem)
+            item.image_id = match[1] if match else stem
+        return items

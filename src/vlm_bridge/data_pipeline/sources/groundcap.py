@@ -7,22 +7,20 @@ Read from the Hugging Face hub or from a local folder of its parquet files with 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from vlm_bridge.credentials import hub_problem
 from vlm_bridge.data_pipeline.captions import strip_tags
-from vlm_bridge.data_pipeline.parquet import ParquetImage, count_rows, read_rows, schema_of
+from vlm_bridge.data_pipeline.parquet import ParquetImage, read_rows, schema_of
 from vlm_bridge.data_pipeline.samples import SkippedSample
 from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
 HUB_NAME = "daniel3303/GroundCap"
+COLUMNS = {"id", "image", "caption"}
 # IMDb's number of a title, as MovieNet names its films; not the end of another word.
 _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
 
@@ -30,6 +28,8 @@ _FILM = re.compile(r"(?<![A-Za-z0-9])tt\d+")
 @dataclass
 class GroundCap(Source):
     """52,350 film frames; rows that share an id are one image with several captions.
+
+    Images are split 80/5/15 in whole films where ids name them.
 
     Attributes:
         input_dir: searched for parquet files to its depth; None is the hub.
@@ -49,25 +49,22 @@ class GroundCap(Source):
     official_split: bool = False
     keep_tags: bool = False
 
+    def __post_init__(self) -> None:
+        self.default_split_rule = SplitRule(None, 0.05, 0.0 if self.official_split else 0.15)
+
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
         path = next(folder.rglob("*.parquet"), None)
         with suppress(DataError):  # a damaged file shows nothing
-            if path and {"id", "image", "caption", "detections"} <= set(schema_of(path).names):
+            if path and COLUMNS | {"detections"} <= set(schema_of(path).names):
                 return path.relative_to(folder).as_posix()
         return None
-
-    @property
-    def default_split_rule(self) -> SplitRule:
-        """80/5/15 in whole films where ids name them; the official test part takes no others."""
-        test_fraction = 0.0 if self.official_split else 0.15
-        return SplitRule(None, val_fraction=0.05, test_fraction=test_fraction)
 
     def items(self) -> list[SourceItem]:
         """Return the images in the order of the files, the test part's first."""
         self.rejected = []
         items: dict[str, SourceItem] = {}
-        for path, part in self._files:
+        for path, part in self._files():
             split = part if self.official_split and part == "test" else None
             for number, (row_group, row, values) in enumerate(read_rows(path, ["id", "caption"])):
                 image_id, caption = values["id"], values["caption"] or ""
@@ -87,17 +84,8 @@ class GroundCap(Source):
             raise DataError(f"{self.input_dir or HUB_NAME} holds no rows")
         return list(items.values())
 
-    def facts(self) -> dict[str, Any]:
-        """Return the rows of each part, and the types of the fields."""
-        rows = Counter[str]()
-        for path, part in self._files:
-            rows[part or "unnamed"] += count_rows(path)
-        fields = {field.name: str(field.type) for field in schema_of(self._files[0][0])}
-        return {"rows": dict(rows), "fields": fields}
-
-    @cached_property
     def _files(self) -> list[tuple[Path, SplitName | None]]:
-        """The parquet files with their parts, those of the test part first."""
+        """Return the parquet files with their parts, those of the test part first."""
         import pyarrow.types as types
 
         root = self.input_dir or _download()
@@ -109,14 +97,14 @@ class GroundCap(Source):
             )
         for path in paths:
             kinds = {field.name: field.type for field in schema_of(path)}
-            if not ({"id", "image", "caption"} <= kinds.keys() and types.is_struct(kinds["image"])):
+            if COLUMNS - kinds.keys() or not types.is_struct(kinds["image"]):
                 raise DataError(
                     f"{path} is not GroundCap: it needs columns id, caption and image (a struct of "
                     f"bytes and path), and has {', '.join(kinds)}"
                 )
         order = ("test", "val", "train", None)
-        found: list[tuple[Path, SplitName | None]] = [(path, _part_of(path)) for path in paths]
-        found.sort(key=lambda file: order.index(file[1]))
+        parts: list[tuple[Path, SplitName | None]] = [(path, _part_of(path)) for path in paths]
+        found = sorted(parts, key=lambda file: order.index(file[1]))
         if self.official_split and found[0][1] != "test":
             raise DataError(f"--split official: {root} has no test part (test-*.parquet)")
         return found

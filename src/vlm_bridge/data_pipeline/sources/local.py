@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -32,7 +31,6 @@ from vlm_bridge.data_pipeline.sources.caption_forms import (
 )
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
-from vlm_bridge.parsing import shown
 
 LEADS_OUT = (
     "a link that leads out of the dataset's folder: copy the file there, or give --follow-links"
@@ -42,7 +40,6 @@ CAPTION_FILES = (
     *(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet")),
     "annotations.json",
 )
-_SUBFOLDERS = ("", "images/", "Images/")  # below the folder of the caption file
 
 CaptionFile = tuple[Path, SplitName | None]
 """A caption file, and the split that it decides."""
@@ -72,57 +69,46 @@ class ImageFiles:
     def _scan(self, folder: Path, below: str) -> None:
         real = folder.resolve()
         if real in self._seen or (folder != self.root and _is_caption_folder(folder)):
-            return  # a link in a circle, or a caption folder made of the dataset
+            return  # links in a circle, or a caption folder
         self._seen.add(real)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            path, name = folder / entry.name, below + entry.name
+        for path in sorted(folder.iterdir()):
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
-            if entry.name.startswith(".") or not (is_image or entry.is_dir()):
+            if path.name.startswith(".") or not (is_image or path.is_dir()):
                 continue
-            is_link = entry.is_symlink() and not self.follow_links
+            is_link = path.is_symlink() and not self.follow_links
             if is_link and not is_inside(self.root.resolve(), path):
-                self.linked_out.append(name)
-            elif entry.is_dir():
-                self._scan(path, f"{name}/")
-            elif entry.is_file():
-                self.paths[name] = path
+                self.linked_out.append(below + path.name)
+            elif path.is_dir():
+                self._scan(path, f"{below}{path.name}/")
+            elif path.is_file():
+                self.paths[below + path.name] = path
 
-    def find(self, name: str, beside: Path) -> str | None:
-        """Return the name in ``paths`` that a caption file in ``beside`` means, or None.
+    def find(self, name: str, beside: Path) -> list[str]:
+        """Return the names in ``paths`` that a caption file in ``beside`` may mean.
 
         A name may lack folders, its suffix or nothing but spelling (Unicode form, case, kind of
-        slashes, the number of a caption) where exactly one file fits.
-
-        Raises:
-            ValueError: several files fit.
+        slashes, the number of a caption).
         """
         bare, below = without_number(name).replace("\\", "/"), ""
         if beside != self.root and beside.is_relative_to(self.root):
             below = f"{beside.relative_to(self.root).as_posix()}/"
-        for known in (top + folder + bare for top in (below, "") for folder in _SUBFOLDERS):
-            if known in self.paths:
-                return known
+        for top in (below, ""):
+            for known in (top + bare, f"{top}images/{bare}", f"{top}Images/{bare}"):
+                if known in self.paths:
+                    return [known]
         wanted = f"/{_folded(bare)}"
-        for by_end in self._by_end:
-            known = by_end.get(wanted.rpartition("/")[2], ())
-            fits = [found for found in known if found[0].endswith(wanted)]
-            fits = [found for found in fits if found[0].startswith(f"/{_folded(below)}")] or fits
-            if len(fits) > 1:
-                files = ", ".join(found for _, found in fits[:3])
-                raise ValueError(f"image name {shown(bare)} fits several files ({files})")
-            if fits:
-                return fits[0][1]
-        return None
+        alike = self._by_end[wanted.rpartition("/")[2]]
+        fits = [known for folded, known in alike if f"/{folded}".endswith(wanted)]
+        return [known for known in fits if known.startswith(below)] or fits
 
     @cached_property
-    def _by_end(self) -> tuple[dict[str, list[tuple[str, str]]], ...]:
+    def _by_end(self) -> defaultdict[str, list[tuple[str, str]]]:
         """(folded, name) of each file by the end of its name, with and without the suffix."""
-        whole, stems = defaultdict(list), defaultdict(list)
+        by_end = defaultdict(list)
         for name in self.paths:
-            for by_end, spelled in ((whole, name), (stems, name.rpartition(".")[0])):
-                folded = f"/{_folded(spelled)}"
+            for folded in (_folded(name), _folded(name.rpartition(".")[0])):
                 by_end[folded.rpartition("/")[2]].append((folded, name))
-        return whole, stems
+        return by_end
 
 
 def _is_caption_folder(folder: Path) -> bool:
@@ -140,8 +126,8 @@ def _folded(name: str) -> str:
 class CaptionedFiles(Source):
     """A folder of images with caption files, which a subclass finds."""
 
-    is_complete: ClassVar[bool] = False  # few have all images of a published dataset
     usual_files: ClassVar[tuple[str, ...]] = ()  # by which a folder is recognized
+    is_own: ClassVar[bool] = False  # folders decide splits, and every image has a caption
 
     input_dir: Path
     captions_file: Path | None = None
@@ -164,19 +150,8 @@ class CaptionedFiles(Source):
             for record in read_captions(file[0], skipped):
                 yield record, file
 
-    def find_image(self, images: ImageFiles, name: str, beside: Path) -> str | None:
-        """Return the name of a captioned image's file; ValueError where it is unclear."""
-        return images.find(name, beside)
-
-    def split_of_folder(self, name: str) -> SplitName | None:
-        """Return the split that an image's path decides."""
-        return None
-
-    def image_id(self, name: str) -> str:
-        return Path(name).stem
-
     def items(self) -> list[SourceItem]:
-        """Return the images in the order of their first caption.
+        """Return the images by their names, in the order of their first caption.
 
         Rows that cannot be used are skipped, up to two or a share (`MAX_SKIPPED_SHARE`).
 
@@ -190,54 +165,50 @@ class CaptionedFiles(Source):
         for record, (file, split) in self.records(images, skipped):
             name, place = record.image, record.stored
             if place is None:
-                try:
-                    known = self.find_image(images, name, file.parent)
-                except ValueError as error:
-                    skipped.add(record.where, str(error))
-                    continue
-                if known is None:
+                fits = images.find(name, file.parent)
+                if len(fits) > 1:
+                    files = ", ".join(fits[:3])
+                    skipped.add(record.where, f"image name {name!r} fits several files ({files})")
+                elif not fits:
                     missing.setdefault(without_number(name), record.where)
+                if len(fits) != 1:
                     continue
-                name, place = known, images.paths[known]
-            stated = self.split_of_folder(name) or split or record.split
-            item = found.get(place) or SourceItem(self.image_id(name), [], stated, place)
-            found[place] = item = replace(item, split=item.split or stated)
+                name, place = fits[0], images.paths[fits[0]]
+            item = found.setdefault(place, SourceItem(name, [], None, place))
             item.captions.extend(record.captions)
-            for other in filter(None, (stated, split, record.split)):
-                if other != item.split:
-                    splits = f"{item.split} before, {other} here"
+            folder = _split_of_folder(name) if self.is_own else None
+            for stated in filter(None, (folder, split, record.split)):
+                if item.split not in (None, stated):
+                    splits = f"{item.split} before, {stated} here"
                     raise DataError(f"{record.where}: {name} is in several splits ({splits})")
-        captioned = {place: item for place, item in found.items() if item.captions}
-        self._report(images, skipped, missing, set(captioned))
-        return list(captioned.values())
+                item.split = stated
+        items = [item for item in found.values() if item.captions]
+        self._check(images, items, skipped, missing)
+        return items
 
-    def _report(
+    def _check(
         self,
         images: ImageFiles,
+        items: list[SourceItem],
         skipped: Skipped,
         missing: dict[str, str],
-        captioned: set[Path | ParquetImage],
     ) -> None:
         """List what is skipped; raise DataError where it is too much."""
         skipped.check(at_least=MIN_SKIPPED_ROWS)
-        lost = Skipped("captioned images", len(missing) + len(captioned))
+        lost = Skipped("captioned images", len(missing) + len(items))
         for name, where in missing.items():
             lost.add(where, f"its image {name!r} is missing")
-        skips = [(_end_of(where), why) for where, why in (*skipped.samples, *lost.samples)]
-        skips += [(name, LEADS_OUT) for name in images.linked_out]
-        if not captioned:
-            causes = "; ".join(by_cause(skips)[:NUM_CAUSES]) or "all captions are empty"
+        outside = [SkippedSample(name, LEADS_OUT) for name in images.linked_out]
+        self.rejected = [*skipped.samples, *lost.samples, *outside]
+        if not items:
+            causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES]) or "all captions are empty"
             raise DataError(f"no image in {self.input_dir} has a caption: {causes}")
-        if self.is_complete:
-            if not images.linked_out:  # which may be the missing ones
+        if self.is_own:
+            if not outside:  # which may be the missing ones
                 lost.check(at_least=MIN_SKIPPED_ROWS)
+            captioned = {item.image for item in items}
             others = (name for name, path in images.paths.items() if path not in captioned)
-            skips += [(name, "it has no caption") for name in others]
-        self.rejected = [SkippedSample(*skip) for skip in skips]
-
-
-def _end_of(where: str) -> str:
-    return where.replace("\\", "/").rpartition("/")[2]
+            self.rejected += [SkippedSample(name, "it has no caption") for name in others]
 
 
 @dataclass
@@ -248,7 +219,7 @@ class LocalFolder(CaptionedFiles):
     description = "A folder of images with captions (CSV, TSV, JSON, parquet, text files)"
     licence_note = "Your own images and captions: under whatever licence you hold them"
     default_caption_style = "raw"
-    is_complete = True
+    is_own = True
 
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
@@ -283,25 +254,20 @@ class LocalFolder(CaptionedFiles):
                 "*.parquet, and text files beside images): name it with --captions-file"
             )
 
-    def split_of_folder(self, name: str) -> SplitName | None:
-        """Return the split that the first folder of an image's path names."""
-        splits = map(normalise_split, PurePosixPath(name).parts[:-1])
-        return next((split for split in splits if split is not None), None)
-
-    def image_id(self, name: str) -> str:
-        return name
-
     def items(self) -> list[SourceItem]:
         """Return the images; ids are paths without suffix unless two would then be equal."""
         items = super().items()
         stems = [PurePosixPath(item.image_id).with_suffix("").as_posix() for item in items]
-        uses, names = Counter(stems), Counter(item.image_id for item in items)
-        for number, (item, stem) in enumerate(zip(items, stems, strict=True)):
-            if names[item.image_id] > 1:  # images within parquet files may share a name
-                items[number] = replace(item, image_id=f"{item.image_id}-{number:06d}")
-            elif uses[stem] == 1:
-                items[number] = replace(item, image_id=stem)
+        uses = Counter(stems)
+        for item, stem in zip(items, stems, strict=True):
+            item.image_id = stem if uses[stem] == 1 else item.image_id
         return items
+
+
+def _split_of_folder(name: str) -> SplitName | None:
+    """Return the split that the first folder of an image's path names."""
+    splits = map(normalise_split, PurePosixPath(name).parts[:-1])
+    return next((split for split in splits if split is not None), None)
 
 
 def _has_sidecars(images: ImageFiles) -> bool:

@@ -12,11 +12,13 @@ never show, though they show each of those colors and shapes.
 
 from __future__ import annotations
 
+import cmath
 import functools
 import itertools
 import math
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +26,10 @@ from PIL import Image, ImageDraw
 
 from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName
-from vlm_bridge.errors import UsageError
 
-Point = tuple[float, float]
 RGB = tuple[int, ...]
+SceneObject = tuple[list[complex], RGB]
+"""Corners x + iy of a polygon in pixels, y downwards, and its color."""
 
 IMAGE_SIZE = 224
 COLORS: dict[str, RGB] = {
@@ -38,6 +40,16 @@ COLORS: dict[str, RGB] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = ("small", "large")
 INVERSE = {"above": "below", "to the left of": "to the right of"}
+
+# Neutral and of middle lightness, so that black and white both stand out.
+_BACKGROUNDS = (
+    (158, 158, 158), (172, 168, 160), (160, 166, 174), (180, 172, 158), (148, 152, 148),
+)  # fmt: skip
+_GRIDS = {  # diameters in pixels and cells a side, by size and whether there is one object
+    ("small", True): ((46, 54), 1), ("small", False): ((46, 54), 3),
+    ("large", True): ((110, 145), 1), ("large", False): ((84, 94), 2),
+}  # fmt: skip
+_SUPERSAMPLING = 4
 
 
 class Kind(NamedTuple):
@@ -51,13 +63,6 @@ class Kind(NamedTuple):
 HELD_OUT_PAIRS = frozenset(Kind(color, SHAPES[i % 6]) for i, color in enumerate(COLORS))
 TRAINING_PAIRS = frozenset(Kind(c, s) for c in COLORS for s in SHAPES) - HELD_OUT_PAIRS
 
-# Neutral and of middle lightness, so that black and white both stand out.
-_BACKGROUNDS = (
-    (158, 158, 158), (172, 168, 160), (160, 166, 174), (180, 172, 158), (148, 152, 148),
-)  # fmt: skip
-_SMALL, _LARGE, _LARGEST = (46, 54), (84, 94), (110, 145)  # diameters in pixels
-_SUPERSAMPLING = 4
-
 
 class SceneFacts(NamedTuple):
     """The content of a caption; in a relation, the first kind stands above or left."""
@@ -68,30 +73,11 @@ class SceneFacts(NamedTuple):
     relation: str | None = None
 
 
-class SceneObject(NamedTuple):
-    """A drawn object: center and diameter in pixels, rotation in degrees."""
-
-    kind: Kind
-    center: Point
-    diameter: float
-    rotation: float
-    color: RGB
-
-    def outline(self) -> list[Point]:
-        """Return its corners in pixels of the enlarged image."""
-        angle, scale = math.radians(self.rotation), _SUPERSAMPLING * self.diameter / 2
-        turn = complex(math.cos(angle), math.sin(angle)) * scale
-        middle = complex(*self.center) * _SUPERSAMPLING
-        corners = (complex(*point) * turn + middle for point in _OUTLINES[self.kind.shape])
-        return [(corner.real, corner.imag) for corner in corners]
-
-
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """An image to draw, and its facts; the background grows lighter towards ``light`` (radians)."""
 
     facts: SceneFacts
-    objects: tuple[SceneObject, ...]
+    objects: list[SceneObject]
     background: RGB
     light: float
 
@@ -99,15 +85,16 @@ class Scene:
         """Return the image, ``IMAGE_SIZE`` square, antialiased."""
         side, big = 8, IMAGE_SIZE * _SUPERSAMPLING
         slope = Image.new("RGB", (side, side))
-        for x, y in ((x, y) for x in range(side) for y in range(side)):
+        for x, y in itertools.product(range(side), repeat=2):
             across = (x / (side - 1) - 0.5) * math.cos(self.light)
             across += (y / (side - 1) - 0.5) * math.sin(self.light)
             slope.putpixel((x, y), tuple(round(c + 16 * across) for c in self.background))
         image = slope.resize((big, big), Image.Resampling.BICUBIC)
         pen = ImageDraw.Draw(image)
-        for item in self.objects:
-            edge = tuple(int(channel * 0.72) for channel in item.color)
-            pen.polygon(item.outline(), fill=item.color, outline=edge, width=_SUPERSAMPLING)
+        for corners, color in self.objects:
+            points = [(_SUPERSAMPLING * c.real, _SUPERSAMPLING * c.imag) for c in corners]
+            edge = tuple(int(channel * 0.72) for channel in color)
+            pen.polygon(points, fill=color, outline=edge, width=_SUPERSAMPLING)
         return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
@@ -120,22 +107,19 @@ def make_scene(seed: int, split: SplitName, index: int) -> Scene:
     light = rng.uniform(0, math.tau)
     kind_of_scene = rng.choices(("single", "counted", "relation"), (0.35, 0.35, 0.3))[0]
     if kind_of_scene == "relation":
-        facts, objects = _relation_scene(rng, pairs)
+        facts, objects = _related(rng, pairs)
     else:
         kind = rng.choice(pairs)
         count = 1 if kind_of_scene == "single" else rng.randint(2, 4)
-        facts, objects = _equal_objects_scene(rng, kind, count)
-    return Scene(facts, tuple(objects), background, light)
+        facts, objects = _equal(rng, kind, count)
+    return Scene(facts, objects, background, light)
 
 
-def _equal_objects_scene(
-    rng: random.Random, kind: Kind, count: int
-) -> tuple[SceneFacts, list[SceneObject]]:
+def _equal(rng: random.Random, kind: Kind, count: int) -> tuple[SceneFacts, list[SceneObject]]:
+    """Place equal objects in cells of a grid, so that nothing overlaps."""
     size = rng.choice(SIZES)
-    large = _LARGEST if count == 1 else _LARGE
-    diameter = rng.uniform(*(_SMALL if size == "small" else large))
-    # One cell of a square grid each: nothing overlaps.
-    cells_a_side = 1 if count == 1 else {"small": 3, "large": 2}[size]
+    diameters, cells_a_side = _GRIDS[size, count == 1]
+    diameter = rng.uniform(*diameters)
     cell = IMAGE_SIZE / cells_a_side
     slack = (cell - diameter * 1.12) / 2
     objects = []
@@ -143,11 +127,11 @@ def _equal_objects_scene(
         row, column = divmod(index, cells_a_side)
         x = (column + 0.5) * cell + rng.uniform(-slack, slack)
         y = (row + 0.5) * cell + rng.uniform(-slack, slack)
-        objects.append(_make_object(rng, kind, (x, y), diameter * rng.uniform(0.96, 1.04)))
+        objects.append(_object(rng, kind, x, y, diameter * rng.uniform(0.96, 1.04)))
     return SceneFacts((kind,), count, size), objects
 
 
-def _relation_scene(rng: random.Random, pairs: list[Kind]) -> tuple[SceneFacts, list[SceneObject]]:
+def _related(rng: random.Random, pairs: list[Kind]) -> tuple[SceneFacts, list[SceneObject]]:
     kinds = rng.sample(pairs, 2)
     relation = rng.choice(tuple(INVERSE))
     # Well apart along the axis of the relation and nearly aligned across it: no other relation
@@ -156,42 +140,38 @@ def _relation_scene(rng: random.Random, pairs: list[Kind]) -> tuple[SceneFacts, 
     across, offset = rng.uniform(60, 164), rng.uniform(-12, 12)
     objects = []
     for kind, near, aside in zip(kinds, along, (across - offset, across + offset), strict=True):
-        center = (aside, near) if relation == "above" else (near, aside)
-        objects.append(_make_object(rng, kind, center, rng.uniform(58, 84)))
+        x, y = (aside, near) if relation == "above" else (near, aside)
+        objects.append(_object(rng, kind, x, y, rng.uniform(58, 84)))
     return SceneFacts(tuple(kinds), 2, relation=relation), objects
 
 
-def _make_object(rng: random.Random, kind: Kind, center: Point, diameter: float) -> SceneObject:
+def _object(rng: random.Random, kind: Kind, x: float, y: float, diameter: float) -> SceneObject:
     # Rotated so little that a square is no diamond and a cross no "x".
-    rotation = rng.uniform(-10, 10)
-    return SceneObject(kind, center, diameter, rotation, _jitter(COLORS[kind.color], rng, 8))
+    turn = cmath.rect(diameter / 2, math.radians(rng.uniform(-10, 10)))
+    corners = [complex(x, y) + corner * turn for corner in _OUTLINES[kind.shape]]
+    return corners, _jitter(COLORS[kind.color], rng, 8)
 
 
 def _jitter(color: RGB, rng: random.Random, amount: int) -> RGB:
     return tuple(min(255, max(0, channel + rng.randint(-amount, amount))) for channel in color)
 
 
-def _shapes() -> dict[str, list[Point]]:
-    """Return outlines about the origin that reach about one unit every way, y downwards."""
-    turn = [math.tau * i / 90 for i in range(90)]
-    star = [(r, math.tau * i / 10) for i, r in enumerate((1.1, 0.45) * 5)]
-    quarters = ((1, 0), (0, 1), (-1, 0), (0, -1))  # cosines and sines
-    arm = [(0.32, -1.0), (0.32, -0.32), (1.0, -0.32)]
-
-    def height(t: float) -> float:
-        return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-
-    return {
-        "circle": [(math.cos(t), math.sin(t)) for t in turn],
-        "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
-        "triangle": [(0, -0.98), (1.02, 0.8), (-1.02, 0.8)],
-        "star": [(r * math.sin(t), 0.08 - r * math.cos(t)) for r, t in star],
-        "cross": [(x * c - y * s, x * s + y * c) for c, s in quarters for x, y in arm],
-        "heart": [(math.sin(t) ** 3, (-height(t) - 2.5) / 15.5) for t in turn],
-    }
+def _heart(t: float) -> complex:
+    height = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    return complex(math.sin(t) ** 3, (-height - 2.5) / 15.5)
 
 
-_OUTLINES = _shapes()
+_TURN = [math.tau * i / 90 for i in range(90)]
+_OUTLINES = {  # about the origin, reaching about one unit every way
+    "circle": [cmath.rect(1, t) for t in _TURN],
+    "square": [-0.86 - 0.86j, 0.86 - 0.86j, 0.86 + 0.86j, -0.86 + 0.86j],
+    "triangle": [-0.98j, 1.02 + 0.8j, -1.02 + 0.8j],
+    "star": [0.08j - cmath.rect(r, math.tau * i / 10) * 1j for i, r in enumerate((1.1, 0.45) * 5)],
+    "cross": [
+        c * 1j**quarter for quarter in range(4) for c in (0.32 - 1j, 0.32 - 0.32j, 1 - 0.32j)
+    ],
+    "heart": [_heart(t) for t in _TURN],
+}
 
 
 def describe(facts: SceneFacts) -> list[str]:
@@ -199,8 +179,10 @@ def describe(facts: SceneFacts) -> list[str]:
     nouns = [_noun(kind, 1 if facts.relation else facts.count, facts.size) for kind in facts.kinds]
     if facts.relation is not None:
         first, second = nouns
-        inverse = f"{second} {INVERSE[facts.relation]} {first}"
-        texts = [f"{first} {facts.relation} {second}", inverse]
+        texts = [
+            f"{first} {facts.relation} {second}",
+            f"{second} {INVERSE[facts.relation]} {first}",
+        ]
     else:
         texts = [nouns[0], f"there {'is' if facts.count == 1 else 'are'} {nouns[0]}"]
     return [f"{text[0].upper()}{text[1:]}." for text in texts]
@@ -232,31 +214,28 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
+_FACTS: dict[str, Callable[[SceneFacts], object]] = {
+    "color_shape": lambda facts: sorted(facts.kinds),
+    "color": lambda facts: sorted(kind.color for kind in facts.kinds),
+    "shape": lambda facts: sorted(kind.shape for kind in facts.kinds),
+    "count": lambda facts: facts.count,
+    "relation": lambda facts: facts.relation and (facts.kinds, facts.relation),
+}
+
+
 def judge_caption(hypothesis: str, reference: str) -> dict[str, bool | None]:
-    """Compare the facts of two captions, not their words.
+    """Compare the facts of two captions, not their words; ``reference`` follows the grammar.
 
     Returns:
-        Whether each fact is right; None for a size or relation that the reference does not state.
+        Whether each fact is right; None for the relation where the reference states none.
         A hypothesis outside the grammar is wrong throughout.
-
-    Raises:
-        ValueError: the reference does not follow the grammar.
     """
-    truth, stated = _facts_of(reference), _facts_of(hypothesis)
-    if not truth:
-        raise ValueError(f"the reference is not a scene caption: {reference!r}")
-    return {k: None if fact is None else stated.get(k) == fact for k, fact in truth.items()}
-
-
-def _facts_of(caption: str) -> dict[str, object]:
-    if (facts := parse_caption(caption)) is None:
-        return {}
-    kinds, count, size, relation = facts
-    colors, shapes = (sorted(names) for names in zip(*kinds, strict=True))
+    truth, stated = parse_caption(reference), parse_caption(hypothesis)
+    assert truth is not None, reference
     return {
-        "color_shape": sorted(kinds), "color": colors, "shape": shapes,
-        "count": count, "size": size, "relation": relation and (kinds, relation),
-    }  # fmt: skip
+        name: None if fact(truth) is None else stated is not None and fact(stated) == fact(truth)
+        for name, fact in _FACTS.items()
+    }
 
 
 @dataclass
@@ -278,19 +257,16 @@ class Scenes(Source):
 
     def items(self) -> list[SourceItem]:
         """Return all scenes, train first; nothing is drawn yet."""
-        if min(self.num_train, self.num_val, self.num_test) < 0 or self.wordings not in (1, 2):
-            raise UsageError("scenes need counts of images from 0 on, and 1 or 2 wordings")
         self.split_rule = "test shows held-out color-shape pairs only, train and val never do"
         counts: dict[SplitName, int]
         counts = {"train": self.num_train, "val": self.num_val, "test": self.num_test}
-        return [
-            self._item(split, index) for split, count in counts.items() for index in range(count)
-        ]
-
-    def _item(self, split: SplitName, index: int) -> SourceItem:
-        captions = describe(make_scene(self.seed, split, index).facts)[: self.wordings]
-        draw = functools.partial(_draw_scene, self.seed, split, index)
-        return SourceItem(f"{split}-{index:06d}", captions, split, draw)
+        items: list[SourceItem] = []
+        for split, count in counts.items():
+            for index in range(count):
+                captions = describe(make_scene(self.seed, split, index).facts)[: self.wordings]
+                draw = functools.partial(_draw_scene, self.seed, split, index)
+                items.append(SourceItem(f"{split}-{index:06d}", captions, split, draw))
+        return items
 
 
 def _draw_scene(seed: int, split: SplitName, index: int) -> Image.Image:
