@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vlm_bridge.configuration import BridgeOptions, Recipe
-from vlm_bridge.data_pipeline.caption_folder import MANIFEST_NAME, is_prepared_elsewhere
+from vlm_bridge.data_pipeline.caption_folder import is_caption_folder
 from vlm_bridge.data_pipeline.sources import make_source
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.device import resolve_device
@@ -163,7 +163,7 @@ def _prepare(
 def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Progress) -> Path:
     """Return the dataset as a caption folder: itself, or one made beside the output."""
     dataset = DATASETS[settings.dataset]
-    if (data / MANIFEST_NAME).is_file() or is_prepared_elsewhere(data):
+    if is_caption_folder(data):
         if settings.dataset_size is not None:
             raise UsageError(f"{data} is a caption folder already: --dataset_size has no use")
         return data.resolve()

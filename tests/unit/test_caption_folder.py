@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -48,17 +47,15 @@ def made(finished: Path, tmp_path: Path) -> Path:
 
 def test_images_come_with_all_their_captions_in_file_order(made: Path) -> None:
     path = made / "train" / CAPTIONS_NAME
-    expected = [f"train-{number:06}" for number in range(3)]
     lines = path.read_text().splitlines()
     for order in (lines, lines[::2] + lines[1::2]):  # those of an image need not be neighbors
         path.write_text("\n".join(order) + "\n")
         folder = CaptionFolder.open(made)
         images = folder.split("train")
-        assert folder.splits == ["train", "val"]
-        assert [image.original_id for image in images] == expected
+        assert [image.original_id for image in images] == [f"train-{n:06}" for n in range(3)]
         assert all(image.path.is_file() and len(image.captions) == 2 for image in images)
     with pytest.raises(DataError, match=r"no test images \(it has: train, val\)"):
-        CaptionFolder.open(made).split("test")
+        folder.split("test")
 
 
 def test_the_fingerprint_sees_every_change(made: Path) -> None:
@@ -92,11 +89,9 @@ def test_other_folders_are_refused_with_the_command_that_makes_one(
     ("manifest", "message"),
     [
         ("{", "damaged"),
-        ("[]", "no manifest"),
-        (json.dumps({"format": "other"}), "format: "),
-        (json.dumps({**FORMAT, "format_version": 99}), "format_version: "),
-        (json.dumps(FORMAT), "counts: "),
-        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "counts.train: "),
+        ("[]", "damaged"),
+        (json.dumps({**FORMAT, "format_version": 99}), "format_version"),
+        (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "counts.train"),
     ],
 )
 def test_damaged_manifests(made: Path, manifest: str, message: str) -> None:
@@ -115,6 +110,11 @@ LINES = {
     b'{"image_path": "images/x.jpg", "caption": "A."}': r"image .* is missing",
     b'{"image_path": "../x.jpg", "caption": "A."}': r"image path .* stay inside",
     b'{"image_path": "/etc/passwd", "caption": "A."}': r"image path .* must be relative",
+    b'{"image_path": "images/x.jpg", "caption": "\\ud800"}': "needs the texts",
+    b'{"image_path": "images/link.jpg", "caption": "A."}': r"image .* leads out",
+    b'{"image_path": "%s", "caption": "A."}' % (b"x" * 300): "image path of 300 characters",
+    b'{"image_path": "images/x.jpg", "caption": "%s"}'
+    % (b"word " * 9999): "a caption of 49,995 characters",
 }
 
 
@@ -141,8 +141,8 @@ def write_split(folder: Path, ids: Mapping[str, int]) -> None:
     for name, number in ids.items():
         write_image(folder / "images" / f"{name}.jpg", number)
         record = {"image_path": f"images/{name}.jpg", "caption": f"Scene {number}."}
-        lines.append(json.dumps({**record, "original_id": name}, ensure_ascii=False))
-    (folder / CAPTIONS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines.append(json.dumps({**record, "original_id": name}))
+    (folder / CAPTIONS_NAME).write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -150,6 +150,8 @@ def prepared(tmp_path: Path) -> Path:
     root = tmp_path / "data" / "groundcap"
     for split, numbers in NAMES.items():
         write_split(root / split, {f"tt{number:07}_frame": number for number in numbers})
+    write_image(tmp_path / "outside.jpg", 0)
+    (root / "train" / "images" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     return root
 
 
@@ -162,6 +164,8 @@ def test_a_folder_of_other_tools_is_read_and_not_written(prepared: Path) -> None
     assert [image.original_id for image in images] == expected
     assert images[0].captions == ("Scene 0.",) and not len(skipped)
     assert folder.compute_fingerprint() == folder.fingerprint
+    with pytest.raises(DataError, match="another --output-dir"):
+        transform(Scenes(3, 2, 0), prepared)
     assert sorted(prepared.rglob("*")) == before
 
 
@@ -213,13 +217,6 @@ def test_captions_in_another_form_say_how_they_are_read(prepared: Path) -> None:
         open_data_folder(prepared)
 
 
-def test_transform_leaves_such_a_folder_alone(prepared: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(DataError, match="another --output-dir"):
-            transform(Scenes(3, 2, 0), prepared)
-        open_data_folder(prepared)
-
-
 # Samples that cannot be read are skipped, counted and named; too many of them are an error.
 
 
@@ -258,33 +255,6 @@ def test_damaged_images_are_skipped_and_named(folder: CaptionFolder) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"caption": "word " * 100_000}, "500,000 characters"),
-        ({"caption": "\ud800"}, "needs the texts"),
-        ({"image_path": "images/" + "x" * 300}, "too long"),
-        ({"image_path": "images/link.jpg"}, "leads out"),
-    ],
-)
-def test_captions_that_cannot_be_used_are_skipped_and_the_others_stay(
-    folder: CaptionFolder, tmp_path: Path, record: dict[str, str], reason: str
-) -> None:
-    expected = folder.split("train")
-    shutil.copy(str(expected[0].path), tmp_path / "outside.jpg")
-    (folder.root / "train" / "images" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
-    whole = {"image_path": "images/train-00.jpg", "caption": "A.", "original_id": "x"}
-    with (folder.root / "train" / "captions.jsonl").open("a") as file:
-        file.write(json.dumps({**whole, **record}) + "\n")
-    skipped = Skipped("train captions")
-    assert folder.split("train", skipped) == expected
-    assert (len(skipped), skipped.total) == (1, 49)
-    sample = skipped.samples[0]
-    assert "captions.jsonl:49" in sample.id and reason in sample.reason
-    with pytest.raises(DataError, match=reason):
-        folder.split("train")
-
-
 def test_the_outcome_is_remembered_until_an_image_is_touched(
     folder: CaptionFolder, tmp_path: Path
 ) -> None:
@@ -296,11 +266,6 @@ def test_the_outcome_is_remembered_until_an_image_is_touched(
     assert check_images(paths, tmp_path / "kept") == {6: "from memory"}
     shutil.copy(str(paths[0]), path)
     assert check_images(paths, tmp_path / "kept") == {}
-
-
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    assert "pipe" in check_images([tmp_path / "pipe.jpg"])[0]
 
 
 def test_a_cause_is_named_once_with_its_count() -> None:

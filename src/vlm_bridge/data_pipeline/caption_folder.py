@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
@@ -40,6 +39,36 @@ MANIFEST_NAME, CAPTIONS_NAME, IMAGES_NAME = "manifest.json", "captions.jsonl", "
 UNFINISHED_NAME = ".unfinished"  # working files of `transform`
 
 
+def open_data_folder(path: str | Path) -> DataFolder:
+    """Open a recipe's ``data_dir``: a caption folder or a shard folder.
+
+    Raises:
+        DataError: neither of them, or one that cannot be used.
+    """
+    root = Path(path)
+    has_tars = any(any(place.glob("*.tar*")) for place in (root, *(root / s for s in SPLITS)))
+    is_shards = has_tars and not is_caption_folder(root)
+    return ShardFolder.open(root) if is_shards else CaptionFolder.open(root)
+
+
+def is_caption_folder(root: Path) -> bool:
+    """Return whether a folder was made by `transform`, or prepared by other tools."""
+    parts = (MANIFEST_NAME, UNFINISHED_NAME, *(f"{split}/{CAPTIONS_NAME}" for split in SPLITS))
+    return any((root / part).exists() for part in parts)
+
+
+def readable_split(folder: DataFolder, split: SplitName) -> tuple[list[CaptionedImage], Skipped]:
+    """Return the images of a split, and the samples that were skipped.
+
+    Raises:
+        DataError: no such split, or more than `MAX_SKIPPED_SHARE` of its samples are skipped.
+    """
+    skipped = Skipped(f"{split} samples")
+    images = folder.split(split, skipped)
+    skipped.check()
+    return images, skipped
+
+
 class CaptionFolder(DataFolder):
     """A finished caption folder; make one with :meth:`open`."""
 
@@ -51,21 +80,20 @@ class CaptionFolder(DataFolder):
             DataError: missing, unfinished, damaged or of another format.
         """
         folder, root = cls(Path(root)), Path(root)
-        if (root / MANIFEST_NAME).is_file():
-            for path in (root / split / CAPTIONS_NAME for split in folder.splits):
-                if not path.is_file():
-                    raise DataError(f"{path} is missing: make the caption folder again")
-        elif (root / UNFINISHED_NAME).is_dir():
+        if (root / UNFINISHED_NAME).is_dir() and not (root / MANIFEST_NAME).is_file():
             raise DataError(
                 f"caption folder {root} is unfinished: "
                 "continue it with the same `vlm-data transform` command"
             )
-        elif not is_prepared_elsewhere(root) or not folder.splits:
+        if not folder.splits:
             raise DataError(
                 f"{root} is no caption folder (neither {MANIFEST_NAME} nor train/{CAPTIONS_NAME} "
                 f"with lines) and no shard folder (no *.tar in {'/, '.join(SPLITS)}/): make one "
                 "with `vlm-data transform --source local --input-dir IMAGES --output-dir FOLDER`"
             )
+        for path in (root / split / CAPTIONS_NAME for split in folder.splits):
+            if not path.is_file():
+                raise DataError(f"{path} is missing: make the caption folder again")
         return folder
 
     def compute_fingerprint(self) -> str:
@@ -74,16 +102,15 @@ class CaptionFolder(DataFolder):
             return _state(self.root)
         lines, images = {}, {}
         for split in self.splits:
-            content = (self.root / split / CAPTIONS_NAME).read_bytes()
-            text = content.decode(errors="backslashreplace")
+            text = (self.root / split / CAPTIONS_NAME).read_text("utf-8", errors="replace")
             lines[split] = text.removesuffix("\n").split("\n")
             paths = _image_files(self.root / split)
             images[split] = {f"{IMAGES_NAME}/{path.name}": _sha256(path) for path in paths}
         return fingerprint(lines, images)
 
     def _load_manifest(self) -> dict[str, Any]:
-        is_prepared = is_prepared_elsewhere(self.root)
-        return _facts(self.root) if is_prepared else read_manifest(self.root)
+        is_ours = (self.root / MANIFEST_NAME).is_file()
+        return read_manifest(self.root) if is_ours else _facts(self.root)
 
     def _read(self, split: SplitName, skipped: Skipped) -> list[CaptionedImage]:
         return _read_captions(self.root / split, skipped)
@@ -91,53 +118,49 @@ class CaptionFolder(DataFolder):
 
 def _read_captions(folder: Path, skipped: Skipped) -> list[CaptionedImage]:
     """Read a ``captions.jsonl``; images come in the order of their first lines."""
-    path, captions, ids = folder / CAPTIONS_NAME, {}, {}
-    problem_of = cache(partial(_problem, folder, folder.resolve()))
+    path, resolved = folder / CAPTIONS_NAME, folder.resolve()
+    images: dict[str, tuple[str, list[str]]] = {}  # id and captions by name
     for number, line in lines_of(path):
         skipped.total += 1
         try:
-            record = _parse_record(line)
-            name = record["image_path"]
-            if problem := problem_of(name):
-                raise ValueError(problem)
+            name, caption, image_id = _parse_record(line)
+            if name not in images:
+                _check_file(folder, resolved, name)
         except ValueError as error:
             skipped.add(f"{path}:{number}", str(error))
-            continue
-        captions.setdefault(name, []).append(record["caption"])
-        image_id = record.get("original_id")
-        ids.setdefault(name, image_id if is_text(image_id) else PurePosixPath(name).stem)
-    return [CaptionedImage(folder / n, tuple(texts), ids[n]) for n, texts in captions.items()]
+        else:
+            images.setdefault(name, (image_id, []))[1].append(caption)
+    return [CaptionedImage(folder / n, tuple(texts), i) for n, (i, texts) in images.items()]
 
 
-def _parse_record(line: bytes) -> dict[str, Any]:
-    """Return the record of a line. Raises ValueError with the reason why it cannot be used."""
+def _parse_record(line: bytes) -> tuple[str, str, str]:
+    """Return image path, caption and id. Raises ValueError why a line cannot be used."""
     try:
         record = parse_json(line.decode("utf-8"))
     except ValueError as error:
         is_binary = isinstance(error, UnicodeError)
         raise ValueError("not UTF-8 text" if is_binary else "not a JSON object") from None
-    keys = ("image_path", "caption")
-    if not isinstance(record, dict) or not all(is_text(record.get(key)) for key in keys):
-        raise ValueError(f"needs the texts {', '.join(keys)}")
-    if not record["caption"].strip():
+    record = record if isinstance(record, dict) else {}
+    name, caption, image_id = map(record.get, ("image_path", "caption", "original_id"))
+    if not is_text(name) or not is_text(caption):
+        raise ValueError("needs the texts image_path, caption")
+    if not caption.strip():
         raise ValueError("an empty caption")
-    if len(record["caption"]) > MAX_CAPTION_CHARACTERS:
-        raise ValueError(f"a caption of {len(record['caption']):,} characters")
-    return record
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise ValueError(f"a caption of {len(caption):,} characters")
+    return name, caption, image_id if is_text(image_id) else PurePosixPath(name).stem
 
 
-def _problem(folder: Path, resolved: Path, name: str) -> str:
-    """Return why an image file cannot be used, without opening it; empty where it can."""
+def _check_file(folder: Path, resolved: Path, name: str) -> None:
+    """Raise ValueError where an image file cannot be used, without opening it."""
+    path = inside(folder, name)
     try:
-        path = inside(folder, name)
         if not path.is_file():
-            return f"image {path} is missing"
-        is_link = not is_inside(resolved, path)
-        return f"image {path} is a link that leads out of {folder}" if is_link else ""
+            raise ValueError(f"image {path} is missing")
     except OSError as error:
-        return f"an image path of {len(name):,} characters ({error.strerror})"
-    except ValueError as error:
-        return str(error)
+        raise ValueError(f"image path of {len(name):,} characters: {error.strerror}") from None
+    if not is_inside(resolved, path):
+        raise ValueError(f"image {path} is a link that leads out of {folder}")
 
 
 def fingerprint(lines: Mapping[str, Iterable[str]], images: Mapping[str, Mapping[str, str]]) -> str:
@@ -150,7 +173,7 @@ def fingerprint(lines: Mapping[str, Iterable[str]], images: Mapping[str, Mapping
     total = hashlib.sha256()
     for split in SPLITS:
         for line in sorted(lines.get(split, ())):
-            total.update(f"{split}\tcaption\t{line}\n".encode(errors="backslashreplace"))
+            total.update(f"{split}\tcaption\t{line}\n".encode())
         for path, digest in sorted(images.get(split, {}).items()):
             total.update(f"{split}\timage\t{path}\t{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
@@ -180,20 +203,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = parse_json(path.read_bytes())
         _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:
-        reason = f"damaged: {error}"
-    else:
-        return manifest
-    raise DataError(f"{path} is no manifest of a caption folder ({reason}): make the folder again")
-
-
-def is_prepared_elsewhere(root: Path) -> bool:
-    """Return whether other tools made the folder: it has captions, and nothing of `transform`."""
-    is_ours = (root / MANIFEST_NAME).is_file() or (root / UNFINISHED_NAME).is_dir()
-    return not is_ours and any((root / split / CAPTIONS_NAME).is_file() for split in SPLITS)
+    except ValueError as error:  # pydantic's too
+        why = " ".join(str(error).split())
+        raise DataError(f"{path} is damaged or of another version: make it again ({why})") from None
+    return manifest
 
 
 def _facts(root: Path) -> dict[str, Any]:
@@ -227,29 +240,3 @@ def _state(root: Path) -> str:
                 line = f"{image.name}\0{image.stat().st_size}\0"
                 digest.update(line.encode(errors="surrogateescape"))
     return f"blake2b:{digest.hexdigest()}"
-
-
-def open_data_folder(path: str | Path) -> DataFolder:
-    """Open a recipe's ``data_dir``: a caption folder or a shard folder.
-
-    Raises:
-        DataError: neither of them, or one that cannot be used.
-    """
-    root = Path(path)
-    is_ours = (root / MANIFEST_NAME).exists() or (root / UNFINISHED_NAME).is_dir()
-    has_tars = any(any(place.glob("*.tar*")) for place in (root, *(root / s for s in SPLITS)))
-    if has_tars and not is_ours and not is_prepared_elsewhere(root):
-        return ShardFolder.open(root)
-    return CaptionFolder.open(root)
-
-
-def readable_split(folder: DataFolder, split: SplitName) -> tuple[list[CaptionedImage], Skipped]:
-    """Return the images of a split, and the samples that were skipped.
-
-    Raises:
-        DataError: no such split, or more than `MAX_SKIPPED_SHARE` of its samples are skipped.
-    """
-    skipped = Skipped(f"{split} samples")
-    images = folder.split(split, skipped)
-    skipped.check()
-    return images, skipped

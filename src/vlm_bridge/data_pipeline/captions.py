@@ -47,8 +47,6 @@ _RUN_OF_TAGS = re.compile(rf"\s*{_TAG}(?:\s*{_TAG})*\s*", re.IGNORECASE | re.VER
 _OPENING = re.compile(r"""<\s*(gd[oal])(?:\s*class\s*=\s*["']?([^"'<>]+)|\b)""", re.IGNORECASE)
 # With a semicolon only: "R&B" and "cat&copy" are text.
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*);")
-# An ampersand written as an entity, again and again: one step decodes them all.
-_AMPERSANDS = re.compile(r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);)+")
 # Text that belongs to the word before a tag: punctuation, clitics, a plural's ending.
 _ENDING = re.compile(r"[,.;:!?%)\]}]|['\u2019](?:s|re|ve|ll|d|m)\b|(?<=>)e?s\b", re.IGNORECASE)
 
@@ -129,7 +127,7 @@ def count_tags(captions: Iterable[str]) -> dict[str, Any] | None:
 
 
 def _decode_entities(text: str) -> str:
-    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), _AMPERSANDS.sub("&", text))
+    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
 
 
 def _gap(run: re.Match[str]) -> str:

@@ -80,41 +80,28 @@ class SplitRule:
         return [split_of[image_id] for image_id in image_ids]
 
     def sizes(self, num_images: int) -> dict[SplitName, int]:
-        """Return the number of images of each split, by the largest-remainder method.
-
-        52,350 images at 80/5/15 are 41,880 / 2,618 / 7,852.
-        """
+        """Return the number of images of each split: 41,880, 2,618 and 7,852 of 52,350."""
         # Decimals as they were written: in binary, 1 - 0.05 - 0.15 is a little less than 0.8.
         val, test = Fraction(str(self.val_fraction)), Fraction(str(self.test_fraction))
-        exact: dict[SplitName, Fraction] = {
-            "train": (1 - val - test) * num_images,
-            "val": val * num_images,
-            "test": test * num_images,
-        }
-        sizes: dict[SplitName, int] = {split: int(size) for split, size in exact.items()}
-        by_remainder = sorted(SPLITS, key=lambda split: sizes[split] - exact[split])
-        for split in by_remainder[: num_images - sum(sizes.values())]:
-            sizes[split] += 1
-        return sizes
+        of_val, held_out = (int(share * num_images + Fraction(1, 2)) for share in (val, val + test))
+        return {"train": num_images - held_out, "val": of_val, "test": held_out - of_val}
 
     def describe(self) -> str:
         """Return one line for the manifest."""
         shares = f"{self.val_fraction:g} val and {self.test_fraction:g} test"
-        way = f"images in the order of a hash of (seed, id), exactly {shares}"
-        if self.by == "hash":
-            way = f"hash of (seed, image id), {shares}"
-        elif self.by == "film":
-            way = f"whole films, as near to {shares} as they allow"
-        return f"{way}, unless the source names a split"
+        ways = {
+            "hash": f"hash of (seed, image id), {shares}",
+            "film": f"whole films, as near to {shares} as they allow",
+        }
+        by_image = f"images in the order of a hash of (seed, id), exactly {shares}"
+        return f"{ways.get(self.by or '', by_image)}, unless the source names a split"
 
     def _assign_films(
         self, image_ids: Sequence[str], films: Sequence[str | None], seed: int
     ) -> list[SplitName]:
         if None in films:
             name = image_ids[films.index(None)]
-            raise DataError(
-                f"image id {name!r} names no film (tt and digits): use --split-by image"
-            )
+            raise DataError(f"image id {name!r} names no film (tt...): use --split-by image")
         num_images = Counter(film for film in films if film is not None)
         wanted = self.sizes(len(image_ids))
         to_fill: list[SplitName] = [split for split in ("test", "val") if wanted[split]]
@@ -136,9 +123,8 @@ class SplitRule:
 def nearest_subset(sizes: Sequence[int], target: int, *, leave: int) -> list[int]:
     """Return indices of ``sizes`` (positive) whose sum is as near to ``target`` as possible.
 
-    At least one index is chosen, and at least ``leave`` are not. Among equally near sums, the one
-    found with the fewest leading sizes wins, so a shuffle of the sizes decides. Time is
-    O(len(sizes) * target).
+    At least one is chosen, and at least ``leave`` are not. Among equally near sums, that of the
+    fewest leading sizes wins, so a shuffle decides. Time is O(len(sizes) * target).
     """
     limit = max(2 * target, *sizes)  # a better sum is below twice the target, or a single size
     reached: dict[int, tuple[int, ...]] = {0: ()}  # each sum by the fewest sizes

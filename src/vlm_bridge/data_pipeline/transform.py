@@ -146,10 +146,9 @@ def _plan(
     seed, limit = planning.get("seed", 0), planning.get("limit")
     style = planning.get("caption_style") or source.default_caption_style
     found = source.items()
-    items = [item for item in found if is_text(item.image_id)]  # a file of JSON holds no others
-    unnamed = [item.image_id for item in found if not is_text(item.image_id)]
+    items = [item for item in found if is_text(item.image_id)]  # JSON holds no others
+    unnamed = (item.image_id for item in found if not is_text(item.image_id))
     skipped = [*source.rejected, *(SkippedSample(n, "its name is not UTF-8") for n in unnamed)]
-
     undecided = [item for item in items if item.split is None]
     ids, films = [item.image_id for item in undecided], [item.film for item in undecided]
     rule = split_rule(source, planning).resolve(films)
@@ -157,7 +156,6 @@ def _plan(
     items = [replace(i, split=i.split or split_of[i.image_id]) for i in items]
     if limit is not None:
         items = _sample(items, limit, seed)
-
     for n, item in enumerate(items):
         short = (text for text in item.captions if len(text) <= MAX_CAPTION_CHARACTERS)
         captions = [clean for text in short if (clean := clean_caption(text, style))]
@@ -165,8 +163,7 @@ def _plan(
             reason = f"{lost} of {len(item.captions)} captions without words, or too long"
             skipped.append(SkippedSample(item.image_id, reason))
         items[n] = replace(item, captions=captions)
-    items = [item for item in items if item.captions]
-    return items, skipped, rule
+    return [item for item in items if item.captions], skipped, rule
 
 
 def _sample(items: Sequence[SourceItem], limit: int, seed: int) -> list[SourceItem]:
@@ -190,7 +187,6 @@ def _claim(root: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         DataError: the folder holds something else, or was made with other settings.
     """
     begun = root / folders.UNFINISHED_NAME / "settings.json"
-    earlier: dict[str, Any] = {}
     is_finished = (root / folders.MANIFEST_NAME).is_file()
     if is_finished:
         earlier = folders.read_manifest(root)
@@ -198,14 +194,14 @@ def _claim(root: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         earlier = json.loads(begun.read_bytes())
     elif root.is_dir() and any(path.name != folders.UNFINISHED_NAME for path in root.iterdir()):
         raise DataError(f"{root} is not empty and no caption folder: choose another --output-dir")
-    before, now = ({**some, **some.get("settings", {})} for some in (earlier, facts))
+    else:
+        earlier = facts
     # Another seed or limit changes the content as well: name the cause, not its consequence.
-    for key in ("source", "seed", *facts["settings"], "content"):
-        if before.get(key, now[key]) != now[key]:
-            change = f"{key} was {before[key]}" if key != "content" else "captions or images differ"
+    for key in ("source", "seed", "settings", "content"):
+        if earlier.get(key) != facts[key]:
             raise DataError(
-                f"{root} was made of another source or with other settings ({change}): "
-                "choose another --output-dir or delete that folder"
+                f"{root} was made of other data or with other options "
+                f"({key}: {earlier.get(key)}): choose another --output-dir or delete that folder"
             )
     if is_finished:
         return earlier
@@ -289,10 +285,8 @@ def _content(image_id: str, image: RawImage | None, image_size: int) -> tuple[by
 def _drop_duplicates(made: Sequence[_Made]) -> tuple[list[_Made], list[SkippedSample]]:
     """Keep equal images in one split only; return those kept, and the others."""
     home: dict[str, SourceItem] = {}
-    for split in DUPLICATE_PRIORITY:
-        for image in made:
-            if image.item.split == split:
-                home.setdefault(image.pixels, image.item)
+    for image in sorted(made, key=lambda image: DUPLICATE_PRIORITY.index(image.item.split)):
+        home.setdefault(image.pixels, image.item)
     kept: list[_Made] = []
     duplicates: list[SkippedSample] = []
     for image in made:
@@ -310,11 +304,11 @@ def _near(kept: Sequence[_Made], distance: int) -> dict[str, Any]:
     looks = np.array([image.looks for image in kept], dtype=np.uint64)
     names = [f"{image.item.split}/{image.item.image_id}" for image in kept]
     pairs: list[tuple[bool, int, int, int]] = []  # whether in one split, distance, both images
-    for i, image in enumerate(kept):
-        bits = np.bitwise_count(looks[i] ^ looks[i + 1 :])
-        for j in np.flatnonzero(bits <= distance).tolist():
-            is_within = kept[i + 1 + j].item.split == image.item.split
-            pairs.append((is_within, int(bits[j]), i, i + 1 + j))
+    for i in range(len(kept)):
+        bits = np.bitwise_count(looks[i + 1 :] ^ looks[i])
+        for n in np.flatnonzero(bits <= distance).tolist():
+            j = i + 1 + n
+            pairs.append((kept[i].item.split == kept[j].item.split, int(bits[n]), i, j))
     listed = heapq.nsmallest(MAX_LISTED_NEAR_DUPLICATES, pairs)
     return {
         "measure": "64-bit perceptual hash (DCT), differing bits",
@@ -332,11 +326,8 @@ def _finish(
     lines: dict[str, list[str]] = {}
     digests: dict[str, dict[str, str]] = {}
     for split in SPLITS:
-        images = {
-            f"{folders.IMAGES_NAME}/{image.path.name}": image
-            for image in kept
-            if image.item.split == split
-        }
+        of_split = [image for image in kept if image.item.split == split]
+        images = {f"{folders.IMAGES_NAME}/{image.path.name}": image for image in of_split}
         digests[split] = {name: image.sha256 for name, image in images.items()}
         records = (
             {"image_path": name, "caption": caption, "original_id": image.item.image_id}
@@ -347,7 +338,7 @@ def _finish(
         text = "".join(f"{line}\n" for line in lines[split])
         write_atomically(root / split / folders.CAPTIONS_NAME, text.encode())
         others = {*(root / split / folders.IMAGES_NAME).iterdir()}
-        for path in others - {image.path for image in images.values()}:
+        for path in others - {image.path for image in of_split}:
             path.unlink()  # a duplicate, or what an interrupted run left
     manifest = {
         "format": folders.FORMAT,
