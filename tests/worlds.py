@@ -152,14 +152,14 @@ def ask_world() -> dict[str, Any]:
     """What a `World` of processes answers."""
     import torch
 
-    from vlm_bridge.training_strategy.distributed import GradientSum, joined
+    from vlm_bridge.training_strategy.distributed import joined, sum_gradients
 
     with joined("cpu") as world:
         used, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
         if world.rank == 1:  # the others have an empty share
             used.grad = torch.ones(3)
         loss = torch.tensor(float(world.rank))
-        GradientSum(world, [used, unused])(loss)
+        sum_gradients(world, [used, unused], loss)
         copied = torch.full((2, 2), float(world.rank))
         world.copy_from_first([copied])
         assert used.grad is not None
@@ -167,7 +167,6 @@ def ask_world() -> dict[str, Any]:
             "share": world.share(range(5)),
             "interleaved": world.interleave(world.share("abcde")),
             "sum": world.sum([1, world.rank]),
-            "largest": world.largest(10 * world.rank),
             "gathered": world.gather(str(world.rank)),
             "from_first": world.from_first(lambda: {"made by": world.rank}),
             "gradient": used.grad.tolist(),

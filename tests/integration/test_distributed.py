@@ -104,7 +104,6 @@ def test_processes_exchange_numbers_objects_and_gradients() -> None:
     assert answers[0] == {
         "interleaved": list("abcde"),
         "sum": [3, 3],
-        "largest": 20,
         "gathered": ["0", "1", "2"],
         "from_first": {"made by": 0},
         "gradient": [1, 1, 1],

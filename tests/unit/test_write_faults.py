@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,8 +77,6 @@ def test_the_newest_sound_one_is_found_and_broken_ones_are_named(
     names = (BEST, STEP.format(2), STEP.format(10), LATEST)
     for step, name in enumerate(names, start=1):
         save(tmp_path / name, step)
-    for name in names:  # a copy without times
-        os.utime(tmp_path / name, (1000, 1000))
     weights = {"bridge.weight": torch.ones(SIZE)}
     checkpoints.save_checkpoint(tmp_path / BEST_WEIGHTS, Recipe(), weights)
     for step, name in reversed(list(enumerate(names, start=1))):

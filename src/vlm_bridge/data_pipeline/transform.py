@@ -115,7 +115,7 @@ def transform(
         raise DataError(f"no usable image in source {source.name}: {causes or 'it is empty'}")
     finds_near = source.finds_near_duplicates
     facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
-    facts["rejected"] = [sample._asdict() for sample in skipped]
+    facts["rejected"] = [sample.to_dict() for sample in skipped]
     return _finish(source, root, kept, facts)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +34,9 @@ from vlm_bridge.parsing import shown
 logger = logging.getLogger(__name__)
 
 FORMAT = "vlm-bridge checkpoint"
-ORIGINAL_FORMAT = "original project"
-ORIGINAL_TRAINING = "original_training"
 # Since 2, a cross_attention bridge at layer 0 changes embeddings before a model scales them.
 FORMAT_VERSION = 2
-# The original's losses count pads, so its best loss is not read.
-ORIGINAL_ENTRIES = ("config", "epoch", "optimizer_state_dict")
+ORIGINAL_TRAINING = "original_training"  # state that the original project saves
 PARTS = {"weights", "model_state_dict", "recipe", "training"}
 STEP, STEP_PATTERN = "step_{:08d}.pth", "step_*.pth"
 LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
@@ -56,7 +52,7 @@ def save_checkpoint(
     path: Path,
     recipe: Recipe,
     weights: Mapping[str, torch.Tensor],
-    training: dict[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     *,
     format_version: int = FORMAT_VERSION,
 ) -> None:
@@ -70,9 +66,7 @@ def save_checkpoint(
         **_header(recipe.to_dict(), format_version),
         "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
     }
-    if training is not None:
-        content |= {"training": training, "saved_at": time.time()}
-    write_file(path, content)
+    write_file(path, content if training is None else {**content, "training": training})
 
 
 def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,40 +84,12 @@ def _header(recipe: Mapping[str, Any], format_version: int) -> dict[str, Any]:
     }
 
 
-def discard_unfinished(folder: Path) -> None:
-    """Delete the unfinished files that killed processes left."""
-    for left in folder.glob(".*.pth.*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the last saved checkpoint that a run can continue, with its content."""
-    names = [path for pattern in (LATEST, BEST, STEP_PATTERN) for path in folder.glob(pattern)]
-    for path in sorted(names, key=_when_saved, reverse=True):
-        try:
-            content = load_checkpoint(path)
-        except DamagedCheckpointError as damage:
-            logger.warning(f"skipping damaged checkpoint: {damage}")
-            continue
-        if "training" in content or content["format"] == ORIGINAL_FORMAT:
-            return path, content
-    return None
-
-
-def _when_saved(path: Path) -> float:
-    """Return seconds since the epoch. A copied file's own time is that of the copy."""
-    try:
-        return float(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["saved_at"])
-    except Exception:  # damaged, or written by an earlier version
-        return path.stat().st_mtime
-
-
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint: our own, the original project's, or an exported Hugging Face folder.
 
     Returns:
-        ``format``, ``format_version``, ``weights``; ``recipe`` and ``training`` where the file has
-        them; ``original_training`` of the original project's.
+        ``format_version``, ``weights``; ``recipe`` and ``training`` where the file has them;
+        ``original_training`` of the original project's.
 
     Raises:
         CheckpointError: missing, damaged, none of these, or written by a newer vlm-bridge.
@@ -135,13 +101,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = {**config, "weights": weights}
     else:
         content = read_file(path)
-    is_original = dinov2_gemma.is_original(content)
     try:
+        if is_original := dinov2_gemma.is_original(content):
+            # One with a recipe was exported by us, and an older one had no version.
+            content.setdefault("format_version", 1 if "recipe" in content else FORMAT_VERSION)
         _check_layout(content, is_original)
-        if content.get("format_version", 1) > FORMAT_VERSION:
+        if content["format_version"] > FORMAT_VERSION:
             raise CheckpointError(f"{path} was written by a newer vlm-bridge; update this one")
         if is_original:
-            content = _from_original(content, path)
+            weights = dinov2_gemma.from_original(content.pop("model_state_dict"), path)
+            kept = {key: content[key] for key in ("format_version", "recipe") if key in content}
+            content = {**kept, "weights": weights, ORIGINAL_TRAINING: content}
         check_weights(content["weights"])
     except ValueError as error:
         raise DamagedCheckpointError(
@@ -162,21 +132,9 @@ def _check_layout(content: Any, is_original: bool) -> None:
     for name, tensor in content["model_state_dict" if is_original else "weights"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"its weight {shown(name)} is no tensor")
-    version = content.get("format_version", 1 if is_original else None)
+    version = content.get("format_version")
     if type(version) is not int or version < 1:  # True is an int, too
         raise ValueError(f"its format_version is {shown(version)}, not a whole number from 1")
-
-
-def _from_original(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Bring a checkpoint of dinov2-gemma's own code to our keys."""
-    recipe = {"recipe": content["recipe"]} if "recipe" in content else {}
-    return {
-        "format": ORIGINAL_FORMAT,
-        "format_version": content.get("format_version", 1) if recipe else FORMAT_VERSION,
-        "weights": dinov2_gemma.from_original(content["model_state_dict"], path),
-        **recipe,
-        ORIGINAL_TRAINING: {key: content[key] for key in ORIGINAL_ENTRIES if key in content},
-    }
 
 
 def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -219,6 +177,29 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
     }
     version = min(content["format_version"] for content in contents)
     save_checkpoint(target, recipe, mean, format_version=version)
+
+
+# --- where checkpoints are ---
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete the unfinished files that killed processes left."""
+    for left in folder.glob(".*.pth.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the last written checkpoint that a run can continue, with its content."""
+    found = [path for pattern in (LATEST, BEST, STEP_PATTERN) for path in folder.glob(pattern)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            content = load_checkpoint(path)
+        except DamagedCheckpointError as damage:
+            logger.warning(f"skipping damaged checkpoint: {damage}")
+            continue
+        if "training" in content or ORIGINAL_TRAINING in content:
+            return path, content
+    return None
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -267,9 +248,11 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's client raises errors of several libraries
         if (problem := hub_problem(error, model)) is None:
             raise
-        raise CheckpointError(
-            f"no checkpoint at {path}, and none from the hub: {problem}"
-        ) from error
+        message = f"no checkpoint at {path}, and none from the hub: {problem}"
+        raise CheckpointError(message) from error
+
+
+# --- what belongs to a checkpoint ---
 
 
 def recipe_of(
@@ -298,21 +281,16 @@ def recipe_of(
             "(training takes its own settings, or a recipe by --config)"
         )
     else:
-        if content["recipe"].get("feature_cache_pooling", 1) != 1:
-            raise CheckpointError(
-                f"{where} was trained on pooled features (feature_cache_pooling), which are no "
-                "longer supported: train again without"
-            )
         try:
             recipe = recipe_from_dict(content["recipe"], where=str(where))
         except ConfigurationError as error:
             raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
     if to_build:
-        _check_sizes(recipe, content, where)
+        _check_sizes(recipe, content["weights"], where)
     return recipe
 
 
-def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) -> None:
+def _check_sizes(recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
     """Compare the shapes of a recipe's captioner with the weights before memory is allocated."""
     try:
         model: Any = build_captioner(recipe, meta=True)
@@ -324,20 +302,19 @@ def _check_sizes(recipe: Recipe, content: Mapping[str, Any], where: str | Path) 
         sizes = zip(has, wants, strict=False)
         return len(has) == len(wants) and all(w in (h, any_size) for h, w in sizes)
 
-    _refuse(misfits(content["weights"], model.trained_state_dict(), same), where)
+    _refuse(misfits(weights, model.trained_state_dict(), same), where)
 
 
 def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
     """Raise CheckpointError where encoder, language model or bridge are not those of a recipe."""
-    has = (
-        architecture(recipe_of(content, where, to_build=False))
-        if "recipe" in content
-        else dinov2_gemma.original_architecture(content["weights"])
-    )
+    if "recipe" in content:
+        has = architecture(recipe_of(content, where, to_build=False))
+    else:
+        has = dinov2_gemma.original_architecture(content["weights"])
     wants = architecture(wanted)
-    if has["bridge.kind"] != wants["bridge.kind"]:  # the options of two kinds cannot be compared
-        has = {k: v for k, v in has.items() if k == "bridge.kind" or not k.startswith("bridge.")}
     changed = [k for k in has.keys() & wants.keys() if not same_setting(k, has[k], wants[k])]
+    if "bridge.kind" in changed:  # the options of two kinds cannot be compared
+        changed = [k for k in changed if k == "bridge.kind" or not k.startswith("bridge.")]
     _refuse([f"it has {k}={has[k]}, wanted is {wants[k]}" for k in sorted(changed)], where)
 
 

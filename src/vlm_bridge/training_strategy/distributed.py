@@ -7,7 +7,7 @@ DistributedDataParallel has no place for global token counts and empty shares.
 from __future__ import annotations
 
 import atexit
-import logging
+import functools
 import os
 import re
 import tempfile
@@ -23,12 +23,7 @@ from torch import distributed
 
 from vlm_bridge import device as devices
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.device import cpu_emulates_bfloat16, set_threads
 from vlm_bridge.errors import ConfigurationError, TrainingError, VLMBridgeError
-
-logger = logging.getLogger(__name__)
-
-PROBE_BYTES = 1 << 20  # on a full disk, making an empty file succeeds
 
 # One machine may prepare its caches long before another; a dead process is noticed at once.
 TIMEOUT = timedelta(days=2)
@@ -66,10 +61,6 @@ class World:
             with _together():
                 distributed.all_reduce(sums, group=self.hosts)
         return sums.tolist()
-
-    def largest(self, number: int) -> int:
-        """Return the largest of all processes' numbers."""
-        return max(self.gather(number))
 
     def gather(self, item: Item) -> list[Item]:
         """Return every process's item, by rank."""
@@ -137,77 +128,62 @@ def _together() -> Iterator[None]:
         ) from error
 
 
-class GradientSum:
-    """Sum gradients over all processes; the first step decides which parameters take part."""
+@torch.no_grad()
+def sum_gradients(
+    world: World, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor
+) -> None:
+    """Replace the gradients and a step's loss by their sums over all processes.
 
-    def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter]):
-        self.world, self.parameters = world, parameters
-        self._taking_part: list[torch.nn.Parameter] | None = None
-
-    @torch.no_grad()
-    def __call__(self, loss: torch.Tensor) -> None:
-        """Replace the gradients and a step's loss by their sums."""
-        if self.world.size == 1:
-            return
-        if self._taking_part is None:
-            having = self.world.sum([float(p.grad is not None) for p in self.parameters])
-            pairs = zip(self.parameters, having, strict=True)
-            self._taking_part = [parameter for parameter, count in pairs if count]
-        tensors = [loss]
-        for parameter in self._taking_part:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    A parameter that has no gradient in any process keeps none.
+    """
+    if world.size == 1:
+        return
+    counts = world.sum([float(parameter.grad is not None) for parameter in parameters])
+    tensors = [loss]
+    for parameter, count in zip(parameters, counts, strict=True):
+        if parameter.grad is None and count:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is not None:
             tensors.append(parameter.grad)
-        # One message for all: many small ones would wait for each other.
-        flat = torch.cat([tensor.flatten().float() for tensor in tensors])
-        with _together():
-            distributed.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-_joined: World | None = None
+    # One message for all: many small ones would wait for each other.
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+    with _together():
+        distributed.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """Join the processes that a launcher started, each with a GPU of its own or on the CPU."""
-    global _joined
-    size = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= devices.LAUNCHED else 1
-    if size == 1:
+    if not os.environ.keys() >= devices.LAUNCHED or os.environ["WORLD_SIZE"] == "1":
         yield World(devices.resolve_device(device))
         return
-    _joined = _joined or _join(device, size)
+    world = _join(device)
     try:
-        yield _joined
-        _joined.wait()  # for the one that still writes
+        yield world
+        world.wait()  # for the one that still writes
     except BaseException:
         atexit.unregister(distributed.destroy_process_group)  # it would wait for the others
         raise
 
 
-def _join(device_name: str, size: int) -> World:
+@functools.cache
+def _join(device: str) -> World:
     from accelerate import PartialState
 
-    local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    device = devices.resolve_device(device_name)
-    if device.type != "cpu":
-        if device.type != "cuda" or device.index is not None:
-            raise ConfigurationError(
-                f"device={device_name!r} cannot be shared by several processes: use device=cuda "
-                "(a GPU each) or device=cpu"
-            )
-        if (count := torch.cuda.device_count()) < local_size:
-            raise ConfigurationError(
-                f"{local_size} processes share {count} GPUs: start one for each (--nproc-per-node "
-                f"{count}), or use device=cpu"
-            )
-        device = torch.device("cuda", local_rank)
-    PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+    is_cpu = devices.resolve_device(device).type == "cpu"
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if not is_cpu and (count := torch.cuda.device_count()) < size:
+        raise ConfigurationError(
+            f"{size} processes share {count} CUDA GPUs: start one for each (--nproc-per-node "
+            f"{count}), or use device=cpu"
+        )
+    state = PartialState(cpu=is_cpu, timeout=TIMEOUT)
     atexit.register(distributed.destroy_process_group)
     hosts = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-    return World(device, devices.process_rank(), size, local_rank, hosts)
+    ranks = state.process_index, state.num_processes, state.local_process_index
+    return World(torch.device(str(state.device)), *ranks, hosts)
 
 
 def check_machine(recipe: Recipe, world: World) -> None:
@@ -217,20 +193,18 @@ def check_machine(recipe: Recipe, world: World) -> None:
             "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or float32"
         )
     if world.device.type == "cpu":
-        set_threads()
-        if recipe.autocast_dtype and cpu_emulates_bfloat16():
-            logger.info("this processor emulates bfloat16: amp_dtype=float32 is quicker here")
+        devices.set_threads()
     places = recipe.keys_marked("place")
     world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})
 
 
-def check_folders(checkpoint_dir: str, log_dir: str) -> None:
-    """Raise ConfigurationError if checkpoints or logs cannot be written; leave nothing behind."""
-    for key, folder in (("checkpoint_dir", checkpoint_dir), ("log_dir", log_dir)):
+def check_folders(**folders: str) -> None:
+    """Raise ConfigurationError if a recipe's folder cannot be written; leave nothing behind."""
+    for key, folder in folders.items():
         try:
-            places = (Path(folder), *Path(folder).parents)
-            with tempfile.TemporaryFile(dir=next(p for p in places if p.exists())) as probe:
-                probe.write(bytes(PROBE_BYTES))
+            place = next(p for p in (Path(folder), *Path(folder).parents) if p.exists())
+            with tempfile.TemporaryFile(dir=place) as probe:
+                probe.write(bytes(1 << 20))  # on a full disk, making an empty file succeeds
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:

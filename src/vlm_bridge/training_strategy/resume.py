@@ -56,6 +56,17 @@ def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, checkpoints.load_checkpoint(path)
 
 
+def resumed_recipe(path: str | Path) -> Recipe:
+    """Return the recipe of a run; dinov2-gemma's own settings go over training-default."""
+    _, content = find_run(path)
+    if "recipe" in content:
+        recipe = checkpoints.recipe_of(content, path)
+    else:
+        settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
+        recipe = published_recipe(settings, str(path))
+    return recipe.replace(resume_from_checkpoint=str(path))
+
+
 def find_checkpoint(
     resume: str | Path | None,
     recipe: Recipe,
@@ -72,10 +83,7 @@ def find_checkpoint(
     folder = Path(recipe.checkpoint_dir)
     if resume is None:
         if (folder / checkpoints.LATEST).is_file():
-            logger.info(
-                f"{folder} holds an earlier run; its checkpoints will be replaced "
-                "(--resume continues it)"
-            )
+            logger.info(f"replacing the earlier run in {folder} (--resume continues it)")
         if (start := recipe.start_from) is not None:
             content = world.from_first(lambda: checkpoints.load_checkpoint(start))
             checkpoints.check_architecture(content, recipe, start)
@@ -96,7 +104,7 @@ def find_checkpoint(
         )
     before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
     of_recipe = recipe.changes_since(checkpoints.recipe_of(content, path, to_build=False))
-    changes = dataset_changes(before, dataset_facts(manifest)) + of_recipe
+    changes = [*_dataset_changes(before, dataset_facts(manifest)), *of_recipe]
     if changes and not force:
         raise CheckpointError(
             f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what "
@@ -110,54 +118,37 @@ def dataset_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return flat({key: manifest[key] for key in DATASET_FACTS if key in manifest})
 
 
-def dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two `dataset_facts`; none where the fingerprints are equal."""
     if before["fingerprint"] == now["fingerprint"]:
         return []
-    return [
-        f"data {key}={now.get(key, 'nothing')}, was {value}"
-        for key, value in before.items()
-        if key not in now or now[key] != value
-    ]
-
-
-def resumed_recipe(path: str | Path) -> Recipe:
-    """Return the recipe of a run; dinov2-gemma's own settings go over training-default."""
-    _, content = find_run(path)
-    if "recipe" in content:
-        recipe = checkpoints.recipe_of(content, path)
-    else:
-        settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
-        recipe = published_recipe(settings, str(path))
-    return recipe.replace(resume_from_checkpoint=str(path))
+    changed = [key for key in before if key not in now or now[key] != before[key]]
+    return [f"data {key}={now.get(key, 'nothing')}, was {before[key]}" for key in changed]
 
 
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     """Load a checkpoint into the state of a training. Raises CheckpointError."""
     path, content, changes = found
     checkpoints.restore(state.model, content, path)
+    state.average.restart()
     if checkpoints.ORIGINAL_TRAINING in content:
         _continue_original(path, content[checkpoints.ORIGINAL_TRAINING], state, data)
         return
     training = content["training"]
     try:
         before, now = (
-            [group["param_names"] for group in saved["param_groups"]]
-            for saved in (training["optimizer"], state.optimizer.state_dict())
+            [group["param_names"] for group in optimizer["param_groups"]]
+            for optimizer in (training["optimizer"], state.optimizer.state_dict())
         )
         if before != now:
-            raise CheckpointError(
-                f"{path} has its optimizer's state for other groups of parameters: keep the "
-                "patterns under trainable in their order (their learning rates may change)"
-            )
-        state.average.restart()
+            raise ValueError("keep the patterns under trainable in their order")
         state.load_state_dict(training, path)
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} has a state that no training saves ({type(error).__name__}): train on from "
-            f"its weights with start_from={path}"
+            f"{path} has a state that this training cannot continue ({type(error).__name__}: "
+            f"{error}); train on from its weights with start_from={path}"
         ) from error
     if state.step_in_epoch and state.step_in_epoch >= data.steps_in_epoch(state.epoch):
         # Early versions counted an epoch after its validation.
@@ -170,71 +161,52 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
 def _continue_original(
     path: Path, training: Mapping[str, Any], state: TrainState, data: TrainingData
 ) -> None:
-    """Continue a run of dinov2-gemma's own code: moments where they fit, and the epoch."""
+    """Continue a run of dinov2-gemma's own code at its epoch; its best loss counts pads."""
     torch.manual_seed(data.recipe.seed)  # of dropout
     epochs = training.get("epoch")
     state.epoch = min(epochs if type(epochs) is int else 0, data.recipe.num_epochs)
     steps = sum(data.steps_in_epoch(epoch) for epoch in range(state.epoch))
     state.step = state.validated_step = min(steps, data.total_steps)
-    taken = take_original_moments(state.optimizer, training)
+    optimizer = "its" if take_original_moments(state.optimizer, training) else "a new"
     logger.info(
         f"resumed {path} of the original project at epoch {state.epoch + 1}, step {state.step} of "
-        f"{data.total_steps}, with {'its optimizer' if taken else 'a new optimizer'}; its best "
-        "loss is not taken, for it counts pads"
+        f"{data.total_steps}, with {optimizer} optimizer"
     )
 
 
 def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[str, Any]) -> bool:
     """Load AdamW's moments of dinov2-gemma's own code, in ORIGINAL_NAMES' order, if they fit."""
     ours = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for group in ours["param_groups"] for name in group["param_names"]]
     try:
         theirs = training["optimizer_state_dict"]["state"]
         by_name = {name: theirs[number] for number, name in enumerate(ORIGINAL_NAMES)}
-        moments = {}
-        for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-            moment = {key: by_name[name][key] for key in ("exp_avg", "exp_avg_sq")}
-            if any(tensor.shape != parameter.shape for tensor in moment.values()):
-                return False
-            moments[number] = {**moment, "step": torch.as_tensor(by_name[name]["step"])}
+        moments = {number: by_name[name] for number, name in enumerate(names)}
+        optimizer.load_state_dict({"state": moments, "param_groups": ours["param_groups"]})
     except (KeyError, TypeError, AttributeError):
         return False
-    optimizer.load_state_dict({"state": moments, "param_groups": ours["param_groups"]})
     return True
 
 
 class Saver:
-    """Save checkpoints of a state, with `dataset_facts`; it may be ``resumed`` from one."""
+    """Save checkpoints of a state, with `dataset_facts`."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        recipe: Recipe,
-        world: World,
-        dataset: Mapping[str, Any],
-        resumed: Path | None = None,
-    ):
+    def __init__(self, state: TrainState, recipe: Recipe, world: World, dataset: Mapping[str, Any]):
         self.state, self.recipe, self.world = state, recipe, world
         self.facts = {"dataset": dataset, "dataset_fingerprint": dataset["fingerprint"]}
         self.folder = Path(recipe.checkpoint_dir)
         self.every = parse_interval(recipe.save_every)
         self.saved_at = time.monotonic()
-        self.last_sound = resumed
-        is_latest = resumed and resumed.resolve() == (self.folder / checkpoints.LATEST).resolve()
-        self._latest_holds = self._position if is_latest else None
+        self._latest_holds: tuple[int, int] | None = None
         if world.is_first:
             checkpoints.discard_unfinished(self.folder)
 
-    @property
-    def _position(self) -> tuple[int, int]:
-        return self.state.step, self.state.validated_step
-
     def latest(self) -> Path:
         """Save the latest checkpoint, unless it holds this state already."""
-        if self._latest_holds != self._position:
+        position = self.state.step, self.state.validated_step
+        if self._latest_holds != position:
             self._save(checkpoints.LATEST)
-            self._latest_holds = self._position
+            self._latest_holds = position
         return self.folder / checkpoints.LATEST
 
     def best(self) -> None:
@@ -268,11 +240,10 @@ class Saver:
     def check_weights(self) -> None:
         """Raise TrainingError if an update overflowed; waits for the device."""
         if not self.state.is_finite():
-            before = self.last_sound
-            mend = f"resume {before}, the last checkpoint before that," if before else "start"
             raise TrainingError(
                 f"stopped at step {self.state.step}: the weights are not finite any more, and were "
-                f"not saved: {mend} with a learning_rate below {self.recipe.learning_rate:g}"
+                f"not saved: resume the last checkpoint in {self.folder}, or start again, with a "
+                f"learning_rate below {self.recipe.learning_rate:g}"
             )
 
     def _save(self, name: str) -> Path:
@@ -282,7 +253,6 @@ class Saver:
             training, weights = {**self.state.state_dict(), **self.facts}, self.state.weights()
             checkpoints.save_checkpoint(path, self.recipe, weights, training)
         self.saved_at = time.monotonic()
-        self.last_sound = path
         return path
 
 
@@ -330,6 +300,4 @@ class Interruption:
             if self._saved_to is not None:
                 raise Interrupted(number, self._saved_to)
         elif number == signal.SIGINT and time.monotonic() - self._received_at > ECHO_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)  # a shell sees 130
-            raise SystemExit(128 + number)  # process 1 of a container is spared by the kernel
+            raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.device import return_freed_memory
 from vlm_bridge.model_architecture.captioner import TrainedParameter
-from vlm_bridge.training_strategy.distributed import GradientSum, World
+from vlm_bridge.training_strategy.distributed import World, sum_gradients
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy, seed_of
 from vlm_bridge.training_strategy.state import TrainState
 
@@ -71,7 +71,6 @@ class TrainStep:
         self.total_steps, self.relative_rates = total_steps, relative_rates
         self.autocast = autocast
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
-        self.add_up_gradients = GradientSum(world, self.parameters)
         self._pending: list[tuple[int, StepSize, float, torch.Tensor]] = []
 
     def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> None:
@@ -81,7 +80,7 @@ class TrainStep:
         for group, relative in zip(optimizer.param_groups, self.relative_rates, strict=True):
             group["lr"] = learning_rate * relative
         loss, size = self._back_propagate(batches)
-        self.add_up_gradients(loss)
+        sum_gradients(self.world, self.parameters, loss)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip_val)
         skipped = (~norm.isfinite()).float()

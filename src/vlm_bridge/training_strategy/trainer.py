@@ -82,7 +82,8 @@ def train(
         check_machine(recipe, world)
         folder = open_data_folder(recipe.data_dir)
         found = find_checkpoint(resume, recipe, folder.manifest, world, force=force)
-        world.from_first(lambda: check_folders(recipe.checkpoint_dir, recipe.log_dir))
+        places = {"checkpoint_dir": recipe.checkpoint_dir, "log_dir": recipe.log_dir}
+        world.from_first(lambda: check_folders(**places))
         model = prepare_model(recipe, world)
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
@@ -96,7 +97,7 @@ def train(
             state, objective, recipe, world,
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
         )  # fmt: skip
-        saver = Saver(state, recipe, world, dataset_facts(folder.manifest), found and found.path)
+        saver = Saver(state, recipe, world, dataset_facts(folder.manifest))
         log_dir = Path(recipe.log_dir) if world.is_first else None
         with (
             closing(Monitor(log_dir, recipe.to_yaml(), data.total_steps)) as monitor,
@@ -113,7 +114,7 @@ def train(
                     log_step(take_step, monitor, saver, validator)
                     saver.after_step()
                     validator.validate_if_due(interruption)
-                    if signal_number := world.largest(interruption.received):
+                    if signal_number := max(world.gather(interruption.received)):
                         raise Interrupted(signal_number, saver.latest())
                     if validator.is_finished:
                         break
