@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 from vlm_bridge.configuration import BridgeOptions, Recipe
 from vlm_bridge.data_pipeline.caption_folder import is_caption_folder
@@ -58,7 +56,7 @@ class FineTuning:
         dataset_path: in its own layout, or a caption folder; None is where `vlm-data download`
             leaves it.
         output: the combined file to write; the run's folder has its name without the ending.
-        pvt: model with the encoder's configuration and preprocessing; None takes the tensors'.
+        pvt: model with the encoder's configuration; None takes the tensors'.
         blip: model with the decoder's configuration and tokenizer; None is the recipe's decoder.
     """
 
@@ -107,17 +105,15 @@ def finetune_combined(
 
 def _data(settings: FineTuning) -> Path:
     """Return the folder of the dataset."""
-    source, folder = DATASETS[settings.dataset].source, DATASETS[settings.dataset].folder
-    if settings.dataset_path is not None:
-        if not settings.dataset_path.is_dir():
-            raise DataError(f"no such folder: {settings.dataset_path} (--dataset_path)")
-        return settings.dataset_path
-    if folder is None:
+    dataset = DATASETS[settings.dataset]
+    if settings.dataset_path is None and dataset.folder is None:
         raise UsageError(f"--dataset {settings.dataset} needs --dataset_path DIR")
-    if not Path(folder).is_dir():
-        steps = f"run vlm-data download {source} here and follow its steps"
-        raise DataError(f"no dataset at {folder}: {steps}, or give --dataset_path DIR")
-    return Path(folder)
+    data = settings.dataset_path or Path(dataset.folder or "")
+    if not data.is_dir():
+        steps = f"; vlm-data download {dataset.source} prints how to get it"
+        way_out = "" if settings.dataset_path else steps
+        raise DataError(f"no such folder: {data} (--dataset_path){way_out}")
+    return data
 
 
 def _prepare(
@@ -134,23 +130,20 @@ def _prepare(
         config, width = parts.pvt.config, parts.blip.text_decoder.config.encoder_hidden_size
         sizes = f"{config.hidden_sizes[-1]} -> {width}"
         logger.info(f"no projection in the file: a new linear one, {sizes}, seed {recipe.seed}")
-        with torch.random.fork_rng([]):
-            torch.manual_seed(recipe.seed)
-            projection = projection_for(config, "linear", width)
+        torch.manual_seed(recipe.seed)
+        projection = projection_for(config, "linear", width)
     weights = projection.state_dict()
     with show_progress("images") as progress:
         folder = _caption_folder(settings, data, recipe.num_workers, progress)
     logger.info(f"captions and images: {folder}")
-    start = _save_parts(settings, parts, blip, recipe.vision_encoder.resample or "bicubic")
-    encoder, decoder = str(start / "vision_encoder"), str(start / "language_model")
-    is_projection = recipe.bridge.kind == "projection"
-    bridge = recipe.bridge if is_projection else BridgeOptions(kind="projection")
+    start = settings.run_dir / "start"
+    _save_parts(start, settings, parts, blip, recipe.vision_encoder.resample or "bicubic")
     recipe = recipe.replace(
-        vision_encoder=recipe.vision_encoder.replace(name=encoder, revision=None),
-        language_model=recipe.language_model.replace(name=decoder, revision=None),
-        bridge=bridge.replace(
+        vision_encoder=recipe.vision_encoder.replace(name=f"{start}/vision_encoder", revision=None),
+        language_model=recipe.language_model.replace(name=f"{start}/language_model", revision=None),
+        bridge=BridgeOptions(
+            kind="projection",
             projection=pvt_blip.projection_kind(weights),
-            position_embeddings=False,
             standardize_features=False,
         ),
         data_dir=str(folder),
@@ -176,37 +169,27 @@ def _caption_folder(settings: FineTuning, data: Path, workers: int, progress: Pr
 
 
 def _save_parts(
-    settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, resample: str
-) -> Path:
+    start: Path, settings: FineTuning, parts: pvt_blip.CombinedModel, blip: str, resample: str
+) -> None:
     """Save the encoder and the decoder as folders that `from_pretrained` loads."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    start = settings.run_dir / "start"
     with settings.checkpoint.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     identity = {"sha256": checksum, "pvt": settings.pvt, "blip": settings.blip}
-    if start.is_dir():
-        if json.loads((start / "combined.json").read_bytes()) != identity:
+    written_last = start / "combined.json"
+    if written_last.is_file():
+        if json.loads(written_last.read_bytes()) != identity:
             raise UsageError(
                 f"{settings.run_dir} holds a training that started from another combined file or "
                 "with other models: choose another --output, or delete that folder"
             )
-        return start
-    processor = image_processor(resample=resample)
-    if settings.pvt is not None:
-        sampling = Image.Resampling[resample.upper()]
-        processor = AutoImageProcessor.from_pretrained(
-            settings.pvt, backend="pil", resample=sampling
-        )
-    unfinished = start.with_name(".start")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for part in (parts.pvt, processor):
-        part.save_pretrained(unfinished / "vision_encoder")
+        return
+    for part in (parts.pvt, image_processor(resample=resample)):
+        part.save_pretrained(start / "vision_encoder")
     for part in (parts.blip.text_decoder, AutoTokenizer.from_pretrained(blip)):
-        part.save_pretrained(unfinished / "language_model")
-    (unfinished / "combined.json").write_text(json.dumps(identity) + "\n", encoding="utf-8")
-    unfinished.rename(start)
-    return start
+        part.save_pretrained(start / "language_model")
+    written_last.write_text(json.dumps(identity) + "\n", encoding="utf-8")
 
 
 def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
