@@ -8,8 +8,6 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +17,12 @@ from PIL import Image, ImageColor
 from typer.testing import CliRunner, Result
 
 from vlm_bridge.captioning.explain import BROKEN, SheetItem, draw_sheet
+from vlm_bridge.captioning.pipeline import CaptionResult
 from vlm_bridge.cli.main import app
-from vlm_bridge.configuration import DecodeSettings, Recipe
+from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.report import PEOPLE, published_on, write_report
+from vlm_bridge.evaluation.report import published_on, write_report
 from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation
 from vlm_bridge.evaluation.run_folder import (
     Prediction,
@@ -64,33 +63,16 @@ def test_any_caption_and_a_broken_image_fit_on_a_contact_sheet(
     caption: str, files: list[Path]
 ) -> None:
     items = [SheetItem(path, caption, "a reference", 0.5) for path in files]
-    sheet = draw_sheet(items, columns=3, title="Best")
-    colors = {color for _, color in sheet.getcolors(2**24) or []}
+    colors = {color for _, color in draw_sheet(items, columns=3).getcolors(2**24) or []}
     assert {ImageColor.getrgb(name) for name in (*COLORS, BROKEN)} <= colors
     assert draw_sheet([]).height > 0
 
 
-def tables(html: str) -> list[list[list[str]]]:
-    """Return the cells of a page's tables, numbers with all their digits."""
-
-    def cell(content: str) -> str:
-        content = re.sub(r"<small.*?</small>", "", content)
-        content = re.sub(r'<data value="([^"]*)">.*?</data>', r"\1", content)
-        return unescape(re.sub(r"<[^>]*>", "", content)).strip()
-
-    def inner(tag: str, text: str) -> list[str]:
-        return re.findall(rf"<(?:{tag})\b[^>]*>(.*?)</(?:{tag})>", text, re.DOTALL)
-
-    return [
-        [[cell(c) for c in inner("th|td", row)] for row in inner("tr", table)]
-        for table in inner("table", html)
-    ]
-
-
-def rows_of(html: str, corner: str) -> dict[str, dict[str, str]]:
-    """Return the table with a column ``corner``: row name -> column name -> cell."""
-    head, *body = next(table for table in tables(html) if corner in table[0])
-    return {name: dict(zip(head[1:], cells, strict=True)) for name, *cells in body}
+def value(html: str, row: str) -> float:
+    """Return the first number of a table's row, with all its digits."""
+    found = re.search(rf'<th>{row}</th><td><data value="([^"]*)"', html)
+    assert found, row
+    return float(found[1])
 
 
 def written(path: Path, *runs: ReportedRun, **changes: Any) -> str:
@@ -103,84 +85,85 @@ def predicted(path: Path, caption: str, *, cider: float = 0.5, reference: str = 
     return Prediction(image, caption, -1.0, None, {"CIDEr": cider}, finished=True)
 
 
-class TestReport:
-    def test_needs_nothing_but_itself(self, files: list[Path], tmp_path: Path) -> None:
-        run = ReportedRun(
-            "lite",
-            metrics={"CIDEr": 0.51234, "num_images": 1000, "data": {"name": "flickr8k"}},
-            predictions=[predicted(path, "a dog", cider=1.0) for path in files],
-            curves={
-                "train/loss": [(0, 3.0), (10, 2.0)],
-                "validation/loss": [(10, 2.5)],
-                "train/lr": [(0, 0.1)],
-            },
-        )
-        html = written(tmp_path, run)
-        loads = re.findall(r'(?:src|href)="([^"]*)', html)
-        assert len(loads) == 4 * len(COLORS)  # random, best, worst, longest
-        assert all(load.startswith("data:image/jpeg;base64,") for load in loads)
-        assert not re.search(r"url\((?!#)|@import|<script|<link|href=\"(?!#)", html)
-        assert "0.5123" in html and "1,000" in html and "cannot be read" in html
-        assert "quoted" in html and "arXiv:1502.03044" in html
-        # Series of one quantity share a chart.
-        assert html.count("<svg") == 2
-        assert html.count(">train</text>") == html.count(">validation</text>") == 1
-
-    def test_every_text_is_escaped(self, files: list[Path], tmp_path: Path) -> None:
-        evil = "<script>\"&'{x}$y$"
-        run = ReportedRun(
-            evil,
-            metrics={evil: 0.5} | {k: {evil: evil} for k in ("decode", "versions", "skipped")},
-            predictions=[predicted(files[0], evil, reference=evil)],
-            curves={f"{evil}/{evil}": [(0, 1.0)], f"b/{evil}": [(0, 1.0)]},
-            recipe_yaml=f"a: |\n  {evil}\n",
-            missing=[evil],
-        )
-        for runs in ((run,), (run, dataclasses.replace(run, name=f"2{evil}", recipe_yaml="a: 2"))):
-            html = written(tmp_path, *runs, title=evil)
-            assert "<script>" not in html
-            assert html.count("&lt;script&gt;") >= 12
-
-    @pytest.mark.parametrize(
-        "values", [[], [math.nan], [0.0], [-1e-9, 1e-9], [1e30, -1e30], [i**3 for i in range(5000)]]
+def test_a_report_needs_nothing_but_itself(files: list[Path], tmp_path: Path) -> None:
+    run = ReportedRun(
+        "lite",
+        metrics={"CIDEr": 0.51234, "num_images": 1000, "data": {"name": "flickr8k"}},
+        predictions=[predicted(path, "a dog", cider=1.0) for path in files],
+        curves={
+            "train/loss": [(0, 3.0), (10, 2.0)],
+            "validation/loss": [(10, 2.5)],
+            "train/lr": [(0, 0.1)],
+        },
     )
-    def test_curves_of_any_shape(self, values: list[float], tmp_path: Path) -> None:
-        html = written(tmp_path, ReportedRun("lite", curves={"train/x": list(enumerate(values))}))
-        assert ("<svg" in html) == any(map(math.isfinite, values)) and "nan" not in html
-        assert len(html) < 60_000
+    html = written(tmp_path, run)
+    loads = re.findall(r'(?:src|href)="([^"]*)', html)
+    assert len(loads) == 4 * len(COLORS)  # random, best, worst, longest
+    assert all(load.startswith("data:image/jpeg;base64,") for load in loads)
+    assert not re.search(r"url\((?!#)|@import|<script|<link|href=\"(?!#)", html)
+    for text in ("0.5123", "1,000", "cannot be read", "quoted", "arXiv:1502.03044"):
+        assert text in html
+    # Series of one quantity share a chart.
+    assert html.count("<svg") == 2
+    assert html.count(">train</text>") == html.count(">validation</text>") == 1
 
-    def test_several_runs_side_by_side(self, files: list[Path], tmp_path: Path) -> None:
-        runs = [
-            ReportedRun(
-                name,
-                metrics={"CIDEr": cider},
-                predictions=[predicted(path, f"{name} says", cider=cider) for path in files[:4]],
-                recipe_yaml=f"learning_rate: {cider}\nseed: 0\n",
-            )
-            for name, cider in (("one", 0.4), ("two", 0.6))
-        ]
-        html = written(tmp_path, *runs, notes=["a note"], reference="one")
-        assert [float(row["CIDEr"]) for row in rows_of(html, "CIDEr").values()] == [0.4, 0.6]
-        assert "150.0%" in html and "Percentages are shares of what one has." in html
-        assert "a note" in html
-        for name in ("one", "two"):
-            assert html.count(f"<p><small>{name}</small>{name} says") == 8
-        differing = next(
-            table for table in tables(html) if ["learning_rate", "0.4", "0.6"] in table
+
+def test_every_text_is_escaped(files: list[Path], tmp_path: Path) -> None:
+    evil = "<script>\"&'{x}$y$"
+    run = ReportedRun(
+        evil,
+        metrics={evil: 0.5} | {k: {evil: evil} for k in ("decode", "versions", "skipped")},
+        predictions=[predicted(files[0], evil, reference=evil)],
+        curves={f"{evil}/{evil}": [(0, 1.0)], f"b/{evil}": [(0, 1.0)]},
+        recipe_yaml=f"a: |\n  {evil}\n",
+        missing=[evil],
+    )
+    for runs in ((run,), (run, dataclasses.replace(run, name=f"2{evil}", recipe_yaml="a: 2"))):
+        html = written(tmp_path, *runs, title=evil)
+        assert "<script>" not in html
+        assert html.count("&lt;script&gt;") >= 12
+
+
+@pytest.mark.parametrize(
+    "values", [[], [math.nan], [0.0], [-1e-9, 1e-9], [1e30, -1e30], [i**3 for i in range(5000)]]
+)
+def test_curves_of_any_shape(values: list[float], tmp_path: Path) -> None:
+    html = written(tmp_path, ReportedRun("lite", curves={"train/x": list(enumerate(values))}))
+    assert ("<svg" in html) == any(map(math.isfinite, values)) and "nan" not in html
+    assert len(html) < 60_000
+
+
+def test_several_runs_side_by_side(files: list[Path], tmp_path: Path) -> None:
+    runs = [
+        ReportedRun(
+            name,
+            metrics={"CIDEr": cider},
+            predictions=[predicted(path, f"{name} says", cider=cider) for path in files[:4]],
+            recipe_yaml=f"learning_rate: {cider}\nseed: 0\n",
         )
-        assert not any("seed" in row for row in differing)
+        for name, cider in (("one", 0.4), ("two", 0.6))
+    ]
+    html = written(tmp_path, *runs, notes=["a note"], reference="one")
+    assert (value(html, "one"), value(html, "two")) == (0.4, 0.6)
+    assert "150.0%" in html and "Percentages are shares of what one has." in html
+    assert "a note" in html
+    for name in ("one", "two"):
+        assert html.count(f"<p><small>{name}</small>{name} says") == 8
+    differing = html.partition("where they differ")[2].partition("</table>")[0]
+    assert "learning_rate" in differing and "seed" not in differing
 
-    def test_counts_words_of_captions(self, files: list[Path], tmp_path: Path) -> None:
-        captions = ("A dog runs.", "a dog runs", "a man and a man and a man", "the the end")
-        predictions = [predicted(p, text) for p, text in zip(files, captions, strict=False)]
-        predictions[1] = dataclasses.replace(predictions[1], finished=False)
-        predictions[2] = dataclasses.replace(predictions[2], finished=None)
-        rows = rows_of(written(tmp_path, ReportedRun("lite", predictions=predictions)), PEOPLE)
-        counted = {name: float(row["lite"]) for name, row in rows.items()}
-        assert counted == {
-            "captions": 4, "mean length, words": 17 / 4, "longest, words": 8,
-            "vocabulary, words": 7, "distinct, share": 3 / 4, "unfinished, share": 1 / 3,
-        }  # fmt: skip
+
+def test_words_of_captions_are_counted(files: list[Path], tmp_path: Path) -> None:
+    captions = ("A dog runs.", "a dog runs", "a man and a man and a man", "the the end")
+    predictions = [predicted(p, text) for p, text in zip(files, captions, strict=False)]
+    predictions[1] = dataclasses.replace(predictions[1], finished=False)
+    predictions[2] = dataclasses.replace(predictions[2], finished=None)
+    html = written(tmp_path, ReportedRun("lite", predictions=predictions))
+    expected = {
+        "captions": 4, "mean length, words": 17 / 4, "longest, words": 8,
+        "vocabulary, words": 7, "distinct, share": 3 / 4, "unfinished, share": 1 / 3,
+    }  # fmt: skip
+    assert {row: value(html, row) for row in expected} == expected
 
 
 @pytest.mark.parametrize("dataset", ["flickr8k", "flickr30k", "coco"])
@@ -213,27 +196,21 @@ def saying(path: Path) -> str:
     return f"a {path.stem.split('-')[0]} square on\u2028the wall"
 
 
-@dataclass
 class FakeCaptioner:
-    """Names the color that the file is named after; keeps its arguments."""
+    """Names the color that the file is named after."""
 
-    recipe: Recipe = field(default_factory=Recipe)
-    decode: DecodeSettings | None = None
-    validated: list[CaptionedImage] = field(default_factory=list)
-    visual_gain: float = 0.75
+    visual_gain = 0.75
 
     def caption(self, images: Sequence[Path], *, decode, batch_size, progress) -> list[Any]:
-        self.decode = decode
-        progress(len(images))
         return [
-            SimpleNamespace(caption=None, score=None, error="damaged", finished=True)
+            CaptionResult(str(path), error="damaged")
             if path.stem == "broken"
-            else SimpleNamespace(caption=saying(path), score=-1.5, error=None, finished=True)
+            else CaptionResult(str(path), saying(path), -1.5, finished=True)
             for path in images
         ]
 
     def validate(self, images: list[CaptionedImage], **_: object) -> SimpleNamespace:
-        self.validated = images
+        assert [image.path.stem for image in images] == list(COLORS)  # a failed one is not
         return SimpleNamespace(perplexity=12.5, visual_gain=self.visual_gain)
 
 
@@ -243,46 +220,40 @@ def evaluated(images: list[CaptionedImage], captioner: Any = None, **options: An
     return evaluate_captioner(captioner, images, **options)
 
 
-class TestEvaluation:
-    def test_scores_and_settings(self, images: list[CaptionedImage]) -> None:
-        captioner = FakeCaptioner()
-        evaluation = evaluated(images, captioner)
-        content = evaluation.metrics
-        assert captioner.decode == DecodeSettings(num_beams=2)
-        assert content["num_images"] == 7 and content["num_failures"] == 1
-        assert content["perplexity"] == 12.5 and content["visual_gain"] == 0.75
-        assert content["decode"]["num_beams"] == 2
-        assert content["METEOR"] is None and "Java" in content["skipped"]["METEOR"]
-        assert content["tokenizer"] == "regex" and "torch" in content["versions"]
-        assert 0 < content["BLEU-4"] < 1
-        json.dumps(content, allow_nan=False)
-        # A failed image counts as empty and is not validated.
-        (failure,) = [p for p in evaluation.predictions if p.error]
-        assert failure.error == "damaged" and set(failure.scores.values()) == {0.0}
-        assert [image.path.stem for image in captioner.validated] == list(COLORS)
+def test_an_evaluation_records_scores_and_settings(images: list[CaptionedImage]) -> None:
+    evaluation = evaluated(images)
+    content = evaluation.metrics
+    assert content["num_images"] == 7 and content["num_failures"] == 1
+    assert content["perplexity"] == 12.5 and content["visual_gain"] == 0.75
+    assert content["decode"]["num_beams"] == 2
+    assert content["METEOR"] is None and "Java" in content["skipped"]["METEOR"]
+    assert content["tokenizer"] == "regex" and "torch" in content["versions"]
+    assert 0 < content["BLEU-4"] < 1
+    json.dumps(content, allow_nan=False)
+    # A failed image counts as empty.
+    (failure,) = [p for p in evaluation.predictions if p.error]
+    assert failure.error == "damaged" and set(failure.scores.values()) == {0.0}
+    for nothing, message in (([], "no images"), (images[-1:], "none of the 1 images")):
+        with pytest.raises(DataError, match=message):
+            evaluated(nothing)
 
-    def test_nothing_to_evaluate(self, images: list[CaptionedImage]) -> None:
-        with pytest.raises(DataError, match="no images"):
-            evaluated([])
-        with pytest.raises(DataError, match="none of the 1 images"):
-            evaluated(images[-1:])
 
-    def test_the_files_of_an_evaluation(self, images: list[CaptionedImage], tmp_path: Path) -> None:
-        evaluation = evaluated(images, FakeCaptioner(visual_gain=math.nan))
-        folder = tmp_path / "deep" / "out"
-        write_evaluation(evaluation, folder, title="colors")
-        names = {"contact_sheet.png", "metrics.json", "predictions.jsonl", "report.html"}
-        assert {path.name for path in folder.iterdir()} == names
-        assert json.loads((folder / "metrics.json").read_text())["visual_gain"] is None
-        lines = (folder / "predictions.jsonl").read_bytes().splitlines()
-        records = [json.loads(line) for line in lines]
-        assert records[0]["caption"] == "a red square on\u2028the wall"
-        assert records[0]["scores"]["BLEU-1"] == pytest.approx(1)
-        assert records[-1]["error"] == "damaged"
-        assert read_predictions(folder / "predictions.jsonl") == list(evaluation.predictions)
-        html = (folder / "report.html").read_text(encoding="utf-8")
-        worst = html.partition("Worst by CIDEr")[2].partition("<h2>")[0]
-        assert worst.index("two cats sleep") < worst.index("a red square")
+def test_the_files_of_an_evaluation(images: list[CaptionedImage], tmp_path: Path) -> None:
+    captioner = FakeCaptioner()
+    captioner.visual_gain = math.nan
+    evaluation, folder = evaluated(images, captioner), tmp_path / "deep" / "out"
+    write_evaluation(evaluation, folder, title="colors")
+    names = {"contact_sheet.png", "metrics.json", "predictions.jsonl", "report.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "metrics.json").read_text())["visual_gain"] is None
+    lines = (folder / "predictions.jsonl").read_bytes().splitlines()
+    first, *_, last = map(json.loads, lines)
+    assert first["caption"] == "a red square on\u2028the wall"
+    assert first["scores"]["BLEU-1"] == pytest.approx(1) and last["error"] == "damaged"
+    assert read_predictions(folder / "predictions.jsonl") == list(evaluation.predictions)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    worst = html.partition("Worst by CIDEr")[2].partition("<h2>")[0]
+    assert worst.index("two cats sleep") < worst.index("a red square")
 
 
 @pytest.fixture
@@ -299,25 +270,21 @@ def run(images: list[CaptionedImage], tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return result
 
 
 class TestReportOfARun:
     def test_its_figures_equal_the_json(self, run: Path) -> None:
-        result = invoke("report", run)
-        assert result.exit_code == 0
+        invoke("report", run)
         html = (run / "report.html").read_text(encoding="utf-8")
         assert len(html) < 5_000_000
         metrics = json.loads((run / "val" / "metrics.json").read_text())
-        scores = rows_of(html, "CIDEr")["lite"]
-        for metric in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "perplexity", "num_images"):
-            assert float(scores[metric.replace("num_", "")]) == metrics[metric]
-        assert float(scores["visual gain"]) == metrics["visual_gain"]
-        assert "METEOR" not in scores or scores["METEOR"] == "-"
-        decode = next(dict(t) for t in tables(html) if any(row[0] == "num_beams" for row in t))
-        assert decode["num_beams"] == str(metrics["decode"]["num_beams"])
-        assert float(rows_of(html, PEOPLE)["captions"]["lite"]) == 7
-        assert html.count("<svg") == 1 and "METEOR skipped" in html
+        for metric in ("BLEU-4", "ROUGE-L", "CIDEr", "perplexity", "visual_gain", "num_images"):
+            assert f'<data value="{metrics[metric]}">' in html
+        assert "METEOR skipped" in html and html.count("<svg") == 1
+        assert value(html, "num_beams") == 2 and value(html, "captions") == 7
         # The evaluation alone shows the curves of its run.
         reported = read_run(run / "val")
         assert reported.curves["train/loss"][0] == (1, 1.0) and reported.name == "lite"
@@ -327,7 +294,7 @@ class TestReportOfARun:
         assert any("predictions.jsonl" in line for line in read_run(run).missing)
         (run / "val" / "metrics.json").unlink()
         result = invoke("report", run, "--output", tmp_path / "new" / "r.html")
-        assert result.exit_code == 0 and "Not evaluated yet" in result.stderr
+        assert "Not evaluated yet" in result.stderr
         assert "Not evaluated yet" in (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("line", ["{", "[]", '{"image": "x.jpg"}', "no CIDEr"])
@@ -340,48 +307,19 @@ class TestReportOfARun:
             read_run(run)
 
     def test_no_run(self, tmp_path: Path) -> None:
-        empty = tmp_path / "empty"
-        empty.mkdir()
         with pytest.raises(DataError, match="no run at"):
             read_run(tmp_path / "none")
+        (tmp_path / "empty").mkdir()
         with pytest.raises(DataError, match="holds neither"):
-            read_run(empty)
-        (empty / "metrics.json").write_text("{")
-        with pytest.raises(DataError, match="cannot read the scores in"):
-            read_run(empty)
+            read_run(tmp_path / "empty")
 
     def test_side_by_side(self, run: Path, tmp_path: Path) -> None:
-        other = run.parent / "other"
+        other, file = run.parent / "other", tmp_path / "compared.html"
         shutil.copytree(run, other)
         metrics = json.loads((other / "val" / "metrics.json").read_text())
         metrics |= {"CIDEr": metrics["CIDEr"] / 2, "model": {"name": "other"}}
         (other / "val" / "metrics.json").write_text(json.dumps(metrics))
-        file = tmp_path / "compared.html"
-        result = invoke("compare", run, other, "--html", file)
-        assert result.exit_code == 0, result.stderr
-        scores = rows_of(file.read_text(encoding="utf-8"), "CIDEr")
-        assert float(scores["other"]["CIDEr"]) == metrics["CIDEr"]
-
-
-def test_evaluate_command(
-    drawn_caption_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captioner = FakeCaptioner(Recipe(decode=DecodeSettings(num_beams=5, max_new_tokens=9)))
-    monkeypatch.setattr(
-        "vlm_bridge.captioning.pipeline.Captioner.from_pretrained",
-        lambda path, device, recipe=None: captioner,
-    )
-    scores, out = tmp_path / "new" / "scores.json", tmp_path / "out"
-    result = invoke(
-        "evaluate", "--checkpoint", "best.pth", "--data-dir", drawn_caption_folder,
-        "--split", "test", "--limit", 6, "--num-beams", 2, "--json", scores, "--output-dir", out,
-    )  # fmt: skip
-    assert result.exit_code == 0
-    content = json.loads(scores.read_text())
-    assert content.keys() >= {"BLEU-4", "METEOR", "CIDEr", "perplexity", "visual_gain", "decode"}
-    assert content["num_images"] == 6
-    # The recipe has the settings that the command line leaves out.
-    assert (content["decode"]["num_beams"], content["decode"]["max_new_tokens"]) == (2, 9)
-    assert f"CIDEr\t{content['CIDEr']:.4f}" in result.stdout
-    assert "METEOR skipped: no Java" in result.stderr
-    assert (out / "report.html").is_file()
+        invoke("compare", run, other, "--html", file)
+        html = file.read_text(encoding="utf-8")
+        assert f'<data value="{metrics["CIDEr"]}">' in html
+        assert "50.0%" in html and html.count("<svg") == 1
