@@ -23,8 +23,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vlm_bridge.configuration import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -85,6 +89,27 @@ def _tiny_model(name: str) -> Callable[[pytest.TempPathFactory], Path]:
 
 
 globals().update({f"tiny_{name}_dir": _tiny_model(name) for name in TINY_MODELS})
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> Callable[..., Recipe]:
+    """Recipes of an epoch of six quick steps: ``make_recipe("name", "KEY=VALUE")``."""
+    from captioners import places_of_run, tiny_recipe
+    from vlm_bridge.configuration import override_recipe
+
+    def make(name: str, *overrides: str, bridge: str = "prefix") -> Recipe:
+        recipe = tiny_recipe(
+            tiny_vit_dir, tiny_llama_dir, bridge,
+            **places_of_run(tmp_path, name, drawn_caption_folder), learning_rate=1e-2, num_epochs=1,
+            batch_size=8, captions_per_image=2, early_stopping_patience=None, log_every_n_steps=1,
+            num_validation_samples=0, decode={"num_beams": 1, "max_new_tokens": 5},
+        )  # fmt: skip
+        return override_recipe(recipe, overrides)
+
+    return make
+
 
 RunCLI = Callable[..., "subprocess.CompletedProcess[str]"]
 

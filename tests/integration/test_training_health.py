@@ -3,121 +3,85 @@
 from __future__ import annotations
 
 import errno
-import json
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from captioners import places_of_run, tiny_recipe
-from logs import log_lines
-from vlm_bridge.configuration import Recipe, override_recipe
+from logs import events, log_lines, saved
+from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
+from vlm_bridge.data_pipeline.features import SplitFeatures
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy import monitor as monitoring
-from vlm_bridge.training_strategy import trainer as training
+from vlm_bridge.training_strategy import monitor, trainer
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World, memory_explained
 from vlm_bridge.training_strategy.monitor import Monitor
-from vlm_bridge.training_strategy.state import TrainState
 from vlm_bridge.training_strategy.step import TrainStep
-from vlm_bridge.training_strategy.trainer import TrainingResult
+from vlm_bridge.training_strategy.trainer import train
 from vlm_bridge.training_strategy.validation import BLIND_BELOW, Validation
 
 MakeRecipe = Callable[..., Recipe]
 SCST = ("objective=scst", "scst_samples=2")
 
 
-@pytest.fixture
-def make_recipe(
-    tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
-) -> MakeRecipe:
-    """Return recipes of six steps of four images: ``make_recipe("KEY=VALUE")``."""
-    recipe = tiny_recipe(
-        tiny_vit_dir,
-        tiny_llama_dir,
-        **places_of_run(tmp_path, "run", drawn_caption_folder),
-        num_epochs=1,
-        learning_rate=1e-2,
-        scheduler_type="constant",
-        batch_size=8,
-        captions_per_image=2,
-        log_every_n_steps=1,
-        num_validation_samples=0,
-        decode={"num_beams": 1, "max_new_tokens": 5},
-    )
-    return lambda *overrides: override_recipe(recipe, overrides)
-
-
-class Poisoned:
+class Poisoned(SplitFeatures):
     """Features, those of some images full of NaN: what a damaged cache gives."""
 
-    def __init__(self, features: Any, images: set[int]):
-        self.features = features
-        self.images = images
-
-    def in_epoch(self, epoch: int) -> Poisoned:
-        return Poisoned(self.features.in_epoch(epoch), self.images)
+    images: ClassVar[set[int]] = set()
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
-        values = torch.as_tensor(self.features[indices]).clone()
+        values = torch.as_tensor(super().__getitem__(indices)).clone()
         values[torch.tensor([index in self.images for index in indices.tolist()])] = torch.nan
         return values
 
 
-class Run:
-    """A training in this process; ``weights`` are those after each step."""
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """Damage the features of training images in this test's trainings."""
+    opened = TrainingData.open
 
-    def __init__(self, recipe: Recipe, poison: set[int] | None = None):
-        self.lines = log_lines()
-        self.recipe, self.poison = recipe, poison or set()
-        self.weights: list[dict[str, torch.Tensor]] = []
-        self.explodes_in_step = 0
+    def open_poisoned(*arguments: Any) -> TrainingData:
+        data = opened(*arguments)
+        features = Poisoned(data.train.features.items)
+        return replace(data, train=replace(data.train, features=features))
 
-    def train(self) -> TrainingResult:
-        with pytest.MonkeyPatch.context() as patch:
-            opened, taken = TrainingData.open, TrainStep.__call__
+    def poison(images: set[int]) -> None:
+        monkeypatch.setattr(Poisoned, "images", images)
+        monkeypatch.setattr(TrainingData, "open", open_poisoned)
+        # Statistics are measured before: a poisoned image would void them all.
+        monkeypatch.setattr(TrainingData, "sample_features", lambda *_: torch.zeros(2, 10, 32))
 
-            def open_poisoned(*arguments: Any) -> TrainingData:
-                data = opened(*arguments)
-                features: Any = Poisoned(data.train.features, self.poison)
-                return replace(data, train=replace(data.train, features=features))
+    return poison
 
-            def take(step: TrainStep, *arguments: Any) -> Any:
-                size = taken(step, *arguments)
-                if step.state.step == self.explodes_in_step:
-                    with torch.no_grad():
-                        step.parameters[0].mul_(torch.inf)
-                self.weights.append(self._state(step.state))
-                return size
 
-            # Statistics are measured before: a poisoned image would void them all.
-            patch.setattr(TrainingData, "sample_features", lambda *_: torch.zeros(2, 10, 32))
-            patch.setattr(TrainingData, "open", open_poisoned)
-            patch.setattr(TrainStep, "__call__", take)
-            return training.train(self.recipe)
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """What a skipped step must leave alone, after each step of this test's trainings."""
+    states: list[dict[str, torch.Tensor]] = []
+    taken = TrainStep.__call__
 
-    def _state(self, run: TrainState) -> dict[str, torch.Tensor]:
-        """Everything that a skipped step must leave alone."""
-        state = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        state |= {f"average {k}": v.clone() for k, v in run.average.weights.items()}
+    def take(step: TrainStep, *arguments: Any) -> None:
+        taken(step, *arguments)
+        run = step.state
+        state = dict(run.model.named_parameters())
+        state |= {f"average {name}": value for name, value in run.average.weights.items()}
         for number, of_parameter in run.optimizer.state_dict()["state"].items():
-            state |= {f"{number} {name}": value.clone() for name, value in of_parameter.items()}
-        return state
+            state |= {f"{number} {name}": value for name, value in of_parameter.items()}
+        states.append({name: value.detach().clone() for name, value in state.items()})
 
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        history = Path(self.recipe.log_dir) / "history.jsonl"
-        events = map(json.loads, history.read_text(encoding="utf-8").splitlines())
-        return [event for event in events if event["event"] == kind]
+    monkeypatch.setattr(TrainStep, "__call__", take)
+    return states
 
 
 def an_image_of(recipe: Recipe, step: int) -> int:
@@ -137,59 +101,62 @@ def an_image_of(recipe: Recipe, step: int) -> int:
     ids=["plain", "accumulated and averaged", "scst"],
 )
 def test_a_step_of_a_damaged_image_changes_nothing_and_is_logged(
-    make_recipe: MakeRecipe, settings: tuple[str, ...]
+    make_recipe: MakeRecipe, poison: Any, states: Any, settings: tuple[str, ...]
 ) -> None:
-    recipe = make_recipe(*settings)
-    run = Run(recipe, {an_image_of(recipe, 2)})
-    result = run.train()
-    assert result.steps == 6
-
+    recipe, lines = make_recipe("run", *settings), log_lines()
+    poison({an_image_of(recipe, 2)})
+    assert train(recipe).steps == 6
     same = [
         all(torch.equal(value, after[name]) for name, value in before.items())
-        for before, after in zip(run.weights, run.weights[1:], strict=False)
+        for before, after in itertools.pairwise(states)
     ]
     assert same == [False, True, False, False, False]  # the third step
-    assert all(value.isfinite().all() for value in run.weights[-1].values())
-    (skipped,) = run.events("skipped")
+    assert all(value.isfinite().all() for value in states[-1].values())
+    (skipped,) = events(recipe, "skipped")
     assert skipped["step"] == 3
     assert "nan" in skipped["cause"]
-    assert "step 3 skipped: loss nan, gradient norm nan" in run.lines
-    assert [event["step"] for event in run.events("train")] == [1, 2, 4, 5, 6]
-    assert all(
-        np.isfinite(value) for event in run.events("train") for value in list(event.values())[1:]
-    )
+    assert "step 3 skipped: loss nan, gradient norm nan" in lines
+    steps = events(recipe, "train")
+    assert [event["step"] for event in steps] == [1, 2, 4, 5, 6]
+    assert all(np.isfinite(value) for event in steps for value in list(event.values())[1:])
 
 
 def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    make_recipe: MakeRecipe, poison: Any, states: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "MAX_SKIPPED_IN_A_ROW", 2)
-    recipe = make_recipe("num_epochs=2", "save_every=2 steps")
-    run = Run(recipe, {an_image_of(recipe, step) for step in (1, 3, 4, 5)})
+    monkeypatch.setattr(trainer, "MAX_SKIPPED_IN_A_ROW", 2)
+    recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps")
+    poison({an_image_of(recipe, step) for step in (1, 3, 4, 5)})
     with pytest.raises(TrainingError, match="stopped at step 5: 2 steps in a row") as stopped:
-        run.train()
-    folder = Path(recipe.checkpoint_dir)
-    kept = folder / checkpoints.STEP.format(5)
+        train(recipe)
+    kept = Path(recipe.checkpoint_dir) / checkpoints.STEP.format(5)
     assert str(kept) in str(stopped.value) and "\n" not in str(stopped.value)
-    weights = checkpoints.load_checkpoint(kept)["weights"]
-    for name, value in run.weights[2].items():  # of step 3, the last good one
-        if name in weights:
-            assert torch.equal(weights[name], value)
-    older = checkpoints.load_checkpoint(folder / checkpoints.STEP.format(2))
-    assert all(tensor.isfinite().all() for tensor in older["weights"].values())
+    good = states[2]  # of step 3, the last good one
+    for name, tensor in saved(recipe, kept.name)["weights"].items():
+        assert name not in good or torch.equal(tensor, good[name])
+    older = saved(recipe, checkpoints.STEP.format(2))["weights"]
+    assert all(tensor.isfinite().all() for tensor in older.values())
 
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_weights_that_overflow_stop_the_run_and_are_never_saved(
-    make_recipe: MakeRecipe, step: int
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    run = Run(make_recipe("num_epochs=2", "save_every=2 steps", "log_every_n_steps=100"))
-    run.explodes_in_step = step
-    folder = Path(run.recipe.checkpoint_dir)
+    recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps", "log_every_n_steps=100")
+    taken = TrainStep.__call__
+
+    def explode(take_step: TrainStep, *arguments: Any) -> None:
+        taken(take_step, *arguments)
+        if take_step.state.step == step:
+            with torch.no_grad():
+                take_step.parameters[0].mul_(torch.inf)
+
+    monkeypatch.setattr(TrainStep, "__call__", explode)
+    folder = Path(recipe.checkpoint_dir)
     kept = [] if step == 1 else [folder / checkpoints.STEP.format(2)]
     match = f"weights are not finite any more.*resume the last checkpoint in {folder}"
     with pytest.raises(TrainingError, match=match) as stopped:
-        run.train()
+        train(recipe)
     assert "\n" not in str(stopped.value)
     assert list(folder.glob("*")) == kept
     for path in kept:
@@ -199,20 +166,18 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
 def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run(make_recipe())
-    written = monitoring.append_line
+    recipe = make_recipe("run")
+    written = monitor.append_line
 
     def full(path: Path, line: bytes) -> None:
-        if len(run.weights) >= 2:
+        if b'"step": 3' in line:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written(path, line)
 
-    monkeypatch.setattr(monitoring, "append_line", full)
-    with pytest.raises(TrainingError) as stopped:
-        run.train()
-    assert str(stopped.value).startswith(
-        f"cannot write {run.recipe.log_dir}: No space left on device ("
-    )
+    monkeypatch.setattr(monitor, "append_line", full)
+    message = rf"cannot write {recipe.log_dir}: No space left on device \([^\n]*$"
+    with pytest.raises(TrainingError, match=message):
+        train(recipe)
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from captioners import generated, places_of_run, tiny_recipe, toy_captioner
-from vlm_bridge.configuration import DecodeSettings, Recipe, override_recipe
+from captioners import generated, toy_captioner
+from logs import events, saved
+from same import assert_same_checkpoints
+from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 from vlm_bridge.errors import CheckpointError, ConfigurationError
 from vlm_bridge.model_architecture.captioner import build_captioner
@@ -25,45 +25,13 @@ from vlm_bridge.training_strategy.trainer import train
 from vlm_bridge.training_strategy.validation import batch_loss
 
 MakeRecipe = Callable[..., Recipe]
-SCST = ("objective=scst", "scst_samples=4", "batch_size=24")
+SCST = ("objective=scst", "scst_samples=4", "batch_size=24", "decode.max_new_tokens=8")
 
 
-@pytest.fixture
-def make_recipe(
-    tmp_path: Path,
-    drawn_caption_folder: Path,
-    tiny_vit_dir: Path,
-    tiny_llama_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> MakeRecipe:
-    monkeypatch.setenv("PATH", "")  # no Java: its start takes longer than these runs
-
-    def make(name: str, *overrides: str) -> Recipe:
-        recipe = tiny_recipe(
-            tiny_vit_dir,
-            tiny_llama_dir,
-            **places_of_run(tmp_path, name, drawn_caption_folder),
-            learning_rate=1e-2,
-            num_epochs=1,
-            batch_size=8,
-            captions_per_image=2,
-            log_every_n_steps=1,
-            num_validation_samples=0,
-            early_stopping_patience=None,
-            decode={"num_beams": 1, "max_new_tokens": 8},
-        )
-        return override_recipe(recipe, overrides)
-
-    return make
-
-
-def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
-    lines = (Path(recipe.log_dir) / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def latest(recipe: Recipe) -> dict[str, Any]:
-    return checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / checkpoints.LATEST)
+@pytest.fixture(autouse=True)
+def _no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its start takes longer than these runs."""
+    monkeypatch.setenv("PATH", "")
 
 
 def test_samples_follow_the_models_own_distribution() -> None:
@@ -164,28 +132,21 @@ def test_a_run_continues_inside_an_epoch_to_the_bit(
     inside = Path(whole.checkpoint_dir) / checkpoints.STEP.format(2)
     assert checkpoints.load_checkpoint(inside)["training"]["progress"]["step_in_epoch"] == 2
     train(resumed := make_recipe("resumed", *settings, *every_step), resume=inside)
-    one, other = latest(whole), latest(resumed)
-    first, second = one["training"], other["training"]
-    assert first["progress"] == second["progress"]
-    assert torch.equal(first["random_state"], second["random_state"])
-    for name, tensor in one["weights"].items():
-        assert torch.equal(tensor, other["weights"][name]), name
-    for name, tensor in first["live_weights"].items():
-        assert torch.equal(tensor, second["live_weights"][name]), name
+    ends = (Path(recipe.checkpoint_dir, checkpoints.LATEST) for recipe in (whole, resumed))
+    assert_same_checkpoints(*ends)
 
 
 def test_averaged_weights_are_what_is_validated_and_saved(make_recipe: MakeRecipe) -> None:
     train(plain := make_recipe("plain"))
     train(averaged := make_recipe("averaged", "weight_averaging=0.9"))
-    one, other = latest(plain), latest(averaged)
+    one, other = saved(plain), saved(averaged)
     live = other["training"]["live_weights"]
     for name, tensor in live.items():  # averaging changes nothing of the training itself
         assert torch.equal(tensor, one["weights"][name]), name
     assert any(not torch.equal(live[name], other["weights"][name]) for name in live)
     losses = [events(recipe, "validation")[-1]["loss"] for recipe in (plain, averaged)]
     assert losses[0] != losses[1]
-    path = Path(averaged.checkpoint_dir) / checkpoints.BEST_WEIGHTS
-    best = checkpoints.load_checkpoint(path)["weights"]
+    best = saved(averaged, checkpoints.BEST_WEIGHTS)["weights"]
     for name in live:
         torch.testing.assert_close(best[name].float(), other["weights"][name], atol=1e-2, rtol=1e-2)
 
@@ -200,8 +161,8 @@ def test_a_run_starts_from_another_and_smoothing_is_of_the_training_loss_alone(
     train(smoothed := make_recipe("smoothed", *still, "label_smoothing=0.3"))
     assert events(plain, "validation")[-1]["loss"] == events(smoothed, "validation")[-1]["loss"]
     assert events(plain, "train")[0]["loss"] != events(smoothed, "train")[0]["loss"]
-    for name, tensor in latest(first)["weights"].items():
-        assert torch.equal(tensor, latest(plain)["weights"][name]), name
-    assert latest(plain)["training"]["progress"]["step"] == 6
+    for name, tensor in saved(first)["weights"].items():
+        assert torch.equal(tensor, saved(plain)["weights"][name]), name
+    assert saved(plain)["training"]["progress"]["step"] == 6
     with pytest.raises(CheckpointError, match=r"bridge\.num_queries"):
         train(make_recipe("other", start, "bridge.num_queries=4"))

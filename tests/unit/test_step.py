@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from captioners import places_of_run, tiny_captioner, tiny_recipe
+from captioners import tiny_captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, VLMBridgeError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -194,60 +194,57 @@ def test_the_average_follows_its_formula_and_stands_in_the_model_for_a_block() -
 
 
 MakeRecipe = Callable[..., Recipe]
+Refused = Callable[..., None]
 
 
 @pytest.fixture
-def make_recipe(
-    tmp_path: Path,
-    drawn_caption_folder: Path,
-    tiny_vit_dir: Path,
-    tiny_llama_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> MakeRecipe:
-    """Return a recipe with overrides, in a world in which no model can be loaded."""
-    places = places_of_run(tmp_path, "run", drawn_caption_folder)
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention", device="cpu", **places)
+def refused(monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Expect an error of a training before a model is loaded."""
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(trainer, "build_captioner", never)
-    return lambda *overrides: override_recipe(recipe, overrides)
+    def refuse(recipe: Recipe, error: type[VLMBridgeError], match: str, **resume: Any) -> None:
+        monkeypatch.setattr(trainer, "build_captioner", never)
+        with pytest.raises(error, match=match):
+            trainer.train(recipe, **resume)
+
+    return refuse
 
 
-def refused(recipe: Recipe, error: type[VLMBridgeError], match: str, **resume: Any) -> None:
-    with pytest.raises(error, match=match):
-        trainer.train(recipe, **resume)
-
-
-def test_mistakes_of_a_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe()
+def test_mistakes_of_a_resume(make_recipe: MakeRecipe, refused: Refused, tmp_path: Path) -> None:
+    recipe, others = make_recipe("run"), make_recipe("run", "bridge.num_heads=2")
     weights = tiny_captioner(recipe).trained_state_dict()
     path, bare = tmp_path / "latest.pth", tmp_path / "weights.pth"
     training = {"progress": {}, "dataset_fingerprint": "of no data"}
     checkpoints.save_checkpoint(path, recipe, weights, training)
     checkpoints.save_checkpoint(bare, recipe, weights)
-    refused(make_recipe("batch_size=4"), CheckpointError, "batch_size=4, was 8", resume=path)
-    refused(make_recipe("bridge.num_heads=2"), CheckpointError, r"bridge\.num_heads=4", resume=path)
+    changed = recipe.replace(batch_size=4)
+    refused(changed, CheckpointError, "batch_size=4, was 8", resume=path)
+    refused(others, CheckpointError, r"bridge\.num_heads=4", resume=path)
     refused(recipe, CheckpointError, "no checkpoint at", resume=tmp_path / "nothing.pth")
     refused(recipe, CheckpointError, f"weights only.*start_from={bare}", resume=bare)
-    other = make_recipe("bridge.num_heads=2", f"start_from={bare}")
-    refused(other, CheckpointError, r"bridge\.num_heads=4, wanted is 2")
+    start = others.replace(start_from=str(bare))
+    refused(start, CheckpointError, r"bridge\.num_heads=4, wanted is 2")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir"])
-def test_a_folder_that_cannot_be_made(make_recipe: MakeRecipe, tmp_path: Path, key: str) -> None:
+def test_a_folder_that_cannot_be_made(
+    make_recipe: MakeRecipe, refused: Refused, tmp_path: Path, key: str
+) -> None:
     (tmp_path / "file").touch()
-    recipe = make_recipe(f"{key}={tmp_path / 'file' / 'run'}")
+    recipe = make_recipe("run", f"{key}={tmp_path / 'file' / 'run'}")
     match = f"cannot write into {key}=.*Not a directory.*another folder with {key}="
     refused(recipe, ConfigurationError, match)
 
 
-def test_a_full_disk(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    make_recipe: MakeRecipe, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(distributed.os, "fsync", full)
     match = "checkpoint_dir=.*No space left on device.*free some space"
-    refused(make_recipe(), ConfigurationError, match)
+    refused(make_recipe("run"), ConfigurationError, match)
