@@ -13,15 +13,12 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from vlm_bridge.captioning import bundled_models
 from vlm_bridge.credentials import hub_answers
 from vlm_bridge.device import cpu_emulates_bfloat16, usable_cores
 from vlm_bridge.metrics.coco import INSTALL_JAVA, java_version
 
-PACKAGE = Path(__file__).parent
 PIP = f"{sys.executable} -m pip"
 GIB = 2**30
 MIN_DISK_GIB = 5.0  # a converted language model, a feature cache and a few checkpoints
@@ -53,41 +50,21 @@ def _packages() -> Iterator[Check]:
     system = f"{platform.system()} {platform.machine()}"
     yield Check("python", "ok", f"{platform.python_version()} ({system})")
     yield Check("vlm-bridge", "ok", metadata.version("vlm-bridge"))
-    newest = _newest_tested()
     for requirement in map(Requirement, metadata.requires("vlm-bridge") or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _installed(requirement, newest.get(canonicalize_name(requirement.name)))
+            yield _installed(requirement)
 
 
-def _newest_tested() -> dict[str, str]:
-    """Return the locked versions for this Python and system by canonical name."""
-    # In the installed package, or at the root of a checkout.
-    locks = [folder / "constraints.txt" for folder in (PACKAGE, PACKAGE.parents[1])]
-    text = next((path.read_text("utf-8") for path in locks if path.is_file()), "")
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
-    pins = [
-        pin
-        for pin in map(Requirement, filter(None, lines))
-        if not pin.marker or pin.marker.evaluate()
-    ]
-    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
-
-
-def _installed(requirement: Requirement, newest: str | None) -> Check:
-    """Compare an installed package with its tested range, from its lowest version to the lock's."""
+def _installed(requirement: Requirement) -> Check:
     name, allowed = requirement.name, requirement.specifier
     fix = f"{PIP} install '{name}{allowed}'"
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", fix)
-    if not allowed.contains(installed, prereleases=True):
-        return Check(name, "fail", f"{installed} is older or newer than allowed, {allowed}", fix)
-    # Builds of one version (2.13.0+cpu) count as that version.
-    if newest and Version(Version(installed).public) > Version(newest):
-        detail = f"{installed} is newer than tested, {newest}"
-        return Check(name, "warn", detail, f"{PIP} install '{name}=={newest}'")
-    return Check(name, "ok", installed)
+    if allowed.contains(installed, prereleases=True):
+        return Check(name, "ok", installed)
+    return Check(name, "fail", f"{installed} is older or newer than allowed, {allowed}", fix)
 
 
 def _imports() -> Iterator[Check]:

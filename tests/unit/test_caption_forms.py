@@ -29,7 +29,7 @@ def read(path: Path, content: str | bytes) -> tuple[Captions, dict[str, str]]:
     skipped = Skipped("rows")
     captions: Captions = {}
     for record in read_captions(path, skipped):
-        captions[record.image] = captions.get(record.image, ()) + (*record.captions,)
+        captions[record.image] = (*captions.get(record.image, ()), *record.captions)
     return captions, {sample.id.rpartition("/")[2]: sample.reason for sample in skipped.samples}
 
 

@@ -28,9 +28,9 @@ def test_findings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = by_name(run_checks())
     for name in ("python", "vlm-bridge", "cpu", "disk here"):
         assert checks[name].status == "ok", checks[name]
-    for name in ("torch", "transformers", "pycocoevalcap"):  # newer than tested, if anything
-        assert checks[name].status != "fail", checks[name]
-    assert checks["torch"].detail.startswith(metadata.version("torch"))
+    for name in ("torch", "transformers", "pycocoevalcap"):
+        assert checks[name].status == "ok", checks[name]
+    assert checks["torch"].detail == metadata.version("torch")
     assert checks["hub token"] == Check("hub token", "ok", "there is one")
     assert SECRET not in repr(checks)
     assert all(check.fix for check in checks.values() if check.status != "ok")
@@ -46,7 +46,7 @@ def test_no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_required_and_missing() -> None:
-    check = doctor._installed(Requirement("no-such-package-here>=1"), None)
+    check = doctor._installed(Requirement("no-such-package-here>=1"))
     assert check.status == "fail" and check.fix and "no-such-package-here>=1" in check.fix
 
 
@@ -91,29 +91,15 @@ def test_command(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("declared", "installed", "newest", "detail"),
+    ("declared", "installed", "status", "detail"),
     [
-        ("transformers>=5.3,<6", "5.30.0", "5.24.0", "5.30.0 is newer than tested, 5.24.0"),
-        ("transformers>=5.3", "5.1", "5.24.0", "5.1 is older or newer than allowed, >=5.3"),
-        ("torch>=2.8", "2.13.0+cu126", "2.13.0", "2.13.0+cu126"),
-        ("not-locked>=1", "7", None, "7"),
+        ("transformers>=5.3", "5.1", "fail", "5.1 is older or newer than allowed, >=5.3"),
+        ("torch>=2.8", "2.13.0+cu126", "ok", "2.13.0+cu126"),
     ],
 )
-def test_versions_outside_the_tested_range(
-    declared: str, installed: str, newest: str, detail: str, monkeypatch: pytest.MonkeyPatch
+def test_versions_outside_the_allowed_range(
+    declared: str, installed: str, status: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: installed)
-    check = doctor._installed(Requirement(declared), newest)
-    expected = "fail" if "older" in detail else "warn" if "newer" in detail else "ok"
-    assert (check.status, check.detail) == (expected, detail)
-
-
-def test_the_lock_is_read_for_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8")
-    assert f"torch=={doctor._newest_tested()['torch']}" in lock
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
-    (tmp_path / "constraints.txt").write_text(
-        "# Tested.\nTorch==2.13.0\n\n"
-        "numpy==1.9 ; python_version < '3'\nnumpy==2.4.6 ; python_version >= '3'\n"
-    )
-    assert doctor._newest_tested() == {"torch": "2.13.0", "numpy": "2.4.6"}
+    check = doctor._installed(Requirement(declared))
+    assert (check.status, check.detail) == (status, detail)

@@ -128,11 +128,10 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     model = build_captioner(recipe).to(world.device)
     if recipe.gradient_checkpointing:
         model.language_model.checkpoint_activations()
-    if recipe.compile:
-        if lacking := device.missing_compiler(world.device):
-            logger.info(f"compile=true has no effect here: {lacking}")
-        else:
-            model.language_model.compile_body()
+    if recipe.compile and device.has_compiler():
+        model.language_model.compile_body()
+    elif recipe.compile:
+        logger.info("compile=true has no effect here: there is no C++ compiler (g++, clang++)")
     return model
 
 
