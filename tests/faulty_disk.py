@@ -1,7 +1,6 @@
 """A disk on which one chosen operation goes wrong: calls that write below a folder are counted.
 
-Python's own calls are replaced, in this process alone. ``fsync`` is counted and not carried out: a
-power cut loses what no ``fsync`` came after.
+Python's own calls are replaced, in this process alone. ``fsync`` is counted and not carried out.
 """
 
 from __future__ import annotations
@@ -16,15 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-DIES = ("stop", "power_cut")
-FAULTS = {
-    "open": ("ENOSPC", "EIO", *DIES),
-    "write": ("ENOSPC", "EIO", *DIES),
-    "fsync": ("ENOSPC", "EIO", *DIES),
-    "rename": ("EIO", *DIES),
-    "unlink": ("EIO", *DIES),
-}
-"""Faults of each kind of operation. The process ends at `stop` and `power_cut`."""
+FULL = ("ENOSPC", "EIO", "stop")
+FAULTS = {"open": FULL, "write": FULL, "fsync": FULL, "rename": FULL[1:], "unlink": FULL[1:]}
+"""Faults of each kind of operation. The process ends at `stop`."""
 
 
 class PowerCut(BaseException):
@@ -47,78 +40,54 @@ class FaultyDisk:
         self.at, self.fault = at, fault
         self.operations: list[str] = []
         self.is_dead = False
-        self.not_on_disk: dict[int, Path] = {}
 
     @contextmanager
     def plugged_in(self) -> Iterator[FaultyDisk]:
         """Replace the calls inside this block."""
-        self._real: dict[str, Callable[..., Any]] = {"open": io.open}
-        self._real |= {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
-        with (
-            mock.patch.object(io, "open", self._open),
-            mock.patch.multiple(
-                os,
-                fsync=self._fsync,
-                replace=self._replace,
-                rename=self._replace,
-                unlink=self._unlink,
-            ),
-        ):
+        self._open_really = io.open
+        counted = {
+            "fsync": lambda descriptor: self.count("fsync"),
+            "replace": self._counting("rename", os.replace),
+            "rename": self._counting("rename", os.rename),
+            "unlink": self._counting("unlink", os.unlink),
+        }
+        with mock.patch.object(io, "open", self._open), mock.patch.multiple(os, **counted):
             yield self
 
-    def goes_wrong(self, kind: str) -> bool:
-        """Count an operation; return whether the process is to end. Other faults are raised."""
+    def count(self, kind: str, before_the_end: Callable[[], object] = lambda: None) -> None:
+        """Count an operation. Raises OSError or PowerCut where it is the one that goes wrong."""
         if self.is_dead:
             raise PowerCut
         self.operations.append(kind)
         if len(self.operations) - 1 != self.at:
-            return False
+            return
         if self.fault in ("ENOSPC", "EIO"):
             number = getattr(errno, self.fault)
             raise OSError(number, os.strerror(number))
-        return True
-
-    def die(self) -> None:
-        """End the process; a power cut loses what is not on disk."""
+        before_the_end()
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         self.is_dead = True
-        if self.fault == "power_cut":
-            for path in filter(Path.exists, self.not_on_disk.values()):
-                os.truncate(path, 0)
         raise PowerCut
-
-    def _count(self, kind: str) -> None:
-        if self.goes_wrong(kind):
-            self.die()
 
     def _is_below(self, path: Any) -> bool:
         return isinstance(path, str | os.PathLike) and self.root in Path(path).absolute().parents
 
+    def _counting(self, kind: str, really: Callable[..., None]) -> Callable[..., None]:
+        def call(*paths: Any, **named: Any) -> None:
+            if self._is_below(paths[-1]):
+                self.count(kind)
+            really(*paths, **named)
+
+        return call
+
     def _open(self, path: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
         if not set("wax+") & set(mode) or not self._is_below(path):
-            return self._real["open"](path, mode, *arguments, **named)
+            return self._open_really(path, mode, *arguments, **named)
         assert "b" in mode, f"{path} is written as text, which this disk cannot count"
-        self._count("open")
+        self.count("open")
         raw = _File(self, Path(path), mode.replace("b", ""))
         return io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
-
-    def _fsync(self, descriptor: int) -> None:
-        self._count("fsync")
-        self.not_on_disk.pop(os.fstat(descriptor).st_ino, None)
-
-    def _replace(self, source: Any, target: Any) -> None:
-        if self._is_below(target):
-            self._count("rename")
-        self._real["replace"](source, target)
-        inode = Path(target).stat().st_ino
-        if inode in self.not_on_disk:
-            self.not_on_disk[inode] = Path(target)
-
-    def _unlink(self, path: Any, **named: Any) -> None:
-        if self._is_below(path):
-            self._count("unlink")
-        self._real["unlink"](path, **named)
 
 
 class _File(io.FileIO):
@@ -126,14 +95,12 @@ class _File(io.FileIO):
 
     def __init__(self, disk: FaultyDisk, path: Path, mode: str):
         super().__init__(path, mode)
-        self._disk, self._path = disk, path
+        self._disk = disk
 
     def write(self, data: Any) -> int:
         content = bytes(data)
         if self._disk.is_dead:  # what a buffer still holds is lost with the process
             return len(content)
-        self._disk.not_on_disk[os.fstat(self.fileno()).st_ino] = self._path
-        if self._disk.goes_wrong("write"):
-            super().write(content[: len(content) // 2])
-            self._disk.die()
-        return super().write(content)
+        write = super().write
+        self._disk.count("write", lambda: write(content[: len(content) // 2]))
+        return write(content)

@@ -108,9 +108,7 @@ def test_broken_files_name_their_reason(tmp_path: Path) -> None:
 
 def exif_of_many(tags: int, size: int = MEGABYTE) -> bytes:
     """EXIF whose tags all point at the same bytes."""
-    table = 8 + 2 + 12 * tags + 4
-    entries = b"".join(struct.pack("<HHII", 0x9000 + i % 999, 7, size, table) for i in range(tags))
-    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4) + bytes(size)
+    return b"Exif\0\0" + tiff(*[(0x9000, 7, size, 14 + 12 * tags)] * tags, tail=size, pixel=())
 
 
 def jpeg_with(exif: bytes) -> bytes:
@@ -129,13 +127,18 @@ def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: int 
     )
 
 
-def tiff(*entries: tuple[int, int, int, int], tail: int = MEGABYTE) -> bytes:
+Tag = tuple[int, int, int, int]
+PIXEL: tuple[Tag, ...] = (
+    *((tag, 3, 1, 1) for tag in (256, 257, 259, 262, 277, 278)),
+    *((258, 3, 1, 8), (273, 4, 1, 4), (279, 4, 1, 1)),
+)
+
+
+def tiff(*tags: Tag, tail: int = MEGABYTE, pixel: tuple[Tag, ...] = PIXEL) -> bytes:
     """A TIFF of one pixel, with further tags or others in their place."""
-    pixel = [*((tag, 3, 1, 1) for tag in (256, 257, 259, 262, 277, 278)), (258, 3, 1, 8)]
-    pixel += [(273, 4, 1, 4), (279, 4, 1, 1)]
-    given = {tag for tag, *_ in entries}
-    table = sorted([*entries, *(entry for entry in pixel if entry[0] not in given)])
-    packed = b"".join(struct.pack("<HHII", *entry) for entry in table)
+    given = {tag for tag, *_ in tags}
+    table = sorted([*tags, *(tag for tag in pixel if tag[0] not in given)])
+    packed = b"".join(struct.pack("<HHII", *tag) for tag in table)
     return b"II*\0" + struct.pack("<IH", 8, len(table)) + packed + bytes(4) + bytes(tail)
 
 
@@ -144,10 +147,7 @@ STRIPS = [(273, 4, 2_000_000, 200), (279, 4, 2_000_000, 200)]
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "jpeg, tags": lambda: jpeg_with(exif_of_many(2000, 30_000)),
     "jpeg, segments": lambda: b"\xff\xd8" + b"\xff\xe1\0\x08Exif\0\0" * 2_000_000,
-    "png, tags": lambda: png((b"eXIf", exif_of_many(65_535)[6:])),
     "png, chunks": lambda: png(*[(b"tEXt", b"a\0b")] * 1_000_000),
-    "png, thin": lambda: png(size=(1, 10_000), rows=10_000),
-    "webp, tags": lambda: saved(noise(), "WEBP", exif=exif_of_many(2000)),
     "gif, comments": lambda: GIF + b"!\xfe\1a\0" * 4_000_000,
     "gif, one comment": lambda: GIF + b"!\xfe" + b"\1a" * 9_000_000,
     "gif, late comment": lambda: GIF + b"x!\xfe" + b"\1a" * 9_000_000,
@@ -155,16 +155,20 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "tiff, strips": lambda: tiff(*STRIPS, tail=9 * MEGABYTE),
     "tiff, wide table": lambda: tiff((320, 3, 4_000_000_000, 200)),
 }
-REFUSED = HOSTILE.keys() - {"png, tags", "png, thin", "webp, tags"}
+HARMLESS: dict[str, Callable[[], bytes]] = {  # here, not everywhere
+    "png, tags": lambda: png((b"eXIf", exif_of_many(65_535)[6:])),
+    "png, thin": lambda: png(size=(1, 10_000), rows=10_000),
+    "webp, tags": lambda: saved(noise(), "WEBP", exif=exif_of_many(2000)),
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as Linux does")
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE | HARMLESS)
 def test_hostile_metadata_costs_neither_time_nor_memory(name: str) -> None:
     """Each would have cost gigabytes or minutes."""
-    content = HOSTILE[name]()
+    content = (HOSTILE | HARMLESS)[name]()
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if name in REFUSED:
+    if name in HOSTILE:
         with pytest.raises(ImageError, match="no camera writes such a file"):
             opened(content)
     else:

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,11 @@ import torch
 from faulty_disk import FAULTS, FaultyDisk, PowerCut
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.errors import CheckpointError
-from vlm_bridge.files import append_line, write_atomically
+from vlm_bridge.files import append_line
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.checkpoint import BEST, BEST_WEIGHTS, LATEST, STEP
 
 SIZE = 6_000  # numbers in the weights: several times what Python buffers
-
-
-def faults(operations: list[str]) -> Iterator[tuple[int, str]]:
-    """Yield all that can go wrong in these operations: (which, how)."""
-    for number, kind in enumerate(operations):
-        for fault in FAULTS[kind]:
-            yield number, fault
 
 
 def save(path: Path, value: int) -> None:
@@ -51,7 +43,8 @@ def test_a_checkpoint_survives_every_fault_of_every_write(tmp_path: Path) -> Non
     # The file is on disk before it has its name.
     kinds = [kind for kind in disk.operations if kind != "write"]
     assert kinds == ["open", "fsync", "rename", "fsync", "unlink"]
-    for number, fault in faults(disk.operations):
+    every = [(n, fault) for n, kind in enumerate(disk.operations) for fault in FAULTS[kind]]
+    for number, fault in every:
         folder = shutil.copytree(saved, tmp_path / f"{number}-{fault}")
         error: BaseException | None = None
         with FaultyDisk(folder, number, fault).plugged_in():
@@ -89,23 +82,6 @@ def test_the_newest_sound_one_is_found_and_broken_ones_are_named(
     assert all(any(name in line for line in caplog.messages) for name in names)
     assert all("\n" not in line for line in caplog.messages)
     assert checkpoints.newest_sound(tmp_path / "nowhere") is None
-
-
-def test_small_files_survive_every_fault_of_every_write(tmp_path: Path) -> None:
-    path = tmp_path / "index.json"
-    with FaultyDisk(tmp_path).plugged_in() as disk:
-        write_atomically(path, b"old")
-    for number, fault in faults(disk.operations):
-        path.write_bytes(b"old")
-        expected = [b"new content"]
-        with FaultyDisk(tmp_path, number, fault).plugged_in():
-            try:
-                write_atomically(path, b"new content")
-            except (OSError, PowerCut) as error:
-                expected.append(b"old")
-                if fault == "ENOSPC":
-                    assert getattr(error, "filename", None) == str(path)
-        assert path.read_bytes() in expected, (number, fault)
 
 
 @pytest.mark.parametrize("before", [b"", b"one\n"])
