@@ -9,9 +9,10 @@ import ast
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.parquet import ParquetImage, read_rows, schema_of
@@ -37,7 +38,8 @@ Rows = Iterator[tuple[str, Any]]
 """("file:line", values by the names of their fields, or a ValueError) of each row."""
 
 
-class CaptionRecord(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CaptionRecord:
     """The captions that one place of a caption file ("file:line") gives an image."""
 
     where: str

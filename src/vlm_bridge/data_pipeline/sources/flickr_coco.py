@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -157,7 +157,7 @@ class Coco(CaptionedFiles):
                 starts = ("", "COCO_train2014_", "COCO_val2014_")
                 names = (f"{start}{match[1]}.jpg" for start in starts)
                 there = next((n for n in names if images.find(n, self.input_dir)), record.image)
-                record = record._replace(image=there)
+                record = replace(record, image=there)
             if self.restval or not record.is_restval:
                 yield record, file
 

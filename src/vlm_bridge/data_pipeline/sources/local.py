@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -63,25 +64,22 @@ class ImageFiles:
         self.root, self.follow_links = root, follow_links
         self.paths: dict[str, Path] = {}
         self.linked_out: list[str] = []
-        self._seen: set[Path] = set()
-        self._scan(root, "")
+        for top, folders, files in os.walk(root, followlinks=follow_links):
+            folder = Path(top)
+            inner = sorted(name for name in folders if not _is_caption_folder(folder / name))
+            folders[:] = (name for name in inner if self._is_taken(folder / name))
+            images = (name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+            for path in (folder / name for name in sorted(images)):
+                if self._is_taken(path):
+                    self.paths[path.relative_to(root).as_posix()] = path
 
-    def _scan(self, folder: Path, below: str) -> None:
-        real = folder.resolve()
-        if real in self._seen or (folder != self.root and _is_caption_folder(folder)):
-            return  # links in a circle, or a caption folder
-        self._seen.add(real)
-        for path in sorted(folder.iterdir()):
-            is_image = path.suffix.lower() in IMAGE_SUFFIXES
-            if path.name.startswith(".") or not (is_image or path.is_dir()):
-                continue
-            is_link = path.is_symlink() and not self.follow_links
-            if is_link and not is_inside(self.root.resolve(), path):
-                self.linked_out.append(below + path.name)
-            elif path.is_dir():
-                self._scan(path, f"{below}{path.name}/")
-            elif path.is_file():
-                self.paths[below + path.name] = path
+    def _is_taken(self, path: Path) -> bool:
+        if path.name.startswith("."):
+            return False
+        if path.is_symlink() and not (self.follow_links or is_inside(self.root.resolve(), path)):
+            self.linked_out.append(path.relative_to(self.root).as_posix())
+            return False
+        return True
 
     def find(self, name: str, beside: Path) -> list[str]:
         """Return the names in ``paths`` that a caption file in ``beside`` may mean.
@@ -159,18 +157,20 @@ class CaptionedFiles(Source):
             DataError: there is no caption file, nothing in it can be used, or more is damaged.
         """
         images = ImageFiles(self.input_dir, self.follow_links)
-        skipped = Skipped("captions in the caption file")
-        missing: dict[str, str] = {}
+        skipped, lost = Skipped("captions in the caption file"), Skipped("captioned images")
+        missing: set[str] = set()
         found: dict[Path | ParquetImage, SourceItem] = {}
         for record, (file, split) in self.records(images, skipped):
             name, place = record.image, record.stored
             if place is None:
                 fits = images.find(name, file.parent)
+                bare = without_number(name)
                 if len(fits) > 1:
                     files = ", ".join(fits[:3])
-                    skipped.add(record.where, f"image name {name!r} fits several files ({files})")
-                elif not fits:
-                    missing.setdefault(without_number(name), record.where)
+                    skipped.add(record.where, f"image name {bare!r} fits several files ({files})")
+                elif not fits and bare not in missing:
+                    missing.add(bare)
+                    lost.add(record.where, f"its image {bare!r} is missing")
                 if len(fits) != 1:
                     continue
                 name, place = fits[0], images.paths[fits[0]]
@@ -182,33 +182,20 @@ class CaptionedFiles(Source):
                     splits = f"{item.split} before, {stated} here"
                     raise DataError(f"{record.where}: {name} is in several splits ({splits})")
                 item.split = stated
-        items = [item for item in found.values() if item.captions]
-        self._check(images, items, skipped, missing)
-        return items
-
-    def _check(
-        self,
-        images: ImageFiles,
-        items: list[SourceItem],
-        skipped: Skipped,
-        missing: dict[str, str],
-    ) -> None:
-        """List what is skipped; raise DataError where it is too much."""
         skipped.check(at_least=MIN_SKIPPED_ROWS)
-        lost = Skipped("captioned images", len(missing) + len(items))
-        for name, where in missing.items():
-            lost.add(where, f"its image {name!r} is missing")
+        items = {place: item for place, item in found.items() if item.captions}
         outside = [SkippedSample(name, LEADS_OUT) for name in images.linked_out]
         self.rejected = [*skipped.samples, *lost.samples, *outside]
         if not items:
             causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES]) or "all captions are empty"
             raise DataError(f"no image in {self.input_dir} has a caption: {causes}")
         if self.is_own:
+            lost.total = len(lost) + len(items)
             if not outside:  # which may be the missing ones
                 lost.check(at_least=MIN_SKIPPED_ROWS)
-            captioned = {item.image for item in items}
-            others = (name for name, path in images.paths.items() if path not in captioned)
+            others = (name for name, path in images.paths.items() if path not in items)
             self.rejected += [SkippedSample(name, "it has no caption") for name in others]
+        return list(items.values())
 
 
 @dataclass
@@ -246,7 +233,8 @@ class LocalFolder(CaptionedFiles):
         if self.caption_files():
             yield from super().records(images, skipped)
         elif _has_sidecars(images):
-            for record in read_sidecars(self.input_dir, images.paths, skipped):
+            names = sorted(images.paths, key=lambda name: name.split("/"))
+            for record in read_sidecars(self.input_dir, names, skipped):
                 yield record, (self.input_dir / "text files", None)
         else:
             raise DataError(
