@@ -27,7 +27,7 @@ from vlm_bridge.training_strategy import monitor, trainer
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World, memory_explained
 from vlm_bridge.training_strategy.monitor import Monitor
-from vlm_bridge.training_strategy.step import TrainStep
+from vlm_bridge.training_strategy.step import StepResult, TrainStep
 from vlm_bridge.training_strategy.trainer import train
 from vlm_bridge.training_strategy.validation import BLIND_BELOW, Validation
 
@@ -71,14 +71,15 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     states: list[dict[str, torch.Tensor]] = []
     taken = TrainStep.__call__
 
-    def take(step: TrainStep, *arguments: Any) -> None:
-        taken(step, *arguments)
+    def take(step: TrainStep, *arguments: Any) -> StepResult:
+        result = taken(step, *arguments)
         run = step.state
         state = dict(run.model.named_parameters())
         state |= {f"average {name}": value for name, value in run.average.weights.items()}
         for number, of_parameter in run.optimizer.state_dict()["state"].items():
             state |= {f"{number} {name}": value for name, value in of_parameter.items()}
         states.append({name: value.detach().clone() for name, value in state.items()})
+        return result
 
     monkeypatch.setattr(TrainStep, "__call__", take)
     return states
@@ -145,11 +146,12 @@ def test_weights_that_overflow_stop_the_run_and_are_never_saved(
     recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps", "log_every_n_steps=100")
     taken = TrainStep.__call__
 
-    def explode(take_step: TrainStep, *arguments: Any) -> None:
-        taken(take_step, *arguments)
+    def explode(take_step: TrainStep, *arguments: Any) -> StepResult:
+        result = taken(take_step, *arguments)
         if take_step.state.step == step:
             with torch.no_grad():
                 take_step.parameters[0].mul_(torch.inf)
+        return result
 
     monkeypatch.setattr(TrainStep, "__call__", explode)
     folder = Path(recipe.checkpoint_dir)

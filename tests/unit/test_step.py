@@ -23,13 +23,11 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import distributed, trainer
 from vlm_bridge.training_strategy.distributed import World
 from vlm_bridge.training_strategy.state import TrainState, WeightAverage
-from vlm_bridge.training_strategy.step import (
-    TrainStep,
-    learning_rate_at,
-)
+from vlm_bridge.training_strategy.step import StepResult, TrainStep, learning_rate_at
 
 CPU = torch.device("cpu")
 NO_AVERAGE = WeightAverage(nn.Linear(1, 1), None)
+Loss = Callable[[torch.Tensor], torch.Tensor]  # of the weight
 PACKED = SimpleNamespace(num_supervised=1, num_captions=1, num_tokens=1, num_positions=1)
 
 
@@ -42,7 +40,7 @@ class Weight(nn.Module):
 
 
 class Objective:
-    """A batch is a function from the weight to its loss."""
+    """A batch is its loss."""
 
     def captions(self, batch: Any, step: int, number: int) -> Any:
         return SimpleNamespace(packed=PACKED, loss=batch)
@@ -52,11 +50,10 @@ class Objective:
 
 
 @pytest.fixture
-def take() -> Callable[..., TrainStep]:
-    """Take a step of given losses: ``take(lambda weight: weight.sum())``."""
+def step() -> TrainStep:
     model = Weight()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    step = TrainStep(
+    return TrainStep(
         TrainState(model, optimizer, torch.GradScaler("cpu", enabled=False), NO_AVERAGE),  # type: ignore[arg-type]
         Objective(),  # type: ignore[arg-type]
         Recipe(learning_rate=0.1, scheduler_type="constant"),
@@ -66,11 +63,10 @@ def take() -> Callable[..., TrainStep]:
         autocast=nullcontext,
     )
 
-    def taken(*losses: Callable[[torch.Tensor], torch.Tensor]) -> TrainStep:
-        step([loss(model.weight) for loss in losses], steps_in_epoch=100)
-        return step
 
-    return taken
+def take(step: TrainStep, *losses: Loss) -> StepResult:
+    """Take a step of micro-batches with these losses."""
+    return step([loss(step.parameters[0]) for loss in losses], steps_in_epoch=100)
 
 
 def good(weight: torch.Tensor) -> torch.Tensor:
@@ -91,36 +87,31 @@ def overflowing(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("poison", [bad, infinite, overflowing])
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
-    take: Callable[..., TrainStep], poison: Callable[[torch.Tensor], torch.Tensor]
+    step: TrainStep, poison: Loss
 ) -> None:
-    state = take(good).state
-    weight = state.model.weight
+    state, weight = step.state, step.parameters[0]
+    assert not take(step, good).was_skipped
     before = [weight.detach().clone(), *(v.clone() for v in state.optimizer.state[weight].values())]
     assert not torch.equal(before[0], torch.ones(3))
-    take(good, poison)
+    assert take(step, good, poison).was_skipped
     after = [weight.detach(), *state.optimizer.state[weight].values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    step = take(good)
+    assert not take(step, good).was_skipped
     assert state.optimizer.state[weight]["step"] == 2
-    assert [result.was_skipped for result in step.results()] == [False, True, False]
     assert (state.step, state.skipped_in_a_row, state.epoch_steps) == (3, 0, 2)
-    take(poison)
-    take(poison).results()
+    take(step, poison)
+    take(step, poison)
     assert (state.step, state.skipped_in_a_row, state.epoch_steps) == (5, 2, 2)
 
 
-def test_float16_overflows_until_its_scale_is_low_enough(take: Callable[..., TrainStep]) -> None:
-    step = take(good)
+def test_float16_overflows_until_its_scale_is_low_enough(step: TrainStep) -> None:
     step.state.scaler = torch.GradScaler("cpu", init_scale=2.0**70)
-    for _ in range(4):
-        take(lambda weight: (weight * 1e18).sum())
-    _, first, *_, last = step.results()
+    first, *_, last = (take(step, lambda weight: (weight * 1e18).sum()) for _ in range(4))
     assert first.was_skipped and not last.was_skipped
 
 
-def test_micro_batches_add_up(take: Callable[..., TrainStep]) -> None:
-    step = take(good, lambda weight: 3 * weight.sum())
-    (result,) = step.results()
+def test_micro_batches_add_up(step: TrainStep) -> None:
+    result = take(step, good, lambda weight: 3 * weight.sum())
     assert result.loss == pytest.approx((3 + 9) / 2)
     assert result.gradient_norm == pytest.approx(math.sqrt(3) * 2)
 
@@ -179,10 +170,9 @@ def test_the_average_follows_its_formula_and_stands_in_the_model_for_a_block() -
     for step in (1, 2, 30):
         with torch.no_grad():
             model[0].weight.add_(1)
-        average.update(step, torch.tensor(0.0))
+        average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
-    average.update(31, torch.tensor(1.0))  # a skipped step
     torch.testing.assert_close(average.weights["0.weight"], expected)
 
     own = model[0].weight.detach().clone()

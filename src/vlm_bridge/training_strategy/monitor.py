@@ -51,16 +51,22 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
-        self._started = time.perf_counter()
+        self._started, self._sizes = time.perf_counter(), []
 
-    def training(
-        self, epoch: int, results: Sequence[StepResult], statistics: Mapping[str, float]
-    ) -> None:
-        """Log the last of some steps, their throughput, and ``statistics`` of the objective."""
-        step, _, rate, loss, norm = results[-1]
+    def step(self, result: StepResult) -> None:
+        """Count a step, and log it if it changed nothing."""
+        self._sizes.append(result.size)
+        if result.was_skipped:
+            cause = f"loss {result.loss:g}, gradient norm {result.gradient_norm:g}"
+            logger.warning(f"step {result.step} skipped: {cause}")
+            self._record("skipped", result.step, cause=cause)
+
+    def training(self, epoch: int, result: StepResult, statistics: Mapping[str, float]) -> None:
+        """Log a step, the throughput since the last one, and ``statistics`` of the objective."""
+        step, _, rate, loss, norm = result
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        _, captions, tokens, positions = map(sum, zip(*(r.size for r in results), strict=True))
-        per_step, pads = seconds / len(results), 1 - tokens / positions
+        _, captions, tokens, positions = map(sum, zip(*self._sizes, strict=True))
+        per_step, pads = seconds / len(self._sizes), 1 - tokens / positions
         seconds_left = per_step * (self.total_steps - step)
         logger.info(
             f"epoch {epoch + 1} step {step}/{self.total_steps} | loss {loss:.4f} | "
@@ -75,12 +81,7 @@ class Monitor:
             "train", step, **means, gradient_norm=norm, padding_share=pads,
             samples_per_second=captions / seconds, tokens_per_second=tokens / seconds,
         )  # fmt: skip
-
-    def skipped(self, result: StepResult) -> None:
-        """Log a step that changed nothing."""
-        cause = f"loss {result.loss:g}, gradient norm {result.gradient_norm:g}"
-        logger.warning(f"step {result.step} skipped: {cause}")
-        self._record("skipped", result.step, cause=cause)
+        self.restart_clock()
 
     def epoch(self, epoch: int, train_loss: float) -> None:
         """Log the mean loss of an epoch's steps."""

@@ -40,17 +40,14 @@ class WeightAverage:
         """Start again from the weights of the model."""
         self.weights = {name: live.clone() for name, live in self.live_weights.items()}
 
-    def update(self, step: int, skipped: torch.Tensor) -> None:
+    def update(self, step: int) -> None:
         """Average in the weights after a step, counted from 1.
 
         Early on the decay is (1 + step) / (10 + step), TensorFlow's rule.
-
-        Args:
-            skipped: 1.0 on the device where the step changed nothing, else 0.0.
         """
-        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, live in self.live_weights.items():
-            self.weights[name].lerp_(live, share.to(live.dtype))
+            self.weights[name].lerp_(live, share)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -98,17 +95,14 @@ class TrainState:
         tensors = [*self.model.trained_state_dict().values(), *self.weights().values()]
         return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
-    def advance(self, steps_in_epoch: int) -> None:
-        """Count an optimizer step."""
+    def advance(self, steps_in_epoch: int, loss: float | None) -> None:
+        """Count an optimizer step; a skipped one has no loss."""
         self.step += 1
         self.step_in_epoch += 1
         if self.step_in_epoch == steps_in_epoch:
             self.epoch += 1
             self.step_in_epoch = 0
-
-    def record(self, loss: float, *, was_skipped: bool) -> None:
-        """Count the outcome of a step."""
-        if was_skipped:
+        if loss is None:
             self.skipped_in_a_row += 1
         else:
             self.skipped_in_a_row = 0

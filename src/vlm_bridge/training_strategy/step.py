@@ -49,8 +49,7 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Take optimizer steps on the sum over supervised tokens divided by their global count.
 
-    No step waits for a GPU: fused optimizers take a flag (``found_inf``) and then change neither
-    weights nor moments.
+    A step whose loss or gradient is not finite changes neither weights nor moments.
 
     Args:
         relative_rates: learning rate of each parameter group, relative to the recipe's.
@@ -71,9 +70,8 @@ class TrainStep:
         self.total_steps, self.relative_rates = total_steps, relative_rates
         self.autocast = autocast
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
-        self._pending: list[tuple[int, StepSize, float, torch.Tensor]] = []
 
-    def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> None:
+    def __call__(self, batches: Sequence[Batch], steps_in_epoch: int) -> StepResult:
         """Update the weights from the micro-batches of this process and advance the state."""
         state, scaler, optimizer = self.state, self.state.scaler, self.state.optimizer
         learning_rate = learning_rate_at(state.step, self.total_steps, self.recipe)
@@ -83,20 +81,17 @@ class TrainStep:
         sum_gradients(self.world, self.parameters, loss)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip_val)
-        skipped = (~norm.isfinite()).float()
-        # `GradScaler.step` has a flag of its own, which ignores norms that overflow.
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        numbers = torch.stack([loss.float(), norm.float()]).tolist()  # waits for the device
+        result = StepResult(state.step + 1, size, learning_rate, *numbers)
+        if not result.was_skipped:  # `GradScaler.step` would ignore a norm that overflows
+            optimizer.step()
+            state.average.update(result.step)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
-        state.advance(steps_in_epoch)
-        state.average.update(state.step, skipped)
-        numbers = torch.stack([loss.float(), norm.float()])
-        self._pending.append((state.step, size, learning_rate, numbers))
+        state.advance(steps_in_epoch, None if result.was_skipped else result.loss)
         if self.world.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
             return_freed_memory()
+        return result
 
     def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, StepSize]:
         """Add up gradients; return this process's part of the loss, and the size of the step."""
@@ -118,16 +113,6 @@ class TrainStep:
             self.state.scaler.scale(loss).backward(seed)
             step_loss += loss.detach()
         return step_loss, size
-
-    def results(self) -> list[StepResult]:
-        """Return the steps since the last call; waits for the device."""
-        results = []
-        for step, size, learning_rate, numbers in self._pending:
-            loss, norm = numbers.tolist()
-            results.append(StepResult(step, size, learning_rate, loss, norm))
-            self.state.record(loss, was_skipped=results[-1].was_skipped)
-        self._pending.clear()
-        return results
 
 
 def adamw(

@@ -41,7 +41,7 @@ from vlm_bridge.training_strategy.resume import (
     find_checkpoint,
 )
 from vlm_bridge.training_strategy.state import TrainState, WeightAverage
-from vlm_bridge.training_strategy.step import TrainStep, adamw
+from vlm_bridge.training_strategy.step import StepResult, TrainStep, adamw
 from vlm_bridge.training_strategy.validation import DecodedValidation, Validation, Validator
 
 logger = logging.getLogger(__name__)
@@ -110,8 +110,8 @@ def train(
             while not validator.is_finished:
                 steps = data.steps_in_epoch(state.epoch)
                 for batches in data.steps(objective.load, state.epoch, state.step_in_epoch):
-                    take_step(batches, steps)
-                    log_step(take_step, monitor, saver, validator)
+                    result = take_step(batches, steps)
+                    log_step(result, take_step, monitor, saver)
                     saver.after_step()
                     validator.validate_if_due(interruption)
                     if signal_number := max(world.gather(interruption.received)):
@@ -177,24 +177,11 @@ def log_start(data: TrainingData, validator: Validator) -> None:
     )
 
 
-def log_step(take_step: TrainStep, monitor: Monitor, saver: Saver, validator: Validator) -> None:
-    """Log the steps since the last log step, if this is one, and check the weights.
-
-    Epochs end, and validations begin, with a log step.
-
-    Raises:
-        TrainingError: too many steps were skipped, or the weights are not finite.
-    """
+def log_step(result: StepResult, take_step: TrainStep, monitor: Monitor, saver: Saver) -> None:
+    """Log what the recipe asks for. Raises TrainingError where too many steps were skipped."""
     state, recipe, world = take_step.state, take_step.recipe, take_step.world
-    is_epoch_end = state.step_in_epoch == 0 or state.step == take_step.total_steps
-    is_log_step = state.step % recipe.log_every_n_steps == 0
-    if not (is_log_step or is_epoch_end or validator.is_due):
-        return
-    results = take_step.results()
-    for result in results:
-        if result.was_skipped:
-            monitor.skipped(result)
-    saver.check_weights()
+    is_last = state.step == take_step.total_steps
+    monitor.step(result)
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         saved_to = saver.step()
         world.wait()
@@ -203,11 +190,11 @@ def log_step(take_step: TrainStep, monitor: Monitor, saver: Saver, validator: Va
             f"since their loss or gradient was not finite. {saved_to} has the weights from before "
             f"them: resume with a learning_rate below {recipe.learning_rate:g}"
         )
-    statistics = take_step.objective.statistics(world.sum)
-    if not results[-1].was_skipped:
-        monitor.training(state.last_epoch, results, statistics)
-    monitor.restart_clock()
-    if is_epoch_end:
+    if state.step % recipe.log_every_n_steps == 0 or is_last:
+        statistics = take_step.objective.statistics(world.sum)
+        if not result.was_skipped:
+            monitor.training(state.last_epoch, result, statistics)
+    if state.step_in_epoch == 0 or is_last:
         if state.epoch_steps:
             monitor.epoch(state.last_epoch, state.epoch_loss / state.epoch_steps)
         state.epoch_loss, state.epoch_steps = 0.0, 0
