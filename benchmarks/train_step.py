@@ -58,7 +58,7 @@ def summed_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
 
 def full_logits_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
     """The same from float32 logits of every position, pads included."""
-    input_ids, labels, segments, _, features = batch.tensors.wait()
+    input_ids, labels, segments, _, features = batch.tensors
     image = model.image_inputs(model.features(features))
     states = model.text_states(input_ids, image, segments)
     logits = model.language_model.head(states).float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import re
 import shutil
@@ -89,38 +88,12 @@ def has_compiler() -> bool:
     return any(map(shutil.which, names))
 
 
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    import torch
-
-    return torch.cuda.Stream(device)
-
-
-class DeviceCopy:
-    """Copy tensors to a GPU while it computes, through pinned memory and a stream of its own."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device):
-        import torch
-
-        self.done = None
-        if device.type != "cuda":
-            self.tensors = [tensor.to(device) for tensor in tensors]
-            return
-        with torch.cuda.stream(stream := _copy_stream(device)):
-            pinned = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
-            self.tensors = [tensor.to(device, non_blocking=True) for tensor in pinned]
-            self.done = stream.record_event()
-
-    def wait(self) -> list[torch.Tensor]:
-        """Return the tensors, ready for work that is queued from now on."""
-        import torch
-
-        if self.done is not None:
-            current = torch.cuda.current_stream(self.tensors[0].device)
-            current.wait_event(self.done)
-            for tensor in self.tensors:  # keeps their memory from the next copy while in use
-                tensor.record_stream(current)
-        return self.tensors
+def copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return tensors on a device; to a GPU they are copied while the program goes on."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    pinned = (tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
+    return [tensor.to(device, non_blocking=True) for tensor in pinned]
 
 
 def return_freed_memory() -> None:

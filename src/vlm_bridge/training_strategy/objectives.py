@@ -12,7 +12,7 @@ import torch
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, in_batches, pack_rows
-from vlm_bridge.device import DeviceCopy
+from vlm_bridge.device import copies
 from vlm_bridge.metrics.cider import CiderD
 from vlm_bridge.metrics.coco import reference_tokens, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -28,8 +28,8 @@ from vlm_bridge.training_strategy.validation import (
 END = "</s>"
 
 
-# Images [B], and their features or pixels on the way to the device, still without captions.
-ImageBatch = tuple[np.ndarray, DeviceCopy]
+# Images [B], and their features or pixels on the device, still without captions.
+ImageBatch = tuple[np.ndarray, torch.Tensor]
 Batch = LoadedBatch | ImageBatch
 
 
@@ -92,12 +92,12 @@ class SelfCritical(CrossEntropy):
     def load(self, rows: Sequence[Row], features: Features) -> ImageBatch:
         images = np.array([row.image for row in rows])
         values = torch.as_tensor(features[images]).contiguous()
-        return images, DeviceCopy([values], self.model.device)
+        (copied,) = copies([values], self.model.device)
+        return images, copied
 
     def captions(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
         """Sample captions of a batch of images, one row an image."""
-        images, copied = batch
-        (values,) = copied.wait()
+        images, values = batch
         features_bnd = self.model.features(values)
         samples = self._sample(features_bnd, seed_of(self.recipe.seed, step, number))
         rewards_bk = self._rewards(images, samples)
@@ -110,7 +110,7 @@ class SelfCritical(CrossEntropy):
         weights = torch.from_numpy(np.repeat(advantages, list(map(len, samples))))
         tensors = [*map(torch.from_numpy, arrays), features_bnd]
         device = self.model.device
-        return LoadedBatch(packed, DeviceCopy(tensors, device), weights.to(device))
+        return LoadedBatch(packed, copies(tensors, device), weights.to(device))
 
     def _sample(self, features_bnd: torch.Tensor, seed: int) -> list[list[int]]:
         """Return token ids with EOS, but for captions that were cut."""

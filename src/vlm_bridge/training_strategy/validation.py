@@ -17,7 +17,7 @@ from vlm_bridge.configuration import DecodeSettings, parse_interval
 from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
 from vlm_bridge.data_pipeline.samples import CaptionedImage
-from vlm_bridge.device import DeviceCopy
+from vlm_bridge.device import copies
 from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.data import TrainingData
@@ -70,10 +70,10 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A packed batch with its tensors on their way to the device."""
+    """A packed batch with its tensors on the device."""
 
     packed: PackedBatch
-    tensors: DeviceCopy  # ids, labels, segments [R, T], supervised [V], features or pixels
+    tensors: list[torch.Tensor]  # ids, labels, segments [R, T], supervised [V], features or pixels
     weights: torch.Tensor | None = None  # of the losses of supervised tokens [V]; None is 1 each
 
 
@@ -81,14 +81,14 @@ def load_batch(batch: PackedBatch, features: Features, device: torch.device) -> 
     """Read features of a batch and start to copy it; threads may call it."""
     chosen = torch.as_tensor(features[batch.image_indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
-    return LoadedBatch(batch, DeviceCopy([*map(torch.from_numpy, arrays), chosen], device))
+    return LoadedBatch(batch, copies([*map(torch.from_numpy, arrays), chosen], device))
 
 
 def batch_loss(
     model: CaptionModel, batch: LoadedBatch, label_smoothing: float = 0.0
 ) -> CaptionLoss:
     """Compute the loss of a packed batch, in training and validation alike."""
-    ids, labels, segments, supervised, features = batch.tensors.wait()
+    ids, labels, segments, supervised, features = batch.tensors
     image = model.image_inputs(model.features(features))
     return model.caption_loss(
         ids, labels, segments, image, supervised_v=supervised, weights_v=batch.weights,
