@@ -70,7 +70,7 @@ def test_a_run_is_shown_with_curves_and_samples(tmp_path: Path) -> None:
     assert "Step 20" in html
     assert "a &lt;b&gt; dog" in html and "A dog &amp; a cat." in html
     assert html.count("<svg") == 3
-    assert "train/loss" in html and "validation/loss" in html
+    assert ">train</text>" in html and ">validation</text>" in html
     assert live_html(tmp_path / "logs") == html
 
 

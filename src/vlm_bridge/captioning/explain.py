@@ -159,7 +159,7 @@ def attention_panels(explanation: Explanation, image: Image.Image) -> Image.Imag
 class SheetItem:
     """An image with its caption, and a reference and score to compare the caption with."""
 
-    image: ImageFile | Image.Image
+    image: ImageFile | bytes | Image.Image
     caption: str
     reference: str = ""
     score: float | None = None
@@ -192,7 +192,7 @@ def draw_sheet(items: Sequence[SheetItem], *, columns: int = 4, title: str = "")
     return sheet
 
 
-def thumbnail(image: ImageFile | Image.Image, size: tuple[int, int]) -> Image.Image | None:
+def thumbnail(image: ImageFile | bytes | Image.Image, size: tuple[int, int]) -> Image.Image | None:
     """Return the image scaled to fit `size` (width, height); None if it cannot be read."""
     try:
         return ImageOps.contain(opened(image), size, Image.Resampling.LANCZOS)

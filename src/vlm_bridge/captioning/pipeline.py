@@ -35,7 +35,7 @@ from vlm_bridge.training_strategy.validation import Validation, validate
 VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is captioned
 
-ImageSource = str | ImageFile | Image.Image
+ImageSource = str | ImageFile | bytes | Image.Image
 
 
 class Candidate(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from vlm_bridge import __version__
 from vlm_bridge.cli import options
+from vlm_bridge.cli.options import Option
 from vlm_bridge.credentials import redact
 from vlm_bridge.errors import UsageError, on_one_line
 
@@ -31,18 +31,16 @@ def caption(
     max_new_tokens: options.MaxNewTokens = None,
     length_penalty: options.LengthPenalty = None,
     object_bonus: options.ObjectBonus = None,
-    do_sample: bool = typer.Option(False, "--do-sample", help="Sample instead of searching."),
-    temperature: float = typer.Option(None, help="Temperature of sampling."),
-    seed: int = typer.Option(None, help="Seed of sampling."),
+    do_sample: Annotated[bool, Option("--do-sample", help="Sample instead of searching.")] = False,
+    temperature: Annotated[float | None, Option(help="Temperature of sampling.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     batch_size: options.BatchSize = 32,
     device: options.Device = "auto",
-    compile: bool = typer.Option(
-        False, "--compile", help="Compile the decoding step, for NVIDIA GPUs and many images."
-    ),
-    explain: Path = typer.Option(None, help="Folder for a PNG per image: where words looked."),
-    max_pixels: int = typer.Option(
-        None, min=0, help="Pixels of an image at most, 0 for no limit. (default: 51,000,000)"
-    ),
+    compile: Annotated[
+        bool, Option("--compile", help="Compile decoding, for NVIDIA GPUs and many images.")
+    ] = False,
+    explain: Annotated[Path | None, Option(help="Folder of PNGs: where words looked.")] = None,
+    max_pixels: Annotated[int | None, Option(min=0, help="Pixels of an image, 0: any.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Caption images in the order given, a line each: NAME<TAB>CAPTION, or CAPTION for one image.
@@ -52,7 +50,6 @@ def caption(
     """
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images
-    from vlm_bridge.data_pipeline.images import ImageReader
 
     # Wrong paths are found before the seconds that torch and transformers take to load.
     files = images.iter_image_paths(paths)
@@ -61,15 +58,15 @@ def caption(
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(config) if config else None
-    with options.without_garbage_collection():
-        from vlm_bridge.captioning.pipeline import Captioner
 
-        options.quiet_transformers()
-        captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
+    from vlm_bridge.captioning.pipeline import Captioner
+
+    options.quiet_transformers()
+    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     sampling = {"do_sample": True, "num_beams": 1} if do_sample else {}
     given = {name: value for name in SETTINGS if (value := context.params[name]) is not None}
     decode = captioner.recipe.decode.replace(**sampling | given)
-    with ImageReader(min(2, len(files))) as reader:
+    with images.ImageReader(min(2, len(files))) as reader:
         results = captioner.caption(
             files, decode=decode, batch_size=batch_size, open_image=reader.open_image
         )
@@ -84,7 +81,7 @@ def _print_results(results: list[CaptionResult], panels: dict[int, str], as_json
     rows: list[dict[str, Any]] = []
     for number, result in enumerate(results):
         if result.error is not None:
-            typer.echo(on_one_line(redact(f"{result.image}: {result.error}")), err=True)
+            options.note(on_one_line(redact(f"{result.image}: {result.error}")))
             rows.append({"image": redact(result.image), "error": redact(result.error)})
             continue
         rows.append({"image": result.image, "caption": result.caption, "score": result.score})
@@ -92,9 +89,9 @@ def _print_results(results: list[CaptionResult], panels: dict[int, str], as_json
             rows[-1]["explanation"] = panels[number]
         if not as_json:
             name = f"{on_one_line(result.image)}\t" if len(results) > 1 else ""
-            typer.echo(name + on_one_line(result.caption or ""))
+            print(name + on_one_line(result.caption or ""))
     if as_json:
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        options.print_json(rows)
 
 
 def _write_explanations(
@@ -119,25 +116,25 @@ def _write_explanations(
 
 def demo(
     checkpoint: options.Checkpoint = None,
-    host: str = typer.Option("127.0.0.1", help="Address to serve on; 0.0.0.0 lets the network in."),
-    port: int = typer.Option(7860, min=0, max=65535, help="Port to serve on; 0 takes a free one."),
-    run: Path = typer.Option(None, "--run", help="A training run to show live in the second tab."),
+    host: Annotated[str, Option(help="Address; 0.0.0.0 lets the network in.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+    run: Annotated[Path | None, Option("--run", help="A training run to show live.")] = None,
     device: options.Device = "auto",
 ) -> None:
     """Serve a page that captions images and shows a training run, and a JSON endpoint."""
     if find_spec("gradio") is None:
         raise UsageError("the demo page needs gradio: pip install 'vlm-bridge[demo]'")
-    with options.without_garbage_collection():
-        from vlm_bridge.captioning.pipeline import Captioner
-        from vlm_bridge.data_pipeline.images import ImageReader
-        from vlm_bridge.demo.server import serving
-        from vlm_bridge.demo.service import DECODE_TOGETHER, CaptionService
-        from vlm_bridge.quickstart import real_photographs
 
-        options.quiet_transformers()
-        captioner = Captioner.from_pretrained(checkpoint, device)
+    from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.data_pipeline.images import ImageReader
+    from vlm_bridge.demo.server import serving
+    from vlm_bridge.demo.service import CaptionService
+    from vlm_bridge.quickstart import real_photographs
+
+    options.quiet_transformers()
+    captioner = Captioner.from_pretrained(checkpoint, device)
     name = str(checkpoint or f"bundled with vlm-bridge {__version__}")
-    with ImageReader(DECODE_TOGETHER) as reader:
+    with ImageReader() as reader:
         service = CaptionService(captioner, name, reader.open_image)
         with serving(service, host, port, run=run, examples=real_photographs()) as address:
             print(f"serving on {address} (Ctrl-C stops)", flush=True)

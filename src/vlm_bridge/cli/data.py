@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_bridge.cli.options import note, quiet_transformers, show_progress
+from vlm_bridge.cli.options import note, print_json, quiet_transformers, show_progress
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources import SOURCES
 from vlm_bridge.data_pipeline.splits import SplitBy
-from vlm_bridge.errors import DataError, ImageError, UsageError
+from vlm_bridge.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.samples import CaptionedImage
     from vlm_bridge.data_pipeline.sources import Source, SourceItem
-    from vlm_bridge.data_pipeline.transform import Planning
 
 app = typer.Typer(
     name="vlm-data",
@@ -32,56 +31,25 @@ Option = typer.Option
 DatasetName = StrEnum("DatasetName", ["flickr30k", "coco", "conceptual"])
 SplitKind = StrEnum("SplitKind", ["fractions", "official"])
 
+# Options of sources, which several commands take.
 Name = Annotated[
     str | None,
-    Option(
-        metavar=f"[{'|'.join(SOURCES)}]",
-        help="The dataset's layout. (default: found out; without --input-dir groundcap)",
-    ),
+    Option(metavar=f"[{'|'.join(SOURCES)}]", help="The dataset's layout. (default: found out)"),
 ]
 InputDir = Annotated[
     Path | None,
     Option("--input-dir", "--source-path", help="Folder of the dataset. (default: the hub)"),
 ]
-CaptionsFile = Annotated[
-    Path | None, Option(help="Caption file; Karpathy's split file (coco). (default: found)")
-]
-FollowLinks = Annotated[
-    bool, Option("--follow-links", help="Read images that links lead out of the folder to.")
-]
+CaptionsFile = Annotated[Path | None, Option(help="Caption file, if it is not found.")]
+FollowLinks = Annotated[bool, Option("--follow-links", help="Follow links out of the folder.")]
 Year = Annotated[int | None, Option(help="2014 or 2017: COCO's own splits (coco).")]
 Restval = Annotated[bool, Option(help="Train on Karpathy's restval images too (coco).")]
 NumImages = Annotated[int, Option(min=0, help="Images to draw (scenes).")]
 Wordings = Annotated[int, Option(min=1, max=2, help="Captions of an image (scenes).")]
 Seed = Annotated[int, Option(help="Seed of the splits, samples and drawings.")]
 KeepTags = Annotated[bool, Option("--keep-tags", help="Keep grounding tags (groundcap).")]
-Share = Annotated[
-    float | None,
-    Option(help="Share of images the source gives no split. (default: the source's, often 0.1)"),
-]
-Split = Annotated[SplitKind, Option(help="official keeps the dataset's test part (groundcap).")]
-SplitWay = Annotated[
-    SplitBy | None,
-    Option(
-        help="What is split: ids by hash, images in exact shares, or whole films. "
-        "(default: groundcap film, others hash)"
-    ),
-]
-ImageSize = Annotated[int, Option(min=1, help="Longest side of a stored image in pixels.")]
-Style = Annotated[
-    CaptionStyle | None, Option(help="sentence tidies captions. (default: the source's)")
-]
-Limit = Annotated[int | None, Option(min=1, help="A sample of at most N images a split.")]
-Distance = Annotated[
-    int, Option(min=0, max=64, help="Report images whose hashes differ in at most N of 64 bits.")
-]
-MaxPixels = Annotated[
-    int | None, Option(min=0, help="Pixels of an image, 0: any. (default: 51,000,000)")
-]
-Workers = Annotated[int | None, Option(min=1, help="Processes. (default: by cores, 2 to 8)")]
-DryRun = Annotated[bool, Option("--dry-run", help="Only show the splits.")]
-NumRows = Annotated[int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Share = Annotated[float | None, Option(help="Share of images. (default: often 0.1)")]
 PLANNING = ("seed", "split_by", "val_fraction", "test_fraction", "caption_style", "limit")
 
 
@@ -129,10 +97,8 @@ def explore_dataset(
     wordings: Wordings = 2,
     seed: Seed = 0,
     samples: Annotated[int, Option(min=0, help="Images to show.")] = 8,
-    grid: Annotated[
-        Path | None, Option(help="PNG of the samples. (default: runs/explore/NAME.png)")
-    ] = None,
-    no_grid: Annotated[bool, Option("--no-grid", help="Write no PNG.")] = False,
+    grid: Annotated[Path | None, Option(help="(default: runs/explore/NAME.png)")] = None,
+    no_grid: Annotated[bool, Option("--no-grid", help="Write no PNG of the samples.")] = False,
     tokenizer: Annotated[str, Option(help="Also count this tokenizer's tokens.")] = "",
     keep_tags: KeepTags = False,
     json_output: Json = False,
@@ -180,24 +146,30 @@ def transform(
     num_test: NumImages = 1_000,
     wordings: Wordings = 2,
     seed: Seed = 0,
-    split: Split = SplitKind.fractions,
-    split_by: SplitWay = None,
+    split: Annotated[
+        SplitKind, Option(help="official keeps the dataset's test part (groundcap).")
+    ] = SplitKind.fractions,
+    split_by: Annotated[
+        SplitBy | None, Option(help="Ids by hash, images in exact shares, or whole films.")
+    ] = None,
     val_fraction: Share = None,
     test_fraction: Share = None,
-    image_size: ImageSize = 640,
-    caption_style: Style = None,
+    image_size: Annotated[int, Option(min=1, help="Longest side of an image in pixels.")] = 640,
+    caption_style: Annotated[CaptionStyle | None, Option(help="sentence tidies captions.")] = None,
     keep_tags: KeepTags = False,
-    limit: Limit = None,
-    near_duplicate_distance: Distance = 4,
-    max_pixels: MaxPixels = None,
-    workers: Workers = None,
-    dry_run: DryRun = False,
-    num_rows: NumRows = None,
+    limit: Annotated[int | None, Option(min=1, help="At most N images a split.")] = None,
+    near_duplicate_distance: Annotated[
+        int, Option(min=0, max=64, help="Differing bits of 64 of images to report as alike.")
+    ] = 4,
+    max_pixels: Annotated[int | None, Option(min=0, help="Pixels of an image, 0: any.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes. (default: 2 to 8)")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show the splits.")] = False,
+    num_rows: Annotated[
+        int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
-    import os
-
     from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.transform import transform as run
 
@@ -208,17 +180,21 @@ def transform(
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
     opened = _open_source(context.params | {"official_split": split == SplitKind.official})
-    planning = cast("Planning", {name: context.params[name] for name in PLANNING})
+    planning: Any = {name: context.params[name] for name in PLANNING}
     if output_dir is None or dry_run:
         _print_result(_preview(opened, planning, num_rows), json_output)
         return
-    workers = workers or min(8, max(2, os.cpu_count() or 1))
     try:
         with show_progress("images") as report:
             manifest = run(
-                opened, output_dir, workers=workers, image_size=image_size, progress=report,
-                near_duplicate_distance=near_duplicate_distance, **planning,
-            )  # fmt: skip
+                opened,
+                output_dir,
+                workers=workers or min(8, max(2, os.cpu_count() or 1)),
+                image_size=image_size,
+                near_duplicate_distance=near_duplicate_distance,
+                progress=report,
+                **planning,
+            )
     except KeyboardInterrupt:
         note("interrupted: the same command continues where this one stopped")
         raise typer.Exit(130) from None
@@ -253,9 +229,7 @@ def inspect_loader(
     with show_progress("images decoded") as report:
         _, broken = explore.read_images(checked, check_image, report)
     if check_all and not broken and folder.compute_fingerprint() != folder.fingerprint:
-        raise DataError(
-            f"{folder.root} was changed after it was made (its fingerprint differs): make it again"
-        )
+        raise DataError(f"{folder.root} was changed (its fingerprint differs): make it again")
     result = {
         "data_dir": str(folder.root),
         "source": folder.manifest.get("source", "unknown source"),
@@ -268,53 +242,50 @@ def inspect_loader(
     }
     if "train" in folder.splits:
         images, _ = readable_split(folder, "train")
-        result["first_batch"] = _first_batch(images, recipe, config is not None)
+        result["first_batch"] = _first_batch(images, recipe, with_tokens=config is not None)
     _print_result(result, json_output)
     if broken:
-        unread = f"{len(broken)} images of {folder.root} cannot be read"
-        raise DataError(f"{unread}: make the folder again")
+        raise DataError(
+            f"{len(broken)} images of {folder.root} cannot be read: make the folder again"
+        )
 
 
 def _open_source(options: dict[str, Any]) -> Source:
-    """Return the named source, or the one that the input folder's files tell, and log it."""
+    """Return the named source, or log and return the one that the input folder's files show."""
     from vlm_bridge.data_pipeline.sources import find_source, make_source
 
-    name, input_dir = options["source"], options["input_dir"]
+    options = dict(options)
+    name, input_dir = options.pop("source"), options["input_dir"]
     if name is None:
         name, file = find_source(input_dir, options["captions_file"])
         if input_dir is not None:
             note(f"source: {name} ({file})")
-    return make_source(name, **{key: options[key] for key in options if key != "source"})
+    return make_source(name, **options)
 
 
-def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
-    """Describe the first batch: its rows, and its token counts if they are asked for."""
-    from vlm_bridge.data_pipeline.loader import Row, TokenizedImages
+def _first_batch(
+    images: list[CaptionedImage], recipe: Recipe, *, with_tokens: bool
+) -> dict[str, Any]:
+    """Describe the first batch: its captions, and its tokens if they are asked for."""
+    from vlm_bridge.data_pipeline.loader import TokenizedImages
     from vlm_bridge.model_architecture.captioner import caption_format
     from vlm_bridge.model_architecture.weights import build_language_model
     from vlm_bridge.training_strategy.data import epoch_plan
 
-    format = lengths = None
+    data = lengths = None
     if with_tokens:
         quiet_transformers()
         language_model = build_language_model(recipe.language_model)
-        format = caption_format(language_model, recipe)
-        if recipe.tokens_per_batch is not None:
-            lengths = TokenizedImages(images, format).caption_lengths
+        data = TokenizedImages(images, caption_format(language_model, recipe))
+        lengths = data.caption_lengths if recipe.tokens_per_batch is not None else None
     plan = epoch_plan(recipe, [len(image.captions) for image in images], lengths)
+    batch: dict[str, Any] = {"batches_per_epoch": plan.num_batches(0), "rows": []}
     rows = plan.batches(0)[0]
-    shown = [images[row.image] for row in rows]
-    texts = [[i.captions[c] for c in row.captions] for i, row in zip(shown, rows, strict=True)]
-    batch: dict[str, Any] = {
-        "batches_per_epoch": plan.num_batches(0),
-        "rows": [
-            {"id": image.original_id, "captions": captions}
-            for image, captions in zip(shown, texts, strict=True)
-        ],
-    }
-    if format is not None:
-        tokenized = TokenizedImages(shown, format)
-        packed = tokenized.pack([Row(index, row.captions) for index, row in enumerate(rows)])
+    for row in rows:
+        captions = [images[row.image].captions[number] for number in row.captions]
+        batch["rows"].append({"id": images[row.image].original_id, "captions": captions})
+    if data is not None:
+        packed = data.pack(rows)
         first = packed.input_ids[0][packed.segments[0] != 0]
         batch["tokens"] = {
             "shape": list(packed.input_ids.shape),
@@ -325,7 +296,7 @@ def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool
     return batch
 
 
-def _preview(source: Source, planning: Planning, num_rows: int | None) -> dict[str, Any]:
+def _preview(source: Source, planning: Any, num_rows: int | None) -> dict[str, Any]:
     """Return images of each split and steps per epoch of the default recipe."""
     from vlm_bridge.configuration import Recipe
     from vlm_bridge.data_pipeline.transform import preview, split_rule
@@ -335,7 +306,7 @@ def _preview(source: Source, planning: Planning, num_rows: int | None) -> dict[s
         captions, rule = preview(source, **planning)
     else:
         rule = split_rule(source, planning).resolve([None] * num_rows)
-        most = planning.get("limit") or num_rows
+        most = planning["limit"] or num_rows
         captions = {split: [1] * min(most, size) for split, size in rule.sizes(num_rows).items()}
     recipe = Recipe()
     return {
@@ -364,67 +335,55 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
-
     quiet_transformers()
     from transformers import AutoTokenizer
 
-    from vlm_bridge.credentials import hub_problem, reach_hub
+    from vlm_bridge.credentials import reach_hub
     from vlm_bridge.model_architecture.language_model import encode_as_text
+    from vlm_bridge.model_architecture.weights import loading_error
 
     try:
         reach_hub(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of transformers, the hub or the file's format
-        why = hub_problem(error, name) or str(error).strip().partition("\n")[0]
-        raise DataError(f"cannot load the tokenizer {name!r}: {why}") from None
+        raise loading_error("tokenizer", name, error) from None
     return lambda texts: [len(ids) for ids in encode_as_text(tokenizer, texts)]
 
 
 def _write_grid(items: Sequence[SourceItem], captions: Sequence[str], path: Path) -> None:
-    """Write the images of ``items`` with one caption each as one PNG; broken ones are gray."""
-    from PIL import Image
-
+    """Write the images of ``items``, each with a caption, as one PNG; broken ones are gray."""
     from vlm_bridge.captioning.explain import SheetItem, draw_sheet
-    from vlm_bridge.data_pipeline.images import decode_image
     from vlm_bridge.data_pipeline.sources import iter_images
 
-    tiles = []
-    for image, caption in zip(iter_images(items), captions, strict=True):
-        try:
-            shown = image() if callable(image) else decode_image(image or b"").image
-        except ImageError:
-            shown = Image.new("RGB", (4, 3), "lightgray")
-        tiles.append(SheetItem(shown, caption))
+    images = (image() if callable(image) else image or b"" for image in iter_images(items))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(tiles).save(path)
+    draw_sheet(list(map(SheetItem, images, captions))).save(path)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     """Print JSON, or else YAML in which skipped items are counted by cause."""
-
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        """Writes numbers that belong together on one line."""
-
-        def represent_dict(self, data: dict[str, Any]) -> yaml.Node:
-            is_short = all(isinstance(value, int | float) for value in data.values())
-            return self.represent_mapping("tag:yaml.org,2002:map", data, flow_style=is_short)
-
-    Dumper.add_representer(dict, Dumper.represent_dict)
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        shown = _by_cause(result)
-        print(yaml.dump(shown, None, Dumper, sort_keys=False, allow_unicode=True, width=10_000))
+        print_json(result)
+        return
+    # Numbers that belong together are on one line.
+    text = yaml.safe_dump(
+        _by_cause(result),
+        default_flow_style=None,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10_000,
+    )
+    print(text, end="")
 
 
 def _by_cause(result: dict[str, Any]) -> dict[str, Any]:
     from vlm_bridge.data_pipeline.samples import by_cause
 
-    def shown(name: str, value: Any) -> Any:
+    shown = {}
+    for name, value in result.items():
         if name in ("set_aside", "unreadable", "broken", "rejected"):
-            return by_cause((item["id"], item["reason"]) for item in value)
-        return _by_cause(value) if isinstance(value, dict) else value
-
-    return {name: shown(name, value) for name, value in result.items()}
+            value = by_cause((item["id"], item["reason"]) for item in value)
+        shown[name] = _by_cause(value) if isinstance(value, dict) else value
+    return shown

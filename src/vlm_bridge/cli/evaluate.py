@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_bridge.cli import options
-from vlm_bridge.cli.options import note
+from vlm_bridge.cli.options import Option, note
 from vlm_bridge.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm_bridge.configuration import DecodeSettings
     from vlm_bridge.data_pipeline.samples import CaptionedImage
 
 logger = logging.getLogger(__name__)
@@ -31,25 +29,33 @@ SETTINGS = (
 
 def evaluate(
     context: typer.Context,
-    data_dir: Path = typer.Option(..., help="Caption folder, or folder of shards."),
-    checkpoint: Path = typer.Option(None, help="Trained bridge: a checkpoint file or folder."),
-    model: str = typer.Option(None, help="Instead: a BLIP, GIT or vision-encoder-decoder model."),
+    data_dir: Annotated[Path, Option(help="Caption folder, or folder of shards.")],
+    checkpoint: Annotated[Path | None, Option(help="A checkpoint, or the folder of a run.")] = None,
+    model: Annotated[
+        str | None, Option(help="Instead: a BLIP, GIT or vision-encoder-decoder model.")
+    ] = None,
     config: options.Config = None,
-    revision: str = typer.Option(None, help="Branch, tag or commit of a --model on the hub."),
-    prompt: str = typer.Option(None, help="Text that a --model continues. (default: its own)"),
-    split: Split = typer.Option("val", help="Which images to caption."),
-    limit: int = typer.Option(None, min=1, help="Only the first N images."),
+    revision: Annotated[str | None, Option(help="Of a --model on the hub.")] = None,
+    prompt: Annotated[str | None, Option(help="Text that a --model continues.")] = None,
+    split: Annotated[Split, Option(help="Which images to caption.")] = Split.val,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
     batch_size: options.BatchSize = 32,
     num_beams: options.NumBeams = None,
     max_new_tokens: options.MaxNewTokens = None,
-    min_new_tokens: options.MinNewTokens = None,
+    min_new_tokens: Annotated[int | None, Option(min=0, help="Shortest caption.")] = None,
     length_penalty: options.LengthPenalty = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
+    repetition_penalty: Annotated[
+        float | None, Option(help="Above 1 discourages repeated tokens.")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, Option(min=0, help="Never repeat n-grams of this size.")
+    ] = None,
     object_bonus: options.ObjectBonus = None,
-    spice: bool = typer.Option(False, "--spice", help="Also SPICE: slow, needs Java and models."),
-    json_file: Path = typer.Option(None, "--json", help="Write the scores to this JSON file."),
-    output_dir: Path = typer.Option(None, help="Write scores, captions and report.html here."),
+    spice: Annotated[bool, Option("--spice", help="Also SPICE: slow, needs models.")] = False,
+    json_file: Annotated[Path | None, Option("--json", help="Write the scores here.")] = None,
+    output_dir: Annotated[
+        Path | None, Option(help="Write scores, captions and report.html here.")
+    ] = None,
     device: options.Device = "auto",
 ) -> None:
     """Score a captioner with BLEU, METEOR, ROUGE-L, CIDEr, perplexity and visual gain.
@@ -87,19 +93,24 @@ def _evaluate(
     Args:
         given: the options of `evaluate` by name.
     """
+    from vlm_bridge.configuration import DecodeSettings
     from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
     from vlm_bridge.metrics import score_notes
     from vlm_bridge.training_strategy.distributed import joined
 
     options.quiet_transformers()
-    open_subject = _open_checkpoint if given["checkpoint"] else _open_model
-    decode = {name: given[name] for name in SETTINGS if given[name] is not None}
+    changes = {name: given[name] for name in SETTINGS if given[name] is not None}
     with joined(given["device"]) as world, options.show_progress("captioned") as report:
-        captioner, settings, facts, recipe_yaml, validate = open_subject(given, str(world.device))
+        recipe = validate = None
+        if given["checkpoint"]:
+            captioner, facts = _open_checkpoint(given, str(world.device))
+            recipe, validate = captioner.recipe, captioner.validate
+        else:
+            captioner, facts = _open_model(given, str(world.device))
         evaluation = evaluate_captioner(
             captioner,
             images,
-            decode=settings.replace(**decode),
+            decode=(recipe.decode if recipe else DecodeSettings()).replace(**changes),
             validate=validate,
             batch_size=given["batch_size"],
             spice=given["spice"],
@@ -115,6 +126,7 @@ def _evaluate(
         write_json(given["json_file"], metrics)
     if output_dir:
         title = f"{facts['name']} on {data['name']}, {data['split']}"
+        recipe_yaml = recipe.to_yaml() if recipe else ""
         write_evaluation(evaluation, output_dir, title=title, recipe_yaml=recipe_yaml)
     for prediction in evaluation.predictions:
         if prediction.error:
@@ -126,66 +138,58 @@ def _evaluate(
         print(f"report: {output_dir / 'report.html'}")
 
 
-Subject = tuple[Any, "DecodeSettings", dict[str, Any], str, Any]
-"""Captioner, its decoding settings, its identity, its recipe, and what validates it."""
-
-
-def _open_checkpoint(given: Mapping[str, Any], device: str) -> Subject:
+def _open_checkpoint(given: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
+    """Return a captioner and its identity in reports."""
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.configuration import load_recipe
 
-    checkpoint, config = given["checkpoint"], given["config"]
-    recipe = load_recipe(config) if config else None
+    checkpoint: Path = given["checkpoint"]
+    recipe = load_recipe(given["config"]) if given["config"] else None
     captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
     run = checkpoint.resolve()
-    facts: dict[str, Any] = {"name": run.name}
-    if checkpoint.is_file():
-        # RUN/checkpoints/best_model.pth and RUN/best_model.pth both have the name of the run.
-        run = run.parent.parent if run.parent.name == "checkpoints" else run.parent
-        facts = {"name": run.name, "checkpoint": checkpoint.name}
-    recipe = captioner.recipe
-    return captioner, recipe.decode, facts, recipe.to_yaml(), captioner.validate
+    if not checkpoint.is_file():
+        return captioner, {"name": run.name}
+    # RUN/checkpoints/best_model.pth and RUN/best_model.pth both have the name of the run.
+    run = run.parent.parent if run.parent.name == "checkpoints" else run.parent
+    return captioner, {"name": run.name, "checkpoint": checkpoint.name}
 
 
-def _open_model(given: Mapping[str, Any], device: str) -> Subject:
-    from vlm_bridge.configuration import DecodeSettings
+def _open_model(given: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
+    """Return a published captioner and its identity in reports."""
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
     name, revision = given["model"], given["revision"]
     captioner = BaselineCaptioner.from_pretrained(
         name, device, revision=revision, prompt=given["prompt"]
     )
-    facts = {
+    return captioner, {
         "name": Path(name).resolve().name if Path(name).is_dir() else name,
         "class": type(captioner.model).__name__,
         "revision": revision,
         "prompt": captioner.prompt,
     }
-    return captioner, DecodeSettings(), facts, "", None
 
 
 def _print_scores(metrics: Mapping[str, Any]) -> None:
     from vlm_bridge.metrics import SCORES
 
-    names = [name for name in SCORES if metrics.get(name) is not None]
-    rows = [(name, f"{metrics[name]:.4f}") for name in names]
-    for name, digits in (("perplexity", 3), ("visual_gain", 4)):
-        rows.append((name, "-" if metrics[name] is None else f"{metrics[name]:.{digits}f}"))
-    rows.append(("num_images", str(metrics["num_images"])))
+    rows = [[name, _number(metrics[name])] for name in SCORES if metrics.get(name) is not None]
+    rows += [[name, _number(metrics[name])] for name in ("perplexity", "visual_gain")]
+    rows.append(["num_images", str(metrics["num_images"])])
     decode = metrics["decode"]
     print_rows(rows, note=f"{decode['num_beams']} beams, {decode['max_new_tokens']} tokens; ")
 
 
 def compare(
-    scores: list[Path] = typer.Argument(
-        ..., help="Run folders with an evaluation, or files or folders that `evaluate` wrote."
-    ),
-    reference: str = typer.Option(
-        None, help="What the others are a share of: a name or path of these. (default: the first)"
-    ),
-    force: bool = typer.Option(False, "--force", help="Compare different data all the same."),
+    scores: Annotated[
+        list[Path], typer.Argument(help="Folders of runs or evaluations, or files of scores.")
+    ],
+    reference: Annotated[
+        str | None, Option(help="Name or path of the one to compare with. (default: the first)")
+    ] = None,
+    force: Annotated[bool, Option("--force", help="Compare different data all the same.")] = False,
     as_json: options.AsJson = False,
-    html: Path = typer.Option(None, help="Also write a report of all of them to this HTML file."),
+    html: Annotated[Path | None, Option(help="Also write a report to this HTML file.")] = None,
 ) -> None:
     """Print scores side by side, and each as a share of a reference; refuse those of other data."""
     from vlm_bridge.evaluation.compare import compare as compare_scores
@@ -196,22 +200,21 @@ def compare(
         html.parent.mkdir(parents=True, exist_ok=True)
         write_comparison(html, comparison)
     if as_json:
-        typer.echo(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False))
+        options.print_json(comparison.to_json())
         return
     for line in comparison.notes:
         note(f"note: {line}")
-    name = comparison.reference.name
-    others = [run for run in comparison.runs if run is not comparison.reference]
-    header = ["metric", name]
-    for run in others:
-        header += [run.name, f"% of {name}"]
+    first = comparison.reference
+    others = [run for run in comparison.runs if run is not first]
+    header = ["metric", first.name]
+    header += [title for run in others for title in (run.name, f"% of {first.name}")]
     rows = []
     for metric in comparison.metrics:
-        row = [metric, _number(comparison.reference.scores.get(metric))]
+        rows.append([metric, _number(first.scores.get(metric))])
         for run in others:
             share = comparison.share(run, metric)
-            row += [_number(run.scores.get(metric)), "-" if share is None else f"{100 * share:.1f}"]
-        rows.append(row)
+            percent = "-" if share is None else f"{100 * share:.1f}"
+            rows[-1] += [_number(run.scores.get(metric)), percent]
     print_rows(rows, header)
     if html:
         note(f"report: {html}")
@@ -239,12 +242,10 @@ def _number(value: float | None) -> str:
 
 
 def report(
-    run: Path = typer.Argument(
-        ..., help="Run folder, an evaluation's folder, or a JSON file of scores."
-    ),
-    output: Path = typer.Option(
-        None, "-o", "--output", help="HTML file. (default: report.html in the run's folder)"
-    ),
+    run: Annotated[Path, typer.Argument(help="Folder of a run or evaluation, or its scores.")],
+    output: Annotated[
+        Path | None, Option("-o", "--output", help="(default: report.html in the run's folder)")
+    ] = None,
 ) -> None:
     """Write one HTML file about a run: curves, scores, images, captions, recipe, environment."""
     from vlm_bridge.evaluation.report import write_report

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_bridge.cli import options
+from vlm_bridge.cli.options import Option
 from vlm_bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,23 +26,23 @@ def export(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint, the folder of a run, or a model on the hub.")
     ],
-    output_dir: Path = typer.Option(..., help="Where to write; made if need be."),
-    format: Layout = typer.Option(
-        "huggingface", help="A Hugging Face folder, or the original project's .pth."
-    ),
+    output_dir: Annotated[Path, Option(help="Where to write; made if need be.")],
+    format: Annotated[
+        Layout, Option(help="A Hugging Face folder, or the original project's .pth.")
+    ] = Layout.huggingface,
     config: options.Config = None,
-    dtype: Dtype = typer.Option(None, help="Of the weights. (default: as the checkpoint does)"),
-    title: str = typer.Option(None, help="Title of the model card. (default: the folder's name)"),
-    license: str = typer.Option(None, help="License for the model card, e.g. mit."),
-    dataset: str = typer.Option(None, help="The card's training data, e.g. daniel3303/GroundCap."),
-    metrics: Path = typer.Option(
-        None, help="Scores for the model card. (default: the last evaluation in the run's folder)"
-    ),
+    dtype: Annotated[Dtype | None, Option(help="Of the weights. (default: as stored)")] = None,
+    title: Annotated[str | None, Option(help="Title of the model card.")] = None,
+    license: Annotated[str | None, Option(help="License for the model card, e.g. mit.")] = None,
+    dataset: Annotated[str | None, Option(help="The training data on the model card.")] = None,
+    metrics: Annotated[
+        Path | None, Option(help="Scores for the model card. (default: the run's last)")
+    ] = None,
     overwrite: options.Overwrite = False,
-    push_to_hub: str = typer.Option(
-        None, metavar="REPO", help="Also upload, as owner/model; the token is HF_TOKEN."
-    ),
-    private: bool = typer.Option(False, "--private", help="Make the hub's repository private."),
+    push_to_hub: Annotated[
+        str | None, Option(metavar="REPO", help="Also upload, as owner/model, with HF_TOKEN.")
+    ] = None,
+    private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
 ) -> None:
     """Write a trained captioner as a Hugging Face folder, or in the original project's layout."""
     original = format == Layout.original
@@ -69,28 +70,28 @@ def export(
         save_original(target, recipe, content, where)
     else:
         publish.write_huggingface_folder(content, recipe, output_dir, facts)
-    for note in _notes(recipe, facts, original):
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {where}")
+    for line in _open_points(recipe, facts, original):
+        options.note(f"note: {line}")
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {where}")
     if push_to_hub:
-        typer.echo(f"pushed to {publish.push_to_hub(output_dir, push_to_hub, private=private)}")
+        print(f"pushed to {publish.push_to_hub(output_dir, push_to_hub, private=private)}")
     else:
-        typer.echo(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
+        print(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
 
 
 def _scores(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
     """Return given scores, or those of the last evaluation beside a checkpoint or in its run."""
     from vlm_bridge.evaluation import run_folder
 
-    if given is not None:
-        return dict(run_folder.read_scores(given).metrics)
-    folder = checkpoint.parent
-    places = (folder, folder.parent) if folder.name == "checkpoints" else (folder,)
-    written = [file for place in places for file in run_folder.evaluations_in(place)]
-    return dict(run_folder.read_scores(written[-1]).metrics) if written else None
+    if given is None:
+        folder = checkpoint.parent
+        places = (folder, folder.parent) if folder.name == "checkpoints" else (folder,)
+        written = [file for place in places for file in run_folder.evaluations_in(place)]
+        given = written[-1] if written else None
+    return dict(run_folder.read_scores(given).metrics) if given else None
 
 
-def _notes(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:
+def _open_points(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:
     """Yield what is left open, or needs care on other machines."""
     from vlm_bridge.captioning.publish import is_local
 

@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 import typer
 
@@ -25,10 +24,7 @@ from vlm_bridge.errors import VLMBridgeError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HELP = (
-    "Caption images by training a small bridge between a frozen vision encoder and a frozen "
-    "language model."
-)
+HELP = "Caption images by a small bridge between a frozen vision encoder and language model."
 COMMANDS = (
     quickstart, caption, evaluate, compare, report, demo, info, doctor, export, average, features,
     new_decoder, train,
@@ -57,29 +53,24 @@ def _global_options(
     """Options before every command (`--debug`, anywhere, shows full tracebacks)."""
 
 
-class ConsoleHandler(logging.Handler):
-    """Print bare messages to the current stdout or stderr."""
+class RedactingFormatter(logging.Formatter):
+    """Bare messages without tokens."""
 
-    def __init__(self, *, to_stdout: bool):
-        super().__init__(logging.INFO)
-        self.to_stdout = to_stdout
-
-    def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stdout if self.to_stdout else sys.stderr
-        print(redact(self.format(record)), file=stream, flush=True)
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) -> None:
     """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
-    logger = logging.getLogger("vlm_bridge")
-    logger.setLevel(logging.INFO)
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes
     to_stdout = logs_to_stdout and "--json" not in sys.argv  # stdout is then JSON alone
-    logger.handlers = [ConsoleHandler(to_stdout=to_stdout) if is_first else logging.NullHandler()]
+    handler = logging.StreamHandler(sys.stdout if to_stdout else sys.stderr)
+    handler.setFormatter(RedactingFormatter())
+    logger = logging.getLogger("vlm_bridge")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler if is_first else logging.NullHandler()]
     debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    if debug:
-        sys.excepthook = _print_redacted
     try:
         command()
     except BrokenPipeError:
@@ -90,9 +81,9 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if debug:
-            raise
-        print(f"error: {redact(_explained(error))}", file=sys.stderr)
+        # Messages of libraries may repeat a request with its token.
+        text = traceback.format_exc() if debug else f"error: {_explained(error)}"
+        print(redact(text), file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
@@ -105,11 +96,6 @@ def _explained(error: Exception) -> str:
         f"unexpected {type(error).__name__}: {error} (vlm-bridge doctor checks versions; "
         "run again with --debug for the traceback)"
     )
-
-
-def _print_redacted(*error: Any) -> None:
-    """Print a traceback without tokens: messages of libraries may repeat a request."""
-    print(redact("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 def run_bridge() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import os
 import sys
 import time
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 Checkpoint = Annotated[
-    Path | None,
-    Option(help="A checkpoint, or the folder of a training run. (default: the bundled captioner)"),
+    Path | None, Option(help="A checkpoint, or the folder of a run. (default: bundled)")
 ]
 Config = Annotated[
-    Path | None,
-    Option("--config", "-c", help="Recipe of a checkpoint that names none (the original's)."),
+    Path | None, Option("--config", "-c", help="Recipe of a checkpoint that names none.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")
@@ -36,29 +34,12 @@ RecipeFile = Annotated[
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[int, Option(min=1, help="Images captioned together.")]
-NumBeams = Annotated[int | None, Option(min=1, help="Beams; 1 is greedy. (default: the recipe's)")]
-MaxNewTokens = Annotated[
-    int | None, Option(min=1, help="Longest caption, in tokens. (default: the recipe's)")
-]
-MinNewTokens = Annotated[
-    int | None, Option(min=0, help="Shortest caption, in tokens. (default: the recipe's)")
-]
-RepetitionPenalty = Annotated[
-    float | None, Option(help="Above 1 discourages repeated tokens. (default: the recipe's)")
-]
-NoRepeatNgramSize = Annotated[
-    int | None, Option(min=0, help="Never repeat n-grams of this size. (default: the recipe's)")
-]
-LengthPenalty = Annotated[
-    float | None, Option(help="Above 0 favors long captions among beams. (default: the recipe's)")
-]
+# Settings of generation; the recipe's own without them.
+NumBeams = Annotated[int | None, Option(min=1, help="Beams; 1 is greedy.")]
+MaxNewTokens = Annotated[int | None, Option(min=1, help="Longest caption, in tokens.")]
+LengthPenalty = Annotated[float | None, Option(help="Above 0 favors long captions among beams.")]
 ObjectBonus = Annotated[
-    float | None,
-    Option(
-        min=0,
-        help="Nats for naming what the encoder's classifier recognizes; 0 is off. "
-        "(default: the recipe's)",
-    ),
+    float | None, Option(min=0, help="Nats for naming what the encoder's classifier recognizes.")
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier one.")]
@@ -83,6 +64,10 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 def note(line: str) -> None:
     """Print a line on stderr, beside the results on stdout."""
     print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -123,17 +108,3 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection while models load: it takes a fifth of that time.
-
-    Frozen objects are never looked at again, which saves a second at exit.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_bridge.cli import options
+from vlm_bridge.cli.options import Option
 from vlm_bridge.errors import ConfigurationError, UsageError
 
 if TYPE_CHECKING:
     from vlm_bridge.configuration import Recipe
-
-UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-UNITS |= {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def info(
@@ -33,7 +30,7 @@ def info(
     options.quiet_transformers()
     found = parts_of(options.load_recipe(config, overrides))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        options.print_json(found)
         return
     table = Table("component", "role", "pretrained", "trainable", "parameters")
     for part in found["components"]:
@@ -41,13 +38,13 @@ def info(
         trained = "no" if not trainable else "all" if trainable == total else f"{trainable:,}"
         pretrained = "yes" if part["pretrained"] else "no"
         table.add_row(part["name"], part["role"], pretrained, trained, f"{total:,}")
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(table)
+    Console(width=None if Console().is_terminal else 120).print(table)
     tokens, width = found["features_shape"]
-    console.print(f"trainable share   {found['trainable_share']:.2%}")
-    shape = f"[B, {tokens}, {width}]: {tokens} tokens x {width}"
-    soft = f"{found['soft_tokens']} soft tokens before the text"
-    console.print(f"features          {shape}, {soft}", markup=False)
+    print(
+        f"trainable share   {found['trainable_share']:.2%}\n"
+        f"features          [B, {tokens}, {width}]: {tokens} tokens x {width}, "
+        f"{found['soft_tokens']} soft tokens before the text"
+    )
 
 
 def parts_of(recipe: Recipe) -> dict[str, Any]:
@@ -62,10 +59,10 @@ def parts_of(recipe: Recipe) -> dict[str, Any]:
     }
     components: list[dict[str, Any]] = []
     for role, name in names.items():
-        sizes = [(p.numel(), p.requires_grad) for p in getattr(model, role).parameters()]
+        parameters = list(getattr(model, role).parameters())
         counts = {
-            "parameters": sum(count for count, _ in sizes),
-            "trainable": sum(count for count, is_trained in sizes if is_trained),
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         }
         components.append({"name": name, "role": role, **counts, "pretrained": role != "bridge"})
     share = sum(c["trainable"] for c in components) / sum(c["parameters"] for c in components)
@@ -83,8 +80,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
     checks = run_checks()
     if as_json:
-        rows = [asdict(check) for check in checks]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        options.print_json([asdict(check) for check in checks])
     else:
         width = max(len(check.name) for check in checks)
         colors = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -99,10 +95,10 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 
 def average(
-    checkpoint: list[str] = typer.Argument(
-        ..., help="Two or more checkpoints, folders of runs, or models on the hub."
-    ),
-    output_dir: Path = typer.Option(..., help="Folder of the averaged run; made if need be."),
+    checkpoint: Annotated[
+        list[str], typer.Argument(help="Checkpoints, folders of runs, or models on the hub.")
+    ],
+    output_dir: Annotated[Path, Option(help="Folder of the averaged run; made if need be.")],
     overwrite: options.Overwrite = False,
 ) -> None:
     """Average the trained weights of several runs, which often captions better than any of them.
@@ -118,20 +114,21 @@ def average(
     options.refuse_existing(target, overwrite)
     paths = [checkpoints.find_checkpoint(name) for name in checkpoint]
     checkpoints.save_average(target, paths)
-    typer.echo(f"wrote {target}, the mean of {', '.join(map(str, paths))}")
-    typer.echo(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
+    print(f"wrote {target}, the mean of {', '.join(map(str, paths))}")
+    print(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
 
 
 def features(
     overrides: options.Overrides = None,
     config: options.RecipeFile = None,
-    verify: bool = typer.Option(False, "--verify", help="Compare every cached image's checksum."),
-    evict_to: str = typer.Option(
-        None, metavar="SIZE", help="Build nothing; remove caches until they fit into, e.g., 5GiB."
-    ),
-    cache_dir: Path = typer.Option(
-        None, help="Where to look for caches to remove, instead of where the recipe keeps them."
-    ),
+    verify: Annotated[
+        bool, Option("--verify", help="Compare every cached image's checksum.")
+    ] = False,
+    evict_to: Annotated[
+        str | None,
+        Option(metavar="SIZE", help="Instead: remove old caches until the rest fits into 5GiB."),
+    ] = None,
+    cache_dir: Annotated[Path | None, Option(help="With --evict-to: where caches are.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Encode the images of a recipe ahead of training, or remove the least recently used caches."""
@@ -139,15 +136,14 @@ def features(
 
     if cache_dir is not None and evict_to is None:
         raise UsageError("--cache-dir needs --evict-to; a recipe's own place is feature_cache=DIR")
-    if evict_to is not None and cache_dir is not None:
-        _evict(cache_dir, evict_to, as_json)
-        return
-    recipe = options.load_recipe(config, overrides)
-    root = cache_root(recipe.feature_cache, recipe.data_dir)
+    root, recipe = cache_dir, None
+    if root is None:
+        recipe = options.load_recipe(config, overrides)
+        root = cache_root(recipe.feature_cache, recipe.data_dir)
     if root is None:
         raise ConfigurationError("feature_cache=off: give feature_cache=auto or a folder")
-    if evict_to is not None:
-        _evict(root, evict_to, as_json)
+    if recipe is None or evict_to is not None:
+        _evict(root, str(evict_to), as_json)
     else:
         _build_features(recipe, verify, as_json)
 
@@ -155,21 +151,22 @@ def features(
 def _evict(root: Path, size: str, as_json: bool) -> None:
     from vlm_bridge.data_pipeline.features import as_bytes, caches_below, evict
 
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
-    if match is None or match[2].lower() not in UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
+    if match is None:
         raise UsageError(f"--evict-to {size!r} is not a size: 5GiB, 500MB or 0, for example")
-    removed = evict(root, int(float(match[1]) * UNITS[match[2].lower()]))
+    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+    removed = evict(root, int(float(match[1]) * unit))
     kept = caches_below(root)
     if as_json:
         facts = {
             name: [{"folder": str(folder), "bytes": size} for folder, size in caches.items()]
             for name, caches in (("removed", removed), ("kept", kept))
         }
-        typer.echo(json.dumps({"cache_dir": str(root), **facts}, indent=2))
+        options.print_json({"cache_dir": str(root), **facts})
         return
     for folder, num_bytes in removed.items():
-        typer.echo(f"removed {folder} ({as_bytes(num_bytes)})")
-    typer.echo(f"{len(kept)} caches below {root} take {as_bytes(sum(kept.values()))}")
+        print(f"removed {folder} ({as_bytes(num_bytes)})")
+    print(f"{len(kept)} caches below {root} take {as_bytes(sum(kept.values()))}")
 
 
 def _build_features(recipe: Recipe, verify: bool, as_json: bool) -> None:
@@ -190,26 +187,34 @@ def _build_features(recipe: Recipe, verify: bool, as_json: bool) -> None:
         cache: Any = split_features(encoder, recipe, split, images, check_all=verify).items
         seconds = time.perf_counter() - started
         rate = None if cache.was_there else len(cache) / seconds
-        facts.append({"split": split, "folder": str(cache.folder), "num_images": len(cache)})
-        facts[-1] |= {"num_bytes": cache.num_bytes, "images_per_second": rate}
-        facts[-1] |= {"was_there": cache.was_there, "seconds": seconds}
+        facts.append(
+            {
+                "split": split,
+                "folder": str(cache.folder),
+                "num_images": len(cache),
+                "num_bytes": cache.num_bytes,
+                "images_per_second": rate,
+                "was_there": cache.was_there,
+                "seconds": seconds,
+            }
+        )
         if not as_json:
             state = f"made in {seconds:.0f} s, {rate:.1f} images/s" if rate else "was there"
             size = f"{len(cache):,} images, {as_bytes(cache.num_bytes)}"
-            typer.echo(f"{split}: {size} in {cache.folder}: {state}")
+            print(f"{split}: {size} in {cache.folder}: {state}")
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        options.print_json(facts)
 
 
 def new_decoder(
-    data_dir: Path = typer.Option(..., help="Caption folder; its words become word pieces."),
-    output_dir: Path = typer.Option(..., help="Where to write it, for `language_model.name`."),
-    layers: int = typer.Option(6, min=1, help="Layers."),
-    width: int = typer.Option(256, min=1, help="Width; feed-forward layers are 4x as wide."),
-    heads: int = typer.Option(4, min=1, help="Attention heads; they must divide the width."),
-    vocabulary: int = typer.Option(6000, min=100, help="Word pieces at most."),
-    dropout: float = typer.Option(0.1, min=0.0, max=0.9, help="Dropout in training."),
-    seed: int = typer.Option(0, min=0, help="Seed of the random weights."),
+    data_dir: Annotated[Path, Option(help="Caption folder; its words become word pieces.")],
+    output_dir: Annotated[Path, Option(help="Where to write it, for `language_model.name`.")],
+    layers: Annotated[int, Option(min=1, help="Layers.")] = 6,
+    width: Annotated[int, Option(min=1, help="Width; feed-forward layers are 4x as wide.")] = 256,
+    heads: Annotated[int, Option(min=1, help="Attention heads; they must divide the width.")] = 4,
+    vocabulary: Annotated[int, Option(min=100, help="Word pieces at most.")] = 6000,
+    dropout: Annotated[float, Option(min=0.0, max=0.9, help="Dropout in training.")] = 0.1,
+    seed: Annotated[int, Option(min=0, help="Seed of the random weights.")] = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make a small decoder with cross-attention, to be trained from nothing on your captions."""

@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_bridge.cli import options
+from vlm_bridge.cli.options import Option
 
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.run import Evaluation
@@ -27,22 +28,21 @@ What to type next:
 
 
 def train(
-    overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Recipe overrides, e.g. bridge.depth=4."
-    ),
-    config: Path = typer.Option(
-        None, "--config", "-c", help="Recipe (YAML); recipes that ship are in config/."
-    ),
-    resume: str = typer.Option(
-        None,
-        "--resume",
-        metavar="CKPT|FOLDER|auto",
-        help="Continue this checkpoint, or a folder's newest sound one; auto: that of the recipe's "
-        "checkpoint_dir, and a new run where there is none.",
-    ),
-    force: bool = typer.Option(
-        False, "--force", help="Continue although recipe or data are others than the checkpoint's."
-    ),
+    overrides: options.Overrides = None,
+    config: Annotated[
+        Path | None, Option("--config", "-c", help="Recipe (YAML); config/ has those that ship.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        Option(
+            metavar="CKPT|FOLDER|auto",
+            help="A checkpoint, or a folder's newest sound one; auto: that of checkpoint_dir, and "
+            "a new run where there is none.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, Option("--force", help="Continue with another recipe or other data.")
+    ] = False,
 ) -> None:
     """Train the bridge of a recipe.
 
@@ -54,14 +54,13 @@ def train(
     if config is None and resume in (None, "auto"):
         config = configuration.shipped_recipe(configuration.DEFAULT_RECIPE)
         logger.info(f"recipe: {config} (another one with --config)")
-    recipe = configuration.load_recipe(config, overrides or ()) if config is not None else None
+    given = configuration.load_recipe(config, overrides or ()) if config is not None else None
 
     from vlm_bridge.training_strategy.resume import resumed_recipe
     from vlm_bridge.training_strategy.trainer import train as run_training
 
     options.quiet_transformers()
-    if recipe is None:
-        recipe = configuration.override_recipe(resumed_recipe(resume), overrides or ())
+    recipe = given or configuration.override_recipe(resumed_recipe(str(resume)), overrides or ())
     with exit_when_interrupted():
         result = run_training(recipe, resume=resume or recipe.resume_from_checkpoint, force=force)
     scores = ""
@@ -84,19 +83,18 @@ def exit_when_interrupted() -> Iterator[None]:
         yield
     except Interrupted as interruption:
         if device.process_rank() == 0:
-            line = f"{interruption}; continue with --resume {interruption.saved_to}"
-            typer.echo(line, err=True)
+            options.note(f"{interruption}; continue with --resume {interruption.saved_to}")
         raise typer.Exit(interruption.exit_code) from None
 
 
 def quickstart(
-    overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Overrides of config/quickstart.yaml."
+    overrides: options.Overrides = None,
+    output_dir: Annotated[Path, Option(help="Where everything is written.")] = Path(
+        "runs/quickstart"
     ),
-    output_dir: Path = typer.Option(Path("runs/quickstart"), help="Where everything is written."),
-    photo_checkpoint: Path = typer.Option(
-        Path("runs/lite-flickr8k"), help="A bridge trained on photos; used where it exists."
-    ),
+    photo_checkpoint: Annotated[
+        Path, Option(help="A bridge trained on photos; used where it exists.")
+    ] = Path("runs/lite-flickr8k"),
 ) -> None:
     """Draw scenes, train a bridge on this machine's CPU, and caption images it never saw."""
     from vlm_bridge import configuration

@@ -67,7 +67,7 @@ class DecodedImage(NamedTuple):
     is_plain_jpeg: bool
 
 
-def open_image(path: str | ImageFile) -> Image.Image:
+def open_image(path: str | ImageFile | bytes) -> Image.Image:
     """Return the image at ``path`` (a file, or a place in a tar), upright and 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grayscale is scaled to 8 bits,

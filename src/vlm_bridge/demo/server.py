@@ -30,8 +30,8 @@ from starlette.routing import Route
 from vlm_bridge.demo import service as bounds
 from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, Answer, CaptionService, Request
 from vlm_bridge.errors import DataError, UsageError, VLMBridgeError
-from vlm_bridge.evaluation.report import line_chart
-from vlm_bridge.evaluation.run_folder import HISTORY_NAME, read_curves
+from vlm_bridge.evaluation.report import draw_curves
+from vlm_bridge.evaluation.run_folder import HISTORY_NAME, ReportedRun, read_curves
 
 UPLOAD_PATHS = ("/api/caption", "/gradio_api/upload")
 MAX_UPLOAD_REQUEST_MB = 200
@@ -50,12 +50,6 @@ LEGEND = (
     "The score is the mean log-probability of a token, in nats: 0 is certain. Below each word: "
     "its highest attention as a multiple of an even spread; bright is where the word looked most."
 )
-CHARTS = {
-    "Loss (nats per token)": ("train/loss", "validation/loss"),
-    "Visual gain (nats per token): the loss without the right image": ("validation/visual_gain",),
-    "Learning rate": ("train/learning_rate",),
-    "CIDEr while training": ("validation/cider",),
-}
 SAMPLES_SHOWN = 12
 Examples = Sequence[tuple[str, Image.Image]]
 
@@ -87,16 +81,14 @@ def serving(
             return JSONResponse({"error": str(error)}, 422)
 
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family) as probe:
+        with socket.create_server((host, port)) as probe:
             port = probe.getsockname()[1]
     except OSError as error:
         raise UsageError(
             f"cannot serve on {host}:{port}: {error.strerror}; give another --port or --host"
         ) from error
     # A domain of somebody else may lead here (DNS rebinding).
-    is_open = host in ("0.0.0.0", "::", "")
-    own_names = ["*"] if is_open else [host, "localhost", "127.0.0.1", "[::1]"]
+    own_names = ["*"] if host == "0.0.0.0" else [host, "localhost", "127.0.0.1"]
     app_options = {
         "middleware": [
             Middleware(TrustedHostMiddleware, allowed_hosts=own_names),
@@ -118,7 +110,7 @@ def serving(
             app_kwargs=app_options,
         )  # fmt: skip
         try:
-            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            yield f"http://{host}:{port}"
         finally:
             page.close(verbose=False)
 
@@ -162,7 +154,16 @@ def build_page(service: CaptionService, run: Path | None, examples: Examples) ->
     """Build the page, with a tab that follows a training run if one is given."""
 
     def respond(chosen: list[tuple[str, Any]] | None, *settings: float) -> Iterator[str]:
-        yield from caption_all(service, [Path(path) for path, _ in chosen or []], settings)
+        cards = "" if chosen else _error_card("no image: drop one into the box above, or paste it")
+        yield cards
+        fields = dict(zip(Request.model_fields, settings, strict=True))
+        for file in (Path(path) for path, _ in chosen or []):
+            try:
+                request = service.default_request.updated(fields)
+                cards += _card(service.answer(file.read_bytes(), file.name, request, overlays=True))
+            except VLMBridgeError as error:
+                cards += _error_card(str(error))
+            yield cards + f'<p class="vb-note"><small>{LEGEND}</small></p>'
 
     def take(event: gr.SelectData) -> list[Image.Image]:
         return [examples[event.index][1]]
@@ -211,23 +212,6 @@ def _sliders(start: Request) -> list[gr.Slider]:
     ]
 
 
-def caption_all(
-    service: CaptionService, files: Sequence[Path], settings: Sequence[float]
-) -> Iterator[str]:
-    """Yield the cards of uploaded images, again after every image."""
-    if not files:
-        yield _error_card("no image: drop one into the box above, or paste it")
-    cards = ""
-    for file in files:
-        try:
-            given = dict(zip(Request.model_fields, settings, strict=True))
-            request = service.default_request.updated(given)
-            cards += _card(service.answer(file.read_bytes(), file.name, request, overlays=True))
-        except VLMBridgeError as error:
-            cards += _error_card(str(error))
-        yield cards + f'<p class="vb-note"><small>{LEGEND}</small></p>'
-
-
 def _card(answer: Answer) -> str:
     """Return an image with its caption, the alternatives and the overlays of its words."""
     alternatives = "".join(
@@ -268,13 +252,11 @@ def live_html(run: Path) -> str:
         return _error_card(str(error))
     if not curves:
         return _error_card(f"no training log in {run} yet: is it the folder of a training run?")
-    charts = samples = ""
-    for title, names in CHARTS.items():
-        if drawn := {name: curves[name] for name in names if name in curves}:
-            charts += line_chart(title, drawn)
+    charts = "".join(draw_curves([ReportedRun(run.name, curves=curves)]))
     lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     # The last line may be half written.
     events = [json.loads(line) for line in lines if '"samples"' in line and line.endswith("}")]
+    samples = ""
     for event in events[: -SAMPLES_SHOWN - 1 : -1]:
         rows = (f"<li>{escape(c)} <small>{escape(r)}</small></li>" for c, r in event["captions"])
         samples += f"<h4>Step {event['step']:,}</h4><ul>{''.join(rows)}</ul>"

@@ -21,7 +21,6 @@ from vlm_bridge.errors import ConfigurationError, DataError, ImageError
 MEGABYTE = 2**20
 MAX_UPLOAD_MB = 20
 MOST_BEAMS, MOST_ALTERNATIVES, LONGEST = 8, 5, 80
-DECODE_TOGETHER = 2
 OVERLAY_SIDE = 160
 
 
@@ -73,7 +72,7 @@ class Answer:
 
 
 class CaptionService:
-    """Answer requests of any number of threads; few images at a time are in memory.
+    """Answer requests of any number of threads, one image at a time.
 
     Args:
         checkpoint: name of the captioner's checkpoint on the page.
@@ -84,7 +83,7 @@ class CaptionService:
         self,
         captioner: Captioner,
         checkpoint: str,
-        open_image: Callable[[Any], Image.Image] = open_image,
+        open_image: Callable[[bytes], Image.Image] = open_image,
     ):
         self.captioner = captioner
         self.open_image = open_image
@@ -93,7 +92,6 @@ class CaptionService:
         parts = [*recipe.vision_encoder.names, recipe.bridge.kind, recipe.language_model.name]
         names = " → ".join(Path(name).name for name in parts)
         self.summary = f"{names}, on {device} ({checkpoint})"
-        self._places = threading.Semaphore(DECODE_TOGETHER)
         self._turn = threading.Lock()
 
     def answer(
@@ -107,33 +105,31 @@ class CaptionService:
         """
         if len(content) > MAX_UPLOAD_MB * MEGABYTE:
             raise DataError(f"{name} is too large: send at most {MAX_UPLOAD_MB} MB")
-        with self._places:
+        with self._turn:
+            started = time.perf_counter()
             try:
                 image = self.open_image(content)
             except ImageError as error:
                 raise DataError(f"{name}: {error.reason}; send a JPEG, PNG or WebP") from error
-            with self._turn:
-                return self._caption(image, request, overlays)
+            captions = self._captions(image, request)
+            words: list[tuple[WordAttention, Image.Image]] = []
+            if overlays:
+                explained = explain(self.captioner, image, caption=captions[0].caption)
+                shown = word_overlays(explained, image, OVERLAY_SIDE)
+                words = list(zip(explained.words, shown, strict=True))
+            return Answer(captions, words, image, time.perf_counter() - started)
 
-    def _caption(self, image: Image.Image, request: Request, overlays: bool) -> Answer:
-        started = time.perf_counter()
-        sampled = request.temperature > 0
-        decode = self.captioner.recipe.decode.replace(
-            num_beams=1 if sampled else request.num_beams,
-            do_sample=sampled,
-            temperature=request.temperature if sampled else 1.0,
-            length_penalty=request.length_penalty,
-            max_new_tokens=request.max_new_tokens,
-        )
-        count = request.num_alternatives
-        count = count if sampled else min(count, decode.num_beams)
+    def _captions(self, image: Image.Image, request: Request) -> list[Candidate]:
+        """Return distinct captions, likeliest first."""
+        settings = request.model_dump()
+        count = settings.pop("num_alternatives")
+        if request.temperature > 0:
+            settings |= {"num_beams": 1, "do_sample": True}
+        else:
+            settings |= {"temperature": 1.0, "do_sample": False}
+            count = min(count, request.num_beams)
+        decode = self.captioner.recipe.decode.replace(**settings)
         (found,) = self.captioner.candidates([image], count, decode=decode)
-        if sampled:
+        if decode.do_sample:
             found.sort(key=lambda candidate: -candidate.score)
-        captions = list({candidate.caption: candidate for candidate in found}.values())
-        words: list[tuple[WordAttention, Image.Image]] = []
-        if overlays:
-            explained = explain(self.captioner, image, caption=captions[0].caption)
-            shown = word_overlays(explained, image, OVERLAY_SIDE)
-            words = list(zip(explained.words, shown, strict=True))
-        return Answer(captions, words, image, time.perf_counter() - started)
+        return list({candidate.caption: candidate for candidate in found}.values())

@@ -76,7 +76,7 @@ def write_report(
         shares={r.name: r.shares_of(whole) for r in measured if r is not whole} if whole else {},
         published=[system for name in datasets for system in published_on(name)],
         reference=reference,
-        curves=_curves(runs),
+        curves=draw_curves(runs),
         galleries=[(heading, list(map(_figure, rows))) for heading, rows in _galleries(runs)],
         statistics=_statistics(runs),
         people=PEOPLE,
@@ -166,7 +166,7 @@ def _shown(value: float) -> str:
     return f"{round(value, 4):.6g}"
 
 
-def _curves(runs: Sequence[ReportedRun]) -> list[str]:
+def draw_curves(runs: Sequence[ReportedRun]) -> list[str]:
     """Draw a chart per quantity."""
     charts: dict[str, dict[str, Points]] = {name: {} for name in FIRST_CURVES}
     for run in runs:
