@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from vlm_bridge.formats.pvt_blip import (
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., Any]
 COLORS = ("red", "green", "blue", "yellow")
 KEYS = ("amp_dtype=float32", "decode.num_beams=1", "decode.max_new_tokens=6",
         "num_decoded_images=2", "feature_cache=off")  # fmt: skip
@@ -40,16 +41,20 @@ QUICK = [word for key in KEYS for word in ("--set", key)]
 def run_script(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """``python scripts/NAME.py ARGUMENTS`` inside this process, without its seconds of imports."""
+    """``python scripts/NAME.py ARGUMENTS`` inside this process, without its seconds of imports.
 
-    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    The result is what it printed; of a failure with exit code `fails`, its line on stderr.
+    """
+
+    def run(name: str, *arguments: object, fails: int = 0) -> str:
         command = [str(repository / "scripts" / f"{name}.py"), *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             runpy.run_path(command[0], run_name="__main__")
-        code, captured = int(exit_.value.code or 0), capsys.readouterr()
-        return subprocess.CompletedProcess(command, code, captured.out, captured.err)
+        captured = capsys.readouterr()
+        assert int(exit_.value.code or 0) == fails, captured.err
+        return captured.err if fails else captured.out
 
     return run
 
@@ -106,11 +111,8 @@ def test_the_guides_commands(
     run_script: Run, run_here: Run, models: tuple[str, ...], tmp_path: Path
 ) -> None:
     start, output, again = (tmp_path / name for name in ("start.pth", "out/tuned.pth", "again.pth"))
-    run = output.with_suffix("")
-    saved = run_script(
-        "save_combined_checkpoint", *models, "--projection", "linear", "--output", start
-    )
-    assert saved.returncode == 0, saved.stderr
+    save = "save_combined_checkpoint"
+    run_script(save, *models, "--projection", "linear", "--output", start)
     coco = write_coco(tmp_path / "coco")
     command = (
         "finetune_combined", "--checkpoint", start, "--dataset", "coco_sample",
@@ -120,8 +122,7 @@ def test_the_guides_commands(
         *models, *QUICK,
     )  # fmt: skip
     tuned = run_script(*command)
-    assert tuned.returncode == 0, tuned.stderr
-    assert "4 steps" in tuned.stdout and str(output) in tuned.stdout
+    assert "4 steps" in tuned and str(output) in tuned
     folder = CaptionFolder.open(tmp_path / "out" / "coco_sample-8-captions")
     counts = {split: count["images"] for split, count in folder.manifest["counts"].items()}
     assert counts == {"train": 8, "val": 4, "test": 0}
@@ -133,25 +134,21 @@ def test_the_guides_commands(
     assert parts.proj is not None and torch.equal(parts.proj.weight, after["visual_proj.weight"])
     assert [type(part).__name__ for part in parts] == ["PvtV2Model", "PvtBlip", "Linear"]
 
-    resumed = run_script(*command)
-    assert resumed.returncode == 0 and "at step 4 of 4" in resumed.stdout, resumed.stderr
+    assert "at step 4 of 4" in run_script(*command)
     assert same(read_combined(output), after)
-    changed = run_script(*command, "--lr", 5e-3)
-    assert changed.returncode == 1
-    assert "learning_rate" in changed.stderr and "--force" in changed.stderr
+    changed = run_script(*command, "--lr", 5e-3, fails=1)
+    assert "learning_rate" in changed and "--force" in changed
     forced = run_script(*command, "--lr", 5e-3, "--force")
-    assert forced.returncode == 0, forced.stderr
-    assert "changed by --force: learning_rate" in forced.stdout
+    assert "changed by --force: learning_rate" in forced
 
-    image = next((coco / "val2017").iterdir())
+    run, image = output.with_suffix(""), next((coco / "val2017").iterdir())
     captioned = run_here("caption", image, "--checkpoint", run, "--device", "cpu")
     assert captioned.returncode == 0, captioned.stderr
-    saved = run_script("save_combined_checkpoint", "--checkpoint", run, "--output", again)
-    assert saved.returncode == 0 and same(read_combined(again), after), saved.stderr
+    run_script(save, "--checkpoint", run, "--output", again)
+    assert same(read_combined(again), after)
 
     write_combined(start, {name: tensor + 1 for name, tensor in before.items()})
-    other = run_script(*command)
-    assert other.returncode == 2 and "started from another combined file" in other.stderr
+    assert "started from another combined file" in run_script(*command, fails=2)
 
 
 def test_without_learning_the_output_is_the_input(
@@ -161,13 +158,12 @@ def test_without_learning_the_output_is_the_input(
     state = combine_models(models[1], models[3], "conv3x3")
     start, output = tmp_path / "start.pth", tmp_path / "same.pth"
     write_combined(start, state | {n: t + 0.1 for n, t in state.items() if t.ndim == 1})
-    tuned = run_script(
+    run_script(
         "finetune_combined", "--checkpoint", start, "--dataset", "local",
         "--dataset_path", drawn_caption_folder, "--epochs", 1, "--lr", 0, "--image_size", 64,
         "--num_workers", 1, "--output", output, "--set", "monitor=loss", "--set",
         "trainable={bridge.*: null, language_model.*crossattention*: null}", *models, *QUICK,
     )  # fmt: skip
-    assert tuned.returncode == 0, tuned.stderr
     assert same(read_combined(output), read_combined(start))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["same", "same.pth", "start.pth"]
 
@@ -197,10 +193,8 @@ def test_mistakes_are_one_line(
         "--dataset_path": str(drawn_caption_folder),
         **dict(zip(models[::2], models[1::2], strict=True)), **changes,
     }  # fmt: skip
-    given = {name: value for name, value in arguments.items() if value is not None}
-    failed = run_script("finetune_combined", *(word for pair in given.items() for word in pair))
-    assert failed.returncode == code, failed.stderr
-    (line,) = failed.stderr.strip().splitlines()
+    given = [word for pair in arguments.items() if pair[1] is not None for word in pair]
+    (line,) = run_script("finetune_combined", *given, fails=code).strip().splitlines()
     assert line.startswith("error: ") and says in line
     assert not Path("out.pth").exists()
 
@@ -291,8 +285,7 @@ def test_the_guides_scenario_1(
     written = torch.load(trained, weights_only=True)
     assert any(name.startswith("text_decoder.text_decoder.bert.") for name in written)
     shown = run_script("load_combined_checkpoint", "--checkpoint", trained, "--device", "cpu")
-    assert shown.returncode == 0, shown.stderr
-    assert [line.strip() for line in shown.stdout.splitlines()[-3:]] == [
+    assert [line.strip() for line in shown.splitlines()[-3:]] == [
         "- PVT: PvtCbam", "- BLIP: PvtBlip", "- Projection: MapLinear",
     ]  # fmt: skip
 
@@ -320,7 +313,6 @@ def test_the_guides_other_scenarios(scenario: str, guide_folder: Path, run_scrip
         write_flickr30k(guide_folder / "datasets" / "flickr30k")
         originals_file()
     script, *arguments = shlex.split(scenario)
-    done = run_script(Path(script).stem, *arguments)
-    assert done.returncode == 0, done.stderr
+    run_script(Path(script).stem, *arguments)
     output = arguments[arguments.index("--output") + 1]
     assert read_combined(output).keys() >= {"visual_proj.weight"}

@@ -41,7 +41,7 @@ def table(*rows: str) -> str:
 
 
 def test_a_row_that_does_not_fit_costs_itself_alone(tmp_path: Path) -> None:
-    rows = [*ROWS[:2], "p2.jpg,a dog, wet", 'p3.jpg,"Stop" sign', "p4.jpg,a 5\" pipe"]
+    rows = [*ROWS[:2], "p2.jpg,a dog, wet", 'p3.jpg,"Stop" sign', 'p4.jpg,a 5" pipe']
     captions, skipped = read(tmp_path / "a.csv", table(*rows))
     assert captions["p3.jpg"] == ("Stop sign",) and captions["p4.jpg"] == ('a 5" pipe',)
     assert len(captions) == 4 and "3 cells instead of 2" in skipped["a.csv:4"]

@@ -20,6 +20,7 @@ from vlm_bridge.model_architecture.captioner import (
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.step import adamw
 
+BRIDGE, WHOLE = "bridge.*", "language_model.*"
 CROSS_ATTENTION = "language_model.*crossattention*"
 HEAD = "language_model.causal_lm.cls.*"
 EMBEDDINGS = "language_model.causal_lm.bert.embeddings.word_embeddings.weight"
@@ -30,9 +31,10 @@ def recipe(tiny_vit_dir: Path, tiny_bert_dir: Path) -> Recipe:
     return tiny_recipe(tiny_vit_dir, tiny_bert_dir, "projection")
 
 
-def trained(recipe: Recipe, trainable: dict[str, float | None], *overrides: str) -> CaptionModel:
-    changed = recipe_from_dict({**recipe.to_dict(), "trainable": trainable})
-    return build_captioner(override_recipe(changed, overrides))
+def trained(recipe: Recipe, *patterns: str, **more: Any) -> CaptionModel:
+    """Build a captioner whose bridge and patterns are trained, or those of `trainable`."""
+    trainable = {"trainable": dict.fromkeys((BRIDGE, *patterns))}
+    return build_captioner(recipe_from_dict({**recipe.to_dict(), **trainable, **more}))
 
 
 def learning(model: CaptionModel) -> set[str]:
@@ -47,29 +49,24 @@ def test_patterns_choose_what_learns(recipe: Recipe) -> None:
     bridge_alone = build_captioner(recipe)
     bridge = everything_in(bridge_alone, "bridge.")
     assert learning(bridge_alone) == bridge
-    in_part = trained(recipe, {"bridge.*": None, CROSS_ATTENTION: None})
-    assert learning(in_part) == bridge | everything_in(in_part, "crossattention")
-    whole = trained(recipe, {"bridge.*": None, "language_model.*": None})
-    assert learning(whole) == bridge | everything_in(whole, "language_model.")
+    for pattern, part in ((CROSS_ATTENTION, "crossattention"), (WHOLE, "language_model.")):
+        model = trained(recipe, pattern)
+        assert learning(model) == bridge | everything_in(model, part)
 
 
 def test_the_first_pattern_that_matches_decides(recipe: Recipe) -> None:
-    patterns = {"bridge.*": None, CROSS_ATTENTION: 1e-3, "language_model.*": 1e-4}
-    found = trained_parameters(trained(recipe, patterns), patterns)
+    patterns = {BRIDGE: None, CROSS_ATTENTION: 1e-3, WHOLE: 1e-4}
+    found = trained_parameters(trained(recipe, trainable=patterns), patterns)
     assert {pattern for _, _, pattern in found} == patterns.keys()
     for name, _, pattern in found:
-        in_decoder = CROSS_ATTENTION if "crossatt" in name else "language_model.*"
-        assert pattern == ("bridge.*" if "bridge" in name else in_decoder)
-    with pytest.raises(
-        ConfigurationError, match=r"no parameter is left for the pattern .*crossattention"
-    ):
-        trained(recipe, {"bridge.*": None, "language_model.*": 1e-4, CROSS_ATTENTION: 1e-3})
+        in_decoder = CROSS_ATTENTION if "crossatt" in name else WHOLE
+        assert pattern == (BRIDGE if "bridge" in name else in_decoder)
+    with pytest.raises(ConfigurationError, match=r"no parameter is left for .*crossattention"):
+        trained(recipe, WHOLE, CROSS_ATTENTION)
 
 
 def test_a_tied_weight_is_known_by_all_its_names(recipe: Recipe) -> None:
-    by_head, by_embeddings = (
-        trained(recipe, {"bridge.*": None, pattern: None}) for pattern in (HEAD, EMBEDDINGS)
-    )
+    by_head, by_embeddings = trained(recipe, HEAD), trained(recipe, EMBEDDINGS)
     head: Any = by_head.language_model.head_module
     assert all(parameter.requires_grad for parameter in head.parameters())
     assert EMBEDDINGS in learning(by_head) & learning(by_embeddings)
@@ -77,7 +74,7 @@ def test_a_tied_weight_is_known_by_all_its_names(recipe: Recipe) -> None:
 
 
 def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
-    patterns = {"bridge.*": None, CROSS_ATTENTION: 5e-4, "language_model.*": 0.0}
+    patterns = {BRIDGE: None, CROSS_ATTENTION: 5e-4, WHOLE: 0.0}
     changed = recipe_from_dict({**recipe.to_dict(), "trainable": patterns, "learning_rate": 1e-3})
     model = build_captioner(changed)
     optimizer, relative = adamw(trained_parameters(model, patterns), changed)
@@ -87,29 +84,29 @@ def test_rates_are_relative_to_the_schedule(recipe: Recipe) -> None:
         for name in group["param_names"]
     }
     assert of_name.keys() == learning(model)
-    sizes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for name, (rate, decay) in of_name.items():
         expected = 1.0 if "bridge" in name else 0.5 if "crossattention" in name else 0.0
         assert rate == pytest.approx(expected), name
-        assert decay == (changed.weight_decay if sizes[name] >= 2 else 0.0), name
+        assert decay == (changed.weight_decay if parameters[name].ndim >= 2 else 0.0), name
 
 
 @pytest.mark.parametrize(
-    ("trainable", "overrides", "message"),
+    ("patterns", "dtype", "message"),
     [
-        ({"bridge.*": None, "language_model.*lora*": None}, (), "no parameter is left for"),
-        ({"bridge.*": None, "vision_encoder.*": None}, (), "reaches into the vision encoder"),
-        ({"*": None}, (), r"'\*' reaches into the vision encoder"),
-        ({"bridge.*": None, "language_model.*": None}, ("language_model.dtype=bfloat16",),
-         "small updates are lost: use language_model.dtype=float32"),
-        ({"language_model.*": None}, (), r"start at random and would stay so \(first: bridge\."),
+        ([BRIDGE, "language_model.*lora*"], "float32", "no parameter is left for"),
+        ([BRIDGE, "vision_encoder.*"], "float32", "reaches into the vision encoder"),
+        (["*"], "float32", r"'\*' reaches into the vision encoder"),
+        ([BRIDGE, WHOLE], "bfloat16", "small updates are lost: use language_model.dtype=float32"),
+        ([WHOLE], "float32", r"start at random and would stay so \(first: bridge\."),
     ],
-)  # fmt: skip
+)
 def test_patterns_that_cannot_be_trained_are_refused(
-    recipe: Recipe, trainable: dict, overrides: tuple[str, ...], message: str
+    recipe: Recipe, patterns: list[str], dtype: str, message: str
 ) -> None:
+    recipe = override_recipe(recipe, [f"language_model.dtype={dtype}"])
     with pytest.raises(ConfigurationError, match=message) as refusal:
-        trained(recipe, trainable, *overrides)
+        trained(recipe, trainable=dict.fromkeys(patterns))
     assert "\n" not in str(refusal.value)
 
 
@@ -117,9 +114,9 @@ def test_patterns_may_be_given_on_the_command_line(recipe: Recipe) -> None:
     changed = override_recipe(
         recipe, ("trainable.language_model.*=2e-5", "trainable.bridge.*=1e-3")
     )
-    assert changed.trainable == {"bridge.*": 1e-3, "language_model.*": 2e-5}
+    assert changed.trainable == {BRIDGE: 1e-3, WHOLE: 2e-5}
     whole = override_recipe(recipe, ("trainable={bridge.*: null}",))
-    assert whole.trainable == {"bridge.*": None}
+    assert whole.trainable == {BRIDGE: None}
     assert recipe_from_dict(changed.to_dict()) == changed
 
 
@@ -134,8 +131,7 @@ def test_new_cross_attention_must_be_trained(
     recipe = override_recipe(plain, ["language_model.add_cross_attention=true"])
     with pytest.raises(ConfigurationError, match=r"would stay so \(first: language_model\..*cross"):
         build_captioner(recipe)
-    patterns: dict[str, float | None] = {"bridge.*": None, "language_model.*cross*": None}
-    model, again = trained(recipe, patterns), trained(recipe, patterns)
+    model, again = (trained(recipe, "language_model.*cross*") for _ in range(2))
     # Parameters that no checkpoint held are in ours.
     fresh = {f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters}
     assert fresh and fresh <= model.trained_state_dict().keys()
@@ -143,38 +139,34 @@ def test_new_cross_attention_must_be_trained(
         assert torch.equal(tensor, again.state_dict()[name]), f"{name} does not follow the seed"
 
 
-def test_dropout_acts_where_it_is_trained_and_nowhere_else(recipe: Recipe) -> None:
-    for pattern, where in (
-        (None, "nowhere"),
-        (CROSS_ATTENTION, "crossattention"),
-        ("language_model.*", ""),
-    ):
-        model = trained(recipe, {"bridge.*": None, **({pattern: None} if pattern else {})})
-        model.train()
-        dropouts = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
-        active = {name for name, module in dropouts.items() if module.training}
-        in_decoder = {name for name in dropouts if name.startswith("language_model.")}
-        assert active == {name for name in in_decoder if where in name}
-        assert model.bridge.training
-        assert not any(module.training for module in model.vision_encoder.modules())
-        model.eval()
-        assert not any(module.training for module in model.modules())
+@pytest.mark.parametrize(
+    ("pattern", "where"), [(BRIDGE, "no"), (CROSS_ATTENTION, "crossattention"), (WHOLE, "")]
+)
+def test_dropout_acts_where_it_is_trained_and_nowhere_else(
+    recipe: Recipe, pattern: str, where: str
+) -> None:
+    model = trained(recipe, pattern).train()
+    dropouts = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    active = {name for name, module in dropouts.items() if module.training}
+    assert active == {n for n in dropouts if n.startswith("language_model.") and where in n}
+    assert model.bridge.training
+    assert not any(module.training for module in model.vision_encoder.modules())
+    assert not any(module.training for module in model.eval().modules())
 
 
-@pytest.mark.parametrize("pattern", [CROSS_ATTENTION, "language_model.*", HEAD])
+@pytest.mark.parametrize("pattern", [CROSS_ATTENTION, WHOLE, HEAD])
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
     recipe: Recipe, pattern: str, tmp_path: Path
 ) -> None:
-    model = trained(recipe, {"bridge.*": None, pattern: None})
+    model, path = trained(recipe, pattern), tmp_path / "checkpoint.pth"
     state = model.trained_state_dict()
     assert state.keys() == learning(model) | {"feature_scale.mean", "feature_scale.std"}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in state:
                 parameter.add_(torch.randn_like(parameter))
-    path = tmp_path / "checkpoint.pth"
     checkpoints.save_checkpoint(path, recipe, model.trained_state_dict())
-    fresh = trained(recipe, {"bridge.*": None, pattern: None})
+    fresh = trained(recipe, pattern)
     checkpoints.restore(fresh, checkpoints.load_checkpoint(path), path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor), name
