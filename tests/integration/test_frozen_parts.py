@@ -40,25 +40,18 @@ def test_what_a_recipe_freezes_stays_as_it_is(
     encoder, image_size = TINY_ENCODERS[last_encoder]
     language_model = TINY_LANGUAGE_MODELS[published.language_model.name]
     changes = [
+        f"vision_encoder.name={request.getfixturevalue(encoder) if encoder else last_encoder}",
         f"vision_encoder.image_size={image_size}",
         f"language_model.name={request.getfixturevalue(language_model)}",
-        f"data_dir={drawn_caption_folder}",
-        f"feature_cache={tmp_path / 'features'}",
-        f"checkpoint_dir={tmp_path / 'checkpoints'}",
-        f"log_dir={tmp_path / 'logs'}",
+        f"data_dir={drawn_caption_folder}", f"feature_cache={tmp_path / 'features'}",
+        f"checkpoint_dir={tmp_path / 'checkpoints'}", f"log_dir={tmp_path / 'logs'}",
         "captions_per_image=2", "batch_size=8", "gradient_accumulation_steps=1", "max_steps=2",
-        "num_epochs=1",
-        "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss",
+        "num_epochs=1", "warmup_steps=0", "num_workers=0", "device=cpu", "monitor=loss",
         "decode.num_beams=1", "decode.max_new_tokens=4", "max_validation_images=4",
-        "num_validation_samples=1",
-        "scst_samples=4", "start_from=null",
-        f"vision_encoder.name={request.getfixturevalue(encoder) if encoder else last_encoder}",
+        "num_validation_samples=1", "scst_samples=4", "start_from=null",
     ]  # fmt: skip
-    if getattr(published.bridge, "enter_at_layer", None):
-        changes += [
-            "bridge.enter_at_layer=1",
-            "bridge.num_heads=4",
-        ]  # of the two layers that tiny models have
+    if getattr(published.bridge, "enter_at_layer", None):  # tiny models have two layers
+        changes += ["bridge.enter_at_layer=1", "bridge.num_heads=4"]
     recipe = load_recipe(path, changes)
     assert recipe.trainable == published.trainable
 

@@ -52,14 +52,10 @@ def recipe_path(
     drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> Path:
     recipe = tiny_recipe(
-        tiny_vit_dir,
-        tiny_llama_dir,
-        **places_of_run(tmp_path, "run", drawn_caption_folder),
-        max_steps=2,
-        save_every="1 step",
-        batch_size=8,
+        tiny_vit_dir, tiny_llama_dir, **places_of_run(tmp_path, "run", drawn_caption_folder),
+        max_steps=2, save_every="1 step", batch_size=8,
         decode={"num_beams": 1, "max_new_tokens": 4},
-    )
+    )  # fmt: skip
     (path := tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     return path
 
@@ -95,7 +91,7 @@ def test_no_error_repeats_it(
     image = drawn_caption_folder / "val" / "images" / "val-00.jpg"
     train = ("train", "--config", recipe_path)
     export = ("export", checkpoint, "--output-dir", tmp_path / "exported", "--overwrite")
-    keys = ("vision_encoder.name", "language_model.name", "data_dir", "nonsense", "learning_rate")
+    keys = ("vision_encoder.name", "data_dir", "nonsense")
     for command in (
         *((*train, f"{key}={address}") for address in ADDRESSES for key in keys),
         ("caption", image, "--checkpoint", ADDRESSES[0]),
@@ -127,12 +123,11 @@ def test_no_traceback_has_it(
 def test_recipes_and_checkpoints_that_bring_one_are_refused(run_clean: Run, tmp_path: Path) -> None:
     for value in (*ADDRESSES, f"https://user:{PASSWORD}@example.com/model", TOKEN):
         refused = run_clean("train", f"language_model.name={value}")
-        assert refused.returncode == 2
+        assert refused.returncode == 2 and "HF_TOKEN" in refused.stderr
         assert "language_model.name holds a token or a password" in refused.stderr
-        assert "HF_TOKEN" in refused.stderr
     recipe = load_recipe(None).to_dict()
     recipe["language_model"]["name"] = ADDRESSES[0]
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "sizes": {}, "weights": {}}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "weights": {}}
     torch.save({**content, "recipe": recipe}, tmp_path / "model.pth")
     refused = run_clean("export", tmp_path / "model.pth", "--output-dir", tmp_path / "exported")
     assert refused.returncode != 0 and not (tmp_path / "exported").exists()
