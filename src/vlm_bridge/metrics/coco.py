@@ -6,7 +6,6 @@ Its Java programs are run here: its own wrappers wait forever for a Java that di
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -32,8 +31,6 @@ _TOKEN = re.compile(
     r"(?P<can>can)(?=not\b)|n't\b|'(?:s|re|ve|ll|d|m)\b"
     r"|\w+?(?=n't\b)|\w+(?:(?!'(?:s|re|ve|ll|d|m)\b)[-'&]\w+|(?<=\d)[.,:/]\d+)*"
 )
-
-logger = logging.getLogger(__name__)
 
 
 class JavaError(Exception):
@@ -110,15 +107,6 @@ def simple_tokenize(sentences: Sequence[str]) -> list[str]:
     """
     plain = (sentence.lower().replace("\u2019", "'") for sentence in sentences)
     return [" ".join(match.group() for match in _TOKEN.finditer(text)) for text in plain]
-
-
-def reference_tokens(captions: Sequence[str]) -> list[str]:
-    """Tokenize human captions by PTB, or by `simple_tokenize` where Java is missing."""
-    try:
-        return ptb_tokenize(captions)
-    except JavaError as error:
-        logger.warning("references are tokenized by a simple rule, not by PTB: %s", error)
-        return simple_tokenize(captions)
 
 
 def bleu(gts: Tokens, res: Tokens) -> Scores:

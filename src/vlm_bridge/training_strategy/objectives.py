@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, in_batches, pack_rows
 from vlm_bridge.device import copies
+from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.metrics.cider import CiderD
-from vlm_bridge.metrics.coco import reference_tokens, simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.training_strategy.data import Split
 from vlm_bridge.training_strategy.validation import (
@@ -79,8 +78,7 @@ class SelfCritical(CrossEntropy):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         references = [image.captions for image in self.split.images]
-        tokens = iter(reference_tokens(list(chain.from_iterable(references))))
-        self.reward = CiderD([[f"{next(tokens)} {END}" for _ in some] for some in references])
+        self.reward = CiderD([[f"{x} {END}" for x in simple_tokenize(some)] for some in references])
         self.num_samples = self.recipe.scst_samples
         self._sampling = DecodeSettings(
             max_new_tokens=self.recipe.decode.max_new_tokens,
