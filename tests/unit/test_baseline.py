@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import pytest
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
 
-from tiny_captioners import MAX_POSITIONS, SAVE, SIZES, build_bert_tokenizer
+from tiny_captioners import MAX_POSITIONS, SAVE
 from vlm_bridge.captioning.pipeline import CaptionResult
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
@@ -87,69 +87,63 @@ def test_the_prompt_is_the_familys_own_unless_given(
     assert prompted != bare and not any("picture" in text for text in prompted)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_captions_must_fit_into_the_decoder(
-    name: str, folders: dict[str, Path], images: list[Path]
-) -> None:
+def test_captions_must_fit_into_the_decoder(folders: dict[str, Path], images: list[Path]) -> None:
     with pytest.raises(UsageError, match=f"exceed the {MAX_POSITIONS} positions"):
-        caption(load(folders[name]), images, max_new_tokens=MAX_POSITIONS + 1)
+        caption(load(folders["git"]), images, max_new_tokens=MAX_POSITIONS + 1)
 
 
-class TestRefusals:
-    """One line each, with what would work."""
+def refused(name: object) -> str:
+    """Return the one line with which a model is refused."""
+    with pytest.raises(ModelError) as refusal:
+        load(name)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
 
-    def refused(self, name: object) -> str:
-        with pytest.raises(ModelError) as refusal:
-            load(name)
-        assert "\n" not in str(refusal.value)
-        return str(refusal.value)
 
-    def test_a_language_model(self, tmp_path: Path) -> None:
-        tokenizer = build_bert_tokenizer()
-        BertModel(BertConfig(**SIZES, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
-        message = self.refused(tmp_path)
-        assert all(class_name in message for class_name in ("BertModel", *MODELS.values()))
-
-    @pytest.mark.parametrize(
-        ("config", "words"),
-        [
-            ({"model_type": "vlm-bridge-captioner"}, "--checkpoint"),
-            ({"model_type": "blip", "architectures": ["BlipForRetrieval"]}, "BlipForRetrieval"),
-        ],
-    )
-    def test_other_models(self, config: dict, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "vlm-bridge-captioner"}, "--checkpoint"),
+        ({"model_type": "blip", "architectures": ["BlipForRetrieval"]}, "BlipForRetrieval"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, ", ".join(MODELS.values())),
+        (None, "without a config.json"),
+    ],
+)
+def test_other_models_are_refused(config: dict | None, words: str, tmp_path: Path) -> None:
+    if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert words in self.refused(tmp_path)
+    assert words in refused(tmp_path)
 
-    def test_no_model(self, tmp_path: Path) -> None:
-        assert "without a config.json" in self.refused(tmp_path)
-        Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
-        assert "cannot load the model" in self.refused(tmp_path / "image.png")
-        message = self.refused("Salesforce/blip-image-captioning-base")
-        assert "cannot be reached" in message and "Salesforce/blip" in message
 
-    def test_missing_weights(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        for path in folders["blip"].iterdir():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-        weights = load_file(tmp_path / "model.safetensors")
-        lost = next(key for key in weights if "crossattention.self.query.weight" in key)
-        del weights[lost]
-        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        message = self.refused(tmp_path)
-        assert "1 weights are missing" in message and lost in message
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+    assert "cannot load the model" in refused(tmp_path / "image.png")
+    message = refused("Salesforce/blip-image-captioning-base")
+    assert "cannot be reached" in message and "Salesforce/blip" in message
 
-    @pytest.mark.parametrize(
-        ("name", "lost", "words"),
-        [
-            ("git", ("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-            ("blip", ("preprocessor_config.json",), "image processor"),
-            ("vit-gpt2", ("model.safetensors",), "model.safetensors"),
-        ],
+
+def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["blip"], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in weights if "crossattention.self.query.weight" in key)
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = refused(tmp_path)
+    assert "1 weights are missing" in message and lost in message
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "words"),
+    [
+        ("git", ("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+        ("blip", ("preprocessor_config.json",), "image processor"),
+        ("vit-gpt2", ("model.safetensors",), "model.safetensors"),
+    ],
+)
+def test_a_missing_file_is_named(
+    name: str, lost: tuple, words: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(
+        folders[name], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*lost)
     )
-    def test_a_folder_with_a_part_missing(
-        self, name: str, lost: tuple, words: str, folders: dict[str, Path], tmp_path: Path
-    ) -> None:
-        for path in folders[name].iterdir():
-            if path.name not in lost:
-                (tmp_path / path.name).symlink_to(path)
-        assert words in self.refused(tmp_path)
+    assert words in refused(tmp_path)

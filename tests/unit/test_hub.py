@@ -101,14 +101,6 @@ def test_the_hub_is_not_asked_for_local_files(
     reach_hub("owner/model")
 
 
-def test_models_offline_have_a_line_of_their_own() -> None:
-    offline = r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"
-    with pytest.raises(ModelError, match=offline):
-        build_language_model(LanguageModelConfig(name=GEMMA))
-    with pytest.raises(ModelError, match=f"vision encoder 'facebook/dinov2-large': .*{offline}"):
-        build_vision_encoder(VisionEncoderConfig(name="facebook/dinov2-large"))
-
-
 def test_a_checkpoint_name_that_is_no_path_is_looked_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +132,12 @@ def test_paths_of_checkpoints_are_not(
         find_checkpoint(name)
 
 
-def test_a_checkpoint_that_is_nowhere_is_one_line() -> None:
+def test_models_and_checkpoints_offline_have_a_line_of_their_own() -> None:
+    offline = r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"
+    with pytest.raises(ModelError, match=offline):
+        build_language_model(LanguageModelConfig(name=GEMMA))
+    with pytest.raises(ModelError, match=f"vision encoder 'facebook/dinov2-large': .*{offline}"):
+        build_vision_encoder(VisionEncoderConfig(name="facebook/dinov2-large"))
     message = r"no checkpoint at me/captioner, and none from the hub: .*reached"
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint("me/captioner")

@@ -44,14 +44,10 @@ class CaptionScores:
 
 def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
     """Return one line for each thing that a reader of the scores must know."""
-    reasons: dict[str, list[str]] = {}
-    for metric, reason in skipped.items():
-        reasons.setdefault(reason, []).append(metric)
-    lines = [f"{' and '.join(metrics)} skipped: {reason}" for reason, metrics in reasons.items()]
-    plain = (
-        "tokenized by a simple rule, not by PTB: do not compare these scores with published ones"
-    )
-    return [*lines, plain] if tokenizer == "regex" else lines
+    notes = [f"{metric} skipped: {reason}" for metric, reason in skipped.items()]
+    if tokenizer == "regex":
+        notes.append("tokenized by a simple rule, not by PTB: do not compare with published scores")
+    return notes
 
 
 def score_captions(
