@@ -102,15 +102,6 @@ def trained_weights(recipe: Recipe, resume: Path | None = None) -> dict[str, Any
     return {"weights": weights, "seeds": seeds, "lines": lines}
 
 
-def train_otherwise(recipe: Recipe, rank: int, *overrides: str) -> None:
-    """Train; one process has another recipe."""
-    from vlm_bridge.configuration import override_recipe
-    from vlm_bridge.training_strategy.trainer import train
-
-    own = override_recipe(recipe, overrides) if os.environ["RANK"] == str(rank) else recipe
-    train(own)
-
-
 def train_until(recipe: Recipe, rank: int, step: int, then: str) -> None:
     """Train, until an `error`, a `kill` or a `signal` (SIGTERM) in a step of one process."""
     from vlm_bridge.errors import DataError

@@ -202,6 +202,8 @@ def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     whole = [f / name for f in folders for name in (checkpoints.BEST, checkpoints.LATEST)]
     where = checkpoints.checkpoint_path(next((file for file in whole if file.is_file()), path))
     content = checkpoints.load_checkpoint(where)
-    captioner = build_captioner(checkpoints.recipe_of(content, where))
+    recipe = checkpoints.recipe_of(content, where)
+    checkpoints.check_sizes(content, recipe, where)
+    captioner = build_captioner(recipe)
     checkpoints.restore(captioner, content, where)
     return pvt_blip.to_combined(captioner, where)

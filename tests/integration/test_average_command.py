@@ -24,7 +24,7 @@ def runs(tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path) -> dict[str, 
         weights = {key: tensor * (1 + seed) for key, tensor in trained.items()}
         folders[name] = tmp_path / name
         path = folders[name] / "checkpoints" / checkpoints.BEST_WEIGHTS
-        checkpoints.save_checkpoint(path, recipe, checkpoints.in_bfloat16(weights))
+        checkpoints.save_checkpoint(path, recipe, checkpoints.stored_as(weights, "bfloat16"))
     return folders
 
 

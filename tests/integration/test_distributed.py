@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from worlds import (
     ask_world,
     judgement_of,
     run_world,
-    train_otherwise,
     train_until,
     trained_weights,
 )
@@ -190,18 +188,3 @@ def test_a_failure_or_a_signal_in_one_process_ends_all(make_recipe: MakeRecipe) 
     saved = f"Interrupted: interrupted; saved {latest}"
     assert [outcome.error for outcome in outcomes] == [saved] * 2
     assert checkpoints.load_checkpoint(latest)["training"]["progress"]["step"] == 4
-
-
-def test_a_process_with_another_recipe_or_other_data_is_refused(
-    make_recipe: MakeRecipe, drawn_caption_folder: Path, tmp_path: Path
-) -> None:
-    recipe = make_recipe("max_steps=1", "max_bad_samples=0.5")
-    _, other = run_world(2, train_otherwise, recipe, 1, "learning_rate=0.5", "num_workers=1")
-    assert "process 1 of 2 has learning_rate=0.5, not 0.01 as the first one" in (other.error or "")
-
-    ignored = shutil.ignore_patterns(".*")
-    elsewhere = shutil.copytree(drawn_caption_folder, tmp_path / "data", ignore=ignored)
-    next((elsewhere / "train" / "images").iterdir()).write_bytes(b"no picture")
-    _, other = run_world(2, train_otherwise, recipe, 1, f"data_dir={elsewhere}")
-    assert "captions in use" in (other.error or "")
-    assert not Path(recipe.checkpoint_dir).exists()

@@ -43,7 +43,7 @@ def recipe(
 def run(tmp_path: Path, recipe: Recipe) -> Path:
     """A run folder as training leaves it."""
     folder = tmp_path / "run"
-    weights = checkpoints.in_bfloat16(tiny_captioner(recipe).trained_state_dict())
+    weights = checkpoints.stored_as(tiny_captioner(recipe).trained_state_dict(), "bfloat16")
     checkpoints.save_checkpoint(folder / "checkpoints" / checkpoints.BEST_WEIGHTS, recipe, weights)
     return folder
 

@@ -52,7 +52,7 @@ def test_the_trained_weights_and_the_recipe_come_back(
     for name, tensor in model.state_dict().items():
         assert torch.equal(captioner.model.state_dict()[name], tensor), name
 
-    checkpoints.save_checkpoint(saved, recipe, checkpoints.in_bfloat16(trained))
+    checkpoints.save_checkpoint(saved, recipe, checkpoints.stored_as(trained, "bfloat16"))
     half = Captioner.from_pretrained(saved, "cpu").model.trained_state_dict()
     for name, tensor in half.items():
         is_statistic = name.startswith("feature_scale.")

@@ -336,7 +336,7 @@ def test_a_run_becomes_a_file_in_full_precision(recipe: Recipe, tmp_path: Path) 
     model, run = tiny_captioner(recipe), tmp_path / "run" / "checkpoints"
     trained = model.trained_state_dict()
     for name, weights in (
-        (checkpoints.BEST_WEIGHTS, checkpoints.in_bfloat16(trained)),
+        (checkpoints.BEST_WEIGHTS, checkpoints.stored_as(trained, "bfloat16")),
         (checkpoints.LATEST, {name: tensor + 1 for name, tensor in trained.items()}),
         (checkpoints.BEST, trained),
     ):

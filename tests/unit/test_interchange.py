@@ -111,7 +111,7 @@ def test_the_published_bridge_has_the_published_names_and_size() -> None:
         name: t.shape for name, t in published.items()
     }
     assert sum(tensor.numel() for tensor in state.values()) == 66_092_544
-    half = checkpoints.in_bfloat16(weights)
+    half = checkpoints.stored_as(weights, "bfloat16")
     assert sum(tensor.numel() * tensor.element_size() for tensor in half.values()) == 132_185_088
 
 

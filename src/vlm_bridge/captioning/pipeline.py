@@ -90,6 +90,7 @@ class Captioner:
         where = checkpoints.find_checkpoint(bundled_captioner() if path is None else path, revision)
         content = checkpoints.load_checkpoint(where)
         recipe = checkpoints.recipe_of(content, where, recipe)
+        checkpoints.check_sizes(content, recipe, where)
         require_weights([*recipe.vision_encoder.names, recipe.language_model.name])
         target, language_model = resolve_device(device), recipe.language_model
         if target.type != "cuda" and language_model.quantization:  # it needs a GPU

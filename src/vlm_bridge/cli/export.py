@@ -62,7 +62,7 @@ def export(
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
     given = load_recipe(config) if config else None
-    recipe = checkpoints.recipe_of(content, where, given, to_build=False)
+    recipe = checkpoints.recipe_of(content, where, given)
     if dtype is not None:
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.name)
     facts = publish.CardFacts(title, license, dataset, _scores(where, metrics))

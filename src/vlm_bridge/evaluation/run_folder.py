@@ -232,7 +232,7 @@ def _read_recipe(root: Path) -> str:
 
     where = checkpoints.checkpoint_path(root)
     content = checkpoints.load_checkpoint(where)
-    return checkpoints.recipe_of(content, where, to_build=False).to_yaml()
+    return checkpoints.recipe_of(content, where).to_yaml()
 
 
 def _run_of(path: Path) -> Path:

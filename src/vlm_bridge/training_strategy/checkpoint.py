@@ -137,11 +137,6 @@ def _check_layout(content: Any, is_original: bool) -> None:
         raise ValueError(f"its format_version is {shown(version)}, not a whole number from 1")
 
 
-def in_bfloat16(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights at half their size, with feature statistics in float32."""
-    return stored_as(weights, "bfloat16")
-
-
 def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[str, torch.Tensor]:
     """Return weights in another dtype, with feature statistics as they are.
 
@@ -167,7 +162,7 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
     Raises CheckpointError where they are not of one architecture.
     """
     contents = [load_checkpoint(path) for path in paths]
-    recipe = recipe_of(contents[0], paths[0], to_build=False)
+    recipe = recipe_of(contents[0], paths[0])
     for path, content in zip(paths, contents, strict=True):
         check_architecture(content, recipe, path)
         _refuse(misfits(content["weights"], contents[0]["weights"]), path)
@@ -255,43 +250,35 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
 # --- what belongs to a checkpoint ---
 
 
-def recipe_of(
-    content: dict[str, Any],
-    where: str | Path,
-    given: Recipe | None = None,
-    *,
-    to_build: bool = True,
-) -> Recipe:
+def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None = None) -> Recipe:
     """Return the recipe that a checkpoint was trained with.
 
     Args:
         given: used instead, if its architecture is the checkpoint's.
-        to_build: compare the sizes that the recipe asks for with the weights.
 
     Raises:
         CheckpointError: no recipe, a wrong one, or one of another architecture.
     """
     if given is not None:
         check_architecture(content, given, where)
-        recipe = given
-    elif "recipe" not in content:
+        return given
+    if "recipe" not in content:
         raise CheckpointError(
             f"{where} comes from the original project and names no recipe: convert it once with "
             f"`vlm-bridge export {where} --config config/training-default.yaml --output-dir DIR` "
             "(training takes its own settings, or a recipe by --config)"
         )
-    else:
-        try:
-            recipe = recipe_from_dict(content["recipe"], where=str(where))
-        except ConfigurationError as error:
-            raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
-    if to_build:
-        _check_sizes(recipe, content["weights"], where)
-    return recipe
+    try:
+        return recipe_from_dict(content["recipe"], where=str(where))
+    except ConfigurationError as error:
+        raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
 
 
-def _check_sizes(recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Compare the shapes of a recipe's captioner with the weights before memory is allocated."""
+def check_sizes(content: dict[str, Any], recipe: Recipe, where: str | Path) -> None:
+    """Compare weights with a recipe's captioner, before memory is allocated for one.
+
+    Raises CheckpointError where they differ, or no captioner can be built.
+    """
     try:
         model: Any = build_captioner(recipe, meta=True)
     except (ConfigurationError, RuntimeError, OverflowError) as error:  # a tensor of 2**63 bytes
@@ -302,13 +289,13 @@ def _check_sizes(recipe: Recipe, weights: Mapping[str, torch.Tensor], where: str
         sizes = zip(has, wants, strict=False)
         return len(has) == len(wants) and all(w in (h, any_size) for h, w in sizes)
 
-    _refuse(misfits(weights, model.trained_state_dict(), same), where)
+    _refuse(misfits(content["weights"], model.trained_state_dict(), same), where)
 
 
 def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
     """Raise CheckpointError where encoder, language model or bridge are not those of a recipe."""
     if "recipe" in content:
-        has = architecture(recipe_of(content, where, to_build=False))
+        has = architecture(recipe_of(content, where))
     else:
         has = dinov2_gemma.original_architecture(content["weights"])
     wants = architecture(wanted)

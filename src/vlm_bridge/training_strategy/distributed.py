@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,16 +92,6 @@ class World:
             with _together():
                 for tensor in tensors:
                     distributed.broadcast(tensor, src=0)
-
-    def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raise ConfigurationError where a process has other facts than the first."""
-        first = self.from_first(lambda: facts)
-        others = [f"{k}={v}, not {first[k]}" for k, v in facts.items() if v != first[k]]
-        if others:
-            raise ConfigurationError(
-                f"process {self.rank} of {self.size} has {'; '.join(others)} as the first one: "
-                "start all of them with the same recipe, on the same data"
-            )
 
     @contextmanager
     def first_of_machine_first(self) -> Iterator[None]:
@@ -187,15 +177,13 @@ def _join(device: str) -> World:
 
 
 def check_machine(recipe: Recipe, world: World) -> None:
-    """Refuse settings that this machine cannot run, and recipes that differ between processes."""
+    """Set threads, and refuse a precision that this machine does not have."""
     if recipe.autocast_dtype == "float16" and world.device.type != "cuda":
         raise ConfigurationError(
             "amp_dtype=float16 needs a CUDA GPU; use amp_dtype=bfloat16 or float32"
         )
     if world.device.type == "cpu":
         devices.set_threads()
-    places = recipe.keys_marked("place")
-    world.check_same({key: value for key, value in recipe.to_dict().items() if key not in places})
 
 
 def check_folders(**folders: str) -> None:

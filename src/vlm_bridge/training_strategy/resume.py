@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from vlm_bridge.configuration import Recipe, flat, parse_interval, published_recipe
+from vlm_bridge.configuration import Recipe, parse_interval, published_recipe
 from vlm_bridge.errors import CheckpointError, TrainingError
 from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -24,17 +24,11 @@ from vlm_bridge.training_strategy.state import TrainState
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # the newest sound checkpoint in the recipe's checkpoint_dir, if there is one
-DATASET_FACTS = ("source", "counts", "split_rule", "seed", "settings", "fingerprint")
 KEPT_STEP_CHECKPOINTS = 3
 ECHO_SECONDS = 1.0  # within which torchrun repeats a Ctrl-C to processes that have had it
 
 
-class Found(NamedTuple):
-    """A checkpoint to continue, with the changes of recipe and data since."""
-
-    path: Path
-    content: dict[str, Any]
-    changes: Sequence[str] = ()
+Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
 
 
 class Interrupted(Exception):
@@ -46,7 +40,7 @@ class Interrupted(Exception):
         super().__init__(f"interrupted; saved {saved_to}")
 
 
-def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
+def find_run(path: str | Path) -> Found:
     """Return a checkpoint and its content; of a folder, the newest sound one."""
     path = Path(path)
     for folder in (path, path / "checkpoints"):
@@ -61,6 +55,7 @@ def resumed_recipe(path: str | Path) -> Recipe:
     _, content = find_run(path)
     if "recipe" in content:
         recipe = checkpoints.recipe_of(content, path)
+        checkpoints.check_sizes(content, recipe, path)
     else:
         settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
         recipe = published_recipe(settings, str(path))
@@ -68,17 +63,16 @@ def resumed_recipe(path: str | Path) -> Recipe:
 
 
 def find_checkpoint(
-    resume: str | Path | None,
-    recipe: Recipe,
-    manifest: Mapping[str, Any],
-    world: World,
-    *,
-    force: bool,
+    resume: str | Path | None, recipe: Recipe, fingerprint: str, world: World, *, force: bool
 ) -> Found | None:
     """Return the checkpoint that a training continues; None for a new run.
 
-    Raises CheckpointError where it cannot be used, or, without ``force``, where its recipe or the
-    data that ``manifest`` describes have changed.
+    Args:
+        fingerprint: of the data.
+        force: log changes of recipe and data, which otherwise raise CheckpointError.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be continued.
     """
     folder = Path(recipe.checkpoint_dir)
     if resume is None:
@@ -96,53 +90,35 @@ def find_checkpoint(
     path, content = found
     checkpoints.check_architecture(content, recipe, path)
     if checkpoints.ORIGINAL_TRAINING in content:
-        return Found(path, content)
-    if (training := content.get("training")) is None:
+        return found
+    if "training" not in content:
         raise CheckpointError(
             f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}, "
             f"or train on from these weights with start_from={path}"
         )
-    before = training.get("dataset", {"fingerprint": training["dataset_fingerprint"]})
-    of_recipe = recipe.changes_since(checkpoints.recipe_of(content, path, to_build=False))
-    changes = [*_dataset_changes(before, dataset_facts(manifest)), *of_recipe]
+    changes = recipe.changes_since(checkpoints.recipe_of(content, path))
+    if (before := content["training"]["dataset_fingerprint"]) != fingerprint:
+        changes = [f"data fingerprint={fingerprint}, was {before}", *changes]
     if changes and not force:
         raise CheckpointError(
             f"{path} is of a training with other settings: {'; '.join(changes)} (go back to what "
             "it was, or continue all the same with --force)"
         )
-    return Found(path, content, changes)
-
-
-def dataset_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about a caption folder that a checkpoint holds, with dotted keys."""
-    return flat({key: manifest[key] for key in DATASET_FACTS if key in manifest})
-
-
-def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the differences of two `dataset_facts`; none where the fingerprints are equal."""
-    if before["fingerprint"] == now["fingerprint"]:
-        return []
-    changed = [key for key in before if key not in now or now[key] != before[key]]
-    return [f"data {key}={now.get(key, 'nothing')}, was {before[key]}" for key in changed]
+    for change in changes:
+        logger.info(f"changed by --force: {change}")
+    return found
 
 
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     """Load a checkpoint into the state of a training. Raises CheckpointError."""
-    path, content, changes = found
+    path, content = found
     checkpoints.restore(state.model, content, path)
     state.average.restart()
     if checkpoints.ORIGINAL_TRAINING in content:
         _continue_original(path, content[checkpoints.ORIGINAL_TRAINING], state, data)
         return
-    training = content["training"]
     try:
-        before, now = (
-            [group["param_names"] for group in optimizer["param_groups"]]
-            for optimizer in (training["optimizer"], state.optimizer.state_dict())
-        )
-        if before != now:
-            raise ValueError("keep the patterns under trainable in their order")
-        state.load_state_dict(training, path)
+        state.load_state_dict(content["training"], path)
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -154,8 +130,6 @@ def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
         # Early versions counted an epoch after its validation.
         state.epoch, state.step_in_epoch, state.validated_step = state.epoch + 1, 0, 0
     logger.info(f"resumed {path} at step {state.step} of {data.total_steps}")
-    for change in changes:
-        logger.info(f"changed by --force: {change}")
 
 
 def _continue_original(
@@ -189,11 +163,11 @@ def take_original_moments(optimizer: torch.optim.Optimizer, training: Mapping[st
 
 
 class Saver:
-    """Save checkpoints of a state, with `dataset_facts`."""
+    """Save checkpoints of a state, with the fingerprint of its data."""
 
-    def __init__(self, state: TrainState, recipe: Recipe, world: World, dataset: Mapping[str, Any]):
+    def __init__(self, state: TrainState, recipe: Recipe, world: World, fingerprint: str):
         self.state, self.recipe, self.world = state, recipe, world
-        self.facts = {"dataset": dataset, "dataset_fingerprint": dataset["fingerprint"]}
+        self.fingerprint = fingerprint
         self.folder = Path(recipe.checkpoint_dir)
         self.every = parse_interval(recipe.save_every)
         self.saved_at = time.monotonic()
@@ -213,7 +187,7 @@ class Saver:
         """Save the best checkpoint, and its weights alone in bfloat16."""
         self.check_weights()
         if self.world.is_first:
-            weights = checkpoints.in_bfloat16(self.state.weights())
+            weights = checkpoints.stored_as(self.state.weights(), "bfloat16")
             path = self.folder / checkpoints.BEST_WEIGHTS
             checkpoints.save_checkpoint(path, self.recipe, weights)
         self._save(checkpoints.BEST)  # last: a killed run continues from it
@@ -250,8 +224,8 @@ class Saver:
         self.check_weights()
         path = self.folder / name
         if self.world.is_first:
-            training, weights = {**self.state.state_dict(), **self.facts}, self.state.weights()
-            checkpoints.save_checkpoint(path, self.recipe, weights, training)
+            training = {**self.state.state_dict(), "dataset_fingerprint": self.fingerprint}
+            checkpoints.save_checkpoint(path, self.recipe, self.state.weights(), training)
         self.saved_at = time.monotonic()
         return path
 

@@ -133,6 +133,12 @@ class TrainState:
         """Continue from `state_dict`; the model's weights are loaded already."""
         weights = {**self.model.trained_state_dict(), **training.get("live_weights", {})}
         checkpoints.load_weights(self.model, weights, where)
+        groups, ours = (
+            [group["param_names"] for group in optimizer["param_groups"]]
+            for optimizer in (training["optimizer"], self.optimizer.state_dict())
+        )
+        if groups != ours:
+            raise ValueError("keep the patterns under trainable in their order")
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         # Versions before this key saved a state after its validation.

@@ -37,7 +37,6 @@ from vlm_bridge.training_strategy.resume import (
     Interruption,
     Saver,
     continue_from,
-    dataset_facts,
     find_checkpoint,
 )
 from vlm_bridge.training_strategy.state import TrainState, WeightAverage
@@ -81,7 +80,7 @@ def train(
     with joined(recipe.device) as world, memory_explained(world.device):
         check_machine(recipe, world)
         folder = open_data_folder(recipe.data_dir)
-        found = find_checkpoint(resume, recipe, folder.manifest, world, force=force)
+        found = find_checkpoint(resume, recipe, folder.fingerprint, world, force=force)
         places = {"checkpoint_dir": recipe.checkpoint_dir, "log_dir": recipe.log_dir}
         world.from_first(lambda: check_folders(**places))
         model = prepare_model(recipe, world)
@@ -97,7 +96,7 @@ def train(
             state, objective, recipe, world,
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
         )  # fmt: skip
-        saver = Saver(state, recipe, world, dataset_facts(folder.manifest))
+        saver = Saver(state, recipe, world, folder.fingerprint)
         log_dir = Path(recipe.log_dir) if world.is_first else None
         with (
             closing(Monitor(log_dir, recipe.to_yaml(), data.total_steps)) as monitor,
