@@ -26,10 +26,10 @@ from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import monitor, trainer
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World, memory_explained
-from vlm_bridge.training_strategy.monitor import Monitor
+from vlm_bridge.training_strategy.monitor import BLIND_BELOW, Monitor
 from vlm_bridge.training_strategy.step import StepResult, TrainStep
 from vlm_bridge.training_strategy.trainer import train
-from vlm_bridge.training_strategy.validation import BLIND_BELOW, Validation
+from vlm_bridge.training_strategy.validation import Validation
 
 MakeRecipe = Callable[..., Recipe]
 SCST = ("objective=scst", "scst_samples=2")

@@ -71,13 +71,15 @@ def decoded_steps(recipe: Recipe) -> set[int]:
     return {event["step"] for event in map(json.loads, lines) if event["event"] == "decoded"}
 
 
-@pytest.mark.parametrize("moment", ["validate", "decode"])
+@pytest.mark.parametrize(
+    ("owner", "moment"), [(validation, "validate"), (validation.Validator, "decode")]
+)
 def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, moment: str
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, owner: Any, moment: str
 ) -> None:
     whole, recipe = (make_recipe(name, *BY_STEPS) for name in ("whole", "run"))
     train(whole)
-    work, seen = getattr(validation, moment), []
+    work, seen = getattr(owner, moment), []
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         if not seen:
@@ -88,7 +90,7 @@ def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
         return work(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(validation, moment, interrupted)
+        patch.setattr(owner, moment, interrupted)
         with pytest.raises(Interrupted) as caught:
             train(recipe)
     assert seen

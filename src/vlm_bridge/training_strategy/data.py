@@ -86,10 +86,7 @@ class TrainingData:
         return -(-self.plan.num_batches(epoch) // self.recipe.gradient_accumulation_steps)
 
     def steps(
-        self,
-        load: Callable[[Sequence[Row], SplitFeatures], Batch],
-        epoch: int,
-        step_in_epoch: int,
+        self, load: Callable[[Sequence[Row], SplitFeatures], Batch], epoch: int, step_in_epoch: int
     ) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each remaining step of an epoch, loaded ahead in threads.
 
@@ -165,12 +162,7 @@ def usable_images(folder: DataFolder, split: SplitName, recipe: Recipe) -> list[
 
 
 def split_features(
-    encoder: Any,
-    recipe: Recipe,
-    split: str,
-    images: Sequence[CaptionedImage],
-    *,
-    check_all: bool = False,
+    encoder: Any, recipe: Recipe, split: str, images: list[CaptionedImage], check_all: bool = False
 ) -> SplitFeatures:
     """Open the feature cache of a split, or make it; with ``feature_cache=off``, read pixels.
 

@@ -27,6 +27,8 @@ from vlm_bridge.training_strategy.validation import (
 
 logger = logging.getLogger(__name__)
 
+BLIND_BELOW = 0.05  # nats per token of visual gain
+
 
 class Monitor:
     """Log to the console and, below ``log_dir``, to ``history.jsonl`` and TensorBoard.
@@ -95,7 +97,7 @@ class Monitor:
             f"epoch {epoch + 1} validation | loss {result.loss:.4f} | perplexity "
             f"{result.perplexity:.2f} | visual gain {result.visual_gain:+.3f} nats/token"
         )
-        if result.ignores_images:
+        if result.visual_gain < BLIND_BELOW:
             logger.warning(
                 "the captioner ignores the image so far: if this stays, train longer, or check "
                 "that captions and images belong together (vlm-data inspect-loader)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vlm_bridge.configuration import DecodeSettings, parse_interval
+from vlm_bridge.configuration import parse_interval
 from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
 from vlm_bridge.data_pipeline.samples import CaptionedImage
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLIND_BELOW = 0.05  # nats per token of visual gain
 DECODE_BATCH = 16
 
 
@@ -45,10 +44,6 @@ class Validation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 50.0))
-
-    @property
-    def ignores_images(self) -> bool:
-        return self.visual_gain < BLIND_BELOW
 
 
 @dataclass(frozen=True)
@@ -143,27 +138,6 @@ def validate(
     return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
 
 
-def decode(
-    model: CaptionModel,
-    prompt_ids: Sequence[int],
-    images: Sequence[CaptionedImage],
-    features: Features,
-    settings: DecodeSettings,
-    autocast: Callable[[], Any],
-    world: World,
-) -> list[Sample]:
-    """Caption the first images of a split; processes share the work, and each gets the result."""
-    shared = []
-    with evaluating(model):
-        for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
-            features_bnd = model.features(torch.as_tensor(features[np.array(indices)]))
-            with autocast():
-                captions = model.generate(features_bnd, prompt_ids, settings)
-            shared.append([(ids, model.language_model.decode(ids)) for ids, _ in captions])
-    decoded = chain(*world.interleave(shared))
-    return [Sample(image, *caption) for image, caption in zip(images, decoded, strict=True)]
-
-
 def scores_of(samples: Sequence[Sample]) -> DecodedValidation:
     """Score captions against all references of their images."""
     references = [sample.image.captions for sample in samples]
@@ -221,10 +195,7 @@ class Validator:
                 state.model, val.captions, val.features, autocast=self.autocast,
                 world=self.data.world,
             )  # fmt: skip
-            samples = decode(
-                state.model, self.data.format.prompt_ids, val.images[: max(num_scored, num_shown)],
-                val.features, recipe.decode, self.autocast, self.data.world,
-            )  # fmt: skip
+            samples = self.decode(max(num_scored, num_shown))
         monitor.validation(state.step, state.last_epoch, self.validation, val.captions)
         watched = self.validation.loss
         if num_scored:
@@ -244,3 +215,16 @@ class Validator:
         if self.is_finished:
             self.saver.latest()
         monitor.restart_clock()
+
+    def decode(self, count: int) -> list[Sample]:
+        """Caption the first images; processes share the work, and each gets all captions."""
+        model, val, world = self.state.model, self.data.val, self.data.world
+        images, prompt_ids, shared = val.images[:count], self.data.format.prompt_ids, []
+        with evaluating(model):
+            for indices in world.share(in_batches(range(len(images)), DECODE_BATCH)):
+                features_bnd = model.features(torch.as_tensor(val.features[np.array(indices)]))
+                with self.autocast():
+                    captions = model.generate(features_bnd, prompt_ids, self.recipe.decode)
+                shared.append([(ids, model.language_model.decode(ids)) for ids, _ in captions])
+        decoded = chain(*world.interleave(shared))
+        return [Sample(image, *caption) for image, caption in zip(images, decoded, strict=True)]
