@@ -32,17 +32,14 @@ def test_a_container_has_no_more_cores_than_it_is_given(
 def test_threads_are_those_of_the_environment_or_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(device, "usable_cores", lambda: threads + 1)
-    try:
-        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-        device.set_threads()
-        assert torch.get_num_threads() == threads
-        monkeypatch.delenv("OMP_NUM_THREADS")
-        device.set_threads()
-        assert torch.get_num_threads() == threads + 1
-    finally:
-        torch.set_num_threads(threads)
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(device, "usable_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    device.set_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    device.set_threads()
+    assert used == [7]
 
 
 def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

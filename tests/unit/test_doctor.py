@@ -45,11 +45,6 @@ def test_no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert java_version() is None
 
 
-def test_a_package_that_is_required_and_missing() -> None:
-    check = doctor._installed(Requirement("no-such-package-here>=1"))
-    assert check.status == "fail" and check.fix and "no-such-package-here>=1" in check.fix
-
-
 def test_the_hub_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     address = f"https://user:{SECRET}@mirror.example"
@@ -103,3 +98,8 @@ def test_versions_outside_the_allowed_range(
     monkeypatch.setattr(metadata, "version", lambda name: installed)
     check = doctor._installed(Requirement(declared))
     assert (check.status, check.detail) == (status, detail)
+
+
+def test_a_package_that_is_required_and_missing() -> None:
+    check = doctor._installed(Requirement("no-such-package-here>=1"))
+    assert check.status == "fail" and check.fix and "no-such-package-here>=1" in check.fix

@@ -27,19 +27,10 @@ def write_images(folder: Path, *names: str) -> Path:
     return folder
 
 
-def write_token_file(path: Path, names: list[str]) -> None:
-    lines = [f"{name}#{n}\tImage {name[:-4]} , wording {n} .\n" for name in names for n in range(5)]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
 def write_karpathy(path: Path, splits: dict[str, str]) -> Path:
     images = [
-        {
-            "filename": name,
-            "split": split,
-            "sentences": [{"raw": f"Raw {n} of {name}."} for n in range(2)],
-        }
-        for name, split in splits.items()
+        {"filename": n, "split": s, "sentences": [{"raw": f"Raw {k} of {n}."} for k in range(2)]}
+        for n, s in splits.items()
     ]
     path.write_text(json.dumps({"images": images, "dataset": "any"}))
     return path
@@ -90,19 +81,17 @@ def flickr30k(tmp_path: Path) -> Path:
     return tmp_path / "flickr30k"
 
 
-def test_a_folder_without_its_captions_is_refused(flickr30k: Path) -> None:
+def test_captions_without_splits_are_split_by_hash(flickr30k: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not flickr30k"):
         Flickr30k(flickr30k).items()
-
-
-def test_captions_without_splits_are_split_by_hash(flickr30k: Path, tmp_path: Path) -> None:
-    write_token_file(flickr30k / "results_20130124.token", NAMES)
+    lines = [f"{name}#{n}\tWording {n} of {name[:-4]} .\n" for name in NAMES for n in range(5)]
+    (flickr30k / "results_20130124.token").write_text("".join(lines))
     manifest = transform(Flickr30k(flickr30k), tmp_path / "out")
     assert manifest["split_rule"].startswith("hash of (seed, image id)")
     assert "non-commercial" in manifest["licence_note"] and not manifest["rejected"]
     assert sum(counts["captions"] for counts in manifest["counts"].values()) == 100
     image = CaptionFolder.open(tmp_path / "out").split("train")[0]
-    assert image.captions[3] == f"Image {image.original_id}, wording 3."
+    assert image.captions[3] == f"Wording 3 of {image.original_id}."
 
 
 def test_the_table_with_raw_captions_has_the_splits_too(flickr30k: Path) -> None:
@@ -138,20 +127,18 @@ def test_the_barred_table_is_read_but_for_its_broken_lines(tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("header", ["image,caption", "\ufeffimage_name,comment_number,comment"])
-def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path, header: str) -> None:
+def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path) -> None:
     write_images(tmp_path / "flickr30k_images", *NAMES)
-    number = '"0",' if "number" in header else ""
-    rows = [f'{name},{number}" Two ""young"" guys , with a dog ."' for name in NAMES]
-    rows += [f"{name},{number} A man walks ." for name in NAMES]
-    rows += [f"{NAMES[0]},{number} A man , walking .", f',{number}"No image ."', ""]
+    rows = [f'{name},"0"," Two ""young"" guys , with a dog ."' for name in NAMES]
+    rows += [f'{name},"1", A man walks .' for name in NAMES]
+    rows += [f'{NAMES[0]},"2", A man , walking .', ',"0","No image ."', ""]
+    header = "\ufeffimage_name,comment_number,comment"
     (tmp_path / "captions.txt").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     source = Flickr30k(tmp_path)
     items = source.items()
     assert [item.image_id for item in items] == [name[:-4] for name in NAMES]
     assert items[0].captions == [' Two "young" guys , with a dog .', "A man walks ."]
     assert [item.id for item in source.rejected] == ["captions.txt:42", "captions.txt:43"]
-    assert "in double quotes" in source.rejected[0].reason
 
 
 # --- COCO ---
@@ -161,12 +148,8 @@ def write_annotations(root: Path, part: str, year: int, captions: dict[int, list
     prefix = f"COCO_{part}2014_" if year == 2014 else ""
     pairs = [(coco_id, text) for coco_id, texts in captions.items() for text in texts]
     content = {
-        "info": {"description": f"COCO {year} Dataset", "year": year},
         "images": [{"id": n, "file_name": f"{prefix}{n:012d}.jpg"} for n in captions],
-        "annotations": [
-            {"image_id": coco_id, "id": number, "caption": text}
-            for number, (coco_id, text) in enumerate(pairs)
-        ],
+        "annotations": [{"image_id": coco_id, "caption": text} for coco_id, text in pairs],
     }
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / "annotations" / f"captions_{part}{year}.json").write_text(json.dumps(content))
@@ -239,16 +222,12 @@ def test_missing_images_and_captions_are_skipped(coco2017: Path) -> None:
 
 
 def test_the_newest_year_is_read_unless_one_is_named(coco2017: Path) -> None:
+    path = coco2017 / "annotations" / "captions_val2017.json"
+    path.write_text(path.read_text().replace('"file_name"', '"name"'))  # found by their ids
     write_annotations(coco2017, "val", 2014, {2: ["Two."]})
     assert len(Coco(coco2017).items()) == 9
     (item,) = Coco(coco2017, year=2014).items()
     assert (item.image_id, item.split) == ("000000000002", "val")
-
-
-def test_images_listed_without_a_file_name_are_found_by_their_ids(coco2017: Path) -> None:
-    path = coco2017 / "annotations" / "captions_val2017.json"
-    path.write_text(path.read_text().replace('"file_name"', '"name"'))
-    assert len(Coco(coco2017).items()) == 9
 
 
 def test_folders_without_coco_or_its_images(tmp_path: Path) -> None:

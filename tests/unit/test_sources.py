@@ -27,10 +27,6 @@ def images(tmp_path: Path) -> Path:
     return touch(tmp_path, "a.jpg", "b.png", "sub/c.jpg")
 
 
-def captions_by_id(folder: Path, captions_file: Path | None = None) -> dict[str, list[str]]:
-    return {item.image_id: item.captions for item in LocalFolder(folder, captions_file).items()}
-
-
 CAPTION_FILES = {
     "captions.csv": 'image,caption\na.jpg,A dog.\na.jpg,"A ""wet"", happy dog."\nsub/c.jpg,A cat.\n',
     "captions.tsv": 'a.jpg\tA dog.\na.jpg\tA "wet", happy dog.\nsub/c.jpg\tA cat.\n',
@@ -59,7 +55,8 @@ def test_caption_files_are_found_and_say_the_same(images: Path, name: str) -> No
 def test_a_caption_file_elsewhere(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.tsv"
     elsewhere.write_text("a.jpg\tA dog.\n")
-    assert captions_by_id(images, elsewhere) == {"a": ["A dog."]}
+    (item,) = LocalFolder(images, elsewhere).items()
+    assert (item.image_id, item.captions) == ("a", ["A dog."])
 
 
 def test_text_files_beside_images(tmp_path: Path) -> None:
