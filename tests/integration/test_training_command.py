@@ -67,18 +67,6 @@ def test_training_learns_and_writes_what_it_promises(make_recipe: MakeRecipe, br
     assert run.latest.stat().st_size < 1_000_000
 
 
-def test_one_epoch_and_another_are_two(make_recipe: MakeRecipe) -> None:
-    # A schedule over fewer epochs would fall faster: constant rates let the runs be compared.
-    settings = ("scheduler_type=constant", "bridge.dropout=0.2", "num_workers=2")
-    two = (*settings, "num_epochs=2", "num_workers=0")
-    whole, first = Run(make_recipe("whole", *two)), Run(make_recipe("parts", *settings))
-    assert saved(first.recipe)["training"]["progress"]["epoch"] == 1
-    second = Run(make_recipe("parts", *two), resume=first.folder, force=True)
-    assert second.said("resumed")
-    assert_same_checkpoints(whole.latest, second.latest)
-    assert [event["step"] for event in second.events("train")] == list(range(1, 13))
-
-
 def test_compiling_changes_no_loss_and_no_name(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

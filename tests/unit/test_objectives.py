@@ -56,21 +56,19 @@ def test_samples_follow_the_models_own_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("override", "message"),
     [
-        (("batch_size=10",), "scst_samples=4"),
-        (("scst_samples=1",), "equal to 2"),
-        (("tokens_per_batch=80",), "tokens_per_batch"),
-        (("label_smoothing=0.1",), "label_smoothing"),
-        (("label_smoothing=1",), "less than 1"),
-        (("weight_averaging=1",), "less than 1"),
+        ("batch_size=10", "scst_samples=4"),
+        ("scst_samples=1", "equal to 2"),
+        ("tokens_per_batch=80", "tokens_per_batch"),
+        ("label_smoothing=0.1", "label_smoothing"),
+        ("label_smoothing=1", "less than 1"),
+        ("weight_averaging=1", "less than 1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(
-    make_recipe: MakeRecipe, overrides: tuple[str, ...], says: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=says):
-        make_recipe("run", *SCST, *overrides)
+def test_wrong_settings_are_refused(make_recipe: MakeRecipe, override: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_recipe("run", *SCST, override)
 
 
 def test_others_mean_leaves_each_sample_out() -> None:
@@ -119,19 +117,12 @@ def test_training_raises_the_reward(make_recipe: MakeRecipe) -> None:
     assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.05
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [(*SCST, "weight_averaging=0.9"), ("weight_averaging=0.9", "label_smoothing=0.1")],
-    ids=["scst", "cross-entropy"],
-)
-def test_a_run_continues_inside_an_epoch_to_the_bit(
-    make_recipe: MakeRecipe, settings: tuple[str, ...]
-) -> None:
-    every_step = ("save_every=1 step", "max_steps=4", "bridge.dropout=0.2")
-    train(whole := make_recipe("whole", *settings, *every_step, "num_workers=2"))
+def test_a_run_continues_inside_an_epoch_to_the_bit(make_recipe: MakeRecipe) -> None:
+    settings = ("weight_averaging=0.9", "save_every=1 step", "max_steps=4", "bridge.dropout=0.2")
+    train(whole := make_recipe("whole", *SCST, *settings, "num_workers=2"))
     inside = Path(whole.checkpoint_dir) / checkpoints.STEP.format(2)
     assert checkpoints.load_checkpoint(inside)["training"]["progress"]["step_in_epoch"] == 2
-    train(resumed := make_recipe("resumed", *settings, *every_step), resume=inside)
+    train(resumed := make_recipe("resumed", *SCST, *settings), resume=inside)
     ends = (Path(recipe.checkpoint_dir, checkpoints.LATEST) for recipe in (whole, resumed))
     assert_same_checkpoints(*ends)
 

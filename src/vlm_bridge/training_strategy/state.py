@@ -23,7 +23,7 @@ class WeightAverage:
     `torch.optim.swa_utils.AveragedModel` would copy the frozen models, too.
 
     Args:
-        decay: None averages nothing: there are no weights, and nothing happens.
+        decay: None for no averaging; ``weights`` is then empty.
 
     Attributes:
         weights: the average, by parameter name.
