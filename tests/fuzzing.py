@@ -131,7 +131,6 @@ def read_tags(content: bytes, folder: Path) -> None:
     for style in ("raw", "sentence"):
         cleaned = captions.clean_caption(plain, style)
         assert captions.clean_caption(cleaned, style) == cleaned and "\n" not in cleaned
-    captions.count_tags([caption])
 
 
 def read_recipe(content: bytes, folder: Path) -> None:

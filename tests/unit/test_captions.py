@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vlm_bridge.data_pipeline.captions import clean_caption, count_tags, strip_tags
+from vlm_bridge.data_pipeline.captions import clean_caption, strip_tags
 
 SENTENCES = [
     ("A black dog is running in the snow .", "A black dog is running in the snow."),
@@ -102,25 +102,8 @@ def test_any_mixture_of_pieces_is_clean_after_one_pass() -> None:
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(12)))
         once = strip_tags(text)
         assert strip_tags(once) == once, text
-        assert count_tags([once]) is None, text
 
 
 def test_a_hostile_caption_takes_no_time() -> None:
     for piece in ("<gdo ", "<gdo class=", "a-0 ", "< ", "</gdo", ' class="', "&lt;"):
         strip_tags("<gdo " + piece * 3000)
-
-
-def test_tags_are_counted_by_kind_and_class() -> None:
-    captions = [
-        '<gdo class="person" person-0>Two men</gdo> <gda class="run" person-0>run</gda>.',
-        "&lt;gdo class='dining table' dog-0&gt;A table&lt;/gdo&gt; <gdo>sits",
-        "Nothing is marked: 3 < 4.",
-    ]
-    objects = {"person": 1, "dining table": 1, "(none)": 1}
-    assert count_tags(captions) == {
-        "captions_with_tags": 2,
-        "objects": {"tags": 3, "classes": 3, "most_common": objects},
-        "actions": {"tags": 1, "classes": 1, "most_common": {"run": 1}},
-        "locations": {"tags": 0, "classes": 0, "most_common": {}},
-    }
-    assert count_tags(["A man <b>walks</b>."]) is None

@@ -12,12 +12,9 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 CaptionStyle = Literal["sentence", "raw"]
-TAG_MEANINGS = {"gdo": "objects", "gda": "actions", "gdl": "locations"}
 MAX_CAPTION_CHARACTERS = 10_000  # longer ones are left as they are here, and then skipped
 
 _QUOTE_LOOKALIKES = re.compile(r"``|''|[“”„«»]")
@@ -44,7 +41,6 @@ _TAG = rf"""(?:
 )"""
 _TAGS = re.compile(_TAG, re.IGNORECASE | re.VERBOSE)
 _RUN_OF_TAGS = re.compile(rf"\s*{_TAG}(?:\s*{_TAG})*\s*", re.IGNORECASE | re.VERBOSE)
-_OPENING = re.compile(r"""<\s*(gd[oal])(?:\s*class\s*=\s*["']?([^"'<>]+)|\b)""", re.IGNORECASE)
 # With a semicolon only: "R&B" and "cat&copy" are text.
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]*);")
 # Text that belongs to the word before a tag: punctuation, clitics, a plural's ending.
@@ -103,27 +99,6 @@ def strip_tags(text: str) -> str:
     while (plain := _RUN_OF_TAGS.sub(_gap, _decode_entities(text))) != text:
         text = plain
     return text
-
-
-def count_tags(captions: Iterable[str]) -> dict[str, Any] | None:
-    """Return numbers of tags and of classes, and the most frequent classes; None without tags."""
-    num_captions, classes = 0, {kind: Counter[str]() for kind in TAG_MEANINGS}
-    for caption in captions:
-        text = caption if len(caption) <= MAX_CAPTION_CHARACTERS else ""
-        tags = _OPENING.findall(_decode_entities(text))
-        num_captions += bool(tags)
-        for kind, name in tags:
-            classes[kind.lower()][name.strip() or "(none)"] += 1
-    if not num_captions:
-        return None
-    return {"captions_with_tags": num_captions} | {
-        meaning: {
-            "tags": classes[kind].total(),
-            "classes": len(classes[kind]),
-            "most_common": dict(classes[kind].most_common(10)),
-        }
-        for kind, meaning in TAG_MEANINGS.items()
-    }
 
 
 def _decode_entities(text: str) -> str:

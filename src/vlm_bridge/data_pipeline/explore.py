@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vlm_bridge.data_pipeline.captions import count_tags, strip_tags
+from vlm_bridge.data_pipeline.captions import strip_tags
 from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.data_pipeline.samples import DataFolder, ImageFile, Skipped, SkippedSample
 from vlm_bridge.data_pipeline.sources import SourceItem, iter_images
@@ -78,7 +78,6 @@ def describe_items(
             "seen_once": sum(count == 1 for count in vocabulary.values()),
             "most_common": dict(vocabulary.most_common(20)),
         },
-        "tags": count_tags(captions),
         "unreadable": [item.to_dict() for item in unreadable],
     }
 

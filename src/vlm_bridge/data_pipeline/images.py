@@ -89,8 +89,8 @@ def decode_image(image: str | ImageFile | bytes) -> DecodedImage:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an opened image as :func:`open_image` does. Raises Pillow's errors."""
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    return _to_rgb(image) if turn is None else _to_rgb(image).transpose(turn)
+    rgb, turn = _to_rgb(image), _UPRIGHT.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_image(image: str | ImageFile | bytes) -> None:
@@ -101,11 +101,7 @@ def check_image(image: str | ImageFile | bytes) -> None:
 
 
 def image_size(image: str | ImageFile | bytes) -> tuple[int, int]:
-    """Return (width, height) as displayed, from the header alone: the pixels may still be damaged.
-
-    Raises:
-        ImageError: as :func:`open_image`, as far as the header tells.
-    """
+    """Return (width, height) as displayed, from the header alone; ImageError as `open_image`."""
     with _opened(image) as opened:
         width, height = opened.size
         is_turned = _orientation(opened) >= 5  # by a quarter
