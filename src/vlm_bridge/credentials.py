@@ -36,38 +36,36 @@ def hub_problem(
     """
     from huggingface_hub import constants, errors
 
-    if kind == "model" and os.path.exists(name):  # noqa: PTH110 (Path raises for a long name)
+    is_model = kind == "model"
+    if is_model and os.path.exists(name):  # noqa: PTH110 (Path raises for a long name)
         return None
-    page = f"{SITE}/{name}" if kind == "model" else f"{SITE}/datasets/{name}"
-    token = f"export HF_TOKEN=hf_...; tokens are made on {SITE}/settings/tokens"
-    causes, cause = [], error
-    while cause is not None:
+    page = f"{SITE}/{name}" if is_model else f"{SITE}/datasets/{name}"
+    token = f"set HF_TOKEN (export HF_TOKEN=hf_...; tokens are made on {SITE}/settings/tokens)"
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if caused_by(errors.GatedRepoError):
-        return f"access is gated: accept its terms on {page} and set HF_TOKEN ({token})"
+        return f"access is gated: accept its terms on {page} and {token}"
     if caused_by(errors.RevisionNotFoundError):
         return f"it has no such revision; {page}/commits/main lists them"
     if caused_by(errors.RepositoryNotFoundError):
-        mend = f"if private, set HF_TOKEN ({token})"
-        return f"it is no folder here and no public {kind} on {SITE}; {mend}"
-    statuses = (getattr(getattr(e, "response", None), "status_code", None) for e in causes)
-    if status := next((status for status in statuses if status in (401, 403)), None):
-        fault = "the token is missing, wrong or expired"
-        return f"the hub refused access to {page} ({status}): {fault}; set HF_TOKEN ({token})"
+        return f"it is no folder here and no public {kind} on {SITE}; if private, {token}"
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            fault = "the token is missing, wrong or expired"
+            return f"the hub refused access to {page} ({status}): {fault}; {token}"
     offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
     # The hub's client is httpx or httpx2, whose errors share no base class with others.
-    if caused_by(*offline, ConnectionError, TimeoutError) or any(
-        base.__name__ == "TransportError" for e in causes for base in type(e).__mro__
-    ):
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    if "TransportError" in names or caused_by(*offline, ConnectionError, TimeoutError):
         mend = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
-        folder = ", or give a folder made by save_pretrained" if kind == "model" else ""
-        hub = f"{constants.ENDPOINT} cannot be reached"
-        return f"it is not in the hub's cache, and {hub}: {mend}{folder}"
+        folder = ", or give a folder made by save_pretrained" if is_model else ""
+        return f"it is not cached, and {constants.ENDPOINT} cannot be reached: {mend}{folder}"
     return None
 
 

@@ -1,9 +1,14 @@
-"""Sections and fields of recipes: strict pydantic models whose mistakes are one line each."""
+"""Recipes: strict pydantic models in YAML, with dotted KEY=VALUE overrides.
+
+One YAML file is one experiment. Training keys are flat and have the published names; the parts of
+the model are nested. Keys of earlier versions and of the published system are translated.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -20,7 +25,11 @@ from pydantic import (
 
 from vlm_bridge.credentials import holds_credential
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.parsing import shown
+from vlm_bridge.parsing import MAX_YAML_CHARACTERS, parse_yaml, shown
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "training-default"
 
 ATTENTION = frozenset({"num_heads", "feed_forward_multiplier", "dropout"})
 RESAMPLER = ATTENTION | {"num_queries", "depth", "width", "position_embeddings"}
@@ -57,7 +66,6 @@ Rate = Annotated[Number, Field(ge=0, le=1_000)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
-Small = Annotated[int, Field(ge=1, le=100)]
 Thousand = Annotated[int, Field(ge=1, le=1_000)]
 ThousandOrZero = Annotated[int, Field(ge=0, le=1_000)]
 Size = Annotated[int, Field(ge=1, le=100_000)]
@@ -72,12 +80,7 @@ class Section(BaseModel):
     """Frozen model, strict about types, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    place: ClassVar[str] = ""
-    sections: ClassVar[dict[str, type[Section]]] = {}
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        Section.sections[cls.place] = cls
+    place: ClassVar[str] = ""  # the key of the section in a recipe
 
     @classmethod
     def build(cls, data: object, where: str = "") -> Self:
@@ -101,13 +104,14 @@ class Section(BaseModel):
     def _explain(cls, error: ValidationError) -> str:
         """Return the first mistake in one line: key, value, and what it should be."""
         first = error.errors(include_url=False)[0]
-        place, value = [cls.place, *first["loc"]] if cls.place else first["loc"], first["input"]
-        names = [str(name) for name in place]
-        plain = (name if name.isprintable() and len(name) <= 100 else shown(name) for name in names)
-        key = ".".join(plain)
+        value, names = first["input"], [str(name) for name in (cls.place, *first["loc"])]
+        names = names if cls.place else names[1:]
+        key = ".".join(n if n.isprintable() and len(n) <= 100 else shown(n) for n in names)
         if first["type"] in ("extra_forbidden", "invalid_key"):
-            owner = Section.sections.get(names[-2], cls) if len(names) > 1 else cls
-            return f"unknown key {key}{suggest(names[-1], owner.model_fields)}"
+            inner = [
+                section for section in Section.__subclasses__() if section.place in names[-2:-1]
+            ]
+            return f"unknown key {key}{suggest(names[-1], (inner or [cls])[0].model_fields)}"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if isinstance(value, BaseModel | dict) and first["type"] == "value_error":
             return f"{key}.{message}" if key else message  # of several keys of a section
@@ -194,10 +198,10 @@ class BridgeOptions(Section):
     kind: Literal["prefix", "deep_prefix", "cross_attention", "projection"] = "prefix"
     standardize_features: bool = True  # by mean and deviation of channels of training images
     num_queries: Size = 16  # vectors per image
-    depth: Small = 2
+    depth: Thousand = 2
     width: Size | None = None  # null: the language model's
     num_heads: Size = 8
-    feed_forward_multiplier: Small = 4
+    feed_forward_multiplier: Thousand = 4
     position_embeddings: bool = False  # of image tokens, for convolutional encoders
     dropout: Share = 0.0  # on residual branches and on image tokens
     enter_at_layer: CountOrZero | None = None
@@ -316,8 +320,8 @@ class Recipe(Section):
         texts = {key: text for key, text in flat(self.to_dict()).items() if isinstance(text, str)}
         if secret := next((key for key, text in texts.items() if holds_credential(text)), None):
             raise ValueError(
-                f"{secret} holds a token or a password, and a recipe goes into checkpoints and "
-                "reports: give the plain name or address, and the hub's token in HF_TOKEN"
+                f"{secret} holds a token or a password, and a checkpoint shows its recipe: give "
+                "the plain name or address, and the hub's token in HF_TOKEN"
             )
         if self.learning_rate == 0 and any(self.trainable.values()):
             raise ValueError("learning_rate must be above 0, as rates of trainable are")
@@ -374,3 +378,135 @@ def same_setting(key: str, has: Any, wanted: Any) -> bool:
     if key.endswith(".name") and has and wanted:
         has, wanted = ([Path(n).name for n in names.split(" + ")] for names in (has, wanted))
     return has == wanted or (key.endswith(".revision") and None in (has, wanted))
+
+
+# Earlier keys and those of the published system, and what they mean in today's; later ones win.
+TRANSLATED: dict[str, Callable[[Any], dict[str, object]]] = {
+    "vision_model_name": lambda name: {"vision_encoder.name": name},
+    "language_model_name": lambda name: {"language_model.name": name},
+    "bridge_num_heads": lambda count: {"bridge.num_heads": count},
+    "bridge_dropout": lambda share: {"bridge.dropout": share},
+    "max_length": lambda count: {"max_caption_tokens": count},
+    "use_scheduler": lambda used: {} if used else {"scheduler_type": "constant"},
+    "use_amp": lambda used: {} if used else {"amp_dtype": "float32"},
+    "use_early_stopping": lambda used: {} if used else {"early_stopping_patience": None},
+    "val_every_n_epochs": lambda n: {"validate_every": f"{n} epoch{'s' * (n != 1)}"},
+    "decode_every_n_steps": lambda n: {"validate_every": f"{n} steps"} if n else {},
+    "save_every_n_epochs": lambda n: {"save_every": f"{n} epoch{'s' * (n != 1)}"},
+    "save_every_n_minutes": lambda n: {"save_every": f"{n} minutes"} if n else {},
+    "save_every_n_steps": lambda n: {"save_every": f"{n} steps"} if n else {},
+    "quantize_language_model": lambda t: {} if t == "none" else {"language_model.dtype": t},
+}
+# Keys without a meaning today, and the value that is today's behavior.
+REMOVED: dict[str, object] = {
+    "pin_memory": True, "generate_samples_every_n_epochs": 1, "early_stopping_min_delta": 0,
+    "max_skipped_steps": 10, "keep_step_checkpoints": 3, "halve_batch_on_oom": False,
+    "feature_cache_pooling": 1, "text_state_cache": False, "scst_baseline": "leave_one_out",
+    "loss_kernel": "auto", "shuffle_buffer": 0, "distillation": None,
+}  # fmt: skip
+MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``dotted.key=value`` overrides, whose values are YAML.
+
+    A file without any model section is in the flat layout of the published system: its keys change
+    the recipe `training-default`. Raises ConfigurationError for the first mistake.
+    """
+    where = str(path) if path is not None else "the command line"
+    data = _read_yaml(Path(path)) if path is not None else {}
+    if data and not MODEL_SECTIONS & data.keys():
+        data = _from_published_layout(data, where)
+    _apply_overrides(data, overrides)
+    return Recipe.build(_upgrade(data, where), where)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Apply ``dotted.key=value`` overrides. Raises ConfigurationError as `load_recipe` does."""
+    data = recipe.to_dict()
+    _apply_overrides(data, overrides)
+    return recipe_from_dict(data, where="the command line")
+
+
+def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Build a recipe from the YAML layout. Raises ConfigurationError as `load_recipe` does."""
+    return Recipe.build(_upgrade(data) if isinstance(data, Mapping) else data, where)
+
+
+def published_recipe(settings: Any, where: str) -> Recipe:
+    """Put settings of a checkpoint of the published system over the recipe `training-default`."""
+    if not isinstance(settings, Mapping):
+        raise ConfigurationError(f"{where}: its config must be a mapping, not {shown(settings)}")
+    return recipe_from_dict(_from_published_layout(settings, where), where)
+
+
+def shipped_recipe(name: str) -> Path:
+    """Return the path of a recipe that ships: in the package, or in ``config/`` of a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "config", package.parents[1] / "config"):
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    raise ConfigurationError(f"no recipe named {name!r} ships with vlm-bridge")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1)) or {}
+    except FileNotFoundError:
+        raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
+    except (OSError, ValueError) as error:  # not UTF-8, too
+        raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
+    return data
+
+
+def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Put the values of a flat file over the default recipe."""
+    data = _upgrade({**_read_yaml(shipped_recipe(DEFAULT_RECIPE)), **flat}, where)
+    logger.info("%s names no models: its keys change the recipe %s", where, DEFAULT_RECIPE)
+    data["device"] = data["device"] or "auto"  # as published: null lets the program choose
+    if data["amp_dtype"] == "float32":
+        # There the models are loaded in float32, and mixed precision alone computes in less.
+        data["language_model"]["dtype"] = data["feature_cache_dtype"] = "float32"
+    return data
+
+
+def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigurationError(
+                f"{shown(override)} is not KEY=VALUE, as learning_rate=1e-4 is"
+            )
+        try:
+            _put(data, key, parse_yaml(text))
+        except ValueError:
+            raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
+
+
+def _put(data: dict[str, Any], key: str, value: object) -> None:
+    """Set the value of a dotted key."""
+    # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
+    *parents, last = key.split(".", 1 if key.startswith("trainable.") else -1)
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigurationError(f"{shown(key)}: {parent} is a value, not a section")
+    data[last] = value
+
+
+def _upgrade(data: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
+    """Translate the keys of a recipe; log those that are ignored, unless ``where`` is None."""
+    new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    if new.get("decode_every_n_steps", 1) is None and new.get("monitor") == "loss":
+        new.pop("num_decoded_images", None)  # it had an effect with the other monitors only
+    for key, translate in TRANSLATED.items():
+        if key in new:
+            for target, value in translate(new.pop(key)).items():
+                _put(new, target, value)
+    ignored = [key for key, todays in REMOVED.items() if new.pop(key, todays) != todays]
+    if ignored and where:
+        logger.info("%s: ignored, as no longer supported: %s", where, ", ".join(ignored))
+    return new
