@@ -162,33 +162,29 @@ def _table_rows(path: Path) -> Rows:
             raise DataError(f"{path}:{number}: the header must name {NEEDED}")
         header, lines = ["image", "caption"], chain([(number, first)], lines)
     if delimiter in "\t|":
-        rows, hint = _plain_rows(lines, delimiter, len(header)), ""
+        rows = ((n, _plain_cells(line, delimiter, len(header))) for n, line in lines)
     else:
-        hint = f"; put captions with {delimiter!r} in double quotes"
         column = next(n for n, name in enumerate(header) if name in IMAGE_FIELDS)
         rows = _csv_rows(path, number + 1, lines, delimiter, column)
     for number, cells in rows:
         row: Any = dict(zip(header, cells, strict=False))
         if len(cells) != len(header):
+            hint = (
+                f"; put captions with {delimiter!r} in double quotes"
+                if cells[len(header) :]
+                else ""
+            )
             columns = f"{len(header)} ({delimiter.join(header)})"
             row = ValueError(f"{len(cells)} cells instead of {columns}{hint}")
-        yield f"{path.name}:{number}", row
+        if any(cells):
+            yield f"{path.name}:{number}", row
 
 
-def _plain_rows(
-    lines: Iterable[tuple[int, str]], delimiter: str, num_columns: int
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of each line; the last one may hold delimiters, and any stray quotes."""
-    for number, line in lines:
-        if line.strip():
-            cells = [cell.strip() for cell in line.split(delimiter, num_columns - 1)]
-            yield (
-                number,
-                [
-                    cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
-                    for cell in cells
-                ],
-            )
+def _plain_cells(line: str, delimiter: str, num_columns: int) -> list[str]:
+    """Return the cells of a line; the last one may hold delimiters, and any one stray quotes."""
+    cells = [cell.strip() for cell in line.split(delimiter, num_columns - 1)]
+    is_quoted = map(_QUOTED.fullmatch, cells)
+    return [c[1:-1].replace('""', '"') if q else c for c, q in zip(cells, is_quoted, strict=True)]
 
 
 def _csv_rows(
@@ -206,8 +202,7 @@ def _csv_rows(
             inner = (line.split(delimiter) for cell in cells for line in cell.split("\n")[1:])
             if any(_is_image_file(row[column]) for row in inner if row[column:]):
                 raise csv.Error("a double quote opens here and does not close before the next row")
-            if cells:
-                yield start, cells
+            yield start, cells
             start = number + reader.line_num
     except csv.Error as error:
         raise DataError(f"{path}:{start}: {error}; double the quotes within quoted cells") from None
