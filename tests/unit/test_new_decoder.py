@@ -37,11 +37,8 @@ def test_the_command_writes_a_decoder_of_the_captions(
     assert f"{folder}: 2 layers of width 16, {pieces} word pieces" in result.stdout
     assert f", {parameters:,} parameters" in result.stdout
     assert f"language_model.name={folder}" in result.stdout
-    assert (model.shape.width, model.shape.num_layers, model.shape.cross_attention_width) == (
-        16,
-        2,
-        16,
-    )
+    shape = model.shape
+    assert (shape.width, shape.num_layers, shape.cross_attention_width) == (16, 2, 16)
     assert model.max_positions == MAX_POSITIONS
     assert model.vocab_size == len(model.tokenizer) <= 120
     assert not model.fresh_parameters
@@ -76,20 +73,20 @@ def test_text_comes_back_in_lower_case_without_accents(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_line(drawn_caption_folder: Path, tmp_path: Path, run_here) -> None:
-    folder = tmp_path / "decoder"
-    arguments = ("new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", folder, *TINY)
-    assert run_here(*arguments).returncode == 0
-    first = (folder / "model.safetensors").read_bytes()
-    kept = run_here(*arguments, "--seed", 1)
-    assert kept.returncode == 2
-    assert "exists: choose another --output-dir, or give --overwrite" in kept.stderr
-    assert (folder / "model.safetensors").read_bytes() == first
-    assert run_here(*arguments, "--seed", 1, "--overwrite").returncode == 0
-    assert (folder / "model.safetensors").read_bytes() != first
+    folder, other = tmp_path / "decoder", tmp_path / "other"
 
-    other = ("new-decoder", "--data-dir", drawn_caption_folder, "--output-dir", tmp_path / "other")
-    uneven = run_here(*other, "--heads", 5, "--width", 16)
-    assert uneven.returncode == 2
-    assert uneven.stderr == "error: heads=5 does not divide width=16\n"
-    assert run_here(*other, "--layers", 0).returncode == 2
-    assert not (tmp_path / "other").exists()
+    def run(folder: Path, *arguments: object) -> tuple[int, str]:
+        paths = ("--data-dir", drawn_caption_folder, "--output-dir", folder)
+        result = run_here("new-decoder", *paths, *TINY, *arguments)
+        return result.returncode, result.stderr
+
+    assert run(folder)[0] == 0
+    first = (folder / "model.safetensors").read_bytes()
+    code, line = run(folder, "--seed", 1)
+    assert code == 2 and "exists: choose another --output-dir, or give --overwrite" in line
+    assert (folder / "model.safetensors").read_bytes() == first
+    assert run(folder, "--seed", 1, "--overwrite")[0] == 0
+    assert (folder / "model.safetensors").read_bytes() != first
+    assert run(other, "--heads", 5) == (2, "error: heads=5 does not divide width=16\n")
+    assert run(other, "--layers", 0)[0] == 2
+    assert not other.exists()

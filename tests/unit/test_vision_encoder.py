@@ -135,19 +135,17 @@ def test_features_of_pyramids_are_those_of_transformers(
 
 
 def test_fingerprints_tell_encoders_apart(
-    tiny_vit_dir: Path, tiny_dinov2_dir: Path, tiny_clip_vision_dir: Path, tmp_path: Path
+    tiny_vit_dir: Path, tiny_dinov2_dir: Path, tmp_path: Path
 ) -> None:
     vit = encoder_fingerprint(load(tiny_vit_dir))
     moved = shutil.copytree(tiny_vit_dir, tmp_path / "elsewhere")
     assert vit == encoder_fingerprint(load(moved))
-    nudged, normalized_otherwise = load(tiny_vit_dir), load(tiny_vit_dir)
+    nudged, otherwise = load(tiny_vit_dir), load(tiny_vit_dir)
     with torch.no_grad():
         next(nudged.parameters()).view(-1)[0] += 1e-3
-    normalized_otherwise.processor.image_mean = [0.1, 0.2, 0.3]
-    larger = load(tiny_vit_dir, image_size=64)
-    others = [nudged, normalized_otherwise, larger, load(tiny_dinov2_dir)]
-    others.append(load(tiny_clip_vision_dir))
-    assert len({vit, *map(encoder_fingerprint, others)}) == 6
+    otherwise.processor.image_mean = [0.1, 0.2, 0.3]
+    others = [nudged, otherwise, load(tiny_vit_dir, image_size=64), load(tiny_dinov2_dir)]
+    assert len({vit, *map(encoder_fingerprint, others)}) == 5
 
 
 @pytest.mark.parametrize(

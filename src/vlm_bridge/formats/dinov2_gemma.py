@@ -46,14 +46,11 @@ def from_original(state: Mapping[str, torch.Tensor], where: str | Path) -> dict[
     """Rename the tensors of a ``model_state_dict`` to ours. Raises CheckpointError."""
     if any(name.startswith(f"{_PREFIX}bridge_blocks.") for name in state):
         raise CheckpointError(
-            f"{where} holds Bridge-Lite, which the original project builds since its commit "
-            "2dd2199: its self-attention reads caption tokens after the predicted one, so it "
-            "cannot caption; train bridge.kind=cross_attention (config/training-default.yaml)"
+            f"{where} holds Bridge-Lite (the original since its commit 2dd2199), whose "
+            "self-attention reads later tokens: train config/training-default.yaml"
         )
     if wrong := wrong_names(state, ORIGINAL_NAMES.values()):
-        raise CheckpointError(
-            f"{where} is not the original single-block bridge: {shortened(wrong)}"
-        )
+        raise CheckpointError(f"{where} is not the original's bridge: {shortened(wrong)}")
     return {ours: state[theirs] for ours, theirs in ORIGINAL_NAMES.items()}
 
 
@@ -64,10 +61,9 @@ def to_original(weights: Mapping[str, torch.Tensor], where: str | Path) -> dict[
         CheckpointError: the layout has no place for them (another bridge, feature statistics).
     """
     if wrong := wrong_names(weights, ORIGINAL_NAMES):
+        wanted = "bridge.kind=cross_attention with bridge.standardize_features=false"
         raise CheckpointError(
-            f"{where} cannot be written in the original layout, which holds "
-            "bridge.kind=cross_attention with bridge.standardize_features=false: "
-            f"{shortened(wrong)}"
+            f"{where} has no place in the original layout, which holds {wanted}: {shortened(wrong)}"
         )
     return {theirs: weights[ours] for ours, theirs in ORIGINAL_NAMES.items()}
 
@@ -93,8 +89,7 @@ def save_original(
     published = recipe.to_dict()
     if layer := published["bridge"].get("enter_at_layer"):
         raise CheckpointError(
-            f"{where} cannot be written in the original layout, whose bridge changes the "
-            f"embeddings: this one has bridge.enter_at_layer={layer}"
+            f"{where} has no place in the original layout: bridge.enter_at_layer={layer}, not 0"
         )
     state = {
         "model_state_dict": to_original(content["weights"], where),

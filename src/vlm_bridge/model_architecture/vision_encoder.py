@@ -130,7 +130,8 @@ class EfficientNetLiteEncoder(nn.Module):
             network = EfficientNet.from_name(config.name, image_size=size)
         if not meta:
             require_weights([config.name])
-            weights = torch.load(str(packaged_file(config.name)), weights_only=True)
+            path = str(packaged_file(config.name))
+            weights = torch.load(path, map_location="cpu", weights_only=True)
             network.load_state_dict(weights)
         return cls(network, size, config.layers)
 
