@@ -233,7 +233,7 @@ def test_an_evaluation_records_scores_and_settings(images: list[CaptionedImage])
     # A failed image counts as empty.
     (failure,) = [p for p in evaluation.predictions if p.error]
     assert failure.error == "damaged" and set(failure.scores.values()) == {0.0}
-    for nothing, message in (([], "no images"), (images[-1:], "none of the 1 images")):
+    for nothing, message in (([], "none of the 0 images"), (images[-1:], "none of the 1 images")):
         with pytest.raises(DataError, match=message):
             evaluated(nothing)
 

@@ -69,7 +69,6 @@ def evaluate_captioner(
 
     Args:
         validate: a captioner's `validate`; None leaves perplexity and visual gain out.
-        progress: called with the number of images captioned so far.
         model: identity of the captioner for the record, with a ``name``.
         data: ``name``, ``fingerprint`` and ``split`` for the record.
         world: processes that share the work and all get the result; the first one scores.
@@ -77,28 +76,25 @@ def evaluate_captioner(
     Raises:
         DataError: there are no images, or none of them can be captioned.
     """
-    if not images:
-        raise DataError("there are no images to evaluate on")
     world = world or World(torch.device("cpu"))
     results = _caption(captioner, images, decode, batch_size, world, progress)
     readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
     if not readable:
-        first = f"the first: {results[0].error}"
-        raise DataError(f"none of the {len(images)} images can be captioned; {first}")
+        why = results[0].error if results else "there are none"
+        raise DataError(f"none of the {len(images)} images can be captioned: {why}")
     measured: dict[str, float | None] = dict.fromkeys(MEASURED)
     if validate:
         found = validate(readable, batch_size=batch_size, world=world)
-        values = {name: getattr(found, name) for name in MEASURED}
-        measured |= {name: value for name, value in values.items() if math.isfinite(value)}
+        measured |= {n: v for n in MEASURED if math.isfinite(v := getattr(found, n))}
     # By path: images of several folders may share an id.
     references = {str(image.path): image.captions for image in images}
     texts = [result.caption or "" for result in results]
     captions = dict(zip(references, texts, strict=True))
     scores = world.from_first(lambda: score_captions(references, captions, spice=spice))
-    per_image = [scores.per_image[key] for key in references]
+    rows = zip(images, texts, results, scores.per_image.values(), strict=True)
     predictions = tuple(
-        Prediction(image, text, result.score, result.error, own_scores, result.finished)
-        for image, text, result, own_scores in zip(images, texts, results, per_image, strict=True)
+        Prediction(image, text, result.score, result.error, of_image, result.finished)
+        for image, text, result, of_image in rows
     )
     metrics = {
         **dict.fromkeys(name for name in SCORES if name != "SPICE"),
