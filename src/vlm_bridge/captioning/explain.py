@@ -21,8 +21,8 @@ from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import image_attention
 
 UNLIMITED = 2**31  # tokens of an explained caption
-# Five colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
-HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+# Colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
+COLD_HOT_MID = ("#440154", "#fde725", "#21918c")
 FAINTEST, STRONGEST = 0.45, 0.75  # opacity of the heat map at its coldest and hottest places
 EVEN_SCALE = 3.0  # least top of the color scale, in even spreads: even maps stay pale
 TILE = (288, 216)  # width and height of an image on a sheet, in pixels
@@ -129,19 +129,16 @@ def word_overlays(explanation: Explanation, image: Image.Image, side: int) -> li
     area = np.array(explanation.area).reshape(2, 2) / image.size * size
     start = area[0].round().clip(0, size - 1).astype(int)
     stop = area[1].round().clip(start + 1, size).astype(int)
-    place, seen = tuple(start.tolist()), (*start.tolist(), *stop.tolist())
-    stops = np.linspace(0, 1, len(HEAT))
     overlays = []
     for word in explanation.words:
         ceiling = max(word.map.max(), EVEN_SCALE / word.map.size)
-        heat = Image.fromarray((word.map / ceiling).astype(np.float32))
-        resized = heat.resize(tuple((stop - start).tolist()), Image.Resampling.BICUBIC)
-        heat_hw = np.asarray(resized).clip(0, 1)
-        colors_hwc = np.stack([np.interp(heat_hw, stops, channel) for channel in HEAT.T], axis=-1)
-        opacity_hw1 = (FAINTEST + (STRONGEST - FAINTEST) * heat_hw)[..., None]
+        heat = Image.fromarray((255 * word.map / ceiling).astype(np.uint8))
+        heat = heat.resize(tuple((stop - start).tolist()), Image.Resampling.BICUBIC)
+        opacity = heat.point(
+            [round(255 * FAINTEST + x * (STRONGEST - FAINTEST)) for x in range(256)]
+        )
         overlay = gray.convert("RGB")
-        covered = (1 - opacity_hw1) * np.asarray(overlay.crop(seen)) + opacity_hw1 * colors_hwc
-        overlay.paste(Image.fromarray(covered.round().astype(np.uint8)), place)
+        overlay.paste(ImageOps.colorize(heat, *COLD_HOT_MID), tuple(start.tolist()), opacity)
         overlays.append(overlay)
     return overlays
 
