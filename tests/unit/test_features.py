@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,38 +48,40 @@ class Numbers:
         return torch.from_numpy(indices).float()
 
 
-class Encode:
-    """Counts what it encodes, and may stop at an image; image i has features of i + token / 10."""
+def features_of(pixels_b: torch.Tensor) -> torch.Tensor:
+    """Image i has features of i + token / 10."""
+    tokens = torch.arange(TOKENS) / 10
+    return (pixels_b[:, None, None] + tokens[:, None]).expand(-1, TOKENS, DIM)
 
-    def __init__(self, stop_at: int | None = None, kill: bool = False, scale: float = 1.0):
-        self.stop_at, self.kill, self.scale = stop_at, kill, scale
+
+class Encode:
+    """List what is encoded; stop at an image."""
+
+    def __init__(self, stop_at: int | None = None, seconds: float = 0.0):
+        self.stop_at, self.seconds = stop_at, seconds
         self.encoded: list[int] = []
 
     def __call__(self, pixels_b: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
         if self.stop_at in pixels_b.int().tolist():
-            if self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
         self.encoded += pixels_b.int().tolist()
-        return self.features(pixels_b)
-
-    def features(self, pixels_b: torch.Tensor) -> torch.Tensor:
-        tokens = torch.arange(TOKENS) / 10
-        return self.scale * (pixels_b[:, None, None] + tokens[:, None]).expand(-1, TOKENS, DIM)
+        return features_of(pixels_b)
 
 
-def build(root: Path, encode: Any = None, key: str = KEYS[0], **options: Any) -> FeatureCache:
-    format = FeatureFormat(TOKENS, DIM)
-    check_all = options.pop("check_all", False)
+def build(
+    root: Path, encode: Any = None, key: str = KEYS[0], check_all: bool = False, **options: Any
+) -> FeatureCache:
     cache = FeatureCache(
-        root / key, format, Numbers(), encode or Encode(), batch_images=3, **options
+        root / key, FeatureFormat(TOKENS, DIM), Numbers(), encode or Encode(), **options
     )
+    cache.batch_images = 3
     return cache.open(check_all)
 
 
 def check(cache: FeatureCache) -> None:
     indices = np.random.default_rng(0).permutation(NUM_IMAGES)
-    expected = Encode().features(torch.from_numpy(indices).float())
+    expected = features_of(torch.from_numpy(indices).float())
     torch.testing.assert_close(cache[indices].float(), expected, rtol=1e-3, atol=0)
 
 
@@ -94,33 +94,28 @@ def values(scale: float = 1.0) -> torch.Tensor:
 
 def round_trip(features: torch.Tensor, dtype: Any) -> torch.Tensor:
     format = FeatureFormat(5, 12, dtype)
-    records = format.pack(features)
-    assert records.shape == (len(features),)
-    return format.unpack(records)
+    return format.unpack(format.pack(features))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_floats_are_stored_as_they_are(dtype: str) -> None:
-    assert torch.equal(round_trip(values(), dtype), values().to(getattr(torch, dtype)))
+def test_floats_are_stored_as_they_are() -> None:
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert torch.equal(round_trip(values(), dtype), values().to(getattr(torch, dtype)))
 
 
-@pytest.mark.parametrize("scale", [0, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [0, 1e-6, 1e6])
 def test_int8_is_off_by_half_a_step_of_each_token(scale: float) -> None:
     features = values(scale) * torch.logspace(-3, 3, 5)[:, None]  # tokens of different size
-    restored = round_trip(features, "int8")
     half_a_step = features.abs().amax(-1, keepdim=True) / 127 / 2
-    assert ((restored - features).abs() <= half_a_step * 1.001).all()
+    assert ((round_trip(features, "int8") - features).abs() <= half_a_step * 1.001).all()
 
 
-def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_features_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match=r"not finite in float16.*feature_cache=off"):
         round_trip(values(1e5), "float16")
     assert torch.isfinite(round_trip(values(1e5), "bfloat16")).all()
     for dtype in FORMATS:
         with pytest.raises(DataError, match="not finite"):
             round_trip(values() * float("nan"), dtype)
-    with pytest.raises(DataError, match="not finite in float16"):
-        build(tmp_path, Encode(scale=1e6))
 
 
 # Building, opening, damage.
@@ -162,45 +157,23 @@ def test_a_damaged_cache_is_encoded_anew_from_the_damage_on(
     assert encode.encoded == list(range(encoded_from, NUM_IMAGES))
 
 
-@pytest.mark.parametrize("kill", [False, True])
-def test_an_interrupted_build_continues(tmp_path: Path, kill: bool) -> None:
-    stopping = Encode(stop_at=20, kill=kill)
-    if kill:
-        fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=build, args=(tmp_path, stopping))
-        process.start()
-        process.join(30)
-        assert process.exitcode == -signal.SIGKILL
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            build(tmp_path, stopping)
+def test_an_interrupted_build_continues(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, Encode(stop_at=20))
     encode = Encode()
     check(build(tmp_path, encode))
-    first = encode.encoded[0] if encode.encoded else NUM_IMAGES
-    assert encode.encoded == list(range(first, NUM_IMAGES))
-    assert kill or first == 18
+    assert encode.encoded == list(range(18, NUM_IMAGES))
     assert not list(tmp_path.glob("*/*.building"))
 
 
-class Slow(Encode):
-    """Takes its time."""
-
-    def __call__(self, pixels_b: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.02)
-        return super().__call__(pixels_b)
-
-
 def test_one_builds_and_others_wait_for_it_while_all_read(tmp_path: Path) -> None:
-    encoders = [Slow() for _ in range(3)]
+    encoders = [Encode(seconds=0.02) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         caches = list(pool.map(lambda encode: build(tmp_path, encode), encoders, timeout=30))
     for cache in caches:  # all open at once: a reader must not keep another from opening
         check(cache)
     encoded = [index for encode in encoders for index in encode.encoded]
     assert encoded == list(range(NUM_IMAGES))
-
-
-# Room.
 
 
 @pytest.mark.parametrize("fails", ["disk_usage", "fsync"])
@@ -215,14 +188,10 @@ def test_without_room_there_is_no_new_cache(
         monkeypatch.setattr(os, "fsync", full)
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-    reasons = r"(no room .*512.0 MiB are left|No space left).*feature_cache=off"
-    with pytest.raises(DataError, match=reasons):
+    with pytest.raises(DataError, match=r"no room .*512.0 MiB are left|No space left"):
         build(tmp_path)
     assert not list((tmp_path / KEYS[0]).glob("features.*"))
     check(build(tmp_path, key=KEYS[1]))
-    (tmp_path / "taken").write_text("a file")
-    with pytest.raises(DataError, match="taken"):
-        build(tmp_path / "taken")
 
 
 def test_the_least_recently_used_caches_go_first(tmp_path: Path) -> None:
@@ -244,32 +213,27 @@ def test_the_least_recently_used_caches_go_first(tmp_path: Path) -> None:
 # Images and views.
 
 
-@pytest.fixture
-def paths(drawn_caption_folder: Path, tmp_path: Path) -> list[Path]:
-    copied = shutil.copytree(drawn_caption_folder / "val" / "images", tmp_path / "images")
-    return sorted(copied.iterdir())
-
-
 def test_the_digest_is_that_of_contents_in_order(
-    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    drawn_caption_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = images_digest(paths, tmp_path / "one")
-    assert images_digest(paths[::-1], tmp_path / "one") != digest
-    assert images_digest(paths[:-1], tmp_path / "one") != digest
+    folder = shutil.copytree(drawn_caption_folder / "val" / "images", tmp_path / "images")
+    paths, notes = sorted(folder.iterdir()), tmp_path / "notes"
+    digest = images_digest(paths, notes)
+    assert digest not in (images_digest(paths[::-1], notes), images_digest(paths[:-1], notes))
     with monkeypatch.context() as patch:  # nobody touched them: they are not read again
         patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
-        assert images_digest(paths, tmp_path / "one") == digest
+        assert images_digest(paths, notes) == digest
     paths[2].write_bytes(paths[3].read_bytes())
-    assert images_digest(paths, tmp_path / "one") != digest
+    assert images_digest(paths, notes) != digest
     with pytest.raises(DataError, match=r"gone\.jpg"):
         images_digest([tmp_path / "gone.jpg"], tmp_path)
 
 
-def test_a_broken_image_is_named_and_leaves_nothing(tmp_path: Path, paths: list[Path]) -> None:
-    paths[1].write_bytes(b"\xff\xd8 not much")
-    pixels = OnTheFlyPixels(paths, lambda images: torch.zeros(len(images)))
-    with pytest.raises(ImageError, match=paths[1].name):
-        FeatureCache(tmp_path / "caches" / KEYS[0], FeatureFormat(2, 3), pixels, Encode()).open()
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8 not much")
+    pixels = OnTheFlyPixels([tmp_path / "a.jpg"], lambda images: torch.zeros(len(images)))
+    with pytest.raises(ImageError, match=r"a\.jpg"):
+        FeatureCache(tmp_path / KEYS[0], FeatureFormat(2, 3), pixels, Encode()).open()
 
 
 def test_a_view_is_fixed_by_seed_image_and_number() -> None:
@@ -284,8 +248,7 @@ def test_a_view_is_fixed_by_seed_image_and_number() -> None:
     assert len({view(), view(seed=4), view(index=6), view(number=2)}) == 4
     sizes = [Views(1, 0).view(image, index, 0).size for index in range(50)]
     shares = [width * height / (image.width * image.height) for width, height in sizes]
-    assert 0.4 < min(shares) < max(shares) <= 1
-    assert len(set(sizes)) > 20
+    assert 0.4 < min(shares) < max(shares) <= 1 and len(set(sizes)) > 20
     assert Views(1, 0).view(Image.new("RGB", (1, 1)), 0, 0).size == (1, 1)
 
 
@@ -377,5 +340,4 @@ def test_every_epoch_has_its_view_with_a_cache_or_without(split: Split) -> None:
         torch.testing.assert_close(cached, encoded, rtol=1e-3, atol=1e-6)
     assert not torch.allclose(first, second)
     assert torch.equal(first, split.read(2, **views))  # two views take turns
-    assert not torch.allclose(first, split.read())
     assert torch.equal(split.read(split="val", **views), split.read())  # whole images

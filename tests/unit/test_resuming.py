@@ -14,18 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from captioners import places_of_run, tiny_recipe
 from same import assert_same_checkpoints
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import resume, validation
-from vlm_bridge.training_strategy.resume import (
-    AUTO,
-    Interrupted,
-    find_run,
-    resumed_recipe,
-)
+from vlm_bridge.training_strategy.resume import AUTO, Interrupted, find_run, resumed_recipe
 from vlm_bridge.training_strategy.trainer import train
 
 MakeRecipe = Callable[..., Recipe]
@@ -38,21 +32,13 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture
-def make_recipe(
-    tmp_path: Path, drawn_caption_folder: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
-) -> MakeRecipe:
-    """Two epochs of three steps, with dropout and averaged weights."""
-
-    def make(name: str, *overrides: str) -> Recipe:
-        recipe = tiny_recipe(
-            tiny_vit_dir, tiny_llama_dir, **places_of_run(tmp_path, name, drawn_caption_folder),
-            learning_rate=1e-2, num_epochs=2, batch_size=16, captions_per_image=2,
-            weight_averaging=0.9, log_every_n_steps=1, num_validation_samples=1,
-            decode={"num_beams": 1, "max_new_tokens": 4},
-        )  # fmt: skip
-        return override_recipe(recipe, ["bridge.dropout=0.1", *overrides])
-
-    return make
+def make_run(make_recipe: MakeRecipe) -> MakeRecipe:
+    """Recipes of two epochs of three steps, with dropout and averaged weights."""
+    common = (
+        "num_epochs=2", "batch_size=16", "bridge.dropout=0.1", "weight_averaging=0.9",
+        "num_validation_samples=1", "decode.max_new_tokens=4",
+    )  # fmt: skip
+    return lambda name, *overrides: make_recipe(name, *common, *overrides)
 
 
 def state(recipe: Recipe, name: str = checkpoints.LATEST) -> dict[str, Any]:
@@ -75,9 +61,9 @@ def decoded_steps(recipe: Recipe) -> set[int]:
     ("owner", "moment"), [(validation, "validate"), (validation.Validator, "decode")]
 )
 def test_a_signal_ends_a_validation_and_the_resumed_run_does_it_again(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, owner: Any, moment: str
+    make_run: MakeRecipe, monkeypatch: pytest.MonkeyPatch, owner: Any, moment: str
 ) -> None:
-    whole, recipe = (make_recipe(name, *BY_STEPS) for name in ("whole", "run"))
+    whole, recipe = (make_run(name, *BY_STEPS) for name in ("whole", "run"))
     train(whole)
     work, seen = getattr(owner, moment), []
 
@@ -123,10 +109,9 @@ def test_a_second_ctrl_c_ends_at_once_but_no_echo_of_the_first(
 
 
 def test_auto_starts_anew_resumes_and_skips_damaged_checkpoints(
-    make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRecipe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(resume, "KEPT_STEP_CHECKPOINTS", 9)
-    whole, recipe = (make_recipe(name, "save_every=1 step") for name in ("whole", "run"))
+    whole, recipe = (make_run(name, "save_every=1 step") for name in ("whole", "run"))
     train(whole, resume=AUTO)
     assert f"no checkpoint to resume from in {whole.checkpoint_dir}" in caplog.text
     folder = shutil.copytree(whole.checkpoint_dir, recipe.checkpoint_dir)
@@ -148,23 +133,19 @@ def test_auto_starts_anew_resumes_and_skips_damaged_checkpoints(
     assert Path(folder, checkpoints.LATEST).read_bytes() == before
 
 
-def test_batches_by_tokens_resume_inside_an_epoch(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resume, "KEPT_STEP_CHECKPOINTS", 99)
-    whole, recipe = (
-        make_recipe(name, "tokens_per_batch=60", "save_every=1 step") for name in ("whole", "run")
-    )
+def test_batches_by_tokens_resume_inside_an_epoch(make_run: MakeRecipe) -> None:
+    changes = ("tokens_per_batch=60", "save_every=2 steps", "max_steps=6")
+    whole, recipe = (make_run(name, *changes) for name in ("whole", "run"))
     train(whole)
     train(recipe, resume=Path(whole.checkpoint_dir, "step_00000002.pth"))
     assert_same_end(whole, recipe)
 
 
 def test_a_run_that_stopped_early_stays_stopped(
-    make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
+    make_run: MakeRecipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     still = ("early_stopping_patience=1", "learning_rate=0", "min_lr=0", "num_epochs=4")
-    recipe = make_recipe("run", *still)
+    recipe = make_run("run", *still)
     assert train(recipe).steps == 6
     assert "early stopping: no improvement in 1 validations" in caplog.messages
     assert train(recipe, resume=AUTO).steps == 6
@@ -172,8 +153,8 @@ def test_a_run_that_stopped_early_stays_stopped(
     assert train(patient, resume=AUTO, force=True).steps == 12
 
 
-def test_a_folder_means_its_newest_checkpoint(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run", "save_every=2 steps")
+def test_a_folder_means_its_newest_checkpoint(make_run: MakeRecipe) -> None:
+    recipe = make_run("run", "save_every=2 steps")
     train(recipe)
     folder = Path(recipe.checkpoint_dir)
     for given in (folder, folder.parent):
@@ -186,7 +167,7 @@ def test_a_folder_means_its_newest_checkpoint(make_recipe: MakeRecipe) -> None:
 
 
 def test_the_latest_is_saved_every_so_many_minutes(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
     save = checkpoints.save_checkpoint
@@ -197,21 +178,20 @@ def test_the_latest_is_saved_every_so_many_minutes(
             saved.append(training["progress"]["step"])
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", watched)
-    train(make_recipe("often", "save_every=0 minutes"))
-    train(make_recipe("seldom", "save_every=9 minutes"))
+    train(make_run("often", "save_every=0 minutes"))
+    train(make_run("seldom", "save_every=9 minutes"))
     assert saved == [1, 2, 3, 4, 5, 6, 6, 3, 6, 6]
 
 
 def test_other_settings_are_named_field_by_field_and_need_force(
-    make_recipe: MakeRecipe,
+    make_run: MakeRecipe,
     drawn_caption_folder: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    recipe = make_recipe("run", "num_epochs=1", "save_every=2 steps")
+    recipe = make_run("run", "num_epochs=1", "save_every=2 steps")
     train(recipe)
-    ignored = shutil.ignore_patterns(".*")
-    changed = shutil.copytree(drawn_caption_folder, tmp_path / "other", ignore=ignored)
+    changed = shutil.copytree(drawn_caption_folder, tmp_path / "other")
     manifest = json.loads((changed / "manifest.json").read_text())
     (changed / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "sha256:other"}))
     overrides = ["learning_rate=0.5", "num_epochs=2", "bridge.dropout=0.3", "num_workers=1"]
@@ -233,8 +213,8 @@ def test_other_settings_are_named_field_by_field_and_need_force(
     assert "changed by --force: learning_rate=0.5, was 0.01" in caplog.messages
 
 
-def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("run", "max_steps=1")
+def test_a_state_that_no_training_saves_is_one_line(make_run: MakeRecipe) -> None:
+    recipe = make_run("run", "max_steps=1")
     train(recipe)
     path = Path(recipe.checkpoint_dir) / checkpoints.LATEST
     sound = checkpoints.read_file(path)
@@ -253,10 +233,10 @@ def test_a_state_that_no_training_saves_is_one_line(make_recipe: MakeRecipe) -> 
 
 
 def test_a_checkpoint_of_an_early_version_continues_behind_its_epoch(
-    make_recipe: MakeRecipe,
+    make_run: MakeRecipe,
 ) -> None:
     """There, a step at the end of an epoch was saved before the epoch counted."""
-    whole, recipe = (make_recipe(name, "save_every=3 steps") for name in ("whole", "run"))
+    whole, recipe = (make_run(name, "save_every=3 steps") for name in ("whole", "run"))
     train(whole)
     path = Path(whole.checkpoint_dir) / checkpoints.STEP.format(3)
     content = checkpoints.read_file(path)

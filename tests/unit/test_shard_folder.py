@@ -177,7 +177,7 @@ def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
         ({"train/0.tar.gz": b"\x1f\x8b"}, "compressed: run gunzip"),
         ({"0.tar": b""}, "move or link them into"),
         ({"train/readme.txt": b""}, "is no caption folder .* and no shard folder"),
-        ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is no manifest .* .damaged"),
+        ({"manifest.json": b"{", "train/0.tar": b""}, "manifest.json is damaged"),
     ],
 )
 def test_other_folders_are_refused_in_a_line(
@@ -189,14 +189,6 @@ def test_other_folders_are_refused_in_a_line(
     with pytest.raises(DataError, match=message) as error:
         open_data_folder(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_the_content_hash_is_that_of_the_same_files(root: Path, tmp_path: Path) -> None:
-    images = paths_of(open_data_folder(root).split("val"))
-    copies = [tmp_path / image.name for image in images]
-    for copy, image in zip(copies, images, strict=True):
-        copy.write_bytes(image.read_bytes())
-    assert images_digest(images, tmp_path / "a") == images_digest(copies, tmp_path / "b")
 
 
 def test_predictions_find_their_images_again(root: Path) -> None:
