@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from vlm_bridge.data_pipeline.captions import CaptionStyle
-from vlm_bridge.data_pipeline.parquet import ParquetImage, read_images
+from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule
 from vlm_bridge.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from PIL import Image
+    from pyarrow.parquet import ParquetFile
 
     from vlm_bridge.data_pipeline.samples import ImageFile, SkippedSample
 
@@ -32,6 +34,16 @@ SOURCES = {
     "local": "local.LocalFolder",
     "scenes": "scenes.Scenes",
 }
+
+IMAGE_ROWS, TEXT_ROWS = 16, 4096  # of a parquet file, held at a time: a few megabytes
+
+
+class ParquetImage(NamedTuple):
+    """A row of a column of images, structs ``{bytes, path}`` as Hugging Face datasets have."""
+
+    file: Path
+    row: int
+    column: str = "image"
 
 
 @dataclass(slots=True)
@@ -146,6 +158,65 @@ def iter_images(items: Iterable[SourceItem]) -> Iterator[RawImage | None]:
     images = (item.image for item in items)
     for is_row, group in groupby(images, key=lambda image: isinstance(image, ParquetImage)):
         if is_row:
-            yield from read_images(row for row in group if isinstance(row, ParquetImage))
+            yield from _stored_images(row for row in group if isinstance(row, ParquetImage))
         else:
             yield from (image for image in group if not isinstance(image, ParquetImage))
+
+
+def _stored_images(images: Iterable[ParquetImage]) -> Iterator[bytes | None]:
+    for (path, column), of_file in groupby(images, key=lambda image: (image.file, image.column)):
+        with _opened(path) as file:
+            # One thread: decoding images is what takes time, and other processes do that.
+            batches = file.iter_batches(IMAGE_ROWS, columns=[f"{column}.bytes"], use_threads=False)
+            rows = enumerate(row for batch in batches for row in batch.column(0).field("bytes"))
+            for image in of_file:
+                yield next((content.as_py() for row, content in rows if row == image.row), None)
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the values of ``columns`` of every row of a parquet file.
+
+    A text too long for a caption is cut, and still too long. Raises DataError if the file is
+    damaged.
+    """
+    from pyarrow import types
+
+    # As dictionaries: a text that the file holds once may stand in a million rows.
+    texts = [f.name for f in schema_of(path) if f.name in columns and types.is_string(f.type)]
+    with _opened(path, texts) as file:
+        for batch in file.iter_batches(TEXT_ROWS, columns=list(columns), use_threads=False):
+            for values in zip(*map(_values, batch.columns), strict=True):
+                yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    import pyarrow as pa
+
+    if not isinstance(column, pa.DictionaryArray):
+        return column.to_pylist()
+    texts = [text and text[: MAX_CAPTION_CHARACTERS + 1] for text in column.dictionary.to_pylist()]
+    return [None if index is None else texts[index] for index in column.indices.to_pylist()]
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """Return the columns of a parquet file; DataError as :func:`read_rows`."""
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+@contextmanager
+def _opened(path: Path, texts: Sequence[str] = ()) -> Iterator[ParquetFile]:
+    """Open a parquet file; a failure to read it within the block is a DataError."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # With a buffer of 1 MiB; else, pyarrow loads all images of a row group at once.
+        options = {"buffer_size": 1 << 20, "pre_buffer": False}
+        with ParquetFile(path, read_dictionary=[*texts], **options) as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        why = " ".join(str(error).split())
+        raise DataError(f"{path} is damaged or no parquet file ({why}): get it again") from None

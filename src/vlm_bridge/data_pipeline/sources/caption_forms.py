@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.parquet import ParquetImage, read_rows, schema_of
 from vlm_bridge.data_pipeline.samples import Skipped
+from vlm_bridge.data_pipeline.sources import ParquetImage, read_rows, schema_of
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
 from vlm_bridge.errors import DataError
 from vlm_bridge.parsing import is_text, lines_of, parse_json, shown
@@ -280,12 +280,12 @@ def _parquet_rows(path: Path) -> Rows:
     structs = {field.name for field in schema if types.is_struct(field.type)}
     stored = next((name for name in names if name in structs), None)
     columns = [name for name in names if name != stored]
-    for number, (row_group, row, values) in enumerate(read_rows(path, columns)):
+    for row, values in enumerate(read_rows(path, columns)):
         fields: dict[Any, Any] = values
         if stored is not None:
-            fields["image"] = f"{path.stem}-{number:06d}"
-            fields[ParquetImage] = ParquetImage(path, row_group, row, stored)
-        yield f"{path.name}: row {number}", fields
+            fields["image"] = f"{path.stem}-{row:06d}"
+            fields[ParquetImage] = ParquetImage(path, row, stored)
+        yield f"{path.name}: row {row}", fields
 
 
 FORMS: dict[str, Callable[[Path], Rows]] = {

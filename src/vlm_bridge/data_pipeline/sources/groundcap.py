@@ -13,9 +13,14 @@ from pathlib import Path
 
 from vlm_bridge.credentials import hub_problem
 from vlm_bridge.data_pipeline.captions import strip_tags
-from vlm_bridge.data_pipeline.parquet import ParquetImage, read_rows, schema_of
 from vlm_bridge.data_pipeline.samples import SkippedSample
-from vlm_bridge.data_pipeline.sources import Source, SourceItem
+from vlm_bridge.data_pipeline.sources import (
+    ParquetImage,
+    Source,
+    SourceItem,
+    read_rows,
+    schema_of,
+)
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
 from vlm_bridge.errors import DataError
 
@@ -66,13 +71,13 @@ class GroundCap(Source):
         items: dict[str, SourceItem] = {}
         for path, part in self._files():
             split = part if self.official_split and part == "test" else None
-            for number, (row_group, row, values) in enumerate(read_rows(path, ["id", "caption"])):
+            for row, values in enumerate(read_rows(path, ["id", "caption"])):
                 image_id, caption = values["id"], values["caption"] or ""
                 if not image_id:
-                    self.rejected.append(SkippedSample(f"{path.name} row {number}", "it has no id"))
+                    self.rejected.append(SkippedSample(f"{path.name} row {row}", "it has no id"))
                     continue
                 film = _FILM.search(image_id)
-                image = ParquetImage(path, row_group, row)
+                image = ParquetImage(path, row)
                 item = SourceItem(image_id, [], split, image, film and film[0])
                 item = items.setdefault(image_id, item)
                 if item.split == split:

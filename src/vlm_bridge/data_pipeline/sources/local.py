@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from vlm_bridge.data_pipeline.caption_folder import FORMAT, MANIFEST_NAME, UNFINISHED_NAME
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.parquet import ParquetImage
 from vlm_bridge.data_pipeline.samples import (
     MIN_SKIPPED_ROWS,
     NUM_CAUSES,
@@ -22,7 +21,7 @@ from vlm_bridge.data_pipeline.samples import (
     by_cause,
     is_inside,
 )
-from vlm_bridge.data_pipeline.sources import Source, SourceItem
+from vlm_bridge.data_pipeline.sources import ParquetImage, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
     FORMS,
     CaptionRecord,
