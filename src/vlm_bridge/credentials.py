@@ -74,7 +74,7 @@ def reach_hub(name: str, revision: str | None = None) -> None:
 
     Nothing is asked for a folder or a model in the hub's cache, nor with HF_HUB_OFFLINE.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE or os.path.exists(name):  # noqa: PTH110
         return
@@ -82,16 +82,9 @@ def reach_hub(name: str, revision: str | None = None) -> None:
         is_cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except ValueError:  # no name of a repository
         return
-    if not isinstance(is_cached, str) and not hub_answers():
-        raise ConnectionError(f"{constants.ENDPOINT} does not answer")
-
-
-def hub_answers() -> bool:
-    """Return whether the hub, or the proxy that leads to it, answers within a few seconds."""
-    from huggingface_hub import constants, get_session
-
+    if isinstance(is_cached, str):
+        return
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # of whichever client the hub's library uses
-        return False
-    return True
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer") from None

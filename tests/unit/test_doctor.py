@@ -45,16 +45,6 @@ def test_no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert java_version() is None
 
 
-def test_the_hub_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    address = f"https://user:{SECRET}@mirror.example"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr(doctor, "hub_answers", lambda: False)
-    check = next(doctor._hub())
-    assert check.status == "warn" and check.detail == "mirror.example does not answer"
-    assert SECRET not in repr(check)
-
-
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def _disk() -> Iterator[Check]:
         raise OSError("stale handle")

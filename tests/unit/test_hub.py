@@ -91,7 +91,7 @@ def test_the_hub_is_not_asked_for_local_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(credentials, "hub_answers", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
     reach_hub(str(tmp_path))
     reach_hub("no/name/of a repository")
     found = str(tmp_path / "config.json")

@@ -25,10 +25,7 @@ class Conceptual(Source):
 
     name = "conceptual"
     description = "Conceptual Captions: images of the web with their alternative texts"
-    licence_note = (
-        "captions and URLs: free for any purpose, credit to Google LLC is asked for; "
-        "each image belongs to its owner and is not to be redistributed"
-    )
+    licence_note = "captions: free, credit to Google LLC is asked for; images: their owners'"
     finds_near_duplicates = False
 
     input_dir: Path

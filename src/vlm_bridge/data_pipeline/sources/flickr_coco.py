@@ -76,7 +76,7 @@ class Flickr8k(_Flickr):
 
     name = "flickr8k"
     description = "Flickr8k: photographs of people and dogs, five human captions each"
-    licence_note = "Flickr photographs of many owners: research use only, not to be redistributed"
+    licence_note = "Flickr photographs of many owners: research use only, not to be shared"
     usual_files = ("dataset_flickr8k.json", "Flickr8k.token.txt")
     split_lists: ClassVar = {
         "Flickr_8k.trainImages.txt": "train",
@@ -91,10 +91,7 @@ class Flickr30k(_Flickr):
 
     name = "flickr30k"
     description = "Flickr30k: photographs of everyday life, five human captions each"
-    licence_note = (
-        "Flickr photographs of many owners under Flickr's terms of use: for non-commercial "
-        "research and education only, not to be redistributed"
-    )
+    licence_note = "Flickr's terms of use: non-commercial research and education, not to be shared"
     usual_files = (
         "dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token",
         "results.csv",
@@ -114,10 +111,7 @@ class Coco(CaptionedFiles):
 
     name = "coco"
     description = "COCO captions: photographs of common objects, five human captions each"
-    licence_note = (
-        "captions: CC BY 4.0, the COCO Consortium; photographs: Flickr's terms of use and the "
-        "licence that the annotations name for each, many of them non-commercial"
-    )
+    licence_note = "captions: CC BY 4.0; photographs: one license each, many non-commercial"
     usual_files = (KARPATHY, *(f"captions_{part}{year}.json" for year in YEARS for part in PARTS))
 
     year: int | None = None

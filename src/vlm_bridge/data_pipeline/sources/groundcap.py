@@ -43,10 +43,7 @@ class GroundCap(Source):
 
     name = "groundcap"
     description = "GroundCap: film frames, each with a grounded paragraph"
-    licence_note = (
-        "CC-BY-4.0: credit Oliveira, Teodoro and de Matos, GroundCap (2025); the frames are from "
-        "MovieNet's films"
-    )
+    licence_note = "CC-BY-4.0: credit Oliveira et al., GroundCap (2025); frames: MovieNet's films"
     default_caption_style = "raw"
     needs_input_dir = False
 
