@@ -231,9 +231,7 @@ class Saver:
 
 
 class Interruption:
-    """Receive SIGINT and SIGTERM: noted during a step, immediate in a validation.
-
-    A second Ctrl-C ends the program without saving.
+    """Note SIGINT and SIGTERM; a second Ctrl-C ends the program without saving.
 
     Attributes:
         received: number of the first signal; 0 before.
@@ -242,7 +240,6 @@ class Interruption:
     def __init__(self) -> None:
         self.received = 0
         self._received_at = 0.0
-        self._saved_to: Path | None = None
 
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
@@ -257,21 +254,8 @@ class Interruption:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def immediate(self, saved_to: Path) -> Iterator[None]:
-        """Raise `Interrupted` for a signal inside this block, whose start is saved."""
-        self._saved_to = saved_to
-        try:
-            if self.received:
-                raise Interrupted(self.received, saved_to)
-            yield
-        finally:
-            self._saved_to = None
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._received_at = number, time.monotonic()
-            if self._saved_to is not None:
-                raise Interrupted(number, self._saved_to)
         elif number == signal.SIGINT and time.monotonic() - self._received_at > ECHO_SECONDS:
             raise KeyboardInterrupt

@@ -105,14 +105,14 @@ def train(
             validator = Validator(state, data, monitor, saver, autocast)
             log_start(data, validator)
             model.train()
-            validator.validate_if_due(interruption)  # a resumed run stopped before it was done
+            validator.validate_if_due()  # a resumed run stopped before it was done
             while not validator.is_finished:
                 steps = data.steps_in_epoch(state.epoch)
                 for batches in data.steps(objective.load, state.epoch, state.step_in_epoch):
                     result = take_step(batches, steps)
                     log_step(result, take_step, monitor, saver)
                     saver.after_step()
-                    validator.validate_if_due(interruption)
+                    validator.validate_if_due()
                     if signal_number := max(world.gather(interruption.received)):
                         raise Interrupted(signal_number, saver.latest())
                     if validator.is_finished:

@@ -22,7 +22,7 @@ from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.data import TrainingData
 from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.resume import Interruption, Saver
+from vlm_bridge.training_strategy.resume import Saver
 from vlm_bridge.training_strategy.state import TrainState
 
 if TYPE_CHECKING:
@@ -183,14 +183,14 @@ class Validator:
             return state.step % count == 0
         return state.step_in_epoch == 0 and state.epoch % count == 0
 
-    def validate_if_due(self, interruption: Interruption) -> None:
+    def validate_if_due(self) -> None:
         """Validate, log samples, and save the best checkpoint."""
         if not self.is_due:
             return
         state, recipe, monitor, val = self.state, self.recipe, self.monitor, self.data.val
         num_scored, num_shown = recipe.decoded_images, recipe.num_validation_samples
-        saved_to = self.saver.latest()
-        with state.average.in_model(), interruption.immediate(saved_to):
+        self.saver.latest()
+        with state.average.in_model():
             self.validation = validate(
                 state.model, val.captions, val.features, autocast=self.autocast,
                 world=self.data.world,
