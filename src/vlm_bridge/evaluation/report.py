@@ -32,7 +32,7 @@ SHOWN = 12  # images in each gallery
 THUMBNAIL = (320, 240)
 PEOPLE = "people"  # name of the first reference of each image beside the captioners
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 60, 545, 34, 250  # of a chart
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 420, 64, 400, 34, 210  # of a chart
 LEGEND_ROW, NUM_TICKS, COLORS = 18, 5, 6
 MOST_POINTS = 400  # more cannot be seen and would bloat the file
 
@@ -196,13 +196,14 @@ def line_chart(title: str, lines: Mapping[str, Points]) -> str:
     for share in np.linspace(0, 1, NUM_TICKS):
         (x, y), (step, value) = corner + share * size, low + share * (high - low)
         parts.append(f'<path d="M{LEFT} {y:g}H{RIGHT}" stroke="var(--line)"/>')
-        parts.append(_text(LEFT - 6, y + 4, f"{value:.4g}", "end"))
+        parts.append(_text(LEFT - 6, y + 4, f"{value:.3g}", "end"))
         parts.append(_text(x, BOTTOM + 18, f"{step:.0f}"))
     row = BOTTOM + 40
     for number, (name, points) in enumerate(zip(lines, plots, strict=True)):
         places = corner + (points - low) / (high - low) * size
         corners = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        stroke = f'fill="none" stroke="var(--c{number % COLORS})" stroke-width="2"'
+        width = 2 if len(points) > 1 else 6
+        stroke = f'fill="none" stroke="var(--c{number % COLORS})" stroke-width="{width}"'
         # Round ends, and a last line of no length, make a single point a dot.
         parts.append(f'<path d="M{corners}h0" {stroke} stroke-linecap="round"/>')
         if len(lines) > 1:
