@@ -86,25 +86,27 @@ class ImageFiles:
         A name may lack folders, its suffix or nothing but spelling (Unicode form, case, kind of
         slashes, the number of a caption).
         """
-        bare, below = without_number(name).replace("\\", "/"), ""
+        bare, below = without_number(name).replace("\\", "/").removeprefix("./"), ""
         if beside != self.root and beside.is_relative_to(self.root):
             below = f"{beside.relative_to(self.root).as_posix()}/"
-        for top in (below, ""):
-            for known in (top + bare, f"{top}images/{bare}", f"{top}Images/{bare}"):
-                if known in self.paths:
-                    return [known]
-        wanted = f"/{_folded(bare)}"
-        alike = self._by_end[wanted.rpartition("/")[2]]
-        fits = [known for folded, known in alike if f"/{folded}".endswith(wanted)]
+        for known in (
+            t + inner + bare for t in (below, "") for inner in ("", "images/", "Images/")
+        ):
+            if known in self.paths:
+                return [known]
+        fits = self._by_end.get(_folded(bare), [])
         return [known for known in fits if known.startswith(below)] or fits
 
     @cached_property
-    def _by_end(self) -> defaultdict[str, list[tuple[str, str]]]:
-        """(folded, name) of each file by the end of its name, with and without the suffix."""
+    def _by_end(self) -> dict[str, list[str]]:
+        """The names of the files that end in a folded name, with or without the suffix."""
         by_end = defaultdict(list)
         for name in self.paths:
-            for folded in (_folded(name), _folded(name.rpartition(".")[0])):
-                by_end[folded.rpartition("/")[2]].append((folded, name))
+            parts = _folded(name).split("/")
+            for start in range(len(parts)):
+                end = "/".join(parts[start:])
+                for spelled in (end, end.rpartition(".")[0]):
+                    by_end[spelled].append(name)
         return by_end
 
 
@@ -115,8 +117,7 @@ def _is_caption_folder(folder: Path) -> bool:
 
 
 def _folded(name: str) -> str:
-    decomposed = unicodedata.normalize("NFD", name.removeprefix("./")).casefold()
-    return unicodedata.normalize("NFC", decomposed)
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 @dataclass
