@@ -65,7 +65,7 @@ def train(
         result = run_training(recipe, resume=resume or recipe.resume_from_checkpoint, force=force)
     scores = ""
     if decoded := result.decoded:
-        scores = f", last captions: BLEU-4 {decoded.bleu4:.4f}, CIDEr {decoded.cider:.4f}"
+        scores = f", last captions: BLEU-4 {decoded['bleu4']:.4f}, CIDEr {decoded['cider']:.4f}"
     logger.info(
         f"done: {result.steps} steps in {result.seconds / 60:.1f} min, best validation loss "
         f"{result.best_loss:.4f}{scores}; checkpoints in {result.checkpoint_dir}"

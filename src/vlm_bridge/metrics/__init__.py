@@ -96,11 +96,11 @@ def score_captions(
 def score_without_java(
     references: Sequence[Sequence[str]], hypotheses: Sequence[str]
 ) -> dict[str, float]:
-    """Return BLEU-4 and CIDEr with simple tokens: quick, and not comparable with papers."""
+    """Return ``bleu4`` and ``cider`` with simple tokens: quick, and not comparable with papers."""
     gts = {str(index): simple_tokenize(captions) for index, captions in enumerate(references)}
     res = {str(index): simple_tokenize([caption]) for index, caption in enumerate(hypotheses)}
     bleu, cider = coco.bleu(gts, res)["BLEU-4"], coco.cider(gts, res)["CIDEr"]
-    return {"BLEU-4": float(bleu[0]), "CIDEr": float(cider[0])}
+    return {"bleu4": float(bleu[0]), "cider": float(cider[0])}
 
 
 def _tokenize(

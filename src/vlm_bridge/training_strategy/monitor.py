@@ -18,12 +18,7 @@ from vlm_bridge.data_pipeline.loader import TokenizedImages
 from vlm_bridge.errors import TrainingError
 from vlm_bridge.files import append_line
 from vlm_bridge.training_strategy.step import StepResult
-from vlm_bridge.training_strategy.validation import (
-    DecodedValidation,
-    Sample,
-    Validation,
-    scores_of,
-)
+from vlm_bridge.training_strategy.validation import Sample, Validation, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +48,11 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Leave validation, saving and sampling out of the next throughput."""
-        self._started, self._sizes = time.perf_counter(), []
+        self._started, self._counts = time.perf_counter(), []
 
     def step(self, result: StepResult) -> None:
         """Count a step, and log it if it changed nothing."""
-        self._sizes.append(result.size)
+        self._counts.append(result.counts)
         if result.was_skipped:
             cause = f"loss {result.loss:g}, gradient norm {result.gradient_norm:g}"
             logger.warning(f"step {result.step} skipped: {cause}")
@@ -67,8 +62,8 @@ class Monitor:
         """Log a step, the throughput since the last one, and ``statistics`` of the objective."""
         step, _, rate, loss, norm = result
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        _, captions, tokens, positions = map(sum, zip(*self._sizes, strict=True))
-        per_step, pads = seconds / len(self._sizes), 1 - tokens / positions
+        _, captions, tokens, positions = map(sum, zip(*self._counts, strict=True))
+        per_step, pads = seconds / len(self._counts), 1 - tokens / positions
         seconds_left = per_step * (self.total_steps - step)
         logger.info(
             f"epoch {epoch + 1} step {step}/{self.total_steps} | loss {loss:.4f} | "
@@ -107,14 +102,13 @@ class Monitor:
         self._scalars(step, "val/", **values, avg_sequence_length=length, token_diversity=diversity)
         self._record("validation", step, epoch=epoch, **values)
 
-    def decoded(self, step: int, result: DecodedValidation) -> None:
+    def decoded(self, step: int, num_images: int, scores: Mapping[str, float]) -> None:
         """Log scores of decoded captions."""
-        logger.info(
-            f"step {step} captions of {result.num_images} images | BLEU-4 {result.bleu4:.4f} | "
-            f"CIDEr {result.cider:.4f}"
-        )
-        self._scalars(step, "val/", bleu4=result.bleu4, cider=result.cider)
-        self._record("decoded", step, **vars(result))
+        bleu, cider = scores["bleu4"], scores["cider"]
+        captions = f"step {step} captions of {num_images} images"
+        logger.info(f"{captions} | BLEU-4 {bleu:.4f} | CIDEr {cider:.4f}")
+        self._scalars(step, "val/", **scores)
+        self._record("decoded", step, **scores, num_images=num_images)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Log captions beside their images and references."""
@@ -128,7 +122,7 @@ class Monitor:
                     self._board.add_text(tag, f"**{caption}**\n\nreference: {reference}", step)
         tokens = [token for sample in samples for token in sample.token_ids]
         length, diversity = len(tokens) / len(samples), len(set(tokens)) / max(len(tokens), 1)
-        bleu = scores_of(samples).bleu4
+        bleu = scores_of(samples)["bleu4"]
         logger.info(
             f"  samples: mean length {length:.1f} tokens | token diversity {diversity:.2f} | "
             f"BLEU-4 {bleu:.3f}"

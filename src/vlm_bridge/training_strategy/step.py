@@ -9,34 +9,22 @@ from typing import Any, NamedTuple
 import torch
 
 from vlm_bridge.configuration import Recipe
-from vlm_bridge.data_pipeline.loader import PackedBatch
 from vlm_bridge.device import return_freed_memory
 from vlm_bridge.model_architecture.captioner import TrainedParameter
 from vlm_bridge.training_strategy.distributed import World, sum_gradients
 from vlm_bridge.training_strategy.objectives import Batch, CrossEntropy, seed_of
 from vlm_bridge.training_strategy.state import TrainState
 
+# What a step counts in its packed batches, over all processes.
+COUNTS = ("num_supervised", "num_captions", "num_tokens", "num_positions")
 RETURN_MEMORY_EVERY = 20  # steps on a CPU; asking for it again takes a tenth of a second
-
-
-class StepSize(NamedTuple):
-    """Counts of an optimizer step over all processes; positions are tokens and pads."""
-
-    num_supervised: int
-    num_captions: int
-    num_tokens: int
-    num_positions: int
-
-    @classmethod
-    def of(cls, batches: Sequence[PackedBatch]) -> StepSize:
-        return cls(*(sum(getattr(batch, name) for batch in batches) for name in cls._fields))
 
 
 class StepResult(NamedTuple):
     """Numbers of a step, which counts from 1: nats per token, and the norm before clipping."""
 
     step: int
-    size: StepSize
+    counts: Sequence[float]  # in the order of COUNTS
     learning_rate: float
     loss: float
     gradient_norm: float
@@ -77,12 +65,12 @@ class TrainStep:
         learning_rate = learning_rate_at(state.step, self.total_steps, self.recipe)
         for group, relative in zip(optimizer.param_groups, self.relative_rates, strict=True):
             group["lr"] = learning_rate * relative
-        loss, size = self._back_propagate(batches)
+        loss, counts = self._back_propagate(batches)
         sum_gradients(self.world, self.parameters, loss)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip_val)
         numbers = torch.stack([loss.float(), norm.float()]).tolist()  # waits for the device
-        result = StepResult(state.step + 1, size, learning_rate, *numbers)
+        result = StepResult(state.step + 1, counts, learning_rate, *numbers)
         if not result.was_skipped:  # `GradScaler.step` would ignore a norm that overflows
             optimizer.step()
             state.average.update(result.step)
@@ -93,8 +81,8 @@ class TrainStep:
             return_freed_memory()
         return result
 
-    def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, StepSize]:
-        """Add up gradients; return this process's part of the loss, and the size of the step."""
+    def _back_propagate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, list[float]]:
+        """Add up gradients; return this process's part of the loss, and COUNTS."""
         world, step = self.world, self.state.step
         if world.size > 1:  # dropout of its own in every process
             torch.manual_seed(seed_of(self.recipe.seed, step, world.rank))
@@ -102,17 +90,17 @@ class TrainStep:
             self.objective.captions(batch, step, number * world.size + world.rank)
             for number, batch in enumerate(batches)
         ]
-        counts = StepSize.of([batch.packed for batch in loaded])
-        size = StepSize(*map(int, world.sum(counts)))
+        packed = [batch.packed for batch in loaded]
+        counts = world.sum([sum(getattr(batch, name) for batch in packed) for name in COUNTS])
         step_loss = torch.zeros((), device=world.device)
         for batch in loaded:
             with self.autocast():
-                loss = self.objective.loss(batch) / size.num_supervised
+                loss = self.objective.loss(batch) / counts[0]
             # NaN reaches every gradient and every process, so that the norm alone decides.
             seed = torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
             self.state.scaler.scale(loss).backward(seed)
             step_loss += loss.detach()
-        return step_loss, size
+        return step_loss, counts
 
 
 def adamw(

@@ -41,7 +41,7 @@ from vlm_bridge.training_strategy.resume import (
 )
 from vlm_bridge.training_strategy.state import TrainState, WeightAverage
 from vlm_bridge.training_strategy.step import StepResult, TrainStep, adamw
-from vlm_bridge.training_strategy.validation import DecodedValidation, Validation, Validator
+from vlm_bridge.training_strategy.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class TrainingResult:
     seconds: float  # of this call
     best_loss: float  # of validation, in nats per token
     validation: Validation | None  # the last one
-    decoded: DecodedValidation | None  # scores of the last decoded captions
+    decoded: dict[str, float] | None  # `bleu4` and `cider` of the last decoded captions
 
 
 def train(
@@ -87,7 +87,10 @@ def train(
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
         objective = OBJECTIVES[recipe.objective](model, recipe, data.format, data.train, autocast)
-        state, rates = new_state(model, recipe)
+        optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
+        scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
+        average = WeightAverage(model, recipe.weight_averaging)
+        state = TrainState(model, optimizer, scaler, average)
         if found is None:
             start(state, data, initial_weights)
         else:
@@ -132,14 +135,6 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
     elif recipe.compile:
         logger.info("compile=true has no effect here: there is no C++ compiler (g++, clang++)")
     return model
-
-
-def new_state(model: CaptionModel, recipe: Recipe) -> tuple[TrainState, list[float]]:
-    """Return the state before the first step, and the relative rates of the optimizer's groups."""
-    optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
-    scaler = torch.GradScaler(model.device.type, enabled=recipe.amp_dtype == "float16")
-    average = WeightAverage(model, recipe.weight_averaging)
-    return TrainState(model, optimizer, scaler, average), rates
 
 
 def start(

@@ -46,15 +46,6 @@ class Validation:
         return math.exp(min(self.loss, 50.0))
 
 
-@dataclass(frozen=True)
-class DecodedValidation:
-    """Scores as fractions, with simple tokens. They compare within one run, not with papers."""
-
-    bleu4: float
-    cider: float
-    num_images: int
-
-
 class Sample(NamedTuple):
     """A generated caption of an image; tokens are without prompt and EOS."""
 
@@ -138,11 +129,10 @@ def validate(
     return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
 
 
-def scores_of(samples: Sequence[Sample]) -> DecodedValidation:
-    """Score captions against all references of their images."""
+def scores_of(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return `score_without_java` of captions."""
     references = [sample.image.captions for sample in samples]
-    scores = score_without_java(references, [sample.caption for sample in samples])
-    return DecodedValidation(scores["BLEU-4"], scores["CIDEr"], len(samples))
+    return score_without_java(references, [sample.caption for sample in samples])
 
 
 class Validator:
@@ -163,7 +153,7 @@ class Validator:
         self.monitor, self.saver, self.autocast = monitor, saver, autocast
         self.every = parse_interval(self.recipe.validate_every)
         self.validation: Validation | None = None
-        self.decoded: DecodedValidation | None = None
+        self.decoded: dict[str, float] | None = None
 
     @property
     def stops_early(self) -> bool:
@@ -200,9 +190,9 @@ class Validator:
         watched = self.validation.loss
         if num_scored:
             self.decoded = scores_of(samples[:num_scored])
-            monitor.decoded(state.step, self.decoded)
+            monitor.decoded(state.step, num_scored, self.decoded)
             if recipe.monitor != "loss":
-                watched = -vars(self.decoded)[recipe.monitor]
+                watched = -self.decoded[recipe.monitor]
         if num_shown:
             monitor.samples(state.step, samples[:num_shown])
         state.best_loss = min(state.best_loss, self.validation.loss)
