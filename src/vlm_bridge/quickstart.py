@@ -23,7 +23,7 @@ from vlm_bridge.training_strategy.trainer import train
 logger = logging.getLogger(__name__)
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 2500, 60, 200
-TITLE = "vlm-bridge quickstart: scenes of unseen colour-shape pairs"
+TITLE = "vlm-bridge quickstart: scenes of unseen color-shape pairs"
 ACCURACIES = {
     "colour_shape_accuracy": "color_shape", "relation_accuracy": "relation",
     "colour_accuracy": "color", "shape_accuracy": "shape", "count_accuracy": "count",
@@ -50,7 +50,7 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, An
     (log_dir / "history.jsonl").unlink(missing_ok=True)
     train_seconds = train(recipe).seconds
 
-    logger.info(f"3/4 captioning {NUM_TEST} scenes of colour-shape pairs that were not shown")
+    logger.info(f"3/4 captioning {NUM_TEST} scenes of color-shape pairs that training never showed")
     captioner = Captioner.from_pretrained(recipe.checkpoint_dir, device=recipe.device)
     images = CaptionFolder.open(data_dir).split("test")
     evaluation = evaluate_captioner(

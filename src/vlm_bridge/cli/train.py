@@ -128,8 +128,8 @@ def _print_scores(metrics: dict[str, Any], evaluation: Evaluation) -> None:
         image = prediction.image
         print(f"  {image.path.name}: {prediction.caption}   (a reference: {image.captions[0]})")
     print(
-        "\nOn {num_images} scenes made of colour-shape pairs that training never showed:\n"
-        "  colour and shape right   {colour_shape_accuracy:.1%}\n"
+        "\nOn {num_images} scenes made of color-shape pairs that training never showed:\n"
+        "  color and shape right    {colour_shape_accuracy:.1%}\n"
         "  relation right           {relation_accuracy:.1%}\n"
         "  visual gain              {visual_gain:.2f} nats per token\n"
         "  CIDEr {CIDEr:.2f}, BLEU-4 {BLEU-4:.2f}, perplexity {perplexity:.2f}\n"

@@ -76,12 +76,8 @@ class GroundCap(Source):
                 film = _FILM.search(image_id)
                 image = ParquetImage(path, row)
                 item = SourceItem(image_id, [], split, image, film and film[0])
-                item = items.setdefault(image_id, item)
-                if item.split == split:
-                    item.captions.append(caption if self.keep_tags else strip_tags(caption))
-                else:
-                    reason = f"{part}: the same id as an image of test"
-                    self.rejected.append(SkippedSample(image_id, reason))
+                item = items.setdefault(image_id, item)  # an image of test stays there
+                item.captions.append(caption if self.keep_tags else strip_tags(caption))
         if not items:
             raise DataError(f"{self.input_dir or HUB_NAME} holds no rows")
         return list(items.values())
