@@ -28,7 +28,6 @@ from vlm_bridge.formats.pvt_blip import (
     write_combined,
 )
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
-from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 Run = Callable[..., Any]
 COLORS = ("red", "green", "blue", "yellow")
@@ -81,29 +80,33 @@ def write_coco(root: Path) -> Path:
     """12 training and 4 validation images with their captions, as COCO 2017 lays them out."""
     (root / "annotations").mkdir(parents=True)
     for part, ids in (("train", range(12)), ("val", range(12, 16))):
-        images = [{"id": index, "file_name": f"{index:012d}.jpg"} for index in ids]
-        annotations = [
-            {"image_id": x["id"], "id": x["id"],
-             "caption": draw(root / f"{part}2017" / x["file_name"], x["id"])}
-            for x in images
-        ]  # fmt: skip
-        content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+        names = {index: f"{index:012d}.jpg" for index in ids}
+        content = {
+            "images": [{"id": index, "file_name": name} for index, name in names.items()],
+            "annotations": [
+                {
+                    "image_id": index,
+                    "id": index,
+                    "caption": draw(root / f"{part}2017" / name, index),
+                }
+                for index, name in names.items()
+            ],
+        }
         (root / "annotations" / f"captions_{part}2017.json").write_text(json.dumps(content))
     return root
 
 
 def write_flickr30k(root: Path) -> Path:
     """6 training and 2 validation images with Karpathy's captions and splits."""
-    images = []
-    for index in range(8):
-        raw = draw(root / "flickr30k-images" / f"{index}.jpg", index)
-        sentence = {"raw": raw, "tokens": [], "imgid": index, "sentid": index}
-        images.append(
-            {"filename": f"{index}.jpg", "imgid": index, "sentids": [index],
-             "sentences": [sentence], "split": "train" if index < 6 else "val"}
-        )  # fmt: skip
-    content = {"images": images, "dataset": "flickr30k"}
-    (root / "dataset_flickr30k.json").write_text(json.dumps(content))
+    images = [
+        {
+            "filename": f"{index}.jpg",
+            "sentences": [{"raw": draw(root / "flickr30k-images" / f"{index}.jpg", index)}],
+            "split": "train" if index < 6 else "val",
+        }
+        for index in range(8)
+    ]
+    (root / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
     return root
 
 
@@ -269,9 +272,7 @@ def guide_folder(
     return tmp_path
 
 
-def test_the_guides_scenario_1(
-    guide_folder: Path, repository: Path, run_here: Run, run_script: Run
-) -> None:
+def test_the_guides_scenario_1(guide_folder: Path, repository: Path, run_script: Run) -> None:
     originals_file()
     write_flickr30k(guide_folder / "flickr30k-captions")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -285,21 +286,8 @@ def test_the_guides_scenario_1(
     written = torch.load(trained, weights_only=True)
     assert any(name.startswith("text_decoder.text_decoder.bert.") for name in written)
     shown = run_script("load_combined_checkpoint", "--checkpoint", trained, "--device", "cpu")
-    assert [line.strip() for line in shown.splitlines()[-3:]] == [
-        "- PVT: PvtCbam", "- BLIP: PvtBlip", "- Projection: MapLinear",
-    ]  # fmt: skip
-
-    # The command captions alike, in float32; `max_length` counts the prompt, too.
-    best = trained.with_suffix("") / "checkpoints" / checkpoints.BEST
-    recipe = checkpoints.recipe_of(checkpoints.load_checkpoint(best), best)
-    Path("float32.yaml").write_text(recipe.replace(amp_dtype="float32").to_yaml())
-    prompt = load_combined_model(trained).blip.prompt_ids
-    captioned = run_here(
-        "caption", "test_image.jpg", "--checkpoint", best, "--config", "float32.yaml",
-        "--device", "cpu", "--max-new-tokens", 50 - 1 - len(prompt),
-    )  # fmt: skip
-    assert captioned.returncode == 0, captioned.stderr
-    assert captioned.stdout.strip() == done.stdout.splitlines()[-1].strip()
+    for part in ("PVT: PvtCbam", "BLIP: PvtBlip", "Projection: MapLinear"):
+        assert f"- {part}\n" in shown
 
 
 @pytest.mark.parametrize("scenario", [SCENARIO_2, SCENARIO_3], ids=["2", "3"])

@@ -17,7 +17,6 @@ from vlm_bridge.errors import UsageError
 from vlm_bridge.formats.pvt_blip import load_combined_model, to_combined, write_combined
 from vlm_bridge.model_architecture.pvt_cbam import NO_REPEAT_NGRAM_SIZE, PROMPT, MapLinear
 
-ENCODERS = ("tiny_pvt_dir", "tiny_pvt_v2_dir", "tiny_pvt_cbam_dir")
 SIZE = {"height": 64, "width": 64}
 RECIPE = (
     "language_model.prompt=a picture of",
@@ -52,16 +51,6 @@ def captioner(pvt: Path, blip: Path, projection: str = "linear") -> Captioner:
     return Captioner(tiny_captioner(recipe), recipe)
 
 
-@pytest.fixture(params=ENCODERS)
-def pvt(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def processor(tiny_blip_dir: Path) -> Any:
-    return BlipProcessor.from_pretrained(tiny_blip_dir)
-
-
 def loaded(captioner: Captioner, pvt: Path, blip: Path, folder: Path) -> Any:
     write_combined(folder / "c.pth", to_combined(captioner.model, "it"))
     cbam = "cbam" in pvt.name  # whose sizes are read from the tensors
@@ -70,39 +59,32 @@ def loaded(captioner: Captioner, pvt: Path, blip: Path, folder: Path) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("projection", ["linear", "conv3x3"])
+@pytest.mark.parametrize("encoder", ["pvt", "pvt_v2", "pvt_cbam"])
 def test_it_captions_as_the_captioner_does(
-    projection: str, pvt: Path, tiny_blip_dir: Path, processor: Any, tmp_path: Path
+    projection: str, encoder: str, tiny_blip_dir: Path, tmp_path: Path, request: Any
 ) -> None:
+    pvt = request.getfixturevalue(f"tiny_{encoder}_dir")
+    processor: Any = BlipProcessor.from_pretrained(tiny_blip_dir)
     ours = captioner(pvt, tiny_blip_dir, projection)
     blip = loaded(ours, pvt, tiny_blip_dir, tmp_path).blip
-    encoder: Any = ours.model.vision_encoder
     pixels = processor(images=images(), return_tensors="pt", size=SIZE)["pixel_values"]
-    features = ours.model.features(encoder.preprocess(images()))
+    features = ours.model.features(ours.model.vision_encoder.preprocess(images()))
     torch.testing.assert_close(
         blip.feature_map(pixels).flatten(2).transpose(1, 2), features, atol=1e-5, rtol=1e-5
     )
     for beams in (1, 3):
         ids = blip.generate(pixels, num_beams=beams, max_new_tokens=12)
-        expected = ours.caption(images(), decode=_with_beams(ours, beams))
-        assert [processor.decode(row, skip_special_tokens=True) for row in ids] == [
-            result.caption for result in expected
-        ]
+        decode = ours.recipe.decode.replace(num_beams=beams)
+        expected = [result.caption for result in ours.caption(images(), decode=decode)]
+        assert [processor.decode(row, skip_special_tokens=True) for row in ids] == expected
         assert (ids[:, 0] == blip.text_decoder.config.bos_token_id).all()
 
 
-def _with_beams(captioner: Captioner, beams: int) -> Any:
-    return override_recipe(captioner.recipe, [f"decode.num_beams={beams}"]).decode
-
-
-@pytest.fixture
-def model(tiny_pvt_cbam_dir: Path, tiny_blip_dir: Path, tmp_path: Path) -> Any:
-    return loaded(
-        captioner(tiny_pvt_cbam_dir, tiny_blip_dir), tiny_pvt_cbam_dir, tiny_blip_dir, tmp_path
-    )
-
-
-def test_the_guides_training_step(model: Any) -> None:
-    pvt, blip, proj = model
+def test_the_guides_training_step(
+    tiny_pvt_cbam_dir: Path, tiny_blip_dir: Path, tmp_path: Path
+) -> None:
+    ours = captioner(tiny_pvt_cbam_dir, tiny_blip_dir)
+    pvt, blip, proj = loaded(ours, tiny_pvt_cbam_dir, tiny_blip_dir, tmp_path)
     blip.train()
     assert blip.text_decoder.training and not pvt.training
     images = torch.randn(2, 3, 64, 64)
