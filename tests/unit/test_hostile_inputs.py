@@ -29,7 +29,7 @@ from image_files import FILES
 from vlm_bridge.configuration import load_recipe
 from vlm_bridge.data_pipeline import captions
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.data_pipeline.images import MAX_PIXELS, check_image, decode_image, image_size
+from vlm_bridge.data_pipeline.images import MAX_PIXELS, check_image, image_size, open_image
 from vlm_bridge.data_pipeline.samples import Skipped
 from vlm_bridge.data_pipeline.shards import ShardFolder
 from vlm_bridge.data_pipeline.sources import iter_images
@@ -84,7 +84,7 @@ def mutated(rng: random.Random, seeds: list[bytes], words: list[bytes]) -> bytes
 def decode_all(images: Iterable[Any]) -> None:
     for image in filter(None, images):
         with contextlib.suppress(VLMBridgeError):
-            decode_image(image)
+            open_image(image)
 
 
 def read_image(content: bytes, folder: Path) -> None:
@@ -92,7 +92,7 @@ def read_image(content: bytes, folder: Path) -> None:
     for look in (image_size, check_image):
         with contextlib.suppress(VLMBridgeError):
             look(folder / "x.jpg")
-    decoded = decode_image(content).image
+    decoded = open_image(content)
     assert decoded.mode == "RGB" and decoded.width * decoded.height <= MAX_PIXELS
 
 

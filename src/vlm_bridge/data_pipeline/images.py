@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -60,15 +60,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
 
-class DecodedImage(NamedTuple):
-    """An image and whether its file already was what training reads (an upright RGB JPEG)."""
-
-    image: Image.Image
-    is_plain_jpeg: bool
-
-
-def open_image(path: str | ImageFile | bytes) -> Image.Image:
-    """Return the image at ``path`` (a file, or a place in a tar), upright and 8-bit RGB.
+def open_image(image: str | ImageFile | bytes) -> Image.Image:
+    """Return an image (a path, a place in a tar, or a file's bytes), upright and 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grayscale is scaled to 8 bits,
     and an animation gives its first frame.
@@ -76,25 +69,25 @@ def open_image(path: str | ImageFile | bytes) -> Image.Image:
     Raises:
         ImageError: missing, empty, truncated, no image, or beyond a limit of this module.
     """
-    return decode_image(path).image
+    return decode_image(image)[0]
 
 
-def decode_image(image: str | ImageFile | bytes) -> DecodedImage:
-    """Open an image or a file's bytes; and whether the file can be copied unchanged."""
+def decode_image(image: str | ImageFile | bytes) -> tuple[Image.Image, bool]:
+    """Open an image, and return whether its file is what training reads: an upright RGB JPEG."""
     with _opened(image) as opened:
         is_plain = opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1
-        return DecodedImage(upright_rgb(opened), is_plain)
+        return upright_rgb(opened), is_plain
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an opened image as :func:`open_image` does. Raises Pillow's errors."""
+    """Convert an opened image as `open_image` does. Raises Pillow's errors."""
     image.load()
     rgb, turn = _to_rgb(image), _UPRIGHT.get(_orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_image(image: str | ImageFile | bytes) -> None:
-    """Raise ImageError where :func:`open_image` would; a JPEG is decoded at an eighth."""
+    """Raise ImageError where `open_image` would; a JPEG is decoded at an eighth."""
     with _opened(image) as opened:
         opened.draft(opened.mode, (opened.width // 8, opened.height // 8))  # of JPEGs alone
         _to_rgb(opened)
@@ -283,8 +276,8 @@ class ImageReader:
         return self._pool.schedule(function, arguments, timeout=SECONDS_AN_IMAGE)
 
     def open_image(self, image: str | ImageFile | bytes) -> Image.Image:
-        """As the function of that name, also of a file's bytes. Raises ImageError."""
-        return result_of(self.submit(decode_image, image), _name_of(image)).image
+        """As the function of that name. Raises ImageError."""
+        return result_of(self.submit(open_image, image), _name_of(image))
 
     def __enter__(self) -> ImageReader:
         return self

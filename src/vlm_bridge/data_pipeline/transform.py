@@ -26,7 +26,7 @@ from PIL import Image
 from vlm_bridge import __version__
 from vlm_bridge.data_pipeline import caption_folder as folders
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
-from vlm_bridge.data_pipeline.images import ImageReader, decode_image, result_of
+from vlm_bridge.data_pipeline.images import ImageReader, decode_image, open_image, result_of
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
 from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SPLITS, SplitBy, SplitRule
@@ -254,7 +254,7 @@ def _make_image(image_id: str, image: RawImage | None, target: Path, image_size:
 
     try:
         content = target.read_bytes()
-        stored = decode_image(content).image
+        stored = open_image(content)
     except (OSError, ImageError):
         content, stored = _content(image_id, image, image_size)
         unfinished = target.with_name(f".{target.name}")
@@ -279,7 +279,7 @@ def _content(image_id: str, image: RawImage | None, image_size: int) -> tuple[by
     buffer = io.BytesIO()
     # Full color resolution (4:4:4): JPEG's usual halving blurs the edges of saturated colors.
     rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue(), decode_image(buffer.getvalue()).image
+    return buffer.getvalue(), open_image(buffer.getvalue())
 
 
 def _drop_duplicates(made: Sequence[_Made]) -> tuple[list[_Made], list[SkippedSample]]:
