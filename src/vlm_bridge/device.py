@@ -88,8 +88,8 @@ def has_compiler() -> bool:
     return any(map(shutil.which, names))
 
 
-def copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Return tensors on a device; to a GPU they are copied while the program goes on."""
+def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return tensors on a device; copies to a GPU run in the background (pinned memory)."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     pinned = (tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)

@@ -51,14 +51,16 @@ def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_copied_to_the_cpu() -> None:
     tensors = [torch.arange(3), torch.ones(2, 2)]
-    copies = device.copies(tensors, CPU)
+    copies = device.to_device(tensors, CPU)
     assert all(copied is tensor for copied, tensor in zip(copies, tensors, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_copies_arrive_whole_at_a_gpu() -> None:
     tensors = [torch.randn(1 << 22) for _ in range(4)]
-    for copied, tensor in zip(device.copies(tensors, torch.device("cuda")), tensors, strict=True):
+    for copied, tensor in zip(
+        device.to_device(tensors, torch.device("cuda")), tensors, strict=True
+    ):
         assert torch.equal(copied.double().cpu(), tensor.double())
 
 

@@ -11,7 +11,7 @@ import torch
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, in_batches, pack_rows
-from vlm_bridge.device import copies
+from vlm_bridge.device import to_device
 from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.metrics.cider import CiderD
 from vlm_bridge.model_architecture.captioner import CaptionModel
@@ -90,7 +90,7 @@ class SelfCritical(CrossEntropy):
     def load(self, rows: Sequence[Row], features: Features) -> ImageBatch:
         images = np.array([row.image for row in rows])
         values = torch.as_tensor(features[images]).contiguous()
-        (copied,) = copies([values], self.model.device)
+        (copied,) = to_device([values], self.model.device)
         return images, copied
 
     def captions(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
@@ -108,7 +108,7 @@ class SelfCritical(CrossEntropy):
         weights = torch.from_numpy(np.repeat(advantages, list(map(len, samples))))
         tensors = [*map(torch.from_numpy, arrays), features_bnd]
         device = self.model.device
-        return LoadedBatch(packed, copies(tensors, device), weights.to(device))
+        return LoadedBatch(packed, to_device(tensors, device), weights.to(device))
 
     def _sample(self, features_bnd: torch.Tensor, seed: int) -> list[list[int]]:
         """Return token ids with EOS, but for captions that were cut."""

@@ -17,7 +17,7 @@ from vlm_bridge.configuration import parse_interval
 from vlm_bridge.data_pipeline.features import Features
 from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
 from vlm_bridge.data_pipeline.samples import CaptionedImage
-from vlm_bridge.device import copies
+from vlm_bridge.device import to_device
 from vlm_bridge.metrics import score_without_java
 from vlm_bridge.model_architecture.captioner import CaptionLoss, CaptionModel
 from vlm_bridge.training_strategy.data import TrainingData
@@ -67,7 +67,7 @@ def load_batch(batch: PackedBatch, features: Features, device: torch.device) -> 
     """Read features of a batch and start to copy it; threads may call it."""
     chosen = torch.as_tensor(features[batch.image_indices]).contiguous()
     arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
-    return LoadedBatch(batch, copies([*map(torch.from_numpy, arrays), chosen], device))
+    return LoadedBatch(batch, to_device([*map(torch.from_numpy, arrays), chosen], device))
 
 
 def batch_loss(

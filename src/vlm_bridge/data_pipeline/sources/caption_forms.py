@@ -1,4 +1,4 @@
-"""Read captions in the forms that people and programs write them in, each as `CaptionRecord`.
+"""Read tables, JSON, parquet files and text files beside images as `CaptionRecord`s.
 
 To add a form, write a function that yields its rows and name it in `FORMS`.
 """
@@ -137,7 +137,7 @@ def _listed(cell: str) -> list[str]:
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of every line; bytes that are not UTF-8 make it no text."""
+    """Yield number and text of every line; `is_text` is false for one that is not UTF-8."""
     for number, line in lines_of(path):
         text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
         yield number, text.rstrip("\r\n")
@@ -147,7 +147,7 @@ def _lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _table_rows(path: Path) -> Rows:
-    """Yield the rows of a table, whose cells are parted by commas, semicolons, tabs or bars.
+    """Yield the rows of a table; commas, semicolons, tabs or bars separate the cells.
 
     A table with tabs may have no header; its columns are image and caption.
     """
@@ -181,7 +181,7 @@ def _table_rows(path: Path) -> Rows:
 
 
 def _plain_cells(line: str, delimiter: str, num_columns: int) -> list[str]:
-    """Return the cells of a line; the last one may hold delimiters, and any one stray quotes."""
+    """Split a line into cells; the last one may hold delimiters, and quotes need no pair."""
     cells = [cell.strip() for cell in line.split(delimiter, num_columns - 1)]
     is_quoted = map(_QUOTED.fullmatch, cells)
     return [c[1:-1].replace('""', '"') if q else c for c, q in zip(cells, is_quoted, strict=True)]
