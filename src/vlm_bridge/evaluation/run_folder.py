@@ -20,6 +20,7 @@ REPORT_NAME = "report.html"
 NOT_CURVES = frozenset(
     {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
 )
+RECORDED = ("caption", "log_probability", "error", "scores", "finished")
 MEASURED = ("perplexity", "visual_gain")
 """Per token of each model's own vocabulary, so never a share of another model's."""
 SHOWN_AS_ZERO = 5e-5
@@ -55,33 +56,26 @@ class Prediction:
         return self.scores["CIDEr"]
 
     def to_record(self) -> dict[str, Any]:
-        path = self.image.path
-        record: dict[str, Any] = {"image": str(path)}
-        if isinstance(path, TarImage):
-            record["tar"] = {"file": str(path.file), "offset": path.offset, "size": path.size}
-        return record | {
-            "original_id": self.image.original_id,
-            "caption": self.caption,
-            "log_probability": self.log_probability,
-            "references": list(self.image.captions),
-            "finished": self.finished,
-            "scores": dict(self.scores),
-            **({"error": self.error} if self.error else {}),
-        }
+        image = self.image
+        record = {"image": str(image.path), "original_id": image.original_id}
+        record |= {"references": list(image.captions), **{k: getattr(self, k) for k in RECORDED}}
+        if isinstance(tar := image.path, TarImage):
+            record["tar"] = {"file": str(tar.file), "offset": tar.offset, "size": tar.size}
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prediction:
         """Read `to_record`; ValueError, KeyError or TypeError where it is damaged."""
-        path, scores = Path(record["image"]), record["scores"]
+        path = Path(record["image"])
         if place := record.get("tar"):
             member = record["image"].removeprefix(f"{place['file']}/")
             offset, size = int(place["offset"]), int(place["size"])
             path = TarImage(Path(place["file"]), offset, size, member)
         image = CaptionedImage(path, tuple(record["references"]), record["original_id"])
-        if not image.captions or "CIDEr" not in scores:
+        if not image.captions or "CIDEr" not in record["scores"]:
             raise ValueError("no references, or no CIDEr")
-        log_probability, error = record["log_probability"], record.get("error")
-        return cls(image, record["caption"], log_probability, error, scores, record.get("finished"))
+        values: dict[str, Any] = {name: record.get(name) for name in RECORDED}
+        return cls(image, **values)
 
 
 @dataclass(frozen=True)
