@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from captioners import tiny_captioner, tiny_recipe
 from tiny_captioners import SAVE
-from vlm_bridge.cli.main import app
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.evaluation.run_folder import SHOWN_AS_ZERO
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -114,11 +112,3 @@ def test_wrong_usage(arguments: str, words: str, drawn_caption_folder: Path, run
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert words in line
-
-
-def test_defaults_that_depend_on_the_recipe_are_shown() -> None:
-    """Typer takes square brackets for markup and drops them."""
-    evaluate = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
-    helps = [str(getattr(parameter, "help", "")) for parameter in evaluate.params]
-    assert sum("(default: the recipe's)" in text for text in helps) == 7
-    assert not any("[default" in text for text in helps)

@@ -61,6 +61,7 @@ def evaluate(
     """Score a captioner with BLEU, METEOR, ROUGE-L, CIDEr, perplexity and visual gain.
 
     Our own (--checkpoint) or a published one (--model), with the same data, decoding and metrics.
+    Settings of generation that are not given are those of the checkpoint's recipe.
     """
     if (checkpoint is None) == (model is None):
         raise UsageError("give either --checkpoint (a trained bridge) or --model (a published one)")
