@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from captioners import places_of_run, tiny_recipe
+from logs import events
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from worlds import (
@@ -75,11 +75,6 @@ def trained(recipe: Recipe, size: int, resume: Path | None = None) -> list[dict[
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     others = other["weights"]
     return all((tensor == others[name]).all() for name, tensor in one["weights"].items())
-
-
-def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
-    history = Path(recipe.log_dir, "history.jsonl").read_text(encoding="utf-8")
-    return [event for event in map(json.loads, history.splitlines()) if event["event"] == kind]
 
 
 def step(recipe: Recipe, number: int) -> Path:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from captioners import places_of_run, tiny_recipe
-from logs import log_lines
+from logs import events, log_lines, saved
 from same import assert_same_checkpoints
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
@@ -45,17 +43,8 @@ def make_recipe(
     return make
 
 
-def checkpoint(recipe: Recipe, name: str = checkpoints.LATEST) -> dict[str, Any]:
-    return checkpoints.load_checkpoint(Path(recipe.checkpoint_dir, name))
-
-
 def step(number: int) -> str:
     return checkpoints.STEP.format(number)
-
-
-def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
-    lines = Path(recipe.log_dir, "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def test_resuming_inside_an_epoch_is_never_having_stopped(make_recipe: MakeRecipe) -> None:
@@ -83,7 +72,7 @@ def test_every_trained_part_learns_at_its_rate_and_the_rest_stays(make_recipe: M
     train(recipe)
     losses = [event["loss"] for event in events(recipe, "validation")]
     assert losses[-1] < losses[0]
-    content = checkpoint(recipe)
+    content = saved(recipe)
     parameters = {n for n, _ in before.named_parameters() if not n.startswith("vision_encoder.")}
     statistics = {"feature_scale.mean", "feature_scale.std"}
     assert content["weights"].keys() == parameters | statistics
@@ -103,7 +92,7 @@ def test_the_best_checkpoint_is_that_of_the_best_score(make_recipe: MakeRecipe) 
     decoded = [event for event in events(recipe, "decoded") if event["num_images"] == 6]
     assert [event["step"] for event in decoded] == [4, 8, 12, 16, 18]
     best = max(decoded, key=lambda event: (event["cider"], -event["step"]))
-    progress = checkpoint(recipe, checkpoints.BEST)["training"]["progress"]
+    progress = saved(recipe, checkpoints.BEST)["training"]["progress"]
     assert progress["step"] == best["step"]
     assert any(f"step {best['step']} captions of 6 images | BLEU-4" in line for line in lines)
 
@@ -118,7 +107,7 @@ def test_the_newest_step_checkpoints_are_kept(make_recipe: MakeRecipe) -> None:
     train(recipe)
     best = {checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS}
     assert {path.name for path in folder.iterdir()} == best | {step(4), step(8), step(12)}
-    assert checkpoint(recipe, step(8))["training"]["progress"]["step_in_epoch"] == 2
+    assert saved(recipe, step(8))["training"]["progress"]["step_in_epoch"] == 2
     assert not events(recipe, "decoded")
 
 
@@ -150,4 +139,4 @@ def test_float16_alone_scales_gradients(
     short = ("max_steps=1", "monitor=loss", "num_validation_samples=0", "num_decoded_images=0")
     recipe = make_recipe("run", f"amp_dtype={amp_dtype}", *short)
     train(recipe)
-    assert bool(checkpoint(recipe)["training"]["scaler"]) == (amp_dtype == "float16")
+    assert bool(saved(recipe)["training"]["scaler"]) == (amp_dtype == "float16")

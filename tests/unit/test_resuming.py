@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from logs import events, saved
 from same import assert_same_checkpoints
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
@@ -40,20 +41,11 @@ def make_run(make_recipe: MakeRecipe) -> MakeRecipe:
     return lambda name, *overrides: make_recipe(name, *common, *overrides)
 
 
-def state(recipe: Recipe, name: str = checkpoints.LATEST) -> dict[str, Any]:
-    return checkpoints.load_checkpoint(Path(recipe.checkpoint_dir) / name)
-
-
 def assert_same_end(one: Recipe, other: Recipe) -> None:
     """Two runs ended with the same weights, optimizer, randomness and position."""
     for name in (checkpoints.LATEST, checkpoints.BEST):
         first, second = (Path(recipe.checkpoint_dir, name) for recipe in (one, other))
         assert_same_checkpoints(first, second)
-
-
-def decoded_steps(recipe: Recipe) -> set[int]:
-    lines = (Path(recipe.log_dir) / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return {event["step"] for event in map(json.loads, lines) if event["event"] == "decoded"}
 
 
 @pytest.mark.parametrize(
@@ -73,14 +65,15 @@ def test_a_validation_that_was_cut_off_is_done_again(
         patch.setattr(owner, moment, cut_off)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
-    progress = state(recipe)["training"]["progress"]
+    progress = saved(recipe)["training"]["progress"]
     assert (progress["step"], progress["validated_step"]) == (2, 0)
 
     result = train(recipe, resume=AUTO)
     assert result.steps == 6
     assert result.decoded is not None
     assert_same_end(whole, recipe)
-    assert decoded_steps(whole) == decoded_steps(recipe) == {2, 4, 6}
+    for run in (whole, recipe):
+        assert [event["step"] for event in events(run, "decoded")] == [2, 4, 6]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -161,18 +154,18 @@ def test_a_folder_means_its_newest_checkpoint(make_run: MakeRecipe) -> None:
 def test_the_latest_is_saved_every_so_many_minutes(
     make_run: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved: list[int] = []
+    steps: list[int] = []
     save = checkpoints.save_checkpoint
 
     def watched(path: Path, recipe: Recipe, weights: Any, training: Any = None, **named: Any):
         save(path, recipe, weights, training, **named)
         if path.name == checkpoints.LATEST:
-            saved.append(training["progress"]["step"])
+            steps.append(training["progress"]["step"])
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", watched)
     train(make_run("often", "save_every=0 minutes"))
     train(make_run("seldom", "save_every=9 minutes"))
-    assert saved == [1, 2, 3, 4, 5, 6, 6, 3, 6, 6]
+    assert steps == [1, 2, 3, 4, 5, 6, 6, 3, 6, 6]
 
 
 def test_other_settings_are_named_field_by_field_and_need_force(
