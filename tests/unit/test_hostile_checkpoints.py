@@ -144,7 +144,7 @@ def test_the_original_layout_is_refused_alike(tmp_path: Path) -> None:
 def test_an_exported_folder_is_refused_alike(sound: Path, tmp_path: Path, bits: int) -> None:
     content = checkpoints.load_checkpoint(sound)
     folder = tmp_path / "folder"
-    config = checkpoints.exported_config(content["recipe"], content)
+    config = checkpoints.header(content["recipe"])
     formats.write_folder(folder, config, content["weights"])
     Captioner.from_pretrained(folder, "cpu")
     path = folder / formats.WEIGHTS_NAME

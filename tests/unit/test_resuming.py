@@ -203,13 +203,11 @@ def test_a_state_that_no_training_saves_is_one_line(make_run: MakeRecipe) -> Non
     train(recipe)
     path = Path(recipe.checkpoint_dir) / checkpoints.LATEST
     sound = checkpoints.read_file(path)
-    nan = {name: tensor * torch.nan for name, tensor in sound["training"]["live_weights"].items()}
     for changes in (
         {"progress": {"step": -1}},
         {"optimizer": {"param_groups": [{}], "state": []}},
         {"random_state": torch.zeros(3, dtype=torch.uint8)},
         {"early_stopping": [1]},
-        {"live_weights": nan},
     ):
         torch.save({**sound, "training": {**sound["training"], **changes}}, path)
         expected = rf"{path} has a state that this training cannot continue .*start_from="

@@ -129,7 +129,6 @@ def test_a_tar_cut_off_after_it_was_indexed_is_an_error_for_each_sample(root: Pa
     with pytest.raises(ImageError, match=r"00001.tar/00013.jpg: its shard became shorter") as error:
         open_image(images[13])
     assert "\n" not in str(error.value)
-    assert not images[13].is_file() and images[12].is_file()
     path.unlink()
     for read in (open_image, check_image, image_size):
         with pytest.raises(ImageError, match="cannot be read"):

@@ -53,7 +53,8 @@ def write_huggingface_folder(
         manifest = {}
     title = facts.title or folder.resolve().name
     card = _model_card(facts, shared, title=title, num_trained=trained, manifest=manifest)
-    config = checkpoints.exported_config(shared, content)
+    version = content.get("format_version", checkpoints.FORMAT_VERSION)
+    config = {"model_type": "vlm-bridge-captioner", **checkpoints.header(shared, version)}
     formats.write_folder(folder, config, content["weights"])
     write_atomically(folder / formats.CARD_NAME, redact(card).encode())
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -91,29 +90,28 @@ class TokenizedImages:
     def __init__(self, images: Sequence[CaptionedImage], format: CaptionFormat):
         if not images:
             raise DataError("there are no captioned images to load")
+        captions = [caption for image in images for caption in image.captions]
         self.format = format
+        self._targets = [
+            np.array(targets, np.int32)
+            for some in in_batches(captions, TOKENIZE_TOGETHER)
+            for targets in format.targets(some)
+        ]
+        self.num_captions = len(captions)
         self.captions_per_image = np.array([len(image.captions) for image in images])
-        captions = chain.from_iterable(image.captions for image in images)
-        tokens, lengths = [], []
-        while some := list(islice(captions, TOKENIZE_TOGETHER)):
-            targets = format.targets(some)
-            tokens.append(np.fromiter(chain.from_iterable(targets), np.int32))
-            lengths += map(len, targets)
-        self._targets = np.concatenate(tokens)
-        self._first_target, self._first_caption = _starts(lengths), _starts(self.captions_per_image)
-        self.num_captions = len(lengths)
-        self.caption_lengths = np.array(lengths) + len(format.prompt_ids) - 1
-        self.image_lengths = np.diff(_starts(self.caption_lengths)[self._first_caption])
+        self._first_caption = _starts(self.captions_per_image)
+        lengths = [len(targets) + len(format.prompt_ids) - 1 for targets in self._targets]
+        self.caption_lengths = np.array(lengths)
+        self.image_lengths = np.diff(_starts(lengths)[self._first_caption])
         self.mean_length = float(self.caption_lengths.mean())
-        self.token_diversity = len(np.unique(self._targets)) / len(self._targets)
+        tokens = np.concatenate(self._targets)
+        self.token_diversity = len(np.unique(tokens)) / len(tokens)
 
     def __len__(self) -> int:
         return len(self.captions_per_image)
 
     def caption(self, image: int, number: int) -> TokenizedCaption:
-        place = self._first_caption[image] + number
-        start, end = self._first_target[place : place + 2]
-        return self.format.with_targets(self._targets[start:end].tolist())
+        return self.format.with_targets(self._targets[self._first_caption[image] + number].tolist())
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]

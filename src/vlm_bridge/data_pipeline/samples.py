@@ -39,9 +39,6 @@ class TarImage:
     def name(self) -> str:
         return self.member.rpartition("/")[2] or str(self.offset)
 
-    def is_file(self) -> bool:
-        return self.file.is_file() and self.file.stat().st_size >= self.offset + self.size
-
     def stat(self) -> os.stat_result:
         return self.file.stat()
 

@@ -63,25 +63,17 @@ def save_checkpoint(
         format_version: of the checkpoint that the weights were read from.
     """
     content = {
-        **_header(recipe.to_dict(), format_version),
+        **header(recipe.to_dict(), format_version),
         "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
     }
     write_file(path, content if training is None else {**content, "training": training})
 
 
-def exported_config(recipe: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``config.json`` of a Hugging Face folder."""
-    header = _header(recipe, content.get("format_version", FORMAT_VERSION))
-    return {"model_type": "vlm-bridge-captioner", **header}
-
-
-def _header(recipe: Mapping[str, Any], format_version: int) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "format_version": format_version,
-        "versions": {"vlm_bridge": __version__, "torch": str(torch.__version__)},
-        "recipe": dict(recipe),
-    }
+def header(recipe: Mapping[str, Any], format_version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Return the content of a checkpoint beside its tensors."""
+    versions = {"vlm_bridge": __version__, "torch": str(torch.__version__)}
+    facts = {"format": FORMAT, "format_version": format_version, "versions": versions}
+    return {**facts, "recipe": dict(recipe)}
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlm_bridge.configuration import Recipe, parse_interval, published_recipe
-from vlm_bridge.errors import CheckpointError, TrainingError
+from vlm_bridge.errors import CheckpointError
 from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import TrainingData
@@ -185,11 +185,11 @@ class Saver:
 
     def best(self) -> None:
         """Save the best checkpoint, and its weights alone in bfloat16."""
-        self.check_weights()
         if self.world.is_first:
             weights = checkpoints.stored_as(self.state.weights(), "bfloat16")
-            path = self.folder / checkpoints.BEST_WEIGHTS
-            checkpoints.save_checkpoint(path, self.recipe, weights)
+            checkpoints.save_checkpoint(
+                self.folder / checkpoints.BEST_WEIGHTS, self.recipe, weights
+            )
         self._save(checkpoints.BEST)  # last: a killed run continues from it
 
     def after_step(self) -> None:
@@ -211,17 +211,7 @@ class Saver:
                 old.unlink(missing_ok=True)
         return path
 
-    def check_weights(self) -> None:
-        """Raise TrainingError if an update overflowed; waits for the device."""
-        if not self.state.is_finite():
-            raise TrainingError(
-                f"stopped at step {self.state.step}: the weights are not finite any more, and were "
-                f"not saved: resume the last checkpoint in {self.folder}, or start again, with a "
-                f"learning_rate below {self.recipe.learning_rate:g}"
-            )
-
     def _save(self, name: str) -> Path:
-        self.check_weights()
         path = self.folder / name
         if self.world.is_first:
             training = {**self.state.state_dict(), "dataset_fingerprint": self.fingerprint}

@@ -90,11 +90,6 @@ class TrainState:
         """Return the weights to validate and save: the average, where there is one."""
         return {**self.model.trained_state_dict(), **self.average.weights}
 
-    def is_finite(self) -> bool:
-        """Return whether every trained and averaged weight is finite; waits for the device."""
-        tensors = [*self.model.trained_state_dict().values(), *self.weights().values()]
-        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
-
     def advance(self, steps_in_epoch: int, loss: float | None) -> None:
         """Count an optimizer step; a skipped one has no loss."""
         self.step += 1
@@ -145,8 +140,6 @@ class TrainState:
         progress = {"validated_step": training["progress"]["step"], **training["progress"]}
         if not all(type(progress[name]) is int and progress[name] >= 0 for name in POSITION):
             raise ValueError(f"its position is {progress}")
-        if not self.is_finite():
-            raise ValueError("its live weights are not finite")
         for name in progress.keys() & set(PROGRESS):
             setattr(self, name, progress[name])
         self.best_watched = float(training["early_stopping"]["best"])
