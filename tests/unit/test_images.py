@@ -81,12 +81,14 @@ def test_every_format_is_shown_upright(kind: str) -> None:
 def test_broken_files_name_their_reason(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html></html>")
     (tmp_path / "cut.jpg").write_bytes(FILES["jpeg"]()[:5000])
     os.mkfifo(tmp_path / "pipe.jpg")
     for name, reason in [
         ("missing.jpg", "no such file"),
         ("empty.jpg", "empty"),
         ("text.jpg", "no image, or a damaged one"),
+        ("page.jpg", "an HTML page"),
         ("cut.jpg", "truncated"),
         ("pipe.jpg", "a pipe"),
         (".", "a folder"),
@@ -182,6 +184,16 @@ def test_huge_images_are_refused_from_their_header(
             read(png(size=size))
     monkeypatch.setattr(images.LIMITS, "max_pixels", 0)
     assert image_size(png(size=size)) == size
+
+
+def test_a_large_jpeg_is_read_at_a_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = saved(noise(0, (640, 480)), "JPEG")
+    for most, size in ((640 * 480, (640, 480)), (640 * 480 - 1, (320, 240))):
+        monkeypatch.setattr(images.LIMITS, "max_pixels", most)
+        assert open_image(content).size == image_size(content) == size
+    monkeypatch.setattr(images.LIMITS, "max_pixels", 320 * 240 - 1)
+    with pytest.raises(ImageError, match="too large"):
+        open_image(content)
 
 
 # Processes with limits.

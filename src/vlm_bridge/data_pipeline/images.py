@@ -142,6 +142,7 @@ class _MeteredFile(io.BytesIO):
 @contextmanager
 def _opened(image: str | ImageFile | bytes) -> Iterator[Image.Image]:
     """Open an image without decoding it; any failure within the block is its ImageError."""
+    content = b""
     try:
         content = _content(image)
         _check_tags(content)
@@ -163,7 +164,8 @@ def _opened(image: str | ImageFile | bytes) -> Iterator[Image.Image]:
         # ValueError, struct.error, ...); one damaged file must never end a run over thousands.
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "it is no image, or a damaged one"
+            is_page = b"<html" in content[:1000].lower()
+            reason = f"it is {'an HTML page' if is_page else 'no image, or a damaged one'}"
         raise ImageError(_name_of(image), reason) from error
 
 
@@ -230,19 +232,24 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _check_size(opened: Image.Image, content: bytes) -> None:
-    """Raise ValueError if decoding would take too much memory or time, judged by the header."""
+    """Raise ValueError if decoding would take too much memory or time, judged by the header.
+
+    A JPEG beyond the limit of pixels is decoded at a half, which costs a quarter.
+    """
     width, height = opened.size
     # Entropy-coded data never holds the bytes that start a scan; metadata may, a few times.
     scans = content.count(b"\xff\xda") if opened.format in ("JPEG", "MPO") else 1
     if LIMITS.max_pixels == 0:
         return
-    if max(width, height) > MAX_SIDE or width * height > LIMITS.max_pixels:
+    if scans * width * height > max(MAX_SCAN_PIXELS, 10 * LIMITS.max_pixels):
+        raise ValueError(f"{width} x {height} in {scans:,} scans would take minutes to decode")
+    if width * height > LIMITS.max_pixels:
+        opened.draft(opened.mode, (width // 2, height // 2))
+    if max(width, height) > MAX_SIDE or opened.width * opened.height > LIMITS.max_pixels:
         raise ValueError(
             f"{width} x {height} is too large: at most {LIMITS.max_pixels / 1e6:.0f} million "
             f"pixels (--max-pixels raises the limit) and {MAX_SIDE:,} a side"
         )
-    if scans * width * height > max(MAX_SCAN_PIXELS, 10 * LIMITS.max_pixels):
-        raise ValueError(f"{width} x {height} in {scans:,} scans would take minutes to decode")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
