@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -343,7 +343,8 @@ def middle_of(image: Image.Image) -> Image.Image:
     Resized by its short side first, 1 x 10,000 pixels would become 224 x 2,240,000.
     """
     left, top = (max(side - MAX_ASPECT * min(image.size), 0) // 2 for side in image.size)
-    return ImageOps.crop(image, (left, top, left, top)) if left or top else image
+    area = (left, top, image.width - left, image.height - top)
+    return image.crop(area) if left or top else image
 
 
 def encoder_fingerprint(encoder: Any) -> str:
