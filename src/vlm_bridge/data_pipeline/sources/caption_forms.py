@@ -58,26 +58,32 @@ def without_number(name: str) -> str:
 def read_captions(path: Path, skipped: Skipped) -> Iterator[CaptionRecord]:
     """Yield the records of a caption file, whose suffix tells its form (`FORMS`, else a table).
 
-    Raises DataError if the file as a whole cannot be read; damaged rows are ``skipped``.
+    Of a folder, text files beside images are read. Damaged rows are ``skipped``.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
     """
-    return _records(FORMS.get(path.suffix.lower(), _table_rows)(path), skipped)
-
-
-def read_sidecars(folder: Path, images: Iterable[str], skipped: Skipped) -> Iterator[CaptionRecord]:
-    """Yield the captions of images from text files beside them, a caption a line."""
-    texts = ((image, (folder / image).with_suffix(".txt")) for image in images)
-    lines = ((image, line) for image, text in texts if text.is_file() for line in _lines_of(text))
-    rows = ((f"{image}:{n}", {"image": image, "text": line}) for image, (n, line) in lines)
-    return _records(rows, skipped)
-
-
-def _records(rows: Iterable[tuple[str, Any]], skipped: Skipped) -> Iterator[CaptionRecord]:
-    for where, row in rows:
+    read = _text_rows if path.is_dir() else FORMS.get(path.suffix.lower(), _table_rows)
+    for where, row in read(path):
         skipped.total += 1
         try:
             yield _make_record(where, row)
         except ValueError as error:
             skipped.add(where, str(error))
+
+
+def captioned_by_text(folder: Path) -> Iterator[Path]:
+    """Yield the image files below a folder that have a text file beside them, in order."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file():
+            yield path
+
+
+def _text_rows(folder: Path) -> Rows:
+    for image in captioned_by_text(folder):
+        name = image.relative_to(folder).as_posix()
+        for number, line in _lines_of(image.with_suffix(".txt")):
+            yield f"{name}:{number}", {"image": name, "caption": line}
 
 
 def _make_record(where: str, row: Any) -> CaptionRecord:

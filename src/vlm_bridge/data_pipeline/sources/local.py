@@ -25,8 +25,8 @@ from vlm_bridge.data_pipeline.sources import ParquetImage, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
     FORMS,
     CaptionRecord,
+    captioned_by_text,
     read_captions,
-    read_sidecars,
     without_number,
 )
 from vlm_bridge.data_pipeline.splits import SplitName, normalise_split
@@ -211,11 +211,15 @@ class LocalFolder(CaptionedFiles):
     @classmethod
     def recognize(cls, folder: Path) -> str | None:
         for path, _ in cls(folder).caption_files():
-            return path.relative_to(folder).as_posix()
-        return "text files beside images" if _has_sidecars(ImageFiles(folder)) else None
+            is_file = path != folder
+            return path.relative_to(folder).as_posix() if is_file else "text files beside images"
+        return None
 
     def caption_files(self) -> list[CaptionFile]:
-        """Return the one named or in the folder, else those of split folders or parquet files."""
+        """Return the file named or in the folder, else those of split folders, else parquet files.
+
+        Where only text files beside images are there, return the folder itself.
+        """
         folder = self.input_dir
         if path := self.captions_file or _caption_file_in(folder):
             return [(path, None)]
@@ -225,25 +229,17 @@ class LocalFolder(CaptionedFiles):
             if split is not None and (path := _caption_file_in(below)):
                 found.append((path, split))
         tables = [*sorted(folder.glob("*.parquet")), *sorted((folder / "data").glob("*.parquet"))]
-        return found or [(path, normalise_split(path.stem.split("-")[0])) for path in tables]
+        found = found or [(path, normalise_split(path.stem.split("-")[0])) for path in tables]
+        has_texts = not found and any(captioned_by_text(folder))
+        return [(folder, None)] if has_texts else found
 
-    def records(
-        self, images: ImageFiles, skipped: Skipped
-    ) -> Iterator[tuple[CaptionRecord, CaptionFile]]:
-        if self.caption_files():
-            yield from super().records(images, skipped)
-        elif _has_sidecars(images):
-            names = sorted(images.paths, key=lambda name: name.split("/"))
-            for record in read_sidecars(self.input_dir, names, skipped):
-                yield record, (self.input_dir / "text files", None)
-        else:
+    def items(self) -> list[SourceItem]:
+        """Return the images; ids are paths without suffix unless two would then be equal."""
+        if not self.caption_files():
             raise DataError(
                 f"no caption file in {self.input_dir} (looked for {', '.join(CAPTION_FILES)}, "
                 "*.parquet, and text files beside images): name it with --captions-file"
             )
-
-    def items(self) -> list[SourceItem]:
-        """Return the images; ids are paths without suffix unless two would then be equal."""
         items = super().items()
         stems = [PurePosixPath(item.image_id).with_suffix("").as_posix() for item in items]
         uses = Counter(stems)
@@ -256,10 +252,6 @@ def _split_of_folder(name: str) -> SplitName | None:
     """Return the split that the first folder of an image's path names."""
     splits = map(normalise_split, PurePosixPath(name).parts[:-1])
     return next((split for split in splits if split is not None), None)
-
-
-def _has_sidecars(images: ImageFiles) -> bool:
-    return any(path.with_suffix(".txt").is_file() for path in images.paths.values())
 
 
 def _caption_file_in(folder: Path) -> Path | None:
