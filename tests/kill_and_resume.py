@@ -90,11 +90,9 @@ def start(work: Callable[..., None], *arguments: object) -> int:
 def end_of(child: int) -> bool:
     """Wait for a fork: True where it was killed. A failure ends this program."""
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    if status != 0:
+    if status not in (0, signal.SIGKILL):
         sys.exit(f"a training failed (status {status})")
-    return False
+    return status != 0
 
 
 def main() -> None:
@@ -120,15 +118,14 @@ def main() -> None:
         number += 1
         recipe = make_recipe(root, name := f"killed-{number}")
         (root / name).mkdir()
-        is_done = False
-        while not is_done:
+        was_killed = True
+        while was_killed:
             in_write = kills < options.kills and moments.random() < 0.5
             child = start(live, recipe, moments.randrange(num_writes) if in_write else None)
             if kills < options.kills and not in_write:
                 time.sleep(moments.uniform(0, seconds))
                 os.kill(child, signal.SIGKILL)
-            is_done = not end_of(child)
-            if not is_done:
+            if was_killed := end_of(child):
                 kills += 1
                 print(f"kill {kills}: {name}, {'in a write' if in_write else 'at some moment'}")
         end_of(start(compare, root, name))

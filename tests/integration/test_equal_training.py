@@ -101,35 +101,25 @@ def test_every_step_is_the_plain_one(recipe: Recipe, dtype: str, within: float) 
         optimizer.step()
 
 
-@pytest.fixture
-def long_recipe(tiny_vit_dir: Path, tiny_llama_dir: Path, drawn_caption_folder, tmp_path) -> Recipe:
-    """A recipe of a Llama whose random weights are large enough for an image to matter."""
-    folder = shutil.copytree(tiny_llama_dir, tmp_path / "llama")
-    causal_lm = LlamaForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
+def test_100_steps_from_cached_features_are_those_without(
+    make_recipe, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    llama = shutil.copytree(tiny_llama_dir, tmp_path / "llama")
+    causal_lm = LlamaForCausalLM.from_pretrained(llama)
+    with torch.no_grad():  # weights so large that an image matters
         for parameter in causal_lm.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(10)
-    causal_lm.save_pretrained(folder)
-    return tiny_recipe(
-        tiny_vit_dir, folder, "deep_prefix_above", data_dir=str(drawn_caption_folder),
-        captions_per_image=2, batch_size=8, max_steps=LONG, num_epochs=99, learning_rate=5e-3,
-        log_every_n_steps=1, validate_every="99 epochs", save_every="99 epochs",
-    )  # fmt: skip
-
-
-def losses(recipe: Recipe, folder: Path, *overrides: str) -> list[float]:
-    """Return the loss of every step of a training."""
-    where = [f"checkpoint_dir={folder / 'checkpoints'}", f"log_dir={folder / 'logs'}"]
-    train(override_recipe(recipe, [*where, *overrides]))
-    return [loss for _, loss in read_curves(folder / "logs")["train/loss"]]
-
-
-def test_100_steps_from_cached_features_are_those_without(
-    long_recipe: Recipe, tmp_path: Path
-) -> None:
-    plain = losses(long_recipe, tmp_path / "plain", "feature_cache=off")
-    assert len(plain) == LONG
-    assert plain[-1] < plain[0] - 0.5, "nothing was learnt that a cache could spoil"
-    cached = losses(long_recipe, tmp_path / "cached", f"feature_cache={tmp_path / 'cache'}")
-    assert cached == pytest.approx(plain, rel=1e-2)
+    causal_lm.save_pretrained(llama)
+    losses = {}
+    for name, cache in (("plain", "off"), ("cached", tmp_path / "cache")):
+        recipe = make_recipe(
+            name, f"language_model.name={llama}", f"feature_cache={cache}", f"max_steps={LONG}",
+            "num_epochs=99", "learning_rate=5e-3", "validate_every=99 epochs",
+            "save_every=99 epochs", bridge="deep_prefix_above",
+        )  # fmt: skip
+        train(recipe)
+        losses[name] = [loss for _, loss in read_curves(Path(recipe.log_dir))["train/loss"]]
+    assert len(losses["plain"]) == LONG
+    assert losses["plain"][-1] < losses["plain"][0] - 0.5, "nothing was learnt to be spoiled"
+    assert losses["cached"] == pytest.approx(losses["plain"], rel=1e-2)

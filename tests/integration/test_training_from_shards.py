@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioners import places_of_run, tiny_recipe
 from shards import sample, shards_of, write_tar
-from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.images import image_size
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -23,34 +21,15 @@ def shards(drawn_caption_folder: Path, tmp_path: Path) -> Path:
     return shards_of(CaptionFolder.open(drawn_caption_folder), tmp_path / "shards")
 
 
-@pytest.fixture
-def recipe(tiny_vit_dir: Path, tiny_llama_dir: Path) -> Recipe:
-    return tiny_recipe(
-        tiny_vit_dir,
-        tiny_llama_dir,
-        learning_rate=1e-2,
-        num_epochs=1,
-        batch_size=4,
-        early_stopping_patience=None,
-        log_every_n_steps=1,
-        save_every="2 steps",
-        decode={"num_beams": 1, "max_new_tokens": 5},
-    )
-
-
-def placed(recipe: Recipe, root: Path, name: str, data: Path, *overrides: str) -> Recipe:
-    places = places_of_run(root, name, data)
-    return override_recipe(recipe, [*(f"{k}={v}" for k, v in places.items()), *overrides])
-
-
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return checkpoints.load_checkpoint(Path(folder) / checkpoints.LATEST)["weights"]
 
 
 def test_commands_train_resume_and_evaluate(
-    run_here, recipe: Recipe, shards: Path, tmp_path: Path
+    run_here, make_recipe, shards: Path, tmp_path: Path
 ) -> None:
-    recipe = placed(recipe, tmp_path, "whole", shards, "feature_cache=off")
+    changes = ("batch_size=4", "save_every=2 steps", "feature_cache=off")
+    recipe = make_recipe("whole", f"data_dir={shards}", "captions_per_image=1", *changes)
     (file := tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     trained = run_here("train", "--config", file)
     assert trained.returncode == 0, trained.stderr
@@ -90,7 +69,7 @@ def test_commands_train_resume_and_evaluate(
 
 
 def test_shards_teach_what_the_same_files_teach(
-    drawn_caption_folder: Path, recipe: Recipe, shards: Path, tmp_path: Path
+    drawn_caption_folder: Path, make_recipe, shards: Path, tmp_path: Path
 ) -> None:
     ignore = shutil.ignore_patterns(".*", "manifest.json")
     files = shutil.copytree(drawn_caption_folder, tmp_path / "files", ignore=ignore)
@@ -100,9 +79,9 @@ def test_shards_teach_what_the_same_files_teach(
         path.write_text("".join(f"{line}\n" for line in reversed(first.values())))
     taught = []
     for name, data in (("files", files), ("shards", shards)):
-        placed_there = placed(recipe, tmp_path, name, data)
-        train(placed_there)
-        taught.append(weights(placed_there.checkpoint_dir))
+        recipe = make_recipe(name, f"data_dir={data}", "captions_per_image=1")
+        train(recipe)
+        taught.append(weights(recipe.checkpoint_dir))
     assert all(torch.equal(taught[0][name], taught[1][name]) for name in taught[0])
     # A cache of each split, for both.
     assert len(list((tmp_path / "features").glob("*/features.bin"))) == 2
