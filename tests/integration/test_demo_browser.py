@@ -58,18 +58,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-@pytest.fixture
-def page(browser: Any, address: str) -> Any:
-    browser.get(address)
-    return browser
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    noise(5, (320, 240)).save(tmp_path / "noise.png")
-    return tmp_path / "noise.png"
-
-
 def wait(browser: Any, css: str, count: int = 1) -> list[Any]:
     """Return the elements of a selector, once there are so many."""
 
@@ -80,27 +68,26 @@ def wait(browser: Any, css: str, count: int = 1) -> list[Any]:
     return WebDriverWait(browser, PATIENCE).until(there, f"{css} did not come")
 
 
-def drop(browser: Any, *paths: Path) -> None:
-    wait(browser, "#images input[type=file]")[0].send_keys("\n".join(map(str, paths)))
-
-
 def test_dropped_images_have_a_card_each_and_a_bad_one_a_message(
-    page: Any, image: Path, tmp_path: Path, service: CaptionService, address: str
+    browser: Any, tmp_path: Path, service: CaptionService, address: str
 ) -> None:
-    (tmp_path / "words.jpg").write_text("not an image at all\n" * 20)
-    drop(page, image, tmp_path / "words.jpg")
-    assert "words.jpg: it is no image" in wait(page, "#answers .vb-error")[0].text
+    image, words = tmp_path / "noise.png", tmp_path / "words.jpg"
+    noise(5, (320, 240)).save(image)
+    words.write_text("not an image at all\n" * 20)
+    browser.get(address)
+    wait(browser, "#images input[type=file]")[0].send_keys(f"{image}\n{words}")
+    assert "words.jpg: it is no image" in wait(browser, "#answers .vb-error")[0].text
     expected = service.answer(
         image.read_bytes(), "noise.png", service.default_request, overlays=True
     )
-    (caption,) = wait(page, "#answers .vb-caption")
+    (caption,) = wait(browser, "#answers .vb-caption")
     assert caption.text == expected.captions[0].caption
-    alternatives = wait(page, "#answers .vb-alternatives li")
+    alternatives = wait(browser, "#answers .vb-alternatives li")
     assert len(alternatives) == len(expected.captions) > 1
-    overlays = wait(page, "#answers .vb-words img")
+    overlays = wait(browser, "#answers .vb-words img")
     assert len(overlays) == len(expected.overlays) > 0
 
-    messages = [json.loads(e["message"])["message"] for e in page.get_log("performance")]
+    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     urls = {params["request"]["url"] for params in sent}
     assert any(url.startswith(address) for url in urls)

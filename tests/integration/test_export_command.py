@@ -11,13 +11,11 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from captioners import tiny_captioner, tiny_recipe
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.errors import CheckpointError
 from vlm_bridge.formats import GROUP
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -130,33 +128,20 @@ def test_quantized_weights_are_close_and_take_less_room(run: Path, export: Calla
         sizes[dtype] = (folder / "model.safetensors").stat().st_size
         restored[dtype] = restored_from(folder)
         assert restored[dtype].keys() == original.keys()
-    packed = 0
-    for name, tensor in original.items():
+    matrices = {name: tensor for name, tensor in original.items() if tensor.ndim > 1}
+    packed = [name for name, tensor in matrices.items() if tensor.shape[-1] % GROUP == 0]
+    for name, tensor in matrices.items():
         error = (restored["int8"][name] - tensor).abs()
-        largest = tensor.abs().amax(-1, keepdim=True) if tensor.ndim > 1 else tensor.abs()
-        assert (error <= largest / (254 if tensor.ndim > 1 else 2**11) + 1e-7).all(), name
-        if tensor.ndim > 1 and tensor.shape[-1] % GROUP == 0:
-            error = (restored["int4"][name] - tensor).abs().unflatten(-1, (-1, GROUP))
-            largest = tensor.unflatten(-1, (-1, GROUP)).abs().amax(-1, keepdim=True)
-            assert (error <= largest / 8 * 1.01).all(), name
-            similar = torch.cosine_similarity(restored["int4"][name], tensor, -1)
-            assert similar.mean() > 0.98, name
-            packed += tensor.numel()
+        assert (error <= tensor.abs().amax(-1, keepdim=True) / 254 + 1e-7).all(), name
+    for name in packed:
+        error = (restored["int4"][name] - original[name]).abs().unflatten(-1, (-1, GROUP))
+        largest = original[name].unflatten(-1, (-1, GROUP)).abs().amax(-1, keepdim=True)
+        assert (error <= largest / 8 * 1.01).all(), name
     # One of two bytes of each, less the scales of very short rows.
-    matrices = sum(t.numel() for t in original.values() if t.ndim > 1)
-    assert sizes["float16"] - sizes["int8"] > 0.7 * matrices
-    assert packed and sizes["int8"] - sizes["int4"] > 0.3 * packed
+    assert sizes["float16"] - sizes["int8"] > 0.7 * sum(t.numel() for t in matrices.values())
+    assert sizes["int8"] - sizes["int4"] > 0.3 * sum(original[n].numel() for n in packed) > 0
     size = sum(tensor.numel() for name, tensor in original.items() if name.startswith("bridge."))
     assert f"bridge of {size:,} parameters" in card_of(folder)[1]
-
-
-def test_quantized_weights_without_their_scales_are_refused(export: Callable) -> None:
-    file = export("--dtype", "int8") / "model.safetensors"
-    stored = load_file(file)
-    name = next(name for name in stored if name.startswith("int8_scale_of."))
-    save_file({key: tensor for key, tensor in stored.items() if key != name}, file)
-    with pytest.raises(CheckpointError, match=name.removeprefix("int8_scale_of.")):
-        Captioner.from_pretrained(file.parent, "cpu")
 
 
 def test_the_original_layout_and_back(

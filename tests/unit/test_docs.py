@@ -111,12 +111,6 @@ def test_every_readme_command_parses(words: list[str]) -> None:
         load_recipe(REPOSITORY / parameters["config"], list(lists[0] if lists else ()))
 
 
-def test_the_readme_shows_the_commands_that_matter() -> None:
-    lines = [line.strip() for block in code_blocks(README, "bash") for line in block.splitlines()]
-    assert {"make quickstart", "make test"} <= set(lines)
-    assert {words[0] for words in documented_commands(README)} == set(PROGRAMS)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_names_on_the_api_page_exist_and_are_documented(name: str) -> None:
     module, _, member = name.rpartition(".")

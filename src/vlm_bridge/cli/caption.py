@@ -36,9 +36,7 @@ def caption(
     seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     batch_size: options.BatchSize = 32,
     device: options.Device = "auto",
-    compile: Annotated[
-        bool, Option("--compile", help="Compile decoding, for NVIDIA GPUs and many images.")
-    ] = False,
+    compile: Annotated[bool, Option("--compile", help="Compile decoding (NVIDIA GPUs).")] = False,
     explain: Annotated[Path | None, Option(help="Folder of PNGs: where words looked.")] = None,
     max_pixels: Annotated[int | None, Option(min=0, help="Pixels of an image, 0: any.")] = None,
     as_json: options.AsJson = False,
@@ -46,7 +44,8 @@ def caption(
     """Caption images in the order given, a line each: NAME<TAB>CAPTION, or CAPTION for one image.
 
     Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are.
-    A file that cannot be read is one line on stderr (exit code 1).
+    A file that cannot be read is one line on stderr (exit code 1). Settings of generation are the
+    recipe's unless they are given.
     """
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,14 +32,8 @@ DatasetName = StrEnum("DatasetName", ["flickr30k", "coco", "conceptual"])
 SplitKind = StrEnum("SplitKind", ["fractions", "official"])
 
 # Options of sources, which several commands take.
-Name = Annotated[
-    str | None,
-    Option(metavar=f"[{'|'.join(SOURCES)}]", help="The dataset's layout. (default: found out)"),
-]
-InputDir = Annotated[
-    Path | None,
-    Option("--input-dir", "--source-path", help="Folder of the dataset. (default: the hub)"),
-]
+Name = Annotated[str | None, Option(help=f"{', '.join(SOURCES)}. (default: found out)")]
+InputDir = Annotated[Path | None, Option("--input-dir", "--source-path", help="Dataset's folder.")]
 CaptionsFile = Annotated[Path | None, Option(help="Caption file, if it is not found.")]
 FollowLinks = Annotated[bool, Option("--follow-links", help="Follow links out of the folder.")]
 Year = Annotated[int | None, Option(help="2014 or 2017: COCO's own splits (coco).")]
@@ -57,7 +51,7 @@ PLANNING = ("seed", "split_by", "val_fraction", "test_fraction", "caption_style"
 def download(
     name: Annotated[DatasetName, typer.Argument(help="The dataset.")],
     output_dir: Annotated[Path | None, Option(help="(default: datasets/NAME)")] = None,
-    year: Annotated[int, Option(help="2014 or 2017 (coco).")] = 2017,
+    year: Annotated[Literal["2014", "2017"], Option(help="Of coco.")] = "2017",
 ) -> None:
     """Print the commands that download a dataset, for `| sh`; run again, they continue."""
     from importlib.resources import files
@@ -67,8 +61,6 @@ def download(
 
     from vlm_bridge.data_pipeline.sources import source_class
 
-    if year not in (2014, 2017):
-        raise UsageError(f"--year {year}: choose from 2014, 2017")
     downloads = yaml.safe_load((files("vlm_bridge") / "data_pipeline/downloads.yaml").read_text())
     source, dataset = source_class(name), downloads[name]
     folder = output_dir or Path("datasets") / name
@@ -76,7 +68,7 @@ def download(
     print(
         f"# {source.description}\n# page: {dataset['page']}\n# licence: {source.licence_note}\n"
         f"folder={quote(str(folder))}\n{downloads['start']}{dataset['commands']}"
-        f"{dataset.get(year, '')}# then: vlm-data transform --source {name} "
+        f"{dataset.get(int(year), '')}# then: vlm-data transform --source {name} "
         f"--input-dir {read_from} --output-dir data/{name}"
     )
 
@@ -146,11 +138,9 @@ def transform(
     num_test: NumImages = 1_000,
     wordings: Wordings = 2,
     seed: Seed = 0,
-    split: Annotated[
-        SplitKind, Option(help="official keeps the dataset's test part (groundcap).")
-    ] = SplitKind.fractions,
+    split: Annotated[SplitKind, Option(help="official: of groundcap.")] = SplitKind.fractions,
     split_by: Annotated[
-        SplitBy | None, Option(help="Ids by hash, images in exact shares, or whole films.")
+        SplitBy | None, Option(help="Hashes of ids, exact shares, or films.")
     ] = None,
     val_fraction: Share = None,
     test_fraction: Share = None,
@@ -158,15 +148,11 @@ def transform(
     caption_style: Annotated[CaptionStyle | None, Option(help="sentence tidies captions.")] = None,
     keep_tags: KeepTags = False,
     limit: Annotated[int | None, Option(min=1, help="At most N images a split.")] = None,
-    near_duplicate_distance: Annotated[
-        int, Option(min=0, max=64, help="Differing bits of 64 of images to report as alike.")
-    ] = 4,
+    near_duplicate_distance: Annotated[int, Option(min=0, max=64, help="Differing bits.")] = 4,
     max_pixels: Annotated[int | None, Option(min=0, help="Pixels of an image, 0: any.")] = None,
     workers: Annotated[int | None, Option(min=1, help="Processes. (default: 2 to 8)")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only show the splits.")] = False,
-    num_rows: Annotated[
-        int | None, Option(min=1, help="With --dry-run: of N images; reads no data.")
-    ] = None,
+    num_rows: Annotated[int | None, Option(min=1, help="--dry-run of N images.")] = None,
     json_output: Json = False,
 ) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
@@ -207,9 +193,7 @@ def inspect_loader(
     config: Annotated[Path | None, Option(help="A recipe: also shows tokens.")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Captions in a batch.")] = None,
     check: Annotated[int, Option(min=0, help="Images to decode as a check.")] = 256,
-    check_all: Annotated[
-        bool, Option("--all", help="Decode all images and compare the fingerprint.")
-    ] = False,
+    check_all: Annotated[bool, Option("--all", help="Check all, and the fingerprint.")] = False,
     json_output: Json = False,
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
@@ -242,12 +226,11 @@ def inspect_loader(
     }
     if "train" in folder.splits:
         images, _ = readable_split(folder, "train")
-        result["first_batch"] = _first_batch(images, recipe, with_tokens=config is not None)
+        result["first_batch"] = _first_batch(images, recipe, config is not None)
     _print_result(result, json_output)
     if broken:
-        raise DataError(
-            f"{len(broken)} images of {folder.root} cannot be read: make the folder again"
-        )
+        unread = f"{len(broken)} images of {folder.root} cannot be read"
+        raise DataError(f"{unread}: make the folder again")
 
 
 def _open_source(options: dict[str, Any]) -> Source:
@@ -263,9 +246,7 @@ def _open_source(options: dict[str, Any]) -> Source:
     return make_source(name, **options)
 
 
-def _first_batch(
-    images: list[CaptionedImage], recipe: Recipe, *, with_tokens: bool
-) -> dict[str, Any]:
+def _first_batch(images: list[CaptionedImage], recipe: Recipe, with_tokens: bool) -> dict[str, Any]:
     """Describe the first batch: its captions, and its tokens if they are asked for."""
     from vlm_bridge.data_pipeline.loader import TokenizedImages
     from vlm_bridge.model_architecture.captioner import caption_format
@@ -326,11 +307,6 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
     summary = {name: manifest[name] for name in names}
     if summary["near_duplicates"]:
         summary["near_duplicates"] = manifest["near_duplicates"] | {"listed": "in manifest.json"}
-    if empty := [name for name in ("train", "val") if not manifest["counts"][name]["images"]]:
-        summary["note"] = (
-            f"no image is in {' and '.join(empty)}, and training needs some: where the source "
-            "decides no splits, --val-fraction and --test-fraction change the shares"
-        )
     return summary
 
 
@@ -367,15 +343,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    # Numbers that belong together are on one line.
-    text = yaml.safe_dump(
-        _by_cause(result),
-        default_flow_style=None,
-        sort_keys=False,
-        allow_unicode=True,
-        width=10_000,
-    )
-    print(text, end="")
+    style = {"default_flow_style": None, "width": 10_000}  # short mappings are on one line
+    print(yaml.safe_dump(_by_cause(result), sort_keys=False, allow_unicode=True, **style), end="")
 
 
 def _by_cause(result: dict[str, Any]) -> dict[str, Any]:

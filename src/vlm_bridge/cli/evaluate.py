@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -31,9 +30,7 @@ def evaluate(
     context: typer.Context,
     data_dir: Annotated[Path, Option(help="Caption folder, or folder of shards.")],
     checkpoint: Annotated[Path | None, Option(help="A checkpoint, or the folder of a run.")] = None,
-    model: Annotated[
-        str | None, Option(help="Instead: a BLIP, GIT or vision-encoder-decoder model.")
-    ] = None,
+    model: Annotated[str | None, Option(help="Instead: a published captioner.")] = None,
     config: options.Config = None,
     revision: Annotated[str | None, Option(help="Of a --model on the hub.")] = None,
     prompt: Annotated[str | None, Option(help="Text that a --model continues.")] = None,
@@ -44,18 +41,12 @@ def evaluate(
     max_new_tokens: options.MaxNewTokens = None,
     min_new_tokens: Annotated[int | None, Option(min=0, help="Shortest caption.")] = None,
     length_penalty: options.LengthPenalty = None,
-    repetition_penalty: Annotated[
-        float | None, Option(help="Above 1 discourages repeated tokens.")
-    ] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None, Option(min=0, help="Never repeat n-grams of this size.")
-    ] = None,
+    repetition_penalty: Annotated[float | None, Option(help="Above 1: fewer repeats.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, Option(min=0, help="No n-gram twice.")] = None,
     object_bonus: options.ObjectBonus = None,
     spice: Annotated[bool, Option("--spice", help="Also SPICE: slow, needs models.")] = False,
     json_file: Annotated[Path | None, Option("--json", help="Write the scores here.")] = None,
-    output_dir: Annotated[
-        Path | None, Option(help="Write scores, captions and report.html here.")
-    ] = None,
+    output_dir: Annotated[Path | None, Option(help="Write all, with report.html, here.")] = None,
     device: options.Device = "auto",
 ) -> None:
     """Score a captioner with BLEU, METEOR, ROUGE-L, CIDEr, perplexity and visual gain.
@@ -177,17 +168,12 @@ def _print_scores(metrics: Mapping[str, Any]) -> None:
     rows = [[name, _number(metrics[name])] for name in SCORES if metrics.get(name) is not None]
     rows += [[name, _number(metrics[name])] for name in ("perplexity", "visual_gain")]
     rows.append(["num_images", str(metrics["num_images"])])
-    decode = metrics["decode"]
-    print_rows(rows, note=f"{decode['num_beams']} beams, {decode['max_new_tokens']} tokens; ")
+    options.print_rows(rows)
 
 
 def compare(
-    scores: Annotated[
-        list[Path], typer.Argument(help="Folders of runs or evaluations, or files of scores.")
-    ],
-    reference: Annotated[
-        str | None, Option(help="Name or path of the one to compare with. (default: the first)")
-    ] = None,
+    scores: Annotated[list[Path], typer.Argument(help="Runs, evaluations or files of scores.")],
+    reference: Annotated[str | None, Option(help="Name or path. (default: the first)")] = None,
     force: Annotated[bool, Option("--force", help="Compare different data all the same.")] = False,
     as_json: options.AsJson = False,
     html: Annotated[Path | None, Option(help="Also write a report to this HTML file.")] = None,
@@ -216,26 +202,9 @@ def compare(
             share = comparison.share(run, metric)
             percent = "-" if share is None else f"{100 * share:.1f}"
             rows[-1] += [_number(run.scores.get(metric)), percent]
-    print_rows(rows, header)
+    options.print_rows([header, *rows])
     if html:
         note(f"report: {html}")
-
-
-def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = (), note: str = "") -> None:
-    """Print a table of scores on a terminal, tab-separated lines on a pipe."""
-    if not sys.stdout.isatty():
-        print("\n".join("\t".join(row) for row in (header, *rows) if row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=bool(header), caption=f"{note}scores are fractions, not percent")
-    for index, title in enumerate(header or rows[0]):
-        table.add_column(Text(title), justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _number(value: float | None) -> str:
@@ -244,9 +213,7 @@ def _number(value: float | None) -> str:
 
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run or evaluation, or its scores.")],
-    output: Annotated[
-        Path | None, Option("-o", "--output", help="(default: report.html in the run's folder)")
-    ] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="(default: in the run)")] = None,
 ) -> None:
     """Write one HTML file about a run: curves, scores, images, captions, recipe, environment."""
     from vlm_bridge.evaluation.report import write_report

@@ -23,25 +23,17 @@ Dtype = StrEnum("Dtype", ["float16", "bfloat16", "float32", "int8", "int4"])
 
 
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint, the folder of a run, or a model on the hub.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint, run folder, or hub model.")],
     output_dir: Annotated[Path, Option(help="Where to write; made if need be.")],
-    format: Annotated[
-        Layout, Option(help="A Hugging Face folder, or the original project's .pth.")
-    ] = Layout.huggingface,
+    format: Annotated[Layout, Option(help="original is one .pth file.")] = Layout.huggingface,
     config: options.Config = None,
     dtype: Annotated[Dtype | None, Option(help="Of the weights. (default: as stored)")] = None,
     title: Annotated[str | None, Option(help="Title of the model card.")] = None,
     license: Annotated[str | None, Option(help="License for the model card, e.g. mit.")] = None,
     dataset: Annotated[str | None, Option(help="The training data on the model card.")] = None,
-    metrics: Annotated[
-        Path | None, Option(help="Scores for the model card. (default: the run's last)")
-    ] = None,
+    metrics: Annotated[Path | None, Option(help="Scores. (default: the run's last)")] = None,
     overwrite: options.Overwrite = False,
-    push_to_hub: Annotated[
-        str | None, Option(metavar="REPO", help="Also upload, as owner/model, with HF_TOKEN.")
-    ] = None,
+    push_to_hub: Annotated[str | None, Option(metavar="REPO", help="Also upload it.")] = None,
     private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
 ) -> None:
     """Write a trained captioner as a Hugging Face folder, or in the original project's layout."""

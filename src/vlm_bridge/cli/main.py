@@ -85,6 +85,8 @@ def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) 
         text = traceback.format_exc() if debug else f"error: {_explained(error)}"
         print(redact(text), file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
+    finally:
+        logger.handlers.clear()
 
 
 def _explained(error: Exception) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,27 +20,17 @@ if TYPE_CHECKING:
     from vlm_bridge import configuration
 
 Option = typer.Option
-Checkpoint = Annotated[
-    Path | None, Option(help="A checkpoint, or the folder of a run. (default: bundled)")
-]
-Config = Annotated[
-    Path | None, Option("--config", "-c", help="Recipe of a checkpoint that names none.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")
-]
-RecipeFile = Annotated[
-    Path | None, Option("--config", "-c", help="Recipe (YAML); training-default without it.")
-]
+Checkpoint = Annotated[Path | None, Option(help="Checkpoint or run folder. (default: bundled)")]
+Config = Annotated[Path | None, Option("--config", "-c", help="For checkpoints without recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+RecipeFile = Annotated[Path | None, Option("--config", "-c", help="(default: training-default)")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[int, Option(min=1, help="Images captioned together.")]
 # Settings of generation; the recipe's own without them.
 NumBeams = Annotated[int | None, Option(min=1, help="Beams; 1 is greedy.")]
 MaxNewTokens = Annotated[int | None, Option(min=1, help="Longest caption, in tokens.")]
 LengthPenalty = Annotated[float | None, Option(help="Above 0 favors long captions among beams.")]
-ObjectBonus = Annotated[
-    float | None, Option(min=0, help="Nats for naming what the encoder's classifier recognizes.")
-]
+ObjectBonus = Annotated[float | None, Option(min=0, help="Nats for naming recognized objects.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier one.")]
 
@@ -64,6 +54,14 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 def note(line: str) -> None:
     """Print a line on stderr, beside the results on stdout."""
     print(line, file=sys.stderr, flush=True)
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Print columns of equal width on a terminal, tab-separated lines on a pipe."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("".join(padded) if sys.stdout.isatty() else "\t".join(row))
 
 
 def print_json(value: object) -> None:

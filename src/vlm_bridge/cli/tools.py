@@ -24,21 +24,18 @@ def info(
     as_json: options.AsJson = False,
 ) -> None:
     """Count the parameters of a recipe's parts and show the feature shape. Reads no weights."""
-    from rich.console import Console
-    from rich.table import Table
-
     options.quiet_transformers()
     found = parts_of(options.load_recipe(config, overrides))
     if as_json:
         options.print_json(found)
         return
-    table = Table("component", "role", "pretrained", "trainable", "parameters")
+    rows = [("component", "role", "pretrained", "trainable", "parameters")]
     for part in found["components"]:
         total, trainable = part["parameters"], part["trainable"]
         trained = "no" if not trainable else "all" if trainable == total else f"{trainable:,}"
         pretrained = "yes" if part["pretrained"] else "no"
-        table.add_row(part["name"], part["role"], pretrained, trained, f"{total:,}")
-    Console(width=None if Console().is_terminal else 120).print(table)
+        rows.append((part["name"], part["role"], pretrained, trained, f"{total:,}"))
+    options.print_rows(rows)
     tokens, width = found["features_shape"]
     print(
         f"trainable share   {found['trainable_share']:.2%}\n"
@@ -95,9 +92,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 
 def average(
-    checkpoint: Annotated[
-        list[str], typer.Argument(help="Checkpoints, folders of runs, or models on the hub.")
-    ],
+    checkpoint: Annotated[list[str], typer.Argument(help="Checkpoints, runs or hub models.")],
     output_dir: Annotated[Path, Option(help="Folder of the averaged run; made if need be.")],
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -121,13 +116,8 @@ def average(
 def features(
     overrides: options.Overrides = None,
     config: options.RecipeFile = None,
-    verify: Annotated[
-        bool, Option("--verify", help="Compare every cached image's checksum.")
-    ] = False,
-    evict_to: Annotated[
-        str | None,
-        Option(metavar="SIZE", help="Instead: remove old caches until the rest fits into 5GiB."),
-    ] = None,
+    verify: Annotated[bool, Option("--verify", help="Compare all checksums.")] = False,
+    evict_to: Annotated[str | None, Option(help="Remove old caches down to, e.g., 5GiB.")] = None,
     cache_dir: Annotated[Path | None, Option(help="With --evict-to: where caches are.")] = None,
     as_json: options.AsJson = False,
 ) -> None:

@@ -29,24 +29,14 @@ What to type next:
 
 def train(
     overrides: options.Overrides = None,
-    config: Annotated[
-        Path | None, Option("--config", "-c", help="Recipe (YAML); config/ has those that ship.")
-    ] = None,
-    resume: Annotated[
-        str | None,
-        Option(
-            metavar="CKPT|FOLDER|auto",
-            help="A checkpoint, or a folder's newest sound one; auto: that of checkpoint_dir, and "
-            "a new run where there is none.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool, Option("--force", help="Continue with another recipe or other data.")
-    ] = False,
+    config: options.RecipeFile = None,
+    resume: Annotated[str | None, Option(metavar="CKPT|FOLDER|auto")] = None,
+    force: Annotated[bool, Option("--force", help="Resume with other data or recipe.")] = False,
 ) -> None:
-    """Train the bridge of a recipe.
+    """Train the bridge of a recipe; with `--resume` alone, of the checkpoint's own recipe.
 
-    The recipe is `--config`'s; with `--resume` alone the checkpoint's own; else training-default.
+    `--resume` takes a checkpoint or a folder, of which it continues the newest sound one. auto is
+    the recipe's checkpoint_dir, and begins a new run where nothing is there.
     """
     from vlm_bridge import configuration
 
@@ -89,14 +79,13 @@ def exit_when_interrupted() -> Iterator[None]:
 
 def quickstart(
     overrides: options.Overrides = None,
-    output_dir: Annotated[Path, Option(help="Where everything is written.")] = Path(
-        "runs/quickstart"
-    ),
-    photo_checkpoint: Annotated[
-        Path, Option(help="A bridge trained on photos; used where it exists.")
-    ] = Path("runs/lite-flickr8k"),
+    output_dir: Path = Path("runs/quickstart"),
+    photo_checkpoint: Path = Path("runs/lite-flickr8k"),
 ) -> None:
-    """Draw scenes, train a bridge on this machine's CPU, and caption images it never saw."""
+    """Draw scenes, train a bridge on this machine's CPU, and caption images it never saw.
+
+    It captions photos too where there is a `--photo-checkpoint`, a bridge trained on photos.
+    """
     from vlm_bridge import configuration
     from vlm_bridge import quickstart as first_minutes
     from vlm_bridge.captioning.pipeline import Captioner
