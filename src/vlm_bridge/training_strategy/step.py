@@ -31,13 +31,13 @@ class StepResult(NamedTuple):
 
     @property
     def was_skipped(self) -> bool:
-        return not math.isfinite(self.gradient_norm)
+        return not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
 
 
 class TrainStep:
     """Take optimizer steps on the sum over supervised tokens divided by their global count.
 
-    A step whose loss or gradient is not finite changes neither weights nor moments.
+    A step changes neither weights nor moments if its loss or gradient is not finite.
 
     Args:
         relative_rates: learning rate of each parameter group, relative to the recipe's.
@@ -96,9 +96,7 @@ class TrainStep:
         for batch in loaded:
             with self.autocast():
                 loss = self.objective.loss(batch) / counts[0]
-            # NaN reaches every gradient and every process, so that the norm alone decides.
-            seed = torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
-            self.state.scaler.scale(loss).backward(seed)
+            self.state.scaler.scale(loss).backward()
             step_loss += loss.detach()
         return step_loss, counts
 

@@ -89,8 +89,7 @@ def train(
         objective = OBJECTIVES[recipe.objective](model, recipe, data.format, data.train, autocast)
         optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
         scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
-        average = WeightAverage(model, recipe.weight_averaging)
-        state = TrainState(model, optimizer, scaler, average)
+        state = TrainState(model, optimizer, scaler, WeightAverage(model, recipe.weight_averaging))
         if found is None:
             start(state, data, initial_weights)
         else:
@@ -101,10 +100,8 @@ def train(
         )  # fmt: skip
         saver = Saver(state, recipe, world, folder.fingerprint)
         log_dir = Path(recipe.log_dir) if world.is_first else None
-        with (
-            closing(Monitor(log_dir, recipe.to_yaml(), data.total_steps)) as monitor,
-            Interruption().watched() as interruption,
-        ):
+        monitor = Monitor(log_dir, recipe.to_yaml(), data.total_steps)
+        with closing(monitor), Interruption().watched() as interruption:
             validator = Validator(state, data, monitor, saver, autocast)
             log_start(data, validator)
             model.train()
