@@ -113,11 +113,7 @@ class Skipped:
         self.samples.append(SkippedSample(str(where), reason))
 
     def check(
-        self,
-        max_share: float = MAX_SKIPPED_SHARE,
-        *,
-        at_least: int = 1,
-        setting: str | None = None,
+        self, max_share: float = MAX_SKIPPED_SHARE, *, at_least: int = 1, setting: str = ""
     ) -> None:
         """Raise DataError if more than ``max_share`` of the samples are skipped.
 
@@ -128,10 +124,9 @@ class Skipped:
         if len(self) < at_least or len(self) <= max_share * self.total:
             return
         limit = f"{setting}={max_share:g}" if setting else f"{max_share:.3g} of them"
-        way_out = f", or raise {setting}" if setting else ""
         raise DataError(
             f"{len(self):,} of {self.total:,} {self.kind} cannot be used, more than {limit}: "
-            f"{self.summary()}; mend or remove them{way_out}"
+            f"{self.summary()}; mend or remove them{f', or raise {setting}' if setting else ''}"
         )
 
     def summary(self) -> str:

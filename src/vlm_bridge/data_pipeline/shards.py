@@ -2,7 +2,7 @@
 
 ::
 
-    ROOT/{train,val,test}/*.tar     samples KEY.jpg|jpeg|png|webp with KEY.txt, KEY.json or both
+    ROOT/{train,val,test}/*.tar    samples KEY.jpg|jpeg|png|webp with KEY.txt, KEY.json or both
 
 As in img2dataset and the WebDataset library, a key is a member's path up to the first dot of its
 file name, and the rest is its extension.
@@ -37,10 +37,10 @@ IMAGES, TEXTS, RECORDS = ("jpg", "jpeg", "png", "webp"), ("txt",), ("json",)
 MAX_IMAGE_BYTES = 100_000_000
 MAX_TEXT_BYTES = 1_000_000
 MAX_HEADER_BYTES = 1_000_000  # a member's name and attributes, which tarfile reads whole
-# Names in front of names without end recurse.
+# A long chain of headers for long names makes tarfile recurse.
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
-Parts = dict[str, list[tarfile.TarInfo]]  # the members of a sample by extension
+Parts = dict[str, list[tarfile.TarInfo]]  # members of a sample by extension
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_shard(path: Path) -> Shard:
 
 
 class _Headers(io.FileIO):
-    """A file of which never much is read at once, whatever size a header claims."""
+    """A file that reads no large header, whatever size the tar claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
@@ -110,7 +110,7 @@ def _members(file: _Headers, num_bytes: int) -> tuple[dict[str, Parts], list[tup
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the caller closes the file
         for member in tar:
-            # Sizes below zero lead back, and round for ever.
+            # With a size below zero tarfile would read the same member again.
             if member.size < 0 or member.offset < end:
                 raise tarfile.ReadError("a member before the last one")
             end = member.offset_data
@@ -240,11 +240,10 @@ class ShardFolder(DataFolder):
         return f"sha256:{total.hexdigest()}"
 
     def _load_manifest(self) -> dict[str, Any]:
-        counts = {}
-        for split in self.tars:
-            shards = self._shards(split)
-            images = sum(len(shard.images) for shard in shards)
-            counts[split] = {"images": images, "shards": len(shards)}
+        counts = {
+            split: {"images": sum(len(shard.images) for shard in self._shards(split))}
+            for split in self.tars
+        }
         return {"source": "shards", "counts": counts, "fingerprint": self.compute_fingerprint()}
 
     def _read(self, split: SplitName, skipped: Skipped) -> list[CaptionedImage]:
