@@ -198,10 +198,10 @@ def quantized(matrices: Mapping[str, torch.Tensor], bits: int) -> dict[str, torc
 
 def dequantized(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights of a file, in float32 where `quantized` wrote them. Raises ValueError."""
-    weights = {name: x for name, x in stored.items() if not name.startswith(tuple(_UNPACK))}
+    weights = dict(stored)
     for prefix, unpack in _UNPACK.items():
         for scale_name in [name for name in stored if name.startswith(prefix)]:
-            name, scale = scale_name.removeprefix(prefix), stored[scale_name]
+            name, scale = scale_name.removeprefix(prefix), weights.pop(scale_name)
             # Broadcasting a row and a column could make gigabytes.
             if name not in stored or stored[name].shape[:-1] != scale.shape[:-1]:
                 raise ValueError(f"the scales {scale_name} do not fit their levels")

@@ -34,9 +34,9 @@ Size = tuple[int, int]
 ProjectionKind = Literal["linear", "mlp", "conv3x3"]
 PROMPT = "a picture of"  # what BLIP's captions continue (Li et al. 2022)
 NO_REPEAT_NGRAM_SIZE = 3  # of the recipes `blip-pvt-*`
-# By which `BlipProcessor` normalizes, and every published PVT.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Means and deviations by which `BlipProcessor` normalizes, and every published PVT.
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,8 @@ class PvtBlip(nn.Module):
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return PVT's map [B, D, h/32, w/32] of pixels [B, 3, h, w] that `BlipProcessor` made."""
         # Renormalize in one step of double precision: rounding of pixels grows in the layers.
-        clip_mean, clip_std, mean, std = (
-            torch.tensor(values, dtype=torch.float64)[:, None, None]
-            for values in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
-        )
+        statistics = torch.tensor((*CLIP, *IMAGENET), dtype=torch.float64)
+        clip_mean, clip_std, mean, std = statistics[..., None, None]
         scale, shift = clip_std / std, (clip_mean - mean) / std
         pixels_bchw = torch.addcmul(shift.to(pixel_values), pixel_values, scale.to(pixel_values))
         output = self.visual_encoder(pixels_bchw.to(self.visual_encoder.dtype))

