@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.data_pipeline.sources.scenes import Scenes, judge_caption
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.device import peak_rss_gib
-from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation, write_json
-from vlm_bridge.evaluation.run_folder import read_curves
+from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
+from vlm_bridge.evaluation.run_folder import ReportedRun, read_curves
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.trainer import train
 
@@ -31,7 +32,7 @@ ACCURACIES = {
 SCORES = ("visual_gain", "CIDEr", "BLEU-4", "perplexity", "versions")
 
 
-def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, Any], Evaluation]:
+def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, Any], ReportedRun]:
     """Draw, train, evaluate on unseen pairs, and write the results to `output_dir`.
 
     Returns:
@@ -58,8 +59,8 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, An
     )
 
     logger.info(f"4/4 writing {output_dir / 'report.html'}")
-    curves, recipe_yaml = read_curves(log_dir), recipe.to_yaml()
-    write_evaluation(evaluation, output_dir, title=TITLE, recipe_yaml=recipe_yaml, curves=curves)
+    evaluation = replace(evaluation, curves=read_curves(log_dir), recipe_yaml=recipe.to_yaml())
+    write_evaluation(evaluation, output_dir, title=TITLE)
     verdicts = [judge_caption(p.caption, p.image.captions[0]) for p in evaluation.predictions]
     metrics = {
         **{name: _share([v[kind] for v in verdicts]) for name, kind in ACCURACIES.items()},

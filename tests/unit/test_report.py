@@ -23,7 +23,7 @@ from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation.report import published_on, write_report
-from vlm_bridge.evaluation.run import Evaluation, evaluate_captioner, write_evaluation
+from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation
 from vlm_bridge.evaluation.run_folder import (
     Prediction,
     ReportedRun,
@@ -214,7 +214,7 @@ class FakeCaptioner:
         return SimpleNamespace(perplexity=12.5, visual_gain=self.visual_gain)
 
 
-def evaluated(images: list[CaptionedImage], captioner: Any = None, **options: Any) -> Evaluation:
+def evaluated(images: list[CaptionedImage], captioner: Any = None, **options: Any) -> ReportedRun:
     captioner = captioner or FakeCaptioner()
     options = {"decode": DecodeSettings(num_beams=2), "validate": captioner.validate} | options
     return evaluate_captioner(captioner, images, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,7 +120,7 @@ def _evaluate(
     if output_dir:
         title = f"{facts['name']} on {data['name']}, {data['split']}"
         recipe_yaml = recipe.to_yaml() if recipe else ""
-        write_evaluation(evaluation, output_dir, title=title, recipe_yaml=recipe_yaml)
+        write_evaluation(replace(evaluation, recipe_yaml=recipe_yaml), output_dir, title=title)
     for prediction in evaluation.predictions:
         if prediction.error:
             note(f"failed: {prediction.image.path}: {prediction.error}")

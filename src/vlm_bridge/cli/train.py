@@ -15,7 +15,7 @@ from vlm_bridge.cli import options
 from vlm_bridge.cli.options import Option
 
 if TYPE_CHECKING:
-    from vlm_bridge.evaluation.run import Evaluation
+    from vlm_bridge.evaluation.run_folder import ReportedRun
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def quickstart(
     print(NEXT.format(folder=output_dir))
 
 
-def _print_scores(metrics: dict[str, Any], evaluation: Evaluation) -> None:
+def _print_scores(metrics: dict[str, Any], evaluation: ReportedRun) -> None:
     print()
     for prediction in evaluation.predictions[:8]:
         image = prediction.image

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,7 @@ from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation import run_folder
 from vlm_bridge.evaluation.report import SHOWN, write_report
-from vlm_bridge.evaluation.run_folder import MEASURED, Curve, Prediction, ReportedRun
+from vlm_bridge.evaluation.run_folder import MEASURED, Prediction, ReportedRun
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import SCORES, score_captions
 from vlm_bridge.metrics.coco import java_version
@@ -35,19 +34,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("vlm-bridge", "torch", "transformers", "accelerate", "pillow", "pycocoevalcap")
 NOT_OURS = "only measured for captioners of vlm-bridge"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a captioner on a set of images.
-
-    Attributes:
-        metrics: content of ``metrics.json``: scores and the settings that they depend on. A
-            skipped metric is None.
-    """
-
-    predictions: tuple[Prediction, ...]
-    metrics: dict[str, Any]
 
 
 def evaluate_captioner(
@@ -62,10 +48,11 @@ def evaluate_captioner(
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     world: World | None = None,
-) -> Evaluation:
+) -> ReportedRun:
     """Caption every image, score the captions, and measure perplexity and visual gain.
 
-    A failed image counts as an empty caption, and takes no part in perplexity and visual gain.
+    A failed image counts as an empty caption, and takes no part in perplexity and visual gain. The
+    metrics record the settings that scores depend on; a skipped metric is None.
 
     Args:
         validate: a captioner's `validate`; None leaves perplexity and visual gain out.
@@ -109,13 +96,14 @@ def evaluate_captioner(
         "model": dict(model or {}),
         "data": {**(data or {}), "references": references_digest(images)},
     }
-    return Evaluation(predictions, metrics)
+    return ReportedRun(metrics["model"].get("name") or "this evaluation", metrics, predictions)
 
 
 def versions() -> dict[str, str]:
     """Return installed versions and the system; no names or paths of the machine."""
     system = f"{platform.system()} {platform.machine()}"
-    packages = {name: metadata.version(name) for name in PACKAGES}
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    packages = {name: installed[name] for name in PACKAGES if name in installed}
     java = {"java": version} if (version := java_version()) else {}
     return {"python": platform.python_version(), "platform": system, **packages, **java}
 
@@ -139,31 +127,21 @@ def _caption(
     return list(chain.from_iterable(world.interleave(in_batches(results, batch_size))))
 
 
-def write_evaluation(
-    evaluation: Evaluation,
-    folder: Path,
-    *,
-    title: str,
-    recipe_yaml: str = "",
-    curves: Mapping[str, Curve] | None = None,
-) -> None:
+def write_evaluation(run: ReportedRun, folder: Path, *, title: str) -> None:
     """Write metrics.json, predictions.jsonl, contact_sheet.png and report.html into a folder.
 
     Raises:
         OSError: something cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    metrics, predictions = evaluation.metrics, evaluation.predictions
-    write_json(folder / run_folder.METRICS_NAME, metrics)
-    run_folder.write_predictions(folder / run_folder.PREDICTIONS_NAME, predictions)
-    ranked = sorted(predictions, key=lambda prediction: prediction.cider)
+    write_json(folder / run_folder.METRICS_NAME, run.metrics)
+    run_folder.write_predictions(folder / run_folder.PREDICTIONS_NAME, run.predictions)
+    ranked = sorted(run.predictions, key=lambda prediction: prediction.cider)
     half = min(SHOWN, len(ranked) // 2)
     chosen = [*ranked[half:][: -1 - SHOWN : -1], *ranked[:half]]
     sheet = [SheetItem(p.image.path, p.caption, p.image.captions[0], p.cider) for p in chosen]
     best_and_worst = draw_sheet(sheet, title=f"{title}: best and worst by CIDEr")
     best_and_worst.save(folder / "contact_sheet.png")
-    name = metrics["model"].get("name") or "this evaluation"
-    run = ReportedRun(name, metrics, predictions, curves or {}, recipe_yaml)
     write_report(folder / run_folder.REPORT_NAME, [run], title=title)
 
 
