@@ -25,7 +25,6 @@ from vlm_bridge.data_pipeline.images import (
     image_size,
     iter_image_paths,
     open_image,
-    result_of,
     upright_rgb,
 )
 from vlm_bridge.errors import DataError, ImageError
@@ -213,11 +212,12 @@ def test_a_task_that_takes_too_much_costs_itself_alone(monkeypatch: pytest.Monke
         with pytest.raises(ImageError, match=r"in memory \(5 bytes\): it is no image"):
             reader.open_image(b"words")
         monkeypatch.setattr(images, "SECONDS_AN_IMAGE", 2)
-        calls = {task: reader.submit(misbehave, task) for task in ("a", "sleep", "b", "die", "c")}
-        assert [result_of(calls[task], task) for task in "abc"] == ["A", "B", "C"]
+        tasks = ("a", "sleep", "b", "die", "c")
+        results = {task: reader.submit(task, misbehave, task) for task in tasks}
+        assert [results[task]() for task in "abc"] == ["A", "B", "C"]
         for task, reason in (("sleep", "more than 2 s"), ("die", "ended its process")):
             with pytest.raises(ImageError, match=f"{task}.*{reason}"):
-                result_of(calls[task], task)
+                results[task]()
 
 
 # Paths.

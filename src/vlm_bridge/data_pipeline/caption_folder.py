@@ -21,14 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS
-from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
-from vlm_bridge.data_pipeline.samples import (
-    CaptionedImage,
-    DataFolder,
-    Skipped,
-    inside,
-    is_inside,
-)
+from vlm_bridge.data_pipeline.samples import CaptionedImage, DataFolder, Skipped, inside, is_inside
 from vlm_bridge.data_pipeline.shards import ShardFolder
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.errors import DataError
@@ -185,9 +178,8 @@ def _sha256(path: Path) -> str:
 
 
 def _image_files(split_dir: Path) -> list[Path]:
-    """Return the image files of a split by name, without what file managers leave in folders."""
-    found = sorted((split_dir / IMAGES_NAME).glob("[!.]*"))
-    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    """Return the files beside captions, without what file managers leave in folders."""
+    return sorted((split_dir / IMAGES_NAME).glob("[!.]*"))
 
 
 class _Manifest(BaseModel):

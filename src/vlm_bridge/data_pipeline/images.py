@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,13 +279,19 @@ class ImageReader:
         start = {"initializer": _start_process, "initargs": [LIMITS.max_pixels]}
         self._pool = ProcessPool(workers, context=get_context("spawn"), **start)
 
-    def submit(self, function: Callable[..., object], *arguments: object) -> ProcessFuture:
-        """Call a function of a module in one of the processes; `result_of` waits for it."""
-        return self._pool.schedule(function, arguments, timeout=SECONDS_AN_IMAGE)
+    def submit(
+        self, name: str, function: Callable[..., Any], *arguments: object
+    ) -> Callable[[], Any]:
+        """Call a function in one of the processes; return a function that waits for its result.
+
+        It raises the ImageError of the call, or one for ``name`` at a limit.
+        """
+        future = self._pool.schedule(function, arguments, timeout=SECONDS_AN_IMAGE)
+        return partial(_result_of, future, name)
 
     def open_image(self, image: str | ImageFile | bytes) -> Image.Image:
         """As the function of that name. Raises ImageError."""
-        return result_of(self.submit(open_image, image), _name_of(image))
+        return self.submit(_name_of(image), open_image, image)()
 
     def __enter__(self) -> ImageReader:
         return self
@@ -294,8 +301,7 @@ class ImageReader:
         self._pool.join()
 
 
-def result_of(future: ProcessFuture, name: str) -> Any:
-    """Return the result of a submitted call. Raises its ImageError, or one of a limit."""
+def _result_of(future: ProcessFuture, name: str) -> Any:
     try:
         return future.result()
     except TimeoutError:

@@ -26,7 +26,7 @@ from PIL import Image
 from vlm_bridge import __version__
 from vlm_bridge.data_pipeline import caption_folder as folders
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
-from vlm_bridge.data_pipeline.images import ImageReader, decode_image, open_image, result_of
+from vlm_bridge.data_pipeline.images import ImageReader, decode_image, open_image
 from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
 from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SPLITS, SplitBy, SplitRule
@@ -227,9 +227,8 @@ def _make_images(
             for item, image in batch:
                 path = root / str(item.split) / folders.IMAGES_NAME / _file_name(item, taken)
                 task = partial(_make_image, item.image_id, image, path, image_size)
-                if reader:
-                    task = partial(result_of, reader.submit(task), item.image_id)
-                tasks.append((item, path, task))
+                result = reader.submit(item.image_id, task) if reader else task
+                tasks.append((item, path, result))
             for item, path, task in tasks:
                 try:
                     made.append(_Made(item, path, *task()))
