@@ -1,4 +1,4 @@
-"""Count what is in a source, a caption folder or shards: splits, captions, words, tags, sizes."""
+"""Count what is in a source, a caption folder or shards: splits, captions, words, sizes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def describe_items(
     *,
     count_tokens: Callable[[list[str]], list[int]] = lambda texts: [],
 ) -> dict[str, Any]:
-    """Return counts, lengths of captions, vocabulary, tags and image sizes as plain data.
+    """Return counts, lengths of captions, vocabulary and image sizes as plain data.
 
     Args:
         items: the images. Words and tokens are counted without grounding tags. Sizes in pixels
