@@ -358,16 +358,12 @@ class FeatureCache:
         batches = in_batches(range(first, len(self)), self.batch_images)
         loaded = prefetch(batches, lambda some: self.pixels[np.array(some)], self.num_workers)
         text = f"{self.name}: encoded %s of %s batches of {self.batch_images} images"
-        try:
-            with building.open("ab") as file:
-                file.truncate(first * stride)
-                for values in logged(loaded, len(batches), text):
-                    file.write(self.format.pack(self.encode(values)).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:  # the disk is full
-            building.unlink(missing_ok=True)
-            raise
+        with building.open("ab") as file:
+            file.truncate(first * stride)
+            for values in logged(loaded, len(batches), text):
+                file.write(self.format.pack(self.encode(values)).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         building.replace(path)
 
 
