@@ -80,7 +80,13 @@ class TrainingData:
 
     @cached_property
     def total_steps(self) -> int:
-        return count_steps(self.recipe, self.plan)
+        """Optimizer steps of the whole training."""
+        steps, most = 0, self.recipe.max_steps
+        for epoch in range(self.recipe.num_epochs):
+            steps += self.steps_in_epoch(epoch)
+            if most is not None and steps >= most:
+                return most
+        return steps
 
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.plan.num_batches(epoch) // self.recipe.gradient_accumulation_steps)
@@ -126,16 +132,6 @@ def epoch_plan(
         batch_positions=recipe.tokens_per_batch,
         caption_lengths=caption_lengths,
     )
-
-
-def count_steps(recipe: Recipe, plan: EpochPlan) -> int:
-    """Count the optimizer steps of the whole training."""
-    steps = 0
-    for epoch in range(recipe.num_epochs):
-        steps += -(-plan.num_batches(epoch) // recipe.gradient_accumulation_steps)
-        if recipe.max_steps is not None and steps >= recipe.max_steps:
-            return recipe.max_steps
-    return steps
 
 
 def usable_images(folder: DataFolder, split: SplitName, recipe: Recipe) -> list[CaptionedImage]:

@@ -123,10 +123,6 @@ class Monitor:
         tokens = [token for sample in samples for token in sample.token_ids]
         length, diversity = len(tokens) / len(samples), len(set(tokens)) / max(len(tokens), 1)
         bleu = scores_of(samples)["bleu4"]
-        logger.info(
-            f"  samples: mean length {length:.1f} tokens | token diversity {diversity:.2f} | "
-            f"BLEU-4 {bleu:.3f}"
-        )
         self._scalars(step, "val/sample_", length_avg=length, diversity=diversity, bleu_avg=bleu)
         captions = [[sample.caption, sample.image.captions[0]] for sample in samples]
         self._record(
