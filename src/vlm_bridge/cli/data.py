@@ -95,7 +95,7 @@ def explore_dataset(
     keep_tags: KeepTags = False,
     json_output: Json = False,
 ) -> None:
-    """Show sizes, caption lengths, vocabulary, tags and samples of a source or caption folder."""
+    """Show sizes, caption lengths, vocabulary and samples of a source or caption folder."""
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 
@@ -107,8 +107,8 @@ def explore_dataset(
     if data_dir is not None:
         name = data_dir.resolve().name
         items = explore.folder_items(open_data_folder(data_dir), skipped)
-    else:  # with tags, which are counted
-        opened = _open_source(context.params | {"keep_tags": True})
+    else:
+        opened = _open_source(context.params)
         name, items, skipped = opened.name, opened.items(), opened.rejected
     count_tokens = _token_counter(tokenizer) if tokenizer else lambda texts: []
     with show_progress("images measured") as report:
