@@ -69,23 +69,15 @@ def take(step: TrainStep, *losses: Loss) -> StepResult:
     return step([loss(step.parameters[0]) for loss in losses], steps_in_epoch=100)
 
 
-def good(weight: torch.Tensor) -> torch.Tensor:
-    return weight.sum()
+good: Loss = torch.sum
+POISON: dict[str, Loss] = {
+    "not a number": lambda weight: weight.sum() * math.nan,
+    "infinite, with a finite gradient": lambda weight: weight.sum() + math.inf,
+    "finite, with a gradient whose norm overflows": lambda weight: (weight * 3e38).sum(),
+}
 
 
-def bad(weight: torch.Tensor) -> torch.Tensor:
-    return weight.sum() * math.nan
-
-
-def infinite(weight: torch.Tensor) -> torch.Tensor:
-    return weight.sum() + math.inf  # its gradient is finite
-
-
-def overflowing(weight: torch.Tensor) -> torch.Tensor:
-    return (weight * torch.tensor(3e38)).sum()  # the norm of its gradient is not finite
-
-
-@pytest.mark.parametrize("poison", [bad, infinite, overflowing])
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON)
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
     step: TrainStep, poison: Loss
 ) -> None:
