@@ -38,6 +38,11 @@ DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is ca
 ImageSource = str | ImageFile | bytes | Image.Image
 
 
+def opened(image: ImageSource) -> Image.Image:
+    """Return an image, or one in a file, as upright RGB. Raises ImageError."""
+    return upright_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+
+
 class Candidate(NamedTuple):
     """A caption of an image."""
 
@@ -109,7 +114,7 @@ class Captioner:
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda done: None,
-        open_image: Callable[[Any], Image.Image] = open_image,
+        open_image: Callable[[Any], Image.Image] = opened,
     ) -> list[CaptionResult]:
         """Caption images, in the order given; an unreadable one gets an `error` instead.
 
@@ -117,7 +122,7 @@ class Captioner:
             decode: how to generate; None means the recipe's settings.
             batch_size: images encoded and decoded together; captions do not depend on it.
             progress: called with the number of images done.
-            open_image: reads a file, such as `ImageReader.open_image` in another process.
+            open_image: opens an item of `images`, such as `ImageReader.open_image` in a process.
         """
         caption_batch = partial(self._caption_batch, decode=decode or self.recipe.decode)
         prepare = self.model.vision_encoder.preprocess
@@ -222,7 +227,7 @@ def caption_in_batches(
     progress: Callable[[int], None] = lambda done: None,
     *,
     prepare: Callable[[list[Image.Image]], Any] = lambda images: images,
-    open_image: Callable[[Any], Image.Image] = open_image,
+    open_image: Callable[[Any], Image.Image] = opened,
 ) -> list[CaptionResult]:
     """Caption images in the order given, while threads open and prepare the next batches.
 
@@ -236,8 +241,7 @@ def caption_in_batches(
         for image in batch:
             name, error = "<image>" if isinstance(image, Image.Image) else str(image), None
             try:
-                is_open = isinstance(image, Image.Image)
-                readable.append(upright_rgb(image) if is_open else open_image(image))
+                readable.append(open_image(image))
             except ImageError as damage:
                 error = damage.reason
             results.append(CaptionResult(name, error=error))
@@ -252,8 +256,3 @@ def caption_in_batches(
         ]
         progress(len(captioned))
     return captioned
-
-
-def opened(image: ImageSource) -> Image.Image:
-    """Return an image, or one in a file, as upright RGB. Raises ImageError."""
-    return upright_rgb(image) if isinstance(image, Image.Image) else open_image(image)
