@@ -89,7 +89,6 @@ def quickstart(
     from vlm_bridge import configuration
     from vlm_bridge import quickstart as first_minutes
     from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.training_strategy.checkpoint import has_checkpoint
 
     options.quiet_transformers()
     places = {"data_dir": "data", "checkpoint_dir": "checkpoints", "log_dir": "logs"}
@@ -102,7 +101,7 @@ def quickstart(
     _print_scores(metrics, evaluation)
     print(f"Open {output_dir / 'report.html'} and {output_dir / 'contact_sheet.png'}.")
 
-    if has_checkpoint(photo_checkpoint) and (photos := first_minutes.real_photographs()):
+    if photo_checkpoint.exists() and (photos := first_minutes.real_photographs()):
         captioner = Captioner.from_pretrained(photo_checkpoint)
         print(f"\nReal photos, with the bridge in {photo_checkpoint}:")
         captions = captioner.caption([photo for _, photo in photos])

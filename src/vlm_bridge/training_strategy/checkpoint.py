@@ -198,19 +198,9 @@ def checkpoint_path(path: str | Path) -> Path:
         for name in (BEST_WEIGHTS, BEST, LATEST, WEIGHTS_NAME):
             if (folder / name).is_file():
                 return folder / name
-    if path.is_dir():
-        raise CheckpointError(f"no checkpoint in {path} ({BEST_WEIGHTS}, {BEST} or {LATEST})")
     raise CheckpointError(
         f"no checkpoint at {path}; train one with vlm-training, or run vlm-bridge quickstart"
     )
-
-
-def has_checkpoint(path: str | Path) -> bool:
-    """Return whether a path is a checkpoint file or a folder that holds one."""
-    try:
-        return bool(checkpoint_path(path))
-    except CheckpointError:
-        return False
 
 
 def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
