@@ -128,8 +128,8 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
-        found |= {f"{prefix}{key}": value} if inner is None else inner
+        is_inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if is_inner else {f"{prefix}{key}": value}
     return found
 
 

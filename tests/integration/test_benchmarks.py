@@ -29,40 +29,6 @@ def run(repository: Path, *command: object, **environment: str) -> subprocess.Co
     )
 
 
-class TestHarness:
-    def test_variants_take_turns_after_one_unmeasured_round(self) -> None:
-        from benchmarks.harness import Variant, measure
-
-        calls: list[str] = []
-        variants = [Variant(name, lambda name=name: calls.append(name), samples=1) for name in "ab"]
-        results = measure(variants, 3, say=lambda line: None)
-        assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
-        assert [len(result.seconds) for result in results] == [3, 3]
-
-    def test_figures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        from benchmarks.harness import Measurement, Peak, Report
-
-        # The second repeat was disturbed for both; the ratio, a median over repeats, ignores it.
-        measured = [Measurement("a", (1.0, 9.0, 1.0), 10, 30, flops=4e9)]
-        measured += [Measurement("b", (2.0, 18.0, 2.0), 5, peak=Peak(2**30, 2**29))]
-        report = Report(measured, CPU, seed=3, matmul_peak=8e9)
-        assert report.add_ratio("a", "b") == 4.0
-        report.add_peak("a", Peak(2**31, 2**30))
-        report.add_peak_share("a")
-        report.add_memory_ratio("b", "a")
-        report.finish(tmp_path / "new" / "figures.json")
-        content = json.loads((tmp_path / "new" / "figures.json").read_text())
-        assert content.keys() == {"rows", "ratios", "environment"}
-        row = content["rows"][0]
-        assert row.keys() == ROW and row["peak_bytes"] == 2**31
-        assert (row["samples_per_second"], row["tokens_per_second"]) == (10, 30)
-        assert content["ratios"]["b / a: peak memory"] == 0.5
-        assert content["ratios"]["a: share of matmul peak"] == 0.5
-        environment = content["environment"]
-        assert environment["seed"] == 3 and environment["torch"] == torch.__version__
-        assert "| a       |     10.00 |" in capsys.readouterr().out
-
-
 def test_different_losses_are_not_compared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

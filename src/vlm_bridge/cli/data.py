@@ -170,17 +170,13 @@ def transform(
     if output_dir is None or dry_run:
         _print_result(_preview(opened, planning, num_rows), json_output)
         return
+    workers = workers or min(8, max(2, os.cpu_count() or 1))
     try:
         with show_progress("images") as report:
             manifest = run(
-                opened,
-                output_dir,
-                workers=workers or min(8, max(2, os.cpu_count() or 1)),
-                image_size=image_size,
-                near_duplicate_distance=near_duplicate_distance,
-                progress=report,
-                **planning,
-            )
+                opened, output_dir, workers=workers, image_size=image_size, progress=report,
+                near_duplicate_distance=near_duplicate_distance, **planning,
+            )  # fmt: skip
     except KeyboardInterrupt:
         note("interrupted: the same command continues where this one stopped")
         raise typer.Exit(130) from None

@@ -135,16 +135,14 @@ def _open_checkpoint(given: Mapping[str, Any], device: str) -> tuple[Any, dict[s
     """Return a captioner and its identity in reports."""
     from vlm_bridge.captioning.pipeline import Captioner
     from vlm_bridge.configuration import load_recipe
+    from vlm_bridge.evaluation.run_folder import run_of
 
     checkpoint: Path = given["checkpoint"]
     recipe = load_recipe(given["config"]) if given["config"] else None
     captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
-    run = checkpoint.resolve()
-    if not checkpoint.is_file():
-        return captioner, {"name": run.name}
-    # RUN/checkpoints/best_model.pth and RUN/best_model.pth both have the name of the run.
-    run = run.parent.parent if run.parent.name == "checkpoints" else run.parent
-    return captioner, {"name": run.name, "checkpoint": checkpoint.name}
+    run = run_of(checkpoint) if checkpoint.exists() else checkpoint  # else on the hub
+    facts = {"name": run.resolve().name}
+    return captioner, facts | ({"checkpoint": checkpoint.name} if checkpoint.is_file() else {})
 
 
 def _open_model(given: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:

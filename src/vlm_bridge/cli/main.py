@@ -14,8 +14,7 @@ from vlm_bridge import __version__
 from vlm_bridge.cli.caption import caption, demo
 from vlm_bridge.cli.data import app as data_app
 from vlm_bridge.cli.evaluate import compare, evaluate, report
-from vlm_bridge.cli.export import export
-from vlm_bridge.cli.tools import average, doctor, features, info, new_decoder
+from vlm_bridge.cli.tools import average, doctor, export, features, info, new_decoder
 from vlm_bridge.cli.train import quickstart, train
 from vlm_bridge.credentials import redact
 from vlm_bridge.errors import VLMBridgeError

@@ -178,7 +178,7 @@ def read_scores(path: Path) -> ReportedRun:
         raise DataError(f"cannot read the scores in {file}: {error}") from error
     if not isinstance(metrics, dict) or not {"CIDEr", "num_images"} <= metrics.keys():
         raise DataError(f"{file} does not hold the scores of an evaluation: {HOW}")
-    unrecorded = _run_of(file).resolve().name if file.name == METRICS_NAME else file.stem
+    unrecorded = run_of(file).resolve().name if file.name == METRICS_NAME else file.stem
     name = (metrics.get("model") or {}).get("name") or unrecorded
     notes = [f"Scores of {file.parent}, the latest of {len(files)} evaluations."]
     return ReportedRun(str(name), metrics, missing=notes if files[1:] else [], path=file)
@@ -196,7 +196,7 @@ def read_run(path: Path) -> ReportedRun:
     """
     if not path.exists():
         raise DataError(f"no run at {path}: give the folder of a training or of an evaluation")
-    root = _run_of(path)
+    root = run_of(path)
     run, missing = ReportedRun(root.resolve().name), [NOT_EVALUATED]
     predictions: list[Prediction] = []
     if evaluations_in(path):
@@ -229,7 +229,7 @@ def _read_recipe(root: Path) -> str:
     return checkpoints.recipe_of(content, where).to_yaml()
 
 
-def _run_of(path: Path) -> Path:
+def run_of(path: Path) -> Path:
     """Return the run folder itself, or the one around an evaluation."""
 
     def is_run(folder: Path) -> bool:
