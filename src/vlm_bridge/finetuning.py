@@ -205,5 +205,5 @@ def combine_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     recipe = checkpoints.recipe_of(content, where)
     checkpoints.check_sizes(content, recipe, where)
     captioner = build_captioner(recipe)
-    checkpoints.restore(captioner, content, where)
+    checkpoints.load_weights(captioner, content["weights"], where)
     return pvt_blip.to_combined(captioner, where)

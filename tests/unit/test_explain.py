@@ -16,11 +16,11 @@ from vlm_bridge.captioning.explain import (
     attention_panels,
     explain,
     group_words,
+    image_attention,
     word_overlays,
 )
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import LanguageModelConfig
-from vlm_bridge.model_architecture.captioner import image_attention
 from vlm_bridge.model_architecture.weights import build_language_model
 
 CAPTION = "a small red square, on a white background."

@@ -40,7 +40,7 @@ def test_the_command_writes_a_decoder_of_the_captions(
     shape = model.shape
     assert (shape.width, shape.num_layers, shape.cross_attention_width) == (16, 2, 16)
     assert model.max_positions == MAX_POSITIONS
-    assert model.vocab_size == len(model.tokenizer) <= 120
+    assert model.text_config.vocab_size == len(model.tokenizer) <= 120
     assert not model.fresh_parameters
     for image in CaptionFolder.open(drawn_caption_folder).split("train"):
         for caption in image.captions:

@@ -112,8 +112,6 @@ def test_classes_are_those_of_the_encoder() -> None:
     with pytest.raises(ConfigurationError, match="last layer"):
         ObjectNamer(headless, language_model)
     assert namer(tabby * 20, known=("cat", "dog")) == [[]]
-    with pytest.raises(ConfigurationError, match="no class is called kat"):
-        namer(tabby, known=("kat",))
 
 
 def test_names_of_classes() -> None:

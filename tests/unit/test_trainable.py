@@ -167,7 +167,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
                 parameter.add_(torch.randn_like(parameter))
     checkpoints.save_checkpoint(path, recipe, model.trained_state_dict())
     fresh = trained(recipe, pattern)
-    checkpoints.restore(fresh, checkpoints.load_checkpoint(path), path)
+    checkpoints.load_weights(fresh, checkpoints.load_checkpoint(path)["weights"], path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor), name
     head: Any = fresh.language_model.causal_lm.get_output_embeddings()

@@ -51,7 +51,7 @@ def test_every_word_and_end_counts_once_and_a_uniform_model_knows_its_vocabulary
     with torch.no_grad():
         model.language_model.causal_lm.get_output_embeddings().weight.zero_()
     result = run(model, data)
-    assert result.perplexity == pytest.approx(model.language_model.vocab_size, rel=1e-5)
+    assert result.perplexity == pytest.approx(model.language_model.text_config.vocab_size, rel=1e-5)
     encode = model.language_model.encode
     lengths = [len(encode(caption)) + 1 for captions in CAPTIONS for caption in captions]
     assert result.num_tokens == sum(lengths)

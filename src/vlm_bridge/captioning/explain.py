@@ -17,8 +17,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from vlm_bridge.captioning.pipeline import Captioner, DecodeSettings, opened
 from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
 from vlm_bridge.data_pipeline.samples import ImageFile
-from vlm_bridge.errors import ImageError
-from vlm_bridge.model_architecture.captioner import image_attention
+from vlm_bridge.errors import ImageError, ModelError
+from vlm_bridge.model_architecture.attach import attach
+from vlm_bridge.model_architecture.bridges import ImageInputs
+from vlm_bridge.model_architecture.captioner import CaptionModel
+from vlm_bridge.model_architecture.language_model import LanguageModel
 
 UNLIMITED = 2**31  # tokens of an explained caption
 # Colors of viridis (van der Walt & Smith 2015), safe for color-blind readers.
@@ -94,6 +97,63 @@ def explain(
         mass_n = on_grid_tn[[positions[i] for i in indices]].sum(0).clamp_min(1e-38)
         words.append(WordAttention(word, (mass_n / mass_n.sum()).reshape(grid).numpy()))
     return Explanation(caption, words, model.vision_encoder.seen_area(image.size))
+
+
+@torch.inference_mode()
+def image_attention(
+    model: CaptionModel, features_bnd: torch.Tensor, input_ids_bt: torch.Tensor
+) -> torch.Tensor:
+    """Return how each text position attends to the image tokens, float32 [B, T, N], not normalized.
+
+    Row t belongs to the position that reads token t and predicts token t + 1. Heads and layers
+    count alike; attention to the text and to the start token is left out.
+
+    Raises:
+        ModelError: the language model does not return its attention weights.
+    """
+    image, language_model = model.image_inputs(features_bnd), model.language_model
+    look = _attention_to_image if image.edit is None else _text_before_edit
+    with language_model.use_attention("eager"):
+        seen_bt = look(language_model, image, input_ids_bt)
+    features_bnd = model.bridge_features(features_bnd)
+    return model.bridge.image_attention(features_bnd, seen_bt.to(features_bnd.dtype)).float()
+
+
+def _text_before_edit(
+    model: LanguageModel, image: ImageInputs, input_ids_bt: torch.Tensor
+) -> torch.Tensor:
+    """Return the text [B, T, H] that enters the edit."""
+    texts: list[torch.Tensor] = []
+
+    def keep(text_bth: torch.Tensor) -> torch.Tensor:
+        texts.append(text_bth)
+        return text_bth
+
+    with attach(model, replace(image, edit=keep)) as attached:
+        model.hidden_states(**attached.inputs(input_ids_bt))
+    return texts[0]
+
+
+def _attention_to_image(
+    model: LanguageModel, image: ImageInputs, input_ids_bt: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean attention [B, T, P] to soft tokens, prefix keys or encoder states."""
+    with attach(model, image) as attached:
+        output = model.causal_lm.base_model(
+            **attached.inputs(input_ids_bt), output_attentions=True, use_cache=False
+        )
+    layers, columns = output.attentions or (), slice(None)
+    if image.encoder_hidden_states is not None:
+        layers = output.cross_attentions
+    elif image.soft_tokens is not None:  # the start token stands before them
+        columns = slice(1, 1 + image.soft_tokens.shape[1])
+    elif image.key_value_prefix is not None:
+        layers = layers[image.key_value_prefix.first_layer :]
+        columns = slice(image.key_value_prefix.states.shape[4])
+    if not layers:
+        raise ModelError("the language model does not return its attention weights: no --explain")
+    length = input_ids_bt.shape[1]
+    return torch.stack([layer[:, :, -length:, columns].float().mean(1) for layer in layers]).mean(0)
 
 
 def group_words(

@@ -63,11 +63,10 @@ class Attached:
         return inputs
 
     def edited(self, text_rth: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Return text [R, T, H] as the layer reads it: edited by the bridge, then scaled."""
+        """Return text [R, T, H] as the layer reads it: edited, scaled, and rounded once."""
         assert self.image.edit is not None
         # An edit looks at one position at a time: rows that share an image may stand in one row.
         per_image = text_rth.reshape(self.image.num_images, -1, text_rth.shape[-1])
-        # Scaled in the bridge's precision, and rounded once.
         return (self.image.edit(per_image).reshape(text_rth.shape) * scale).to(text_rth.dtype)
 
 
@@ -140,13 +139,19 @@ def _current() -> Attached | None:
 # Hooks return None, which changes nothing, where no image edits the text at their module.
 
 
-def edit_embeddings(module: nn.Module, args: tuple[Any, ...], _: Any) -> torch.Tensor | None:
+def edit_embeddings(module: Any, args: tuple[Any, ...], _: Any) -> torch.Tensor | None:
     """Edit the rows of the embedding matrix before the model scales them (forward hook)."""
     attached = _current()
     if attached is None or attached.entrance is not module:
         return None
-    model = attached.language_model
-    return attached.edited(model.token_vectors(*args), model.embedding_scale)
+    vectors_rth = F.embedding(args[0], module.weight)
+    return attached.edited(vectors_rth, embedding_scale(module))
+
+
+def embedding_scale(layer: Any) -> torch.Tensor | float:
+    """Return the factor of an embedding layer: sqrt(H) in Gemma's families, else mostly 1."""
+    scale = getattr(layer, "embed_scale", 1.0)
+    return scale.to(layer.weight.dtype) if isinstance(scale, torch.Tensor) else scale
 
 
 def edit_layer_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

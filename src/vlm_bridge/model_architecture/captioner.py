@@ -94,12 +94,6 @@ class CaptionModel(nn.Module):
         self._cache_options: dict[str, Any] = {}
 
     @property
-    def edits_scaled_embeddings(self) -> bool:
-        """Whether its bridge changes token embeddings that the language model then scales."""
-        edits = isinstance(self.bridge, CrossAttentionBridge) and self.bridge.first_layer == 0
-        return edits and float(self.language_model.embedding_scale) != 1
-
-    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -221,17 +215,10 @@ class CaptionModel(nn.Module):
         if decode.object_bonus:
             names = self.object_namer(features_bnd, decode.known_objects)
             bonus = [ObjectBonus(names, decode.object_bonus, len(prompt_ids))]
-        captions = search(
-            self.language_model,
-            self.image_inputs(features_bnd),
-            prompt_ids,
-            decode,
-            keys=keys or (),
-            per_image=per_image,
-            more=bonus,
-            **self._cache_options,
-        )
-        return captions[:num_captions]
+        image = self.image_inputs(features_bnd)
+        options = {"keys": keys or (), "per_image": per_image, "more": bonus}
+        options |= self._cache_options
+        return search(self.language_model, image, prompt_ids, decode, **options)[:num_captions]
 
     def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
         if not decode.do_sample and per_image > decode.num_beams:
@@ -247,7 +234,7 @@ class CaptionModel(nn.Module):
             )
 
     def use_static_cache(self) -> None:
-        """Generate with a KV cache of fixed size, whose step transformers compiles (NVIDIA GPUs).
+        """Generate with a KV cache of fixed size, whose step transformers compiles.
 
         Raises:
             ModelError: the device is no NVIDIA GPU, or the language model cross-attends.
@@ -274,70 +261,6 @@ class CaptionModel(nn.Module):
             for name, tensor in self.state_dict().items()
             if name in trained or name.startswith(("bridge.", "feature_scale."))
         }
-
-
-@torch.inference_mode()
-def image_attention(
-    model: CaptionModel, features_bnd: torch.Tensor, input_ids_bt: torch.Tensor
-) -> torch.Tensor:
-    """Return how each text position attends to the image tokens, float32 [B, T, N], not normalized.
-
-    Row t belongs to the position that reads token t and predicts token t + 1. Heads and layers
-    count alike; attention to the text and to the start token is left out.
-
-    Args:
-        features_bnd: as the vision encoder gives them.
-        input_ids_bt: rows of one caption without pads.
-
-    Raises:
-        ModelError: the language model does not return its attention weights.
-    """
-    image = model.image_inputs(features_bnd)
-    look = _attention_to_image if image.edit is None else _text_before_edit
-    with model.language_model.use_attention("eager"):
-        seen_bt = look(model.language_model, image, input_ids_bt)
-    features_bnd = model.bridge_features(features_bnd)
-    return model.bridge.image_attention(features_bnd, seen_bt.to(features_bnd.dtype)).float()
-
-
-def _text_before_edit(
-    model: LanguageModel, image: ImageInputs, input_ids_bt: torch.Tensor
-) -> torch.Tensor:
-    """Return the text [B, T, H] that enters the edit."""
-    texts: list[torch.Tensor] = []
-
-    def keep(text_bth: torch.Tensor) -> torch.Tensor:
-        texts.append(text_bth)
-        return text_bth
-
-    with attach(model, replace(image, edit=keep)) as attached:
-        model.hidden_states(**attached.inputs(input_ids_bt))
-    return texts[0]
-
-
-def _attention_to_image(
-    model: LanguageModel, image: ImageInputs, input_ids_bt: torch.Tensor
-) -> torch.Tensor:
-    """Return the mean attention [B, T, P] to soft tokens, prefix keys or encoder states."""
-    with attach(model, image) as attached:
-        output = model.causal_lm.base_model(
-            **attached.inputs(input_ids_bt), output_attentions=True, use_cache=False
-        )
-    layers, columns = output.attentions or (), slice(None)
-    if image.encoder_hidden_states is not None:
-        layers = output.cross_attentions
-    elif image.soft_tokens is not None:  # the start token stands before them
-        columns = slice(1, 1 + image.soft_tokens.shape[1])
-    elif image.key_value_prefix is not None:
-        layers = layers[image.key_value_prefix.first_layer :]
-        columns = slice(image.key_value_prefix.states.shape[4])
-    if not layers:
-        raise ModelError(
-            "the language model does not return its attention weights: its captions cannot be "
-            "explained"
-        )
-    length = input_ids_bt.shape[1]
-    return torch.stack([layer[:, :, -length:, columns].float().mean(1) for layer in layers]).mean(0)
 
 
 def _filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
@@ -367,8 +290,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
     model = CaptionModel(encoder, language_model, bridge, standardize=standardize)
     choose_trainable(model, recipe.trainable)
     if recipe.decode.object_bonus and not meta:
-        # A mistake in it is an error now rather than after an epoch.
-        model.object_namer.check(recipe.decode.known_objects)
+        _ = model.object_namer  # an encoder without a classifier is an error now, not in an epoch
     return model.eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+from transformers import GenerationConfig
 
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.attach import (
     ATTENTION,
     edit_embeddings,
     edit_layer_input,
+    embedding_scale,
     keep_attached,
 )
 from vlm_bridge.model_architecture.bridges import TextShape
@@ -53,15 +53,13 @@ class LanguageModel(nn.Module):
         self.embed_dim: int = causal_lm.get_input_embeddings().weight.shape[1]
         self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         self.is_blip = self.text_config.model_type == BLIP_TEXT
-        self.eos_id: Any
-        self.start_id: Any
-        self.eos_id, self.start_id = _ends(self.text_config, tokenizer)
+        self.start_id, self.eos_id = _start_and_end(self.text_config, tokenizer)
         # The recipe has the decode settings; those of a checkpoint are dropped.
         causal_lm.generation_config = GenerationConfig(
             bos_token_id=self.start_id, eos_token_id=self.eos_id, pad_token_id=self.eos_id
         )
         self.attention = attention
-        self._attention_names = "{}"
+        self._attention_names = "{}"  # a format: our own attention functions have longer names
         self._set_attention(attention)
         self._packed_body: Any = causal_lm.base_model.forward
         self.is_compiled = False
@@ -69,11 +67,10 @@ class LanguageModel(nn.Module):
     @property
     def shape(self) -> TextShape:
         config = self.text_config
-        heads = config.num_attention_heads
-        cross_attention_width = None
-        if self.is_blip and config.is_decoder:
+        heads, cross_attention_width = config.num_attention_heads, None
+        if self.is_blip:
             cross_attention_width = config.encoder_hidden_size
-        elif not self.is_blip and getattr(config, "add_cross_attention", False):
+        elif getattr(config, "add_cross_attention", False):
             cross_attention_width = config.hidden_size
         return TextShape(
             self.embed_dim,
@@ -107,36 +104,20 @@ class LanguageModel(nn.Module):
         """Positions that it knows, prompt and soft tokens included; None: no limit."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.causal_lm.get_input_embeddings().weight.shape[0]
-
     def embed(self, ids_bt: torch.Tensor) -> torch.Tensor:
         """Return token embeddings [B, T, H], as the first layer reads them."""
         return self.causal_lm.get_input_embeddings()(ids_bt)
 
-    def token_vectors(self, ids_bt: torch.Tensor) -> torch.Tensor:
-        """Return rows [B, T, H] of the embedding matrix, before the model scales them."""
-        return F.embedding(ids_bt, self.causal_lm.get_input_embeddings().weight)
-
-    @property
-    def embedding_scale(self) -> torch.Tensor | float:
-        """Factor of the embedding layer: sqrt(H) in Gemma's families, else mostly 1."""
-        layer = self.causal_lm.get_input_embeddings()
-        scale = getattr(layer, "embed_scale", 1.0)
-        return scale.to(layer.weight.dtype) if isinstance(scale, torch.Tensor) else scale
-
     def embedding_std(self) -> float:
         """Return the standard deviation of the token embeddings."""
-        weight = self.causal_lm.get_input_embeddings().weight
-        return weight.float().std().item() * float(self.embedding_scale)
+        layer = self.causal_lm.get_input_embeddings()
+        return layer.weight.float().std().item() * float(embedding_scale(layer))
 
     def hidden_states(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
         """Return the body's last states [B, T, H] before the head.
 
-        Args:
-            inputs: further arguments of the body: ``inputs_embeds``, and for packed rows
-                ``attention_mask`` (`packed_mask`) and ``position_ids`` (`packed_positions`).
+        Packed rows need ``attention_mask`` (`packed_mask`) and ``position_ids``
+        (`packed_positions`).
         """
         body = self._packed_body if "attention_mask" in inputs else self.causal_lm.base_model
         inputs = self.decoder_options | inputs
@@ -170,13 +151,10 @@ class LanguageModel(nn.Module):
             self.entrance(layer).register_forward_hook(edit_embeddings)
 
     def checkpoint_activations(self) -> None:
-        """Keep only the input of every layer for back-propagation, and compute the layer again.
+        """Keep only the input of every layer for back-propagation (Chen et al. 2016).
 
-        About a third more time for a fraction of the memory (Chen et al. 2016). transformers' own
-        switch works in training mode alone, and frozen layers stay in evaluation mode.
-
-        Raises:
-            ModelError: as `layers`.
+        transformers' own switch works in training mode alone, and frozen layers stay in evaluation
+        mode. Raises ModelError as `layers`.
         """
         for layer in self.layers():
             layer.forward = partial(_checkpointed, layer.forward)
@@ -213,31 +191,30 @@ class LanguageModel(nn.Module):
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the mask of packed rows (`causal_block_mask`), by kind of layer where they differ.
 
-        transformers applies no sliding window to a mask that it is given.
-
         Raises:
-            ModelError: no mask can keep a kind of layer from mixing the captions of a row.
+            ModelError: a kind of layer mixes the captions of a row whatever the mask.
         """
-        window: int | None = getattr(self.text_config, "sliding_window", None)
         kinds = set(getattr(self.text_config, "layer_types", None) or ())
         if foreign := kinds - {"full_attention", "sliding_attention"}:
             raise ModelError(
                 f"cannot train through {', '.join(sorted(foreign))} layers: choose a language "
                 "model whose layers are all full or sliding attention"
             )
-        make_mask = partial(causal_block_mask, segments_bt, num_soft_tokens, self.dtype)
-        if "sliding_attention" not in kinds:
-            # Without layer kinds, a window holds for every layer (Mistral, Phi-3).
-            return make_mask(window=None if kinds else window)
-        windows = {"full_attention": None, "sliding_attention": window}
-        return {kind: make_mask(window=windows[kind]) for kind in kinds}
+        # Without kinds of layers, a window holds for every layer (Mistral, Phi-3).
+        window = getattr(self.text_config, "sliding_window", None)
+        windows = {"full_attention": None, "sliding_attention": window, "every": window}
+        masks = {
+            kind: causal_block_mask(segments_bt, num_soft_tokens, self.dtype, windows[kind])
+            for kind in kinds or {"every"}
+        }
+        return masks if "sliding_attention" in kinds else masks.popitem()[1]
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids of a text, as `encode_as_text`."""
+        """Return token ids of a text, in which control tokens are plain text."""
         return encode_as_text(self.tokenizer, [text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return token ids of texts, as `encode_as_text`."""
+        """Return token ids of many texts, many times faster than one by one."""
         return encode_as_text(self.tokenizer, texts)
 
     def decode(self, ids: list[int]) -> str:
@@ -249,28 +226,14 @@ class LanguageModel(nn.Module):
         ).strip()
 
 
-def _ends(text_config: Any, tokenizer: Any) -> tuple[int | None, int | None]:
-    """Return the tokens that end and start a caption."""
-    if tokenizer is None:
+def _start_and_end(text_config: Any, tokenizer: Any) -> tuple[Any, Any]:
+    if tokenizer is None:  # on the meta device
         return None, None
     if text_config.model_type == BLIP_TEXT:  # BERT's tokenizer does not know its start token
-        return text_config.sep_token_id, text_config.bos_token_id
+        return text_config.bos_token_id, text_config.sep_token_id
     eos = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
-    return eos, next((start for start in starts if start is not None), None)
-
-
-def cross_attention_cache(model: LanguageModel) -> dict[str, Any]:
-    """Return arguments of `generate` with the empty cache of a decoder that cross-attends.
-
-    It also keeps the image's keys and values; transformers does not make one for every family.
-    """
-    if model.shape.cross_attention_width is None:
-        return {}
-    config = model.text_config
-    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-    takes = inspect.signature(model.causal_lm.forward).parameters
-    return {"cache" if "cache" in takes else "past_key_values": cache}  # since 5.24, and before
+    return next((start for start in starts if start is not None), None), eos
 
 
 def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -284,24 +247,19 @@ def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Return token ids of captions or prompts, in which control tokens (``</s>``) are plain text.
 
-    Many texts at once are many times faster than one by one. No special token is among the ids but
-    the one for unknown characters.
+    The ids contain no special token but the one for unknown characters.
     """
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False}
     encoded = tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
-    added = tokenizer.added_tokens_decoder.items()
-    control = {token_id for token_id, token in added if token.special}
+    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     control |= set(tokenizer.all_special_ids)
     # GPT-2 names one token for everything: end and start of a text, and unknown characters.
     if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         control.discard(tokenizer.unk_token_id)
     # Some vocabularies (Unigram) hold control tokens as ordinary pieces.
-    return [
-        ids if control.isdisjoint(ids) else [token for token in ids if token not in control]
-        for ids in encoded
-    ]
+    return [[token for token in ids if token not in control] for ids in encoded]
 
 
 def causal_block_mask(
@@ -330,10 +288,7 @@ def causal_block_mask(
 
 
 def packed_positions(segments_bt: torch.Tensor, num_soft_tokens: int) -> torch.Tensor:
-    """Return position ids [B, P+T]: every caption starts at P, as if it were alone; pads are at P.
-
-    Counted on, many pads would run past a model's table of positions.
-    """
+    """Return position ids [B, P+T]: each caption starts at P, as if alone; pads are at P."""
     same = segments_bt[:, :, None] == segments_bt[:, None, :]
     in_caption = (same.tril().sum(-1) - 1).masked_fill(segments_bt == 0, 0)
     soft = torch.arange(num_soft_tokens, device=segments_bt.device)

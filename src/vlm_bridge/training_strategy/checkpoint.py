@@ -295,17 +295,6 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     return {**named, "trainable": sorted(plain["trainable"])}
 
 
-def restore(model: Any, content: dict[str, Any], where: str | Path) -> None:
-    """Load a checkpoint's weights into a captioner. Raises CheckpointError."""
-    if content["format_version"] < 2 and model.edits_scaled_embeddings:
-        raise CheckpointError(
-            f"{where} was trained by an earlier vlm-bridge, whose bridge changed embeddings after "
-            f"{type(model.language_model.causal_lm).__name__} had scaled them; now, as published, "
-            "it changes them before: train it again"
-        )
-    load_weights(model, content["weights"], where)
-
-
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:
     """Load trained weights into a captioner. Raises CheckpointError if names or shapes differ."""
     _refuse(misfits(weights, model.trained_state_dict()), where)

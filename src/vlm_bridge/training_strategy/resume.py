@@ -112,7 +112,7 @@ def find_checkpoint(
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     """Load a checkpoint into the state of a training. Raises CheckpointError."""
     path, content = found
-    checkpoints.restore(state.model, content, path)
+    checkpoints.load_weights(state.model, content["weights"], path)
     state.average.restart()
     if checkpoints.ORIGINAL_TRAINING in content:
         _continue_original(path, content[checkpoints.ORIGINAL_TRAINING], state, data)
