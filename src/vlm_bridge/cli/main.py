@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 import typer
 
@@ -52,19 +53,21 @@ def _global_options(
     """Options before every command (`--debug`, anywhere, shows full tracebacks)."""
 
 
-class RedactingFormatter(logging.Formatter):
-    """Bare messages without tokens."""
+class ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Print bare messages without tokens; a pipe that was closed ends the program."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # logging calls this in its except block
 
 
 def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) -> None:
     """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes
     to_stdout = logs_to_stdout and "--json" not in sys.argv  # stdout is then JSON alone
-    handler = logging.StreamHandler(sys.stdout if to_stdout else sys.stderr)
-    handler.setFormatter(RedactingFormatter())
+    handler = ConsoleHandler(sys.stdout if to_stdout else sys.stderr)
     logger = logging.getLogger("vlm_bridge")
     logger.setLevel(logging.INFO)
     logger.handlers = [handler if is_first else logging.NullHandler()]
