@@ -75,10 +75,9 @@ def evaluate_captioner(
         measured |= {n: v for n in MEASURED if math.isfinite(v := getattr(found, n))}
     # By path: images of several folders may share an id.
     references = {str(image.path): image.captions for image in images}
-    texts = [result.caption or "" for result in results]
-    captions = dict(zip(references, texts, strict=True))
+    captions = {p: result.caption or "" for p, result in zip(references, results, strict=True)}
     scores = world.from_first(lambda: score_captions(references, captions, spice=spice))
-    rows = zip(images, texts, results, scores.per_image.values(), strict=True)
+    rows = zip(images, captions.values(), results, scores.per_image.values(), strict=True)
     predictions = tuple(
         Prediction(image, text, result.score, result.error, of_image, result.finished)
         for image, text, result, of_image in rows
