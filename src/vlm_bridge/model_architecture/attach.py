@@ -1,10 +1,9 @@
 """The one place where an image meets a language model, in training and in generation.
 
-Inside ``with attach(language_model, image) as attached`` the frozen model sees the image, and its
-own ``forward`` and ``generate`` are called with ``attached.inputs(ids)``. Nothing on the model
-changes: a context variable, of which each thread has its own, holds the image. Two things that are
-always there read it: an attention function that transformers knows by name, and a hook where text
-enters the bridge's layer.
+Inside ``with attach(language_model, image) as attached``, the model's own ``forward`` and
+``generate`` are called with ``attached.inputs(ids)``. A context variable, of which each thread has
+its own, holds the image. An attention function that transformers knows by name and a hook where
+text enters the bridge's layer read it.
 """
 
 from __future__ import annotations
@@ -45,9 +44,8 @@ class Attached:
         """Return the model's own arguments for text of token ids [R, T].
 
         R is a multiple of the number of images; rows of an image stand beside each other. The start
-        token stands before soft tokens: language models park idle attention on the first position
-        ("attention sinks", Xiao et al. 2024), where a frozen one must find the token that it was
-        trained with.
+        token stands before soft tokens: a frozen model parks idle attention on the first position
+        ("attention sinks", Xiao et al. 2024) and must find the token there that it knows.
         """
         model, image = self.language_model, self.image
         inputs: dict[str, Any] = {"input_ids": ids_rt, **model.decoder_options}
@@ -74,13 +72,10 @@ _ATTACHED: ContextVar[Attached | None] = ContextVar("attached", default=None)
 
 
 class _Traced:
-    """Attached images for compiled code, which cannot read a context variable.
-
-    Threads take turns.
-    """
+    """Attached images for compiled code, which cannot read a context variable."""
 
     attached: Attached | None = None
-    lock = threading.RLock()
+    lock = threading.RLock()  # threads take turns
 
 
 @contextmanager
@@ -136,16 +131,21 @@ def _current() -> Attached | None:
     return _Traced.attached if torch.compiler.is_compiling() else _ATTACHED.get()
 
 
-# Hooks return None, which changes nothing, where no image edits the text at their module.
+def _editing(module: nn.Module) -> Attached | None:
+    """Return the attached images if they edit the text at this module."""
+    attached = _current()
+    return attached if attached is not None and attached.entrance is module else None
+
+
+# A hook that returns None changes nothing.
 
 
 def edit_embeddings(module: Any, args: tuple[Any, ...], _: Any) -> torch.Tensor | None:
     """Edit the rows of the embedding matrix before the model scales them (forward hook)."""
-    attached = _current()
-    if attached is None or attached.entrance is not module:
-        return None
-    vectors_rth = F.embedding(args[0], module.weight)
-    return attached.edited(vectors_rth, embedding_scale(module))
+    if attached := _editing(module):
+        rows_rth = F.embedding(args[0], module.weight)
+        return attached.edited(rows_rth, embedding_scale(module))
+    return None
 
 
 def embedding_scale(layer: Any) -> torch.Tensor | float:
@@ -156,10 +156,8 @@ def embedding_scale(layer: Any) -> torch.Tensor | float:
 
 def edit_layer_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Edit the text that enters a layer (forward pre-hook)."""
-    attached = _current()
-    if attached is None or attached.entrance is not module:
-        return None
-    return (attached.edited(args[0]), *args[1:])
+    attached = _editing(module)
+    return None if attached is None else (attached.edited(args[0]), *args[1:])
 
 
 # Self-attention over [keys and values made from an image; the text's own]. The KV cache holds text
@@ -194,9 +192,10 @@ def eager_prefix_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend by plain matrix products; returns [R, T, heads, head_dim] and weights.
+    """Attend by matrix products, one for query heads that share a key.
 
-    Query heads that share a key are one product.
+    Returns:
+        [R, T, heads, head_dim], and weights.
     """
     key, value, attention_mask = _with_prefix(module, key, value, attention_mask)
     rows, heads, length, head_dim = query.shape

@@ -201,8 +201,7 @@ class CaptionModel(nn.Module):
                 ``decode.seed``; None takes the content of its features.
 
         Raises:
-            ConfigurationError: captions may become longer than the language model can count, or
-                more captions are asked for than there are beams.
+            ConfigurationError: too few positions in the language model, or too few beams.
         """
         per_image = num_return_sequences
         self._check_request(decode, per_image, len(prompt_ids) + self.num_soft_positions)
@@ -356,9 +355,8 @@ def choose_trainable(model: CaptionModel, patterns: Mapping[str, float | None]) 
         ConfigurationError: as `trained_parameters`; or weights are stored in too few bits to be
             trained, or random ones (the bridge, layers that no checkpoint held) would stay random.
     """
-    trained = trained_parameters(model, patterns)
     model.requires_grad_(False)
-    for name, parameter, _ in trained:
+    for name, parameter, _ in trained_parameters(model, patterns):
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ConfigurationError(
                 f"trainable: {name} is stored as {str(parameter.dtype).removeprefix('torch.')}, "

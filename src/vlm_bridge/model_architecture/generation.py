@@ -67,7 +67,6 @@ def search(
     """Caption images with a language model's own ``generate``, by the settings of a recipe.
 
     Args:
-        prompt_ids: tokens before each caption.
         keys: of the images (`image_keys`), where tokens are drawn.
         per_image: captions of each image.
         more: further processors, applied after the penalties.
@@ -81,9 +80,9 @@ def search(
     if beams(decode) > 1:  # transformers warns about options that a way of decoding does not read
         options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
     if decode.do_sample:
-        processors.append(TemperatureLogitsWarper(decode.temperature))
-        processors.append(TopPLogitsWarper(decode.top_p))
-        processors.append(Draw(decode, keys, per_image, prompt_rt.device))
+        draw = Draw(decode, keys, per_image, prompt_rt.device)
+        processors += [TemperatureLogitsWarper(decode.temperature), TopPLogitsWarper(decode.top_p)]
+        processors.append(draw)
     with attach(model, image) as attached:
         inputs = attached.inputs(prompt_rt)
         length = inputs.get("inputs_embeds", prompt_rt).shape[1]
@@ -155,11 +154,8 @@ def image_keys(tensor_b: torch.Tensor) -> list[int]:
 class Draw(LogitsProcessor):
     """Draws a token for every row and leaves no other.
 
-    Each row has random numbers of its own, which follow from (seed, image, alternative): a draw
-    does not depend on the batch.
-
-    Args:
-        keys: of the images (`image_keys`); rows of an image are side by side.
+    Random numbers of a row follow from (seed, image key, alternative): a draw does not depend on
+    the batch. Rows of an image are side by side.
     """
 
     def __init__(
@@ -187,11 +183,9 @@ class Draw(LogitsProcessor):
 class TokenLogProbs(LogitsProcessor):
     """Keeps the log-probability of every token that a search chooses, as the model gives it.
 
-    It must be the first processor. The scores of one step are kept until the next step shows which
-    tokens were chosen; the scores of all steps would fill the memory.
-
-    Args:
-        group: rows of an image, among which a search chooses.
+    It must be the first processor. The scores of a step are kept until the next step shows which
+    tokens were chosen: those of all steps would fill the memory. A search chooses among ``group``
+    rows of an image.
     """
 
     def __init__(self, eos_id: int, group: int):
@@ -205,7 +199,7 @@ class TokenLogProbs(LogitsProcessor):
         if self.last_rv is not None:
             # A token of a step ends a caption, or some beam of the image continues with it.
             chosen_rk = input_ids[:, -1].view(-1, self.group).repeat_interleave(self.group, dim=0)
-            ids_rk = torch.nn.functional.pad(chosen_rk, (0, 1), value=self.eos_id)
+            ids_rk = nn.functional.pad(chosen_rk, (0, 1), value=self.eos_id)
             self.ids_trk.append(ids_rk)
             self.values_trk.append(self.last_rv.gather(1, ids_rk))
         self.last_rv = scores.float().log_softmax(-1)
@@ -232,9 +226,8 @@ class TokenLogProbs(LogitsProcessor):
 class ObjectNamer:
     """Finds the object in an image by the encoder's ImageNet classifier, and its name as tokens.
 
-    For objects that the training captions never named (Anderson et al. 2017, "Guided open
-    vocabulary image captioning with constrained beam search"); here the constraint is soft. Classes
-    that share a name are one object, such as the breeds of cats.
+    For objects that the training captions never named (Anderson et al. 2017; here the constraint is
+    soft). Classes that share a name are one object, such as the breeds of cats.
 
     Raises:
         ConfigurationError: no part of the encoder has a classifier.
@@ -266,13 +259,9 @@ class ObjectNamer:
 class ObjectBonus(LogitsProcessor):
     """Adds a bonus to the score of a caption that begins to name the object of its image.
 
-    A name is rewarded once, and its further tokens are enforced. The first token of a caption gets
-    no bonus, since a name follows an article.
-
-    Args:
-        names: of each image; captions of an image are side by side.
-        bonus: in nats.
-        prompt_length: tokens before the caption.
+    A name is rewarded once, by ``bonus`` nats, and its further tokens are enforced. The first token
+    of a caption gets no bonus, since a name follows an article. Captions of an image are side by
+    side.
     """
 
     def __init__(self, names: Sequence[Names], bonus: float, prompt_length: int):

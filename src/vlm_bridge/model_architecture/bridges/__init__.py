@@ -72,7 +72,7 @@ class Bridge(nn.Module):
     """Turn image features [B, N, D] into what the language model reads of images.
 
     Built from ``(options, vision_dim=D, text=TextShape, num_image_tokens=N)``, also on the meta
-    device. An impossible option is a ConfigurationError.
+    device.
 
     Attributes:
         first_layer: layer of the language model, from 0, below which nothing depends on the image.

@@ -30,11 +30,7 @@ class CrossAttentionBridge(Bridge):
     """
 
     def __init__(
-        self,
-        options: BridgeOptions,
-        vision_dim: int,
-        text: TextShape,
-        num_image_tokens: int,
+        self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
         super().__init__()
         width, hidden = text.width, options.feed_forward_multiplier * text.width
@@ -61,11 +57,9 @@ class CrossAttentionBridge(Bridge):
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
         """Return an edit of the text that attends to features [B, N, D]."""
         projected_bnh = self.vision_projection(features_bnd)
-        keys_values = (
-            in_heads(self.key(projected_bnh), self.num_heads),
-            in_heads(self.value(projected_bnh), self.num_heads),
-        )
-        edit = partial(self._edit, *keys_values)
+        keys_bhnd = in_heads(self.key(projected_bnh), self.num_heads)
+        values_bhnd = in_heads(self.value(projected_bnh), self.num_heads)
+        edit = partial(self._edit, keys_bhnd, values_bhnd)
         return ImageInputs(len(features_bnd), edit=edit, edit_layer=self.first_layer)
 
     def _edit(

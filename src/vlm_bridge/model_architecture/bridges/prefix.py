@@ -60,9 +60,8 @@ class DeepPrefixBridge(ResamplerBridge):
     """Prefix tuning (Li & Liang 2021) with a prefix made from the image.
 
     A query of the resampler becomes one key and one value per layer and head, beside the text's
-    own. Values start at zero, so that the text reads as if no image were there. Entering above the
-    first layers leaves the position untouched on which language models park idle attention (as
-    LLaMA-Adapter, Zhang et al. 2023).
+    own. Values start at zero. Entering above the first layers leaves the position untouched on
+    which language models park idle attention (as LLaMA-Adapter, Zhang et al. 2023).
     """
 
     def __init__(
@@ -122,8 +121,7 @@ class Resampler(nn.Module):
     def image_attention(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Return the share [B, P, N] of each image token in each query (Abnar & Zuidema 2020).
 
-        Half of a layer's output counts as its attention and half as its input, because of the
-        residual connection. Rows sum to less than one: the rest is in the learned queries.
+        Half of a layer's output counts as its input, because of the residual connection.
         """
         x_bpw, image_bnw = self._inputs(features_bnd)
         sizes = (x_bpw.shape[1], image_bnw.shape[1])
