@@ -14,15 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.model_architecture.generation import imagenet_objects, plural
+from vlm_bridge.model_architecture.generation import imagenet_objects
 
 
 def known_objects(captions: Iterable[str], at_least: int) -> list[str]:
     """Names that, alone or in the plural, at least so many captions use as whole words."""
     counts: Counter[str] = Counter()
-    forms = {
-        form: name for name in set(imagenet_objects().values()) for form in (name, plural(name))
-    }
+    forms = {form: names[0] for names in imagenet_objects().values() for form in names}
     pattern = re.compile(
         rf"\b({'|'.join(sorted(map(re.escape, forms), key=len, reverse=True))})\b", re.IGNORECASE
     )

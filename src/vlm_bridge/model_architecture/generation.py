@@ -235,13 +235,14 @@ class ObjectNamer:
 
     def __init__(self, vision_encoder: nn.Module, language_model: LanguageModel):
         self._channels, self._classifier = _classifier_of(vision_encoder)
-        names = imagenet_objects()
-        self._objects = sorted(set(names.values()))
-        self._members = torch.zeros(self._classifier.out_features, len(self._objects))
-        for index, name in names.items():
-            self._members[index, self._objects.index(name)] = 1
-        forms = [f" {form}" for name in self._objects for form in (name, plural(name))]
-        tokens = [tuple(ids) for ids in language_model.encode_all(forms)]
+        objects = imagenet_objects()
+        forms = sorted(set(objects.values()))
+        self._objects = [singular for singular, _ in forms]
+        self._members = torch.zeros(self._classifier.out_features, len(forms))
+        for index, names in objects.items():
+            self._members[index, forms.index(names)] = 1
+        encoded = language_model.encode_all([f" {form}" for names in forms for form in names])
+        tokens = list(map(tuple, encoded))
         self._names: list[Names] = list(zip(tokens[::2], tokens[1::2], strict=True))
 
     @torch.no_grad()
@@ -291,28 +292,17 @@ class ObjectBonus(LogitsProcessor):
 
 
 @cache
-def imagenet_objects() -> dict[int, str]:
-    """Return names of ImageNet's classes in captions, by number; some are never mentioned."""
+def imagenet_objects() -> dict[int, tuple[str, str]]:
+    """Return names and plurals of ImageNet's classes in captions, by number; some have none."""
     table = resources.files("vlm_bridge.model_architecture") / "imagenet_objects.txt"
     names = {}
     for line in table.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
-            classes, name = line.split(" ", 1)
+            classes, forms = line.split(" ", 1)
             first, _, last = classes.partition("-")
-            names.update(dict.fromkeys(range(int(first), int(last or first) + 1), name))
+            numbers = range(int(first), int(last or first) + 1)
+            names.update(dict.fromkeys(numbers, tuple(forms.split(", "))))
     return names
-
-
-def plural(name: str) -> str:
-    """Return a name with its noun in the plural: `cups of coffee`."""
-    noun, of, rest = name.partition(" of ")
-    if noun.endswith(("s", "x", "ch", "sh")):
-        noun += "es"
-    elif noun.endswith("y") and noun[-2] not in "aeiou":
-        noun = f"{noun[:-1]}ies"
-    else:
-        noun += "s"
-    return f"{noun}{of}{rest}"
 
 
 def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
