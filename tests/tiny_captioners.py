@@ -12,25 +12,26 @@ from typing import Any
 
 import transformers as hf
 
-from tiny_models import CORPUS, GPT2, TEXT, build_tokenizer, clip_processor, save_tiny_blip, seeded
+from tiny_models import (
+    CORPUS,
+    GPT2,
+    TEXT,
+    VOCABULARY,
+    build_tokenizer,
+    clip_processor,
+    save_tiny_blip,
+    seeded,
+)
+from vlm_bridge.model_architecture.weights import word_piece_tokenizer
 
 SIZES: dict[str, Any] = {**TEXT, "initializer_range": 0.3}
 IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
 MAX_POSITIONS = 64
 
 
-def build_bert_tokenizer() -> hf.BertTokenizer:
-    """WordPiece over the words of ``CORPUS`` and single letters, with BERT's special tokens."""
-    text = " ".join(CORPUS).lower().replace(".", " .").replace(",", " ,")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["picture", *sorted({*text.split(), *letters}), *(f"##{letter}" for letter in letters)]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return hf.BertTokenizer(vocab={token: index for index, token in enumerate([*special, *words])})
-
-
 def save_tiny_git(folder: Path) -> Path:
     """GitForCausalLM with CLIP's image processor, as published."""
-    tokenizer: Any = build_bert_tokenizer()
+    tokenizer: Any = word_piece_tokenizer(CORPUS, VOCABULARY)
     config = hf.GitConfig(
         **SIZES,
         vision_config={**SIZES, **IMAGE},

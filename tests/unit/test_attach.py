@@ -20,14 +20,12 @@ from captioners import (
     tiny_captioner,
     tiny_recipe,
 )
-from vlm_bridge.configuration import LanguageModelConfig, recipe_from_dict
-from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.attach import Attached, attach
 from vlm_bridge.model_architecture.bridges import (
     ImageInputs,
     KeyValuePrefix,
-    TextShape,
-    build_bridge,
 )
 from vlm_bridge.model_architecture.captioner import CaptionModel
 from vlm_bridge.model_architecture.language_model import LanguageModel
@@ -104,12 +102,8 @@ def gradients(model: CaptionModel, *, in_a_thread: bool = False) -> list[torch.T
     model.zero_grad(set_to_none=True)
     image = model.image_inputs(random_features(model, 1))
     loss = model.caption_loss(IDS, IDS, SEGMENTS, image).total
-    if in_a_thread:
-        thread = threading.Thread(target=loss.backward)
-        thread.start()
-        thread.join()
-    else:
-        loss.backward()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loss.backward).result() if in_a_thread else loss.backward()
     return [p.grad for p in model.bridge.parameters() if p.grad is not None]
 
 
@@ -254,10 +248,6 @@ def test_layer_0_is_the_published_bridge(tiny_vit_dir: Path, tiny_llama_dir: Pat
 
 
 def test_a_layer_that_is_not_there_is_named(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
-    for kind in ("cross_attention", "deep_prefix"):
-        recipe = recipe_from_dict({"bridge": {"kind": kind, "enter_at_layer": 6}})
-        with pytest.raises(ConfigurationError, match=r"bridge\.enter_at_layer=6 is beyond .* 5"):
-            build_bridge(recipe.bridge, 12, TextShape(32, 6, 2, 8), 6, meta=True)
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention"))
     model.language_model.text_config.num_hidden_layers = 5  # it has two
     with pytest.raises(ModelError, match=r"bridge\.enter_at_layer=0"):
