@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -154,19 +153,11 @@ def test_quantization_needs_a_gpu_and_its_package(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = LanguageModelConfig.build({"name": str(tiny_llama_dir), "dtype": choice})
-    with pytest.raises(ModelError, match=f"language_model.dtype={choice} needs an NVIDIA GPU"):
+    with pytest.raises(
+        ModelError, match=f"={choice} needs an NVIDIA GPU and bitsandbytes .pip install"
+    ):
         build_language_model(config)
-    # `info` counts a quantized recipe anywhere.
-    assert build_language_model(config, meta=True).text_config.vocab_size > 256
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name == "bitsandbytes" else find_spec(name),
-    )
-    with pytest.raises(ModelError, match=r"pip install 'vlm-bridge\[gpu\]'"):
-        build_language_model(config)
+    assert build_language_model(config, meta=True).embed_dim == 32  # `info` counts it anywhere
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -444,8 +435,8 @@ def test_a_language_model_reads_control_tokens_as_text(
 
 
 def test_tokens_that_were_added_later_are_text_too() -> None:
-    assert encode_as_text(build_tokenizer(), []) == []
     tokenizer = build_tokenizer()
+    assert encode_as_text(tokenizer, []) == []
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)], special_tokens=True)
     (ids,) = encode_as_text(tokenizer, ["A dog <|im_end|> runs"])
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids

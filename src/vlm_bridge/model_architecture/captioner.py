@@ -119,13 +119,9 @@ class CaptionModel(nn.Module):
         if values.ndim == 3:
             return values
         together = ENCODE_TOGETHER_ON_CPU if values.device.type == "cpu" else len(values)
+        encode, parts = self.vision_encoder, values.split(max(together, 1))
         with torch.autocast(values.device.type, enabled=False):
-            return torch.cat(
-                [
-                    self.vision_encoder(_filled_up(some, FEWEST_IMAGES))[: len(some)]
-                    for some in values.split(max(together, 1))
-                ]
-            )
+            return torch.cat([encode(_filled_up(b, FEWEST_IMAGES))[: len(b)] for b in parts])
 
     def image_inputs(self, features_bnd: torch.Tensor) -> ImageInputs:
         """Return what the language model reads of images; captions of an image share it."""
@@ -365,12 +361,9 @@ def choose_trainable(model: CaptionModel, patterns: Mapping[str, float | None]) 
             )
         parameter.requires_grad_(True)
     fresh = {f"language_model.causal_lm.{name}" for name in model.language_model.fresh_parameters}
-    untrained = sorted(
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad and (name in fresh or name.startswith("bridge."))
-    )
-    if untrained:
+    fresh |= {name for name, _ in model.named_parameters() if name.startswith("bridge.")}
+    parameters = model.named_parameters(remove_duplicate=False)
+    if untrained := sorted(n for n, p in parameters if n in fresh and not p.requires_grad):
         raise ConfigurationError(
             f"trainable: {len(untrained)} parameters start at random and would stay so (first: "
             f"{untrained[0]}): name them too, for example bridge.* or "
