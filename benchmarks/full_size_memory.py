@@ -67,7 +67,8 @@ def training_loss(model: CaptionModel, batch_size: int, caption_tokens: int) -> 
     encoder: Any = model.vision_encoder
     shape = (batch_size, caption_tokens)
     ids, labels = (
-        torch.randint(model.language_model.vocab_size, shape, device=model.device) for _ in range(2)
+        torch.randint(model.language_model.text_config.vocab_size, shape, device=model.device)
+        for _ in range(2)
     )
     pixels = torch.randn(batch_size, 3, encoder.image_size, encoder.image_size)
     with autocast(model.device, "bfloat16"):
@@ -88,7 +89,7 @@ def watched_step(model: CaptionModel, batch_size: int, caption_tokens: int) -> l
     """Run one forward and backward pass, print what it made, and return what is wrong with it."""
     on_gpu = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    watch = TensorWatch(model, model.language_model.vocab_size)
+    watch = TensorWatch(model, model.language_model.text_config.vocab_size)
     start = time.perf_counter()
     with profile(activities=activities, profile_memory=True) as profiler, watch:
         loss = training_loss(model, batch_size, caption_tokens)

@@ -222,7 +222,7 @@ def drawn_captions(
 ) -> TokenizedImages:
     """Captions of random tokens and random length, all lengths of a range alike."""
     random = np.random.default_rng(seed)
-    vocabulary = model.language_model.vocab_size
+    vocabulary = model.language_model.text_config.vocab_size
 
     def caption() -> str:
         length = int(random.integers(tokens[0], tokens[1], endpoint=True)) - 1  # without EOS
