@@ -232,44 +232,39 @@ def save_tiny_gguf(path: Path) -> Path:
         model = hf.LlamaForCausalLM(_tiny_llama_config(len(tokenizer)))
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    writer.add_token_types(
-        [3 if token in SPECIAL_IDS.values() else 1 for token in range(len(tokenizer))]
-    )
+    ids = range(len(tokenizer))
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(SPECIAL_IDS["bos_token_id"])
-    writer.add_eos_token_id(SPECIAL_IDS["eos_token_id"])
-    writer.add_pad_token_id(SPECIAL_IDS["pad_token_id"])
-    writer.add_add_bos_token(False)
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "rope_dimension_count": config.hidden_size // config.num_attention_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "token_list": tokenizer.convert_ids_to_tokens(ids),
+        "token_types": [3 if token in SPECIAL_IDS.values() else 1 for token in ids],
+        "token_merges": [" ".join(pair) for pair in merges],
+        "add_bos_token": False,
+        **SPECIAL_IDS,
+    }
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
 
     def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
         """llama.cpp rotates neighboring rows of a head, transformers the two halves of it."""
         return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
     names = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
-    }
+    }  # fmt: skip
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"].numpy())
     writer.add_tensor("output_norm.weight", weights["model.norm.weight"].numpy())

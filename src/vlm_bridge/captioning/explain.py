@@ -151,7 +151,9 @@ def _attention_to_image(
         layers = layers[image.key_value_prefix.first_layer :]
         columns = slice(image.key_value_prefix.states.shape[4])
     if not layers:
-        raise ModelError("the language model does not return its attention weights: no --explain")
+        raise ModelError(
+            "the language model returns no attention weights: caption without --explain"
+        )
     length = input_ids_bt.shape[1]
     return torch.stack([layer[:, :, -length:, columns].float().mean(1) for layer in layers]).mean(0)
 

@@ -207,7 +207,10 @@ class LanguageModel(nn.Module):
             kind: causal_block_mask(segments_bt, num_soft_tokens, self.dtype, windows[kind])
             for kind in kinds or {"every"}
         }
-        return masks if "sliding_attention" in kinds else masks.popitem()[1]
+        if "sliding_attention" in kinds:
+            return masks
+        (mask,) = masks.values()
+        return mask
 
     def encode(self, text: str) -> list[int]:
         """Return token ids of a text, in which control tokens are plain text."""

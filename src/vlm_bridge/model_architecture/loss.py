@@ -46,19 +46,17 @@ def caption_cross_entropy(
 ) -> CaptionLoss:
     """Return the cross-entropy of supervised positions.
 
-    Divide the total by the global count of supervised tokens, not by V, when gradients are
-    accumulated or several processes work together.
+    Divide the total by the global count of supervised tokens: that of all accumulated batches and
+    processes.
 
     Args:
         hidden_bth: [B, T, H], the state at position t predicts ``labels_bt[:, t]``.
         labels_bt: [B, T] token ids; ``IGNORE_INDEX`` where nothing is supervised.
         head: maps [V, H] to logits [V, vocabulary].
         head_is_trained: whether its parameters need gradients; frozen ones cost none.
-        supervised_v: [V] indices of the supervised ones of the B x T positions. Finding them here
-            makes the program wait for the device.
+        supervised_v: [V] indices of the supervised positions; finding them waits for the device.
         weights_v: [V] factors of the token losses, of any sign (advantages of a policy gradient).
-        label_smoothing: share of each target that is spread over the vocabulary (Szegedy et al.
-            2016).
+        label_smoothing: share of each target that is spread over the vocabulary.
     """
     if supervised_v is None:
         supervised_v = (labels_bt != IGNORE_INDEX).flatten().nonzero()[:, 0]
@@ -99,9 +97,8 @@ def _token_losses(
 class _FrozenHeadLosses(torch.autograd.Function):
     """Smoothed and plain losses [V]; the gradient of the states is computed in the forward pass.
 
-    The head is frozen, so the states alone need a gradient. Each chunk's logits are dropped
-    once it is known, and never computed twice (Wijmans et al. 2024, "Cut Your Losses in
-    Large-Vocabulary Language Models").
+    The head is frozen, so the states alone need a gradient. Logits of a chunk are dropped once it
+    is known, and never computed twice (as Wijmans et al. 2024, "Cut Your Losses").
     """
 
     @staticmethod
