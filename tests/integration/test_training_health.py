@@ -139,6 +139,32 @@ def test_training_stops_after_some_in_a_row_and_keeps_what_it_had(
     assert all(tensor.isfinite().all() for tensor in older.values())
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_weights_that_overflow_stop_the_run_and_are_never_saved(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    recipe = make_recipe("run", "num_epochs=2", "save_every=2 steps", "log_every_n_steps=100")
+    taken = TrainStep.__call__
+
+    def explode(take_step: TrainStep, *arguments: Any) -> StepResult:
+        result = taken(take_step, *arguments)
+        if take_step.state.step == step:
+            with torch.no_grad():
+                take_step.parameters[0].mul_(torch.inf)
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", explode)
+    folder = Path(recipe.checkpoint_dir)
+    kept = [] if step == 1 else [folder / checkpoints.STEP.format(2)]
+    match = f"weights are not finite any more.*resume the last one in {folder}"
+    with pytest.raises(TrainingError, match=match) as stopped:
+        train(recipe)
+    assert "\n" not in str(stopped.value)
+    assert list(folder.glob("*")) == kept
+    for path in kept:
+        checkpoints.load_checkpoint(path)  # refuses what is not finite
+
+
 def test_a_log_folder_that_fills_up_ends_the_run_in_one_line(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,9 @@ def test_moved_models_and_settings_of_training_are_no_other_architecture(
 
 def test_a_recipe_that_cannot_be_understood_is_one_clear_error(saved: Path) -> None:
     content = checkpoints.load_checkpoint(saved)
+    torch.save({**content, "recipe": {**content["recipe"], "feature_cache_pooling": 2}}, saved)
+    with pytest.raises(CheckpointError, match="was trained on pooled features"):
+        Captioner.from_pretrained(saved)
     content["recipe"]["bridge"]["num_heads"] = "many"
     torch.save(content, saved)
     with pytest.raises(CheckpointError, match="its recipe cannot be understood"):

@@ -150,6 +150,25 @@ def test_logits_and_loss_are_those_of_the_published_formula(
     assert losses.mean().item() == pytest.approx(by_torch.item(), rel=1e-5)
 
 
+def test_a_checkpoint_from_before_embeddings_were_edited_unscaled_is_refused(
+    recipe: Recipe, tiny_vit_dir: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Where a model scales its embeddings, such weights mean something else."""
+    llama = tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention")
+    for name, of in (("gemma2", recipe), ("llama", llama)):
+        model = tiny_captioner(of)
+        path, mean = tmp_path / f"{name}.pth", tmp_path / f"{name}-mean.pth"
+        checkpoints.save_checkpoint(path, of, model.trained_state_dict(), format_version=1)
+        checkpoints.save_average(mean, [path, path])  # of the same version
+        for old in (path, mean):
+            content = checkpoints.load_checkpoint(old)
+            if name == "llama":
+                checkpoints.restore(model, content, old)
+                continue
+            with pytest.raises(CheckpointError, match=r"had scaled them.*train it again"):
+                checkpoints.restore(model, content, old)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_round_trips_are_bit_equal(recipe: Recipe, tmp_path: Path, dtype: torch.dtype) -> None:
     state = {

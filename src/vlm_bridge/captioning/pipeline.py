@@ -101,7 +101,7 @@ class Captioner:
         if target.type != "cuda" and language_model.quantization:  # it needs a GPU
             recipe = recipe.replace(language_model=language_model.replace(dtype="auto"))
         model = build_captioner(recipe)
-        checkpoints.load_weights(model, content["weights"], where)
+        checkpoints.restore(model, content, where)
         model.to(target)
         if compile:
             model.use_static_cache()

@@ -28,7 +28,9 @@ from vlm_bridge.formats import (
     shortened,
     write_file,
 )
-from vlm_bridge.model_architecture.captioner import build_captioner
+from vlm_bridge.model_architecture.attach import embedding_scale
+from vlm_bridge.model_architecture.bridges import CrossAttentionBridge
+from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner
 from vlm_bridge.parsing import shown
 
 logger = logging.getLogger(__name__)
@@ -250,6 +252,11 @@ def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None =
             f"`vlm-bridge export {where} --config config/training-default.yaml --output-dir DIR` "
             "(training takes its own settings, or a recipe by --config)"
         )
+    if content["recipe"].get("feature_cache_pooling", 1) != 1:
+        raise CheckpointError(
+            f"{where} was trained on pooled features (feature_cache_pooling), which are no longer "
+            "supported: train again without"
+        )
     try:
         return recipe_from_dict(content["recipe"], where=str(where))
     except ConfigurationError as error:
@@ -293,6 +300,20 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     keys = {**ARCHITECTURE, "bridge": [key for key in plain["bridge"] if key != "dropout"]}
     named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
     return {**named, "trainable": sorted(plain["trainable"])}
+
+
+def restore(model: CaptionModel, content: Mapping[str, Any], where: str | Path) -> None:
+    """Load a checkpoint's weights into a captioner. Raises CheckpointError."""
+    scale = embedding_scale(model.language_model.causal_lm.get_input_embeddings())
+    bridge = model.bridge
+    edits_embeddings = isinstance(bridge, CrossAttentionBridge) and bridge.first_layer == 0
+    if content["format_version"] < 2 and edits_embeddings and float(scale) != 1:
+        raise CheckpointError(
+            f"{where} was trained by an earlier vlm-bridge, whose bridge changed embeddings after "
+            "the language model had scaled them; now, as published, it changes them before: train "
+            "it again"
+        )
+    load_weights(model, content["weights"], where)
 
 
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:

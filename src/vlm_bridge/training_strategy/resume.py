@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlm_bridge.configuration import Recipe, parse_interval, published_recipe
-from vlm_bridge.errors import CheckpointError
+from vlm_bridge.errors import CheckpointError, TrainingError
 from vlm_bridge.formats.dinov2_gemma import ORIGINAL_NAMES
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import TrainingData
@@ -112,7 +112,7 @@ def find_checkpoint(
 def continue_from(found: Found, state: TrainState, data: TrainingData) -> None:
     """Load a checkpoint into the state of a training. Raises CheckpointError."""
     path, content = found
-    checkpoints.load_weights(state.model, content["weights"], path)
+    checkpoints.restore(state.model, content, path)
     state.average.restart()
     if checkpoints.ORIGINAL_TRAINING in content:
         _continue_original(path, content[checkpoints.ORIGINAL_TRAINING], state, data)
@@ -185,6 +185,7 @@ class Saver:
 
     def best(self) -> None:
         """Save the best checkpoint, and its weights alone in bfloat16."""
+        self._check_weights()
         if self.world.is_first:
             weights = checkpoints.stored_as(self.state.weights(), "bfloat16")
             checkpoints.save_checkpoint(
@@ -211,7 +212,18 @@ class Saver:
                 old.unlink(missing_ok=True)
         return path
 
+    def _check_weights(self) -> None:
+        """Raise TrainingError if an update overflowed; waits for the device."""
+        weights = [*self.state.model.trained_state_dict().values(), *self.state.weights().values()]
+        if not torch.stack([tensor.isfinite().all() for tensor in weights]).all():
+            raise TrainingError(
+                f"stopped at step {self.state.step}: the weights are not finite any more, and were "
+                f"not saved: resume the last one in {self.folder}, or start again, with a "
+                f"learning_rate below {self.recipe.learning_rate:g}"
+            )
+
     def _save(self, name: str) -> Path:
+        self._check_weights()
         path = self.folder / name
         if self.world.is_first:
             training = {**self.state.state_dict(), "dataset_fingerprint": self.fingerprint}

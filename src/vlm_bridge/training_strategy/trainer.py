@@ -142,7 +142,7 @@ def start(
     torch.manual_seed(recipe.seed)  # of dropout
     if (path := recipe.start_from) is not None:
         content = world.from_first(lambda: checkpoints.load_checkpoint(path))
-        checkpoints.load_weights(model, content["weights"], path)
+        checkpoints.restore(model, content, path)
         logger.info(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
     if initial_weights:
         weights = {**model.trained_state_dict(), **initial_weights}
