@@ -23,7 +23,6 @@ SETTINGS = ("num_beams", "max_new_tokens", "length_penalty", "object_bonus", "te
 
 
 def caption(
-    context: typer.Context,
     paths: Annotated[list[str], typer.Argument(help="Images, folders of images, or globs.")],
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
@@ -47,6 +46,8 @@ def caption(
     A file that cannot be read is one line on stderr (exit code 1). Settings of generation are the
     recipe's unless they are given.
     """
+    given = dict(locals())
+
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images
 
@@ -63,8 +64,8 @@ def caption(
     options.quiet_transformers()
     captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     sampling = {"do_sample": True, "num_beams": 1} if do_sample else {}
-    given = {name: value for name in SETTINGS if (value := context.params[name]) is not None}
-    decode = captioner.recipe.decode.replace(**sampling | given)
+    changes = {name: value for name in SETTINGS if (value := given[name]) is not None}
+    decode = captioner.recipe.decode.replace(**sampling | changes)
     with images.ImageReader(min(2, len(files))) as reader:
         results = captioner.caption(
             files, decode=decode, batch_size=batch_size, open_image=reader.open_image

@@ -75,7 +75,6 @@ def download(
 
 @app.command("explore-dataset")
 def explore_dataset(
-    context: typer.Context,  # holds the options of the source too
     source: Name = None,
     data_dir: Annotated[Path | None, Option(help="A caption folder, not a source.")] = None,
     input_dir: InputDir = None,
@@ -96,6 +95,8 @@ def explore_dataset(
     json_output: Json = False,
 ) -> None:
     """Show sizes, caption lengths, vocabulary and samples of a source or caption folder."""
+    options = dict(locals())  # those of the source too
+
     from vlm_bridge.data_pipeline import explore
     from vlm_bridge.data_pipeline.caption_folder import open_data_folder
 
@@ -108,7 +109,7 @@ def explore_dataset(
         name = data_dir.resolve().name
         items = explore.folder_items(open_data_folder(data_dir), skipped)
     else:
-        opened = _open_source(context.params)
+        opened = _open_source(options)
         name, items, skipped = opened.name, opened.items(), opened.rejected
     count_tokens = _token_counter(tokenizer) if tokenizer else lambda texts: []
     with show_progress("images measured") as report:
@@ -125,7 +126,6 @@ def explore_dataset(
 
 @app.command("transform")
 def transform(
-    context: typer.Context,  # holds the options of the source too
     source: Name = None,
     output_dir: Annotated[Path | None, Option(help="The caption folder to make.")] = None,
     input_dir: InputDir = None,
@@ -156,6 +156,8 @@ def transform(
     json_output: Json = False,
 ) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
+    options = dict(locals())  # those of the source too
+
     from vlm_bridge.data_pipeline import images
     from vlm_bridge.data_pipeline.transform import transform as run
 
@@ -165,8 +167,8 @@ def transform(
         raise UsageError("--num-rows goes with --dry-run and without --split official")
     if max_pixels is not None:
         images.LIMITS.max_pixels = max_pixels
-    opened = _open_source(context.params | {"official_split": split == SplitKind.official})
-    planning: Any = {name: context.params[name] for name in PLANNING}
+    opened = _open_source(options | {"official_split": split == SplitKind.official})
+    planning: Any = {name: options[name] for name in PLANNING}
     if output_dir is None or dry_run:
         _print_result(_preview(opened, planning, num_rows), json_output)
         return

@@ -28,7 +28,6 @@ SETTINGS = (
 
 
 def evaluate(
-    context: typer.Context,
     data_dir: Annotated[Path, Option(help="Caption folder, or folder of shards.")],
     checkpoint: Annotated[Path | None, Option(help="A checkpoint, or the folder of a run.")] = None,
     model: Annotated[str | None, Option(help="Instead: a published captioner.")] = None,
@@ -55,6 +54,7 @@ def evaluate(
     Our own (--checkpoint) or a published one (--model), with the same data, decoding and metrics.
     Settings of generation that are not given are those of the checkpoint's recipe.
     """
+    given = dict(locals())
     if (checkpoint is None) == (model is None):
         raise UsageError("give either --checkpoint (a trained bridge) or --model (a published one)")
     if model and config:
@@ -71,7 +71,7 @@ def evaluate(
         place.mkdir(parents=True, exist_ok=True)
     name = data_dir.resolve().name
     data = {"name": name, "split": split.name, "fingerprint": folder.fingerprint}
-    _evaluate(context.params, images[:limit], data)
+    _evaluate(given, images[:limit], data)
     if len(skipped):
         logger.info(
             f"skipped {len(skipped):,} of {skipped.total:,} {skipped.kind}: {skipped.summary()}"
