@@ -56,9 +56,7 @@ def groundcap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_groundcap(tmp_path_factory.mktemp("groundcap"), train=400, test=100, films=20)
 
 
-def test_from_a_folder_of_images_to_the_first_batch(
-    run_cli: Run, data: Callable[..., Any], images: Path
-) -> None:
+def test_from_images_to_a_batch(run_cli: Run, data: Callable[..., Any], images: Path) -> None:
     (images / "3.jpg").write_bytes(b"")
     given = ("--source", "local", "--input-dir", images)
     statistics = data("explore-dataset", *given, "--json")
@@ -82,8 +80,7 @@ def test_scenes_need_no_input(data: Callable[..., Any]) -> None:
     assert manifest["counts"]["train"] == {"images": 4, "captions": 8}
     explored = data("explore-dataset", *SCENES, "--samples", 3, "--grid", "new/grid.png")
     assert "images_per_split: {train: 4, val: 2, test: 2}" in explored
-    with Image.open("new/grid.png") as grid:
-        assert grid.format == "PNG"
+    Image.open("new/grid.png").verify()
 
 
 def test_inspecting_with_a_recipe_shows_tokens(
@@ -100,20 +97,19 @@ def test_a_changed_folder_is_noticed(run_here: Run, data: Callable[..., Any]) ->
     data("transform", *SCENES, "--output-dir", "out", "--workers", 1)
     image = next(Path("out").glob("train/images/*.jpg"))
     whole = image.read_bytes()
-    image.write_bytes(whole + b"\0")
-    changed = run_here("data", "inspect-loader", "--data-dir", "out", "--all")
-    assert changed.returncode == 1 and "fingerprint differs" in changed.stderr
-    image.write_bytes(whole[:500])
-    broken = run_here("data", "inspect-loader", "--data-dir", "out")
-    assert broken.returncode == 1 and "1 images" in broken.stderr
+    for content, message in ((whole + b"\0", "fingerprint differs"), (whole[:500], "1 images")):
+        image.write_bytes(content)
+        done = run_here("data", "inspect-loader", "--data-dir", "out", "--all")
+        assert done.returncode == 1 and message in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_same_command_continues(how: signal.Signals) -> None:
-    command = [sys.executable, "-m", "vlm_bridge", "data", "transform", "--source", "scenes"]
-    command += ["--num-train", "400", "--num-val", "2", "--num-test", "2"]
-    command += ["--workers", "2", "--output-dir", "out"]
+    options = (
+        "--source scenes --num-train 400 --num-val 2 --num-test 2 --workers 2 --output-dir out"
+    )
+    command = [sys.executable, "-m", "vlm_bridge", "data", "transform", *options.split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline, out = time.monotonic() + 200, Path("out")
     while len(list(out.glob("train/images/[!.]*.jpg"))) < 60 and time.monotonic() < deadline:
@@ -133,9 +129,6 @@ def test_the_same_command_continues(how: signal.Signals) -> None:
     assert all(path.stat().st_mtime_ns == finished[path] for path in kept), "made again"
 
 
-# GroundCap.
-
-
 def test_the_published_numbers_without_any_data(data: Callable[..., Any]) -> None:
     shown = data("transform", "--dry-run", "--num-rows", 52350)
     assert "images: {train: 41880, val: 2618, test: 7852}" in shown
@@ -144,11 +137,9 @@ def test_the_published_numbers_without_any_data(data: Callable[..., Any]) -> Non
 
 def test_from_parquet_to_the_first_batch(data: Callable[..., Any], groundcap: Path) -> None:
     explored = data("explore-dataset", "--source-path", groundcap, "--samples", 3)
-    parts = ("films: 20", "words_per_caption: {", "tokens_per_caption: null")
-    for part in parts:
+    for part in ("films: 20", "words_per_caption: {", "tokens_per_caption: null"):
         assert part in explored
-    with Image.open("runs/explore/groundcap.png") as grid:
-        assert grid.format == "PNG"
+    Image.open("runs/explore/groundcap.png").verify()
     command = ("transform", "--source-path", groundcap)
     done = data(*command, "--output-dir", "out", "--workers", 1)
     assert "train: {images: 400, captions: 400}" in done and "CC-BY-4.0" in done
@@ -160,8 +151,7 @@ def test_from_parquet_to_the_first_batch(data: Callable[..., Any], groundcap: Pa
 
     dry = (*command, "--dry-run", "--json")
     assert data(*dry)["images"] == {"train": 400, "val": 25, "test": 75}
-    official = data(*dry, "--split", "official")["images"]
-    assert official["test"] == 100 and official["val"] > 0
+    assert data(*dry, "--split", "official")["images"]["test"] == 100
     by_image = data(*dry, "--split-by", "image", "--test-fraction", 0.2)["images"]
     assert by_image == {"train": 375, "val": 25, "test": 100}
 
@@ -181,14 +171,9 @@ def test_tokens_are_counted_and_tags_kept_on_request(
     assert CaptionFolder.open("out").split("train")[0].captions[0].startswith("<gdo ")
 
 
-# Mistakes.
-
 OUT = ["--output-dir", "out"]
-LOCAL = ["--source", "local", "--input-dir"]
 DRY = ["transform", "--dry-run", "--num-rows", "5"]
 BAD_INPUT = {
-    "missing folder": (["transform", *LOCAL, "missing", *OUT], 1, "no such folder"),
-    "not Flickr8k": (["transform", "--source", "flickr8k", "--input-dir", "empty", *OUT], 1, "flickr8k"),
     "unknown source": (["transform", "--source", "flickr9k", *OUT], 2, "flickr9k"),
     "foreign folder": (["transform", *map(str, SCENES), "--output-dir", "mine"], 1, "mine is not empty and no caption"),
     "no output folder": (["transform"], 2, "give --output-dir"),

@@ -21,7 +21,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
 )
 from vlm_bridge.data_pipeline.explore import folder_items
 from vlm_bridge.data_pipeline.features import check_images
-from vlm_bridge.data_pipeline.samples import CaptionedImage, Skipped, inside
+from vlm_bridge.data_pipeline.samples import Skipped, inside
 from vlm_bridge.data_pipeline.sources.scenes import Scenes
 from vlm_bridge.data_pipeline.transform import transform
 from vlm_bridge.errors import DataError
@@ -58,42 +58,34 @@ def test_images_come_with_all_their_captions_in_file_order(made: Path) -> None:
 
 def test_the_fingerprint_sees_every_change(made: Path) -> None:
     folder, path = CaptionFolder.open(made), made / "val" / CAPTIONS_NAME
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(reversed(lines)) + "\n")
-    assert folder.compute_fingerprint() == folder.fingerprint, "order does not matter"
-    path.write_text("\n".join(lines[:-1]) + "\n")
-    assert folder.compute_fingerprint() != folder.fingerprint
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_text().splitlines(keepends=True)
+    for changed, is_equal in ((lines[::-1], True), (lines[:-1], False), (lines, True)):
+        path.write_text("".join(changed))  # order does not matter
+        assert (folder.compute_fingerprint() == folder.fingerprint) == is_equal
     image = made / "val/images/val-00.jpg"
     image.write_bytes(image.read_bytes() + b"\0")
     assert folder.compute_fingerprint() != folder.fingerprint
 
 
-def test_other_folders_are_refused_with_the_command_that_makes_one(
-    made: Path, tmp_path: Path
-) -> None:
-    for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(DataError, match="make one with `vlm-data transform"):
-            CaptionFolder.open(path)
+def test_other_folders_are_refused_with_a_command(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="make one with `vlm-data transform"):
+        CaptionFolder.open(tmp_path)
     (made / MANIFEST_NAME).unlink()
     (made / UNFINISHED_NAME).mkdir()
     with pytest.raises(DataError, match="continue it with the same `vlm-data transform`"):
         CaptionFolder.open(made)
 
 
-@pytest.mark.parametrize(
-    ("manifest", "message"),
-    [
+def test_damaged_manifests(made: Path) -> None:
+    for manifest, message in (
         ("{", "damaged"),
         ("[]", "damaged"),
         (json.dumps({**FORMAT, "format_version": 99}), "format_version"),
         (json.dumps({**FORMAT, "counts": {"train": 3}, "fingerprint": ""}), "counts.train"),
-    ],
-)
-def test_damaged_manifests(made: Path, manifest: str, message: str) -> None:
-    (made / MANIFEST_NAME).write_text(manifest)
-    with pytest.raises(DataError, match=message):
-        CaptionFolder.open(made)
+    ):
+        (made / MANIFEST_NAME).write_text(manifest)
+        with pytest.raises(DataError, match=message):
+            CaptionFolder.open(made)
 
 
 def test_a_folder_of_other_tools_is_read_and_not_written(prepared: Path) -> None:
@@ -138,9 +130,7 @@ LINES = {
 
 
 @pytest.mark.parametrize(("line", "reason"), LINES.items())
-def test_lines_that_cannot_be_used_are_skipped_with_a_reason(
-    prepared: Path, line: bytes, reason: str
-) -> None:
+def test_unusable_lines_are_skipped(prepared: Path, line: bytes, reason: str) -> None:
     with (prepared / "train" / CAPTIONS_NAME).open("ab") as file:
         file.write(line + b"\n")
     folder = open_data_folder(prepared)
@@ -159,12 +149,11 @@ def test_lines_that_cannot_be_used_are_skipped_with_a_reason(
     assert len(folder_items(folder, skipped)) == 40 and len(skipped) == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["/a", "../a", "a/../../b", "a\\..\\..\\b", "C:\\a", "C:a", "\\\\host\\a", "a\0", " "]
-)
-def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="stay inside"):
-        inside(tmp_path, name)
+def test_names_that_leave_their_folder_are_refused(tmp_path: Path) -> None:
+    names = ["/a", "../a", "a/../../b", "a\\..\\..\\b", "C:\\a", "C:a", "\\\\host\\a", "a\0", " "]
+    for name in names:
+        with pytest.raises(ValueError, match="stay inside"):
+            inside(tmp_path, name)
 
 
 def test_captions_in_another_form_say_how_they_are_read(prepared: Path) -> None:
@@ -181,23 +170,19 @@ def cut(root: Path, number: int) -> Path:
 
 
 def test_damaged_images_are_skipped_and_named(made: Path) -> None:
-    folder = CaptionFolder.open(made)
-
-    def read(share: float) -> list[CaptionedImage]:
-        recipe = Recipe(max_bad_samples=share, feature_cache="off")
-        return usable_images(folder, "train", recipe)
-
-    images = folder.split("train")
-    assert read(0) == images
+    folder, recipe = CaptionFolder.open(made), Recipe(max_bad_samples=0, feature_cache="off")
+    images = usable_images(folder, "train", recipe)
+    assert images == folder.split("train")
     broken = [cut(made, 3), cut(made, 7)]
     logged = log_lines()
-    assert read(0.1) == [image for n, image in enumerate(images) if n not in (3, 7)]
+    usable = usable_images(folder, "train", recipe.replace(max_bad_samples=0.1))
+    assert usable == [image for n, image in enumerate(images) if n not in (3, 7)]
     assert len(logged) == 1 and logged[0].startswith("skipped 2 of 24 train images")
     assert all(str(path) in logged[0] for path in broken)
     for number in range(12):
         cut(made, number)
-    with pytest.raises(DataError, match=r"12 of 24 train images .* max_bad_samples=0.01") as caught:
-        read(0.01)
+    with pytest.raises(DataError, match=r"12 of 24 train images .* max_bad_samples=0") as caught:
+        usable_images(folder, "train", recipe)
     message = str(caught.value)
     assert message.count("train-") == 3 and "12 times" in message and "and 9 more" in message
     assert "\n" not in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +29,15 @@ WORDS = ["a", "small", "red", "square", "on", "a", "white", "background"]
 ATTENTION = "vlm_bridge.captioning.explain.image_attention"
 
 
+def tiny(*parts: Any, **changes: Any) -> Captioner:
+    recipe = tiny_recipe(*parts, decode={"max_new_tokens": 6}, **changes)
+    return Captioner(tiny_captioner(recipe), recipe)
+
+
 @pytest.fixture(params=SYSTEMS, ids="-".join)
 def captioner(request: pytest.FixtureRequest, tiny_vit_dir: Path) -> Captioner:
     bridge, language_model = request.param
-    folder = request.getfixturevalue(f"tiny_{language_model}_dir")
-    recipe = tiny_recipe(tiny_vit_dir, folder, bridge, decode={"max_new_tokens": 6})
-    return Captioner(tiny_captioner(recipe), recipe)
+    return tiny(tiny_vit_dir, request.getfixturevalue(f"tiny_{language_model}_dir"), bridge)
 
 
 @pytest.fixture
@@ -41,16 +45,12 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
 
 
-# For every system.
-
-
 def test_each_word_has_a_map_of_the_grid(captioner: Captioner, image: Image.Image) -> None:
     explanation = explain(captioner, image, caption=CAPTION)
     assert [word.word for word in explanation.words] == WORDS
     for word in explanation.words:
-        assert word.map.shape == (3, 3)
+        assert word.map.shape == (3, 3) and (word.map >= 0).all()
         assert word.map.sum() == pytest.approx(1)
-        assert (word.map >= 0).all()
     assert not np.allclose(explanation.words[1].map, explanation.words[7].map, atol=1e-4)
     explanation = explain(captioner, image)
     assert explanation.caption == captioner.caption([image])[0].caption
@@ -75,13 +75,8 @@ def test_attention_depends_on_the_own_image_and_earlier_tokens(captioner: Captio
     assert torch.equal(model(ids, model.image_inputs(features)), before)  # left as it was
 
 
-# Attention that is known.
-
-
 @torch.no_grad()
-def test_cross_attention_looks_where_its_keys_point(
-    tiny_vit_dir: Path, tiny_llama_dir: Path
-) -> None:
+def test_attention_looks_where_its_keys_point(tiny_vit_dir: Path, tiny_llama_dir: Path) -> None:
     """Keys are the features themselves, and queries each token's normalized embedding."""
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, "cross_attention"))
     bridge = model.bridge
@@ -98,14 +93,10 @@ def test_cross_attention_looks_where_its_keys_point(
     assert (attention.max(-1).values > 0.95).all()
 
 
-# From tokens to words and places.
-
-
 def test_a_token_is_placed_by_the_position_that_predicts_it(
     tiny_vit_dir: Path, tiny_bert_dir: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_recipe(tiny_vit_dir, tiny_bert_dir, "projection")
-    captioner = Captioner(tiny_captioner(recipe), recipe)
+    captioner = tiny(tiny_vit_dir, tiny_bert_dir, "projection")
     # Position t looks at the class token, and at patch t alone behind it.
     attention = torch.eye(10)[1:]
     attention[:, 0] = 1000
@@ -118,8 +109,7 @@ def test_a_token_is_placed_by_the_position_that_predicts_it(
 def test_the_area_of_a_center_crop_is_what_the_encoder_sees(
     tiny_dinov2_dir: Path, tiny_llama_dir: Path, image: Image.Image
 ) -> None:
-    recipe = tiny_recipe(tiny_dinov2_dir, tiny_llama_dir, decode={"max_new_tokens": 2})
-    captioner = Captioner(tiny_captioner(recipe), recipe)
+    captioner = tiny(tiny_dinov2_dir, tiny_llama_dir)
     area = explain(captioner, image).area  # the middle 56 of 64 pixels
     assert area == pytest.approx((12.5, 2.5, 47.5, 37.5))
     preprocess = captioner.model.vision_encoder.preprocess
@@ -132,19 +122,16 @@ def test_the_area_of_a_center_crop_is_what_the_encoder_sees(
     ("language_model", "text"),
     [("llama", "two zebras don't run, near a café."), ("bert", "two cables run, near a pool.")],
 )
-def test_words_are_joined_from_their_pieces(
-    language_model: str, text: str, request: pytest.FixtureRequest
-) -> None:
+def test_words_are_joined(language_model: str, text: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"tiny_{language_model}_dir")
     model = build_language_model(LanguageModelConfig(name=str(folder), dtype="float32"))
     ids = model.encode(text)
     words = group_words(ids, model.decode)
-    assert [word for word, _ in words] == text.replace(",", "").rstrip(".").split()
     indices = [index for _, of_word in words for index in of_word]
-    assert indices == sorted(set(indices))
-    assert len(words[1][1]) > 1  # a word of several pieces
-    for word, of_word in words:
-        assert model.decode([ids[i] for i in of_word]).replace(" ", "") == word
+    assert indices == sorted(set(indices)) and len(words[1][1]) > 1  # a word of several pieces
+    expected = text.replace(",", "").rstrip(".").split()
+    for (word, of_word), wanted in zip(words, expected, strict=True):
+        assert model.decode([ids[i] for i in of_word]).replace(" ", "") == word == wanted
     assert {model.decode([ids[i]]) for i in range(len(ids)) if i not in indices} == {",", "."}
 
 
@@ -159,9 +146,6 @@ def test_marks_inside_a_word_belong_to_it() -> None:
     assert group_words([], lambda ids: "") == []
 
 
-# Drawing.
-
-
 def test_overlays_are_bright_where_the_word_looked() -> None:
     grid = np.zeros((2, 4))
     grid[0, 3] = 1
@@ -171,8 +155,7 @@ def test_overlays_are_bright_where_the_word_looked() -> None:
     sun, even = (np.asarray(x) for x in word_overlays(explanation, image, side=200))
     assert sun.shape == (100, 200, 3)
     rows, columns = np.nonzero((sun.min(-1) < 120) & (sun[..., :2].min(-1) > 150))  # yellow
-    assert len(rows) > 100
-    assert rows.max() < 50 and columns.min() > 100
+    assert len(rows) > 100 and rows.max() < 50 and columns.min() > 100
     assert (even == even[0, 0]).all() and even.max() < 150
 
 

@@ -6,7 +6,6 @@ import csv
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,12 +18,11 @@ from vlm_bridge.errors import DataError
 NAMES = [f"{1000092795 + n}.jpg" for n in range(20)]
 
 
-def write_images(folder: Path, *names: str) -> Path:
+def write_images(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         pixels = random.Random(name).randbytes(12 * 8 * 3)
         Image.frombytes("RGB", (12, 8), pixels).save(folder / name)
-    return folder
 
 
 def write_karpathy(path: Path, splits: dict[str, str]) -> Path:
@@ -36,24 +34,17 @@ def write_karpathy(path: Path, splits: dict[str, str]) -> Path:
     return path
 
 
-# --- Flickr8k and Flickr30k ---
-
-
-@pytest.fixture
-def flickr8k(tmp_path: Path) -> Path:
+def test_flickr8k_follows_the_official_lists(tmp_path: Path) -> None:
     write_images(tmp_path / "Images", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
     rows = [f"{image}.jpg#{n}\tcaption {n} of {image} ." for image in (1, 2, 3, 5) for n in (0, 1)]
     (tmp_path / "Flickr8k.token.txt").write_text("\n".join(rows) + "\n")
     (tmp_path / "Flickr_8k.trainImages.txt").write_text("2.jpg\n4.jpg\n6.jpg\n")
     (tmp_path / "Flickr_8k.devImages.txt").write_text("1.jpg\n")
-    return tmp_path
-
-
-def test_flickr8k_follows_the_official_lists(flickr8k: Path) -> None:
-    source = Flickr8k(flickr8k)
-    items = source.items()
-    assert [(item.image_id, item.split) for item in items] == [("2", "train"), ("1", "val")]
-    assert items[0].captions == ["caption 0 of 2 .", "caption 1 of 2 ."]
+    source = Flickr8k(tmp_path)
+    assert [(item.image_id, item.split, item.captions) for item in source.items()] == [
+        ("2", "train", ["caption 0 of 2 .", "caption 1 of 2 ."]),
+        ("1", "val", ["caption 0 of 1 .", "caption 1 of 1 ."]),
+    ]
     assert {item.id: item.reason for item in source.rejected} == {
         "Flickr8k.token.txt:7": "its image '5.jpg' is missing",
         "3.jpg": "it is in no split list",
@@ -96,12 +87,12 @@ def test_captions_without_splits_are_split_by_hash(flickr30k: Path, tmp_path: Pa
 
 def test_the_table_with_raw_captions_has_the_splits_too(flickr30k: Path) -> None:
     splits = ["train"] * 18 + ["val", "test"]
+    captions = json.dumps([f'Two "young" guys, number {n}.' for n in range(5)])
     with (flickr30k / "flickr_annotations_30k.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["raw", "sentids", "split", "filename", "img_id"])
         for index, (name, split) in enumerate(zip(NAMES, splits, strict=True)):
-            captions = [f'Two "young" guys, number {n}.' for n in range(5)]
-            rows.writerow([json.dumps(captions), "[0, 1, 2, 3, 4]", split, name, index])
+            rows.writerow([captions, "[0, 1, 2, 3, 4]", split, name, index])
     source = Flickr30k(flickr30k)
     items = source.items()
     assert [item.split for item in items[-3:]] == ["train", "val", "test"]
@@ -110,13 +101,13 @@ def test_the_table_with_raw_captions_has_the_splits_too(flickr30k: Path) -> None
 
 
 def test_the_barred_table_is_read_but_for_its_broken_lines(tmp_path: Path) -> None:
-    # As on Kaggle: the table lies beside a folder of its own folder's name.
-    write_images(tmp_path / "flickr30k_images" / "flickr30k_images", *NAMES[:3])
+    root = tmp_path / "flickr30k_images"  # as on Kaggle, beside a folder of its own name
+    write_images(root / "flickr30k_images", *NAMES[:3])
     lines = ["image_name| comment_number| comment"]
     lines += [f"{name}| {n}| A man , in {name} | outside ." for name in NAMES[:2] for n in range(5)]
     lines += [f"{NAMES[2]}| {n}| A dog ." for n in range(4)]
     lines += [f"{NAMES[2]}| 4   A dog runs across the grass .", "nonsense"]
-    (tmp_path / "flickr30k_images" / "results.csv").write_text("\n".join(lines) + "\n")
+    (root / "results.csv").write_text("\n".join(lines) + "\n")
     source = Flickr30k(tmp_path)
     items = {item.image_id: item for item in source.items()}
     assert [len(item.captions) for item in items.values()] == [5, 5, 4]
@@ -137,9 +128,6 @@ def test_the_table_of_the_copies_on_kaggle_is_read_as_csv(tmp_path: Path) -> Non
     assert [item.image_id for item in items] == [name[:-4] for name in NAMES]
     assert items[0].captions == [' Two "young" guys , with a dog .', "A man walks ."]
     assert [item.id for item in source.rejected] == ["captions.txt:42", "captions.txt:43"]
-
-
-# --- COCO ---
 
 
 def write_annotations(root: Path, part: str, year: int, captions: dict[int, list[str]]) -> None:
@@ -173,10 +161,7 @@ def test_coco_decides_train_and_val_and_test_is_empty(coco2017: Path, tmp_path: 
     assert image.original_id == "000000000007" and image.captions == ("Image 7.", "Number 7.")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["train2014/COCO_train2014_", "images/train2014/train2014/COCO_train2014_", "images/", ""],
-)
+@pytest.mark.parametrize("name", ["images/train2014/train2014/COCO_train2014_", "images/", ""])
 def test_the_year_2014_in_its_folders(tmp_path: Path, name: str) -> None:
     write_annotations(tmp_path, "train", 2014, {9: ["A meal."]})
     path = tmp_path / f"{name}000000000009.jpg"
@@ -184,7 +169,7 @@ def test_the_year_2014_in_its_folders(tmp_path: Path, name: str) -> None:
     source = Coco(tmp_path)
     (item,) = source.items()
     assert (item.image_id, item.split) == ("000000000009", "train")
-    assert source.split_rule is not None and "2014" in source.split_rule
+    assert "2014" in str(source.split_rule)
 
 
 def test_karpathy_names_2014_and_the_images_of_2017_are_found(coco2017: Path) -> None:
@@ -208,9 +193,8 @@ def test_missing_images_and_captions_are_skipped(coco2017: Path) -> None:
     (coco2017 / "train2017" / "000000000003.jpg").unlink()
     write_annotations(coco2017, "val", 2017, {7: [], 8: ["Eight."]})
     path = coco2017 / "annotations" / "captions_val2017.json"
-    content: dict[str, Any] = json.loads(path.read_text())
-    content["annotations"].append({"image_id": 99, "id": 4711, "caption": "Of nothing."})
-    path.write_text(json.dumps(content))
+    more = '"annotations": [{"image_id": 99, "id": 4711, "caption": "Of nothing."}, '
+    path.write_text(path.read_text().replace('"annotations": [', more))
     source = Coco(coco2017)
     assert len(source.items()) == 6
     assert {entry.id: entry.reason for entry in source.rejected} == {
@@ -224,8 +208,7 @@ def test_the_newest_year_is_read_unless_one_is_named(coco2017: Path) -> None:
     path.write_text(path.read_text().replace('"file_name"', '"name"'))  # found by their ids
     write_annotations(coco2017, "val", 2014, {2: ["Two."]})
     assert len(Coco(coco2017).items()) == 9
-    (item,) = Coco(coco2017, year=2014).items()
-    assert (item.image_id, item.split) == ("000000000002", "val")
+    assert [item.image_id for item in Coco(coco2017, year=2014).items()] == ["000000000002"]
 
 
 def test_folders_without_coco_or_its_images(tmp_path: Path) -> None:

@@ -75,21 +75,27 @@ def test_groundcap_names_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/datasets/daniel3303/GroundCap (401)" in line and "save_pretrained" not in line
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+@pytest.mark.parametrize(
+    ("is_offline", "problem"),
+    [
+        (False, r"127\.0\.0\.1:1 cannot be reached: check the network"),
+        (True, "cannot be reached: unset HF_HUB_OFFLINE, or give a folder"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_not_waited_for(
+    is_offline: bool, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
-    unreachable = r"127\.0\.0\.1:1 cannot be reached: check the network"
-    with pytest.raises(ModelError, match=f"load the language model.*{unreachable}"):
+    with pytest.raises(ModelError, match=f"load the language model.*{problem}"):
         build_language_model(LanguageModelConfig(name="owner/model"))
-    with pytest.raises(CheckpointError, match=unreachable):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at owner/model, .*be reached"):
         find_checkpoint("owner/model")
-    with pytest.raises(ModelError, match=f"load the vision encoder 'owner/model'.*{unreachable}"):
+    with pytest.raises(ModelError, match=f"load the vision encoder 'owner/model'.*{problem}"):
         build_vision_encoder(VisionEncoderConfig(name="owner/model + efficientnet-lite0"))
 
 
-def test_the_hub_is_not_asked_for_local_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_files_ask_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
     reach_hub(str(tmp_path))
@@ -101,9 +107,7 @@ def test_the_hub_is_not_asked_for_local_files(
     reach_hub("owner/model")
 
 
-def test_a_checkpoint_name_that_is_no_path_is_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_checkpoints_ask_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     (tmp_path / "model.safetensors").touch()
 
@@ -121,23 +125,10 @@ def test_a_checkpoint_name_that_is_no_path_is_looked_up(
 @pytest.mark.parametrize(
     "name", ["nowhere", "runs/mine", "mine/run", "a/b/c", "../x", "me/latest_checkpoint.pth"]
 )
-def test_paths_of_checkpoints_are_not(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_do_not(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = lambda *_, **__: pytest.fail("asked the hub")  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         find_checkpoint(name)
-
-
-def test_models_and_checkpoints_offline_have_a_line_of_their_own() -> None:
-    offline = r"cannot be reached: unset HF_HUB_OFFLINE, or give a folder"
-    with pytest.raises(ModelError, match=offline):
-        build_language_model(LanguageModelConfig(name=GEMMA))
-    with pytest.raises(ModelError, match=f"vision encoder 'facebook/dinov2-large': .*{offline}"):
-        build_vision_encoder(VisionEncoderConfig(name="facebook/dinov2-large"))
-    message = r"no checkpoint at me/captioner, and none from the hub: .*reached"
-    with pytest.raises(CheckpointError, match=message):
-        find_checkpoint("me/captioner")

@@ -46,19 +46,17 @@ def test_every_format_becomes_rgb(name: str) -> None:
 
 
 def test_colors_are_kept_in_every_mode() -> None:
-    red, green, blue = open_image(
-        saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
-    ).getpixel((4, 4))
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red, green, blue = open_image(saved(cmyk, "JPEG", quality=95)).getpixel((4, 4))
     assert red > 200 and green < 60 and blue < 60
     values = np.array([[0, 257 * 64, 257 * 128, 65535]], dtype=np.uint16)
     deep = open_image(saved(Image.fromarray(values), "PNG"))
     assert [deep.getpixel((x, 0))[0] for x in range(4)] == [0, 64, 128, 255]
-    dark = Image.fromarray(np.full((2, 2), 200, dtype=np.uint16))
-    assert open_image(saved(dark, "PNG")).getpixel((0, 0)) == (1, 1, 1)
-    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert open_image(saved(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    dark = saved(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)), "PNG")
+    clear = saved(Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "PNG")
     moving = saved(Image.new("RGB", (60, 40), "red"), "GIF", **several())
-    assert open_image(moving).getpixel((0, 0)) == (255, 0, 0)
+    pixels = [open_image(content).getpixel((0, 0)) for content in (dark, clear, moving)]
+    assert pixels == [(1, 1, 1), (255, 255, 255), (255, 0, 0)]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -78,29 +76,23 @@ def test_every_format_is_shown_upright(kind: str) -> None:
 
 
 def test_broken_files_name_their_reason(tmp_path: Path) -> None:
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html></html>")
-    (tmp_path / "cut.jpg").write_bytes(FILES["jpeg"]()[:5000])
     os.mkfifo(tmp_path / "pipe.jpg")
-    for name, reason in [
-        ("missing.jpg", "no such file"),
-        ("empty.jpg", "empty"),
-        ("text.jpg", "no image, or a damaged one"),
-        ("page.jpg", "an HTML page"),
-        ("cut.jpg", "truncated"),
-        ("pipe.jpg", "a pipe"),
-        (".", "a folder"),
+    for name, content, reason in [
+        ("missing.jpg", None, "no such file"),
+        ("empty.jpg", b"", "empty"),
+        ("text.jpg", b"not an image", "no image, or a damaged one"),
+        ("page.jpg", b"<!DOCTYPE html><html></html>", "an HTML page"),
+        ("cut.jpg", FILES["jpeg"]()[:5000], "truncated"),
+        ("pipe.jpg", None, "a pipe"),
+        (".", None, "a folder"),
     ]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageError, match=reason) as caught:
             open_image(tmp_path / name)
-        assert caught.value.path == str(tmp_path / name)
-        assert "\n" not in str(caught.value)
+        assert caught.value.path == str(tmp_path / name) and "\n" not in str(caught.value)
     (tmp_path / "IMG_0001.HEIC").write_bytes(FILES["jpeg"]())
     assert open_image(tmp_path / "IMG_0001.HEIC").size == (60, 40)
-
-
-# Files that cost more than they are.
 
 
 def exif_of_many(tags: int, size: int = MEGABYTE) -> bytes:
@@ -174,10 +166,8 @@ def test_hostile_metadata_costs_neither_time_nor_memory(name: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
-@pytest.mark.parametrize("size", [(12_000, 12_000), (7_142, 7_142), (1, 50_000_000)])
-def test_huge_images_are_refused_from_their_header(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("size", [(7_142, 7_142), (1, 50_000_000)])
+def test_huge_images_are_refused(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     for read in (open_image, image_size):
         with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} is too large.*--max-pixels"):
             read(png(size=size))
@@ -195,14 +185,10 @@ def test_a_large_jpeg_is_read_at_a_half(monkeypatch: pytest.MonkeyPatch) -> None
         open_image(content)
 
 
-# Processes with limits.
-
-
 def misbehave(task: str) -> str:
-    if task == "sleep":
-        time.sleep(600)
     if task == "die":
         os._exit(9)
+    time.sleep(600 if task == "sleep" else 0)
     return task.upper()
 
 
@@ -220,15 +206,12 @@ def test_a_task_that_takes_too_much_costs_itself_alone(monkeypatch: pytest.Monke
                 results[task]()
 
 
-# Paths.
-
-
 def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
-    for name in ("b.png", "a.jpg", "sub/c.PNG", "sub/.hidden.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    a, b, c = tmp_path / "a.jpg", tmp_path / "b.png", tmp_path / "sub/c.PNG"
-    notes = tmp_path / "notes.txt"
+    (tmp_path / "sub").mkdir()
+    names = ("a.jpg", "b.png", "sub/c.PNG", "notes.txt", "sub/.hidden.png")
+    a, b, c, notes, hidden = (tmp_path / name for name in names)
+    for path in (b, a, c, hidden, notes):
+        path.touch()
     logged = log_lines()
     assert iter_image_paths([b, tmp_path]) == [b, a, b, c]
     assert logged == [f"{tmp_path}: skipped 1 files that are no images"]

@@ -61,10 +61,8 @@ class TestWithoutJava:
 
     def test_skipped_metrics_have_a_reason(self) -> None:
         scores = score_captions(REFERENCES, HYPOTHESES, spice=True)
-        assert scores.tokenizer == "regex"
-        assert set(scores.skipped) == {"METEOR", "SPICE"}
-        assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"} <= set(scores.corpus)
-        assert not {"METEOR", "SPICE"} & set(scores.corpus)
+        assert scores.tokenizer == "regex" and set(scores.skipped) == {"METEOR", "SPICE"}
+        assert set(scores.corpus) == {f"BLEU-{n}" for n in range(1, 5)} | {"ROUGE-L", "CIDEr"}
         skipped, _, comparable = score_notes(scores.skipped, scores.tokenizer)
         assert "METEOR skipped: no Java found" in skipped and "install" in skipped
         assert "do not compare" in comparable
@@ -86,9 +84,7 @@ class TestWithoutJava:
             ({"x": ["a"], "dots": [".", " "]}, {"x": "a", "dots": "b"}, "dots"),
         ],
     )
-    def test_ids_that_do_not_match_are_named(
-        self, references: dict, hypotheses: dict, words: str
-    ) -> None:
+    def test_other_ids_are_named(self, references: dict, hypotheses: dict, words: str) -> None:
         with pytest.raises(DataError, match=words):
             score_captions(references, hypotheses)
 
@@ -117,17 +113,14 @@ def test_the_simple_rule_gives_the_tokens_of_ptb(sentence: str, tokens: str) -> 
 
 @needs_java
 def test_ptb_tokens_equal_pycocoevalcap(capfd: pytest.CaptureFixture[str]) -> None:
-    sentences = [
-        "A dog, runs.", "It's a (test) -- a/b 1/2", "can't; $5.00 {x} [y]", "...", "café—naïve", "Mr. X",
-    ]  # fmt: skip
+    sentences = ["It's a (test) -- a/b 1/2", "can't; $5.00 {x} [y]", "...", "café—naïve", "Mr. X"]
     ours = ptb_tokenize(sentences)
     assert capfd.readouterr() == ("", "")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     theirs = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(sentences)})
     assert ours == [theirs[i][0] for i in range(len(sentences))]
-    broken = ["a\nb\r\nc", "", "d\u2028e\x85f", " ", "g"]
-    assert ptb_tokenize(broken) == ["a b c", "", "d e f", "", "g"]
+    assert ptb_tokenize(["a\nb\r\nc", "", "d\u2028e\x85f", " "]) == ["a b c", "", "d e f", ""]
 
 
 @needs_java
@@ -149,8 +142,8 @@ def test_scores_equal_pycocoevalcap() -> None:
     expected["METEOR"] = (0.2909882374750596, meteor)
     assert scores.tokenizer == "ptb" and set(scores.corpus) - {"SPICE"} == set(expected)
     for name, (corpus, per_image) in expected.items():
-        assert scores.corpus[name] == corpus
-        assert [scores.per_image[image_id][name] for image_id in gts] == list(per_image)
+        ours = [scores.per_image[image_id][name] for image_id in gts]
+        assert (scores.corpus[name], ours) == (corpus, list(per_image))
     assert set(scores.per_image["d"].values()) == {0.0}
     if "SPICE" not in scores.corpus:
         assert "-m pycocoevalcap.spice.get_stanford_models" in scores.skipped["SPICE"]
@@ -195,5 +188,4 @@ def test_cider_of_single_captions_equals_the_reference_implementation() -> None:
     ours = [cider.scores(image, [caption])[0] for image, caption in enumerate(captions)]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     assert ours[0] > 1 and ours[1] == ours[2] == 0
-    alone = [cider.scores(7, [caption])[0] for caption in captions]
-    assert cider.scores(7, captions) == alone
+    assert cider.scores(7, captions) == [cider.scores(7, [text])[0] for text in captions]

@@ -94,10 +94,8 @@ def system(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(system: str, request: pytest.FixtureRequest) -> CaptionModel:
     bridge, language_model = system.split("/")
-    vision_encoder, decoder = (
-        request.getfixturevalue(f"tiny_{name}_dir") for name in ("vit", language_model)
-    )
-    model = build_captioner(tiny_recipe(Path(vision_encoder), Path(decoder), bridge))
+    parts = (request.getfixturevalue(f"tiny_{name}_dir") for name in ("vit", language_model))
+    model = build_captioner(tiny_recipe(*parts, bridge))
     set_weights(model)
     return model
 
@@ -105,9 +103,8 @@ def model(system: str, request: pytest.FixtureRequest) -> CaptionModel:
 @pytest.mark.parametrize("name", CASES)
 def test_captions_are_those_recorded(model: CaptionModel, system: str, name: str) -> None:
     case = CASES[name]
-    ids, scores = generated(
-        model, oracle_features(model), case.prompt, case.decode, case.alternatives
-    )
+    features = oracle_features(model)
+    ids, scores = generated(model, features, case.prompt, case.decode, case.alternatives)
     assert ids == RECORDED["captions"][system][name]
     assert scores == pytest.approx(RECORDED["scores"][system][name], abs=2e-4)
 

@@ -19,10 +19,8 @@ from vlm_bridge.errors import ImageError, ModelError
 from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.weights import WHEELS, packaged_file, require_weights
 
-MOST_MB = 12
 has_bundle = pytest.mark.skipif(
-    not captioning.bundled_models(),
-    reason="no captioner is bundled with this build (make bundle RUN=...)",
+    not captioning.bundled_models(), reason="no captioner is bundled (make bundle RUN=...)"
 )
 
 
@@ -46,16 +44,13 @@ def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) ->
     images = [noise(seed) for seed in range(5)]
     assert captioner(images, batch_size=2) == [captioner(image) for image in images]
     several = captioner(photo, num_return_sequences=3)
-    assert several[0] == answer[0]
-    assert len(several) == 3
+    assert several[0] == answer[0] and len(several) == 3
     with pytest.raises(ImageError, match="no such file"):
         captioner(photo.with_name("none.jpg"))
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "turned"])
-def test_an_open_image_is_captioned_as_its_file(
-    captioner: Captioner, tmp_path: Path, mode: str
-) -> None:
+def test_an_open_image_is_as_its_file(captioner: Captioner, tmp_path: Path, mode: str) -> None:
     path = tmp_path / "photo.tiff"
     if mode == "turned":
         exif = Image.Exif()
@@ -71,9 +66,7 @@ def test_an_open_image_is_captioned_as_its_file(
     assert of_image.score == pytest.approx(of_file.score, abs=1e-5)
 
 
-def test_a_saved_folder_captions_the_same_in_a_fresh_process_without_extras(
-    captioner: Captioner, photo: Path, tmp_path: Path
-) -> None:
+def test_a_saved_folder_needs_no_extras(captioner: Captioner, photo: Path, tmp_path: Path) -> None:
     captioner.save_pretrained(tmp_path / "saved", CardFacts(license="mit"))
     assert "license: mit" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     extras = "gradio tensorboard accelerate pycocoevalcap matplotlib imagehash datasets"
@@ -90,12 +83,7 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process_without_extras(
     assert result.stdout == captioner(photo)[0]["generated_text"]
 
 
-# The bundled captioner.
-
-
-def test_a_build_without_one_is_one_line(
-    photo: Path, monkeypatch: pytest.MonkeyPatch, run_here
-) -> None:
+def test_a_build_without_one(photo: Path, monkeypatch: pytest.MonkeyPatch, run_here) -> None:
     monkeypatch.setattr(captioning, "BUNDLED", photo.with_name("bundled"))
     result = run_here("caption", photo)
     assert result.returncode == 1
@@ -115,7 +103,7 @@ def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -
 def test_the_bundle_is_small_sound_and_documented() -> None:
     config, tensors = formats.read_folder(captioning.bundled_captioner())
     size = (captioning.BUNDLED / formats.WEIGHTS_NAME).stat().st_size
-    assert size <= MOST_MB * 1e6
+    assert size <= 12e6
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     matrices = [t for name, t in tensors.items() if name.startswith("bridge.") and t.ndim > 1]
     assert size < 1.2 * sum(tensor.numel() for tensor in matrices)  # a byte of each

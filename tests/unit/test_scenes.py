@@ -45,8 +45,7 @@ def test_captions_read_like_english() -> None:
 
 def test_parsing_is_tolerant_within_the_grammar() -> None:
     squares = SceneFacts((Kind("blue", "square"),), 3, "small")
-    for text in ("There are three small blue squares!", "  THREE SMALL BLUE SQUARES . "):
-        assert parse_caption(text) == squares
+    assert parse_caption("  There are THREE SMALL BLUE squares ! ") == squares
     for text in ("", "A dog.", "A large red.", "Blue squares.", "A red circle above."):
         assert parse_caption(text) is None
 
@@ -63,7 +62,7 @@ def test_objects_are_as_in_the_caption_inside_and_apart() -> None:
         assert len(scene.objects) == scene.facts.count
         boxes = []
         for corners, _ in scene.objects:
-            xs, ys = [corner.real for corner in corners], [corner.imag for corner in corners]
+            xs, ys = zip(*((corner.real, corner.imag) for corner in corners), strict=True)
             boxes.append((min(xs), min(ys), max(xs), max(ys)))
             assert min(boxes[-1]) > -3 and max(boxes[-1]) < IMAGE_SIZE + 3  # but for the tips
             if scene.facts.size is not None:
@@ -73,9 +72,9 @@ def test_objects_are_as_in_the_caption_inside_and_apart() -> None:
         if scene.facts.relation is not None:
             centers = [complex(x1 + x2, y1 + y2) / 2 for x1, y1, x2, y2 in boxes]
             apart = centers[1] - centers[0]
-            along, across = apart.real, apart.imag
             if scene.facts.relation == "above":
-                along, across = across, along
+                apart = complex(apart.imag, apart.real)
+            along, across = apart.real, apart.imag
             assert along > 75 and abs(across) < 35  # no other relation could be meant
     assert max(sizes["small"]) < min(sizes["large"])
 
@@ -101,8 +100,8 @@ FACTS = ("color_shape", "color", "shape", "count", "relation")
         ("A red heart above a green star.", REFERENCE, (True, True, True, True, False)),
         ("A red star above a green heart.", REFERENCE, (False, True, True, True, False)),
         ("A green star above a red circle.", REFERENCE, (False, True, False, True, False)),
-        ("A green star.", REFERENCE, (False, False, False, False, False)),
-        ("A dog on grass.", REFERENCE, (False, False, False, False, False)),
+        ("A green star.", REFERENCE, (False,) * 5),
+        ("A dog on grass.", REFERENCE, (False,) * 5),
         ("There are three small blue squares.", "Three small blue squares.", (True,) * 4 + (None,)),
         ("Two large blue squares.", "Three small blue squares.", (True, True, True, False, None)),
     ],

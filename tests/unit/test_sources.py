@@ -44,19 +44,14 @@ CAPTION_FILES = {
 @pytest.mark.parametrize("name", CAPTION_FILES)
 def test_caption_files_are_found_and_say_the_same(images: Path, name: str) -> None:
     (images / name).write_bytes(CAPTION_FILES[name].encode())
-    source = LocalFolder(images)
-    assert {item.image_id: item.captions for item in source.items()} == {
-        "a": ["A dog.", 'A "wet", happy dog.'],
-        "sub/c": ["A cat."],
-    }
-    assert [(r.id, r.reason) for r in source.rejected] == [("b.png", "it has no caption")]
-
-
-def test_a_caption_file_elsewhere(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.tsv"
-    elsewhere.write_text("a.jpg\tA dog.\n")
-    (item,) = LocalFolder(images, elsewhere).items()
-    assert (item.image_id, item.captions) == ("a", ["A dog."])
+    elsewhere = images.with_name(f"mine-{name}")
+    for given in (None, elsewhere):
+        source = LocalFolder(images, given)
+        captions = {item.image_id: item.captions for item in source.items()}
+        assert captions == {"a": ["A dog.", 'A "wet", happy dog.'], "sub/c": ["A cat."]}
+        assert source.rejected == [SkippedSample("b.png", "it has no caption")]
+        if given is None:
+            (images / name).rename(elsewhere)
 
 
 def test_text_files_beside_images(tmp_path: Path) -> None:
@@ -74,10 +69,8 @@ def test_splits_from_a_column_and_from_folders(tmp_path: Path) -> None:
     for name, line in (("train", "c.jpg"), ("validation", "d.jpg")):
         record = json.dumps({"file_name": line, "text": "x"})
         (tmp_path / name / "metadata.jsonl").write_text(record)
-    assert [(i.image_id, i.split) for i in LocalFolder(tmp_path).items()] == [
-        ("train/c", "train"),
-        ("validation/d", "val"),
-    ]
+    found = {item.image_id: item.split for item in LocalFolder(tmp_path).items()}
+    assert found == {"train/c": "train", "validation/d": "val"}
     (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,x,\na.jpg,x,dev\nb.jpg,y,\n")
     assert [item.split for item in LocalFolder(tmp_path).items()] == ["val", None]
 
@@ -94,12 +87,8 @@ def test_a_folder_that_is_a_split_decides(tmp_path: Path, name: str) -> None:
 def test_a_split_that_contradicts_the_folder_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "test/a.jpg")
     (tmp_path / "captions.csv").write_text("image,caption,split\ntest/a.jpg,x,train\n")
-    with pytest.raises(
-        DataError, match=r"captions.csv:2: .* several splits \(test before, train here\)"
-    ):
-        LocalFolder(tmp_path).items()
-    (tmp_path / "captions.csv").rename(tmp_path / "test" / "captions.csv")
-    with pytest.raises(DataError, match=r"captions.csv:2: .* several splits"):
+    message = r"captions.csv:2: .* several splits \(test before, train here\)"
+    with pytest.raises(DataError, match=message):
         LocalFolder(tmp_path).items()
 
 
@@ -125,7 +114,6 @@ def test_captions_of_missing_images_are_skipped_up_to_a_share(tmp_path: Path) ->
         ("captions.csv", b"image,caption\na.jpg,caf\xe9\n", r"captions.csv:2: not UTF-8"),
         ("captions.jsonl", b'{"image": "a.jpg", "caption": "caf\xe9"}\n', r"captions.jsonl:1: not UTF-8"),
         ("captions.tsv", b"../a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
-        ("captions.tsv", b"C:\\a.jpg\tA dog.\n", r"captions.tsv:1: its image .* is missing"),
         ("captions.tsv", b"b.png A cat.\n", r"captions.tsv:1: the header must name"),
         ("captions.csv", b"a.jpg,A dog.\n", r"captions.csv:1: the header must name"),
         ("captions.csv", b"image,caption\na.jpg,A dog, wet.\n", r"captions.csv:2: 3 cells"),
@@ -137,9 +125,7 @@ def test_captions_of_missing_images_are_skipped_up_to_a_share(tmp_path: Path) ->
         ("captions.csv", b"", r"empty"),
     ],
 )  # fmt: skip
-def test_malformed_caption_files_name_file_and_line(
-    images: Path, name: str, content: bytes, message: str
-) -> None:
+def test_malformed_files_name_lines(images: Path, name: str, content: bytes, message: str) -> None:
     (images / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         LocalFolder(images).items()
@@ -180,10 +166,8 @@ def test_names_are_those_beside_their_caption_file(tmp_path: Path) -> None:
     for split in ("train", "test"):
         touch(tmp_path, f"{split}/images/A.JPG")
         (tmp_path / split / "metadata.csv").write_text("file_name,text\na.jpg,x\n")
-    assert [item.image_id for item in LocalFolder(tmp_path).items()] == [
-        "test/images/A",
-        "train/images/A",
-    ]
+    found = [item.image_id for item in LocalFolder(tmp_path).items()]
+    assert found == ["test/images/A", "train/images/A"]
 
 
 def test_links_that_lead_out_are_read_where_they_are_allowed(tmp_path: Path) -> None:
@@ -221,10 +205,9 @@ def test_no_caption_file_or_several(images: Path) -> None:
 
 def test_sources_by_name(tmp_path: Path) -> None:
     assert make_source("scenes", num_train=1, num_val=2, num_test=3).items()[-1].split == "test"
-    with pytest.raises(UsageError, match="unknown source"):
-        make_source("flickr9k")
-    with pytest.raises(UsageError, match="--input-dir"):
-        make_source("local")
+    for name, message in (("flickr9k", "unknown source"), ("local", "--input-dir")):
+        with pytest.raises(UsageError, match=message):
+            make_source(name)
     with pytest.raises(DataError, match="no such folder"):
         make_source("local", input_dir=tmp_path / "missing")
     with pytest.raises(DataError, match="no such caption file"):
@@ -253,8 +236,7 @@ def test_the_source_of_other_inputs(tmp_path: Path) -> None:
     assert find_source()[0] == "groundcap"
     assert find_source(captions_file=tmp_path / "mine.csv")[0] == "local"
     assert find_source(tmp_path, tmp_path / "mine.json") == ("local", "mine.json")
-    touch(tmp_path, "images.tar")
     with pytest.raises(DataError, match=r"cannot tell which dataset .* --source"):
-        find_source(input_dir=tmp_path)
+        find_source(input_dir=touch(tmp_path, "images.tar"))
     with pytest.raises(DataError, match="no such folder"):
         find_source(input_dir=tmp_path / "none")
