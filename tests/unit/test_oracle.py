@@ -94,8 +94,8 @@ def system(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(system: str, request: pytest.FixtureRequest) -> CaptionModel:
     bridge, language_model = system.split("/")
-    parts = (request.getfixturevalue(f"tiny_{name}_dir") for name in ("vit", language_model))
-    model = build_captioner(tiny_recipe(*parts, bridge))
+    vit, decoder = (request.getfixturevalue(f"tiny_{n}_dir") for n in ("vit", language_model))
+    model = build_captioner(tiny_recipe(vit, decoder, bridge))
     set_weights(model)
     return model
 

@@ -214,7 +214,7 @@ def test_an_evaluation_records_scores_and_settings(images: list[CaptionedImage])
     evaluation = evaluated(images)
     content = evaluation.metrics
     expected = {"num_images": 7, "num_failures": 1, "perplexity": 12.5, "visual_gain": 0.75}
-    assert content == content | expected | {"METEOR": None, "tokenizer": "regex"}
+    assert content == {**content, **expected, "METEOR": None, "tokenizer": "regex"}
     assert content["decode"]["num_beams"] == 2 and 0 < content["BLEU-4"] < 1
     assert "Java" in content["skipped"]["METEOR"] and "torch" in content["versions"]
     json.dumps(content, allow_nan=False)
