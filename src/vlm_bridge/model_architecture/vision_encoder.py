@@ -45,6 +45,8 @@ class VisionEncoder(Protocol):
     Attributes:
         grid: rows and columns of the patch grid; ``num_tokens`` may exceed rows x columns by class
             or register tokens, which stand before it.
+        image_size: side of the square that it reads, in pixels.
+        layers: those whose outputs are concatenated; None for the last.
         preprocess: makes pixels [B, 3, h, w] float32 (never of three dimensions) of RGB images.
         seen_area: the part that is seen of an image of (width, height) pixels.
     """
@@ -52,6 +54,8 @@ class VisionEncoder(Protocol):
     embed_dim: int
     num_tokens: int
     grid: tuple[int, int]
+    image_size: int
+    layers: tuple[int, ...] | None
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor: ...
 
