@@ -175,7 +175,7 @@ def split_features(
         return SplitFeatures(pixels, views)
     content, dtype = features.images_digest(pixels.paths, root), recipe.feature_cache_dtype
     key = features.LAYOUT, encoder_fingerprint(encoder), content, dtype, repr(views)
-    device = next(encoder.parameters()).device
+    device = next(encoder.parameters(), torch.empty(0)).device  # some encoders have no weights
 
     @torch.no_grad()
     def encode(pixels_bchw: torch.Tensor) -> torch.Tensor:
