@@ -85,8 +85,8 @@ def test_tabs_with_and_without_a_header_say_the_same(tmp_path: Path, header: lis
 
 def test_quotes_in_tabs_that_nobody_quoted_are_text(tmp_path: Path) -> None:
     texts = ['"Stop" says the sign', '"open', 'a "wet", dog', "one\ttwo", '"open']
-    lines = [f"p{n}.jpg\t{text}" for n, text in enumerate(texts)]
-    captions, skipped = read(tmp_path / "a.tsv", "\n".join(lines))
+    lines = "\n".join(f"p{n}.jpg\t{text}" for n, text in enumerate(texts))
+    captions, skipped = read(tmp_path / "a.tsv", lines)
     assert [found[0] for found in captions.values()] == texts and not skipped
 
 
@@ -106,10 +106,10 @@ def test_captions_of_a_cell(tmp_path: Path, cell: str, captions: tuple[str, ...]
     assert found == {"p0.jpg": captions} and not skipped
 
 
-@pytest.mark.parametrize("cell", ["['a dog' 'a cat']", "['a dog', 'it's']", "['a', 2]"])
-def test_a_list_that_is_damaged_is_no_caption(tmp_path: Path, cell: str) -> None:
-    captions, skipped = read(tmp_path / "a.csv", table(f'p0.jpg,"{cell}"'))
-    assert not captions and "a.csv:2" in skipped
+def test_a_list_that_is_damaged_is_no_caption(tmp_path: Path) -> None:
+    lists = ("['a dog' 'a cat']", "['a dog', 'it's']", "['a', 2]")
+    captions, skipped = read(tmp_path / "a.csv", table(*(f'p0.jpg,"{cell}"' for cell in lists)))
+    assert not captions and list(skipped) == ["a.csv:2", "a.csv:3", "a.csv:4"]
 
 
 def conversation(*answers: str) -> list[dict[str, str]]:
@@ -130,13 +130,10 @@ FORMS: dict[str, Any] = {
         "images": [{"id": 0, "file_name": "p0.jpg"}, {"id": "x", "file_name": "p1.jpg"}],
         "annotations": [{"image_id": n, "caption": text} for n, text in ((0, "a"), ("x", "b"), ("x", "c"))],
     },
-    "karpathy.json": {
-        "dataset": "mine",
-        "images": [
-            {"filename": "p0.jpg", "split": "train", "sentences": [{"raw": "a"}]},
-            {"filename": "p1.jpg", "split": "restval", "sentences": [{"raw": "b"}, {"raw": "c"}]},
-        ],
-    },
+    "karpathy.json": {"images": [
+        {"filename": "p0.jpg", "split": "train", "sentences": [{"raw": "a"}]},
+        {"filename": "p1.jpg", "split": "restval", "sentences": [{"raw": "b"}, {"raw": "c"}]},
+    ]},
 }  # fmt: skip
 
 
@@ -166,12 +163,12 @@ def test_metadata_in_parquet_names_files(tmp_path: Path) -> None:
 
 def test_images_within_parquet_files_are_transformed(tmp_path: Path) -> None:
     root = tmp_path / "dataset"
-    (root / "data").mkdir(parents=True)
+    root.mkdir()
     for part, numbers in (("train", range(3)), ("validation", range(3, 5))):
         images = [{"bytes": jpeg(n), "path": f"{n}.jpg" if n % 2 else None} for n in numbers]
         texts = [[f"one {n}", f"two {n}"] for n in numbers]
         table = pa.table({"image": images, "captions": texts})
-        pq.write_table(table, root / "data" / f"{part}-00000-of-00001.parquet")
+        pq.write_table(table, root / f"{part}-00000-of-00001.parquet")
     items = LocalFolder(root).items()
     assert [item.split for item in items] == ["train"] * 3 + ["val"] * 2
     assert list(iter_images(items)) == [jpeg(n) for n in range(5)]

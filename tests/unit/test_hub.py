@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -57,15 +58,13 @@ def test_every_refusal_gives_a_reason_and_a_remedy(error: Exception, words: list
 
 
 def test_errors_of_other_origin_and_of_folders_are_left_alone(tmp_path: Path) -> None:
-    assert hub_problem(wrapped(ValueError("odd configuration")), GEMMA) is None
-    assert hub_problem(refusal(errors.HfHubHTTPError, 500), GEMMA) is None
+    for error in (wrapped(ValueError("odd")), refusal(errors.HfHubHTTPError, 500)):
+        assert hub_problem(error, GEMMA) is None
     assert hub_problem(errors.LocalEntryNotFoundError("not cached"), str(tmp_path)) is None
 
 
 def test_groundcap_names_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise refusal(errors.HfHubHTTPError, 401)
-
+    refuse = Mock(side_effect=refusal(errors.HfHubHTTPError, 401))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(DataError) as caught:
         GroundCap().items()
@@ -108,27 +107,20 @@ def test_local_files_ask_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_of_checkpoints_ask_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
     (tmp_path / "model.safetensors").touch()
-
-    def download(name: str, **options: Any) -> str:
-        asked.append((name, options["revision"]))
-        return str(tmp_path)
-
+    download = Mock(return_value=str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_checkpoint("me/captioner", "v1") == tmp_path / "model.safetensors"
-    assert asked == [("me/captioner", "v1")]
+    assert download.call_args.args == ("me/captioner",)
+    assert download.call_args.kwargs["revision"] == "v1"
     with pytest.raises(CheckpointError, match="revision='v1' is for models on the hub"):
         find_checkpoint(tmp_path, "v1")
 
 
-@pytest.mark.parametrize(
-    "name", ["nowhere", "runs/mine", "mine/run", "a/b/c", "../x", "me/latest_checkpoint.pth"]
-)
-def test_paths_do_not(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    never = lambda *_, **__: pytest.fail("asked the hub")  # noqa: E731
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+def test_paths_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
-        find_checkpoint(name)
+    for name in ("nowhere", "runs/mine", "mine/run", "a/b/c", "../x", "me/latest_checkpoint.pth"):
+        with pytest.raises(CheckpointError, match="no checkpoint at"):
+            find_checkpoint(name)
