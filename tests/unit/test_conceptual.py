@@ -45,14 +45,6 @@ def test_samples_of_all_shards_become_a_caption_folder(tmp_path: Path) -> None:
     assert image.path.read_bytes() == jpeg(int(image.original_id))
 
 
-def test_official_parts_are_kept(tmp_path: Path) -> None:
-    write_tar(tmp_path / "cc" / "train" / "00000.tar", samples(*range(50)))
-    write_tar(tmp_path / "cc" / "val" / "00000.tar", samples(50, 51, 52))
-    official = transform(Conceptual(tmp_path / "cc"), tmp_path / "official")
-    assert [counts["images"] for counts in official["counts"].values()] == [50, 3, 0]
-    assert official["split_rule"].startswith("the dataset's own parts")
-
-
 def test_incomplete_samples_are_rejected_with_their_reason(tmp_path: Path) -> None:
     members = [
         *sample(0)[1:],

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_files import FILES, noise, saved, several
+from image_files import FILES, noise, saved
 from logs import log_lines
 from vlm_bridge.data_pipeline import images
 from vlm_bridge.data_pipeline.images import (
@@ -38,7 +38,7 @@ def test_every_format_becomes_rgb(name: str) -> None:
     image, is_plain = decode_image(content)
     assert image.mode == "RGB" and image.size == image_size(content)
     assert is_plain == (name in ("jpeg", "jpeg progressive", "jpeg restarts")), "copied unchanged"
-    if name in ("jpeg", "png", "gif", "webp lossless", "apng", "bmp", "tiff"):
+    if name in ("png palette", "gif animated", "webp lossless", "apng", "bmp", "tiff", "jpeg"):
         with Image.open(io.BytesIO(content)) as whole:
             rgba = whole.convert("RGBA")
         white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -53,10 +53,7 @@ def test_colors_are_kept_in_every_mode() -> None:
     deep = open_image(saved(Image.fromarray(values), "PNG"))
     assert [deep.getpixel((x, 0))[0] for x in range(4)] == [0, 64, 128, 255]
     dark = saved(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)), "PNG")
-    clear = saved(Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "PNG")
-    moving = saved(Image.new("RGB", (60, 40), "red"), "GIF", **several())
-    pixels = [open_image(content).getpixel((0, 0)) for content in (dark, clear, moving)]
-    assert pixels == [(1, 1, 1), (255, 255, 255), (255, 0, 0)]
+    assert open_image(dark).getpixel((0, 0)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +36,8 @@ class Case(NamedTuple):
     alternatives: int = 1
 
 
-def greedy(**settings: Any) -> DecodeSettings:
-    return DecodeSettings(num_beams=1, max_new_tokens=12, **settings)
-
-
-def beams(**settings: Any) -> DecodeSettings:
-    return DecodeSettings(num_beams=4, max_new_tokens=12, **settings)
-
-
+greedy = partial(DecodeSettings, num_beams=1, max_new_tokens=12)
+beams = partial(DecodeSettings, num_beams=4, max_new_tokens=12)
 CASES = {
     "greedy": Case(greedy()),
     "greedy, prompt": Case(greedy(), LONG_PROMPT),

@@ -51,15 +51,11 @@ def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) ->
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "turned"])
 def test_an_open_image_is_as_its_file(captioner: Captioner, tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "photo.tiff"
+    path, exif = tmp_path / ("photo.png" if mode == "P" else "photo.tiff"), Image.Exif()
     if mode == "turned":
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        noise(1).save(path, exif=exif)
-    elif mode == "P":
-        noise(1).convert("P").save(path := path.with_suffix(".png"), transparency=3)
-    else:
-        noise(1).convert("L" if mode == "I;16" else "RGB").convert(mode).save(path)
+        exif[0x0112], mode = 6, "RGB"
+    image = noise(1).convert("L" if mode == "I;16" else "RGB").convert(mode)
+    image.save(path, exif=exif, **({"transparency": 3} if mode == "P" else {}))
     with Image.open(path) as opened:
         of_file, of_image = captioner.caption([path, opened])
     assert of_image.caption == of_file.caption

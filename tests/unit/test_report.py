@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageColor
-from typer.testing import CliRunner, Result
 
 from vlm_bridge.captioning.explain import BROKEN, SheetItem, draw_sheet
 from vlm_bridge.captioning.pipeline import CaptionResult
-from vlm_bridge.cli.main import app
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
@@ -255,15 +253,9 @@ def run(images: list[CaptionedImage], tmp_path: Path) -> Path:
     return folder
 
 
-def invoke(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
 class TestReportOfARun:
-    def test_its_figures_equal_the_json(self, run: Path) -> None:
-        invoke("report", run)
+    def test_its_figures_equal_the_json(self, run: Path, run_here) -> None:
+        assert run_here("report", run).returncode == 0
         html = (run / "report.html").read_text(encoding="utf-8")
         assert len(html) < 5_000_000
         metrics = json.loads((run / "val" / "metrics.json").read_text())
@@ -275,12 +267,12 @@ class TestReportOfARun:
         reported = read_run(run / "val")
         assert reported.curves["train/loss"][0] == (1, 1.0) and reported.name == "lite"
 
-    def test_missing_parts_are_noted(self, run: Path, tmp_path: Path) -> None:
+    def test_missing_parts_are_noted(self, run: Path, tmp_path: Path, run_here) -> None:
         (run / "val" / "predictions.jsonl").unlink()
         assert any("predictions.jsonl" in line for line in read_run(run).missing)
         (run / "val" / "metrics.json").unlink()
-        result = invoke("report", run, "--output", tmp_path / "new" / "r.html")
-        assert "Not evaluated yet" in result.stderr
+        done = run_here("report", run, "--output", tmp_path / "new" / "r.html")
+        assert done.returncode == 0 and "Not evaluated yet" in done.stderr
         assert "Not evaluated yet" in (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("line", ["{", "[]", '{"image": "x.jpg"}', "no CIDEr"])
@@ -297,8 +289,8 @@ class TestReportOfARun:
             with pytest.raises(DataError, match=message):
                 read_run(path)
 
-    def test_side_by_side(self, run: Path, tmp_path: Path) -> None:
+    def test_side_by_side(self, run: Path, tmp_path: Path, run_here) -> None:
         other = shutil.copytree(run, run.parent / "other")
-        invoke("compare", run, other, "--html", tmp_path / "compared.html")
+        run_here("compare", run, other, "--html", tmp_path / "compared.html")
         html = (tmp_path / "compared.html").read_text(encoding="utf-8")
         assert "100.0%" in html and html.count("<svg") == 1

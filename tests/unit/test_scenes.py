@@ -36,11 +36,9 @@ def test_every_caption_of_every_scene_states_its_facts() -> None:
 def test_captions_read_like_english() -> None:
     cross = SceneFacts((Kind("blue", "cross"),), 3, "small")
     assert describe(cross)[0] == "Three small blue crosses."
-    relation = SceneFacts((Kind("green", "star"), Kind("orange", "heart")), 2, relation="above")
-    assert describe(relation) == [
-        "A green star above an orange heart.",
-        "An orange heart below a green star.",
-    ]
+    pair = SceneFacts((Kind("green", "star"), Kind("orange", "heart")), 2, relation="above")
+    said = ["A green star above an orange heart.", "An orange heart below a green star."]
+    assert describe(pair) == said
 
 
 def test_parsing_is_tolerant_within_the_grammar() -> None:

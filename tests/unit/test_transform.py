@@ -194,7 +194,6 @@ def test_limit_takes_a_seeded_sample_of_each_split(dataset: Path, tmp_path: Path
     assert len(first) == 5 and first != {str(index) for index in range(5)}
     write_captions(dataset, {f"{index}.jpg": f"caption {index}" for index in reversed(range(40))})
     assert chosen("reversed", seed=0) == first and chosen("other", seed=1) != first
-
     manifest = transform(Scenes(5, 5, 1), tmp_path / "out", limit=2)
     assert [counts["images"] for counts in manifest["counts"].values()] == [2, 2, 1]
 
