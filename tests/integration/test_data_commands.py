@@ -184,5 +184,6 @@ def test_bad_input_gives_one_clear_line(run_here: Run, case: str) -> None:
     arguments, code, message = BAD_INPUT[case]
     done = run_here("data", *arguments)
     assert done.returncode == code and message in done.stderr
+    assert [path.name for path in Path("mine").iterdir()] == ["letter.txt"]
     assert "Traceback" not in done.stderr and not Path("out/manifest.json").exists()
     assert len(done.stderr.strip().splitlines()) == 1 or "Usage:" in done.stderr

@@ -115,8 +115,7 @@ def test_other_models_are_refused(config: dict, words: str, tmp_path: Path) -> N
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
     assert "cannot load the model" in refused(tmp_path / "image.png")
-    message = refused("Salesforce/blip-image-captioning-base")
-    assert "cannot be reached" in message and "Salesforce/blip" in message
+    assert "cannot be reached" in refused("Salesforce/blip-image-captioning-base")
 
 
 def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:

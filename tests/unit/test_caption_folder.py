@@ -74,9 +74,6 @@ def test_other_folders_are_refused_with_a_command(made: Path, tmp_path: Path) ->
     (made / UNFINISHED_NAME).mkdir()
     with pytest.raises(DataError, match="continue it with the same `vlm-data transform`"):
         CaptionFolder.open(made)
-
-
-def test_damaged_manifests(made: Path) -> None:
     for manifest, message in (
         ("{", "damaged"),
         ("[]", "damaged"),

@@ -112,18 +112,16 @@ def test_a_list_that_is_damaged_is_no_caption(tmp_path: Path) -> None:
     assert not captions and list(skipped) == ["a.csv:2", "a.csv:3", "a.csv:4"]
 
 
-def conversation(*answers: str) -> list[dict[str, str]]:
-    turns = [({"from": "human", "value": "<image>"}, {"from": "gpt", "value": a}) for a in answers]
-    return [turn for pair in turns for turn in pair]
-
-
+QUESTION = {"from": "human", "value": "<image>"}
+ANSWERS = [{"from": "gpt", "value": answer} for answer in ("a", "yes", "no")]
+TURNS = [turn for answer in ANSWERS for turn in (QUESTION, answer)]
 FORMS: dict[str, Any] = {
     "blip.json": [
         {"image": "p0.jpg", "caption": "a", "image_id": "coco_0"},
         {"image": "p1.jpg", "caption": ["b", "c"]},
     ],
     "llava.json": [
-        {"id": 0, "image": "p0.jpg", "conversations": conversation("a", "yes", "no")},
+        {"id": 0, "image": "p0.jpg", "conversations": TURNS},
         {"id": 1, "image": "p1.jpg", "captions": ["b", None, "c"]},
     ],
     "coco.json": {
