@@ -30,9 +30,8 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write BLIP's scores with changes; ``data`` changes single keys."""
-
     def write(file: str, data: dict[str, Any] | None = None, **changes: Any) -> Path:
+        """Write BLIP's scores with changes; ``data`` changes single keys."""
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**BLIP, "data": {**DATA, **(data or {})}, **changes}))

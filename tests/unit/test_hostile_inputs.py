@@ -167,10 +167,9 @@ def parquet_seeds() -> list[bytes]:
     image = {"bytes": FILES["jpeg"](), "path": "a.jpg"}
     common = {"image": image, "detections": [], "caption": "A dog.", "human_annotated": True}
     rows = pa.Table.from_pylist([{"id": f"tt{n:07}_{n}", **common} for n in range(6)])
-    saved = [io.BytesIO(), io.BytesIO()]
-    pq.write_table(rows, saved[0], row_group_size=2)
-    pq.write_table(rows, saved[1], compression="none", use_dictionary=False)
-    return [file.getvalue() for file in saved]
+    pq.write_table(rows, one := io.BytesIO(), row_group_size=2)
+    pq.write_table(rows, other := io.BytesIO(), compression="none", use_dictionary=False)
+    return [one.getvalue(), other.getvalue()]
 
 
 def tar_seeds() -> list[bytes]:

@@ -55,7 +55,7 @@ def test_an_open_image_is_as_its_file(captioner: Captioner, tmp_path: Path, mode
     if mode == "turned":
         exif[0x0112], mode = 6, "RGB"
     image = noise(1).convert("L" if mode == "I;16" else "RGB").convert(mode)
-    image.save(path, exif=exif, **({"transparency": 3} if mode == "P" else {}))
+    image.save(path, exif=exif, transparency=3)  # which TIFF ignores
     with Image.open(path) as opened:
         of_file, of_image = captioner.caption([path, opened])
     assert of_image.caption == of_file.caption
