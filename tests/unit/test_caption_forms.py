@@ -126,7 +126,7 @@ FORMS: dict[str, Any] = {
     ],
     "coco.json": {
         "images": [{"id": 0, "file_name": "p0.jpg"}, {"id": "x", "file_name": "p1.jpg"}],
-        "annotations": [{"image_id": n, "caption": text} for n, text in ((0, "a"), ("x", "b"), ("x", "c"))],
+        "annotations": [{"image_id": n, "caption": c} for n, c in ((0, "a"), ("x", "b"), ("x", "c"))],
     },
     "karpathy.json": {"images": [
         {"filename": "p0.jpg", "split": "train", "sentences": [{"raw": "a"}]},
