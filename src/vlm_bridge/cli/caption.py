@@ -59,10 +59,11 @@ def caption(
         explain.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(config) if config else None
 
-    from vlm_bridge.captioning.pipeline import Captioner
+    with options.without_garbage_collection():
+        from vlm_bridge.captioning.pipeline import Captioner
 
-    options.quiet_transformers()
-    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
+        options.quiet_transformers()
+        captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     sampling = {"do_sample": True, "num_beams": 1} if do_sample else {}
     changes = {name: value for name in SETTINGS if (value := given[name]) is not None}
     decode = captioner.recipe.decode.replace(**sampling | changes)
