@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,9 @@ def test_a_recipe_that_cannot_be_understood_is_one_clear_error(saved: Path) -> N
     torch.save(content, saved)
     with pytest.raises(CheckpointError, match="its recipe cannot be understood"):
         Captioner.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_a_weight_that_is_too_large_for_a_dtype_is_refused_by_name(dtype: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"bridge.gain does not fit into float16"):
+        checkpoints.stored_as({"bridge.gain": torch.tensor([1e6])}, dtype)

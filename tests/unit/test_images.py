@@ -215,6 +215,7 @@ def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:
     patterns = (str(tmp_path / "*.png"), notes, str(tmp_path / "**" / "*.PNG"))
     assert iter_image_paths(patterns) == [b, notes, c]
     (tmp_path / "empty").mkdir()
-    for path in ("missing.jpg", "empty", "*.tiff"):
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
+    for path in ("missing.jpg", "empty", "*.tiff", "pipe.jpg"):
         with pytest.raises(DataError):
             iter_image_paths([tmp_path / path])

@@ -19,7 +19,7 @@ from vlm_bridge.configuration import Recipe, override_recipe
 from vlm_bridge.errors import CheckpointError
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy import resume, validation
-from vlm_bridge.training_strategy.resume import AUTO, find_run, resumed_recipe
+from vlm_bridge.training_strategy.resume import AUTO, Interrupted, find_run, resumed_recipe
 from vlm_bridge.training_strategy.trainer import train
 
 MakeRecipe = Callable[..., Recipe]
@@ -229,3 +229,8 @@ def test_a_checkpoint_of_an_early_version_continues_behind_its_epoch(
     torch.save(content, path)
     assert train(recipe, resume=path).steps == 6
     assert_same_end(whole, recipe)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_exit_code_of_an_interrupted_training_names_its_signal(number: int, code: int) -> None:
+    assert Interrupted(number, Path("latest.pth")).exit_code == code
