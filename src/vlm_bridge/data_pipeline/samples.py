@@ -130,8 +130,8 @@ class Skipped:
         )
 
     def summary(self) -> str:
-        """Return the causes on one line, each with a count and a few samples."""
-        return on_one_line("; ".join(by_cause(self.samples)[:NUM_CAUSES]))
+        """Return `main_causes`."""
+        return main_causes(self.samples)
 
 
 def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
@@ -150,6 +150,11 @@ def by_cause(skipped: Iterable[tuple[str, str]]) -> list[str]:
         several = f"{len(found):,} times {reason}: {names}{more}"
         lines.append(several if len(found) > 1 else f"{names}: {reason}")
     return lines
+
+
+def main_causes(skipped: Iterable[tuple[str, str]]) -> str:
+    """Return the most frequent causes on one line, each with a count and a few samples."""
+    return on_one_line("; ".join(by_cause(skipped)[:NUM_CAUSES]))
 
 
 class DataFolder(ABC):

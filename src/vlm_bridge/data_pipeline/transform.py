@@ -27,7 +27,7 @@ from vlm_bridge import __version__
 from vlm_bridge.data_pipeline import caption_folder as folders
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import ImageReader, decode_image, open_image
-from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
+from vlm_bridge.data_pipeline.samples import SkippedSample, main_causes
 from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SPLITS, SplitBy, SplitRule
 from vlm_bridge.errors import DataError, ImageError
@@ -111,7 +111,7 @@ def transform(
     kept, duplicates = _drop_duplicates(made)
     skipped += [*broken, *duplicates]
     if not kept:
-        causes = "; ".join(by_cause(skipped)[:NUM_CAUSES])
+        causes = main_causes(skipped)
         raise DataError(f"no usable image in source {source.name}: {causes or 'it is empty'}")
     finds_near = source.finds_near_duplicates
     facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None

@@ -184,8 +184,7 @@ class Saver:
         return self.folder / checkpoints.LATEST
 
     def best(self) -> None:
-        """Save the best checkpoint, and its weights alone in bfloat16."""
-        self._check_weights()
+        """Save the best checkpoint, and its weights alone in bfloat16; `latest` checked them."""
         if self.world.is_first:
             weights = checkpoints.stored_as(self.state.weights(), "bfloat16")
             checkpoints.save_checkpoint(

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_bridge.data_pipeline.samples import NUM_CAUSES, SkippedSample, by_cause
+from vlm_bridge.data_pipeline.samples import SkippedSample, main_causes
 from vlm_bridge.data_pipeline.shards import read_shard
 from vlm_bridge.data_pipeline.sources import Source, SourceItem
 from vlm_bridge.data_pipeline.splits import SplitName, SplitRule, normalise_split
@@ -65,8 +65,8 @@ class Conceptual(Source):
                 else:
                     items[item_id] = SourceItem(item_id, [*image.captions], split, image.path)
         if not items:
-            causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES])
-            raise DataError(f"no whole sample in {len(names)} shards of {self.input_dir}: {causes}")
+            where = f"{len(names)} shards of {self.input_dir}"
+            raise DataError(f"no whole sample in {where}: {main_causes(self.rejected)}")
         if all(item.split is not None for item in items.values()):
             self.split_rule = "the dataset's own parts, from the names of the shards"
         return list(items.values())

@@ -15,11 +15,10 @@ from vlm_bridge.data_pipeline.caption_folder import FORMAT, MANIFEST_NAME, UNFIN
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.data_pipeline.samples import (
     MIN_SKIPPED_ROWS,
-    NUM_CAUSES,
     Skipped,
     SkippedSample,
-    by_cause,
     is_inside,
+    main_causes,
 )
 from vlm_bridge.data_pipeline.sources import ParquetImage, Source, SourceItem
 from vlm_bridge.data_pipeline.sources.caption_forms import (
@@ -187,7 +186,7 @@ class CaptionedFiles(Source):
         outside = [SkippedSample(name, LEADS_OUT) for name in images.linked_out]
         self.rejected = [*skipped.samples, *lost.samples, *outside]
         if not items:
-            causes = "; ".join(by_cause(self.rejected)[:NUM_CAUSES]) or "all captions are empty"
+            causes = main_causes(self.rejected) or "all captions are empty"
             raise DataError(f"no image in {self.input_dir} has a caption: {causes}")
         if self.is_own:
             lost.total = len(lost) + len(items)
