@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Watches a training that scripts/setup_vastai_remote.sh started on a rented machine, and fetches its checkpoints.
-# Runs on your own computer: Linux or macOS (bash 3.2 and any rsync will do). See docs/rented-gpus.md.
+# Runs on your own computer: Linux or macOS (bash 3.2 and any rsync will do). See docs/training.md.
 set -euo pipefail
 
 usage() {

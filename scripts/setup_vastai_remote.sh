@@ -2,7 +2,7 @@
 # Trains on a rented GPU machine (vast.ai, or any Linux with an NVIDIA driver). Run it there, as often as needed:
 # what is done is not done again, a training that runs is left alone, and one that stopped is continued. It may be piped
 # into bash: then it clones the repository and goes on with the script in there.
-# docs/rented-gpus.md goes through it step by step.
+# docs/training.md goes through it step by step.
 set -euo pipefail
 
 # Out of the environment at once: nothing that is started below carries the token where `ps e` could show it. And
