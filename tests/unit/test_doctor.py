@@ -86,10 +86,10 @@ def test_versions_outside_the_allowed_range(
     declared: str, installed: str, status: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: installed)
-    check = doctor._installed(Requirement(declared))
+    check = doctor.check_installed(Requirement(declared))
     assert (check.status, check.detail) == (status, detail)
 
 
 def test_a_package_that_is_required_and_missing() -> None:
-    check = doctor._installed(Requirement("no-such-package-here>=1"))
+    check = doctor.check_installed(Requirement("no-such-package-here>=1"))
     assert check.status == "fail" and check.fix and "no-such-package-here>=1" in check.fix

