@@ -106,9 +106,9 @@ captioner: install ## Train the captioner that comes with the package, from data
 	$(BIN)/vlm-training --config config/captioner-flickr8k-views.yaml --resume auto
 	$(BIN)/vlm-training --config $(LAST_STAGE)
 	$(BIN)/vlm-training --config $(LAST_STAGE) seed=1 feature_cache=off \
-	  checkpoint_dir=$(CAPTIONER)-second/checkpoints log_dir=$(CAPTIONER)-second/logs
+	  output_dir=$(CAPTIONER)-second
 	$(BIN)/vlm-training --config $(LAST_STAGE) max_steps=400 num_epochs=2 \
-	  checkpoint_dir=$(CAPTIONER)-third/checkpoints log_dir=$(CAPTIONER)-third/logs
+	  output_dir=$(CAPTIONER)-third
 	$(BIN)/vlm-bridge average $(CAPTIONER)-views-scst $(CAPTIONER)-second $(CAPTIONER)-third \
 	  --output-dir $(CAPTIONER)-final --overwrite
 	$(BIN)/vlm-bridge evaluate --checkpoint $(CAPTIONER)-final --data-dir data/flickr8k --output-dir $(CAPTIONER)-final/val

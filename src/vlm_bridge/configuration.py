@@ -404,17 +404,19 @@ REMOVED: dict[str, object] = {
     "feature_cache_pooling": 1, "text_state_cache": False, "scst_baseline": "leave_one_out",
     "loss_kernel": "auto", "shuffle_buffer": 0, "distillation": None,
 }  # fmt: skip
+OUTPUT_DIR = "output_dir"  # folder of a run, short for `run_folders`
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``dotted.key=value`` overrides, whose values are YAML.
 
-    A file without any model section is in the flat layout of the published system: its keys change
-    the recipe `training-default`. Raises ConfigurationError for the first mistake.
+    The recipe is a file, or the name of one that ships. A file without any model section is in the
+    flat layout of the published system: its keys change the recipe `training-default`. Raises
+    ConfigurationError for the first mistake.
     """
     where = str(path) if path is not None else "the command line"
-    data = _read_yaml(Path(path)) if path is not None else {}
+    data = _read_yaml(find_recipe(path)) if path is not None else {}
     if data and not MODEL_SECTIONS & data.keys():
         data = _from_published_layout(data, where)
     _apply_overrides(data, overrides)
@@ -440,26 +442,73 @@ def published_recipe(settings: Any, where: str) -> Recipe:
     return recipe_from_dict(_from_published_layout(settings, where), where)
 
 
-def shipped_recipe(name: str) -> Path:
-    """Return the path of a recipe that ships: in the package, or in ``config/`` of a checkout."""
+def nearest_key(option: str) -> str | None:
+    """Return the recipe key that an option such as ``--data-dir`` resembles, or None."""
+    sections = {section.place: section for section in Section.__subclasses__() if section.place}
+    keys = [*Recipe.model_fields.keys() - sections, OUTPUT_DIR]
+    keys += [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    by_name = {key.rpartition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
+    wanted = option.lstrip("-").replace("-", "_")
+    close = difflib.get_close_matches(wanted, by_name, n=1)
+    return by_name[close[0]] if close else None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return recipes that ship, by name: in the package, or in ``config/`` of a checkout."""
     package = Path(__file__).parent
-    for folder in (package / "config", package.parents[1] / "config"):
-        if (path := folder / f"{name}.yaml").is_file():
-            return path
-    raise ConfigurationError(f"no recipe named {name!r} ships with vlm-bridge")
+    folders = (package.parents[1] / "config", package / "config")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def shipped_recipe(name: str) -> Path:
+    """Return the path of a recipe that ships. Raises ConfigurationError for an unknown name."""
+    known = shipped_recipes()
+    if name not in known:
+        raise ConfigurationError(f"no recipe named {name!r} ships with vlm-bridge")
+    return known[name]
+
+
+def run_folders(output_dir: object) -> dict[str, str]:
+    """Return the keys of a recipe that place a run in one folder."""
+    if not isinstance(output_dir, str):
+        raise ConfigurationError(f"{OUTPUT_DIR}={shown(output_dir)} should be a folder")
+    return {"checkpoint_dir": f"{output_dir}/checkpoints", "log_dir": f"{output_dir}/logs"}
+
+
+def find_recipe(given: str | Path) -> Path:
+    """Return the path of a recipe file, or of the shipped recipe of that name.
+
+    Raises ConfigurationError, naming the nearest recipe, where there is neither.
+    """
+    path, shipped = Path(given), shipped_recipes()
+    name = path.name.removesuffix(".yaml")
+    if not path.is_file() and path.name == str(given) and name in shipped:
+        return shipped[name]
+    if path.exists():
+        return path
+    files = {file.stem: str(file) for file in path.parent.glob("*.y*ml")}
+    known = {name: _from_here(file) for name, file in shipped.items()} | files
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {known[close[0]]}?" if close else f"shipped: {', '.join(shipped)}"
+    raise ConfigurationError(f"no recipe at {path}; {hint}")
+
+
+def _from_here(file: Path) -> str:
+    """Return a shipped recipe's path below the current folder, or else its name."""
+    here = Path.cwd()
+    return str(file.relative_to(here)) if file.is_relative_to(here) else file.stem
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             data = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1)) or {}
-    except FileNotFoundError:
-        raise ConfigurationError(f"no recipe at {path}; recipes that ship are in config/") from None
     except (OSError, ValueError) as error:  # not UTF-8, too
         raise ConfigurationError(f"cannot read the recipe {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigurationError(f"{path} must hold keys and values, not a {type(data).__name__}")
-    return data
+    run = run_folders(data.pop(OUTPUT_DIR)) if OUTPUT_DIR in data else {}
+    return run | data
 
 
 def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -474,16 +523,19 @@ def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    for override in overrides:
+    # First the folder of a run, so that single folders given beside it win.
+    for override in sorted(overrides, key=lambda text: not text.startswith(f"{OUTPUT_DIR}=")):
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigurationError(
                 f"{shown(override)} is not KEY=VALUE, as learning_rate=1e-4 is"
             )
         try:
-            _put(data, key, parse_yaml(text))
+            value = parse_yaml(text)
         except ValueError:
             raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
+        for folder, path in (run_folders(value) if key == OUTPUT_DIR else {key: value}).items():
+            _put(data, folder, path)
 
 
 def _put(data: dict[str, Any], key: str, value: object) -> None:

@@ -88,7 +88,8 @@ def clone(
     for recipe in (repository / "config").glob("*.yaml"):
         write_tiny_recipe(recipe, recipes / recipe.name, tiny_vit_dir, tiny_llama_dir)
     monkeypatch.setattr(
-        "vlm_bridge.configuration.shipped_recipe", lambda name: recipes / f"{name}.yaml"
+        "vlm_bridge.configuration.shipped_recipes",
+        lambda: {file.stem: file for file in recipes.glob("*.yaml")},
     )
     for constant, number in QUICKSTART_SCENES.items():
         monkeypatch.setattr(f"vlm_bridge.quickstart.{constant}", number)

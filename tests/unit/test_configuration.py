@@ -151,6 +151,39 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     assert "latin.yaml" in message_of(recipe=tmp_path / "latin.yaml")
 
 
+def test_recipes_that_ship_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lite = load_recipe(shipped_recipe("lite-flickr8k"))
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("lite-flickr8k") == load_recipe("lite-flickr8k.yaml") == lite
+    assert message_of(recipe=Path("lite-flickr8")).endswith("did you mean lite-flickr8k?")
+    assert "did you mean lite-flickr8k?" in message_of(recipe=Path("confg/lite-flickr8k.yaml"))
+    assert "shipped: " in message_of(recipe=Path("nothing-like-it"))
+    own = tmp_path / "lite-flickr8k"
+    own.write_text("seed: 5\nbridge: {}\n")
+    assert load_recipe("lite-flickr8k").seed == 5
+    own.rename(tmp_path / "mine.yaml")
+    assert "did you mean mine.yaml?" in message_of(recipe=Path("mime.yaml"))
+
+
+@pytest.mark.parametrize("layout", ["bridge: {}\n", ""])  # the second is the published one
+def test_output_dir_places_a_run_unless_single_folders_are_given(
+    tmp_path: Path, layout: str
+) -> None:
+    def folders(text: str, *overrides: str) -> tuple[str, str]:
+        recipe = load_recipe(written(tmp_path, layout + text), overrides)
+        return recipe.checkpoint_dir, recipe.log_dir
+
+    placed, single = "output_dir: a\n", "checkpoint_dir: b\n"
+    assert folders(placed) == ("a/checkpoints", "a/logs")
+    assert folders(placed + single) == ("b", "a/logs")
+    assert folders(placed, "checkpoint_dir=c") == ("c", "a/logs")
+    assert folders(single, "output_dir=d") == ("d/checkpoints", "d/logs")
+    assert folders(placed, "log_dir=c", "output_dir=d") == ("d/checkpoints", "c")
+    assert "output_dir=5 should be a folder" in message_of("output_dir=5")
+
+
 def test_a_credential_in_a_recipe_is_refused_and_not_repeated() -> None:
     message = message_of("language_model.name=https://me:hf_abcdefghijklmnopqrstuvwxyz@host/x")
     assert "language_model.name holds a token or a password" in message and "hf_abc" not in message

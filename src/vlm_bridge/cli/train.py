@@ -73,7 +73,8 @@ def exit_when_interrupted() -> Iterator[None]:
         yield
     except Interrupted as interruption:
         if device.process_rank() == 0:
-            options.note(f"{interruption}; continue with --resume {interruption.saved_to}")
+            resume = f"continue with --resume {interruption.saved_to}"
+            options.note(f"{interruption}; {resume}", always=True)
         raise typer.Exit(interruption.exit_code) from None
 
 
@@ -91,8 +92,7 @@ def quickstart(
     from vlm_bridge.captioning.pipeline import Captioner
 
     options.quiet_transformers()
-    places = {"data_dir": "data", "checkpoint_dir": "checkpoints", "log_dir": "logs"}
-    located = [f"{key}={output_dir / folder}" for key, folder in places.items()]
+    located = [f"output_dir={output_dir}", f"data_dir={output_dir / 'data'}"]
     recipe = configuration.load_recipe(
         configuration.shipped_recipe("quickstart"), [*located, *(overrides or ())]
     )
