@@ -82,7 +82,7 @@ def _print_results(results: list[CaptionResult], panels: dict[int, str], as_json
     rows: list[dict[str, Any]] = []
     for number, result in enumerate(results):
         if result.error is not None:
-            options.note(on_one_line(redact(f"{result.image}: {result.error}")))
+            options.note(on_one_line(redact(f"{result.image}: {result.error}")), always=True)
             rows.append({"image": redact(result.image), "error": redact(result.error)})
             continue
         rows.append({"image": result.image, "caption": result.caption, "score": result.score})

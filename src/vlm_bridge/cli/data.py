@@ -180,7 +180,7 @@ def transform(
                 near_duplicate_distance=near_duplicate_distance, **planning,
             )  # fmt: skip
     except KeyboardInterrupt:
-        note("interrupted: the same command continues where this one stopped")
+        note("interrupted: the same command continues where this one stopped", always=True)
         raise typer.Exit(130) from None
     _print_result(manifest if json_output else _summary(manifest), json_output)
 

@@ -123,7 +123,7 @@ def _evaluate(
         write_evaluation(replace(evaluation, recipe_yaml=recipe_yaml), output_dir, title=title)
     for prediction in evaluation.predictions:
         if prediction.error:
-            note(f"failed: {prediction.image.path}: {prediction.error}")
+            note(f"failed: {prediction.image.path}: {prediction.error}", always=True)
     for line in score_notes(metrics["skipped"], metrics["tokenizer"]):
         note(f"note: {line}")
     _print_scores(metrics)

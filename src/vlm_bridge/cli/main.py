@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TextIO
+from typing import Annotated
 
 import typer
 
@@ -31,49 +31,73 @@ COMMANDS = (
     new_decoder, train, weights,
 )  # fmt: skip
 
+GLOBAL_FLAGS = {
+    "--version": "--version", "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose",
+    "-v": "--verbose", "--debug": "--debug",
+}  # fmt: skip
+EVERYWHERE = "Every command also takes -q/--quiet, -v/--verbose, --debug and --version."
+PASS_TO_OVERRIDES = {"ignore_unknown_options": True}  # `--data-dir X` gets a hint there
+
 app = typer.Typer(
     name="vlm-bridge", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False
 )
+training_app = typer.Typer(name="vlm-training", pretty_exceptions_enable=False)
 for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
+    settings = PASS_TO_OVERRIDES if "overrides" in command.__annotations__ else None
+    name = command.__name__.replace("_", "-")
+    app.command(name, context_settings=settings, epilog=EVERYWHERE)(command)
+training_app.command("vlm-training", context_settings=PASS_TO_OVERRIDES, epilog=EVERYWHERE)(train)
 app.add_typer(data_app, name="data")
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        print(f"vlm-bridge {__version__}")
-        raise typer.Exit()
-
-
 @app.callback()
+@data_app.callback()
 def _global_options(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
-    ),
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also debug logs.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Full tracebacks of errors.")] = False,
 ) -> None:
-    """Options before every command (`--debug`, anywhere, shows full tracebacks)."""
+    """Show these options in the help; `run_program` takes them, from before or after a command."""
 
 
-class ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Print bare messages without tokens; a pipe that was closed ends the program."""
+class ConsoleHandler(logging.Handler):
+    """Print bare messages without tokens, above a progress bar where there is one."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+    def __init__(self, to_stdout: bool):
+        super().__init__()
+        self.to_stdout = to_stdout
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # logging calls this in its except block
+    def emit(self, record: logging.LogRecord) -> None:
+        # Looked up each time: a progress bar replaces both streams while it shows.
+        stream = sys.stdout if self.to_stdout else sys.stderr
+        print(redact(self.format(record)), file=stream, flush=True)
+
+
+def _take_flags() -> set[str]:
+    """Take options that every command has from the command line; return their long names."""
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    taken = {argument for argument in sys.argv[1:end] if argument in GLOBAL_FLAGS}
+    sys.argv[1:end] = [argument for argument in sys.argv[1:end] if argument not in taken]
+    return {GLOBAL_FLAGS[argument] for argument in taken}
 
 
 def run_program(command: Callable[[], object], *, logs_to_stdout: bool = False) -> None:
     """Run a Typer app; turn every failure into one line on stderr and the documented exit code."""
+    flags = _take_flags()
+    if "--version" in flags:
+        print(f"vlm-bridge {__version__}")
+        raise SystemExit(0)
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes
-    to_stdout = logs_to_stdout and "--json" not in sys.argv  # stdout is then JSON alone
-    handler = ConsoleHandler(sys.stdout if to_stdout else sys.stderr)
+    # With --json, stdout is JSON alone.
+    handler = ConsoleHandler(to_stdout=logs_to_stdout and "--json" not in sys.argv)
     logger = logging.getLogger("vlm_bridge")
-    logger.setLevel(logging.INFO)
     logger.handlers = [handler if is_first else logging.NullHandler()]
-    debug = "--debug" in sys.argv or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    logger.setLevel(logging.WARNING if "--quiet" in flags or not is_first else logging.INFO)
+    if "--verbose" in flags and is_first:
+        logger.setLevel(logging.DEBUG)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    debug = "--debug" in flags or os.environ.get("VLM_BRIDGE_DEBUG") == "1"
     try:
         command()
     except BrokenPipeError:
@@ -105,7 +129,8 @@ def _explained(error: Exception) -> str:
 
 def run_bridge() -> None:
     """Entry point of ``vlm-bridge``."""
-    run_program(app, logs_to_stdout=sys.argv[1:2] in (["train"], ["quickstart"], ["data"]))
+    words = (word for word in sys.argv[1:] if not word.startswith("-"))
+    run_program(app, logs_to_stdout=next(words, "") in ("train", "quickstart", "data"))
 
 
 def run_data() -> None:
@@ -115,6 +140,4 @@ def run_data() -> None:
 
 def run_training() -> None:
     """Entry point of ``vlm-training``, the same as ``vlm-bridge train``."""
-    training = typer.Typer(pretty_exceptions_enable=False)
-    training.command("vlm-training")(train)
-    run_program(training, logs_to_stdout=True)
+    run_program(training_app, logs_to_stdout=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 Option = typer.Option
 Checkpoint = Annotated[Path | None, Option(help="Checkpoint or run folder. (default: bundled)")]
 Config = Annotated[Path | None, Option("--config", "-c", help="For checkpoints without recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
 RecipeFile = Annotated[Path | None, Option("--config", "-c", help="(default: training-default)")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[int, Option(min=1, help="Images captioned together.")]
@@ -36,6 +37,29 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier one.")]
 
 PLAIN_INTERVAL_S = 5.0
+
+
+def _check_overrides(context: typer.Context, overrides: list[str] | None) -> list[str] | None:
+    """Raise UsageError for an unknown option, with the key or option that it resembles."""
+    words = overrides or []
+    for position, word in enumerate(words):
+        if word.startswith("-"):
+            from vlm_bridge.configuration import nearest_key
+
+            option, _, value = word.partition("=")
+            known = [name for parameter in context.command.params for name in parameter.opts]
+            hint = next(iter(difflib.get_close_matches(option, known, n=1, cutoff=0.8)), None)
+            if hint is None and (key := nearest_key(option)):
+                following = (each for each in words[position + 1 :][:1] if each[:1] != "-")
+                hint = f"{key}={value or next(following, 'VALUE')}"
+            meant = f"; did you mean {hint}?" if hint else " (see --help)"
+            raise UsageError(f"no such option: {option}{meant}")
+    return overrides
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", callback=_check_overrides)
+]
 
 
 def load_recipe(config: Path | None, overrides: list[str] | None) -> configuration.Recipe:
@@ -52,9 +76,15 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise UsageError(f"{target} exists: choose another --output-dir, or give --overwrite")
 
 
-def note(line: str) -> None:
-    """Print a line on stderr, beside the results on stdout."""
-    print(line, file=sys.stderr, flush=True)
+def is_quiet() -> bool:
+    """Return whether --quiet was given (or this is not the first of several processes)."""
+    return logging.getLogger("vlm_bridge").level == logging.WARNING
+
+
+def note(line: str, *, always: bool = False) -> None:
+    """Print a line on stderr, beside the results on stdout; with --quiet only if ``always``."""
+    if always or not is_quiet():
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
@@ -70,18 +100,21 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(what: str, *, plain_lines: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Yield `report(done, total)`: a bar on a terminal, a plain line now and then elsewhere.
 
     Args:
         what: names the things counted ("images").
+        plain_lines: False for work that logs its progress itself.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not is_quiet():
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress
 
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        # Lines printed meanwhile appear above the bar, except those that go to a file.
+        console, redirect = Console(stderr=True), sys.stdout.isatty()
+        with Progress(*columns, console=console, redirect_stdout=redirect) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
@@ -89,7 +122,7 @@ def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= PLAIN_INTERVAL_S:
+        if plain_lines and (done == total or time.monotonic() - last >= PLAIN_INTERVAL_S):
             last = time.monotonic()
             note(f"{what}: {done} of {total}")
 

@@ -94,7 +94,8 @@ def doctor(as_json: options.AsJson = False) -> None:
             if check.fix:
                 typer.echo(f"{'':<{width + 7}}mend: {check.fix}")
     if failures := [check.name for check in checks if check.status == "fail"]:
-        options.note(f"error: required and missing or broken: {', '.join(failures)}")
+        names = ", ".join(failures)
+        options.note(f"error: required and missing or broken: {names}", always=True)
         raise typer.Exit(1)
 
 
