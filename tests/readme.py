@@ -7,7 +7,10 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).resolve().parent.parent
+FILES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
+"""README.md and the pages of the documentation, by their names."""
 PROGRAMS = {"vlm-bridge": [], "vlm-data": ["data"], "vlm-training": ["train"]}
 """Our programs, and the `vlm-bridge` command that each of them is."""
 
@@ -41,4 +44,8 @@ def shell_commands(code: str) -> Iterator[list[str]]:
 def documented_commands(page: str) -> Iterator[list[str]]:
     """Yield the commands in the ```bash blocks that are ours."""
     for code in code_blocks(page, "bash"):
-        yield from (words for words in shell_commands(code) if words[0] in PROGRAMS)
+        for words in shell_commands(code):
+            if "-m" in words and words[words.index("-m") + 1] == "vlm_bridge":  # torchrun
+                words = ["vlm-bridge", *words[words.index("-m") + 2 :]]
+            if words[0] in PROGRAMS:
+                yield words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import shlex
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipImageProcessorPil
 
+from layouts import write_coco, write_flickr30k
 from tiny_models import save_tiny_pvt_v2, seeded
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.formats.pvt_blip import (
@@ -30,7 +30,6 @@ from vlm_bridge.formats.pvt_blip import (
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
 
 Run = Callable[..., Any]
-COLORS = ("red", "green", "blue", "yellow")
 KEYS = ("amp_dtype=float32", "decode.num_beams=1", "decode.max_new_tokens=6",
         "num_decoded_images=2", "feature_cache=off")  # fmt: skip
 QUICK = [word for key in KEYS for word in ("--set", key)]
@@ -65,49 +64,6 @@ def models(tiny_pvt_v2_dir: Path, tiny_blip_dir: Path) -> tuple[str, ...]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(x, other[n]) for n, x in one.items())
-
-
-def draw(path: Path, index: int) -> str:
-    """Save an image of one color, different from all others; return its caption."""
-    image = Image.new("RGB", (80, 60), COLORS[index % 4])
-    image.putpixel((index, index), (0, 0, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return f"A large {COLORS[index % 4]} square."
-
-
-def write_coco(root: Path) -> Path:
-    """12 training and 4 validation images with their captions, as COCO 2017 lays them out."""
-    (root / "annotations").mkdir(parents=True)
-    for part, ids in (("train", range(12)), ("val", range(12, 16))):
-        names = {index: f"{index:012d}.jpg" for index in ids}
-        content = {
-            "images": [{"id": index, "file_name": name} for index, name in names.items()],
-            "annotations": [
-                {
-                    "image_id": index,
-                    "id": index,
-                    "caption": draw(root / f"{part}2017" / name, index),
-                }
-                for index, name in names.items()
-            ],
-        }
-        (root / "annotations" / f"captions_{part}2017.json").write_text(json.dumps(content))
-    return root
-
-
-def write_flickr30k(root: Path) -> Path:
-    """6 training and 2 validation images with Karpathy's captions and splits."""
-    images = [
-        {
-            "filename": f"{index}.jpg",
-            "sentences": [{"raw": draw(root / "flickr30k-images" / f"{index}.jpg", index)}],
-            "split": "train" if index < 6 else "val",
-        }
-        for index in range(8)
-    ]
-    (root / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
-    return root
 
 
 def test_the_guides_commands(

@@ -13,13 +13,13 @@ import pytest
 import typer.main
 import yaml
 
-from readme import PROGRAMS, README, code_blocks, documented_commands
+from readme import FILES as README_AND_DOCS
+from readme import PROGRAMS, REPOSITORY, code_blocks, documented_commands, shell_commands
 from vlm_bridge.cli.main import app
 from vlm_bridge.configuration import Recipe, load_recipe
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-FILES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+FILES = [REPOSITORY / "CONTRIBUTING.md", *README_AND_DOCS]
 PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
 NAMES = re.findall(r"^::: (\S+)$", PAGES["api.md"], re.MULTILINE)
 ANYWHERE = {"--help", "--debug"}
@@ -102,13 +102,36 @@ def test_commands_options_recipes_and_scripts_exist(name: str) -> None:
         assert (REPOSITORY / script).is_file(), script
 
 
-@pytest.mark.parametrize("words", documented_commands(README), ids=shlex.join)
-def test_every_readme_command_parses(words: list[str]) -> None:
-    command, rest = command_of([word for word in words if word != "--debug"])
-    parameters = command.make_context(words[0], rest).params
-    if command.name == "train" and parameters.get("config"):
-        lists = [value for value in parameters.values() if isinstance(value, list | tuple)]
-        load_recipe(REPOSITORY / parameters["config"], list(lists[0] if lists else ()))
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_shell_blocks_parse(name: str) -> None:
+    for words in documented_commands(PAGES[name]):
+        command, rest = command_of([word for word in words if word != "--debug"])
+        parameters = command.make_context(words[0], rest).params
+        if command.name == "train" and parameters.get("config"):
+            lists = [value for value in parameters.values() if isinstance(value, list | tuple)]
+            load_recipe(REPOSITORY / parameters["config"], list(lists[0] if lists else ()))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_of_scripts_and_benchmarks_are_in_their_source(name: str) -> None:
+    common = (REPOSITORY / "benchmarks" / "harness.py").read_text(encoding="utf-8")
+    for code in code_blocks(PAGES[name], "bash"):
+        for words in shell_commands(code):
+            if words[:2] == ["python", "-m"]:
+                script, given = f"{words[2].replace('.', '/')}.py", words[3:]
+            elif words[0] == "python" and words[1].startswith("scripts/"):
+                script, given = words[1], words[2:]
+            elif (REPOSITORY / "scripts" / words[0]).is_file():
+                script, given = f"scripts/{words[0]}", words[1:]
+            else:
+                continue
+            source = (REPOSITORY / script).read_text(encoding="utf-8") + common
+            for option in (word for word in given if re.match(r"--?[a-z]", word)):
+                # typer makes the option of a parameter's name.
+                parameter = f"    {option.strip('-').replace('-', '_')}: "
+                assert f'{option}"' in source or f"{option})" in source or parameter in source, (
+                    option
+                )
 
 
 @pytest.mark.parametrize("name", NAMES)
