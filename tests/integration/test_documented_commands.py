@@ -119,7 +119,9 @@ def clone(
 
     recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"max_new_tokens": 5})
     Captioner(tiny_captioner(recipe), recipe).save_pretrained(tmp_path / "bundled")
-    monkeypatch.setattr("vlm_bridge.captioning.BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(
+        "vlm_bridge.training_strategy.checkpoint.BUNDLED_FOLDER", tmp_path / "bundled"
+    )
 
     folder = CaptionFolder.open(drawn_caption_folder)
     counts = {"train": 8, "val": 3, "test": 3}

@@ -11,16 +11,17 @@ from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
-from vlm_bridge import captioning, formats
+from vlm_bridge import formats
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.captioning.publish import CardFacts
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ImageError, ModelError
 from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.weights import WHEELS, packaged_file, require_weights
+from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 has_bundle = pytest.mark.skipif(
-    not (captioning.BUNDLED / formats.CONFIG_NAME).is_file(),
+    not (checkpoints.BUNDLED_FOLDER / formats.CONFIG_NAME).is_file(),
     reason="no captioner is bundled (make bundle RUN=...)",
 )
 
@@ -81,7 +82,7 @@ def test_a_saved_folder_needs_no_extras(captioner: Captioner, photo: Path, tmp_p
 
 
 def test_a_build_without_one(photo: Path, monkeypatch: pytest.MonkeyPatch, run_here) -> None:
-    monkeypatch.setattr(captioning, "BUNDLED", photo.with_name("bundled"))
+    monkeypatch.setattr(checkpoints, "BUNDLED_FOLDER", photo.with_name("bundled"))
     result = run_here("caption", photo)
     assert result.returncode == 1
     assert result.stderr == "error: no captioner is bundled with this build: give --checkpoint\n"
@@ -97,14 +98,14 @@ def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -
 
 @has_bundle
 def test_the_bundle_is_small_sound_and_documented() -> None:
-    config, tensors = formats.read_folder(captioning.bundled_captioner())
-    size = (captioning.BUNDLED / formats.WEIGHTS_NAME).stat().st_size
+    config, tensors = formats.read_folder(checkpoints.BUNDLED_FOLDER)
+    size = (checkpoints.BUNDLED_FOLDER / formats.WEIGHTS_NAME).stat().st_size
     assert size <= 12e6
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     matrices = [t for name, t in tensors.items() if name.startswith("bridge.") and t.ndim > 1]
     assert size < 1.2 * sum(tensor.numel() for tensor in matrices)  # a byte of each
     recipe_from_dict(config["recipe"])
-    card = (captioning.BUNDLED / formats.CARD_NAME).read_text(encoding="utf-8")
+    card = (checkpoints.BUNDLED_FOLDER / formats.CARD_NAME).read_text(encoding="utf-8")
     facts = ("flickr8k", "CIDEr", "non-commercial research", "## Limits", "Apache-2.0", "num_beams")
     assert [fact for fact in facts if fact not in card] == []
 

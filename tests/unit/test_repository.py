@@ -89,7 +89,7 @@ FLOORS = [
     {"training_strategy"},
     {"captioning"},
     {"evaluation"},
-    {"finetuning", "quickstart", "doctor", "demo"},
+    {"finetuning", "finetuning_combined", "quickstart", "doctor", "demo"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

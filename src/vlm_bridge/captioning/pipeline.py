@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm_bridge.captioning import bundled_captioner
 from vlm_bridge.captioning.publish import CardFacts, push_to_hub, write_huggingface_folder
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
@@ -83,7 +82,7 @@ class Captioner:
         """Load a checkpoint, a run folder's best one, an exported folder, or a model on the hub.
 
         Args:
-            path: a path, or the name of an exported captioner on the hub; None is the bundled one.
+            path: a path, the name of an exported captioner on the hub, or `bundled`, the default.
             recipe: for checkpoints of the original project; else the checkpoint's own.
             revision: branch, tag or commit of a model on the hub.
             compile: compile the decoding step, for NVIDIA GPUs and many images.
@@ -92,7 +91,7 @@ class Captioner:
             CheckpointError: missing, damaged, or of another architecture; or none is bundled.
             ModelError: a frozen part cannot be loaded.
         """
-        where = checkpoints.find_checkpoint(bundled_captioner() if path is None else path, revision)
+        where = checkpoints.find_checkpoint(path or checkpoints.BUNDLED, revision)
         content = checkpoints.load_checkpoint(where)
         recipe = checkpoints.recipe_of(content, where, recipe)
         checkpoints.check_sizes(content, recipe, where)

@@ -36,6 +36,7 @@ from vlm_bridge.parsing import shown
 logger = logging.getLogger(__name__)
 
 FORMAT = "vlm-bridge checkpoint"
+BUNDLED, BUNDLED_FOLDER = "bundled", Path(__file__).parents[1] / "bundled"
 # Since 2, a cross_attention bridge at layer 0 changes embeddings before a model scales them.
 FORMAT_VERSION = 2
 ORIGINAL_TRAINING = "original_training"  # state that the original project saves
@@ -192,10 +193,17 @@ def newest_sound(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """Return the checkpoint file of a file, a run's folder, its `checkpoints`, or an export."""
+    """Return the checkpoint file of a file, a run's folder, its `checkpoints`, or an export.
+
+    `bundled` is the captioner of this package. Raises CheckpointError where there is none.
+    """
     path = Path(path)
     if path.is_file():
         return path
+    if str(path) == BUNDLED and not path.exists():
+        path = BUNDLED_FOLDER
+        if not path.is_dir():
+            raise CheckpointError("no captioner is bundled with this build: give --checkpoint")
     for folder in (path, path / "checkpoints"):
         for name in (BEST_WEIGHTS, BEST, LATEST, WEIGHTS_NAME):
             if (folder / name).is_file():
