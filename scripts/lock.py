@@ -17,7 +17,7 @@ LOCK, PYPROJECT = REPOSITORY / "constraints.txt", REPOSITORY / "pyproject.toml"
 # The torch of the numbers in the documentation; its releases are gigabytes, and it is chosen by hand.
 TORCH = "torch==2.13.0"
 # Not timm: it needs torchvision, whose build must be that of torch, and no universal pin can say so.
-EXTRAS = ("lite", "gpu", "photos", "demo", "docs", "dev")
+EXTRAS = ("lite", "gpu", "lora", "photos", "demo", "docs", "dev")
 # An editable install builds with these, and uv's environments have no pip.
 BUILDING = ("hatchling", "editables", "pip")
 HEADER = """\

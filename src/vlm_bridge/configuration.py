@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -39,6 +40,8 @@ BRIDGE_KEYS: dict[str, frozenset[str]] = {
     "cross_attention": ATTENTION | {"enter_at_layer"},
     "projection": frozenset({"projection", "position_embeddings", "dropout"}),
 }
+
+LORA = "language_model.*.lora_*"  # the pattern of adapters' names under `trainable`
 
 # What a resumed run may change: "place" is where things are on this machine, "free" is what a run
 # logs and keeps. All other keys decide what is learned.
@@ -162,6 +165,27 @@ class VisionEncoderConfig(Section):
         return [self.replace(name=name) for name in self.names]
 
 
+class LoraOptions(Section):
+    """LoRA adapters (Hu et al. 2022) beside linear layers of the language model, through peft.
+
+    They are trained, and saved with the bridge.
+
+    Attributes:
+        target_modules: ends of the names of layers, or `all-linear`; null: what peft has for the
+            family, mostly the queries and values of attention.
+    """
+
+    place = "lora"
+    r: Size = 8  # rank
+    alpha: Size = 16  # what the adapters add is multiplied by alpha / r
+    dropout: Share = 0.0  # of what they read
+    target_modules: Annotated[
+        tuple[ModelName, ...] | None,
+        Field(strict=False, min_length=1),
+        BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
+    ] = None
+
+
 class LanguageModelConfig(Section):
     """Language model: `smollm2-135m-instruct`, a GGUF file, or a Hugging Face name or folder.
 
@@ -177,6 +201,7 @@ class LanguageModelConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     prompt: Annotated[str, Field(max_length=10_000)] = ""  # before every caption, not supervised
     add_cross_attention: bool = False  # to GPT-2 or BERT, to be trained
+    lora: LoraOptions | None = None
 
     @property
     def quantization(self) -> str | None:
@@ -341,6 +366,14 @@ class Recipe(Section):
     @property
     def autocast_dtype(self) -> str | None:
         return None if self.amp_dtype == "float32" else self.amp_dtype
+
+    @property
+    def trained(self) -> dict[str, float | None]:
+        """Patterns of trained parameters: `trainable`, and LORA where no pattern has adapters."""
+        name = "language_model.causal_lm.layer.lora_A.default.weight"
+        named = any(fnmatchcase(name, pattern) for pattern in self.trainable)
+        has_more = self.language_model.lora is not None and not named
+        return {**self.trainable, LORA: None} if has_more else self.trainable
 
     @property
     def decoded_images(self) -> int:
@@ -543,7 +576,9 @@ def _put(data: dict[str, Any], key: str, value: object) -> None:
     # A pattern of parameter names has dots of its own: trainable.language_model.*=1e-5
     *parents, last = key.split(".", 1 if key.startswith("trainable.") else -1)
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise ConfigurationError(f"{shown(key)}: {parent} is a value, not a section")
     data[last] = value

@@ -98,7 +98,7 @@ class CaptionModel(nn.Module):
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> CaptionModel:
-        """Switch the bridge, and modules that are trained whole; frozen parts get no dropout."""
+        """Switch the bridge, modules that are trained whole, and the dropout of adapters."""
         super().train(False)
         self.training = mode
         self.bridge.train(mode)
@@ -106,6 +106,8 @@ class CaptionModel(nn.Module):
             parameters = list(module.parameters())
             if parameters and all(p.requires_grad for p in parameters):
                 module.train()
+            if (dropout := getattr(module, "lora_dropout", None)) is not None:
+                dropout.train()
         return self
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -283,7 +285,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
         bridge.set_output_scale(language_model.embedding_std())
     standardize = recipe.bridge.standardize_features
     model = CaptionModel(encoder, language_model, bridge, standardize=standardize)
-    choose_trainable(model, recipe.trainable)
+    choose_trainable(model, recipe.trained)
     if recipe.decode.object_bonus and not meta:
         _ = model.object_namer  # an encoder without a classifier is an error now, not in an epoch
     return model.eval()

@@ -25,6 +25,7 @@ from vlm_bridge.credentials import hub_problem, reach_hub
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.files import cache_dir
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
+from vlm_bridge.model_architecture.lora import add_lora
 
 SMOLLM2 = "smollm2-135m-instruct"
 # Side in pixels of the images that each encoder was trained on.
@@ -169,7 +170,10 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
         if meta:
             make = BlipTextLMHeadModel if is_blip else AutoModelForCausalLM.from_config
             with torch.device("meta"):
-                return LanguageModel(make(decoder_config), None).requires_grad_(False).eval()
+                decoder: Any = make(decoder_config)
+                if config.lora:
+                    add_lora(decoder, config.lora)
+                return LanguageModel(decoder, None).requires_grad_(False).eval()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         attention = _attention(config.attention, decoder_config)
         decoder_class: Any = BlipTextLMHeadModel if is_blip else AutoModelForCausalLM
@@ -185,7 +189,11 @@ def build_language_model(config: LanguageModelConfig, *, meta: bool = False) -> 
         )
     except LOADING_ERRORS as error:
         raise loading_error("language model", config.name, error) from error
-    fresh = frozenset(report["missing_keys"])
+    missing = [p for name, p in decoder.named_parameters() if name in report["missing_keys"]]
+    if config.lora:
+        add_lora(decoder, config.lora)
+    names = {parameter: name for name, parameter in decoder.named_parameters()}
+    fresh = frozenset(names[parameter] for parameter in missing)
     language_model = LanguageModel(decoder, tokenizer, fresh, attention=attention)
     if language_model.eos_id is None:
         raise ModelError(f"the tokenizer of {config.name!r} has no EOS token: captions cannot end")

@@ -46,7 +46,7 @@ LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
 BEST_WEIGHTS = "best_model_weights_only.pth"
 ARCHITECTURE = {
     "vision_encoder": ("name", "revision", "image_size", "layers", "resample"),
-    "language_model": ("name", "revision", "add_cross_attention"),
+    "language_model": ("name", "revision", "add_cross_attention", "lora"),
 }
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
@@ -289,13 +289,21 @@ def check_sizes(content: dict[str, Any], recipe: Recipe, where: str | Path) -> N
     _refuse(misfits(content["weights"], model.trained_state_dict(), same), where)
 
 
-def check_architecture(content: dict[str, Any], wanted: Recipe, where: str | Path) -> None:
-    """Raise CheckpointError where encoder, language model or bridge are not those of a recipe."""
+def check_architecture(
+    content: dict[str, Any], wanted: Recipe, where: str | Path, *, is_start: bool = False
+) -> None:
+    """Raise CheckpointError where encoder, language model or bridge are not those of a recipe.
+
+    Args:
+        is_start: the recipe's LoRA adapters may be new.
+    """
     if "recipe" in content:
         has = architecture(recipe_of(content, where))
     else:
         has = dinov2_gemma.original_architecture(content["weights"])
     wants = architecture(wanted)
+    if is_start and has.get("language_model.lora") is None:
+        del wants["language_model.lora"]
     changed = [k for k in has.keys() & wants.keys() if not same_setting(k, has[k], wants[k])]
     if "bridge.kind" in changed:  # the options of two kinds cannot be compared
         changed = [k for k in changed if k == "bridge.kind" or not k.startswith("bridge.")]
@@ -307,11 +315,18 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     plain = recipe.to_dict()
     keys = {**ARCHITECTURE, "bridge": [key for key in plain["bridge"] if key != "dropout"]}
     named = {f"{part}.{key}": plain[part][key] for part, names in keys.items() for key in names}
+    (named["language_model.lora"] or {}).pop("dropout", None)
     return {**named, "trainable": sorted(plain["trainable"])}
 
 
-def restore(model: CaptionModel, content: Mapping[str, Any], where: str | Path) -> None:
-    """Load a checkpoint's weights into a captioner. Raises CheckpointError."""
+def restore(
+    model: CaptionModel, content: Mapping[str, Any], where: str | Path, *, is_start: bool = False
+) -> None:
+    """Load a checkpoint's weights into a captioner. Raises CheckpointError.
+
+    Args:
+        is_start: LoRA adapters that the checkpoint does not have stay as they are.
+    """
     scale = embedding_scale(model.language_model.causal_lm.get_input_embeddings())
     bridge = model.bridge
     edits_embeddings = isinstance(bridge, CrossAttentionBridge) and bridge.first_layer == 0
@@ -321,7 +336,11 @@ def restore(model: CaptionModel, content: Mapping[str, Any], where: str | Path) 
             "the language model had scaled them; now, as published, it changes them before: train "
             "it again"
         )
-    load_weights(model, content["weights"], where)
+    weights = content["weights"]
+    if is_start and not any(".lora_" in name for name in weights):
+        ours = model.trained_state_dict()
+        weights = {name: ours[name] for name in ours if ".lora_" in name} | weights
+    load_weights(model, weights, where)
 
 
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor], where: str | Path) -> None:

@@ -80,7 +80,7 @@ def find_checkpoint(
             logger.info(f"replacing the earlier run in {folder} (--resume continues it)")
         if (start := recipe.start_from) is not None:
             content = world.from_first(lambda: checkpoints.load_checkpoint(start))
-            checkpoints.check_architecture(content, recipe, start)
+            checkpoints.check_architecture(content, recipe, start, is_start=True)
         return None
     is_auto = str(resume) == AUTO
     find = (lambda: checkpoints.newest_sound(folder)) if is_auto else (lambda: find_run(resume))

@@ -119,7 +119,7 @@ def adamw(
         {"params": members, "weight_decay": recipe.weight_decay if decays else 0.0}
         for (_, decays), members in groups.items()
     ]
-    rates = [recipe.trainable[pattern] for pattern, _ in groups]
+    rates = [recipe.trained[pattern] for pattern, _ in groups]
     # learning_rate may be 0 only where every rate is 0 or null.
     relative = [1.0 if rate is None else rate and rate / recipe.learning_rate for rate in rates]
     return torch.optim.AdamW(options, lr=recipe.learning_rate, fused=True), relative

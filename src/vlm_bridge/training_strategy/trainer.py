@@ -87,7 +87,7 @@ def train(
         data = TrainingData.open(folder, model, recipe, world)
         autocast = partial(device.autocast, world.device, recipe.autocast_dtype)
         objective = OBJECTIVES[recipe.objective](model, recipe, data.format, data.train, autocast)
-        optimizer, rates = adamw(trained_parameters(model, recipe.trainable), recipe)
+        optimizer, rates = adamw(trained_parameters(model, recipe.trained), recipe)
         scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
         state = TrainState(model, optimizer, scaler, WeightAverage(model, recipe.weight_averaging))
         if found is None:
@@ -142,7 +142,7 @@ def start(
     torch.manual_seed(recipe.seed)  # of dropout
     if (path := recipe.start_from) is not None:
         content = world.from_first(lambda: checkpoints.load_checkpoint(path))
-        checkpoints.restore(model, content, path)
+        checkpoints.restore(model, content, path, is_start=True)
         logger.info(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
     if initial_weights:
         weights = {**model.trained_state_dict(), **initial_weights}
