@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,13 @@ ACCURACIES = {
 SCORES = ("visual_gain", "CIDEr", "BLEU-4", "perplexity", "versions")
 
 
-def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, Any], ReportedRun]:
+def run(
+    recipe: Recipe, output_dir: Path, *, workers: int, progress: Callable[[int, int], None]
+) -> tuple[dict[str, Any], ReportedRun]:
     """Draw, train, evaluate on unseen pairs, and write the results to `output_dir`.
+
+    Args:
+        progress: of the training, as `train` calls it.
 
     Returns:
         The content of `metrics.json`, and the evaluation.
@@ -49,7 +55,7 @@ def run(recipe: Recipe, output_dir: Path, *, workers: int) -> tuple[dict[str, An
     for name in (checkpoints.LATEST, checkpoints.BEST, checkpoints.BEST_WEIGHTS):
         (Path(recipe.checkpoint_dir) / name).unlink(missing_ok=True)
     (log_dir / "history.jsonl").unlink(missing_ok=True)
-    train_seconds = train(recipe).seconds
+    train_seconds = train(recipe, progress=progress).seconds
 
     logger.info(f"3/4 captioning {NUM_TEST} scenes of color-shape pairs that training never showed")
     captioner = Captioner.from_pretrained(recipe.checkpoint_dir, device=recipe.device)

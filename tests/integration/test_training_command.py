@@ -67,6 +67,13 @@ def test_training_learns_and_writes_what_it_promises(make_recipe: MakeRecipe, br
     assert run.latest.stat().st_size < 1_000_000
 
 
+def test_a_short_run_still_logs_ten_steps_and_reports_every_one(make_recipe: MakeRecipe) -> None:
+    recipe, seen = make_recipe("run", "num_epochs=4", "log_every_n_steps=100"), []
+    train(recipe, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(step, 24) for step in range(1, 25)]
+    assert [event["step"] for event in events(recipe, "train")] == [1, *range(2, 25, 2)]
+
+
 def test_compiling_changes_no_loss_and_no_name(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,8 +51,9 @@ def train(
 
     options.quiet_transformers()
     recipe = given or configuration.override_recipe(resumed_recipe(str(resume)), overrides or ())
-    with exit_when_interrupted():
-        result = run_training(recipe, resume=resume or recipe.resume_from_checkpoint, force=force)
+    resume = resume or recipe.resume_from_checkpoint
+    with exit_when_interrupted(), options.show_progress("steps", plain_lines=False) as progress:
+        result = run_training(recipe, resume=resume, force=force, progress=progress)
     scores = ""
     if decoded := result.decoded:
         scores = f", last captions: BLEU-4 {decoded['bleu4']:.4f}, CIDEr {decoded['cider']:.4f}"
@@ -96,8 +97,11 @@ def quickstart(
     recipe = configuration.load_recipe(
         configuration.shipped_recipe("quickstart"), [*located, *(overrides or ())]
     )
-    with exit_when_interrupted():
-        metrics, evaluation = first_minutes.run(recipe, output_dir, workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    with exit_when_interrupted(), options.show_progress("steps", plain_lines=False) as progress:
+        metrics, evaluation = first_minutes.run(
+            recipe, output_dir, workers=workers, progress=progress
+        )
     _print_scores(metrics, evaluation)
     print(f"Open {output_dir / 'report.html'} and {output_dir / 'contact_sheet.png'}.")
 

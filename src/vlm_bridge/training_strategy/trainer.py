@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from vlm_bridge.training_strategy.distributed import (
 from vlm_bridge.training_strategy.monitor import Monitor
 from vlm_bridge.training_strategy.objectives import OBJECTIVES
 from vlm_bridge.training_strategy.resume import (
+    Found,
     Interrupted,
     Interruption,
     Saver,
@@ -46,6 +47,7 @@ from vlm_bridge.training_strategy.validation import Validation, Validator
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+MIN_LOGGED_STEPS = 10  # however short a run is
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def train(
     resume: str | Path | None = None,
     initial_weights: Mapping[str, torch.Tensor] | None = None,
     force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainingResult:
     """Train the parameters that a recipe names under `trainable`.
 
@@ -75,6 +78,7 @@ def train(
         resume: a checkpoint to continue, a folder of them, or `auto`.
         initial_weights: start of some or all trained weights of a new run, by name.
         force: continue although recipe or data have changed.
+        progress: called after each step with the steps done and all steps.
     """
     started = time.perf_counter()
     with joined(recipe.device) as world, memory_explained(world.device):
@@ -90,10 +94,7 @@ def train(
         optimizer, rates = adamw(trained_parameters(model, recipe.trained), recipe)
         scaler = torch.GradScaler(world.device.type, enabled=recipe.amp_dtype == "float16")
         state = TrainState(model, optimizer, scaler, WeightAverage(model, recipe.weight_averaging))
-        if found is None:
-            start(state, data, initial_weights)
-        else:
-            continue_from(found, state, data)
+        start(state, data, initial_weights, found)
         take_step = TrainStep(
             state, objective, recipe, world,
             total_steps=data.total_steps, relative_rates=rates, autocast=autocast,
@@ -111,6 +112,7 @@ def train(
                 for batches in data.steps(objective.load, state.epoch, state.step_in_epoch):
                     result = take_step(batches, steps)
                     log_step(result, take_step, monitor, saver)
+                    progress(state.step, data.total_steps)
                     saver.after_step()
                     validator.validate_if_due()
                     if signal_number := max(world.gather(interruption.received)):
@@ -135,9 +137,15 @@ def prepare_model(recipe: Recipe, world: World) -> CaptionModel:
 
 
 def start(
-    state: TrainState, data: TrainingData, initial_weights: Mapping[str, torch.Tensor] | None
+    state: TrainState,
+    data: TrainingData,
+    initial_weights: Mapping[str, torch.Tensor] | None,
+    found: Found | None,
 ) -> None:
-    """Initialize a new run: seeds, given weights and feature statistics."""
+    """Continue the run found, or initialize a new one: seed, given weights, feature statistics."""
+    if found is not None:
+        continue_from(found, state, data)
+        return
     recipe, model, world = data.recipe, state.model, data.world
     torch.manual_seed(recipe.seed)  # of dropout
     if (path := recipe.start_from) is not None:
@@ -181,7 +189,8 @@ def log_step(result: StepResult, take_step: TrainStep, monitor: Monitor, saver: 
             f"since their loss or gradient was not finite. {saved_to} has the weights from before "
             f"them: resume with a learning_rate below {recipe.learning_rate:g}"
         )
-    if state.step % recipe.log_every_n_steps == 0 or is_last:
+    log_every = max(1, min(recipe.log_every_n_steps, take_step.total_steps // MIN_LOGGED_STEPS))
+    if state.step == 1 or state.step % log_every == 0 or is_last:
         statistics = take_step.objective.statistics(world.sum)
         if not result.was_skipped:
             monitor.training(state.last_epoch, result, statistics)
