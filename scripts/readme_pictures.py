@@ -1,39 +1,75 @@
-"""Make the picture of the README from real output.
+"""Draw the first image of the README: photos, their captions, and a judgment by hand.
 
     python scripts/readme_pictures.py [CHECKPOINT]
 
-Writes docs/images/photographs.png: photographs that scikit-image and scikit-learn carry, captioned by a checkpoint or,
-as in the README, by the captioner that comes with the package.
+Writes docs/images/photographs.jpg. The captions are those of a checkpoint or, as in the README, of
+the captioner that comes with the package. A caption that nobody has judged yet is an error.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
+import textwrap
 from pathlib import Path
 
-from vlm_bridge.captioning.explain import SheetItem, draw_sheet
-from vlm_bridge.captioning.pipeline import Captioner
-from vlm_bridge.cli.options import quiet_transformers
-from vlm_bridge.quickstart import real_photographs
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from skimage import data
+from sklearn.datasets import load_sample_image
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+from vlm_bridge import Captioner
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "images" / "photographs.jpg"
+JUDGMENTS = {
+    "coffee": ("A cup of coffee is sitting on a wooden bench.", True, "right, if a table is a bench"),
+    "chelsea": ("A cat is drinking from a glass.", False, "a cat, but no glass"),
+    "china": (
+        "A group of people are standing in front of a building.", False, "a building, but nobody there",
+    ),
+    "rocket": ("A person is standing in front of a field of snow.", False, "a rocket on its pad"),
+    "astronaut": ("A man in a red shirt is playing a soccer game.", False, "a woman in a space suit"),
+    "flower": ("A white horse is standing in a field.", False, "a flower"),
+}  # fmt: skip
+"""Of each photo: the caption that was judged, whether it is right, and a remark."""
+
+TILE, GAP, COLUMNS, TEXT_HEIGHT = (400, 280), 24, 3, 108
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def draw_mark(pen: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
+    """Draw a check or a cross of 16 pixels: fonts that come with Pillow have neither."""
+    if right:
+        pen.line([(x, y + 9), (x + 6, y + 15), (x + 16, y + 2)], RIGHT, 4, "curve")
+        return
+    pen.line([(x, y + 2), (x + 13, y + 15)], WRONG, 4)
+    pen.line([(x, y + 15), (x + 13, y + 2)], WRONG, 4)
 
 
 def main(checkpoint: str | None = None) -> None:
-    quiet_transformers()
-    photographs = real_photographs()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for name, picture in photographs:
-            paths.append(Path(folder) / f"{name}.png")
-            picture.save(paths[-1])
-        results = Captioner.from_pretrained(checkpoint).caption(paths)
-        sheet = [
-            SheetItem(path, result.caption or "", path.stem)
-            for path, result in zip(paths, results, strict=True)
-        ]
-        draw_sheet(sheet, columns=len(sheet)).save(IMAGES / "photographs.png")
+    photos = {
+        name: Image.fromarray(
+            load_sample_image(f"{name}.jpg")
+            if name in ("china", "flower")
+            else getattr(data, name)()
+        )
+        for name in JUDGMENTS
+    }
+    results = Captioner.from_pretrained(checkpoint).caption(list(photos.values()))
+    width, height = TILE[0] + GAP, TILE[1] + TEXT_HEIGHT
+    rows = -(-len(photos) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, ((name, photo), result) in enumerate(zip(photos.items(), results, strict=True)):
+        judged, right, remark = JUDGMENTS[name]
+        if result.caption != judged:
+            raise SystemExit(f"error: {name} is now {result.caption!r}: judge it in {__file__}")
+        x, y = GAP + index % COLUMNS * width, GAP + index // COLUMNS * height
+        sheet.paste(ImageOps.fit(photo.convert("RGB"), TILE, centering=(0.5, 0.25)), (x, y))
+        text = textwrap.wrap(judged, 40)
+        pen.text((x, y + TILE[1] + 8), "\n".join(text), "black", ImageFont.load_default(20))
+        below = y + TILE[1] + 14 + 25 * len(text)
+        draw_mark(pen, x, below, right)
+        pen.text((x + 26, below), remark, RIGHT if right else WRONG, ImageFont.load_default(17))
+    sheet.save(OUTPUT, quality=88, optimize=True)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def clone(
         )
         (recipes / recipe.name).write_text(yaml.safe_dump(tiny), encoding="utf-8")
     monkeypatch.setattr(
-        "vlm_bridge.configuration.shipped_recipe", lambda name: recipes / f"{name}.yaml"
+        "vlm_bridge.configuration.shipped_recipes",
+        lambda: {file.stem: file for file in recipes.glob("*.yaml")},
     )
     for constant, number in QUICKSTART_SCENES.items():
         monkeypatch.setattr(f"vlm_bridge.quickstart.{constant}", number)
@@ -197,6 +198,6 @@ def test_page_runs_from_top_to_bottom(
         run(*shlex.split(command))
     for words in to_run(page):
         run(*words)
-    if page == "README.md":
+    if page == "index.md":
         metrics = json.loads((clone / "runs/quickstart/metrics.json").read_text(encoding="utf-8"))
         assert metrics["num_images"] == QUICKSTART_SCENES["NUM_TEST"]

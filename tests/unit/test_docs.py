@@ -16,7 +16,7 @@ import yaml
 from readme import FILES as README_AND_DOCS
 from readme import PROGRAMS, REPOSITORY, code_blocks, documented_commands, shell_commands
 from vlm_bridge.cli.main import app
-from vlm_bridge.configuration import Recipe, load_recipe
+from vlm_bridge.configuration import Recipe, find_recipe, load_recipe
 
 DOCS = REPOSITORY / "docs"
 FILES = [REPOSITORY / "CONTRIBUTING.md", *README_AND_DOCS]
@@ -95,7 +95,7 @@ def test_commands_options_recipes_and_scripts_exist(name: str) -> None:
                 assert (REPOSITORY / word).is_file(), shlex.join(words)
             if command.name == "train" and re.match(r"[a-z_.]+=", word):
                 key = word.partition("=")[0].partition(".")[0]
-                assert key in Recipe.model_fields, shlex.join(words)
+                assert key in {*Recipe.model_fields, "output_dir"}, shlex.join(words)
     for module in re.findall(r"python -m (benchmarks\.\w+)", PAGES[name]):
         assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), module
     for script in re.findall(r"\b((?:scripts|benchmarks)/\w+\.(?:sh|py|yaml))\b", PAGES[name]):
@@ -109,7 +109,7 @@ def test_commands_of_shell_blocks_parse(name: str) -> None:
         parameters = command.make_context(words[0], rest).params
         if command.name == "train" and parameters.get("config"):
             lists = [value for value in parameters.values() if isinstance(value, list | tuple)]
-            load_recipe(REPOSITORY / parameters["config"], list(lists[0] if lists else ()))
+            load_recipe(find_recipe(parameters["config"]), list(lists[0] if lists else ()))
 
 
 @pytest.mark.parametrize("name", PAGES)
