@@ -1,21 +1,23 @@
-"""The captioner in programs: called like a pipeline and saved; and the bundled one."""
+"""The captioner in programs: images of all kinds, streams, saving; and the bundled one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
 from vlm_bridge import formats
-from vlm_bridge.captioning.pipeline import Captioner
+from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 from vlm_bridge.captioning.publish import CardFacts
 from vlm_bridge.configuration import recipe_from_dict
-from vlm_bridge.errors import ImageError, ModelError
+from vlm_bridge.errors import ConfigurationError, ImageError, ModelError
 from vlm_bridge.model_architecture import weights
 from vlm_bridge.model_architecture.weights import WHEELS, packaged_file, require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -39,16 +41,57 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def test_a_call_answers_as_a_pipeline_does(captioner: Captioner, photo: Path) -> None:
-    answer = [{"generated_text": captioner.caption([photo])[0].caption}]
-    assert captioner(photo) == captioner(str(photo)) == captioner(noise(1)) == answer
-    assert captioner([photo]) == [answer]
-    images = [noise(seed) for seed in range(5)]
-    assert captioner(images, batch_size=2) == [captioner(image) for image in images]
-    several = captioner(photo, num_return_sequences=3)
-    assert several[0] == answer[0] and len(several) == 3
-    with pytest.raises(ImageError, match="no such file"):
-        captioner(photo.with_name("none.jpg"))
+def scores(results: Iterable[CaptionResult]) -> list[float | None]:
+    return [result.score for result in results]
+
+
+def test_one_image_of_any_kind_gives_one_result(captioner: Captioner, photo: Path) -> None:
+    result = captioner.caption(photo)
+    assert str(result) == result.caption and result.image == str(photo)
+    kinds = [str(photo), photo.read_bytes(), noise(1), np.asarray(noise(1))]
+    assert scores(captioner.caption(kind) for kind in kinds) == [result.score] * 4
+    assert captioner.caption([str(photo)]) == captioner.caption((photo,)) == [result]
+    assert scores(captioner.caption(iter(kinds))) == pytest.approx([result.score] * 4, abs=1e-5)
+    gray = noise(1).convert("L")
+    assert scores([captioner.caption(np.asarray(gray))]) == scores(captioner.caption([gray]))
+
+
+def test_an_unreadable_image_raises_alone_and_not_among_others(
+    captioner: Captioner, photo: Path
+) -> None:
+    missing, floats = photo.with_name("none.jpg"), np.zeros((3, 8, 8), np.float32)
+    for unreadable, why in ((missing, "no such file"), (floats, "not float32 \\[3, 8, 8\\]")):
+        with pytest.raises(ImageError, match=why):
+            captioner.caption(unreadable)
+        broken, fine = captioner.caption([unreadable, photo])
+        assert broken.caption is None and fine.caption is not None
+        assert str(broken).startswith("cannot read image") and (broken.error or "") in str(broken)
+
+
+def test_settings_are_keywords_too(captioner: Captioner, photo: Path) -> None:
+    short = captioner.caption(photo, num_beams=1, max_new_tokens=3)
+    decode = captioner.recipe.decode.replace(num_beams=1, max_new_tokens=3)
+    assert short == captioner.caption(photo, decode=decode) != captioner.caption(photo)
+    with pytest.raises(ConfigurationError, match="did you mean 'num_beams'"):
+        captioner.caption(photo, num_beam=3)
+
+
+def test_a_stream_gives_results_before_it_has_read_all_images(captioner: Captioner) -> None:
+    images, taken = [noise(seed) for seed in range(60)], []
+    stream = captioner.stream((taken.append(image) or image for image in images), batch_size=20)
+    first = next(stream)
+    assert len(taken) < len(images)
+    expected = scores(captioner.caption(images, batch_size=7))
+    assert scores([first, *stream]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_its_representation_says_what_it_is(
+    captioner: Captioner, photo: Path, tmp_path: Path
+) -> None:
+    captioner.save_pretrained(tmp_path / "saved")
+    shown = repr(Captioner.from_pretrained(tmp_path / "saved", "cpu"))
+    assert "-> prefix ->" in shown and f"on cpu, from {tmp_path / 'saved'})" in shown
+    assert " 0 trained" not in shown and "\n" not in shown
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "turned"])
@@ -72,13 +115,12 @@ def test_a_saved_folder_needs_no_extras(captioner: Captioner, photo: Path, tmp_p
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({extras.split()}))\n"  # whoever imports one fails
         "from vlm_bridge import Captioner\n"
-        "answer = Captioner.from_pretrained(sys.argv[1], 'cpu')(sys.argv[2])\n"
-        "print(answer[0]['generated_text'], end='')\n"
+        "print(Captioner.from_pretrained(sys.argv[1], 'cpu').caption(sys.argv[2]), end='')\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "saved"), str(photo)]
     result = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == captioner(photo)[0]["generated_text"]
+    assert result.stdout == captioner.caption(photo).caption
 
 
 def test_a_build_without_one(photo: Path, monkeypatch: pytest.MonkeyPatch, run_here) -> None:

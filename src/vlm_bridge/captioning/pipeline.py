@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -33,13 +33,27 @@ from vlm_bridge.training_strategy.validation import Validation, validate
 
 VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is captioned
+FIRST_BATCHES = (1, 3, 8, 16)  # images, of a stream
 
-ImageSource = str | ImageFile | bytes | Image.Image
+# A path, a file's content, an image of Pillow, or an array [height, width, 3] of uint8.
+ImageSource = str | ImageFile | bytes | Image.Image | np.ndarray
 
 
 def opened(image: ImageSource) -> Image.Image:
-    """Return an image, or one in a file, as upright RGB. Raises ImageError."""
+    """Return an image as upright RGB. Raises ImageError."""
+    if isinstance(image, np.ndarray):
+        is_gray, channels = image.ndim == 2, image.shape[2:]
+        if image.dtype != np.uint8 or not (is_gray or channels in ((3,), (4,))) or not image.size:
+            found = f"{image.dtype} {list(image.shape)}"
+            raise ImageError(
+                _name(image), f"an array must be uint8 [height, width, 3], not {found}"
+            )
+        image = Image.fromarray(image)
     return upright_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+
+
+def _name(image: ImageSource) -> str:
+    return str(image) if isinstance(image, str | ImageFile) else "<image>"
 
 
 class Candidate(NamedTuple):
@@ -52,7 +66,10 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """An image's caption as in `Candidate`, or the error of one that cannot be read."""
+    """An image's caption as in `Candidate`, or the error of one that cannot be read.
+
+    `str(result)` is the caption.
+    """
 
     image: str
     caption: str | None = None
@@ -60,14 +77,32 @@ class CaptionResult:
     finished: bool | None = None
     error: str | None = None
 
+    def __str__(self) -> str:
+        return self.caption or (str(ImageError(self.image, self.error)) if self.error else "")
+
 
 class Captioner:
-    """A trained captioner: `Captioner.from_pretrained()("photo.jpg")` uses the bundled one."""
+    """A trained captioner; `Captioner.from_pretrained()` is the bundled one.
 
-    def __init__(self, model: CaptionModel, recipe: Recipe):
+    Args:
+        source: where its weights are from.
+    """
+
+    def __init__(self, model: CaptionModel, recipe: Recipe, source: object = None):
         self.model = model.eval()
         self.recipe = recipe
+        self.source = source
         self.format = caption_format(model.language_model, recipe)
+
+    def __repr__(self) -> str:
+        recipe, parameters = self.recipe, self.model.parameters()
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        source = "" if self.source is None else f", from {self.source}"
+        return (
+            f"Captioner({recipe.vision_encoder.name} -> {recipe.bridge.kind} -> "
+            f"{recipe.language_model.name}, {trained:,} trained parameters, on "
+            f"{self.model.device}{source})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -104,30 +139,79 @@ class Captioner:
         model.to(target)
         if compile:
             model.use_static_cache()
-        return cls(model, recipe)
+        return cls(model, recipe, path or checkpoints.BUNDLED)
 
+    @overload
+    def caption(self, images: ImageSource, **options: Any) -> CaptionResult: ...
+    @overload
+    def caption(self, images: Iterable[ImageSource], **options: Any) -> list[CaptionResult]: ...
     def caption(
         self,
-        images: Sequence[ImageSource],
+        images: ImageSource | Iterable[ImageSource],
         *,
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda done: None,
-        open_image: Callable[[Any], Image.Image] = opened,
-    ) -> list[CaptionResult]:
-        """Caption images, in the order given; an unreadable one gets an `error` instead.
+        **settings: Any,
+    ) -> CaptionResult | list[CaptionResult]:
+        """Caption an image or several: a path, bytes, an image of Pillow or an array each.
 
         Args:
             decode: how to generate; None means the recipe's settings.
             batch_size: images encoded and decoded together; captions do not depend on it.
             progress: called with the number of images done.
-            open_image: opens an item of `images`, such as `ImageReader.open_image` in a process.
+            settings: changes of `decode`, such as ``num_beams=5, max_new_tokens=30``.
+
+        Returns:
+            The result of one image; of several, a list in the order given, in which an unreadable
+            image has an `error` instead of a caption.
+
+        Raises:
+            ImageError: the one image cannot be read.
+            ConfigurationError: an unknown or impossible setting.
         """
-        caption_batch = partial(self._caption_batch, decode=decode or self.recipe.decode)
+        is_one = isinstance(images, ImageSource)
+        batches = batches_of([images] if is_one else images, [batch_size])
+        results = counted(self._results(batches, opened, decode, settings), progress)
+        if not is_one:
+            return results
+        if results[0].error is not None:
+            raise ImageError(results[0].image, results[0].error)
+        return results[0]
+
+    def stream(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        decode: DecodeSettings | None = None,
+        batch_size: int = 32,
+        open_image: Callable[[Any], Image.Image] = opened,
+        **settings: Any,
+    ) -> Iterator[CaptionResult]:
+        """Yield the results of `caption` for several images, each as soon as it is there.
+
+        Batches grow from one image up to ``batch_size``, for a first caption without delay.
+
+        Args:
+            images: read as they are needed, a few batches ahead.
+            open_image: opens an image, such as `ImageReader.open_image` in a process.
+        """
+        if isinstance(images, ImageSource):
+            images = [images]
+        sizes = [size for size in FIRST_BATCHES if size < batch_size]
+        return self._results(batches_of(images, [*sizes, batch_size]), open_image, decode, settings)
+
+    def _results(
+        self,
+        batches: Iterable[list[ImageSource]],
+        open_image: Callable[[Any], Image.Image],
+        decode: DecodeSettings | None,
+        settings: dict[str, Any],
+    ) -> Iterator[CaptionResult]:
+        decode = (decode or self.recipe.decode).replace(**settings)
+        caption_batch = partial(self._caption_batch, decode=decode)
         prepare = self.model.vision_encoder.preprocess
-        return caption_in_batches(
-            images, caption_batch, batch_size, progress, prepare=prepare, open_image=open_image
-        )
+        return caption_in_batches(batches, caption_batch, prepare=prepare, open_image=open_image)
 
     def candidates(
         self, images: Sequence[ImageSource], count: int, *, decode: DecodeSettings | None = None
@@ -140,33 +224,6 @@ class Captioner:
         """
         pixels = self.model.vision_encoder.preprocess([opened(image) for image in images])
         return in_batches(self._caption_batch(pixels, decode or self.recipe.decode, count), count)
-
-    def __call__(
-        self,
-        images: ImageSource | Sequence[ImageSource],
-        *,
-        batch_size: int = 32,
-        num_return_sequences: int = 1,
-        decode: DecodeSettings | None = None,
-    ) -> list[Any]:
-        """Caption as an image-to-text pipeline of `transformers` does.
-
-        Returns:
-            `[{"generated_text": caption}, ...]` for one image; for a list, a list of these.
-
-        Raises:
-            ImageError: an image cannot be read.
-            ConfigurationError: more captions than beams are asked for.
-        """
-        if isinstance(images, ImageSource):
-            images = [images]
-            return self(images, num_return_sequences=num_return_sequences, decode=decode)[0]
-        batches = in_batches(images, batch_size)
-        found = (self.candidates(batch, num_return_sequences, decode=decode) for batch in batches)
-        return [
-            [{"generated_text": candidate.caption} for candidate in of_image]
-            for of_image in chain.from_iterable(found)
-        ]
 
     def save_pretrained(self, folder: str | Path, facts: CardFacts | None = None) -> None:
         """Write a folder for `from_pretrained` and the hub: trained weights, recipe, model card."""
@@ -219,16 +276,32 @@ class Captioner:
         return autocast(self.model.device, self.recipe.autocast_dtype)
 
 
+def batches_of(images: Iterable[ImageSource], sizes: Sequence[int]) -> Iterator[list[ImageSource]]:
+    """Yield images in batches of the given sizes, and from then on of the last one."""
+    left = iter(images)
+    yield from filter(None, (list(islice(left, size)) for size in sizes))
+    yield from iter(lambda: list(islice(left, sizes[-1])), [])
+
+
+def counted(
+    results: Iterable[CaptionResult], progress: Callable[[int], None]
+) -> list[CaptionResult]:
+    """Collect results, and call ``progress`` with their number after each."""
+    collected: list[CaptionResult] = []
+    for result in results:
+        collected.append(result)
+        progress(len(collected))
+    return collected
+
+
 def caption_in_batches(
-    images: Sequence[ImageSource],
+    batches: Iterable[list[ImageSource]],
     caption_batch: Callable[[Any], Sequence[tuple[str, float | None, bool]]],
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
     *,
     prepare: Callable[[list[Image.Image]], Any] = lambda images: images,
     open_image: Callable[[Any], Image.Image] = opened,
-) -> list[CaptionResult]:
-    """Caption images in the order given, while threads open and prepare the next batches.
+) -> Iterator[CaptionResult]:
+    """Yield results in the order of the images, while threads prepare the next batches.
 
     Args:
         caption_batch: prepared images -> (caption, mean log-probability per token, finished).
@@ -238,20 +311,15 @@ def caption_in_batches(
     def read(batch: list[ImageSource]) -> tuple[list[CaptionResult], Any]:
         results, readable = [], []
         for image in batch:
-            name, error = "<image>" if isinstance(image, Image.Image) else str(image), None
+            error = None
             try:
                 readable.append(open_image(image))
             except ImageError as damage:
                 error = damage.reason
-            results.append(CaptionResult(name, error=error))
+            results.append(CaptionResult(_name(image), error=error))
         return results, prepare(readable) if readable else None
 
-    captioned: list[CaptionResult] = []
-    for results, prepared in prefetch(in_batches(images, batch_size), read, DECODE_AHEAD):
+    for results, prepared in prefetch(batches, read, DECODE_AHEAD):
         captions = iter(caption_batch(prepared) if prepared is not None else [])
-        captioned += [
-            result if result.error else CaptionResult(result.image, *next(captions))
-            for result in results
-        ]
-        progress(len(captioned))
-    return captioned
+        for result in results:
+            yield result if result.error else CaptionResult(result.image, *next(captions))

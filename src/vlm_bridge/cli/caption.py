@@ -68,9 +68,8 @@ def caption(
     changes = {name: value for name in SETTINGS if (value := given[name]) is not None}
     decode = captioner.recipe.decode.replace(**sampling | changes)
     with images.ImageReader(min(2, len(files))) as reader:
-        results = captioner.caption(
-            files, decode=decode, batch_size=batch_size, open_image=reader.open_image
-        )
+        opened = {"batch_size": batch_size, "open_image": reader.open_image}
+        results = list(captioner.stream(files, decode=decode, **opened))
         panels = _write_explanations(captioner, results, explain, reader) if explain else {}
     _print_results(results, panels, as_json)
     if any(result.error is not None for result in results):

@@ -253,7 +253,7 @@ def logged(items: Iterable[Item], total: int, text: str) -> Iterator[Item]:
         yield item
 
 
-def prefetch(items: Sequence[Item], work: Callable[[Item], Result], depth: int) -> Iterator[Result]:
+def prefetch(items: Iterable[Item], work: Callable[[Item], Result], depth: int) -> Iterator[Result]:
     """Yield ``work(item)`` in order; up to ``depth`` later items are worked on in threads."""
     if depth < 1:
         yield from map(work, items)

@@ -11,7 +11,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from vlm_bridge.captioning.pipeline import CaptionResult, caption_in_batches
+from vlm_bridge.captioning.pipeline import (
+    CaptionResult,
+    batches_of,
+    caption_in_batches,
+    counted,
+)
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.credentials import hub_problem, reach_hub
 from vlm_bridge.data_pipeline.samples import ImageFile
@@ -116,9 +121,9 @@ class BaselineCaptioner:
                 f"max_new_tokens={decode.max_new_tokens} and a prompt of {len(self.prompt_ids)} "
                 f"exceed the {self.max_positions} positions of {type(self.model).__name__}"
             )
-        return caption_in_batches(
-            images, lambda batch: self._caption_batch(batch, decode), batch_size, progress
-        )
+        batches = batches_of(images, [batch_size])
+        captions = caption_in_batches(batches, lambda batch: self._caption_batch(batch, decode))
+        return counted(captions, progress)
 
     @torch.inference_mode()
     def _caption_batch(
