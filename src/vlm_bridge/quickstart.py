@@ -85,7 +85,7 @@ def real_photographs() -> list[tuple[str, Image.Image]]:
     try:
         from skimage import data
 
-        names = ("chelsea", "astronaut", "coffee")
+        names = ("cat", "astronaut", "coffee")
         return [(f"scikit-image {name}", Image.fromarray(getattr(data, name)())) for name in names]
     except Exception:  # not installed, or its data files would have to be fetched
         return []

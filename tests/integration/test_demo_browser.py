@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ pytest.importorskip("selenium", reason="a browser needs selenium: pip install 'v
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from demo_server import noise, tiny_service
@@ -86,6 +89,15 @@ def test_dropped_images_have_a_card_each_and_a_bad_one_a_message(
     assert len(alternatives) == len(expected.captions) > 1
     overlays = wait(browser, "#answers .vb-words img")
     assert len(overlays) == len(expected.overlays) > 0
+    assert not alternatives[0].is_displayed() and not overlays[0].is_displayed()
+    (download,) = wait(browser, "#answers a[download]")
+    encoded = str(download.get_attribute("href")).partition("base64,")[2]
+    rows = list(csv.DictReader(base64.b64decode(encoded).decode("utf-8-sig").splitlines()))
+    assert [(row["image"], row["caption"]) for row in rows] == [("noise.png", caption.text)]
+    button = browser.find_element(By.CSS_SELECTOR, "#answers .vb-copy")
+    button.click()
+    WebDriverWait(browser, PATIENCE).until(lambda driver: button.text == "Copied")
+    assert browser.execute_script("return getSelection().toString()") == caption.text
 
     messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
@@ -94,14 +106,54 @@ def test_dropped_images_have_a_card_each_and_a_bad_one_a_message(
     assert all(url.startswith((address, "data:", "blob:", "chrome")) for url in urls)
 
 
-def test_an_example_is_captioned_with_a_click_and_fits_a_phone(browser: Any, address: str) -> None:
+def test_an_example_is_captioned_with_a_click_above_the_fold_of_a_phone(
+    browser: Any, address: str
+) -> None:
     # A window cannot be as narrow as a phone; an emulated screen can.
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     try:
         browser.get(address)
         wait(browser, "#examples button img")[0].click()
-        assert wait(browser, "#answers .vb-caption")
+        (caption,) = wait(browser, "#answers .vb-caption")
+        assert caption.rect["y"] + caption.rect["height"] < PHONE["height"]
         width = browser.execute_script("return document.documentElement.scrollWidth")
         assert width <= PHONE["width"]
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_settings_open_under_advanced_and_change_the_caption(browser: Any, address: str) -> None:
+    browser.get(address)
+    wait(browser, "#examples button img")[0].click()
+    wait(browser, "#answers a[download]")
+    before = len(wait(browser, "#answers .vb-alternatives li"))
+    beams, again = (browser.find_element(By.CSS_SELECTOR, css) for css in ("#beams", "#again"))
+    assert not beams.is_displayed()
+    wait(browser, "#advanced summary")[0].send_keys(Keys.ENTER)
+    number = beams.find_element(By.CSS_SELECTOR, "input[type=number]")
+    number.send_keys(Keys.CONTROL, "a")
+    number.send_keys("1", Keys.TAB)
+    again.click()
+
+    def fewer(driver: Any) -> bool:
+        found = driver.find_elements(By.CSS_SELECTOR, "#answers .vb-alternatives li")
+        return len(found) == 1 < before
+
+    WebDriverWait(browser, PATIENCE).until(fewer)
+
+
+def test_pasted_images_are_captioned(browser: Any, address: str) -> None:
+    browser.get(address)
+    wait(browser, "#images input[type=file]")
+    browser.execute_async_script(
+        """
+        const done = arguments[0], canvas = document.createElement("canvas");
+        canvas.toBlob((blob) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.items.add(new File([blob], "pasted.png", {type: "image/png"}));
+          document.dispatchEvent(new ClipboardEvent("paste", {clipboardData}));
+          done();
+        });
+        """
+    )
+    assert wait(browser, "#answers .vb-card img")[0].get_attribute("alt") == "pasted.png"

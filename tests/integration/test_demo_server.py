@@ -92,6 +92,13 @@ def test_wrong_uploads_and_forms_are_refused_with_one_line(address: str) -> None
     assert "http:" not in policy and "https:" not in policy and "*" not in policy
 
 
+def test_health_names_the_model_and_the_version(address: str) -> None:
+    health = httpx.get(f"{address}/health").json()
+    assert health.keys() == {"status", "model", "version"}
+    assert health["status"] == "ok"
+    assert "runs/tiny" in health["model"]
+
+
 # Attacks.
 
 
@@ -179,3 +186,33 @@ def test_an_interrupted_demo_ends_and_names_its_address(tmp_path: Path) -> None:
         assert httpx.get(line.split()[2], timeout=60).status_code == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+@pytest.mark.parametrize("root_path", ["/demo", "https://example.org/demo"])
+def test_a_proxy_may_leave_the_path_or_take_it_away(
+    service: CaptionService, root_path: str
+) -> None:
+    # The last test here: gradio keeps uploads of one server in a process.
+    files = {"image": ("a.png", png(noise(0)))}
+    with serving(service, root_path=root_path) as address:
+        for prefix in ("", "/demo"):
+            config = httpx.get(f"{address}{prefix}/config").json()
+            assert config["root"].endswith("/demo")
+            assert httpx.get(f"{address}{prefix}/health").status_code == 200
+            url = f"{address}{prefix}/api/caption"
+            # The proxy's name is another than this server's.
+            public = {"Origin": "https://example.org", "Sec-Fetch-Site": "same-origin"}
+            assert httpx.post(url, files=files, headers=public).status_code == 200
+            for site in ("cross-site", "same-site"):
+                other = {"Origin": "https://evil.example", "Sec-Fetch-Site": site}
+                other["X-Forwarded-Host"] = "evil.example"
+                assert httpx.post(url, files=files, headers=other).status_code == 403
+            large = {"image": ("a.png", bytes(2 * MEGABYTE))}  # the limit of uploads holds
+            assert httpx.post(url, files=large).status_code == 422
+        named = root_path.startswith("https")
+        for name, allowed in (("example.org", named), ("evil.example", False)):
+            answer = httpx.get(f"{address}/health", headers={"Host": name})
+            assert answer.status_code == (200 if allowed else 400), name
+        old = {"Origin": "https://example.org"}  # of a browser without Sec-Fetch-Site
+        answer = httpx.post(f"{address}/api/caption", files=files, headers=old)
+        assert answer.status_code == (200 if named else 403)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,17 @@ def test_alternatives_are_distinct_and_the_likeliest_comes_first(service: Captio
         assert part in service.summary
 
 
+def test_confidence_is_told_in_words_by_the_mean_probability_of_tokens() -> None:
+    pytest.importorskip("gradio")
+    from vlm_bridge.demo.page import confidence
+
+    told = [confidence(math.log(probability)) for probability in (0.99, 0.61, 0.59, 0.51, 0.49)]
+    assert told == ["Fairly sure"] * 2 + ["Not very sure"] * 2 + ["A guess"]
+
+
 def test_a_run_is_shown_with_curves_and_samples(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from vlm_bridge.demo.server import live_html
+    from vlm_bridge.demo.page import live_html
 
     assert "no training log" in live_html(tmp_path)
     events = [

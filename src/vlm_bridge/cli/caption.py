@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_bridge import __version__
 from vlm_bridge.cli import options
 from vlm_bridge.cli.options import Option
 from vlm_bridge.credentials import redact
@@ -119,6 +118,9 @@ def demo(
     host: Annotated[str, Option(help="Address; 0.0.0.0 lets the network in.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
     run: Annotated[Path | None, Option("--run", help="A training run to show live.")] = None,
+    root_path: Annotated[
+        str, Option(help="Path behind a proxy, or its address: https://NAME/PATH.")
+    ] = "",
     device: options.Device = "auto",
 ) -> None:
     """Serve a page that captions images and shows a training run, and a JSON endpoint."""
@@ -133,9 +135,16 @@ def demo(
 
     options.quiet_transformers()
     captioner = Captioner.from_pretrained(checkpoint, device)
-    name = str(checkpoint or f"bundled with vlm-bridge {__version__}")
+    examples = [
+        (name.removeprefix("scikit-image ").capitalize(), image)
+        for name, image in real_photographs()
+    ]
+    if root_path and "://" not in root_path:
+        root_path = "/" + root_path.strip("/")
     with ImageReader() as reader:
-        service = CaptionService(captioner, name, reader.open_image)
-        with serving(service, host, port, run=run, examples=real_photographs()) as address:
+        service = CaptionService(captioner, checkpoint and str(checkpoint), reader.open_image)
+        with serving(
+            service, host, port, run=run, examples=examples, root_path=root_path.rstrip("/")
+        ) as address:
             print(f"serving on {address} (Ctrl-C stops)", flush=True)
             threading.Event().wait()

@@ -1,23 +1,19 @@
-"""Serve the demo page at `/` and a JSON endpoint at `/api/caption`; nothing else is loaded."""
+"""Serve the page, `/api/caption` and `/health`; the page loads nothing from elsewhere."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-import gradio as gr
 from gradio.themes import Default
-from PIL import Image, ImageOps
+from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.middleware import Middleware
@@ -27,11 +23,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vlm_bridge.demo import service as bounds
-from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, Answer, CaptionService, Request
+from vlm_bridge import __version__
+from vlm_bridge.demo.page import build_page
+from vlm_bridge.demo.service import MAX_UPLOAD_MB, MEGABYTE, CaptionService
 from vlm_bridge.errors import DataError, UsageError, VLMBridgeError
-from vlm_bridge.evaluation.report import draw_curves
-from vlm_bridge.evaluation.run_folder import HISTORY_NAME, ReportedRun, read_curves
 
 UPLOAD_PATHS = ("/api/caption", "/gradio_api/upload")
 MAX_UPLOAD_REQUEST_MB = 200
@@ -43,14 +38,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-THUMBNAIL = 480
-REFRESH_SECONDS = 5
-FORGET_SECONDS = 3600  # uploads are deleted after this long
-LEGEND = (
-    "The score is the mean log-probability of a token, in nats: 0 is certain. Below each word: "
-    "its highest attention as a multiple of an even spread; bright is where the word looked most."
-)
-SAMPLES_SHOWN = 12
 Examples = Sequence[tuple[str, Image.Image]]
 
 
@@ -62,6 +49,7 @@ def serving(
     *,
     run: Path | None = None,
     examples: Examples = (),
+    root_path: str = "",
 ) -> Iterator[str]:
     """Serve until the block ends, and yield the address. Uploads are deleted then.
 
@@ -69,16 +57,12 @@ def serving(
         port: 0 takes a free one.
         run: a training run to show in a second tab.
         examples: (name, image) that a visitor may caption with a click.
+        root_path: path of the page behind a proxy, such as `/demo`, or its whole public URL, which
+            a proxy needs that passes its own name on as `Host`.
 
     Raises:
         UsageError: the address is taken or does not exist.
     """
-
-    async def caption(request: HTTPRequest) -> JSONResponse:
-        try:
-            return JSONResponse(await _answer_form(service, request))
-        except VLMBridgeError as error:
-            return JSONResponse({"error": str(error)}, 422)
 
     try:
         with socket.create_server((host, port)) as probe:
@@ -87,27 +71,21 @@ def serving(
         raise UsageError(
             f"cannot serve on {host}:{port}: {error.strerror}; give another --port or --host"
         ) from error
-    # A domain of somebody else may lead here (DNS rebinding).
-    own_names = ["*"] if host == "0.0.0.0" else [host, "localhost", "127.0.0.1"]
-    app_options = {
-        "middleware": [
-            Middleware(TrustedHostMiddleware, allowed_hosts=own_names),
-            Middleware(BaseHTTPMiddleware, dispatch=guard),
-        ],
-        "routes": [Route("/api/caption", caption, methods=["POST"])],
-        # Pages that load scripts from elsewhere.
-        **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),
-    }
     with tempfile.TemporaryDirectory(prefix="vlm-bridge-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build_page(service, run, examples)
+        files = {name: Path(uploads, f"{name}.png") for name, _ in examples}
+        for name, image in examples:
+            image.save(files[name])
+        page = build_page(service, run, files)
         page.queue(default_concurrency_limit=1, max_size=100, api_open=False)
         page.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
             max_file_size=MAX_UPLOAD_MB * MEGABYTE, ssr_mode=False, enable_monitoring=False,
-            footer_links=["settings"], css_paths=Path(__file__).with_name("page.css"),
-            theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            app_kwargs=app_options,
+            footer_links=[], css_paths=Path(__file__).with_name("page.css"), root_path=root_path,
+            theme=Default(
+                primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ),
+            app_kwargs=_app_options(service, host, urlsplit(root_path)),
         )  # fmt: skip
         try:
             yield f"http://{host}:{port}"
@@ -115,12 +93,55 @@ def serving(
             page.close(verbose=False)
 
 
-async def guard(request: HTTPRequest, answer: RequestResponseEndpoint) -> Response:
-    """Refuse requests of other pages and large bodies; add headers to all answers."""
+def _app_options(service: CaptionService, host: str, public: SplitResult) -> dict[str, Any]:
+    """Return the routes beside the page, and what stands before all of them."""
+
+    async def caption(request: HTTPRequest) -> JSONResponse:
+        try:
+            return JSONResponse(await _answer_form(service, request))
+        except VLMBridgeError as error:
+            return JSONResponse({"error": str(error)}, 422)
+
+    async def health(request: HTTPRequest) -> JSONResponse:
+        return JSONResponse({"status": "ok", "model": service.summary, "version": __version__})
+
+    # A domain of somebody else may lead here (DNS rebinding).
+    named = [host, "localhost", "127.0.0.1", *filter(None, [public.hostname])]
+    own_names = ["*"] if host == "0.0.0.0" else named
+    return {
+        "middleware": [
+            Middleware(TrustedHostMiddleware, allowed_hosts=own_names),
+            Middleware(BaseHTTPMiddleware, dispatch=partial(guard, public=public)),
+        ],
+        "routes": [
+            Route("/api/caption", caption, methods=["POST"]),
+            Route("/health", health),
+        ],
+        # Pages that load scripts from elsewhere.
+        **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),
+    }
+
+
+async def guard(
+    request: HTTPRequest, answer: RequestResponseEndpoint, public: SplitResult
+) -> Response:
+    """Refuse requests of other pages and large bodies; add headers to all answers.
+
+    Behind a proxy `Host` may be another than the visitor's. Pages cannot set `Sec-Fetch-Site`, but
+    they can set `X-Forwarded-Host`, so that is not looked at.
+
+    Args:
+        public: the address behind a proxy, split; without a name if that is unknown.
+    """
     headers, origin = request.headers, request.headers.get("origin")
-    most = MAX_UPLOAD_REQUEST_MB if request.url.path in UPLOAD_PATHS else MAX_REQUEST_MB
+    request.scope["root_path"] = public.path  # proxies may leave it in the path or take it away
+    path = request.scope["path"].removeprefix(public.path)
+    most = MAX_UPLOAD_REQUEST_MB if path in UPLOAD_PATHS else MAX_REQUEST_MB
+    own = origin is None or headers.get("sec-fetch-site") == "same-origin"
+    if origin is not None and (name := urlsplit(origin).netloc):
+        own = own or name in (headers.get("host"), public.netloc)
     response: Response
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if not own:
         response = JSONResponse({"error": "requests of other pages are refused"}, 403)
     elif "transfer-encoding" in headers:  # its size cannot be checked before it is read
         response = JSONResponse({"error": "send a Content-Length"}, 411)
@@ -148,120 +169,3 @@ async def _answer_form(service: CaptionService, request: HTTPRequest) -> dict[st
         "alternatives": [{"caption": x.caption, "score": x.score} for x in answer.captions],
         "seconds": round(answer.seconds, 3),
     }
-
-
-def build_page(service: CaptionService, run: Path | None, examples: Examples) -> gr.Blocks:
-    """Build the page, with a tab that follows a training run if one is given."""
-
-    def respond(chosen: list[tuple[str, Any]] | None, *settings: float) -> Iterator[str]:
-        cards = "" if chosen else _error_card("no image: drop one into the box above, or paste it")
-        yield cards
-        fields = dict(zip(Request.model_fields, settings, strict=True))
-        for file in (Path(path) for path, _ in chosen or []):
-            try:
-                request = service.default_request.updated(fields)
-                cards += _card(service.answer(file.read_bytes(), file.name, request, overlays=True))
-            except VLMBridgeError as error:
-                cards += _error_card(str(error))
-            yield cards + f'<p class="vb-note"><small>{LEGEND}</small></p>'
-
-    def take(event: gr.SelectData) -> list[Image.Image]:
-        return [examples[event.index][1]]
-
-    with gr.Blocks(
-        title="vlm-bridge", analytics_enabled=False, delete_cache=(FORGET_SECONDS, FORGET_SECONDS)
-    ) as page:
-        gr.Markdown(f"# vlm-bridge\n{service.summary}")
-        with gr.Tab("Caption"), gr.Row():
-            with gr.Column(scale=3, min_width=300):
-                images = gr.Gallery(
-                    label=f"Images, {MAX_UPLOAD_MB} MB at most", type="filepath",
-                    sources=["upload", "clipboard"], interactive=True, columns=4,
-                    fit_columns=False, height=270, elem_id="images",
-                )  # fmt: skip
-                button = gr.Button("Caption", variant="primary", elem_id="caption")
-                answers = gr.HTML(elem_id="answers")
-                shown = gr.Gallery(
-                    [(image, name) for name, image in examples], label="Examples: click one",
-                    columns=max(len(examples), 1), fit_columns=False, allow_preview=False,
-                    interactive=False, object_fit="cover", visible=bool(examples),
-                    elem_id="examples",
-                )  # fmt: skip
-            with gr.Column(scale=1, min_width=280):
-                settings = _sliders(service.default_request)
-        taken = shown.select(take, None, images, api_visibility="private")
-        for event in (button.click, images.upload, taken.then):
-            event(respond, [images, *settings], answers, api_visibility="private")
-        if run is not None:
-            with gr.Tab("Training"):
-                live = gr.HTML(elem_id="live")
-                events = [page.load, gr.Timer(REFRESH_SECONDS).tick]
-                gr.on(events, lambda: live_html(run), None, live, api_visibility="private")
-    return page
-
-
-def _sliders(start: Request) -> list[gr.Slider]:
-    """Return the settings of the page in the order of the fields of `Request`."""
-    most = bounds.MOST_ALTERNATIVES
-    return [
-        gr.Slider(1, bounds.MOST_BEAMS, start.num_beams, step=1, label="Beams", elem_id="beams"),
-        gr.Slider(0, 2, start.temperature, step=0.05, label="Temperature (0 searches with beams)"),
-        gr.Slider(-2, 4, start.length_penalty, step=0.1, label="Length penalty"),
-        gr.Slider(1, bounds.LONGEST, start.max_new_tokens, step=1, label="Most tokens"),
-        gr.Slider(1, most, start.num_alternatives, step=1, label="Alternatives (one a beam)"),
-    ]
-
-
-def _card(answer: Answer) -> str:
-    """Return an image with its caption, the alternatives and the overlays of its words."""
-    alternatives = "".join(
-        f"<li>{escape(other.caption)}<data>{other.score:.3f}</data></li>"
-        for other in answer.captions
-    )
-    words = "".join(
-        f'<figure><img src="{_data_uri(image)}" alt=""><figcaption>{escape(word.word)} '
-        f"<small>{word.peak:.1f}x</small></figcaption></figure>"
-        for word, image in answer.overlays
-    )
-    caption = escape(answer.captions[0].caption) or "(no caption)"
-    thumbnail = ImageOps.contain(answer.image, (THUMBNAIL, THUMBNAIL))
-    return (
-        f'<article class="vb-card"><img src="{_data_uri(thumbnail)}" alt="{caption}">'
-        f'<div><p class="vb-caption">{caption}</p><p class="vb-note">{answer.seconds:.1f} s</p>'
-        f'<ol class="vb-alternatives">{alternatives}</ol><div class="vb-words">{words}</div>'
-        "</div></article>"
-    )
-
-
-def _error_card(message: str) -> str:
-    return f'<article class="vb-error" role="alert">{escape(message)}</article>'
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def live_html(run: Path) -> str:
-    """Return charts and samples of a training run's folder or log folder, or why there are none."""
-    folder = run / "logs" if (run / "logs" / HISTORY_NAME).is_file() else run
-    try:
-        curves = read_curves(folder)
-    except (VLMBridgeError, OSError) as error:
-        return _error_card(str(error))
-    if not curves:
-        return _error_card(f"no training log in {run} yet: is it the folder of a training run?")
-    charts = "".join(draw_curves([ReportedRun(run.name, curves=curves)]))
-    lines = (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
-    # The last line may be half written.
-    events = [json.loads(line) for line in lines if '"samples"' in line and line.endswith("}")]
-    samples = ""
-    for event in events[: -SAMPLES_SHOWN - 1 : -1]:
-        rows = (f"<li>{escape(c)} <small>{escape(r)}</small></li>" for c, r in event["captions"])
-        samples += f"<h4>Step {event['step']:,}</h4><ul>{''.join(rows)}</ul>"
-    step = max(curve[-1][0] for curve in curves.values())
-    return (
-        f'<p class="vb-status">Step {step:,}</p><div class="vb-charts">{charts}</div>'
-        f'<div class="vb-samples"><h3>Sample captions, each with a reference</h3>{samples}</div>'
-    )

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vlm_bridge import __version__
 from vlm_bridge.captioning.explain import WordAttention, explain, word_overlays
 from vlm_bridge.captioning.pipeline import Candidate, Captioner
 from vlm_bridge.configuration import DecodeSettings
@@ -22,6 +23,13 @@ MEGABYTE = 2**20
 MAX_UPLOAD_MB = 20
 MOST_BEAMS, MOST_ALTERNATIVES, LONGEST = 8, 5, 80
 OVERLAY_SIDE = 160
+BUNDLED_LICENCE = (
+    "The captioner learned from Flickr8k, mostly people and dogs outdoors: "
+    "for non-commercial research use."
+)
+OTHER_LICENCE = (
+    "Use captions as the licenses of the captioner's training data and frozen parts allow."
+)
 
 
 class Request(BaseModel):
@@ -75,14 +83,14 @@ class CaptionService:
     """Answer requests of any number of threads, one image at a time.
 
     Args:
-        checkpoint: name of the captioner's checkpoint on the page.
+        checkpoint: name of the captioner's checkpoint on the page; None is the bundled one.
         open_image: decodes uploads, such as `ImageReader.open_image` in another process.
     """
 
     def __init__(
         self,
         captioner: Captioner,
-        checkpoint: str,
+        checkpoint: str | None = None,
         open_image: Callable[[bytes], Image.Image] = open_image,
     ):
         self.captioner = captioner
@@ -91,7 +99,9 @@ class CaptionService:
         self.default_request = Request.of(recipe.decode)
         parts = [*recipe.vision_encoder.names, recipe.bridge.kind, recipe.language_model.name]
         names = " → ".join(Path(name).name for name in parts)
-        self.summary = f"{names}, on {device} ({checkpoint})"
+        name = checkpoint or f"bundled with vlm-bridge {__version__}"
+        self.summary = f"{names}, on {device} ({name})"
+        self.licence = BUNDLED_LICENCE if checkpoint is None else OTHER_LICENCE
         self._turn = threading.Lock()
 
     def answer(
