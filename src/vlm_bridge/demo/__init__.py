@@ -2,5 +2,5 @@
 
 import os
 
-# Gradio reads it at its import, and would look for newer versions of itself.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Gradio would look for newer versions of itself, and keep a list of captions in browsers.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}

@@ -57,13 +57,12 @@ def serving(
         port: 0 takes a free one.
         run: a training run to show in a second tab.
         examples: (name, image) that a visitor may caption with a click.
-        root_path: path of the page behind a proxy, such as `/demo`, or its whole public URL, which
-            a proxy needs that passes its own name on as `Host`.
+        root_path: public address of the page behind a proxy; its path alone, such as `/demo`, does
+            for a proxy on this machine that sends `X-Forwarded-Host`.
 
     Raises:
         UsageError: the address is taken or does not exist.
     """
-
     try:
         with socket.create_server((host, port)) as probe:
             port = probe.getsockname()[1]
@@ -138,8 +137,7 @@ async def guard(
     path = request.scope["path"].removeprefix(public.path)
     most = MAX_UPLOAD_REQUEST_MB if path in UPLOAD_PATHS else MAX_REQUEST_MB
     own = origin is None or headers.get("sec-fetch-site") == "same-origin"
-    if origin is not None and (name := urlsplit(origin).netloc):
-        own = own or name in (headers.get("host"), public.netloc)
+    own = own or urlsplit(origin).netloc in {headers.get("host"), public.netloc} - {""}
     response: Response
     if not own:
         response = JSONResponse({"error": "requests of other pages are refused"}, 403)
