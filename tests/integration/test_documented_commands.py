@@ -46,6 +46,8 @@ NOT_RUN = {
 }
 """Commands that are not run here, by a pattern at their start, and why."""
 
+EXAMPLES_ELSEWHERE = {"pvt-blip.md": "test_combined_scripts.py runs them on the original's weights"}
+
 FLICKR8K = (
     "vlm-data transform --source flickr8k --input-dir datasets/flickr8k --output-dir data/flickr8k"
 )
@@ -201,3 +203,15 @@ def test_page_runs_from_top_to_bottom(
     if page == "index.md":
         metrics = json.loads((clone / "runs/quickstart/metrics.json").read_text(encoding="utf-8"))
         assert metrics["num_images"] == QUICKSTART_SCENES["NUM_TEST"]
+
+
+def examples(page: str) -> list[str]:
+    return [] if page in EXAMPLES_ELSEWHERE else code_blocks(PAGES[page], "python")
+
+
+@pytest.mark.usefixtures("clone")
+@pytest.mark.parametrize("page", filter(examples, PAGES))
+def test_examples_run(page: str) -> None:
+    names: dict[str, Any] = {}
+    for code in examples(page):
+        exec(compile(code, page, "exec"), names)
