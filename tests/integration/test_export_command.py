@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_a_folder_for_the_hub_captions_as_the_run_does(
     run: Path, recipe: Recipe, drawn_caption_folder: Path, export: Callable, run_here: Callable
 ) -> None:
     image = CaptionFolder.open(drawn_caption_folder).split("test")[0].path
-    scores = {"CIDEr": 0.5, "num_images": 8, "decode": {"num_beams": 3},
+    scores = {"CIDEr": 0.5, "BLEU-4": 0.12345, "perplexity": 9.0, "num_images": 8, "decode": {"num_beams": 3},
               "data": {"name": "mine", "split": "val"}}  # fmt: skip
     (run / "val").mkdir()
     (run / "val" / "metrics.json").write_text(json.dumps(scores))
@@ -101,7 +102,13 @@ def test_a_folder_for_the_hub_captions_as_the_run_does(
     assert (metadata["license"], metadata["datasets"]) == ("mit", ["me/drawings"])
     assert metadata["library_name"] == "vlm-bridge"
     assert metadata["pipeline_tag"] == "image-to-text"
-    for mention in ("# my-captioner", "24 train", "| CIDEr | 0.5000 |", "On 8 images of mine val",
+    (results,) = metadata["model-index"][0]["results"]
+    assert metadata["model-index"][0]["name"] == "my-captioner"
+    assert results["dataset"] == {"name": "mine", "type": "me/drawings", "split": "val"}
+    assert [tuple(metric.values()) for metric in results["metrics"]] == [
+        ("bleu", 0.1235, "BLEU-4"), ("cider", 0.5, "CIDEr"),
+    ]  # fmt: skip
+    for mention in ("# my-captioner", 'from_pretrained("OWNER/NAME")', "pip install vlm-bridge\n", "24 train", "| CIDEr | 0.5000 |", "On 8 images of mine val",
                     "num_beams=3", "## Limits", "kind: cross_attention"):  # fmt: skip
         assert mention in card
     # Paths of this machine stay on it.
@@ -185,6 +192,9 @@ def test_mistakes_and_gaps_are_one_line_each(run: Path, tmp_path: Path, run_here
     assert first.returncode == 0
     for note in ("is a folder of this machine", "no license: give --license", "has no scores"):
         assert note in first.stderr
+    # An exported folder does not say where its data were.
+    again = run_here("export", out, "--output-dir", tmp_path / "again", "--dry-run")
+    assert "no training data: give --dataset" in again.stderr
     card = card_of(out)[1]
     assert "has not been chosen yet" in card and "Not evaluated yet" in card
     original = ("--format", "original")
@@ -203,37 +213,86 @@ def test_mistakes_and_gaps_are_one_line_each(run: Path, tmp_path: Path, run_here
     assert "no checkpoint at" in missing.stderr
 
 
-def test_pushing_uploads_the_folder_and_shows_no_token(
-    run: Path, tmp_path: Path, run_here: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Any] = []
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands in for the hub, and a token for it."""
+    folder = tmp_path / "hub"
 
     class Hub:
-        def create_repo(self, repo_id: str, **options: Any) -> Any:
-            calls.append({"repo_id": repo_id, **options})
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
+            (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+            (folder / repo_id / "private").write_text(str(private))
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-        def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **_: Any) -> None:
-            calls.append(set(allow_patterns) & {path.name for path in folder_path.iterdir()})
+        def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str]):
+            for name in allow_patterns:
+                shutil.copy(folder_path / name, folder / repo_id)
 
-    out = tmp_path / "out"
-    push = ("export", run, "--overwrite", "--output-dir", out, "--push-to-hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-    with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub, "HfApi", Hub)
-        result = run_here(*push, "me/captioner", "--private")
-        address = Captioner.from_pretrained(run, "cpu").push_to_hub("me/see")
-        patch.setattr(huggingface_hub, "get_token", lambda: None)
-        assert "pushing needs a token" in run_here(*push, "me/captioner").stderr
-    assert address == "https://huggingface.co/me/see"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folder / name)
+    monkeypatch.setattr(checkpoints, "reach_hub", lambda *_: None)
+    return folder
+
+
+def test_what_is_pushed_captions_by_its_name(
+    run: Path, tmp_path: Path, drawn_caption_folder: Path, run_here: Callable, hub: Path
+) -> None:
+    image = CaptionFolder.open(drawn_caption_folder).split("test")[0].path
+    result = run_here(
+        "export",
+        run,
+        "--output-dir",
+        tmp_path / "out",
+        "--push-to-hub",
+        "me/captioner",
+        "--private",
+    )
     assert result.returncode == 0, result.stderr
     assert "pushed to https://huggingface.co/me/captioner" in result.stdout
-    assert calls[:2] == [{"repo_id": "me/captioner", "private": True, "exist_ok": True}, FILES]
+    captioner = Captioner.from_pretrained(run, "cpu")
+    assert captioner.push_to_hub("me/see") == "https://huggingface.co/me/see"
+    expected = captioner.caption([image])
+    for name, is_private in (("captioner", "True"), ("see", "False")):
+        pushed = hub / "me" / name
+        assert {path.name for path in pushed.iterdir()} == {*FILES, "private"}
+        assert (pushed / "private").read_text() == is_private
+        card = card_of(pushed)[1]
+        assert f'from_pretrained("me/{name}")' in card and f"--checkpoint me/{name}" in card
+        assert Captioner.from_pretrained(f"me/{name}", "cpu").caption([image]) == expected
+    assert card_of(hub / "me" / "see")[1].startswith("# see\n")
 
+
+def test_a_dry_run_lists_what_would_be_written_and_pushed_and_writes_nothing(
+    run: Path, tmp_path: Path, run_here: Callable, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export = ("export", run, "--output-dir", out)
+    push = ("--push-to-hub", "me/captioner")
+    planned = run_here(*export, *push, "--dry-run")
+    assert planned.returncode == 0 and not out.exists() and not hub.exists()
+    assert "no license: give --license" in planned.stderr
+    *files, pushes = planned.stdout.splitlines()
+    assert pushes == "would push them to https://huggingface.co/me/captioner, a public repository"
+    done = run_here(*export, *push).stdout.splitlines()
+    assert [line.replace("would write", "wrote") for line in files] == done[:3]
+    assert all(f"({(out / name).stat().st_size:,} bytes)" in "".join(files) for name in FILES)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert run_here(*export, *push, "--dry-run", "--overwrite").returncode == 1
+    original = run_here(*export, "--format", "original", "--dry-run")
+    assert original.stdout.startswith(f"would write {out / checkpoints.BEST_WEIGHTS} (")
+
+
+def test_failed_pushes_are_one_line_and_show_no_token(
+    run: Path, tmp_path: Path, run_here: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = ("export", run, "--overwrite", "--output-dir", tmp_path / "out", "--push-to-hub")
+    assert "pushing needs a token" in run_here(*push, "me/captioner").stderr
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     unreachable, misnamed = run_here(*push, "me/captioner"), run_here(*push, "not a name")
     assert unreachable.returncode == 1
     assert "was not pushed to me/captioner" in unreachable.stderr.splitlines()[-1]
     assert misnamed.returncode == 2
     assert "is not the name of a repository" in misnamed.stderr.splitlines()[-1]
-    for output in (result, unreachable, misnamed):
+    for output in (unreachable, misnamed):
         assert TOKEN not in output.stdout + output.stderr

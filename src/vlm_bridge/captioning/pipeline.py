@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -235,9 +235,10 @@ class Captioner:
     ) -> str:
         """Upload to a model repository; see `publish.push_to_hub`."""
         with TemporaryDirectory() as temporary:
-            folder = Path(temporary) / (Path(repo).name or "captioner")  # the title of its card
-            self.save_pretrained(folder, facts)
-            return push_to_hub(folder, repo, private=private)
+            facts = facts or CardFacts()
+            title = facts.title or Path(repo).name
+            self.save_pretrained(temporary, replace(facts, title=title, repo=repo))
+            return push_to_hub(Path(temporary), repo, private=private)
 
     def validate(
         self, images: Sequence[CaptionedImage], *, batch_size: int = 16, world: World | None = None

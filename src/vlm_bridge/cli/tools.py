@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -112,6 +114,7 @@ def export(
     overwrite: options.Overwrite = False,
     push_to_hub: Annotated[str | None, Option(metavar="REPO", help="Also upload it.")] = None,
     private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list files, sizes and gaps.")] = False,
 ) -> None:
     """Write a trained captioner as a Hugging Face folder, or in the original project's layout."""
     original = format == Layout.original
@@ -134,17 +137,25 @@ def export(
     recipe = checkpoints.recipe_of(content, where, given)
     if dtype is not None:
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.name)
-    facts = publish.CardFacts(title, license, dataset, _scores(where, metrics))
-    if original:
-        save_original(target, recipe, content, where)
-    else:
-        publish.write_huggingface_folder(content, recipe, output_dir, facts)
+    title, scores = title or output_dir.resolve().name, _scores(where, metrics)
+    facts = publish.CardFacts(title, push_to_hub, license, dataset, scores)
+    with TemporaryDirectory() if dry_run else nullcontext(output_dir) as folder:
+        if original:
+            save_original(Path(folder, target.name), recipe, content, where)
+        else:
+            publish.write_huggingface_folder(content, recipe, Path(folder), facts)
+        for name in [target.name] if original else publish.FILES:
+            size = Path(folder, name).stat().st_size
+            print(f"{'would write' if dry_run else 'wrote'} {output_dir / name} ({size:,} bytes)")
     for line in _open_points(recipe, facts, original):
         options.note(f"note: {line}")
-    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {where}")
-    if push_to_hub:
+    if push_to_hub and dry_run:
+        kind = "a private repository" if private else "a public repository"
+        print(f"would push them to {publish.SITE}/{push_to_hub}, {kind}")
+        publish.require_token()
+    elif push_to_hub:
         print(f"pushed to {publish.push_to_hub(output_dir, push_to_hub, private=private)}")
-    else:
+    elif not dry_run:
         print(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
 
 
@@ -162,7 +173,7 @@ def _scores(checkpoint: Path, given: Path | None) -> dict[str, Any] | None:
 
 def _open_points(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[str]:
     """Yield what is left open, or needs care on other machines."""
-    from vlm_bridge.captioning.publish import is_local
+    from vlm_bridge.captioning.publish import is_local, training_data
 
     for name in filter(is_local, [*recipe.vision_encoder.names, recipe.language_model.name]):
         yield f"{name} is a folder of this machine: others must have it in the same place"
@@ -170,6 +181,8 @@ def _open_points(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[s
         yield f"in the original project, construct its FullModel with bridge_num_heads={heads}"
     if not original and not facts.license:
         yield "the model card names no license: give --license, or edit README.md"
+    if not (original or facts.dataset or training_data(recipe)):
+        yield "the model card names no training data: give --dataset, or edit README.md"
     if not original and not facts.metrics:
         yield "the model card has no scores: evaluate with --output-dir RUN/val before exporting"
 
