@@ -54,7 +54,8 @@ def append_line(path: Path, line: bytes) -> None:
         with path.open("ab", buffering=0) as file:
             if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    except OSError:
+    except OSError as error:
+        error.filename = str(path)
         with contextlib.suppress(OSError):
             if size is None:
                 path.unlink(missing_ok=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from captioners import tiny_captioner, tiny_recipe
 from demo_server import noise
+from vlm_bridge.captioning import results_file
+from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
@@ -75,8 +82,67 @@ def test_options_reach_the_generation(caption: Callable, images: list[Path]) -> 
 
     assert captions() == captions("--num-beams", "2", "--max-new-tokens", "5")
     assert captions("--max-new-tokens", "1") != captions("--max-new-tokens", "9")
+    assert captions("--min-new-tokens", "5") != captions("--max-new-tokens", "1")
+    assert captions("--repetition-penalty", "9", "--no-repeat-ngram-size", "1") != captions()
     sample = ("--do-sample", "--temperature", "2.0", "--seed")
     assert captions(*sample, "3") == captions(*sample, "3") != captions(*sample, "4")
+
+
+def test_output_continues_where_it_stopped(
+    caption: Callable, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (broken := tmp_path / "broken.jpg").write_bytes(b"no image")
+    given, file = [*images[:4], broken, *images[4:6]], tmp_path / "out" / "captions.csv"
+    stream = Captioner.stream
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[CaptionResult]:
+        yield from islice(stream(*arguments, **options), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioner, "stream", interrupted)
+        result = caption(*given, "--output", file)
+    said = f"interrupted: 3 of 7 images are done in {file}: the same command continues\n"
+    assert (result.returncode, result.stderr, result.stdout) == (130, said, "")
+    result = caption(*given, "--output", file)
+    assert result.returncode == 1
+    assert f"{file} has captions of 3 of the 7 images\n" in result.stderr
+    assert result.stdout == f"captions: {file} (3 new, 1 failed)\n"
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["image"] for row in rows] == [str(path) for path in given]
+    assert [bool(row["error"]) for row in rows] == [path == broken for path in given]
+    printed = caption(*given).stdout.splitlines()
+    good = [row for row in rows if not row["error"]]
+    assert printed == [f"{row['image']}\t{row['caption']}" for row in good]
+    assert caption(*images[:6], "--output", file).stdout == ""  # all are done
+
+
+def test_what_is_printed_survives_an_interruption(
+    caption: Callable, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[CaptionResult]:
+        yield CaptionResult("one.jpg", "words", -1.0, True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Captioner, "stream", interrupted)
+    as_lines, as_json = caption(*images[:2]), caption(*images[:2], "--json")
+    assert as_lines.returncode == as_json.returncode == 130
+    assert as_lines.stderr == as_json.stderr == "interrupted: 1 of 2 images are done\n"
+    assert as_lines.stdout == "one.jpg\twords\n"
+    assert json.loads(as_json.stdout) == [{"image": "one.jpg", "caption": "words", "score": -1.0}]
+
+
+def test_a_full_disk_is_one_line(
+    caption: Callable, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, line: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(results_file, "append_line", full)
+    result = caption(images[0], "--output", tmp_path / "a.jsonl")
+    line = f"error: No space left on device ({tmp_path / 'a.jsonl'})\n"
+    assert (result.returncode, result.stderr, result.stdout) == (1, line, "")
 
 
 def test_hostile_images_cost_one_line_each(run: Path, tmp_path: Path, run_cli: Callable) -> None:
@@ -141,8 +207,10 @@ def test_mistakes_are_one_line(
         ((tmp_path / "empty", "--checkpoint", run), "no image in"),
         ((tmp_path / "*.jpg", "--checkpoint", run), "no image in"),
         ((images[0], "--checkpoint", run, "--explain", tmp_path / "file"), "File exists"),
+        ((images[0], "--output", tmp_path / "a.txt"), "must end with .csv or .jsonl"),
+        ((images[0], "--output", tmp_path / "a.csv", "--json"), "give either --json"),
     ):
         result = run_here("caption", *arguments)
-        assert (result.returncode, result.stdout) == (1, "")
+        assert result.returncode == 1 + ("--output" in arguments) and result.stdout == ""
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: ") and message in line

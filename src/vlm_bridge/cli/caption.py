@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,21 +19,25 @@ from vlm_bridge.errors import UsageError, on_one_line
 
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
+    from vlm_bridge.captioning.results_file import ResultsFile
     from vlm_bridge.data_pipeline.images import ImageReader
-
-SETTINGS = ("num_beams", "max_new_tokens", "length_penalty", "object_bonus", "temperature", "seed")
 
 
 def caption(
     paths: Annotated[list[str], typer.Argument(help="Images, folders of images, or globs.")],
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="FILE.csv or FILE.jsonl.")] = None,
     num_beams: options.NumBeams = None,
     max_new_tokens: options.MaxNewTokens = None,
+    min_new_tokens: options.MinNewTokens = None,
     length_penalty: options.LengthPenalty = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
     object_bonus: options.ObjectBonus = None,
-    do_sample: Annotated[bool, Option("--do-sample", help="Sample instead of searching.")] = False,
+    do_sample: Annotated[bool | None, Option("--do-sample", help="Sample, no search.")] = None,
     temperature: Annotated[float | None, Option(help="Temperature of sampling.")] = None,
+    top_p: Annotated[float | None, Option(help="Sample from so much probability.")] = None,
     seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     batch_size: options.BatchSize = 32,
     device: options.Device = "auto",
@@ -43,10 +50,14 @@ def caption(
 
     Line breaks and tabs within a name are written as \\n and \\t; --json has names as they are.
     A file that cannot be read is one line on stderr (exit code 1). Settings of generation are the
-    recipe's unless they are given.
+    recipe's unless they are given. --output writes image, caption, score and error to a file
+    instead; the same command continues it after an interruption, or with further images.
     """
     given = dict(locals())
+    if output and as_json:
+        raise UsageError("give either --json, which prints, or --output, which writes a file")
 
+    from vlm_bridge.captioning.results_file import ResultsFile
     from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline import images
 
@@ -57,60 +68,124 @@ def caption(
     if explain is not None:
         explain.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(config) if config else None
+    results = ResultsFile(output) if output else None
+    if not (left := _left(files, results)):
+        return
 
     with options.without_garbage_collection():
         from vlm_bridge.captioning.pipeline import Captioner
 
         options.quiet_transformers()
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
-    sampling = {"do_sample": True, "num_beams": 1} if do_sample else {}
-    changes = {name: value for name in SETTINGS if (value := given[name]) is not None}
-    decode = captioner.recipe.decode.replace(**sampling | changes)
-    with images.ImageReader(min(2, len(files))) as reader:
-        opened = {"batch_size": batch_size, "open_image": reader.open_image}
-        results = list(captioner.stream(files, decode=decode, **opened))
-        panels = _write_explanations(captioner, results, explain, reader) if explain else {}
-    _print_results(results, panels, as_json)
-    if any(result.error is not None for result in results):
+    printing = _printing(as_json, named=len(files) > 1)
+    with nullcontext(results.add) if results else printing as write:
+        failures = _caption_files(captioner, left, given, write)
+    if failures:
         raise typer.Exit(1)
 
 
-def _print_results(results: list[CaptionResult], panels: dict[int, str], as_json: bool) -> None:
-    """Print errors to stderr and captions to stdout."""
-    rows: list[dict[str, Any]] = []
-    for number, result in enumerate(results):
+def _left(files: list[Path], results: ResultsFile | None) -> list[Path]:
+    """Return the files that have no caption yet."""
+    if results is None:
+        return files
+    left = [file for file in files if file not in results]
+    if done := len(files) - len(left):
+        options.note(f"{results.path} has captions of {done} of the {len(files)} images")
+    return left
+
+
+def _caption_files(
+    captioner: Captioner,
+    files: Sequence[Path],
+    given: Mapping[str, Any],
+    write: Callable[[dict[str, Any]], None],
+) -> int:
+    """Write a row for each image as soon as it is there; return the number of failed images.
+
+    Args:
+        given: the options of `caption` by name.
+    """
+    from vlm_bridge.data_pipeline.images import ImageReader
+
+    done = failures = 0
+    output, several = given["output"], len(files) > 1
+    bar = options.show_progress("images", plain_lines=output is not None) if several else None
+    with ImageReader(min(2, len(files))) as reader, bar or nullcontext() as report:
+        try:
+            for row in _rows(captioner, files, given, reader):
+                write(row)
+                done, failures = done + 1, failures + ("error" in row)
+                if report:
+                    report(done, len(files))
+        except KeyboardInterrupt:
+            kept = f" in {output}: the same command continues" if output else ""
+            options.note(f"interrupted: {done} of {len(files)} images are done{kept}", always=True)
+            raise typer.Exit(130) from None
+    if output:
+        print(f"captions: {output} ({done - failures} new, {failures} failed)")
+    return failures
+
+
+def _rows(
+    captioner: Captioner, files: Sequence[Path], given: Mapping[str, Any], reader: ImageReader
+) -> Iterator[dict[str, Any]]:
+    """Yield image, caption and score, or image and error, which is also printed to stderr."""
+    folder, panels = given["explain"], []
+    settings, batch_size = options.given_settings(given), given["batch_size"]
+    for result in captioner.stream(
+        files, batch_size=batch_size, open_image=reader.open_image, **settings
+    ):
         if result.error is not None:
             options.note(on_one_line(redact(f"{result.image}: {result.error}")), always=True)
-            rows.append({"image": redact(result.image), "error": redact(result.error)})
+            yield {"image": redact(result.image), "error": redact(result.error)}
             continue
-        rows.append({"image": result.image, "caption": result.caption, "score": result.score})
-        if number in panels:
-            rows[-1]["explanation"] = panels[number]
-        if not as_json:
-            name = f"{on_one_line(result.image)}\t" if len(results) > 1 else ""
-            print(name + on_one_line(result.caption or ""))
-    if as_json:
-        options.print_json(rows)
+        row = {"image": result.image, "caption": result.caption, "score": result.score}
+        if folder:
+            panels.append(_explain(captioner, result, folder, panels, reader))
+            row["explanation"] = panels[-1]
+        yield row
 
 
-def _write_explanations(
-    captioner: Captioner, results: list[CaptionResult], folder: Path, reader: ImageReader
-) -> dict[int, str]:
-    """Write a PNG named like each captioned image; return the path of each result's index."""
+@contextmanager
+def _printing(as_json: bool, *, named: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that prints a row: CAPTION, NAME<TAB>CAPTION, or an item of an array."""
+    before = "["
+
+    def print_line(row: dict[str, Any]) -> None:
+        if "caption" in row:
+            name = f"{on_one_line(row['image'])}\t" if named else ""
+            print(name + on_one_line(row["caption"]), flush=True)
+
+    def print_item(row: dict[str, Any]) -> None:
+        nonlocal before
+        text = json.dumps(row, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        print(f"{before}\n  {text}", end="", flush=True)
+        before = ","
+
+    try:
+        yield print_item if as_json else print_line
+    finally:
+        if before == ",":  # after an interruption, too
+            print("\n]")
+
+
+def _explain(
+    captioner: Captioner,
+    result: CaptionResult,
+    folder: Path,
+    others: Sequence[str],
+    reader: ImageReader,
+) -> str:
+    """Write a PNG named like the image, and unlike others; return its path."""
     from vlm_bridge.captioning.explain import attention_panels, explain
 
-    written: dict[int, str] = {}
-    for index, result in enumerate(results):
-        if result.caption is None:
-            continue
-        stem, number = Path(result.image).stem, 2
-        path = folder / f"{stem}.png"
-        while str(path) in written.values():  # an image of another folder has the same name
-            path, number = folder / f"{stem}-{number}.png", number + 1
-        image = reader.open_image(result.image)
-        attention_panels(explain(captioner, image, caption=result.caption), image).save(path)
-        written[index] = str(path)
-    return written
+    stem, number = Path(result.image).stem, 2
+    path = folder / f"{stem}.png"
+    while str(path) in others:  # an image of another folder has the same name
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    image = reader.open_image(result.image)
+    attention_panels(explain(captioner, image, caption=result.caption), image).save(path)
+    return str(path)
 
 
 def demo(

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Split = StrEnum("Split", ["train", "val", "test"])
-SETTINGS = (
-    "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty",
-    "no_repeat_ngram_size", "object_bonus",
-)  # fmt: skip
 
 
 def evaluate(
@@ -39,10 +35,10 @@ def evaluate(
     batch_size: options.BatchSize = 32,
     num_beams: options.NumBeams = None,
     max_new_tokens: options.MaxNewTokens = None,
-    min_new_tokens: Annotated[int | None, Option(min=0, help="Shortest caption.")] = None,
+    min_new_tokens: options.MinNewTokens = None,
     length_penalty: options.LengthPenalty = None,
-    repetition_penalty: Annotated[float | None, Option(help="Above 1: fewer repeats.")] = None,
-    no_repeat_ngram_size: Annotated[int | None, Option(min=0, help="No n-gram twice.")] = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
     object_bonus: options.ObjectBonus = None,
     spice: Annotated[bool, Option("--spice", help="Also SPICE: slow, needs models.")] = False,
     json_file: Annotated[Path | None, Option("--json", help="Write the scores here.")] = None,
@@ -92,7 +88,7 @@ def _evaluate(
     from vlm_bridge.training_strategy.distributed import joined
 
     options.quiet_transformers()
-    changes = {name: given[name] for name in SETTINGS if given[name] is not None}
+    changes = options.given_settings(given)
     with joined(given["device"]) as world, options.show_progress("captioned") as report:
         recipe = validate = None
         if given["checkpoint"]:

@@ -10,10 +10,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,7 +31,10 @@ BatchSize = Annotated[int, Option(min=1, help="Images captioned together.")]
 # Settings of generation; the recipe's own without them.
 NumBeams = Annotated[int | None, Option(min=1, help="Beams; 1 is greedy.")]
 MaxNewTokens = Annotated[int | None, Option(min=1, help="Longest caption, in tokens.")]
+MinNewTokens = Annotated[int | None, Option(min=0, help="Shortest caption, in tokens.")]
 LengthPenalty = Annotated[float | None, Option(help="Above 0 favors long captions among beams.")]
+RepetitionPenalty = Annotated[float | None, Option(help="Above 1: fewer repeats.")]
+NoRepeatNgramSize = Annotated[int | None, Option(min=0, help="No n-gram twice.")]
 ObjectBonus = Annotated[float | None, Option(min=0, help="Nats for naming recognized objects.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier one.")]
@@ -60,6 +63,13 @@ def _check_overrides(context: typer.Context, overrides: list[str] | None) -> lis
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", callback=_check_overrides)
 ]
+
+
+def given_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of generation among a command's options that were given."""
+    from vlm_bridge.configuration import DecodeSettings
+
+    return {n: v for n in DecodeSettings.model_fields if (v := given.get(n)) is not None}
 
 
 def load_recipe(config: Path | None, overrides: list[str] | None) -> configuration.Recipe:
