@@ -15,6 +15,7 @@ from vlm_bridge import __version__
 from vlm_bridge.cli.caption import caption, demo
 from vlm_bridge.cli.data import app as data_app
 from vlm_bridge.cli.evaluate import compare, evaluate, report
+from vlm_bridge.cli.finetune import finetune
 from vlm_bridge.cli.tools import average, doctor, export, features, info, new_decoder
 from vlm_bridge.cli.train import quickstart, train
 from vlm_bridge.cli.weights import weights
@@ -27,8 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HELP = "Caption images by a small bridge between a frozen vision encoder and language model."
 COMMANDS = (
-    quickstart, caption, evaluate, compare, report, demo, info, doctor, export, average, features,
-    new_decoder, train, weights,
+    quickstart, caption, finetune, evaluate, compare, report, demo, info, doctor, export, average,
+    features, new_decoder, train, weights,
 )  # fmt: skip
 
 GLOBAL_FLAGS = {
