@@ -41,6 +41,7 @@ MOST_HELD_OUT = 200  # images of a held-out split: enough for CIDEr, and quick t
 # From here on, one held-out split decides when training stops, and another is reported.
 ENOUGH_TO_STOP_EARLY = 200
 SHOWN = 6
+TRAINING = "steps"  # what progress of training counts
 # Keys of the start's recipe that its weights or its speed depend on; the others are chosen anew.
 KEPT = (
     "vision_encoder", "language_model", "bridge", "decode", "trainable", "max_caption_tokens",
@@ -171,8 +172,9 @@ def finetune(
     else:
         before = evaluate(captioner, "before", earlier)
     del captioner  # its memory is needed for training
-    with progress("steps") as report:
-        train(recipe, resume=AUTO, progress=report)
+    resume = AUTO if Path(recipe.checkpoint_dir).is_dir() else None
+    with progress(TRAINING) as report:
+        train(recipe, resume=resume, progress=report)
     after = evaluate(Captioner.from_pretrained(output_dir, device), "after", output_dir / "val")
     sentence = verdict(before, after)
     curves = read_run(output_dir).curves

@@ -9,6 +9,7 @@ import typer
 
 from vlm_bridge.cli import options
 from vlm_bridge.cli.options import Option
+from vlm_bridge.errors import DataError
 
 if TYPE_CHECKING:
     from vlm_bridge.finetuning import FineTuned
@@ -33,19 +34,23 @@ def finetune(
     beside each image, and others. A fifth to a tenth of the images is held out, and captioned
     before and after. The recipe is chosen by the number of images; KEY=VALUE changes it.
     """
-    from vlm_bridge.cli.train import exit_when_interrupted
-    from vlm_bridge.data_pipeline.sources import find_source
+    if not images.is_dir():  # found before torch is loaded
+        raise DataError(f"no such folder: {images}")
 
-    find_source(images, captions_file)  # a wrong path is found before torch is loaded
-
+    from vlm_bridge.finetuning import TRAINING
     from vlm_bridge.finetuning import finetune as run
+    from vlm_bridge.training_strategy.resume import Interrupted
 
     options.quiet_transformers()
-    with exit_when_interrupted():
+    try:
         result = run(
-            images, output_dir, start=start, captions_file=captions_file,
-            overrides=overrides or (), device=device, progress=options.show_progress,
+            images, output_dir, start=start, captions_file=captions_file, device=device,
+            overrides=overrides or (),
+            progress=lambda what: options.show_progress(what, plain_lines=what != TRAINING),
         )  # fmt: skip
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        options.note("interrupted: the same command continues where this one stopped", always=True)
+        raise typer.Exit(getattr(interruption, "exit_code", 130)) from None
     if as_json:
         options.print_json(result.to_dict())
     else:

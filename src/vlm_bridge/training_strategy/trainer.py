@@ -47,6 +47,7 @@ from vlm_bridge.training_strategy.validation import Validation, Validator
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+FEW_IMAGES = 500
 MIN_LOGGED_STEPS = 10  # however short a run is
 
 
@@ -152,6 +153,11 @@ def start(
         content = world.from_first(lambda: checkpoints.load_checkpoint(path))
         checkpoints.restore(model, content, path, is_start=True)
         logger.info(f"starts from the weights of {checkpoints.checkpoint_path(path)}")
+    elif (count := len(data.train.images)) < FEW_IMAGES and not initial_weights:
+        logger.warning(
+            f"{count} images are few to train a bridge from nothing: vlm-bridge finetune IMAGES "
+            "--output-dir FOLDER (or start_from=bundled) begins with a trained one"
+        )
     if initial_weights:
         weights = {**model.trained_state_dict(), **initial_weights}
         checkpoints.load_weights(model, weights, "what training starts from")
