@@ -47,7 +47,10 @@ def write_images(folder: Path, count: int, split: str = "") -> Path:
 
 
 @pytest.fixture
-def run(start: Path, tmp_path: Path, run_here: Callable) -> Callable:
+def run(
+    start: Path, tmp_path: Path, run_here: Callable, monkeypatch: pytest.MonkeyPatch
+) -> Callable:
+    monkeypatch.setenv("PATH", "")  # without Java, whose start takes seconds
     return lambda images, *more: run_here(
         "finetune", images, "--output-dir", tmp_path / "mine", "--from", start, "--device", "cpu",
         "num_workers=0", *more,
