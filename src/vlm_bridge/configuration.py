@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,6 +49,21 @@ LORA = "language_model.*.lora_*"  # the pattern of adapters' names under `traina
 # logs and keeps. All other keys decide what is learned.
 PLACE = Field(json_schema_extra={"resume": "place"})
 FREE = Field(json_schema_extra={"resume": "free"})
+
+
+_OWN_CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def is_own_code(name: str) -> bool:
+    """Return whether a name is `module:Class`, a bridge or encoder in code of the user's own."""
+    return _OWN_CODE.fullmatch(name) is not None
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in BRIDGE_KEYS and not is_own_code(kind):
+        kinds = ", ".join(map(repr, sorted(BRIDGE_KEYS)))
+        raise ValueError(f"should be one of {kinds}, or module:Class of your own")
+    return kind
 
 
 def parse_interval(text: str) -> tuple[float, str]:
@@ -139,6 +156,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class VisionEncoderConfig(Section):
     """Frozen vision encoder: `efficientnet-lite0`, 1 or 2, or a Hugging Face name or folder.
 
+    `module:Class` is an encoder in code of the user's own.
     Features of several names joined by ` + `, and of ``layers``, are concatenated.
     """
 
@@ -212,7 +230,8 @@ class BridgeOptions(Section):
     """Options of a bridge. Each kind has some of them, see `BRIDGE_KEYS`.
 
     Attributes:
-        kind: `prefix`: soft tokens before the text; `deep_prefix`: keys and values for the layers
+        kind: `module:Class`: a bridge in code of the user's own, which may have all options;
+            `prefix`: soft tokens before the text; `deep_prefix`: keys and values for the layers
             from ``enter_at_layer`` on; `cross_attention`: the text attends to the image before
             that layer; `projection`: encoder states for a decoder that cross-attends.
         enter_at_layer: None means a third of the way up; 0, the default of `cross_attention`,
@@ -220,7 +239,7 @@ class BridgeOptions(Section):
     """
 
     place = "bridge"
-    kind: Literal["prefix", "deep_prefix", "cross_attention", "projection"] = "prefix"
+    kind: Annotated[str, AfterValidator(_known_kind)] = "prefix"
     standardize_features: bool = True  # by mean and deviation of channels of training images
     num_queries: Size = 16  # vectors per image
     depth: Thousand = 2
@@ -241,14 +260,14 @@ class BridgeOptions(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        keys = BRIDGE_KEYS[self.kind]
+        keys = BRIDGE_KEYS.get(self.kind, self.model_fields_set)
         for key in self.model_fields_set - {"kind", "standardize_features"} - keys:
             raise ValueError(f"{key} is no option of kind={self.kind}{suggest(key, keys)}")
         return self
 
     @model_serializer(mode="wrap")
     def _of_kind(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        keys = {"kind", "standardize_features"} | BRIDGE_KEYS[self.kind]
+        keys = {"kind", "standardize_features"} | BRIDGE_KEYS.get(self.kind, dump(self).keys())
         return {key: value for key, value in dump(self).items() if key in keys}
 
 
@@ -366,6 +385,13 @@ class Recipe(Section):
     @property
     def autocast_dtype(self) -> str | None:
         return None if self.amp_dtype == "float32" else self.amp_dtype
+
+    @property
+    def own_code(self) -> list[str]:
+        """Names of classes in code of the user's own."""
+        return [
+            name for name in (*self.vision_encoder.names, self.bridge.kind) if is_own_code(name)
+        ]
 
     @property
     def trained(self) -> dict[str, float | None]:

@@ -56,7 +56,7 @@ IMPOSSIBLE = """
         ("learning_rat=1e-4", ["unknown key learning_rat", "did you mean 'learning_rate'?"]),
         ("bridge.num_querys=4", ["unknown key bridge.num_querys", "'num_queries'"]),
         ("language_model.xyz=1", ["unknown key language_model.xyz", "known: "]),
-        ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "should be 'prefix'"]),
+        ("bridge.kind=prefixx", ["bridge.kind='prefixx'", "should be one of", "'prefix'"]),
         ("batch_size=2.5", ["batch_size=2.5", "integer"]),
         ("learning_rate=fast", ["learning_rate='fast'", "number"]),
         ("compile=1", ["compile=1", "boolean"]),

@@ -190,6 +190,7 @@ def _explain(
 
 def demo(
     checkpoint: options.Checkpoint = None,
+    config: options.Config = None,
     host: Annotated[str, Option(help="Address; 0.0.0.0 lets the network in.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
     run: Annotated[Path | None, Option("--run", help="A training run to show live.")] = None,
@@ -203,13 +204,15 @@ def demo(
         raise UsageError("the demo page needs gradio: pip install 'vlm-bridge[demo]'")
 
     from vlm_bridge.captioning.pipeline import Captioner
+    from vlm_bridge.configuration import load_recipe
     from vlm_bridge.data_pipeline.images import ImageReader
     from vlm_bridge.demo.server import serving
     from vlm_bridge.demo.service import CaptionService
     from vlm_bridge.quickstart import real_photographs
 
     options.quiet_transformers()
-    captioner = Captioner.from_pretrained(checkpoint, device)
+    recipe = load_recipe(config) if config else None
+    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
     examples = [
         (name.removeprefix("scikit-image ").capitalize(), image)
         for name, image in real_photographs()

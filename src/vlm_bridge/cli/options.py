@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 Checkpoint = Annotated[Path | None, Option(help="Checkpoint or run folder. (default: bundled)")]
-Config = Annotated[Path | None, Option("--config", "-c", help="For checkpoints without recipe.")]
+Config = Annotated[
+    Path | None, Option("--config", "-c", help="For checkpoints without one, or with your code.")
+]
 RecipeFile = Annotated[Path | None, Option("--config", "-c", help="(default: training-default)")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
 BatchSize = Annotated[int, Option(min=1, help="Images captioned together.")]

@@ -134,7 +134,7 @@ def export(
     where = checkpoints.find_checkpoint(checkpoint)
     content = checkpoints.load_checkpoint(where)
     given = load_recipe(config) if config else None
-    recipe = checkpoints.recipe_of(content, where, given)
+    recipe = checkpoints.recipe_of(content, where, given, is_built=False)
     if dtype is not None:
         content["weights"] = checkpoints.stored_as(content["weights"], dtype.name)
     title, scores = title or output_dir.resolve().name, _scores(where, metrics)
@@ -177,6 +177,8 @@ def _open_points(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[s
 
     for name in filter(is_local, [*recipe.vision_encoder.names, recipe.language_model.name]):
         yield f"{name} is a folder of this machine: others must have it in the same place"
+    for name in recipe.own_code:
+        yield f"{name} is code of yours: others need it, and a recipe that names it"
     if original and (heads := recipe.bridge.num_heads) != ORIGINAL_HEADS:
         yield f"in the original project, construct its FullModel with bridge_num_heads={heads}"
     if not original and not facts.license:

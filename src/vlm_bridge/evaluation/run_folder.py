@@ -226,7 +226,7 @@ def _read_recipe(root: Path) -> str:
 
     where = checkpoints.checkpoint_path(root)
     content = checkpoints.load_checkpoint(where)
-    return checkpoints.recipe_of(content, where).to_yaml()
+    return checkpoints.recipe_of(content, where, is_built=False).to_yaml()
 
 
 def run_of(path: Path) -> Path:

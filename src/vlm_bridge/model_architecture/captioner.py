@@ -21,8 +21,6 @@ from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import (
     Bridge,
-    CrossAttentionBridge,
-    DeepPrefixBridge,
     ImageInputs,
     build_bridge,
 )
@@ -84,9 +82,9 @@ class CaptionModel(nn.Module):
         self.vision_encoder = vision_encoder
         self.language_model = language_model
         self.bridge = bridge
-        if isinstance(bridge, DeepPrefixBridge):
+        if bridge.output == "key_value_prefix":
             language_model.accept_prefix()
-        if isinstance(bridge, CrossAttentionBridge):
+        if bridge.output == "edit":
             language_model.open_layer(bridge.first_layer)
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None
         # Positions before the text: soft tokens, and the start token before them.
@@ -126,8 +124,20 @@ class CaptionModel(nn.Module):
             return torch.cat([encode(_filled_up(b, FEWEST_IMAGES))[: len(b)] for b in parts])
 
     def image_inputs(self, features_bnd: torch.Tensor) -> ImageInputs:
-        """Return what the language model reads of images; captions of an image share it."""
-        return self.bridge.encode(self.bridge_features(features_bnd))
+        """Return what the language model reads of images; captions of an image share it.
+
+        Raises:
+            ModelError: the bridge makes something else than it says.
+        """
+        image, bridge = self.bridge.encode(self.bridge_features(features_bnd)), self.bridge
+        soft = 0 if image.soft_tokens is None else image.soft_tokens.shape[1]
+        if getattr(image, bridge.output) is None or soft != bridge.num_soft_tokens:
+            raise ModelError(
+                f"{type(bridge).__name__} has output={bridge.output!r} and num_soft_tokens="
+                f"{bridge.num_soft_tokens}, but its encode returned {soft} soft tokens: make them "
+                "agree"
+            )
+        return image
 
     def bridge_features(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Return features [B, N, D] as the bridge reads them: standardized, in its precision."""

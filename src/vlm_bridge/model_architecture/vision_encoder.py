@@ -19,8 +19,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_bridge.configuration import VisionEncoderConfig
+from vlm_bridge.configuration import VisionEncoderConfig, is_own_code
 from vlm_bridge.errors import ModelError
+from vlm_bridge.model_architecture.own_code import import_own
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
 from vlm_bridge.model_architecture.weights import (
     EFFICIENTNET_LITE_SIZES,
@@ -42,6 +43,8 @@ Area = tuple[float, float, float, float]  # left, top, right and bottom in pixel
 
 class VisionEncoder(Protocol):
     """Turns images into a sequence of feature vectors.
+
+    Its class has ``load(config, *, meta)``, which builds it on the CPU, or on the meta device.
 
     Attributes:
         grid: rows and columns of the patch grid; ``num_tokens`` may exceed rows x columns by class
@@ -77,10 +80,19 @@ def build_vision_encoder(config: VisionEncoderConfig, *, meta: bool = False) -> 
     """
     encoders = []
     for part in config.parts:
-        kind = part.name if part.name in ENCODERS else model_type_of(part.name)
-        encoders.append(ENCODERS.get(kind, HuggingFaceVisionEncoder).load(part, meta=meta))
+        encoders.append(_encoder_class(part.name).load(part, meta=meta))
+        members = (*VisionEncoder.__annotations__, "preprocess", "seen_area")
+        if missing := [name for name in members if not hasattr(encoders[-1], name)]:
+            raise ModelError(f"the vision encoder {part.name} has no {', '.join(missing)}")
     encoder = encoders[0] if len(encoders) == 1 else SideBySideEncoder(encoders)
     return encoder.requires_grad_(False).eval()
+
+
+def _encoder_class(name: str) -> Any:
+    if is_own_code(name):
+        return import_own(name, nn.Module)
+    kind = name if name in ENCODERS else model_type_of(name)
+    return ENCODERS.get(kind, HuggingFaceVisionEncoder)
 
 
 class EfficientNetLiteEncoder(nn.Module):
@@ -360,6 +372,8 @@ def encoder_fingerprint(encoder: Any) -> str:
     processor = getattr(encoder, "processor", None)
     kind = type(encoder).__name__
     digest.update(f"{kind} {encoder.image_size} {encoder.layers} {processor}".encode())
+    if type(encoder).__module__.partition(".")[0] != "vlm_bridge":  # code of the user's own
+        digest.update(Path(inspect.getfile(type(encoder))).read_bytes())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())

@@ -157,7 +157,7 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
     Raises CheckpointError where they are not of one architecture.
     """
     contents = [load_checkpoint(path) for path in paths]
-    recipe = recipe_of(contents[0], paths[0])
+    recipe = recipe_of(contents[0], paths[0], is_built=False)
     for path, content in zip(paths, contents, strict=True):
         check_architecture(content, recipe, path)
         _refuse(misfits(content["weights"], contents[0]["weights"]), path)
@@ -242,14 +242,22 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
 # --- what belongs to a checkpoint ---
 
 
-def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None = None) -> Recipe:
+def recipe_of(
+    content: dict[str, Any],
+    where: str | Path,
+    given: Recipe | None = None,
+    *,
+    is_built: bool = True,
+) -> Recipe:
     """Return the recipe that a checkpoint was trained with.
 
     Args:
-        given: used instead, if its architecture is the checkpoint's.
+        given: the user's, used instead if its architecture is the checkpoint's.
+        is_built: whether a captioner may be built from it, which imports what it names.
 
     Raises:
-        CheckpointError: no recipe, a wrong one, or one of another architecture.
+        CheckpointError: no recipe, a wrong one, or one of another architecture; or it would import
+            code that the checkpoint alone names.
     """
     if given is not None:
         check_architecture(content, given, where)
@@ -266,9 +274,21 @@ def recipe_of(content: dict[str, Any], where: str | Path, given: Recipe | None =
             "supported: train again without"
         )
     try:
-        return recipe_from_dict(content["recipe"], where=str(where))
+        recipe = recipe_from_dict(content["recipe"], where=str(where))
     except ConfigurationError as error:
         raise CheckpointError(f"{where}: its recipe cannot be understood: {error}") from error
+    if is_built:
+        refuse_own_code(recipe, where)
+    return recipe
+
+
+def refuse_own_code(recipe: Recipe, where: str | Path) -> None:
+    """Raise CheckpointError if a recipe that somebody else may have written names code."""
+    if recipe.own_code:
+        raise CheckpointError(
+            f"{where} needs {' and '.join(recipe.own_code)}: code is imported for a recipe of your "
+            "own alone, so give the one it was trained with (--config, or recipe= in Python)"
+        )
 
 
 def check_sizes(content: dict[str, Any], recipe: Recipe, where: str | Path) -> None:
@@ -298,7 +318,7 @@ def check_architecture(
         is_start: the recipe's LoRA adapters may be new.
     """
     if "recipe" in content:
-        has = architecture(recipe_of(content, where))
+        has = architecture(recipe_of(content, where, is_built=False))
     else:
         has = dinov2_gemma.original_architecture(content["weights"])
     wants = architecture(wanted)

@@ -59,6 +59,7 @@ def resumed_recipe(path: str | Path) -> Recipe:
     else:
         settings = content[checkpoints.ORIGINAL_TRAINING].get("config") or {}
         recipe = published_recipe(settings, str(path))
+        checkpoints.refuse_own_code(recipe, path)
     return recipe.replace(resume_from_checkpoint=str(path))
 
 
@@ -96,7 +97,7 @@ def find_checkpoint(
             f"{path} holds weights only; resume from {checkpoints.LATEST} or {checkpoints.BEST}, "
             f"or train on from these weights with start_from={path}"
         )
-    changes = recipe.changes_since(checkpoints.recipe_of(content, path))
+    changes = recipe.changes_since(checkpoints.recipe_of(content, path, is_built=False))
     if (before := content["training"]["dataset_fingerprint"]) != fingerprint:
         changes = [f"data fingerprint={fingerprint}, was {before}", *changes]
     if changes and not force:

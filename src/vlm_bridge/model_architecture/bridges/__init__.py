@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vlm_bridge.configuration import BridgeOptions
-from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.errors import ConfigurationError, ModelError
+from vlm_bridge.model_architecture.own_code import import_own
 
 
 class TextShape(NamedTuple):
@@ -75,10 +76,12 @@ class Bridge(nn.Module):
     device.
 
     Attributes:
+        output: the field of `ImageInputs` that ``encode`` fills.
         first_layer: layer of the language model, from 0, below which nothing depends on the image.
         num_soft_tokens: P, soft tokens before the text; 0 for most bridges.
     """
 
+    output: str = "soft_tokens"
     first_layer: int = 0
     num_soft_tokens: int = 0
 
@@ -97,8 +100,11 @@ class Bridge(nn.Module):
             seen_bt: the text [B, T, H] that enters the edit; for bridges without an edit, how much
                 the language model attends to their soft tokens, prefix keys or encoder states,
                 [B, T, P].
+
+        Raises:
+            ModelError: this bridge does not say.
         """
-        raise NotImplementedError
+        raise ModelError(f"{type(self).__name__} has no image_attention: caption without --explain")
 
     def set_output_scale(self, embedding_std: float) -> None:
         """Start soft tokens at the size of the language model's embeddings."""
@@ -135,7 +141,7 @@ from vlm_bridge.model_architecture.bridges.cross_attention import CrossAttention
 from vlm_bridge.model_architecture.bridges.prefix import DeepPrefixBridge, PrefixBridge  # noqa: E402
 from vlm_bridge.model_architecture.bridges.projection import ProjectionBridge  # noqa: E402
 
-BRIDGES = {
+BRIDGES: dict[str, type[Bridge]] = {
     "cross_attention": CrossAttentionBridge,
     "deep_prefix": DeepPrefixBridge,
     "prefix": PrefixBridge,
@@ -152,5 +158,6 @@ def build_bridge(
     meta: bool = False,
 ) -> Bridge:
     """Build a bridge on the CPU or the meta device. Raises ConfigurationError for its options."""
+    kind: Any = BRIDGES.get(options.kind) or import_own(options.kind, Bridge)
     with torch.device("meta" if meta else "cpu"):
-        return BRIDGES[options.kind](options, vision_dim, text, num_image_tokens)
+        return kind(options, vision_dim, text, num_image_tokens)

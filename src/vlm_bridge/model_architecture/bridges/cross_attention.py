@@ -29,6 +29,8 @@ class CrossAttentionBridge(Bridge):
     With D=1024 and H=2304 it has 66,092,544 parameters.
     """
 
+    output = "edit"
+
     def __init__(
         self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):

@@ -64,6 +64,8 @@ class DeepPrefixBridge(ResamplerBridge):
     which language models park idle attention (as LLaMA-Adapter, Zhang et al. 2023).
     """
 
+    output = "key_value_prefix"
+
     def __init__(
         self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):

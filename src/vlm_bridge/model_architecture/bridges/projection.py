@@ -20,6 +20,8 @@ class ProjectionBridge(Bridge):
     From 512 to 768, `conv3x3` has 3,539,712 parameters.
     """
 
+    output = "encoder_hidden_states"
+
     def __init__(
         self, options: BridgeOptions, vision_dim: int, text: TextShape, num_image_tokens: int
     ):
