@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
+from typer.main import get_command
 
+from vlm_bridge.cli.main import app
 from vlm_bridge.configuration import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "vlm_bridge"
 PUBLIC = {"_exit", "_replace"}  # of os and of named tuples, documented
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPES = sorted((REPOSITORY / "config").glob("*.yaml"))
 
 
@@ -145,3 +152,40 @@ def test_no_tracked_file_names_a_developer_machine() -> None:
     files = (REPOSITORY / name for name in listing.stdout.split("\0") if name)
     found = [path for path in files if path.is_file() and pattern.search(path.read_bytes())]
     assert not found
+
+
+def test_the_container_installs_what_is_tested_and_its_commands_exist() -> None:
+    text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    steps = [tuple(line.split(" ", 1)) for line in re.findall(r"(?m)^[A-Z]+ .*$", text)]
+    installs = [step for name, step in steps if name == "RUN" and "pip install" in step]
+    assert installs and all("--constraint constraints.txt" in step for step in installs)
+    (extras,) = re.findall(r'"\.\[(.+)\]"', text)
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    copied = [path for name, step in steps if name == "COPY" for path in step.split()[:-1]]
+    assert all((REPOSITORY / path).exists() for path in copied)
+    assert SpecifierSet(PROJECT["requires-python"]).contains(
+        re.findall(r"FROM python:([\d.]+)", text)[0]
+    )
+    last = dict(steps)
+    assert last["USER"] != "root" and json.loads(last["ENTRYPOINT"]) == ["vlm-bridge"]
+    commands = [json.loads(last["CMD"]), ["weights"]]
+    commands += [
+        line.split() for line in re.findall(r"(?m)^#   docker run .* vlm-bridge (\w.*)$", text)
+    ]
+    for name, *arguments in commands:
+        get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+def test_commits_are_checked_by_the_tools_of_make_lint() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    for hook in config["repos"][0]["hooks"]:
+        program = hook["entry"].removeprefix(".venv/").removesuffix(" --force-exclude")
+        assert f"$(BIN)/{program.removeprefix('bin/')}\n" in makefile
+
+
+def test_the_citation_says_what_the_package_says() -> None:
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    for key in ("version", "license", "keywords"):
+        assert citation[key] == PROJECT[key]
+    assert (citation["title"], citation["authors"]) == (PROJECT["name"], PROJECT["authors"])
