@@ -188,4 +188,6 @@ def test_the_citation_says_what_the_package_says() -> None:
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     for key in ("version", "license", "keywords"):
         assert citation[key] == PROJECT[key]
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{PROJECT['version']}] - {citation['date-released']}\n" in changes
     assert (citation["title"], citation["authors"]) == (PROJECT["name"], PROJECT["authors"])
