@@ -209,6 +209,7 @@ def demo(
     from vlm_bridge.demo.server import serving
     from vlm_bridge.demo.service import CaptionService
     from vlm_bridge.quickstart import real_photographs
+    from vlm_bridge.training_strategy.checkpoint import BUNDLED
 
     options.quiet_transformers()
     recipe = load_recipe(config) if config else None
@@ -220,7 +221,7 @@ def demo(
     if root_path and "://" not in root_path:
         root_path = "/" + root_path.strip("/")
     with ImageReader() as reader:
-        service = CaptionService(captioner, checkpoint and str(checkpoint), reader.open_image)
+        service = CaptionService(captioner, str(checkpoint or BUNDLED), reader.open_image)
         with serving(
             service, host, port, run=run, examples=examples, root_path=root_path.rstrip("/")
         ) as address:

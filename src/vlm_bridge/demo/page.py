@@ -27,6 +27,7 @@ PROMISE = (
     "A sentence for each photo. Photos stay on the machine that serves this page, "
     "and are deleted within two hours."
 )
+TILE = (320, 240)  # pixels of an example
 THUMBNAIL = 640  # pixels of the longer side
 REFRESH_SECONDS = 5
 FORGET_SECONDS = 3600  # uploads are deleted after this long
@@ -58,6 +59,12 @@ document.addEventListener("paste", (event) => {
   if (!input || !event.clipboardData.files.length) return;
   input.files = event.clipboardData.files;
   input.dispatchEvent(new Event("change", {bubbles: true}));
+});
+"""
+CHOOSE = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) trigger("click", {name: button.value});
 });
 """
 
@@ -109,8 +116,8 @@ def _add_captioning(service: CaptionService, examples: Mapping[str, Path]) -> No
                 cards += _error_card(str(error))
         yield {answers: cards + (_download(rows) if rows else "")}
 
-    def take(event: gr.SelectData) -> list[tuple[str, None]]:
-        return [(str(list(examples.values())[event.index]), None)]
+    def take(event: gr.EventData) -> list[tuple[str, None]]:
+        return [(str(examples[event.name]), None)]
 
     gr.HTML(f"<header><h1>{TITLE}</h1><p>{PROMISE}</p></header>")
     chosen = gr.State()
@@ -119,11 +126,10 @@ def _add_captioning(service: CaptionService, examples: Mapping[str, Path]) -> No
         interactive=True, elem_id="images",
     )  # fmt: skip
     answers = gr.HTML(elem_id="answers", js_on_load=SCRIPT)
-    gr.HTML('<h2 class="vb-heading">Or try one of these</h2>', visible=bool(examples))
-    shown = gr.Gallery(
-        [(path, name) for name, path in examples.items()], show_label=False, container=False,
-        columns=max(len(examples), 1), allow_preview=False, interactive=False, buttons=[],
-        object_fit="cover", visible=bool(examples), elem_id="examples",
+    tiles = "".join(map(_example, examples, examples.values()))
+    shown = gr.HTML(
+        f"<h2>Or try one of these</h2>{tiles}", js_on_load=CHOOSE, visible=bool(examples),
+        elem_id="examples",
     )  # fmt: skip
     # An accordion of gradio does not tell screen readers whether it is open.
     gr.HTML("<details><summary>Advanced</summary></details>", elem_id="advanced")
@@ -131,13 +137,20 @@ def _add_captioning(service: CaptionService, examples: Mapping[str, Path]) -> No
         settings = _sliders(service.default_request)
         again = gr.Button("Describe again", elem_id="again")
         gr.HTML(f'<p class="vb-note">{escape(service.summary)}</p>')
-    gr.HTML(f'<footer class="vb-note">{escape(service.licence)} {LIMITS}</footer>')
-    taken = shown.select(take, None, chosen, api_visibility="private")
+    gr.HTML(f'<footer class="vb-note">{escape(service.license)} {LIMITS}</footer>')
+    taken = shown.click(take, None, chosen, api_visibility="private")
     for event, files in ((images.upload, images), (again.click, chosen), (taken.then, chosen)):
         event(
             respond, [files, *settings], [images, chosen, answers],
             api_visibility="private", show_progress="minimal", show_progress_on=answers,
         )  # fmt: skip
+
+
+def _example(name: str, path: Path) -> str:
+    """Return a button with the image, which gradio's galleries would name by its number."""
+    thumbnail = _data_uri(ImageOps.fit(Image.open(path).convert("RGB"), TILE))
+    name = escape(name)
+    return f'<button type="button" value="{name}"><img src="{thumbnail}" alt="">{name}</button>'
 
 
 def _sliders(start: Request) -> list[gr.Slider]:

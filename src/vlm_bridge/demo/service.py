@@ -12,22 +12,22 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlm_bridge import __version__
 from vlm_bridge.captioning.explain import WordAttention, explain, word_overlays
 from vlm_bridge.captioning.pipeline import Candidate, Captioner
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.errors import ConfigurationError, DataError, ImageError
+from vlm_bridge.training_strategy.checkpoint import BUNDLED
 
 MEGABYTE = 2**20
 MAX_UPLOAD_MB = 20
 MOST_BEAMS, MOST_ALTERNATIVES, LONGEST = 8, 5, 80
 OVERLAY_SIDE = 160
-BUNDLED_LICENCE = (
+BUNDLED_LICENSE = (
     "The captioner learned from Flickr8k, mostly people and dogs outdoors: "
     "for non-commercial research use."
 )
-OTHER_LICENCE = (
+OTHER_LICENSE = (
     "Use captions as the licenses of the captioner's training data and frozen parts allow."
 )
 
@@ -83,14 +83,14 @@ class CaptionService:
     """Answer requests of any number of threads, one image at a time.
 
     Args:
-        checkpoint: name of the captioner's checkpoint on the page; None is the bundled one.
+        checkpoint: name of the captioner's checkpoint on the page.
         open_image: decodes uploads, such as `ImageReader.open_image` in another process.
     """
 
     def __init__(
         self,
         captioner: Captioner,
-        checkpoint: str | None = None,
+        checkpoint: str = BUNDLED,
         open_image: Callable[[bytes], Image.Image] = open_image,
     ):
         self.captioner = captioner
@@ -99,9 +99,8 @@ class CaptionService:
         self.default_request = Request.of(recipe.decode)
         parts = [*recipe.vision_encoder.names, recipe.bridge.kind, recipe.language_model.name]
         names = " → ".join(Path(name).name for name in parts)
-        name = checkpoint or f"bundled with vlm-bridge {__version__}"
-        self.summary = f"{names}, on {device} ({name})"
-        self.licence = BUNDLED_LICENCE if checkpoint is None else OTHER_LICENCE
+        self.summary = f"{names}, on {device} ({checkpoint})"
+        self.license = BUNDLED_LICENSE if checkpoint == BUNDLED else OTHER_LICENSE
         self._turn = threading.Lock()
 
     def answer(
