@@ -56,8 +56,13 @@ def test_shares_are_of_the_first_or_the_reference(pair: list[Path], write: Write
         assert compare(pair, reference=reference).share(blip, "CIDEr") == pytest.approx(4 / 3)
     with pytest.raises(UsageError, match="none of: Salesforce/blip, lite"):
         compare(pair, reference="git")
-    names = [run.name for run in compare([pair[0], write("again.json")]).runs]
-    assert len(set(names)) == 2 and all(name.startswith("Salesforce/blip (") for name in names)
+
+
+def test_equal_names_are_told_apart_without_paths(write: Write) -> None:
+    paths = [write(f"runs/{seed}/val/metrics.json") for seed in (1, 2)]
+    names = [run.name for run in compare(paths).runs]
+    assert names == ["Salesforce/blip (1)", "Salesforce/blip (2)"]
+    assert len({run.name for run in compare(paths[:1] * 2).runs}) == 2
 
 
 def test_no_share_without_meaning(pair: list[Path], write: Write) -> None:

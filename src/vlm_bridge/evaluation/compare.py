@@ -60,12 +60,7 @@ def compare(
     """
     if len(paths) < 2:
         raise UsageError("comparing takes the scores of two evaluations or more")
-    runs = [read_scores(path) for path in paths]
-    names = [run.name for run in runs]
-    runs = [
-        replace(run, name=f"{run.name} ({run.path})") if names.count(run.name) > 1 else run
-        for run in runs
-    ]
+    runs = _named_apart([read_scores(path) for path in paths])
     pairs = zip(runs, paths, strict=True)
     known = {key: run for run, path in pairs for key in (run.name, str(run.path), str(path))}
     chosen = known.get(reference) if reference else runs[0]
@@ -93,6 +88,18 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     title = f"{' and '.join(run.name for run in runs)} side by side"
     name = comparison.reference.name
     write_report(path, runs, title=title, notes=[*comparison.notes, *missing], reference=name)
+
+
+def _named_apart(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
+    """Add to a name that several runs have the folders that not all of their paths contain."""
+    parts = [run.path.resolve().parts if run.path else () for run in runs]
+    named = []
+    for number, (run, own) in enumerate(zip(runs, parts, strict=True), 1):
+        alike = [of for other, of in zip(runs, parts, strict=True) if other.name == run.name]
+        apart = "/".join(part for part in own if not all(part in of for of in alike))
+        suffix = f" ({apart or number})" if len(alike) > 1 else ""
+        named.append(replace(run, name=f"{run.name}{suffix}"))
+    return named
 
 
 def _obstacles(run: ReportedRun, other: ReportedRun) -> list[str]:
