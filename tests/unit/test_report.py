@@ -20,7 +20,7 @@ from vlm_bridge.captioning.pipeline import CaptionResult
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
 from vlm_bridge.errors import DataError
-from vlm_bridge.evaluation.report import published_on, write_report
+from vlm_bridge.evaluation.report import write_report
 from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation
 from vlm_bridge.evaluation.run_folder import (
     Prediction,
@@ -29,6 +29,7 @@ from vlm_bridge.evaluation.run_folder import (
     read_predictions,
     read_run,
 )
+from vlm_bridge.evaluation.verdict import published_on, ranking, verdict
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 
@@ -66,7 +67,7 @@ def test_anything_fits_on_a_contact_sheet(caption: str, files: list[Path]) -> No
 
 def value(html: str, row: str) -> float:
     """Return the first number of a table's row, with all its digits."""
-    found = re.search(rf'<th>{row}</th><td><data value="([^"]*)"', html)
+    found = re.search(rf'<th>{row}</th><td[^>]*><data value="([^"]*)"', html)
     assert found, row
     return float(found[1])
 
@@ -89,8 +90,10 @@ def test_a_report_needs_nothing_but_itself(files: list[Path], tmp_path: Path) ->
         curves={"train/loss": [(0, 3.0)], "validation/loss": [(10, 2.5)], "train/lr": [(0, 0.1)]},
     )
     html = written(tmp_path, run)
-    loads = re.findall(r'(?:src|href)="([^"]*)', html)
-    assert len(loads) == 4 * len(COLORS)  # random, best, worst, longest
+    loads = re.findall(r'(?:src|href)="([^"#]+)', html)
+    assert len(loads) == len(COLORS)
+    anchors = set(re.findall(r'href="#([^"]*)', html))
+    assert {"scores", "training", "images"} <= anchors == set(re.findall(r'<h2 id="([^"]*)', html))
     assert all(load.startswith("data:image/jpeg;base64,") for load in loads)
     assert not re.search(r"url\((?!#)|@import|<script|<link|href=\"(?!#)", html)
     for text in ("0.5123", "1,000", "cannot be read", "quoted", "arXiv:1502.03044"):
@@ -136,9 +139,94 @@ def test_several_runs_side_by_side(files: list[Path], tmp_path: Path) -> None:
     assert "150.0%" in html and "Percentages are shares of what one has." in html
     assert "a note" in html
     for name in ("one", "two"):
-        assert html.count(f"<p><small>{name}</small>{name} says") == 8
-    differing = html.partition("where they differ")[2].partition("</table>")[0]
+        assert html.count(f"<p><small>{name}</small>{name} says") == 4
+    differing = html.partition("where they differ</a></h2>")[2].partition("</table>")[0]
     assert "learning_rate" in differing and "seed" not in differing
+
+
+def test_before_and_after(files: list[Path], tmp_path: Path) -> None:
+    before, after = (
+        ReportedRun(
+            name,
+            {"CIDEr": cider, "visual_gain": 0.5},
+            [predicted(files[0], name)],
+            {"train/loss": [(1, 3.0)], "validation/loss": [(1, 3.0)]} if cider > 0.5 else {},
+        )
+        for name, cider in (("before", 0.25), ("after", 0.75))
+    )
+    html = written(tmp_path, before, after, lead="It learned your captions.")
+    top, _, images = html.partition('<h2 id="images">')
+    assert top.index("It learned your captions.") < top.index(verdict(after)[0])
+    assert re.search(r"CIDEr</dt><dd>\S+ \S+>0.75<.*before \S+ \S+>0.25<", top, re.DOTALL)
+    assert images.index("<small>before") < images.index("<small>after") < images.index("Scores")
+    assert ">train</text>" in html  # named after the run only where several have curves
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_runs", "galleries", "num_shown"),
+    [(1, 1, 1, 1), (12, 2, 1, 12), (14, 1, 4, 12), (90, 1, 4, 48), (90, 2, 3, 36), (90, 3, 2, 24)],
+)
+def test_no_image_is_shown_twice(
+    num_images: int, num_runs: int, galleries: int, num_shown: int, tmp_path: Path
+) -> None:
+    predictions = [
+        predicted(tmp_path / f"{i}.png", "a dog", cider=1 / (1 + i), reference=f"image {i}.")
+        for i in range(num_images)
+    ]
+    html = written(tmp_path, *(ReportedRun(f"run {n}", {}, predictions) for n in range(num_runs)))
+    shown = re.findall(r"People: (image \d+\.)", html)
+    assert len(shown) == len(set(shown)) == num_shown
+    assert html.count('<div class="gallery') == galleries
+
+
+RISING, FALLING = [(1, 3.0), (50, 2.0), (100, 2.5)], [(1, 3.0), (50, 2.0), (100, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "curves", "expected"),
+    [
+        ({}, {}, []),
+        ({"visual_gain": 0.01}, {}, [r"ignores its images: .* 0\.010 nats", r"Check .* longer"]),
+        ({"visual_gain": 0.2}, {}, [r"begins to look", r"Train longer"]),
+        ({"visual_gain": 1.352}, {}, [r"looks at its images: visual gain 1\.352", "No problem"]),
+        ({}, {"validation/visual_gain": [(1, 0.0), (2, 0.9)]}, ["gain 0.900", "No problem"]),
+        ({}, {"validation/visual_gain": [(1, math.nan)]}, []),
+        (
+            {"METEOR": 0.1, "num_images": 1000, "data": {"name": "flickr8k"}},
+            {},
+            [r"METEOR is 0\.100, 49% of the 0\.203 that Show"],
+        ),
+        ({"METEOR": 0.1, "num_images": 40, "data": {"name": "flickr8k"}}, {}, []),
+        (
+            {"visual_gain": 1.0},
+            {"validation/loss": RISING, "train/loss": FALLING},
+            ["looks", r"It overfits: .* from 2\.000 at step 50 to 2\.500"],
+        ),
+        ({}, {"validation/loss": RISING, "train/loss": RISING}, []),
+        ({}, {"validation/loss": FALLING, "train/loss": FALLING}, [r"still falling.*train longer"]),
+        ({}, {"validation/loss": [(1, 3.0), (50, 2.0), (100, 1.99)]}, []),
+    ],
+)
+def test_a_verdict(metrics: dict, curves: dict, expected: list[str]) -> None:
+    found = verdict(ReportedRun("lite", metrics, curves=curves))
+    assert len(found) == len(expected), found
+    for sentence, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, sentence)
+
+
+def test_a_verdict_on_captions() -> None:
+    same = [predicted(Path(f"{i}.png"), "a dog", reference=f"image {i}") for i in range(10)]
+    cut = [dataclasses.replace(each, finished=i > 1) for i, each in enumerate(same)]
+    cut_off, repeat = verdict(ReportedRun("lite", {"decode": {"max_new_tokens": 9}}, cut))
+    assert cut_off == "20% of the captions are cut off: raise max_new_tokens (9)."
+    assert "1 different ones for 10 images, where people wrote 10" in repeat
+
+
+def test_the_best_of_several_is_named() -> None:
+    runs = [ReportedRun(name, {"CIDEr": cider}) for name, cider in (("a", 0.4), ("b", 0.6))]
+    assert ranking(runs) == "b has the highest CIDEr: 0.600, before a with 0.400."
+    assert ranking([runs[0], runs[0]]) == "a and a have the same CIDEr, 0.400."
+    assert ranking([runs[0], ReportedRun("c")]) is None
 
 
 def test_words_of_captions_are_counted(files: list[Path], tmp_path: Path) -> None:
@@ -236,8 +324,7 @@ def test_the_files_of_an_evaluation(images: list[CaptionedImage], tmp_path: Path
     assert first["scores"]["BLEU-1"] == pytest.approx(1) and last["error"] == "damaged"
     assert read_predictions(folder / "predictions.jsonl") == list(evaluation.predictions)
     html = (folder / "report.html").read_text(encoding="utf-8")
-    worst = html.partition("Worst by CIDEr")[2].partition("<h2>")[0]
-    assert worst.index("two cats sleep") < worst.index("a red square")
+    assert html.index("a red square") < html.index("two cats sleep")  # best first
 
 
 @pytest.fixture

@@ -10,10 +10,8 @@ import base64
 import io
 import math
 import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,18 @@ import yaml
 from vlm_bridge.captioning.explain import thumbnail
 from vlm_bridge.configuration import flat
 from vlm_bridge.evaluation.run_folder import Prediction, ReportedRun
+from vlm_bridge.evaluation.verdict import published_on, ranking, verdict
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import simple_tokenize
 
 SUMMARY = ("CIDEr", "BLEU-4", "METEOR", "visual_gain", "perplexity", "num_images")
-FIRST_CURVES = ("loss", "visual_gain", "cider", "bleu4", "perplexity")
+FIRST_CURVES = ("loss", "visual_gain", "cider", "bleu4")
 SHOWN = 12  # images in each gallery
 THUMBNAIL = (320, 240)
 PEOPLE = "people"  # name of the first reference of each image beside the captioners
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 420, 64, 400, 34, 210  # of a chart
-LEGEND_ROW, NUM_TICKS, COLORS = 18, 5, 6
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 60, 348, 34, 200  # of a chart
+LEGEND_ROW, MOST_TICKS, COLORS = 18, 6, 6
 MOST_POINTS = 400  # more cannot be seen and would bloat the file
 
 Points = Sequence[tuple[float, float]]
@@ -46,14 +45,19 @@ def write_report(
     runs: Sequence[ReportedRun],
     *,
     title: str,
+    lead: str | None = None,
     notes: Sequence[str] | None = None,
     reference: str | None = None,
 ) -> None:
     """Write the report of a run, or of several side by side.
 
+    Two runs of one captioner, as before and after fine-tuning, get a `lead`: their scores stand
+    on top, and below them the verdict on the second.
+
     Args:
         path: the HTML file, replaced when the new one is complete.
         title: heading and window title.
+        lead: first sentence; None is the verdict on a run, or names the best of several.
         notes: lines below the title; None is the notes of the runs.
         reference: name of the run whose scores the others are shown as shares of.
 
@@ -66,18 +70,21 @@ def write_report(
     environment.filters |= {"shown": _shown, "label": _label}
     measured = [run for run in runs if run.scores]
     datasets = sorted({run.data.get("name") or "" for run in measured})
+    findings = verdict(runs[-1]) if lead or len(runs) == 1 else [ranking(runs)]
     whole = next((run for run in measured if run.name == reference), None)
     page = environment.get_template("report.html.j2").render(
         title=title,
         runs=runs,
-        summary={n: runs[0].scores[n] for n in SUMMARY if n in runs[0].scores},
+        findings=[line for line in (lead, *findings) if line],
+        summary=_summary(runs) if lead or len(runs) == 1 else {},
         notes=[line for run in runs for line in run.notes] if notes is None else notes,
         metrics=list(dict.fromkeys(name for run in measured for name in run.scores)),
         shares={r.name: r.shares_of(whole) for r in measured if r is not whole} if whole else {},
         published=[system for name in datasets for system in published_on(name)],
         reference=reference,
+        is_pair=len(runs) > 1 and lead is not None,
         curves=draw_curves(runs),
-        galleries=[(heading, list(map(_figure, rows))) for heading, rows in _galleries(runs)],
+        galleries=[(name, list(map(_figure, rows))) for name, rows in _galleries(runs).items()],
         statistics=_statistics(runs),
         people=PEOPLE,
         decoding={run.name: run.metrics.get("decode") or {} for run in runs},
@@ -87,12 +94,10 @@ def write_report(
     write_atomically(path, page.encode())
 
 
-def published_on(dataset: str) -> list[dict[str, Any]]:
-    """Return published systems on a dataset whose name begins like `dataset` (Flickr8k-clean)."""
-    file = resources.files("vlm_bridge.evaluation") / "published.yaml"
-    name = re.sub(r"[^a-z0-9]", "", dataset.lower())
-    published = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return [system for key, of in published.items() if name.startswith(key) for system in of]
+def _summary(runs: Sequence[ReportedRun]) -> dict[str, list[float]]:
+    """Return the scores that all runs have."""
+    names = [name for name in SUMMARY if all(name in run.scores for run in runs)]
+    return {name: [run.scores[name] for run in runs] for name in names}
 
 
 def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
@@ -117,24 +122,44 @@ def _statistics(runs: Sequence[ReportedRun]) -> dict[str, dict[str, float]]:
     return columns
 
 
-def _galleries(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Sequence[Row]]]:
-    """Yield headings with images of one run, or with images that all runs captioned."""
-    rows: list[Row] = [[("", prediction)] for prediction in runs[0].predictions]
-    if len(runs) > 1:
-        captioned = [run for run in runs if run.predictions]
-        by_id = {run.name: {p.image.original_id: p for p in run.predictions} for run in captioned}
-        ids = next(iter(by_id.values()), {})
-        common = [key for key in ids if all(key in of for of in by_id.values())]
-        rows = [[(name, of[key]) for name, of in by_id.items()] for key in common]
-    yield "Drawn at random", random.Random(0).sample(rows, min(SHOWN, len(rows)))
-    if len(runs) > 1:
-        spread = [np.ptp([prediction.cider for _, prediction in row]) for row in rows]
-        yield "Where CIDEr differs most", [rows[i] for i in np.argsort(spread)[::-1][:SHOWN]]
-        return
-    ranked = sorted(rows, key=lambda row: row[0][1].cider)
-    yield "Best by CIDEr", ranked[::-1][:SHOWN]
-    yield "Worst by CIDEr", ranked[:SHOWN]
-    yield "Longest captions", sorted(rows, key=lambda row: len(row[0][1].caption))[::-1][:SHOWN]
+def _rows(runs: Sequence[ReportedRun]) -> list[Row]:
+    """Return the images of one run, or those that all runs captioned."""
+    if len(runs) == 1:
+        return [[("", prediction)] for prediction in runs[0].predictions]
+    by_id = {r.name: {p.image.original_id: p for p in r.predictions} for r in runs if r.predictions}
+    ids = next(iter(by_id.values()), {})
+    common = [key for key in ids if all(key in of for of in by_id.values())]
+    return [[(name, of[key]) for name, of in by_id.items()] for key in common]
+
+
+def _galleries(runs: Sequence[ReportedRun]) -> dict[str, list[Row]]:
+    """Choose rows for each heading; none stands below two of them."""
+
+    def gain(row: Row) -> float:
+        return row[-1][1].cider - row[0][1].cider
+
+    def spread(row: Row) -> float:
+        return float(np.ptp([prediction.cider for _, prediction in row]))
+
+    orders: dict[str, Callable[[Row], float]] = {"Where CIDEr differs most": spread}
+    if len(runs) == 1:
+        orders = {
+            "Best by CIDEr": lambda row: row[0][1].cider,
+            "Worst by CIDEr": lambda row: -row[0][1].cider,
+            "Longest captions": lambda row: len(row[0][1].caption),
+        }
+    elif len(runs) == 2:
+        orders = {"Largest gain in CIDEr": gain, "Smallest gain in CIDEr": lambda row: -gain(row)}
+    rows = _rows(runs)
+    if len(rows) <= SHOWN:
+        return {"Images": sorted(rows, key=next(iter(orders.values())), reverse=True)}
+    shown = min(SHOWN, len(rows) // (len(orders) + 1))
+    left = random.Random(0).sample(rows, len(rows))
+    galleries, left = {"Drawn at random": left[:shown]}, left[shown:]
+    for heading, order in orders.items():
+        left.sort(key=order, reverse=True)
+        galleries[heading], left = left[:shown], left[shown:]
+    return galleries
 
 
 def _figure(row: Row) -> dict[str, Any]:
@@ -160,50 +185,58 @@ def _label(name: str) -> str:
 
 
 def _shown(value: float) -> str:
-    """Return a number with up to four decimals; large ones have thousands separators."""
+    """Return a number in up to four digits; large ones have thousands separators."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{round(value, 4):.6g}"
+    return f"{round(value, 4):.4g}"
 
 
 def draw_curves(runs: Sequence[ReportedRun]) -> list[str]:
     """Draw a chart per quantity."""
     charts: dict[str, dict[str, Points]] = {name: {} for name in FIRST_CURVES}
-    for run in runs:
+    logged = [run for run in runs if run.curves]
+    for run in logged:
         for name, curve in run.curves.items():
             series, _, quantity = name.rpartition("/")
-            label = f"{run.name}: {series}" if len(runs) > 1 else series
+            label = f"{run.name}: {series}" if len(logged) > 1 else series
             if points := [(step, value) for step, value in curve if math.isfinite(value)]:
                 charts.setdefault(quantity, {})[label] = points
-    return [line_chart(_label(name), lines) for name, lines in charts.items() if lines]
+    labels = dict.fromkeys(label for lines in charts.values() for label in lines)
+    colors = {label: f"var(--c{number % COLORS})" for number, label in enumerate(labels)}
+    return [line_chart(_label(name), lines, colors) for name, lines in charts.items() if lines]
 
 
-def line_chart(title: str, lines: Mapping[str, Points]) -> str:
+def line_chart(title: str, lines: Mapping[str, Points], colors: Mapping[str, str]) -> str:
     """Return an ``<svg>`` that fills its container; several lines are named below it.
 
-    It is colored by the CSS variables --soft, --line and --c0 to --c5.
+    Text and grid have the colors of the CSS variables --soft and --line.
 
     Args:
         lines: name -> finite points (training step, value), at least one.
+        colors: name -> CSS color of its line.
     """
     plots = [_thinned(points) for points in lines.values()]
     low, high = np.concatenate(plots).min(0), np.concatenate(plots).max(0)
     margin = (high - low <= 1e-9 * np.abs(low)) * (np.abs(low) + 1) / 2  # of a constant
     low, high = low - margin, high + margin
     corner, size = np.array([LEFT, BOTTOM]), np.array([RIGHT - LEFT, TOP - BOTTOM])
+
+    def placed(points: np.ndarray) -> np.ndarray:
+        return corner + (points - low) / (high - low) * size
+
     middle = (LEFT + RIGHT) / 2
     parts = [_text(LEFT, 18, title, "start"), _text(middle, BOTTOM + 36, "training step")]
-    for share in np.linspace(0, 1, NUM_TICKS):
-        (x, y), (step, value) = corner + share * size, low + share * (high - low)
-        parts.append(f'<path d="M{LEFT} {y:g}H{RIGHT}" stroke="var(--line)"/>')
-        parts.append(_text(LEFT - 6, y + 4, f"{value:.3g}", "end"))
-        parts.append(_text(x, BOTTOM + 18, f"{step:.0f}"))
+    for value in _ticks(low[1], high[1]):
+        y = placed(np.array([low[0], value]))[1]
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="var(--line)"/>')
+        parts.append(_text(LEFT - 6, y + 4, f"{value:.6g}", "end"))
+    for step in _ticks(low[0], high[0]):
+        parts.append(_text(placed(np.array([step, low[1]]))[0], BOTTOM + 18, f"{step:g}"))
     row = BOTTOM + 40
-    for number, (name, points) in enumerate(zip(lines, plots, strict=True)):
-        places = corner + (points - low) / (high - low) * size
-        corners = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    for name, points in zip(lines, plots, strict=True):
+        corners = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed(points))
         width = 2 if len(points) > 1 else 6
-        stroke = f'fill="none" stroke="var(--c{number % COLORS})" stroke-width="{width}"'
+        stroke = f'fill="none" stroke="{colors[name]}" stroke-width="{width}"'
         # Round ends, and a last line of no length, make a single point a dot.
         parts.append(f'<path d="M{corners}h0" {stroke} stroke-linecap="round"/>')
         if len(lines) > 1:
@@ -212,6 +245,14 @@ def line_chart(title: str, lines: Mapping[str, Points]) -> str:
             parts.append(_text(LEFT + 36, row, name, "start"))
     box = f'viewBox="0 0 {WIDTH} {row + 8}"'
     return f'<svg {box} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def _ticks(low: float, high: float) -> np.ndarray:
+    """Return the multiples of 1, 2 or 5 times a power of ten between two numbers."""
+    least = (high - low) / MOST_TICKS
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:

@@ -18,8 +18,12 @@ METRICS_NAME = "metrics.json"
 PREDICTIONS_NAME = "predictions.jsonl"
 REPORT_NAME = "report.html"
 NOT_CURVES = frozenset(
-    {"step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share"}
-)
+    {
+        "step", "epoch", "num_images", "samples_per_second", "tokens_per_second", "padding_share",
+        "perplexity",  # exp of the validation loss
+        "mean_length", "token_diversity", "sample_bleu4",  # of a few samples
+    }
+)  # fmt: skip
 RECORDED = ("caption", "log_probability", "error", "scores", "finished")
 MEASURED = ("perplexity", "visual_gain")
 """Per token of each model's own vocabulary, so never a share of another model's."""
