@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import DataError, UsageError
 from vlm_bridge.evaluation.compare import compare
@@ -125,6 +127,58 @@ def test_the_digest_is_of_ids_and_references_alone() -> None:
     other = CaptionedImage(a.path, ("one", "three"), "a")
     assert references_digest([a, b]) == references_digest([b, moved])
     assert len({references_digest(images) for images in ([a, b], [a], [other])}) == 3
+
+
+def test_runs_that_differ_in_their_seed_alone_are_averaged(
+    write: Write, run_here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, folders = {}, []
+    for name, cider, changes in (
+        ("lite-s0", 0.40, {"checkpoint_dir": "a"}),
+        ("lite-s1", 0.42, {"seed": 1}),
+        ("lite-s2", 0.44, {"seed": 2, "log_dir": "b"}),
+        ("deep_2", 0.60, {"seed": 3, "bridge": {"depth": 4}}),
+        ("lite-s1-again", 0.42, {"seed": 1}),  # the same run twice is not two seeds
+    ):
+        model = {"model": {"name": name}}
+        folders.append(write(f"{name}/val/metrics.json", CIDEr=cider, **model).parent.parent)
+        (folders[-1] / "checkpoints").mkdir()
+        recipes[name] = recipe_from_dict(changes)
+    monkeypatch.setattr(
+        "vlm_bridge.evaluation.compare.read_recipe", lambda root: recipes[root.name]
+    )
+    lines = run_here("compare", *folders).stdout.splitlines()
+    assert lines[0].split("\t")[:4] == ["metric", "lite (n=3)", "deep_2", "% of lite (n=3)"]
+    assert "CIDEr\t0.420 ± 0.020\t0.6000\t142.9\t0.4200\t100.0" in lines
+
+    def table(layout: str) -> list[str]:
+        return run_here("compare", *folders[:4], "--format", layout).stdout.splitlines()
+
+    assert table("md") == [
+        "| run | BLEU-4 | CIDEr | perplexity | visual_gain |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| lite (n=3) | 0.400 ± 0.000 | 0.420 ± 0.020 | 8.000 ± 0.000 | 1.500 ± 0.000 |",
+        "| deep_2 | 0.4000 | 0.6000 | 8.0000 | 1.5000 |",
+    ]
+    assert r"lite (n=3) & 0.400 $\pm$ 0.000 & 0.420 $\pm$ 0.020 &" in table("latex")[4]
+    assert table("latex")[5].startswith(r"deep\_2 & 0.4000 &")
+    rows = list(csv.DictReader(table("csv")))
+    assert (rows[0]["n"], rows[1]["n"], rows[1]["CIDEr std"]) == ("3", "1", "")
+    assert float(rows[0]["CIDEr"]) == pytest.approx(0.42)
+    assert float(rows[0]["CIDEr std"]) == pytest.approx(0.02)
+    (mean,) = json.loads(run_here("compare", *folders, "--json").stdout)["averages"]
+    assert mean["runs"] == ["lite-s0", "lite-s1", "lite-s2"]
+    assert mean["standard_deviation"]["CIDEr"] == pytest.approx(0.02)
+
+
+def test_options_that_named_a_file_say_what_they_are_now(tmp_path: Path, run_here) -> None:
+    for command, mentions in (
+        ("compare a b --html c.html", "--html is now --output-dir FOLDER"),
+        ("report a -o b.html", "--output is now --output-dir FOLDER"),
+        ("evaluate --checkpoint a --data-dir b --json c.json", "--json prints the scores"),
+    ):
+        done = run_here(*command.split())
+        assert done.returncode == 2 and mentions in done.stderr, command
 
 
 def test_command(pair: list[Path], write: Write, run_here) -> None:

@@ -357,9 +357,9 @@ class TestReportOfARun:
         (run / "val" / "predictions.jsonl").unlink()
         assert any("predictions.jsonl" in line for line in read_run(run).missing)
         (run / "val" / "metrics.json").unlink()
-        done = run_here("report", run, "--output", tmp_path / "new" / "r.html")
+        done = run_here("report", run, "--output-dir", tmp_path / "new")
         assert done.returncode == 0 and "Not evaluated yet" in done.stderr
-        assert "Not evaluated yet" in (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
+        assert "Not evaluated yet" in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("line", ["{", "[]", '{"image": "x.jpg"}', "no CIDEr"])
     def test_a_damaged_prediction_is_named(self, line: str, run: Path) -> None:
@@ -377,6 +377,6 @@ class TestReportOfARun:
 
     def test_side_by_side(self, run: Path, tmp_path: Path, run_here) -> None:
         other = shutil.copytree(run, run.parent / "other")
-        run_here("compare", run, other, "--html", tmp_path / "compared.html")
-        html = (tmp_path / "compared.html").read_text(encoding="utf-8")
+        run_here("compare", run, other, "--output-dir", tmp_path / "compared")
+        html = (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
         assert "100.0%" in html and html.count("<svg") == 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Split = StrEnum("Split", ["train", "val", "test"])
+Format = Literal["table", "md", "latex", "csv"]
 
 
 def evaluate(
@@ -41,9 +42,10 @@ def evaluate(
     no_repeat_ngram_size: options.NoRepeatNgramSize = None,
     object_bonus: options.ObjectBonus = None,
     spice: Annotated[bool, Option("--spice", help="Also SPICE: slow, needs models.")] = False,
-    json_file: Annotated[Path | None, Option("--json", help="Write the scores here.")] = None,
     output_dir: Annotated[Path | None, Option(help="Write all, with report.html, here.")] = None,
+    as_json: options.AsJson = False,
     device: options.Device = "auto",
+    stray: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
     """Score a captioner with BLEU, METEOR, ROUGE-L, CIDEr, perplexity and visual gain.
 
@@ -53,6 +55,11 @@ def evaluate(
     given = dict(locals())
     if (checkpoint is None) == (model is None):
         raise UsageError("give either --checkpoint (a trained bridge) or --model (a published one)")
+    if stray:
+        raise UsageError(
+            f"--json prints the scores and takes no file ({stray[0]}); --output-dir FOLDER "
+            "writes them"
+        )
     if model and config:
         raise UsageError("--config is the recipe of a --checkpoint; a --model has none")
     if checkpoint and (revision, prompt) != (None, None):
@@ -63,8 +70,8 @@ def evaluate(
     # Wrong paths are found before minutes of captioning.
     folder = open_data_folder(data_dir)
     images, skipped = readable_split(folder, split.name)
-    for place in filter(None, (json_file and json_file.parent, output_dir)):
-        place.mkdir(parents=True, exist_ok=True)
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
     name = data_dir.resolve().name
     data = {"name": name, "split": split.name, "fingerprint": folder.fingerprint}
     _evaluate(given, images[:limit], data)
@@ -83,7 +90,8 @@ def _evaluate(
         given: the options of `evaluate` by name.
     """
     from vlm_bridge.configuration import DecodeSettings
-    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation, write_json
+    from vlm_bridge.evaluation import run_folder
+    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation
     from vlm_bridge.metrics import score_notes
     from vlm_bridge.training_strategy.distributed import joined
 
@@ -111,8 +119,6 @@ def _evaluate(
     if not world.is_first:
         return
     metrics, output_dir = evaluation.metrics, given["output_dir"]
-    if given["json_file"]:
-        write_json(given["json_file"], metrics)
     if output_dir:
         title = f"{facts['name']} on {data['name']}, {data['split']}"
         recipe_yaml = recipe.to_yaml() if recipe else ""
@@ -122,9 +128,12 @@ def _evaluate(
             note(f"failed: {prediction.image.path}: {prediction.error}", always=True)
     for line in score_notes(metrics["skipped"], metrics["tokenizer"]):
         note(f"note: {line}")
-    _print_scores(metrics)
+    if given["as_json"]:
+        options.print_json(metrics)
+    else:
+        _print_scores(metrics)
     if output_dir:
-        print(f"report: {output_dir / 'report.html'}")
+        note(f"report: {output_dir / run_folder.REPORT_NAME}")
 
 
 def _open_checkpoint(given: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
@@ -170,36 +179,34 @@ def compare(
     scores: Annotated[list[Path], typer.Argument(help="Runs, evaluations or files of scores.")],
     reference: Annotated[str | None, Option(help="Name or path. (default: the first)")] = None,
     force: Annotated[bool, Option("--force", help="Compare different data all the same.")] = False,
+    format: Annotated[Format, Option(help="table also has shares of the reference.")] = "table",
+    output_dir: Annotated[Path | None, Option(help="Also write report.html here.")] = None,
     as_json: options.AsJson = False,
-    html: Annotated[Path | None, Option(help="Also write a report to this HTML file.")] = None,
+    html: Annotated[Path | None, Option(hidden=True, callback=options.refuse_file)] = None,
 ) -> None:
-    """Print scores side by side, and each as a share of a reference; refuse those of other data."""
+    """Print scores side by side, and each as a share of a reference; refuse those of other data.
+
+    Runs whose recipes differ in their seed alone are joined: mean ± sample standard deviation.
+    """
     from vlm_bridge.evaluation.compare import compare as compare_scores
     from vlm_bridge.evaluation.compare import write_comparison
+    from vlm_bridge.evaluation.run_folder import REPORT_NAME
 
     comparison = compare_scores(scores, reference=reference, force=force)
-    if html:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        write_comparison(html, comparison)
+    if output_dir:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_comparison(output_dir / REPORT_NAME, comparison)
     if as_json:
         options.print_json(comparison.to_json())
         return
     for line in comparison.notes:
         note(f"note: {line}")
-    first = comparison.reference
-    others = [run for run in comparison.runs if run is not first]
-    header = ["metric", first.name]
-    header += [title for run in others for title in (run.name, f"% of {first.name}")]
-    rows = []
-    for metric in comparison.metrics:
-        rows.append([metric, _number(first.scores.get(metric))])
-        for run in others:
-            share = comparison.share(run, metric)
-            percent = "-" if share is None else f"{100 * share:.1f}"
-            rows[-1] += [_number(run.scores.get(metric)), percent]
-    options.print_rows([header, *rows])
-    if html:
-        note(f"report: {html}")
+    if format == "table":
+        options.print_rows(comparison.shares_table())
+    else:
+        print(comparison.table(format))
+    if output_dir:
+        note(f"report: {output_dir / REPORT_NAME}")
 
 
 def _number(value: float | None) -> str:
@@ -208,14 +215,17 @@ def _number(value: float | None) -> str:
 
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run or evaluation, or its scores.")],
-    output: Annotated[Path | None, Option("-o", "--output", help="(default: in the run)")] = None,
+    output_dir: Annotated[Path | None, Option(help="(default: in the run)")] = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", hidden=True, callback=options.refuse_file)
+    ] = None,
 ) -> None:
     """Write one HTML file about a run: curves, scores, images, captions, recipe, environment."""
     from vlm_bridge.evaluation.report import write_report
     from vlm_bridge.evaluation.run_folder import REPORT_NAME, read_run
 
     reported = read_run(run)
-    path = output or (run if run.is_dir() else run.parent) / REPORT_NAME
+    path = (output_dir or (run if run.is_dir() else run.parent)) / REPORT_NAME
     on = f" on {reported.data['name']}" if reported.data.get("name") else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, [reported], title=f"{reported.name}{on}")

@@ -88,6 +88,12 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise UsageError(f"{target} exists: choose another --output-dir, or give --overwrite")
 
 
+def refuse_file(parameter: typer.CallbackParam, value: Path | None) -> None:
+    """Raise UsageError for an option that named a file in earlier versions."""
+    if value is not None:
+        raise UsageError(f"{parameter.opts[-1]} is now --output-dir FOLDER (for report.html)")
+
+
 def is_quiet() -> bool:
     """Return whether --quiet was given (or this is not the first of several processes)."""
     return logging.getLogger("vlm_bridge").level == logging.WARNING

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, Literal
 
-from vlm_bridge.errors import DataError, UsageError
+from vlm_bridge.configuration import Recipe
+from vlm_bridge.errors import DataError, UsageError, VLMBridgeError
 from vlm_bridge.evaluation.report import write_report
-from vlm_bridge.evaluation.run_folder import MEASURED, ReportedRun, read_run, read_scores
+from vlm_bridge.evaluation.run_folder import (
+    MEASURED,
+    METRICS_NAME,
+    ReportedRun,
+    read_recipe,
+    read_run,
+    read_scores,
+    run_of,
+)
 from vlm_bridge.metrics import SCORES
+
+Layout = Literal["md", "latex", "csv"]
+
+
+@dataclass(frozen=True)
+class Averaged(ReportedRun):
+    """A run, or the mean of runs whose recipes differ in their seed alone."""
+
+    of: Sequence[ReportedRun] = ()
+
+    @classmethod
+    def over(cls, runs: Sequence[ReportedRun]) -> Averaged:
+        name, metrics = runs[0].name, dict(runs[0].metrics)
+        if len(runs) > 1:
+            name = re.sub(r"[-_.](seed|s)?[-_]?\d+$", "", name) + f" (n={len(runs)})"
+            shared = set.intersection(*(set(run.scores) for run in runs))
+            metrics = {key: value for key, value in metrics.items() if key not in runs[0].scores}
+            metrics |= {key: fmean(run.scores[key] for run in runs) for key in shared}
+        return cls(name, metrics, of=runs)
+
+    def spread(self, metric: str) -> float | None:
+        """Return the sample standard deviation over seeds; None for a single run."""
+        if len(self.of) < 2 or metric not in self.scores:
+            return None
+        return stdev(run.scores[metric] for run in self.of)
+
+    def cell(self, metric: str) -> str:
+        """Return "0.4123", or "0.412 ± 0.006" over several seeds."""
+        mean, spread = self.scores.get(metric), self.spread(metric)
+        if mean is None:
+            return "-"
+        return f"{mean:.4f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
 @dataclass(frozen=True)
@@ -20,6 +65,7 @@ class Comparison:
     runs: Sequence[ReportedRun]
     reference: ReportedRun
     notes: Sequence[str]
+    averaged: Sequence[Averaged] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -42,7 +88,56 @@ class Comparison:
             }
             for run in self.runs
         ]
-        return {"reference": self.reference.name, "notes": list(self.notes), "runs": runs}
+        averages = [
+            {
+                "name": mean.name,
+                "runs": [run.name for run in mean.of],
+                "mean": {name: mean.scores.get(name) for name in self.metrics},
+                "standard_deviation": {name: mean.spread(name) for name in self.metrics},
+            }
+            for mean in self.averaged
+            if len(mean.of) > 1
+        ]
+        content = {"reference": self.reference.name, "notes": list(self.notes), "runs": runs}
+        return content | ({"averages": averages} if averages else {})
+
+    def shares_table(self) -> list[list[str]]:
+        """Return a row for each metric; of all runs but the reference with shares in percent."""
+        first = next(run for run in self.averaged if self.reference in run.of)
+        others = [run for run in self.averaged if run is not first]
+        header = [title for run in others for title in (run.name, f"% of {first.name}")]
+        rows = [["metric", first.name, *header]]
+        for metric in self.metrics:
+            row = [metric, first.cell(metric)]
+            for run in others:
+                share = run.shares_of(first).get(metric)
+                row += [run.cell(metric), "-" if share is None else f"{100 * share:.1f}"]
+            rows.append(row)
+        return rows
+
+    def table(self, layout: Layout) -> str:
+        """Return a row for each run, averaged over seeds, and a column for each metric."""
+        if layout == "csv":  # numbers of full precision, with spreads in columns of their own
+            file = io.StringIO()
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["run", "n", *(c for m in self.metrics for c in (m, f"{m} std"))])
+            for run in self.averaged:
+                numbers = (n for m in self.metrics for n in (run.scores.get(m), run.spread(m)))
+                writer.writerow([run.name, len(run.of), *numbers])
+            return file.getvalue().strip()
+        header = ["run", *self.metrics]
+        rows = [[run.name, *map(run.cell, self.metrics)] for run in self.averaged]
+        if layout == "md":
+            rule = ["---", *["---:"] * len(self.metrics)]
+            return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+        head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in (header, *rows))
+        begin = rf"\begin{{tabular}}{{l{'r' * len(self.metrics)}}}"
+        end = (r"\bottomrule", r"\end{tabular}")
+        return "\n".join((begin, r"\toprule", head, r"\midrule", *body, *end))
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("±", r"$\pm$")
 
 
 def compare(
@@ -78,7 +173,27 @@ def compare(
             "perplexity and visual gain are per token of each model's own vocabulary: compare them "
             "only between models of one tokenizer"
         )
-    return Comparison(runs, chosen, notes)
+    return Comparison(runs, chosen, notes, average_seeds(runs))
+
+
+def average_seeds(runs: Sequence[ReportedRun]) -> list[Averaged]:
+    """Join runs whose recipes differ in ``seed`` and folders alone, and that decoded alike."""
+
+    def are_seeds(one: tuple[Recipe | None, ReportedRun], two: tuple[Recipe | None, ReportedRun]):
+        (recipe, run), (other, other_run) = one, two
+        if recipe is None or other is None:
+            return False
+        changes = [change.partition("=")[0] for change in recipe.changes_since(other)]
+        return changes == ["seed"] and run.metrics.get("decode") == other_run.metrics.get("decode")
+
+    groups: list[list[tuple[Recipe | None, ReportedRun]]] = []
+    for run in runs:
+        one = _recipe(run), run
+        found = (group for group in groups if all(are_seeds(one, two) for two in group))
+        if (group := next(found, None)) is None:
+            groups.append(group := [])
+        group.append(one)
+    return [Averaged.over([run for _, run in group]) for group in groups]
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
@@ -100,6 +215,19 @@ def _named_apart(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
         suffix = f" ({apart or number})" if len(alike) > 1 else ""
         named.append(replace(run, name=f"{run.name}{suffix}"))
     return named
+
+
+def _recipe(run: ReportedRun) -> Recipe | None:
+    """Return the recipe of an evaluated run; None for other captioners and lone scores."""
+    if run.path is None or run.path.name != METRICS_NAME:
+        return None
+    root = run_of(run.path)
+    if (run.metrics.get("model") or {}).get("name") != root.resolve().name:
+        return None  # a published captioner's evaluation within a run folder
+    try:
+        return read_recipe(root)
+    except VLMBridgeError:
+        return None
 
 
 def _obstacles(run: ReportedRun, other: ReportedRun) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline.samples import CaptionedImage, TarImage
 from vlm_bridge.errors import CheckpointError, DataError
 from vlm_bridge.files import write_atomically
@@ -31,7 +32,7 @@ SHOWN_AS_ZERO = 5e-5
 """Reference scores below it have no shares: pycocoevalcap's BLEU is never exactly 0."""
 Curve = list[tuple[int, float]]
 """Points (training step, value)."""
-HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` (or --json FILE) writes them"
+HOW = "`vlm-bridge evaluate ... --output-dir FOLDER` writes them"
 NOT_EVALUATED = (
     "Not evaluated yet: `vlm-bridge evaluate --checkpoint RUN --data-dir DATA "
     "--output-dir RUN/val` adds scores and images."
@@ -205,7 +206,7 @@ def read_run(path: Path) -> ReportedRun:
     predictions: list[Prediction] = []
     if evaluations_in(path):
         run = read_scores(path)
-        # A file that --json wrote may lie beside another evaluation's predictions.
+        # Output of --json may lie beside another evaluation's predictions.
         if run.path and run.path.name == METRICS_NAME:
             predictions = read_predictions(run.path.with_name(PREDICTIONS_NAME))
         no_images = f"No {PREDICTIONS_NAME}: evaluate with --output-dir to see images."
@@ -214,7 +215,7 @@ def read_run(path: Path) -> ReportedRun:
     if not curves:
         missing.append(f"No training log at {root / 'logs'}: no curves.")
     try:
-        recipe_yaml = _read_recipe(root)
+        recipe_yaml = read_recipe(root).to_yaml()
     except CheckpointError as error:
         missing.append(f"No recipe: {error}")
     if not (run.metrics or curves or recipe_yaml):
@@ -224,13 +225,13 @@ def read_run(path: Path) -> ReportedRun:
     )
 
 
-def _read_recipe(root: Path) -> str:
+def read_recipe(root: Path) -> Recipe:
     """Return the recipe in a run's checkpoint. Raises CheckpointError where there is none."""
     from vlm_bridge.training_strategy import checkpoint as checkpoints
 
     where = checkpoints.checkpoint_path(root)
     content = checkpoints.load_checkpoint(where)
-    return checkpoints.recipe_of(content, where, is_built=False).to_yaml()
+    return checkpoints.recipe_of(content, where, is_built=False)
 
 
 def run_of(path: Path) -> Path:
