@@ -21,7 +21,7 @@ from vlm_bridge.configuration import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "vlm_bridge"
-PUBLIC = {"_exit", "_replace"}  # of os and of named tuples, documented
+PUBLIC = {"_asdict", "_exit", "_replace"}  # of os and of named tuples, documented
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPES = sorted((REPOSITORY / "config").glob("*.yaml"))
 

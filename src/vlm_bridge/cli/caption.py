@@ -73,9 +73,9 @@ def caption(
         return
 
     with options.without_garbage_collection():
+        options.quiet_transformers()
         from vlm_bridge.captioning.pipeline import Captioner
 
-        options.quiet_transformers()
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
     printing = _printing(as_json, named=len(files) > 1)
     with nullcontext(results.add) if results else printing as write:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,6 @@ def install(*arguments: str) -> None:
             f"{sys.executable} has no pip, and uv is not on PATH: "
             f"run {sys.executable} -m ensurepip, then vlm-bridge weights again"
         )
-    options.note(" ".join(command := [*program, *arguments]))
+    options.note(shlex.join(command := [*program, *arguments]))
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise ModelError(f"{'pip' if find_spec('pip') else 'uv'} failed: see above")

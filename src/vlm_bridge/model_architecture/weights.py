@@ -122,13 +122,13 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
     """Return the model, in bfloat16, and the tokenizer of a GGUF file."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading {path} needs the package gguf: run {FETCH}")
     try:
         quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # damaged bytes raise almost any exception
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, ImportError):
-            reason = f"it needs gguf: run {FETCH}"
         raise ModelError(f"cannot read the GGUF file {path}: {reason}") from error
     # transformers refuses to save a model that was loaded from GGUF: copy it into a fresh one.
     config = quantized.config.to_dict()
