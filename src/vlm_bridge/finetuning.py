@@ -180,7 +180,7 @@ def finetune(
     curves = read_run(output_dir).curves
     runs = [before, replace(after, curves=curves, recipe_yaml=recipe.to_yaml())]
     page = output_dir / REPORT_NAME
-    write_report(page, runs, title=f"{output_dir.name}: before and after", notes=[sentence])
+    write_report(page, runs, title=f"{output_dir.name}: before and after", lead=sentence)
     seconds = time.perf_counter() - started
     examples = side_by_side(before, after)
     return FineTuned(output_dir, before.scores, after.scores, examples, sentence, page, seconds)
