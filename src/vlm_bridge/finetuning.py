@@ -77,7 +77,8 @@ SCHEDULES = (
 )
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True)
+class Example:
     """Captions of a held-out image before and after fine-tuning, and one of its own."""
 
     image: str
@@ -109,7 +110,7 @@ class FineTuned:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         paths = {"checkpoint": str(self.checkpoint), "report": str(self.report)}
-        return {**asdict(self), "examples": [e._asdict() for e in self.examples], **paths}
+        return {**asdict(self), **paths}
 
 
 @contextmanager
