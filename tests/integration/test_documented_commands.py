@@ -31,6 +31,7 @@ NOT_RUN = {
     r"(sh|tar -xf .*)$": "unpacks a dataset",
     r"(curl|ssh|ssh-keygen|scp|cat|tail|tmux|bash|sky) ": "talks to another machine",
     r"(setup|control)_vastai": "test_rented_gpu_scripts.py runs them",
+    r"docker ": "test_repository.py parses them",
     r"(torchrun|accelerate) ": "test_distributed.py runs several processes",
     r"(tensorboard|vlm-bridge demo)\b": "serves until it is stopped",
     r"(python -m benchmarks|gpu.sh)": "test_benchmarks.py runs them",

@@ -150,3 +150,8 @@ def test_names_that_examples_import_are_on_the_api_page() -> None:
             compile(code, "example", "exec")
             for imported in re.findall(r"^from vlm_bridge\S* import (.+)$", code, re.MULTILINE):
                 assert {name.strip() for name in imported.split(",")} <= on_page, imported
+
+
+def test_the_first_page_is_short() -> None:
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 100
