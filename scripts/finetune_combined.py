@@ -107,9 +107,9 @@ def finetune_combined(
     given = {key: context.params[name] for name, key in RECIPE_KEYS.items()}
     changes = [f"{key}={value}" for key, value in given.items() if value is not None]
 
-    from vlm_bridge import finetuning_combined as finetuning
     from vlm_bridge.cli.options import quiet_transformers, show_progress
     from vlm_bridge.configuration import load_recipe, shipped_recipe
+    from vlm_bridge.finetuning import combined as finetuning
     from vlm_bridge.training_strategy.resume import Interrupted
 
     quiet_transformers()

@@ -59,7 +59,7 @@ def save_combined_checkpoint(
 ) -> None:
     """Write a combined file: the weights of PVT, BLIP's text decoder and the projection in one."""
     from vlm_bridge.cli.options import quiet_transformers
-    from vlm_bridge.finetuning_combined import combine_checkpoint
+    from vlm_bridge.finetuning.combined import combine_checkpoint
     from vlm_bridge.formats.pvt_blip import combine_models, write_combined
 
     quiet_transformers()

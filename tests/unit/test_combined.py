@@ -15,7 +15,7 @@ from captioners import tiny_captioner, tiny_recipe
 from tiny_models import seeded
 from vlm_bridge.configuration import Recipe, recipe_from_dict
 from vlm_bridge.errors import CheckpointError, ModelError
-from vlm_bridge.finetuning_combined import combine_checkpoint
+from vlm_bridge.finetuning.combined import combine_checkpoint
 from vlm_bridge.formats import pvt_blip as combined
 from vlm_bridge.formats.pvt_blip import (
     combine_models,

@@ -17,7 +17,7 @@ from same import assert_same_checkpoints
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import Recipe, load_recipe, override_recipe
 from vlm_bridge.errors import CheckpointError, ConfigurationError, VLMBridgeError
-from vlm_bridge.finetuning_combined import combine_checkpoint
+from vlm_bridge.finetuning.combined import combine_checkpoint
 from vlm_bridge.formats import dinov2_gemma
 from vlm_bridge.model_architecture.captioner import build_captioner
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder, encoder_fingerprint

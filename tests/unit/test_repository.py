@@ -96,7 +96,7 @@ FLOORS = [
     {"training_strategy"},
     {"captioning"},
     {"evaluation"},
-    {"finetuning", "finetuning_combined", "quickstart", "doctor", "demo"},
+    {"finetuning", "quickstart", "doctor", "demo"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

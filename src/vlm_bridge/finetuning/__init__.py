@@ -154,37 +154,48 @@ def finetune(
     recipe = choose_recipe(captioner, folder, start, output_dir, device)
     recipe = override_recipe(recipe, overrides)
     write_atomically(output_dir / "recipe.yaml", recipe.to_yaml().encode())
-    split: SplitName = "test" if "test" in folder.splits else "val"
-    held_out, _ = readable_split(folder, split)
-    data = {"name": Path(images).resolve().name, "split": split, "fingerprint": folder.fingerprint}
-
-    def evaluate(captioner: Captioner, name: str, where: Path) -> ReportedRun:
-        with progress(f"captioned {name}") as report:
-            run = evaluate_captioner(
-                captioner, held_out, decode=recipe.decode, validate=captioner.validate,
-                progress=lambda done: report(done, len(held_out)), model={"name": name}, data=data,
-            )  # fmt: skip
-        write_evaluation(replace(run, recipe_yaml=recipe.to_yaml()), where, title=name)
-        return run
-
-    earlier = output_dir / "before"
-    if (earlier / METRICS_NAME).is_file():
+    name, earlier = Path(images).resolve().name, output_dir / "before"
+    if (earlier / METRICS_NAME).is_file():  # of an interrupted call
         before = read_run(earlier)
     else:
-        before = evaluate(captioner, "before", earlier)
+        before = evaluate(captioner, folder, recipe, earlier, name, progress)
     del captioner  # its memory is needed for training
     resume = AUTO if Path(recipe.checkpoint_dir).is_dir() else None
     with progress(TRAINING) as report:
         train(recipe, resume=resume, progress=report)
-    after = evaluate(Captioner.from_pretrained(output_dir, device), "after", output_dir / "val")
-    sentence = verdict(before, after)
-    curves = read_run(output_dir).curves
-    runs = [before, replace(after, curves=curves, recipe_yaml=recipe.to_yaml())]
-    page = output_dir / REPORT_NAME
+    captioner = Captioner.from_pretrained(output_dir, device)
+    after = evaluate(captioner, folder, recipe, output_dir / "val", name, progress)
+    sentence, page = verdict(before, after), output_dir / REPORT_NAME
+    runs = [before, replace(after, name="after", curves=read_run(output_dir).curves)]
     write_report(page, runs, title=f"{output_dir.name}: before and after", lead=sentence)
-    seconds = time.perf_counter() - started
-    examples = side_by_side(before, after)
+    seconds, examples = time.perf_counter() - started, side_by_side(before, after)
     return FineTuned(output_dir, before.scores, after.scores, examples, sentence, page, seconds)
+
+
+def evaluate(
+    captioner: Captioner,
+    folder: DataFolder,
+    recipe: Recipe,
+    output_dir: Path,
+    name: str,
+    progress: ProgressBars,
+) -> ReportedRun:
+    """Evaluate a captioner on the held-out images, and write the files of an evaluation.
+
+    Args:
+        name: of the images.
+    """
+    split: SplitName = "test" if "test" in folder.splits else "val"
+    held_out, _ = readable_split(folder, split)
+    data = {"name": name, "split": split, "fingerprint": folder.fingerprint}
+    with progress("captioned") as report:
+        run = evaluate_captioner(
+            captioner, held_out, decode=recipe.decode, validate=captioner.validate, data=data,
+            progress=lambda done: report(done, len(held_out)), model={"name": output_dir.name},
+        )  # fmt: skip
+    run = replace(run, recipe_yaml=recipe.to_yaml())
+    write_evaluation(run, output_dir, title=f"{output_dir.name} on {name}")
+    return run
 
 
 def caption_folder(
