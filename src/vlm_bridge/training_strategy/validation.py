@@ -178,7 +178,8 @@ class Validator:
         if not self.is_due:
             return
         state, recipe, monitor, val = self.state, self.recipe, self.monitor, self.data.val
-        num_scored, num_shown = recipe.decoded_images, recipe.num_validation_samples
+        num_scored = min(recipe.decoded_images, len(val.images))
+        num_shown = recipe.num_validation_samples
         self.saver.latest()
         with state.average.in_model():
             self.validation = validate(
