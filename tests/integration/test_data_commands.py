@@ -171,7 +171,7 @@ BAD_INPUT = {
     "no limit": (["transform", *OUT, "--limit", "0"], 2, "limit"),
     "rows without a dry run": (["transform", *OUT, "--num-rows", "5"], 2, "goes with --dry-run"),
     "bad fraction": ([*DRY, "--val-fraction", "1"], 2, "--val-fraction"),
-    "unknown dataset": (["explore-dataset", "--source-path", "empty"], 1, "cannot tell which dataset"),
+    "unknown dataset": (["explore-dataset", "--source-path", "empty"], 1, "no captions found in empty"),
     "two sources": (["explore-dataset", "--source", "local", "--data-dir", "x"], 2, "either --source or --data-dir"),
 }  # fmt: skip
 

@@ -231,7 +231,7 @@ def test_the_source_of_other_inputs(tmp_path: Path) -> None:
     assert find_source()[0] == "groundcap"
     assert find_source(captions_file=tmp_path / "mine.csv")[0] == "local"
     assert find_source(tmp_path, tmp_path / "mine.json") == ("local", "mine.json")
-    with pytest.raises(DataError, match=r"cannot tell which dataset .* --source"):
+    with pytest.raises(DataError, match=r"no captions found in .* --captions-file"):
         find_source(input_dir=touch(tmp_path, "images.tar"))
     with pytest.raises(DataError, match="no such folder"):
         find_source(input_dir=tmp_path / "none")

@@ -35,7 +35,8 @@ def finetune(
     before and after. The recipe is chosen by the number of images; KEY=VALUE changes it.
     """
     if not images.is_dir():  # found before torch is loaded
-        raise DataError(f"no such folder: {images}")
+        hint = f" (--captions-file {images} names captions)" if images.is_file() else ""
+        raise DataError(f"no such folder: {images}{hint}")
 
     from vlm_bridge.finetuning import TRAINING
     from vlm_bridge.finetuning import finetune as run

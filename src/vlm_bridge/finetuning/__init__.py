@@ -151,6 +151,8 @@ def finetune(
         Interrupted: a signal came during training; the state was saved first.
     """
     started, output_dir = time.perf_counter(), Path(output_dir)
+    checkpoints.find_checkpoint(start)  # mistakes are found before images are prepared
+    override_recipe(Recipe(), overrides)
     folder = caption_folder(Path(images), output_dir / "data", captions_file, progress)
     captioner = Captioner.from_pretrained(start, device)
     recipe = choose_recipe(captioner, folder, start, output_dir, device)

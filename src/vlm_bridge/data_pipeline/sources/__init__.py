@@ -145,8 +145,9 @@ def find_source(
         if file := source_class(name).recognize(input_dir):
             return name, file
     raise DataError(
-        f"cannot tell which dataset {input_dir} holds: no caption file, text files beside images, "
-        "parquet file or shards; name it with --source, and its captions with --captions-file"
+        f"no captions found in {input_dir}: no caption file, text files beside images, parquet "
+        "file or shards; write a captions.csv there with the columns image,caption, name yours "
+        "with --captions-file, or the dataset with --source"
     )
 
 
