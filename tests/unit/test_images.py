@@ -6,6 +6,7 @@ import io
 import os
 import resource
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -201,6 +202,16 @@ def test_a_task_that_takes_too_much_costs_itself_alone(monkeypatch: pytest.Monke
         for task, reason in (("sleep", "more than 2 s"), ("die", "ended its process")):
             with pytest.raises(ImageError, match=f"{task}.*{reason}"):
                 results[task]()
+
+
+def test_a_script_without_the_guard_is_told_of_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from vlm_bridge.data_pipeline.images import ImageReader\n"
+        "with ImageReader() as reader: reader.open_image('photo.jpg')\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert run.stderr.endswith("put what it calls below `if __name__ == '__main__':`\n")
 
 
 def test_paths_keep_their_order_and_folders_are_sorted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from PIL import Image, UnidentifiedImageError
 
 from vlm_bridge.data_pipeline.samples import ImageFile, TarImage
-from vlm_bridge.errors import DataError, ImageError
+from vlm_bridge.errors import DataError, ImageError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -308,6 +309,11 @@ def _result_of(future: ProcessFuture, name: str) -> Any:
         reason = f"it takes more than {SECONDS_AN_IMAGE:.0f} s to read"
     except ProcessExpired:
         reason = "reading it ended its process: it takes too much memory, or a decoder crashed"
+    except BrokenProcessPool:  # a new process runs the script that started it, as far as that goes
+        raise UsageError(
+            "processes that read images could not start: in a script, put what it calls below "
+            "`if __name__ == '__main__':`"
+        ) from None
     raise ImageError(name, reason)
 
 
