@@ -61,6 +61,13 @@ def test_quiet_and_verbose(
         assert printed.err.splitlines() == on_stderr
 
 
+def test_help_of_transform_only_names_options_of_single_sources(run_here) -> None:
+    listed, named = run_here("data", "transform", "--help").stdout.rsplit("Some sources", 1)
+    assert "--image-size" in listed
+    for option in ("--year", "restval", "--num-train", "--wordings", "--keep-tags", "--split "):
+        assert option not in listed and option in named, option
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vlm_bridge.cli.options import note, print_json, quiet_transformers, show_progress
+from vlm_bridge.cli.options import AsJson, note, print_json, quiet_transformers, show_progress
 from vlm_bridge.data_pipeline.captions import CaptionStyle
 from vlm_bridge.data_pipeline.sources import SOURCES
 from vlm_bridge.data_pipeline.splits import SplitBy
@@ -31,18 +31,22 @@ Option = typer.Option
 DatasetName = StrEnum("DatasetName", ["flickr30k", "coco", "conceptual"])
 SplitKind = StrEnum("SplitKind", ["fractions", "official"])
 
-# Options of sources, which several commands take.
+OF_SOURCES = (
+    "Some sources have more options: coco --year, --no-restval; scenes --num-train, --num-val, "
+    "--num-test, --wordings; groundcap --keep-tags, --split official (docs/datasets.md)."
+)
+
+# Options of sources, which several commands take; those of single ones are not in the help.
 Name = Annotated[str | None, Option(help=f"{', '.join(SOURCES)}. (default: found out)")]
 InputDir = Annotated[Path | None, Option("--input-dir", "--source-path", help="Dataset's folder.")]
 CaptionsFile = Annotated[Path | None, Option(help="Caption file, if it is not found.")]
 FollowLinks = Annotated[bool, Option("--follow-links", help="Follow links out of the folder.")]
-Year = Annotated[int | None, Option(help="2014 or 2017: COCO's own splits (coco).")]
-Restval = Annotated[bool, Option(help="Train on Karpathy's restval images too (coco).")]
-NumImages = Annotated[int, Option(min=0, help="Images to draw (scenes).")]
-Wordings = Annotated[int, Option(min=1, max=2, help="Captions of an image (scenes).")]
+Year = Annotated[int | None, Option(hidden=True)]
+Restval = Annotated[bool, Option(hidden=True)]
+NumImages = Annotated[int, Option(min=0, hidden=True)]
+Wordings = Annotated[int, Option(min=1, max=2, hidden=True)]
 Seed = Annotated[int, Option(help="Seed of the splits, samples and drawings.")]
-KeepTags = Annotated[bool, Option("--keep-tags", help="Keep grounding tags (groundcap).")]
-Json = Annotated[bool, Option("--json", help="Print JSON.")]
+KeepTags = Annotated[bool, Option("--keep-tags", hidden=True)]
 Share = Annotated[float | None, Option(help="Share of images. (default: often 0.1)")]
 PLANNING = ("seed", "split_by", "val_fraction", "test_fraction", "caption_style", "limit")
 
@@ -73,7 +77,7 @@ def download(
     )
 
 
-@app.command("explore-dataset")
+@app.command("explore-dataset", epilog=OF_SOURCES)
 def explore_dataset(
     source: Name = None,
     data_dir: Annotated[Path | None, Option(help="A caption folder, not a source.")] = None,
@@ -92,7 +96,7 @@ def explore_dataset(
     no_grid: Annotated[bool, Option("--no-grid", help="Write no PNG of the samples.")] = False,
     tokenizer: Annotated[str, Option(help="Also count this tokenizer's tokens.")] = "",
     keep_tags: KeepTags = False,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show sizes, caption lengths, vocabulary and samples of a source or caption folder."""
     options = dict(locals())  # those of the source too
@@ -121,10 +125,10 @@ def explore_dataset(
         grid = grid or Path("runs/explore") / f"{name}.png"
         _write_grid(shown, [str(*sample["captions"][:1]) for sample in result["samples"]], grid)
         result["grid"] = str(grid)
-    _print_result(result, json_output)
+    _print_result(result, as_json)
 
 
-@app.command("transform")
+@app.command("transform", epilog=OF_SOURCES)
 def transform(
     source: Name = None,
     output_dir: Annotated[Path | None, Option(help="The caption folder to make.")] = None,
@@ -138,7 +142,7 @@ def transform(
     num_test: NumImages = 1_000,
     wordings: Wordings = 2,
     seed: Seed = 0,
-    split: Annotated[SplitKind, Option(help="official: of groundcap.")] = SplitKind.fractions,
+    split: Annotated[SplitKind, Option(hidden=True)] = SplitKind.fractions,
     split_by: Annotated[
         SplitBy | None, Option(help="Hashes of ids, exact shares, or films.")
     ] = None,
@@ -153,7 +157,7 @@ def transform(
     workers: Annotated[int | None, Option(min=1, help="Processes. (default: 2 to 8)")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only show the splits.")] = False,
     num_rows: Annotated[int | None, Option(min=1, help="--dry-run of N images.")] = None,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a dataset into a caption folder. Ctrl-C stops; the same command continues."""
     options = dict(locals())  # those of the source too
@@ -170,7 +174,7 @@ def transform(
     opened = _open_source(options | {"official_split": split == SplitKind.official})
     planning: Any = {name: options[name] for name in PLANNING}
     if output_dir is None or dry_run:
-        _print_result(_preview(opened, planning, num_rows), json_output)
+        _print_result(_preview(opened, planning, num_rows), as_json)
         return
     workers = workers or min(8, max(2, os.cpu_count() or 1))
     try:
@@ -182,7 +186,7 @@ def transform(
     except KeyboardInterrupt:
         note("interrupted: the same command continues where this one stopped", always=True)
         raise typer.Exit(130) from None
-    _print_result(manifest if json_output else _summary(manifest), json_output)
+    _print_result(manifest if as_json else _summary(manifest), as_json)
 
 
 @app.command("inspect-loader")
@@ -192,7 +196,7 @@ def inspect_loader(
     batch_size: Annotated[int | None, Option(min=1, help="Captions in a batch.")] = None,
     check: Annotated[int, Option(min=0, help="Images to decode as a check.")] = 256,
     check_all: Annotated[bool, Option("--all", help="Check all, and the fingerprint.")] = False,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a caption folder and show the first batch that training would read."""
     from vlm_bridge.configuration import load_recipe
@@ -225,7 +229,7 @@ def inspect_loader(
     if "train" in folder.splits:
         images, _ = readable_split(folder, "train")
         result["first_batch"] = _first_batch(images, recipe, config is not None)
-    _print_result(result, json_output)
+    _print_result(result, as_json)
     if broken:
         unread = f"{len(broken)} images of {folder.root} cannot be read"
         raise DataError(f"{unread}: make the folder again")
