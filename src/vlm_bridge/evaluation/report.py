@@ -87,8 +87,8 @@ def write_report(
         galleries=[(name, list(map(_figure, rows))) for name, rows in _galleries(runs).items()],
         statistics=_statistics(runs),
         people=PEOPLE,
-        decoding={run.name: run.metrics.get("decode") or {} for run in runs},
-        versions={run.name: run.metrics.get("versions") or {} for run in runs},
+        decoding=_recorded(runs, "decode"),
+        versions=_recorded(runs, "versions"),
         differing=_differing(runs),
     )
     write_atomically(path, page.encode())
@@ -171,6 +171,13 @@ def _figure(row: Row) -> dict[str, Any]:
     return {"image": image, "source": source, "captions": row}
 
 
+def _recorded(runs: Sequence[ReportedRun], key: str) -> dict[str, dict[str, Any]]:
+    """Return a part of each run's metrics; of the first run alone where they are equal."""
+    columns = {run.name: run.metrics.get(key) or {} for run in runs}
+    first = next(iter(columns.items()))
+    return dict([first]) if all(column == first[1] for column in columns.values()) else columns
+
+
 def _differing(runs: Sequence[ReportedRun]) -> dict[str, dict[str, object]]:
     """Return the dotted recipe keys that differ between runs."""
     recipes = {r.name: flat(yaml.safe_load(r.recipe_yaml)) for r in runs if r.recipe_yaml}
@@ -236,12 +243,12 @@ def line_chart(title: str, lines: Mapping[str, Points], colors: Mapping[str, str
     for name, points in zip(lines, plots, strict=True):
         corners = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed(points))
         width = 2 if len(points) > 1 else 6
-        stroke = f'fill="none" stroke="{colors[name]}" stroke-width="{width}"'
+        stroke = f'fill="none" stroke="{colors[name]}" stroke-linecap="round"'
         # Round ends, and a last line of no length, make a single point a dot.
-        parts.append(f'<path d="M{corners}h0" {stroke} stroke-linecap="round"/>')
+        parts.append(f'<path d="M{corners}h0" {stroke} stroke-width="{width}"/>')
         if len(lines) > 1:
             row += LEGEND_ROW
-            parts.append(f'<path d="M{LEFT} {row - 4}h28" {stroke}/>')
+            parts.append(f'<path d="M{LEFT} {row - 4}h28" {stroke} stroke-width="2"/>')
             parts.append(_text(LEFT + 36, row, name, "start"))
     box = f'viewBox="0 0 {WIDTH} {row + 8}"'
     return f'<svg {box} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
