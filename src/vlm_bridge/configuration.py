@@ -382,6 +382,20 @@ class Recipe(Section):
             )
         return self
 
+    @classmethod
+    def load(cls, recipe: Recipe | str | Path, **changes: Any) -> Recipe:
+        """Read a recipe file, or one that ships by its name: `Recipe.load("lite-flickr8k")`.
+
+        Args:
+            changes: keys of the recipe: ``max_steps=100, bridge={"num_queries": 8}``.
+
+        Raises:
+            ConfigurationError: no such recipe, or the first mistake.
+        """
+        if isinstance(recipe, Recipe):
+            return override_recipe(recipe, changes) if changes else recipe
+        return load_recipe(recipe, changes)
+
     @property
     def autocast_dtype(self) -> str | None:
         return None if self.amp_dtype == "float32" else self.amp_dtype
@@ -467,8 +481,10 @@ OUTPUT_DIR = "output_dir"  # folder of a run, short for `run_folders`
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
 
 
-def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply ``dotted.key=value`` overrides, whose values are YAML.
+def load_recipe(
+    path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """Read a recipe and apply ``dotted.key=value`` overrides, whose values are YAML, or a mapping.
 
     The recipe is a file, or the name of one that ships. A file without any model section is in the
     flat layout of the published system: its keys change the recipe `training-default`. Raises
@@ -482,7 +498,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     return Recipe.build(_upgrade(data, where), where)
 
 
-def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def override_recipe(recipe: Recipe, overrides: Sequence[str] | Mapping[str, Any]) -> Recipe:
     """Apply ``dotted.key=value`` overrides. Raises ConfigurationError as `load_recipe` does."""
     data = recipe.to_dict()
     _apply_overrides(data, overrides)
@@ -581,20 +597,24 @@ def _from_published_layout(flat: Mapping[str, Any], where: str) -> dict[str, Any
     return data
 
 
-def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+def _apply_overrides(data: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> None:
+    is_parsed = isinstance(overrides, Mapping)
+    changes = flat(overrides).items() if is_parsed else map(_parse_override, overrides)
     # First the folder of a run, so that single folders given beside it win.
-    for override in sorted(overrides, key=lambda text: not text.startswith(f"{OUTPUT_DIR}=")):
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigurationError(
-                f"{shown(override)} is not KEY=VALUE, as learning_rate=1e-4 is"
-            )
-        try:
-            value = parse_yaml(text)
-        except ValueError:
-            raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
+    for key, value in sorted(changes, key=lambda change: change[0] != OUTPUT_DIR):
+        value = str(value) if isinstance(value, Path) else value
         for folder, path in (run_folders(value) if key == OUTPUT_DIR else {key: value}).items():
             _put(data, folder, path)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigurationError(f"{shown(override)} is not KEY=VALUE, as learning_rate=1e-4 is")
+    try:
+        return key, parse_yaml(text)
+    except ValueError:
+        raise ConfigurationError(f"the value in {shown(override)} is not valid YAML") from None
 
 
 def _put(data: dict[str, Any], key: str, value: object) -> None:

@@ -102,7 +102,6 @@ def test_scores_of_other_images_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "either --checkpoint"),
         ("--checkpoint run --model blip", "either --checkpoint"),
         ("--model blip --config recipe.yaml", "--config is the recipe of a --checkpoint"),
         ("--checkpoint run --revision main", "--revision and --prompt are for a --model"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,9 +13,7 @@ from vlm_bridge.cli.options import Option, note
 from vlm_bridge.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm_bridge.data_pipeline.samples import CaptionedImage
-
-logger = logging.getLogger(__name__)
+    from vlm_bridge.evaluation.run_folder import ReportedRun
 
 Split = StrEnum("Split", ["train", "val", "test"])
 Format = Literal["table", "md", "latex", "csv"]
@@ -26,7 +21,7 @@ Format = Literal["table", "md", "latex", "csv"]
 
 def evaluate(
     data_dir: Annotated[Path, Option(help="Caption folder, or folder of shards.")],
-    checkpoint: Annotated[Path | None, Option(help="A checkpoint, or the folder of a run.")] = None,
+    checkpoint: options.Checkpoint = None,
     model: Annotated[str | None, Option(help="Instead: a published captioner.")] = None,
     config: options.Config = None,
     revision: Annotated[str | None, Option(help="Of a --model on the hub.")] = None,
@@ -53,7 +48,7 @@ def evaluate(
     Settings of generation that are not given are those of the checkpoint's recipe.
     """
     given = dict(locals())
-    if (checkpoint is None) == (model is None):
+    if checkpoint and model:
         raise UsageError("give either --checkpoint (a trained bridge) or --model (a published one)")
     if stray:
         raise UsageError(
@@ -62,113 +57,42 @@ def evaluate(
         )
     if model and config:
         raise UsageError("--config is the recipe of a --checkpoint; a --model has none")
-    if checkpoint and (revision, prompt) != (None, None):
+    if model is None and (revision, prompt) != (None, None):
         raise UsageError("--revision and --prompt are for a --model")
 
-    from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
-
-    # Wrong paths are found before minutes of captioning.
-    folder = open_data_folder(data_dir)
-    images, skipped = readable_split(folder, split.name)
-    if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    name = data_dir.resolve().name
-    data = {"name": name, "split": split.name, "fingerprint": folder.fingerprint}
-    _evaluate(given, images[:limit], data)
-    if len(skipped):
-        logger.info(
-            f"skipped {len(skipped):,} of {skipped.total:,} {skipped.kind}: {skipped.summary()}"
-        )
-
-
-def _evaluate(
-    given: Mapping[str, Any], images: Sequence[CaptionedImage], data: Mapping[str, Any]
-) -> None:
-    """Evaluate, write files and print scores; in processes other than the first, help with it.
-
-    Args:
-        given: the options of `evaluate` by name.
-    """
-    from vlm_bridge.configuration import DecodeSettings
-    from vlm_bridge.evaluation import run_folder
-    from vlm_bridge.evaluation.run import evaluate_captioner, write_evaluation
-    from vlm_bridge.metrics import score_notes
-    from vlm_bridge.training_strategy.distributed import joined
+    from vlm_bridge.configuration import load_recipe
+    from vlm_bridge.device import process_rank
+    from vlm_bridge.evaluation.run import evaluate as run_evaluation
+    from vlm_bridge.evaluation.run_folder import REPORT_NAME
 
     options.quiet_transformers()
-    changes = options.given_settings(given)
-    with joined(given["device"]) as world, options.show_progress("captioned") as report:
-        recipe = validate = None
-        if given["checkpoint"]:
-            captioner, facts = _open_checkpoint(given, str(world.device))
-            recipe, validate = captioner.recipe, captioner.validate
-        else:
-            captioner, facts = _open_model(given, str(world.device))
-        evaluation = evaluate_captioner(
-            captioner,
-            images,
-            decode=(recipe.decode if recipe else DecodeSettings()).replace(**changes),
-            validate=validate,
-            batch_size=given["batch_size"],
-            spice=given["spice"],
-            progress=lambda done: report(done, len(images)) if world.is_first else None,
-            model=facts,
-            data=data,
-            world=world,
-        )
-    if not world.is_first:
+    with options.show_progress("captioned") as report:
+        evaluation = run_evaluation(
+            checkpoint, data_dir=data_dir, split=split.name, limit=limit, model=model,
+            recipe=load_recipe(config) if config else None, revision=revision, prompt=prompt,
+            batch_size=batch_size, spice=spice, output_dir=output_dir, device=device,
+            progress=report, **options.given_settings(given),
+        )  # fmt: skip
+    if process_rank() > 0:  # of several processes
         return
-    metrics, output_dir = evaluation.metrics, given["output_dir"]
+    _print_evaluation(evaluation, as_json)
     if output_dir:
-        title = f"{facts['name']} on {data['name']}, {data['split']}"
-        recipe_yaml = recipe.to_yaml() if recipe else ""
-        write_evaluation(replace(evaluation, recipe_yaml=recipe_yaml), output_dir, title=title)
+        note(f"report: {output_dir / REPORT_NAME}")
+
+
+def _print_evaluation(evaluation: ReportedRun, as_json: bool) -> None:
+    """Print scores, and what failed or was left out to stderr."""
+    from vlm_bridge.metrics import SCORES, score_notes
+
+    metrics = evaluation.metrics
     for prediction in evaluation.predictions:
         if prediction.error:
             note(f"failed: {prediction.image.path}: {prediction.error}", always=True)
     for line in score_notes(metrics["skipped"], metrics["tokenizer"]):
         note(f"note: {line}")
-    if given["as_json"]:
+    if as_json:
         options.print_json(metrics)
-    else:
-        _print_scores(metrics)
-    if output_dir:
-        note(f"report: {output_dir / run_folder.REPORT_NAME}")
-
-
-def _open_checkpoint(given: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
-    """Return a captioner and its identity in reports."""
-    from vlm_bridge.captioning.pipeline import Captioner
-    from vlm_bridge.configuration import load_recipe
-    from vlm_bridge.evaluation.run_folder import run_of
-
-    checkpoint: Path = given["checkpoint"]
-    recipe = load_recipe(given["config"]) if given["config"] else None
-    captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe)
-    run = run_of(checkpoint) if checkpoint.exists() else checkpoint  # else on the hub
-    facts = {"name": run.resolve().name}
-    return captioner, facts | ({"checkpoint": checkpoint.name} if checkpoint.is_file() else {})
-
-
-def _open_model(given: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
-    """Return a published captioner and its identity in reports."""
-    from vlm_bridge.evaluation.baseline import BaselineCaptioner
-
-    name, revision = given["model"], given["revision"]
-    captioner = BaselineCaptioner.from_pretrained(
-        name, device, revision=revision, prompt=given["prompt"]
-    )
-    return captioner, {
-        "name": Path(name).resolve().name if Path(name).is_dir() else name,
-        "class": type(captioner.model).__name__,
-        "revision": revision,
-        "prompt": captioner.prompt,
-    }
-
-
-def _print_scores(metrics: Mapping[str, Any]) -> None:
-    from vlm_bridge.metrics import SCORES
-
+        return
     rows = [[name, _number(metrics[name])] for name in SCORES if metrics.get(name) is not None]
     rows += [[name, _number(metrics[name])] for name in ("perplexity", "visual_gain")]
     rows.append(["num_images", str(metrics["num_images"])])

@@ -28,7 +28,7 @@ from vlm_bridge.data_pipeline import caption_folder as folders
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import ImageReader, decode_image, open_image
 from vlm_bridge.data_pipeline.samples import SkippedSample, main_causes
-from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images
+from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images, open_source
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SPLITS, SplitBy, SplitRule
 from vlm_bridge.errors import DataError, ImageError
 from vlm_bridge.files import write_atomically
@@ -66,18 +66,23 @@ class _Made(NamedTuple):
 
 
 def transform(
-    source: Source,
+    images: str | Path | Source,
     output_dir: str | Path,
     *,
+    source: str | None = None,
+    captions_file: str | Path | None = None,
     workers: int = 1,
     image_size: int = 640,
     near_duplicate_distance: int = 4,
     progress: Progress = lambda done, total: None,
     **planning: Unpack[Planning],
 ) -> dict[str, Any]:
-    """Write ``source`` as a caption folder and return its manifest.
+    """Write captioned images as a caption folder and return its manifest.
 
     Args:
+        images: folder with a dataset or your own images, or an opened source.
+        source: name of the dataset in the folder, of `SOURCES`; None finds it out.
+        captions_file: caption file of the folder, if it is not found.
         workers: processes; with several, images are decoded by an `ImageReader`.
         image_size: longest side in pixels, by default COCO's; smaller upright RGB JPEGs are copied
             unchanged.
@@ -86,20 +91,21 @@ def transform(
     Raises:
         VLMBridgeError: a bad option, no usable image, or a folder that holds something else.
     """
-    items, skipped, rule = _plan(source, planning)
+    opened = images if isinstance(images, Source) else open_source(images, source, captions_file)
+    items, skipped, rule = _plan(opened, planning)
     # A changed source must not continue an older folder.
     lines = "".join(json.dumps([item.image_id, item.split, item.captions]) for item in items)
     facts: dict[str, Any] = {
-        "source": source.name,
+        "source": opened.name,
         "seed": planning.get("seed", 0),
         "content": f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}",
-        "split_rule": source.split_rule or rule.describe(),
+        "split_rule": opened.split_rule or rule.describe(),
         "settings": {
             "split_by": rule.by,
             "val_fraction": rule.val_fraction,
             "test_fraction": rule.test_fraction,
             "image_size": image_size,
-            "caption_style": planning.get("caption_style") or source.default_caption_style,
+            "caption_style": planning.get("caption_style") or opened.default_caption_style,
             "limit": planning.get("limit"),
             "near_duplicate_distance": near_duplicate_distance,
         },
@@ -112,11 +118,11 @@ def transform(
     skipped += [*broken, *duplicates]
     if not kept:
         causes = main_causes(skipped)
-        raise DataError(f"no usable image in source {source.name}: {causes or 'it is empty'}")
-    finds_near = source.finds_near_duplicates
+        raise DataError(f"no usable image in source {opened.name}: {causes or 'it is empty'}")
+    finds_near = opened.finds_near_duplicates
     facts["near_duplicates"] = _near(kept, near_duplicate_distance) if finds_near else None
     facts["rejected"] = [sample.to_dict() for sample in skipped]
-    return _finish(source, root, kept, facts)
+    return _finish(opened, root, kept, facts)
 
 
 def preview(source: Source, **planning: Unpack[Planning]) -> tuple[dict[str, list[int]], SplitRule]:

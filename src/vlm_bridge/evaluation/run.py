@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -16,9 +18,11 @@ import torch
 
 from vlm_bridge.captioning.explain import SheetItem, draw_sheet
 from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
-from vlm_bridge.configuration import DecodeSettings
+from vlm_bridge.configuration import DecodeSettings, Recipe
+from vlm_bridge.data_pipeline.caption_folder import open_data_folder, readable_split
 from vlm_bridge.data_pipeline.loader import in_batches
 from vlm_bridge.data_pipeline.samples import CaptionedImage
+from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.errors import DataError
 from vlm_bridge.evaluation import run_folder
 from vlm_bridge.evaluation.report import SHOWN, write_report
@@ -26,14 +30,105 @@ from vlm_bridge.evaluation.run_folder import MEASURED, Prediction, ReportedRun
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import SCORES, score_captions
 from vlm_bridge.metrics.coco import java_version
-from vlm_bridge.training_strategy.distributed import World
+from vlm_bridge.training_strategy.checkpoint import BUNDLED
+from vlm_bridge.training_strategy.distributed import World, joined
 from vlm_bridge.training_strategy.validation import Validation
 
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
 
+logger = logging.getLogger(__name__)
+
 PACKAGES = ("vlm-bridge", "torch", "transformers", "accelerate", "pillow", "pycocoevalcap")
 NOT_OURS = "only measured for captioners of vlm-bridge"
+
+
+def evaluate(
+    checkpoint: str | Path | None = None,
+    *,
+    data_dir: str | Path,
+    split: SplitName = "val",
+    limit: int | None = None,
+    model: str | None = None,
+    recipe: Recipe | None = None,
+    revision: str | None = None,
+    prompt: str | None = None,
+    batch_size: int = 32,
+    spice: bool = False,
+    output_dir: str | Path | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> ReportedRun:
+    """Score a captioner on captioned images: see the ``scores`` of what is returned.
+
+    Args:
+        checkpoint: as in `Captioner.from_pretrained`; None is the bundled captioner.
+        data_dir: caption folder, or folder of shards.
+        limit: only the first images.
+        model: a published captioner instead, with its ``revision`` on the hub and the ``prompt``
+            that it continues.
+        recipe: of a checkpoint without one.
+        output_dir: where scores, captions, a contact sheet and report.html go.
+        progress: called with the images captioned and all images.
+        settings: changes of how the captioner generates, such as ``num_beams=5``.
+
+    Raises:
+        VLMBridgeError: data or captioner cannot be used.
+    """
+    folder = open_data_folder(data_dir)
+    images, skipped = readable_split(folder, split)
+    images = images[:limit]
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    data = {"name": folder.root.resolve().name, "split": split, "fingerprint": folder.fingerprint}
+    with joined(device) as world:
+        device = str(world.device)
+        if model is None:
+            captioner, facts = _open_checkpoint(checkpoint or BUNDLED, device, recipe)
+            decode, validate, recipe = captioner.recipe.decode, captioner.validate, captioner.recipe
+        else:
+            captioner, facts = _open_model(model, device, revision, prompt)
+            decode, validate, recipe = DecodeSettings(), None, None
+        run = evaluate_captioner(
+            captioner, images, decode=decode.replace(**settings), validate=validate,
+            batch_size=batch_size, spice=spice, model=facts, data=data, world=world,
+            progress=lambda done: progress(done, len(images)) if world.is_first else None,
+        )  # fmt: skip
+    run = replace(run, recipe_yaml=recipe.to_yaml() if recipe else "")
+    if output_dir and world.is_first:
+        title = f"{facts['name']} on {data['name']}, {split}"
+        write_evaluation(run, Path(output_dir), title=title)
+    if len(skipped):
+        share = f"{len(skipped):,} of {skipped.total:,} {skipped.kind}"
+        logger.info(f"skipped {share}: {skipped.summary()}")
+    return run
+
+
+def _open_checkpoint(
+    checkpoint: str | Path, device: str, recipe: Recipe | None
+) -> tuple[Captioner, dict[str, Any]]:
+    """Return a captioner and its identity in reports."""
+    captioner, path = Captioner.from_pretrained(checkpoint, device, recipe=recipe), Path(checkpoint)
+    run = run_folder.run_of(path) if path.exists() else path  # else bundled, or on the hub
+    return captioner, {"name": run.resolve().name} | (
+        {"checkpoint": path.name} if path.is_file() else {}
+    )
+
+
+def _open_model(
+    name: str, device: str, revision: str | None, prompt: str | None
+) -> tuple[BaselineCaptioner, dict[str, Any]]:
+    """Return a published captioner and its identity in reports."""
+    from vlm_bridge.evaluation.baseline import BaselineCaptioner
+
+    captioner = BaselineCaptioner.from_pretrained(name, device, revision=revision, prompt=prompt)
+    return captioner, {
+        "name": Path(name).resolve().name if Path(name).is_dir() else name,
+        "class": type(captioner.model).__name__,
+        "revision": revision,
+        "prompt": captioner.prompt,
+    }
 
 
 def evaluate_captioner(

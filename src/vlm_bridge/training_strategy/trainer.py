@@ -64,7 +64,7 @@ class TrainingResult:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     resume: str | Path | None = None,
     initial_weights: Mapping[str, torch.Tensor] | None = None,
@@ -76,12 +76,13 @@ def train(
     Raises VLMBridgeError before anything is written, and Interrupted after the state was saved.
 
     Args:
+        recipe: a recipe, its file, or the name of one that ships.
         resume: a checkpoint to continue, a folder of them, or `auto`.
         initial_weights: start of some or all trained weights of a new run, by name.
         force: continue although recipe or data have changed.
         progress: called after each step with the steps done and all steps.
     """
-    started = time.perf_counter()
+    started, recipe = time.perf_counter(), Recipe.load(recipe)
     with joined(recipe.device) as world, memory_explained(world.device):
         check_machine(recipe, world)
         folder = open_data_folder(recipe.data_dir)
@@ -120,9 +121,8 @@ def train(
                         raise Interrupted(signal_number, saver.latest())
                     if validator.is_finished:
                         break
-        seconds = time.perf_counter() - started
-        last = validator.validation, validator.decoded
-        return TrainingResult(saver.folder, state.step, seconds, state.best_loss, *last)
+        last = state.best_loss, validator.validation, validator.decoded
+        return TrainingResult(saver.folder, state.step, time.perf_counter() - started, *last)
 
 
 def prepare_model(recipe: Recipe, world: World) -> CaptionModel:

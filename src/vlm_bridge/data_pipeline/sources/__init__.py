@@ -151,6 +151,20 @@ def find_source(
     )
 
 
+def open_source(
+    folder: str | Path,
+    name: str | None = None,
+    captions_file: str | Path | None = None,
+    **options: Any,
+) -> Source:
+    """Return the source in a folder: the one called ``name``, or the one that its files show.
+
+    Raises UsageError or DataError as `make_source` and `find_source`.
+    """
+    folder, file = Path(folder), None if captions_file is None else Path(captions_file)
+    return make_source(name or find_source(folder, file)[0], folder, file, **options)
+
+
 def iter_images(items: Iterable[SourceItem]) -> Iterator[RawImage | None]:
     """Yield the image of each item, None where a parquet file holds none for it.
 
