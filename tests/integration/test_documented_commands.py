@@ -206,6 +206,19 @@ def test_page_runs_from_top_to_bottom(
         assert metrics["num_images"] == QUICKSTART_SCENES["NUM_TEST"]
 
 
+@pytest.mark.usefixtures("clone")
+def test_the_notebook_runs(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((repository / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "outputs hold paths of a machine"
+            if "install" not in cell["metadata"].get("tags", []):
+                exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), names)
+    assert names["tuned"].verdict in capsys.readouterr().out
+    assert Path("exported/model.safetensors").is_file()
+
+
 def examples(page: str) -> list[str]:
     return [] if page in EXAMPLES_ELSEWHERE else code_blocks(PAGES[page], "python")
 
