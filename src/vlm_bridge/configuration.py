@@ -575,6 +575,7 @@ def _from_here(file: Path) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    logger.debug("reading recipe %s", path)
     try:
         with path.open(encoding="utf-8") as file:
             data = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1)) or {}

@@ -35,8 +35,8 @@ def train(
 ) -> None:
     """Train the bridge of a recipe; with `--resume` alone, of the checkpoint's own recipe.
 
-    `--resume` takes a checkpoint or a folder, of which it continues the newest sound one. auto is
-    the recipe's checkpoint_dir, and begins a new run where nothing is there.
+    `--resume` takes a checkpoint, or a folder whose newest sound one it continues; auto is the
+    recipe's checkpoint_dir, and begins a new run where nothing is there.
     """
     from vlm_bridge import configuration
 

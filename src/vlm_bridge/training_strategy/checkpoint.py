@@ -90,6 +90,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, none of these, or written by a newer vlm-bridge.
     """
     path = checkpoint_path(path)
+    logger.debug("reading checkpoint %s", path)
     content: Any
     if path.name == WEIGHTS_NAME:
         config, weights = read_folder(path.parent)
