@@ -127,7 +127,7 @@ class CaptionModel(nn.Module):
         """Return what the language model reads of images; captions of an image share it.
 
         Raises:
-            ModelError: the bridge makes something else than it says.
+            ModelError: `encode` and `output` of the bridge disagree.
         """
         image, bridge = self.bridge.encode(self.bridge_features(features_bnd)), self.bridge
         soft = 0 if image.soft_tokens is None else image.soft_tokens.shape[1]
