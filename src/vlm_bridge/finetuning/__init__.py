@@ -73,7 +73,7 @@ class Schedule(NamedTuple):
 SCHEDULES = (
     Schedule(60, 1_000, 16, 3e-4, 8),
     Schedule(200, 2_400, 20, 3e-4, 8),
-    Schedule(1_000, 5_000, 40, 3e-4, 4),
+    Schedule(1_000, 6_400, 40, 3e-4, 4),
     Schedule(5_000, 20_000, 40, 3e-4, 1),
     Schedule(float("inf"), 60_000, 40, 3e-4, 0),
 )
@@ -283,9 +283,8 @@ def choose_recipe(
             "learning_rate": rate,
             "min_lr": rate / 10,
             "gradient_clip_val": 1.0,
-            # A style is learned while the loss of held-out captions already rises.
-            "monitor": "cider" if stops_early else "loss",
             "max_validation_images": MOST_HELD_OUT if stops_early else None,
+            # On few images a style is still being learned when the loss of others already rises.
             "validate_every": f"{-(-steps // 6)} steps" if stops_early else f"{steps} steps",
             "early_stopping_patience": 2 if stops_early else None,
             "save_every": "1 minute",
