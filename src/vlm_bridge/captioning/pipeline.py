@@ -188,7 +188,7 @@ class Captioner:
         open_image: Callable[[Any], Image.Image] = opened,
         **settings: Any,
     ) -> Iterator[CaptionResult]:
-        """Yield the results of `caption` for several images, each as soon as it is there.
+        """Yield the results of `caption` one by one, each when it is ready.
 
         Batches grow from one image up to ``batch_size``, for a first caption without delay.
 

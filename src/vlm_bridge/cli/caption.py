@@ -100,7 +100,7 @@ def _caption_files(
     given: Mapping[str, Any],
     write: Callable[[dict[str, Any]], None],
 ) -> int:
-    """Write a row for each image as soon as it is there; return the number of failed images.
+    """Write a row for each image when it is ready; return the number of failed images.
 
     Args:
         given: the options of `caption` by name.
