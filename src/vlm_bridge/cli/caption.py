@@ -27,7 +27,9 @@ def caption(
     paths: Annotated[list[str], typer.Argument(help="Images, folders of images, or globs.")],
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
-    output: Annotated[Path | None, Option("-o", "--output", help="FILE.csv or FILE.jsonl.")] = None,
+    output: Annotated[
+        Path | None, Option("-o", "--output", help="Write FILE.csv or .jsonl.")
+    ] = None,
     num_beams: options.NumBeams = None,
     max_new_tokens: options.MaxNewTokens = None,
     min_new_tokens: options.MinNewTokens = None,
