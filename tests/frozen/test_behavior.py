@@ -212,7 +212,7 @@ def test_transform_writes_the_folder_of_before(home: Path) -> None:
         ("vlm-bridge", ["caption", "nowhere.jpg"], 1),
         ("vlm-bridge", ["caption"], 2),
         ("vlm-bridge", ["caption", "photos/red.png", "--checkpoint", "nowhere"], 1),
-        ("vlm-bridge", ["evaluate", "--data-dir", "data"], 2),
+        ("vlm-bridge", ["evaluate", "--data-dir", "data", "--model", "m", "--checkpoint", "run"], 2),
         ("vlm-bridge", ["evaluate", "--data-dir", "nowhere", "--checkpoint", "run"], 1),
         ("vlm-bridge", ["compare", "nowhere.json", "elsewhere.json"], 1),
         ("vlm-bridge", ["report", "nowhere"], 1),
