@@ -21,7 +21,7 @@ from vlm_bridge.data_pipeline.caption_folder import (
     readable_split,
 )
 from vlm_bridge.data_pipeline.samples import CaptionedImage, DataFolder
-from vlm_bridge.data_pipeline.sources import find_source, make_source
+from vlm_bridge.data_pipeline.sources import open_source
 from vlm_bridge.data_pipeline.splits import SPLITS, SplitName
 from vlm_bridge.data_pipeline.transform import Progress, transform
 from vlm_bridge.errors import DataError
@@ -209,9 +209,7 @@ def caption_folder(
     if images.is_dir() and is_caption_folder(images):
         folder = open_data_folder(images)
     else:
-        file = Path(captions_file) if captions_file is not None else None
-        name, _ = find_source(images, file)
-        source = make_source(name, input_dir=images, captions_file=file)
+        source = open_source(images, captions_file=captions_file)
         undecided = sum(item.split is None for item in source.items())
         planning: dict[str, Any] = held_out_shares(undecided) if undecided else {}
         with progress("images") as report:
