@@ -79,8 +79,7 @@ def caption(
         from vlm_bridge.captioning.pipeline import Captioner
 
         captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
-    printing = _printing(as_json, named=len(files) > 1)
-    with nullcontext(results.add) if results else printing as write:
+    with nullcontext(results.add) if results else _printing(as_json, named=len(files) > 1) as write:
         failures = _caption_files(captioner, left, given, write)
     if failures:
         raise typer.Exit(1)
