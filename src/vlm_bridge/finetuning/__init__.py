@@ -40,6 +40,7 @@ FEWEST_IMAGES, USUAL_IMAGES = 5, 20
 MOST_HELD_OUT = 200  # images of a held-out split: enough for CIDEr, and quick to caption
 # From here on, one held-out split decides when training stops, and another is reported.
 ENOUGH_TO_STOP_EARLY = 200
+ENOUGH_FOR_CIDER = 50  # images; on fewer of them it is chance
 SHOWN = 6
 TRAINING = "steps"  # what progress of training counts
 # Keys of the start's recipe that its weights or its speed depend on; the others are chosen anew.
@@ -307,17 +308,25 @@ def side_by_side(before: ReportedRun, after: ReportedRun) -> list[Example]:
 
 
 def verdict(before: ReportedRun, after: ReportedRun) -> str:
-    """Return what the scores of held-out images say, in a sentence or two."""
+    """Return what the scores of held-out images say, in a few sentences.
+
+    Perplexity of people's captions is steady on a few images; CIDEr is not.
+    """
     old, new = before.scores, after.scores
-    change = (
-        f"CIDEr on {new['num_images']} held-out images: {old['CIDEr']:.3f} before, "
-        f"{new['CIDEr']:.3f} after"
+    cider, perplexity = (
+        f"{name} {old[name]:.{digits}f} before, {new[name]:.{digits}f} after"
+        for name, digits in (("CIDEr", 3), ("perplexity", 1))
     )
+    change = f"On {new['num_images']} held-out images: {cider}; {perplexity}."
+    is_likelier = new["perplexity"] < old["perplexity"]
     if new["visual_gain"] < BLIND_BELOW:
-        return f"It ignores the images. {change}. Check that captions and images belong together."
-    if new["CIDEr"] <= old["CIDEr"]:
-        return f"Fine-tuning did not help. {change}. Add images, or check their captions."
-    if new["perplexity"] > old["perplexity"]:
-        rose = f"perplexity rose from {old['perplexity']:.1f} to {new['perplexity']:.1f}"
-        return f"It learned your captions, but overfits. {change}; {rose}. Add images if you can."
-    return f"It learned your captions. {change}."
+        return f"It ignores the images. {change} Check that captions and images belong together."
+    if new["CIDEr"] > old["CIDEr"]:
+        if is_likelier:
+            return f"It learned your captions. {change}"
+        return f"It learned your captions, but overfits. {change} Add images if you can."
+    if is_likelier and new["num_images"] < ENOUGH_FOR_CIDER:
+        return f"It learned how captions are worded. {change} CIDEr of so few images is chance."
+    if is_likelier:
+        return f"It learned how captions are worded, and describes no better. {change} Add images."
+    return f"Fine-tuning did not help. {change} Add images, or check their captions."
