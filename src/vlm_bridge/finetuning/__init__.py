@@ -98,8 +98,10 @@ class FineTuned:
         checkpoint: folder of the run, for `Captioner.from_pretrained` and ``--checkpoint``.
         before: scores of the held-out images by the captioner that training started from.
         after: scores of the same images by the fine-tuned one.
-        verdict: what the scores say, in a sentence or two.
-        report: HTML page with all held-out images side by side.
+        examples: captions of some held-out images before and after.
+        verdict: what the scores say, in a few sentences.
+        report: HTML page with held-out images side by side.
+        seconds: of the whole call.
     """
 
     checkpoint: Path
@@ -168,7 +170,7 @@ def finetune(
     resume = AUTO if Path(recipe.checkpoint_dir).is_dir() else None
     with progress(TRAINING) as report:
         train(recipe, resume=resume, progress=report)
-    captioner = Captioner.from_pretrained(output_dir, device)
+    captioner = Captioner.from_pretrained(recipe.checkpoint_dir, device)
     after = evaluate(captioner, folder, recipe, output_dir / "val", name, progress)
     sentence, page = verdict(before, after), output_dir / REPORT_NAME
     runs = [before, replace(after, name="after", curves=read_run(output_dir).curves)]
