@@ -361,6 +361,16 @@ def test_captions_end_where_the_positions_do(tiny_vit_dir: Path, tiny_blip_dir: 
         generated(model, features, start, DecodeSettings(num_beams=1, max_new_tokens=64))
 
 
+def test_the_output_layer_reads_whole_rows(tiny_llama_dir: Path) -> None:
+    """Of a strided slice, torch 2.13 takes 800 times as long in bfloat16 on a CPU."""
+    model = build_language_model(LanguageModelConfig(name=str(tiny_llama_dir)))
+    seen: list[bool] = []
+    layer: Any = model.causal_lm.get_output_embeddings()
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    model.causal_lm.generate(torch.tensor([[1, 5, 6]] * 2), max_new_tokens=3)
+    assert len(seen) == 3 and all(seen)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_with_its_own_vision_tower_and_the_identity_ours_is_blip(
     tmp_path: Path, drawn_caption_folder: Path, num_beams: int

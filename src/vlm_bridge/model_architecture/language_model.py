@@ -62,6 +62,8 @@ class LanguageModel(nn.Module):
         self._attention_names = "{}"  # a format: our own attention functions have longer names
         self._set_attention(attention)
         self._packed_body: Any = causal_lm.base_model.forward
+        if (output_layer := causal_lm.get_output_embeddings()) is not None:
+            output_layer.register_forward_pre_hook(_contiguous)
         self.is_compiled = False
 
     @property
@@ -227,6 +229,15 @@ class LanguageModel(nn.Module):
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=has_word_pieces
         ).strip()
+
+
+def _contiguous(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Copy a strided slice, such as the last position of each prompt.
+
+    On a CPU, torch 2.13 multiplies one in bfloat16 800 times as slowly: 9 s instead of 11 ms for
+    150 rows and 49,152 tokens.
+    """
+    return (args[0].contiguous(),)
 
 
 def _start_and_end(text_config: Any, tokenizer: Any) -> tuple[Any, Any]:
