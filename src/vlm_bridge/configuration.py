@@ -158,6 +158,10 @@ class VisionEncoderConfig(Section):
 
     `module:Class` is an encoder in code of the user's own.
     Features of several names joined by ` + `, and of ``layers``, are concatenated.
+
+    Attributes:
+        resize_first: side of a square in pixels, to which EfficientNet-Lite's images are resized
+            before: all images are then as sharp as the small ones of a training.
     """
 
     place = "vision_encoder"
@@ -166,10 +170,11 @@ class VisionEncoderConfig(Section):
     image_size: Annotated[int, Field(ge=1, le=2_048)] | None = None
     layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
     resample: Literal["bilinear", "bicubic"] | None = None  # null: the image processor's own
+    resize_first: Annotated[int, Field(ge=1, le=2_048)] | None = None
 
     @model_validator(mode="after")
     def _check_several(self) -> Self:
-        given = self.model_fields_set - {"name"}
+        given = self.model_fields_set - {"name", "resize_first"}
         if len(self.names) > 1 and (keys := [k for k in given if getattr(self, k) is not None]):
             raise ValueError(f"{keys[0]} is for one encoder: leave it out beside {self.name!r}")
         return self
@@ -274,8 +279,8 @@ class BridgeOptions(Section):
 class DecodeSettings(Section):
     """Settings of generation; names are those of `transformers`' GenerationConfig.
 
-    EfficientNet-Lite's classifier names an object in each image. Its first token gains
-    ``object_bonus`` nats (0: off), unless ``known_objects``, frequent in training, has the name.
+    Objects that EfficientNet-Lite's classifier sees with a probability of ``object_threshold`` (0:
+    off) are named in the image's prompt, as ``prompt_words`` are in training.
     """
 
     place = "decode"
@@ -289,8 +294,24 @@ class DecodeSettings(Section):
     temperature: Positive = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0
-    object_bonus: Rate = 0.0
-    known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    object_threshold: Annotated[Number, Field(ge=0, le=1)] = 0.0
+
+
+class ConfidenceOptions(Section):
+    """How the confidence that a caption names the right subject is computed.
+
+    Attributes:
+        remembered_images: training images whose mean features are kept; what counts is an image's
+            similarity to the nearest.
+        weights: log-odds: a constant, per nat of the caption's score, per unit of similarity;
+            `benchmarks.confidence` fits them to labeled captions.
+        unsure_below: captions of less confidence are marked as unsure.
+    """
+
+    place = "confidence"
+    remembered_images: Size = 256
+    weights: Annotated[tuple[Number, Number, Number], Field(strict=False)] = (0.0, 0.0, 0.0)
+    unsure_below: Share = 0.0
 
 
 class Recipe(Section):
@@ -300,11 +321,15 @@ class Recipe(Section):
     language_model: LanguageModelConfig = LanguageModelConfig()
     bridge: BridgeOptions = BridgeOptions()
     decode: DecodeSettings = DecodeSettings()
+    confidence: ConfidenceOptions | None = None
 
     # Data
     data_dir: Annotated[str, PLACE] = "data/flickr8k"
     captions_per_image: Count = 1  # in one row
     max_caption_tokens: Count = 128
+    # Words that captions of a training image share, in its prompt: at most so many. Captioning puts
+    # those of `decode.object_threshold` there.
+    prompt_words: Annotated[int, Field(ge=0, le=10)] = 0
     num_workers: Annotated[CountOrZero, PLACE] = 2
     # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
     max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
@@ -477,6 +502,7 @@ REMOVED: dict[str, object] = {
     "feature_cache_pooling": 1, "text_state_cache": False, "scst_baseline": "leave_one_out",
     "loss_kernel": "auto", "shuffle_buffer": 0, "distillation": None,
 }  # fmt: skip
+REMOVED_FROM_DECODE = ("object_bonus", "known_objects")  # `object_threshold` took their place
 OUTPUT_DIR = "output_dir"  # folder of a run, short for `run_folders`
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
 
@@ -641,6 +667,8 @@ def _upgrade(data: Mapping[str, Any], where: str | None = None) -> dict[str, Any
             for target, value in translate(new.pop(key)).items():
                 _put(new, target, value)
     ignored = [key for key, todays in REMOVED.items() if new.pop(key, todays) != todays]
+    if isinstance(decode := new.get("decode"), dict):
+        ignored += [key for key in REMOVED_FROM_DECODE if decode.pop(key, None)]
     if ignored and where:
         logger.info("%s: ignored, as no longer supported: %s", where, ", ".join(ignored))
     return new

@@ -88,6 +88,34 @@ def test_options_reach_the_generation(caption: Callable, images: list[Path]) -> 
     assert captions(*sample, "3") == captions(*sample, "3") != captions(*sample, "4")
 
 
+def test_captions_of_unlike_images_are_marked(
+    run_here: Callable, images: list[Path], tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
+    options = {"weights": [-1, 0, 9], "unsure_below": 0.9}
+    recipe = tiny_recipe(
+        tiny_vit_dir, tiny_llama_dir, confidence=options, decode={"max_new_tokens": 5}
+    )
+    model = tiny_captioner(recipe)
+    assert model.familiarity is not None
+    model.familiarity.remember(-model.bridge_features(model.encode_images([noise(1)])))
+    noise(1).save(unlike := tmp_path / "unlike.png")
+    file = tmp_path / "run" / "checkpoints" / checkpoints.BEST_WEIGHTS
+    checkpoints.save_checkpoint(file, recipe, model.trained_state_dict())
+    given = ("--checkpoint", tmp_path / "run", "--device", "cpu")
+    result = run_here("caption", unlike, *given)
+    assert result.returncode == 0
+    warning = "unlike the training images, so the caption may well be wrong"
+    assert result.stderr == f"{warning}\n"
+    assert len(result.stdout.splitlines()) == 1
+    assert run_here("caption", unlike, *given, "--quiet").stderr == ""
+    rows = json.loads(run_here("caption", unlike, *given, "--json").stdout)
+    assert rows[0]["confidence"] == 0.269 and rows[0]["unsure"] is True
+    output = tmp_path / "captions.jsonl"
+    result = run_here("caption", unlike, images[0], *given, "--output", output)
+    assert f"{warning}: {unlike}" in result.stderr
+    assert json.loads(output.read_text().splitlines()[0])["unsure"] is True
+
+
 def test_output_continues_where_it_stopped(
     caption: Callable, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

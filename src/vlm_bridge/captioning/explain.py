@@ -85,9 +85,11 @@ def explain(
     grid = model.vision_encoder.grid
 
     whole = replace(captioner.format, max_caption_tokens=UNLIMITED)
-    tokens = whole.with_targets(whole.targets([caption])[0])
+    features_bnd = model.encode_images([image])
+    (hint,) = model.hints(features_bnd, decode or captioner.recipe.decode)
+    tokens = whole.with_targets(whole.targets([caption])[0], hint)
     ids_bt = torch.tensor([tokens.input_ids], device=model.device)
-    attention_tn = image_attention(model, model.encode_images([image]), ids_bt)[0]
+    attention_tn = image_attention(model, features_bnd, ids_bt)[0]
     on_grid_tn = attention_tn[:, -grid[0] * grid[1] :].double().cpu()
 
     skipped = {IGNORE_INDEX, *language_model.tokenizer.all_special_ids, language_model.eos_id}

@@ -25,6 +25,7 @@ from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.device import autocast, resolve_device
 from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
+from vlm_bridge.model_architecture.familiarity import confidence
 from vlm_bridge.model_architecture.generation import image_keys
 from vlm_bridge.model_architecture.weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
@@ -57,11 +58,26 @@ def _name(image: ImageSource) -> str:
 
 
 class Candidate(NamedTuple):
-    """A caption of an image."""
+    """A caption of an image.
+
+    Attributes:
+        score: mean log-probability per token, in nats.
+        finished: it ended with EOS before `max_new_tokens`.
+        confidence: probability that its subject is right; None where none was calibrated.
+        unsure: the confidence is below the recipe's `confidence.unsure_below`.
+    """
 
     caption: str
-    score: float  # mean log-probability per token, in nats
-    finished: bool  # it ended with EOS before `max_new_tokens`
+    score: float
+    finished: bool
+    confidence: float | None = None
+    unsure: bool | None = None
+
+    def sureness(self) -> dict[str, Any]:
+        """Return confidence and unsure for JSON; empty where nothing was calibrated."""
+        if self.confidence is None:
+            return {}
+        return {"confidence": round(self.confidence, 3), "unsure": self.unsure}
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,8 @@ class CaptionResult:
     caption: str | None = None
     score: float | None = None
     finished: bool | None = None
+    confidence: float | None = None
+    unsure: bool | None = None
     error: str | None = None
 
     def __str__(self) -> str:
@@ -270,8 +288,26 @@ class Captioner:
         with self._autocast():
             captions = self.model.generate(features, prompt, decode, per_image, keys)
         text_of, most = self.model.language_model.decode, decode.max_new_tokens
+        sure = self._confidence(features, [score for _, score in captions], per_image)
         # EOS counts as a new token and is cut off.
-        return [Candidate(text_of(ids), score, len(ids) < most) for ids, score in captions]
+        return [
+            Candidate(text_of(ids), score, len(ids) < most, value, unsure)
+            for (ids, score), (value, unsure) in zip(captions, sure, strict=True)
+        ]
+
+    def _confidence(
+        self, features_bnd: torch.Tensor, scores: Sequence[float], per_image: int
+    ) -> list[tuple[float | None, bool | None]]:
+        """Return each caption's confidence, and if it is unsure; nothing without a recipe's."""
+        options, familiarity = self.recipe.confidence, self.model.familiarity
+        if options is None or familiarity is None:
+            return [(None, None)] * len(scores)
+        similarities = familiarity(self.model.bridge_features(features_bnd)).tolist()
+        found = [
+            confidence(options, score, similarities[index // per_image])
+            for index, score in enumerate(scores)
+        ]
+        return [(value, value < options.unsure_below) for value in found]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.model.device, self.recipe.autocast_dtype)
@@ -297,7 +333,7 @@ def counted(
 
 def caption_in_batches(
     batches: Iterable[list[ImageSource]],
-    caption_batch: Callable[[Any], Sequence[tuple[str, float | None, bool]]],
+    caption_batch: Callable[[Any], Sequence[tuple[Any, ...]]],
     *,
     prepare: Callable[[list[Image.Image]], Any] = lambda images: images,
     open_image: Callable[[Any], Image.Image] = opened,
@@ -305,7 +341,7 @@ def caption_in_batches(
     """Yield results in the order of the images, while threads prepare the next batches.
 
     Args:
-        caption_batch: prepared images -> (caption, mean log-probability per token, finished).
+        caption_batch: prepared images -> the values of a `Candidate`, or the first three.
         prepare: turns the RGB images of a batch into the input of `caption_batch`.
     """
 

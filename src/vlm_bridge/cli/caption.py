@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vlm_bridge.data_pipeline.images import ImageReader
 
 
+NAMED = 5  # images that a note names
+
+
 def caption(
     paths: Annotated[list[str], typer.Argument(help="Images, folders of images, or globs.")],
     checkpoint: options.Checkpoint = None,
@@ -36,7 +39,7 @@ def caption(
     length_penalty: options.LengthPenalty = None,
     repetition_penalty: options.RepetitionPenalty = None,
     no_repeat_ngram_size: options.NoRepeatNgramSize = None,
-    object_bonus: options.ObjectBonus = None,
+    object_threshold: options.ObjectThreshold = None,
     do_sample: Annotated[bool | None, Option("--do-sample", help="Sample, no search.")] = None,
     temperature: Annotated[float | None, Option(help="Temperature of sampling.")] = None,
     top_p: Annotated[float | None, Option(help="Sample from so much probability.")] = None,
@@ -109,6 +112,7 @@ def _caption_files(
     from vlm_bridge.data_pipeline.images import ImageReader
 
     done = failures = 0
+    unsure: list[str] = []
     output, several = given["output"], len(files) > 1
     bar = options.show_progress("images", plain_lines=output is not None) if several else None
     with ImageReader(min(2, len(files))) as reader, bar or nullcontext() as report:
@@ -116,6 +120,7 @@ def _caption_files(
             for row in _rows(captioner, files, given, reader):
                 write(row)
                 done, failures = done + 1, failures + ("error" in row)
+                unsure += [on_one_line(row["image"])] if row.get("unsure") else []
                 if report:
                     report(done, len(files))
         except KeyboardInterrupt:
@@ -124,6 +129,10 @@ def _caption_files(
             raise typer.Exit(130) from None
     if output:
         print(f"captions: {output} ({done - failures} new, {failures} failed)")
+    if unsure and not given["as_json"]:
+        more = f" and {len(unsure) - NAMED} more" if len(unsure) > NAMED else ""
+        which = f": {', '.join(unsure[:NAMED])}{more}" if several else ""
+        options.note(f"unlike the training images, so the caption may well be wrong{which}")
     return failures
 
 
@@ -141,6 +150,8 @@ def _rows(
             yield {"image": redact(result.image), "error": redact(result.error)}
             continue
         row = {"image": result.image, "caption": result.caption, "score": result.score}
+        if result.confidence is not None:
+            row |= {"confidence": round(result.confidence, 3), "unsure": result.unsure}
         if folder:
             panels.append(_explain(captioner, result, folder, panels, reader))
             row["explanation"] = panels[-1]

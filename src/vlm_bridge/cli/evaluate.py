@@ -35,7 +35,7 @@ def evaluate(
     length_penalty: options.LengthPenalty = None,
     repetition_penalty: options.RepetitionPenalty = None,
     no_repeat_ngram_size: options.NoRepeatNgramSize = None,
-    object_bonus: options.ObjectBonus = None,
+    object_threshold: options.ObjectThreshold = None,
     spice: Annotated[bool, Option("--spice", help="Also SPICE: slow, needs models.")] = False,
     output_dir: Annotated[Path | None, Option(help="Write all, with report.html, here.")] = None,
     as_json: options.AsJson = False,

@@ -37,7 +37,9 @@ MinNewTokens = Annotated[int | None, Option(min=0, help="Shortest caption, in to
 LengthPenalty = Annotated[float | None, Option(help="Above 0 favors long captions among beams.")]
 RepetitionPenalty = Annotated[float | None, Option(help="Above 1: fewer repeats.")]
 NoRepeatNgramSize = Annotated[int | None, Option(min=0, help="No n-gram twice.")]
-ObjectBonus = Annotated[float | None, Option(min=0, help="Nats for naming recognized objects.")]
+ObjectThreshold = Annotated[
+    float | None, Option(min=0, max=1, help="Name objects so sure in the prompt; 0: none.")
+]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier one.")]
 

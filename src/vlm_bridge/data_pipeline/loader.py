@@ -71,9 +71,22 @@ class CaptionFormat:
         encoded = self.encode_all(texts)
         return [[*words, self.eos_id][: self.max_caption_tokens] for words in encoded]
 
-    def with_targets(self, targets: Sequence[int]) -> TokenizedCaption:
-        ignored = [IGNORE_INDEX] * (len(self.prompt_ids) - 1)
-        return TokenizedCaption((*self.prompt_ids, *targets[:-1]), (*ignored, *targets))
+    def with_targets(self, targets: Sequence[int], hint: Sequence[int] = ()) -> TokenizedCaption:
+        prompt = with_hint(self.prompt_ids, hint)
+        ignored = [IGNORE_INDEX] * (len(prompt) - 1)
+        return TokenizedCaption((*prompt, *targets[:-1]), (*ignored, *targets))
+
+
+def hint_tokens(
+    words: Iterable[Sequence[str]], encode_all: Callable[[list[str]], list[list[int]]]
+) -> list[list[int]]:
+    """Return the tokens of words, which stand in the first line of a prompt."""
+    return encode_all([f"{', '.join(some)}\n" if some else "" for some in words])
+
+
+def with_hint(prompt_ids: Sequence[int], hint: Sequence[int]) -> list[int]:
+    """Return a prompt with a hint (`hint_tokens`) behind its start token."""
+    return [*prompt_ids[:1], *hint, *prompt_ids[1:]]
 
 
 class TokenizedImages:
@@ -85,13 +98,23 @@ class TokenizedImages:
         image_lengths: [images], positions of all captions of each.
         mean_length: mean number of positions of a caption.
         token_diversity: distinct tokens over all tokens.
+
+    Args:
+        words: for each caption, those of its prompt (`hint_words`); None for no words.
     """
 
-    def __init__(self, images: Sequence[CaptionedImage], format: CaptionFormat):
+    def __init__(
+        self,
+        images: Sequence[CaptionedImage],
+        format: CaptionFormat,
+        words: Sequence[Sequence[str]] | None = None,
+    ):
         if not images:
             raise DataError("there are no captioned images to load")
         captions = [caption for image in images for caption in image.captions]
         self.format = format
+        hints = hint_tokens(words, format.encode_all) if words is not None else [[]] * len(captions)
+        self._hints = [np.array(hint, np.int32) for hint in hints]
         self._targets = [
             np.array(targets, np.int32)
             for some in in_batches(captions, TOKENIZE_TOGETHER)
@@ -100,7 +123,8 @@ class TokenizedImages:
         self.num_captions = len(captions)
         self.captions_per_image = np.array([len(image.captions) for image in images])
         self._first_caption = _starts(self.captions_per_image)
-        lengths = [len(targets) + len(format.prompt_ids) - 1 for targets in self._targets]
+        tokens = zip(self._hints, self._targets, strict=True)
+        lengths = [len(format.prompt_ids) - 1 + len(h) + len(targets) for h, targets in tokens]
         self.caption_lengths = np.array(lengths)
         self.image_lengths = np.diff(_starts(lengths)[self._first_caption])
         self.mean_length = float(self.caption_lengths.mean())
@@ -111,7 +135,8 @@ class TokenizedImages:
         return len(self.captions_per_image)
 
     def caption(self, image: int, number: int) -> TokenizedCaption:
-        return self.format.with_targets(self._targets[self._first_caption[image] + number].tolist())
+        index = self._first_caption[image] + number
+        return self.format.with_targets(self._targets[index].tolist(), self._hints[index].tolist())
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]

@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageOps
 
+from vlm_bridge.captioning.pipeline import Candidate
 from vlm_bridge.data_pipeline.images import IMAGE_SUFFIXES
 from vlm_bridge.demo import service as bounds
 from vlm_bridge.demo.service import Answer, CaptionService, Request
@@ -35,6 +36,7 @@ SAMPLES_SHOWN = 12
 # Least mean probabilities of a caption's tokens. The bundled captioner's mean CIDEr below, between
 # and above them: 0.24, 0.37, 0.67 on 113 images of Flickr8k val; 0.25, 0.32, 0.37 on 128 of COCO.
 FAIRLY_SURE, NOT_SURE = 0.6, 0.5
+UNSURE = "A guess: unlike the training images"
 RULE = (
     f"The mean probability of the tokens: from {FAIRLY_SURE:.0%} fairly sure, from "
     f"{NOT_SURE:.0%} not very sure, below that a guess. It is no sign that a caption is right."
@@ -165,9 +167,11 @@ def _sliders(start: Request) -> list[gr.Slider]:
     ]
 
 
-def confidence(score: float) -> str:
-    """Put the mean log-probability of a caption's tokens into words."""
-    probability = math.exp(score)
+def confidence(best: Candidate) -> str:
+    """Put a caption's confidence, or else the mean log-probability of its tokens, into words."""
+    if best.unsure:
+        return UNSURE
+    probability = math.exp(best.score)
     if probability >= FAIRLY_SURE:
         return "Fairly sure"
     return "Not very sure" if probability >= NOT_SURE else "A guess"
@@ -185,7 +189,7 @@ def _card(answer: Answer, name: str) -> str:
         f"<small>{word.peak:.1f}x</small></figcaption></figure>"
         for word, image in answer.overlays
     )
-    caption, sure = escape(best.caption) or "(no caption)", confidence(best.score)
+    caption, sure = escape(best.caption) or "(no caption)", confidence(best)
     thumbnail = ImageOps.contain(answer.image, (THUMBNAIL, THUMBNAIL))
     return (
         f'<article class="vb-card"><img src="{_data_uri(thumbnail)}" alt="{escape(name)}">'

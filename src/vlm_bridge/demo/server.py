@@ -162,8 +162,10 @@ async def _answer_form(service: CaptionService, request: HTTPRequest) -> dict[st
         chosen = service.default_request.updated(fields)
         name = upload.filename or "the upload"
         answer = await run_in_threadpool(service.answer, await upload.read(), name, chosen)
+    best = answer.captions[0]
     return {
-        "caption": answer.captions[0].caption,
+        "caption": best.caption,
+        **best.sureness(),
         "alternatives": [{"caption": x.caption, "score": x.score} for x in answer.captions],
         "seconds": round(answer.seconds, 3),
     }

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from vlm_bridge.configuration import DecodeSettings, Recipe
-from vlm_bridge.data_pipeline.loader import CaptionFormat
+from vlm_bridge.data_pipeline.loader import CaptionFormat, hint_tokens, in_batches, with_hint
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import (
@@ -24,9 +25,9 @@ from vlm_bridge.model_architecture.bridges import (
     ImageInputs,
     build_bridge,
 )
+from vlm_bridge.model_architecture.familiarity import Familiarity
 from vlm_bridge.model_architecture.generation import (
     Caption,
-    ObjectBonus,
     ObjectNamer,
     beams,
     image_keys,
@@ -43,6 +44,8 @@ from vlm_bridge.model_architecture.weights import build_language_model
 # On a CPU, torch 2.13 runs other kernels for fewer images or rows of text. They round differently,
 # and the caption of an image would depend on its batch.
 FEWEST_IMAGES, FEWEST_ROWS = 2, 3
+TOKENS_PER_WORD = 8  # of a prompt's words, at most
+KEPT = ("bridge.", "feature_scale.", "familiarity.")  # in a checkpoint, trained or not
 
 
 class FeatureScale(nn.Module):
@@ -77,6 +80,7 @@ class CaptionModel(nn.Module):
         bridge: Bridge,
         *,
         standardize: bool,
+        remembered_images: int = 0,
     ):
         super().__init__()
         self.vision_encoder = vision_encoder
@@ -87,6 +91,9 @@ class CaptionModel(nn.Module):
         if bridge.output == "edit":
             language_model.open_layer(bridge.first_layer)
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None
+        self.familiarity = None
+        if remembered_images:
+            self.familiarity = Familiarity(remembered_images, vision_encoder.embed_dim)
         # Positions before the text: soft tokens, and the start token before them.
         self.num_soft_positions = bridge.num_soft_tokens + (bridge.num_soft_tokens > 0)
         self._cache_options: dict[str, Any] = {}
@@ -201,31 +208,68 @@ class CaptionModel(nn.Module):
         decode: DecodeSettings,
         num_return_sequences: int = 1,
         keys: Sequence[int] | None = None,
+        hints: Sequence[Sequence[int]] | None = None,
     ) -> list[Caption]:
         """Caption each row of features: the best beams, or as many draws; an image's side by side.
 
         Args:
+            hints: tokens for each image's prompt (`hint_tokens`); None names its objects,
+                if ``decode.object_threshold`` says so.
             keys: a number for each image, from which its draws follow together with
                 ``decode.seed``; None takes the content of its features.
 
         Raises:
             ConfigurationError: too few positions in the language model, or too few beams.
         """
-        per_image = num_return_sequences
-        self._check_request(decode, per_image, len(prompt_ids) + self.num_soft_positions)
-        num_captions = len(features_bnd) * per_image
+        if hints is None:
+            hints = self.hints(features_bnd, decode)
+        longest = len(prompt_ids) + max(map(len, hints), default=0)
+        self._check_request(decode, num_return_sequences, longest + self.num_soft_positions)
+        if decode.do_sample and keys is None:
+            keys = image_keys(features_bnd)
+        captions: list[list[Caption]] = [[]] * len(features_bnd)
+        for length in sorted({len(hint) for hint in hints}):  # rows of one length need no padding
+            some = [index for index, hint in enumerate(hints) if len(hint) == length]
+            found = self._generate(
+                features_bnd[some],
+                [with_hint(prompt_ids, hints[index]) for index in some],
+                decode,
+                num_return_sequences,
+                [keys[index] for index in some] if keys is not None else [],
+            )
+            for index, of_image in zip(some, found, strict=True):
+                captions[index] = of_image
+        return list(chain.from_iterable(captions))
+
+    def _generate(
+        self,
+        features_bnd: torch.Tensor,
+        prompts: list[list[int]],
+        decode: DecodeSettings,
+        per_image: int,
+        keys: list[int],
+    ) -> list[list[Caption]]:
+        """Return the captions of each image; its prompts have one length."""
+        num_images = len(features_bnd)
         features_bnd = _filled_up(features_bnd, -(-FEWEST_ROWS // max(beams(decode), per_image)))
-        if decode.do_sample:
-            keys = image_keys(features_bnd) if keys is None else list(keys)
-            keys += keys[-1:] * (len(features_bnd) - len(keys))
-        bonus = []
-        if decode.object_bonus:
-            names = self.object_namer(features_bnd, decode.known_objects)
-            bonus = [ObjectBonus(names, decode.object_bonus, len(prompt_ids))]
-        image = self.image_inputs(features_bnd)
-        options = {"keys": keys or (), "per_image": per_image, "more": bonus}
-        options |= self._cache_options
-        return search(self.language_model, image, prompt_ids, decode, **options)[:num_captions]
+        more = len(features_bnd) - num_images
+        found = search(
+            self.language_model,
+            self.image_inputs(features_bnd),
+            prompts + prompts[-1:] * more,
+            decode,
+            keys=keys + keys[-1:] * more,
+            per_image=per_image,
+            **self._cache_options,
+        )
+        return in_batches(found, per_image)[:num_images]
+
+    def hints(self, features_bnd: torch.Tensor, decode: DecodeSettings) -> list[list[int]]:
+        """Return tokens that name the objects of each image in its prompt; often none."""
+        if not decode.object_threshold:
+            return [[]] * len(features_bnd)
+        names = self.object_namer(features_bnd, decode.object_threshold)
+        return hint_tokens(names, self.language_model.encode_all)
 
     def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
         if not decode.do_sample and per_image > decode.num_beams:
@@ -257,16 +301,16 @@ class CaptionModel(nn.Module):
 
     @cached_property
     def object_namer(self) -> ObjectNamer:
-        """Names for ``decode.object_bonus``; ConfigurationError without a classifier."""
-        return ObjectNamer(self.vision_encoder, self.language_model)
+        """Names for ``decode.object_threshold``; ConfigurationError without a classifier."""
+        return ObjectNamer(self.vision_encoder)
 
     def trained_state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint holds: trained weights, the bridge, feature statistics."""
+        """Return what a checkpoint holds: trained weights, the bridge, facts of the features."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
-            if name in trained or name.startswith(("bridge.", "feature_scale."))
+            if name in trained or name.startswith(KEPT)
         }
 
 
@@ -294,9 +338,12 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
     if not meta:
         bridge.set_output_scale(language_model.embedding_std())
     standardize = recipe.bridge.standardize_features
-    model = CaptionModel(encoder, language_model, bridge, standardize=standardize)
+    remembered = recipe.confidence.remembered_images if recipe.confidence else 0
+    model = CaptionModel(
+        encoder, language_model, bridge, standardize=standardize, remembered_images=remembered
+    )
     choose_trainable(model, recipe.trained)
-    if recipe.decode.object_bonus and not meta:
+    if recipe.decode.object_threshold and not meta:
         _ = model.object_namer  # an encoder without a classifier is an error now, not in an epoch
     return model.eval()
 
@@ -314,7 +361,7 @@ def caption_format(language_model: LanguageModel, recipe: Recipe) -> CaptionForm
     if (positions := language_model.max_positions) is None:
         return format
     # The last target is predicted and never read.
-    room = positions - len(format.prompt_ids) + 1
+    room = positions - len(format.prompt_ids) + 1 - TOKENS_PER_WORD * recipe.prompt_words
     return replace(format, max_caption_tokens=min(format.max_caption_tokens, room))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -31,9 +31,7 @@ from vlm_bridge.model_architecture.bridges import ImageInputs
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.vision_encoder import EfficientNetLiteEncoder
 
-SURE = 0.5  # probability from which on an object is named
-# Alternative names of an object as tokens: `` cat`` or `` cats``; empty to name nothing.
-Names = Sequence[tuple[int, ...]]
+MOST_NAMES = 2  # objects that a prompt names
 
 
 class Caption(NamedTuple):
@@ -56,32 +54,35 @@ def beams(decode: DecodeSettings) -> int:
 def search(
     model: LanguageModel,
     image: ImageInputs,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     decode: DecodeSettings,
     *,
     keys: Sequence[int] = (),
     per_image: int = 1,
-    more: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> list[Caption]:
     """Caption images with a language model's own ``generate``, by the settings of a recipe.
 
     Args:
+        prompts: token ids of each image's prompt, of one length.
         keys: of the images (`image_keys`), where tokens are drawn.
         per_image: captions of each image.
-        more: further processors, applied after the penalties.
         options: further ones of ``generate``.
     """
-    # transformers itself makes a row for each beam.
-    num_rows = image.num_images * (1 if beams(decode) > 1 else per_image)
-    prompt_rt = torch.tensor([list(prompt_ids)], device=model.device).repeat(num_rows, 1)
+    prompt_rt = torch.tensor(prompts, device=model.device)
+    if beams(decode) == 1:  # else transformers itself makes a row for each beam
+        prompt_rt = prompt_rt.repeat_interleave(per_image, dim=0)
+    num_rows = len(prompt_rt)
     log_probs = TokenLogProbs(model.eos_id, beams(decode))
-    processors = [log_probs, *_penalties(decode, prompt_rt, model.eos_id), *more]
+    processors = [log_probs, *_penalties(decode, prompt_rt, model.eos_id)]
     if beams(decode) > 1:  # transformers warns about options that a way of decoding does not read
         options |= {"length_penalty": decode.length_penalty, "num_return_sequences": per_image}
     if decode.do_sample:
         draw = Draw(decode, keys, per_image, prompt_rt.device)
-        processors += [TemperatureLogitsWarper(decode.temperature), TopPLogitsWarper(decode.top_p)]
+        if decode.temperature != 1:
+            processors.append(TemperatureLogitsWarper(decode.temperature))
+        if decode.top_p < 1:  # it sorts the vocabulary
+            processors.append(TopPLogitsWarper(decode.top_p))
         processors.append(draw)
     with attach(model, image) as attached:
         inputs = attached.inputs(prompt_rt)
@@ -224,96 +225,65 @@ class TokenLogProbs(LogitsProcessor):
 
 
 class ObjectNamer:
-    """Finds the object in an image by the encoder's ImageNet classifier, and its name as tokens.
+    """Names the objects in an image by the encoder's ImageNet classifiers.
 
-    For objects that the training captions never named (Anderson et al. 2017; here the constraint is
-    soft). Classes that share a name are one object, such as the breeds of cats.
+    Classes that share a name are one object, such as the breeds of cats. Of several encoders, the
+    mean of their probabilities counts.
 
     Raises:
         ConfigurationError: no part of the encoder has a classifier.
     """
 
-    def __init__(self, vision_encoder: nn.Module, language_model: LanguageModel):
-        self._channels, self._classifier = _classifier_of(vision_encoder)
+    def __init__(self, vision_encoder: nn.Module):
+        self._classifiers = _classifiers_of(vision_encoder)
         objects = imagenet_objects()
-        forms = sorted(set(objects.values()))
-        self._objects = [singular for singular, _ in forms]
-        self._members = torch.zeros(self._classifier.out_features, len(forms))
-        for index, names in objects.items():
-            self._members[index, forms.index(names)] = 1
-        encoded = language_model.encode_all([f" {form}" for names in forms for form in names])
-        tokens = list(map(tuple, encoded))
-        self._names: list[Names] = list(zip(tokens[::2], tokens[1::2], strict=True))
+        self.names = sorted(set(objects.values()))
+        self._members = torch.zeros(self._classifiers[0][1].out_features, len(self.names))
+        for index, name in objects.items():
+            self._members[index, self.names.index(name)] = 1
 
     @torch.no_grad()
-    def __call__(self, features_bnd: torch.Tensor, known: Collection[str] = ()) -> list[Names]:
-        """Name the object in each image of features [B, N, D], if it is sure and not ``known``."""
-        pooled_bd = features_bnd[..., self._channels].float().mean(1).cpu()
-        probabilities_bo = self._classifier(pooled_bd).softmax(-1) @ self._members
-        likeliest, objects = probabilities_bo.max(-1)
+    def probabilities(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """Return the probability [B, names] of each object of features [B, N, D]."""
+        found = [
+            classify(features_bnd[..., channels].float().mean(1).cpu()).softmax(-1)
+            for channels, classify in self._classifiers
+        ]
+        return torch.stack(found).mean(0) @ self._members
+
+    def __call__(self, features_bnd: torch.Tensor, threshold: float) -> list[list[str]]:
+        """Return the likeliest objects of each image, as probable as ``threshold`` at least."""
+        values, indices = self.probabilities(features_bnd).topk(MOST_NAMES)
         return [
-            self._names[index] if probability >= SURE and self._objects[index] not in known else []
-            for probability, index in zip(likeliest.tolist(), objects.tolist(), strict=True)
+            [self.names[i] for value, i in zip(*row, strict=True) if value >= threshold]
+            for row in zip(values.tolist(), indices.tolist(), strict=True)
         ]
 
 
-class ObjectBonus(LogitsProcessor):
-    """Adds a bonus to the score of a caption that begins to name the object of its image.
-
-    A name is rewarded once, by ``bonus`` nats, and its further tokens are enforced. The first token
-    of a caption gets no bonus, since a name follows an article. Captions of an image are side by
-    side.
-    """
-
-    def __init__(self, names: Sequence[Names], bonus: float, prompt_length: int):
-        self.names = names
-        self.bonus = bonus
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] == self.prompt_length or not any(self.names):
-            return scores
-        scores = scores.clone()
-        per_image = len(input_ids) // len(self.names)
-        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            names, caption = self.names[row // per_image], tuple(ids)
-            starts = range(len(ids))
-            if any(caption[at : at + len(name)] == name for name in names for at in starts):
-                continue
-            begun = ((name, n) for name in names for n in range(1, len(name)))
-            follows = sorted({name[n] for name, n in begun if caption[-n:] == name[:n]})
-            if not follows:
-                scores[row, sorted({name[0] for name in names})] += self.bonus
-            elif not torch.isneginf(allowed := scores[row, follows].clone()).all():
-                # A forbidden repetition stays forbidden.
-                scores[row] = -torch.inf
-                scores[row, follows] = allowed
-        return scores
-
-
 @cache
-def imagenet_objects() -> dict[int, tuple[str, str]]:
-    """Return names and plurals of ImageNet's classes in captions, by number; some have none."""
+def imagenet_objects() -> dict[int, str]:
+    """Return what captions call ImageNet's classes, by number; some have no name."""
     table = resources.files("vlm_bridge.model_architecture") / "imagenet_objects.txt"
     names = {}
     for line in table.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
-            classes, forms = line.split(" ", 1)
+            classes, name = line.split(" ", 1)
             first, _, last = classes.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            names.update(dict.fromkeys(numbers, tuple(forms.split(", "))))
+            names.update(dict.fromkeys(range(int(first), int(last or first) + 1), name))
     return names
 
 
-def _classifier_of(encoder: Any) -> tuple[slice, nn.Linear]:
-    """Return the channels of the features that the first classifier reads, and the classifier."""
-    end = 0
+def _classifiers_of(encoder: Any) -> list[tuple[slice, nn.Linear]]:
+    """Return the channels of the features that each classifier reads, and the classifier."""
+    found, end = [], 0
     for part in getattr(encoder, "encoders", [encoder]):
         end += part.embed_dim
         is_lite = isinstance(part, EfficientNetLiteEncoder)
         if is_lite and (classifier := part.classifier()) is not None:
-            return slice(end - classifier.in_features, end), classifier
+            found.append((slice(end - classifier.in_features, end), classifier))
+    if found:
+        return found
     raise ConfigurationError(
-        "decode.object_bonus needs a vision encoder that classifies: an EfficientNet-Lite whose "
-        "last layer is among vision_encoder.layers; set it to 0"
+        "decode.object_threshold needs a vision encoder that classifies: an EfficientNet-Lite "
+        "whose last layer is among vision_encoder.layers; set it to 0"
     )

@@ -105,8 +105,15 @@ class EfficientNetLiteEncoder(nn.Module):
 
     mean, std = 0.498, 0.502  # of the published Lite weights, on pixels in [0, 1]
 
-    def __init__(self, network: nn.Module, image_size: int, layers: Sequence[int] | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        image_size: int,
+        layers: Sequence[int] | None = None,
+        resize_first: int | None = None,
+    ):
         super().__init__()
+        self.resize_first = resize_first
         # CPU convolutions take half the time in this layout.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.image_size = image_size
@@ -150,12 +157,12 @@ class EfficientNetLiteEncoder(nn.Module):
             path = str(packaged_file(config.name))
             weights = torch.load(path, map_location="cpu", weights_only=True)
             network.load_state_dict(weights)
-        return cls(network, size, config.layers)
+        return cls(network, size, config.layers, config.resize_first)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        size = (self.image_size, self.image_size)
-        resized = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-        arrays = [np.asarray(image, dtype=np.float32) for image in resized]
+        for side in filter(None, (self.resize_first, self.image_size)):
+            images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        arrays = [np.asarray(image, dtype=np.float32) for image in images]
         pixels_bhwc = torch.from_numpy(np.stack(arrays)) / 255
         return ((pixels_bhwc - self.mean) / self.std).permute(0, 3, 1, 2)
 
@@ -213,6 +220,8 @@ class HuggingFaceVisionEncoder(nn.Module):
         from transformers import AutoImageProcessor
 
         processor = None
+        if config.resize_first is not None:
+            raise ModelError(f"vision_encoder.resize_first is for EfficientNet-Lite: {config.name}")
         try:
             model, size = cls.load_model(config, meta=meta)
             if not meta:
@@ -372,6 +381,8 @@ def encoder_fingerprint(encoder: Any) -> str:
     processor = getattr(encoder, "processor", None)
     kind = type(encoder).__name__
     digest.update(f"{kind} {encoder.image_size} {encoder.layers} {processor}".encode())
+    if (resize_first := getattr(encoder, "resize_first", None)) is not None:
+        digest.update(f" {resize_first}".encode())
     if type(encoder).__module__.partition(".")[0] != "vlm_bridge":  # code of the user's own
         digest.update(Path(inspect.getfile(type(encoder))).read_bytes())
     for name, tensor in sorted(encoder.state_dict().items()):

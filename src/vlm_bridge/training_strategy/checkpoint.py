@@ -134,7 +134,7 @@ def _check_layout(content: Any, is_original: bool) -> None:
 
 
 def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[str, torch.Tensor]:
-    """Return weights in another dtype, with feature statistics as they are.
+    """Return weights in another dtype, with facts of the features as they are.
 
     In int8 and int4 vectors are float16. Raises CheckpointError for a weight that is too large.
     """
@@ -142,8 +142,9 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
         matrices = {name: tensor.float() for name, tensor in weights.items() if tensor.ndim >= 2}
         vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim < 2}
         return stored_as(vectors, "float16") | quantized(matrices, bits=int(dtype[3:]))
+    facts = ("feature_scale.", "familiarity.")
     stored = {
-        name: tensor if name.startswith("feature_scale.") else tensor.to(getattr(torch, dtype))
+        name: tensor if name.startswith(facts) else tensor.to(getattr(torch, dtype))
         for name, tensor in weights.items()
     }
     for name, tensor in stored.items():
@@ -166,6 +167,8 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
         name: torch.stack([c["weights"][name].double() for c in contents]).mean(0).float()
         for name in contents[0]["weights"]
     }
+    # Runs of other seeds remember other images.
+    mean |= {n: x for n, x in contents[0]["weights"].items() if n.startswith("familiarity.")}
     version = min(content["format_version"] for content in contents)
     save_checkpoint(target, recipe, mean, format_version=version)
 
@@ -346,7 +349,8 @@ def restore(
     """Load a checkpoint's weights into a captioner. Raises CheckpointError.
 
     Args:
-        is_start: LoRA adapters that the checkpoint does not have stay as they are.
+        is_start: LoRA adapters and remembered images that the checkpoint does not have stay as
+            they are.
     """
     scale = embedding_scale(model.language_model.causal_lm.get_input_embeddings())
     bridge = model.bridge
@@ -358,9 +362,10 @@ def restore(
             "it again"
         )
     weights = content["weights"]
-    if is_start and not any(".lora_" in name for name in weights):
-        ours = model.trained_state_dict()
-        weights = {name: ours[name] for name in ours if ".lora_" in name} | weights
+    for new in (".lora_", "familiarity.") if is_start else ():
+        if not any(new in name for name in weights):
+            ours = model.trained_state_dict()
+            weights = {name: ours[name] for name in ours if new in name} | weights
     load_weights(model, weights, where)
 
 

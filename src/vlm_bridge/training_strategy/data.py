@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import features
 from vlm_bridge.data_pipeline.features import FeatureCache, OnTheFlyPixels, SplitFeatures, Views
+from vlm_bridge.data_pipeline.hints import draw_words, shared_words, swap_words, with_swapped
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
     EpochPlan,
@@ -24,7 +25,9 @@ from vlm_bridge.data_pipeline.loader import (
 )
 from vlm_bridge.data_pipeline.samples import CaptionedImage, DataFolder, Skipped
 from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
+from vlm_bridge.model_architecture.generation import imagenet_objects
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy.distributed import World
 
@@ -67,6 +70,9 @@ class TrainingData:
         with world.first_of_machine_first():
             images = {split: usable_images(folder, split, recipe) for split in ("train", "val")}
         captions = {split: TokenizedImages(some, format) for split, some in images.items()}
+        if recipe.prompt_words:
+            changed, words = prompted(images["train"], recipe)
+            captions["train"] = TokenizedImages(changed, format, words)
         splits = [
             Split(some, captions[split], split_features(model.vision_encoder, recipe, split, some))
             for split, some in images.items()
@@ -114,6 +120,26 @@ class TrainingData:
         parts = np.array_split(chosen, -(-len(chosen) // STANDARDIZE_BATCH))
         read = (torch.as_tensor(self.train.features[part]) for part in parts)
         return torch.cat([model.features(features).float().cpu() for features in read])
+
+
+def prompted(
+    images: Sequence[CaptionedImage], recipe: Recipe
+) -> tuple[list[CaptionedImage], list[list[str]]]:
+    """Draw words for each caption's prompt; return them, and images whose captions name them."""
+    names = sorted(set(imagenet_objects().values()))
+    changed, prompts = [], []
+    for index, image in enumerate(images):
+        shared, captions = shared_words(image.captions), []
+        for number, caption in enumerate(image.captions):
+            seed = [recipe.seed, index, number]
+            own = set(simple_tokenize([caption])[0].split())
+            drawn = draw_words([w for w in shared if w in own], recipe.prompt_words, seed)
+            swapped = swap_words(drawn, names, [*seed, 1])
+            shown = {word: name for name, word in swapped.items()}
+            prompts.append([shown.get(word, word) for word in drawn])
+            captions.append(with_swapped(caption, swapped))
+        changed.append(replace(image, captions=tuple(captions)))
+    return changed, prompts
 
 
 def epoch_plan(

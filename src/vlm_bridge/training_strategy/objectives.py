@@ -10,11 +10,19 @@ import torch
 
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.features import Features
-from vlm_bridge.data_pipeline.loader import CaptionFormat, Row, in_batches, pack_rows
+from vlm_bridge.data_pipeline.hints import draw_words, shared_words, swap_words, swapped_back
+from vlm_bridge.data_pipeline.loader import (
+    CaptionFormat,
+    Row,
+    hint_tokens,
+    in_batches,
+    pack_rows,
+)
 from vlm_bridge.device import to_device
 from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.metrics.cider import CiderD
 from vlm_bridge.model_architecture.captioner import CaptionModel
+from vlm_bridge.model_architecture.generation import imagenet_objects
 from vlm_bridge.training_strategy.data import Split
 from vlm_bridge.training_strategy.validation import (
     LoadedBatch,
@@ -80,6 +88,7 @@ class SelfCritical(CrossEntropy):
         references = [image.captions for image in self.split.images]
         self.reward = CiderD([[f"{x} {END}" for x in simple_tokenize(some)] for some in references])
         self.num_samples = self.recipe.scst_samples
+        self._names = sorted(set(imagenet_objects().values()))
         self._sampling = DecodeSettings(
             max_new_tokens=self.recipe.decode.max_new_tokens,
             do_sample=True,
@@ -96,12 +105,17 @@ class SelfCritical(CrossEntropy):
     def captions(self, batch: ImageBatch, step: int, number: int) -> LoadedBatch:
         """Sample captions of a batch of images, one row an image."""
         images, values = batch
-        features_bnd = self.model.features(values)
-        samples = self._sample(features_bnd, seed_of(self.recipe.seed, step, number))
-        rewards_bk = self._rewards(images, samples)
+        features_bnd, seed = self.model.features(values), seed_of(self.recipe.seed, step, number)
+        words, swapped = self._words(images, seed)
+        hints = hint_tokens(words, self.format.encode_all)
+        samples = self._sample(features_bnd, seed, hints)
+        rewards_bk = self._rewards(images, samples, swapped)
         self._count_and_rewards += (rewards_bk.size, rewards_bk.sum())
 
-        targets = [self.format.with_targets(ids) for ids in samples]
+        targets = [
+            self.format.with_targets(ids, hints[index // self.num_samples])
+            for index, ids in enumerate(samples)
+        ]
         packed = pack_rows(images.tolist(), in_batches(targets, self.num_samples))
         arrays = (packed.input_ids, packed.labels, packed.segments, packed.supervised)
         advantages = (rewards_bk - others_mean(rewards_bk)).ravel().astype(np.float32)
@@ -110,18 +124,43 @@ class SelfCritical(CrossEntropy):
         device = self.model.device
         return LoadedBatch(packed, to_device(tensors, device), weights.to(device))
 
-    def _sample(self, features_bnd: torch.Tensor, seed: int) -> list[list[int]]:
+    def _words(self, images: np.ndarray, seed: int) -> tuple[list[list[str]], list[dict[str, str]]]:
+        """Draw the words of each image's prompt, and what some of them stand for."""
+        words, swapped = [], []
+        for index in images.tolist():
+            candidates = shared_words(self.split.images[index].captions)
+            drawn = draw_words(candidates, self.recipe.prompt_words, [seed, index])
+            names = swap_words(drawn, self._names, [seed, index, 1])
+            shown = {word: name for name, word in names.items()}
+            words.append([shown.get(word, word) for word in drawn])
+            swapped.append(names)
+        return words, swapped
+
+    def _sample(
+        self, features_bnd: torch.Tensor, seed: int, hints: list[list[int]]
+    ) -> list[list[int]]:
         """Return token ids with EOS, but for captions that were cut."""
         settings, eos = self._sampling.replace(seed=seed), self.format.eos_id
         keys, prompt = range(len(features_bnd)), self.format.prompt_ids
         with evaluating(self.model), self.autocast():
-            captions = self.model.generate(features_bnd, prompt, settings, self.num_samples, keys)
+            captions = self.model.generate(
+                features_bnd, prompt, settings, self.num_samples, keys, hints
+            )
         limit = settings.max_new_tokens
         return [[*ids, eos] if len(ids) < limit else ids for ids, _ in captions]
 
-    def _rewards(self, images: np.ndarray, samples: Sequence[Sequence[int]]) -> np.ndarray:
+    def _rewards(
+        self,
+        images: np.ndarray,
+        samples: Sequence[Sequence[int]],
+        swapped: Sequence[dict[str, str]],
+    ) -> np.ndarray:
         """Return CIDEr-D [B, K] of samples against the references of their image."""
         words = simple_tokenize([self.model.language_model.decode(list(ids)) for ids in samples])
+        words = [
+            swapped_back(text, swapped[index // self.num_samples])
+            for index, text in enumerate(words)
+        ]
         sentences = [
             f"{text} {END}" if ids[-1] == self.format.eos_id else text
             for text, ids in zip(words, samples, strict=True)

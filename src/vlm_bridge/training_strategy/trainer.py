@@ -143,7 +143,7 @@ def start(
     initial_weights: Mapping[str, torch.Tensor] | None,
     found: Found | None,
 ) -> None:
-    """Continue the run found, or initialize a new one: seed, given weights, feature statistics."""
+    """Continue the run found, or initialize a new one: seed, weights, facts of the features."""
     if found is not None:
         continue_from(found, state, data)
         return
@@ -161,8 +161,13 @@ def start(
     if initial_weights:
         weights = {**model.trained_state_dict(), **initial_weights}
         checkpoints.load_weights(model, weights, "what training starts from")
-    if model.feature_scale is not None and recipe.start_from is None:
-        model.feature_scale.measure(data.sample_features(model))
+    is_new = model.feature_scale is not None and recipe.start_from is None
+    if is_new or model.familiarity is not None:
+        features_bnd = data.sample_features(model)
+        if model.feature_scale is not None and is_new:
+            model.feature_scale.measure(features_bnd)
+        if model.familiarity is not None:
+            model.familiarity.remember(model.bridge_features(features_bnd))
     # Processors differ in how they round.
     world.copy_from_first(list(model.trained_state_dict().values()))
     state.average.restart()
