@@ -279,8 +279,9 @@ class BridgeOptions(Section):
 class DecodeSettings(Section):
     """Settings of generation; names are those of `transformers`' GenerationConfig.
 
-    Objects that EfficientNet-Lite's classifier sees with a probability of ``object_threshold`` (0:
-    off) are named in the image's prompt, as ``prompt_words`` are in training.
+    The object that EfficientNet-Lite's classifiers see with a probability of ``object_threshold``
+    (0: off) is named in the image's prompt, as ``prompt_words`` are in training; but not
+    ``known_objects``, frequent in training captions.
     """
 
     place = "decode"
@@ -295,6 +296,7 @@ class DecodeSettings(Section):
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0
     object_threshold: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
 class ConfidenceOptions(Section):
@@ -330,6 +332,9 @@ class Recipe(Section):
     # Words that captions of a training image share, in its prompt: at most so many. Captioning puts
     # those of `decode.object_threshold` there.
     prompt_words: Annotated[int, Field(ge=0, le=10)] = 0
+    # Other weights of the bridge for images whose prompt names an object, kept as a difference:
+    # `vlm-bridge average --named-apart-from` makes them.
+    prompt_delta: bool = False
     num_workers: Annotated[CountOrZero, PLACE] = 2
     # Share of a split's captions, and of its images, that may be unreadable; they are skipped.
     max_bad_samples: Annotated[Number, Field(ge=0, le=1)] = 0.01
@@ -502,7 +507,7 @@ REMOVED: dict[str, object] = {
     "feature_cache_pooling": 1, "text_state_cache": False, "scst_baseline": "leave_one_out",
     "loss_kernel": "auto", "shuffle_buffer": 0, "distillation": None,
 }  # fmt: skip
-REMOVED_FROM_DECODE = ("object_bonus", "known_objects")  # `object_threshold` took their place
+REMOVED_FROM_DECODE = ("object_bonus",)  # `object_threshold` took its place
 OUTPUT_DIR = "output_dir"  # folder of a run, short for `run_folders`
 MODEL_SECTIONS = frozenset({"vision_encoder", "language_model", "bridge", "decode"})
 

@@ -27,6 +27,9 @@ CHECKPOINTS = {"latest_checkpoint.pth", "best_model.pth", "best_model_weights_on
 REMOVED_OPTIONS: dict[str, set[str]] = {
     # The command prints what fetches a dataset.
     "vlm-bridge data download": {"--dry-run", "--json", "--keep-archives", "--part"},
+    # What a classifier sees is named in the prompt: --object-threshold.
+    "vlm-bridge caption": {"--object-bonus"},
+    "vlm-bridge evaluate": {"--object-bonus"},
 }
 """Command -> options that were taken away on purpose."""
 SCALARS = {

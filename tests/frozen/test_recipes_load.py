@@ -21,6 +21,7 @@ SHIPPED = (
     "blip-pvt-coco", "blip-pvt-coco-small", "blip-pvt-conceptual", "blip-pvt-cpu",
     "blip-pvt-flickr30k", "captioner-flickr8k", "captioner-flickr8k-long",
     "captioner-flickr8k-scst", "captioner-flickr8k-views", "captioner-flickr8k-views-scst",
+    "captioner-flickr8k-words", "captioner-flickr8k-words-scst",
     "lite-flickr8k", "quickstart", "scratch-flickr8k", "training-default",
 )  # fmt: skip
 KEPT = {

@@ -100,7 +100,7 @@ def test_a_token_is_placed_by_the_position_that_predicts_it(
     # Position t looks at the class token, and at patch t alone behind it.
     attention = torch.eye(10)[1:]
     attention[:, 0] = 1000
-    monkeypatch.setattr(ATTENTION, lambda _, __, ids: attention[: ids.shape[1]][None])
+    monkeypatch.setattr(ATTENTION, lambda _, __, ids, **___: attention[: ids.shape[1]][None])
     words = explain(captioner, image, caption="a small red square").words
     assert [int(word.map.argmax()) for word in words] == [0, 1, 2, 3]
     assert all(word.map.max() == 1 for word in words)

@@ -18,6 +18,7 @@ from captioners import (
     tiny_recipe,
     toy_captioner,
 )
+from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import DecodeSettings, VisionEncoderConfig, recipe_from_dict
 from vlm_bridge.data_pipeline.hints import (
     SHARE_WITHOUT,
@@ -38,6 +39,7 @@ from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.generation import ObjectNamer, imagenet_objects
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
 from vlm_bridge.model_architecture.weights import packaged_file
+from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import prompted
 
 PLAIN = DecodeSettings(num_beams=3, max_new_tokens=10)
@@ -137,10 +139,42 @@ def test_draws_of_an_image_do_not_depend_on_the_words_of_others() -> None:
     assert [caption.ids for caption in first] == [caption.ids for caption in second]
 
 
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_images_with_words_have_weights_of_their_own(
+    bridge: str, tmp_path: Path, tiny_vit_dir: Path, tiny_llama_dir: Path, tiny_bert_dir: Path
+) -> None:
+    language_model = tiny_bert_dir if bridge == "projection" else tiny_llama_dir
+    recipe = tiny_recipe(tiny_vit_dir, language_model, bridge)
+    plain, named = tiny_captioner(recipe), tiny_captioner(recipe)
+    with torch.no_grad():
+        for parameter in named.bridge.parameters():
+            parameter.mul_(1.5)
+    paths = {name: tmp_path / f"{name}.pth" for name in ("plain", "named", "both")}
+    checkpoints.save_checkpoint(paths["plain"], recipe, plain.trained_state_dict())
+    checkpoints.save_checkpoint(paths["named"], recipe, named.trained_state_dict())
+    checkpoints.save_average(paths["both"], [paths["named"]], paths["plain"])
+    both = Captioner.from_pretrained(paths["both"])
+    assert both.recipe.prompt_delta
+    features, start = random_features(plain, 2), both.format.prompt_ids
+    hints = [[], [7, 8]]
+    found = both.model.generate(features, start, PLAIN, hints=hints)
+    for index, model in enumerate((plain, named)):
+        (alone,) = model.generate(
+            features[index : index + 1], start, PLAIN, hints=hints[index : index + 1]
+        )
+        assert found[index].ids == alone.ids
+        assert found[index].score == pytest.approx(alone.score, abs=1e-4)
+    # A run that starts from it trains the plain weights, and may leave the difference out.
+    content = checkpoints.load_checkpoint(paths["both"])
+    checkpoints.restore(plain, content, paths["both"], is_start=True)
+    with pytest.raises(checkpoints.CheckpointError, match="prompt_delta"):
+        checkpoints.restore(plain, content, paths["both"])
+
+
 def test_objects_of_the_classifier_are_named_in_the_prompt() -> None:
     model = toy_captioner("deep_prefix")
     features = random_features(model, 2)
-    model.object_namer = lambda features_bnd, threshold: [["cat"], []]  # type: ignore[assignment]
+    model.object_namer = lambda *_: [["cat"], []]  # type: ignore[assignment]
     model.language_model.encode_all = lambda texts: [
         [4] if text == "cat\n" else [] for text in texts
     ]
@@ -165,8 +199,8 @@ def test_an_encoder_that_does_not_classify_is_refused(
 
 
 def test_recipes_with_the_earlier_bonus_are_read() -> None:
-    decode = {"object_bonus": 12.0, "known_objects": ["dog"], "num_beams": 5}
-    assert recipe_from_dict({"decode": decode}).decode == DecodeSettings(num_beams=5)
+    decode = recipe_from_dict({"decode": {"object_bonus": 12.0, "known_objects": ["dog"]}}).decode
+    assert decode == DecodeSettings(known_objects=("dog",))
 
 
 @needs_lite
@@ -180,7 +214,8 @@ def test_classes_are_those_of_the_encoder() -> None:
     tabby = weight[281].expand(1, encoder.num_tokens, -1)
     features = torch.cat((tabby * 20, tabby * 0))
     assert namer(features, 0.5) == [["cat"], []]
-    assert len(namer(features, 0.0)[1]) == 2
+    assert len(namer(features, 0.0)[1]) == 1
+    assert namer(features, 0.5, known=["cat"]) == [[], []]
     # Side by side, the mean of both counts.
     pair: Any = build_vision_encoder(
         VisionEncoderConfig(name="efficientnet-lite0 + efficientnet-lite0")

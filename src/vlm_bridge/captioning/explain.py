@@ -89,7 +89,7 @@ def explain(
     (hint,) = model.hints(features_bnd, decode or captioner.recipe.decode)
     tokens = whole.with_targets(whole.targets([caption])[0], hint)
     ids_bt = torch.tensor([tokens.input_ids], device=model.device)
-    attention_tn = image_attention(model, features_bnd, ids_bt)[0]
+    attention_tn = image_attention(model, features_bnd, ids_bt, is_named=len(hint) > 0)[0]
     on_grid_tn = attention_tn[:, -grid[0] * grid[1] :].double().cpu()
 
     skipped = {IGNORE_INDEX, *language_model.tokenizer.all_special_ids, language_model.eos_id}
@@ -103,7 +103,11 @@ def explain(
 
 @torch.inference_mode()
 def image_attention(
-    model: CaptionModel, features_bnd: torch.Tensor, input_ids_bt: torch.Tensor
+    model: CaptionModel,
+    features_bnd: torch.Tensor,
+    input_ids_bt: torch.Tensor,
+    *,
+    is_named: bool = False,
 ) -> torch.Tensor:
     """Return how each text position attends to the image tokens, float32 [B, T, N], not normalized.
 
@@ -113,12 +117,14 @@ def image_attention(
     Raises:
         ModelError: the language model does not return its attention weights.
     """
-    image, language_model = model.image_inputs(features_bnd), model.language_model
+    image = model.image_inputs(features_bnd, is_named=is_named)
+    language_model = model.language_model
     look = _attention_to_image if image.edit is None else _text_before_edit
     with language_model.use_attention("eager"):
         seen_bt = look(language_model, image, input_ids_bt)
     features_bnd = model.bridge_features(features_bnd)
-    return model.bridge.image_attention(features_bnd, seen_bt.to(features_bnd.dtype)).float()
+    bridge = model.bridge_for(is_named=is_named)
+    return bridge.image_attention(features_bnd, seen_bt.to(features_bnd.dtype)).float()
 
 
 def _text_before_edit(

@@ -192,6 +192,9 @@ def _open_points(recipe: Recipe, facts: CardFacts, original: bool) -> Iterator[s
 def average(
     checkpoint: Annotated[list[str], typer.Argument(help="Checkpoints, runs or hub models.")],
     output_dir: Annotated[Path, Option(help="Folder of the averaged run; made if need be.")],
+    named_apart_from: Annotated[
+        str | None, Option(help="Run for images without an object in the prompt.")
+    ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Average the trained weights of several runs, which often captions better than any of them.
@@ -206,7 +209,8 @@ def average(
     target = output_dir / "checkpoints" / checkpoints.BEST_WEIGHTS
     options.refuse_existing(target, overwrite)
     paths = [checkpoints.find_checkpoint(name) for name in checkpoint]
-    checkpoints.save_average(target, paths)
+    plain = checkpoints.find_checkpoint(named_apart_from) if named_apart_from else None
+    checkpoints.save_average(target, paths, plain)
     print(f"wrote {target}, the mean of {', '.join(map(str, paths))}")
     print(f"next: vlm-bridge caption IMAGE --checkpoint {output_dir}")
 

@@ -46,7 +46,7 @@ TRAINING = "steps"  # what progress of training counts
 # Keys of the start's recipe that its weights or its speed depend on; the others are chosen anew.
 KEPT = (
     "vision_encoder", "language_model", "bridge", "decode", "confidence", "trainable",
-    "max_caption_tokens", "prompt_words", "amp_dtype", "gradient_checkpointing",
+    "max_caption_tokens", "prompt_delta", "amp_dtype", "gradient_checkpointing",
 )  # fmt: skip
 LONGEST_CAPTION = 160  # tokens
 

@@ -5,6 +5,7 @@ Tensor names carry their shape: b images, r rows of text, n image tokens, t text
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -45,7 +46,8 @@ from vlm_bridge.model_architecture.weights import build_language_model
 # and the caption of an image would depend on its batch.
 FEWEST_IMAGES, FEWEST_ROWS = 2, 3
 TOKENS_PER_WORD = 8  # of a prompt's words, at most
-KEPT = ("bridge.", "feature_scale.", "familiarity.")  # in a checkpoint, trained or not
+# In a checkpoint, trained or not.
+KEPT = ("bridge.", "feature_scale.", "familiarity.", "prompt_delta.")
 
 
 class FeatureScale(nn.Module):
@@ -81,11 +83,14 @@ class CaptionModel(nn.Module):
         *,
         standardize: bool,
         remembered_images: int = 0,
+        prompt_delta: Bridge | None = None,
     ):
         super().__init__()
         self.vision_encoder = vision_encoder
         self.language_model = language_model
         self.bridge = bridge
+        # What is added to the bridge's weights where the prompt names an object.
+        self.prompt_delta = prompt_delta
         if bridge.output == "key_value_prefix":
             language_model.accept_prefix()
         if bridge.output == "edit":
@@ -130,13 +135,17 @@ class CaptionModel(nn.Module):
         with torch.autocast(values.device.type, enabled=False):
             return torch.cat([encode(_filled_up(b, FEWEST_IMAGES))[: len(b)] for b in parts])
 
-    def image_inputs(self, features_bnd: torch.Tensor) -> ImageInputs:
+    def image_inputs(self, features_bnd: torch.Tensor, *, is_named: bool = False) -> ImageInputs:
         """Return what the language model reads of images; captions of an image share it.
+
+        Args:
+            is_named: whether the prompts name objects.
 
         Raises:
             ModelError: `encode` and `output` of the bridge disagree.
         """
-        image, bridge = self.bridge.encode(self.bridge_features(features_bnd)), self.bridge
+        bridge = self.bridge_for(is_named=is_named)
+        image = bridge.encode(self.bridge_features(features_bnd))
         soft = 0 if image.soft_tokens is None else image.soft_tokens.shape[1]
         if getattr(image, bridge.output) is None or soft != bridge.num_soft_tokens:
             raise ModelError(
@@ -145,6 +154,17 @@ class CaptionModel(nn.Module):
                 "agree"
             )
         return image
+
+    def bridge_for(self, *, is_named: bool) -> Bridge:
+        """Return the bridge, or for prompts that name objects, a copy with `prompt_delta`."""
+        if not is_named or self.prompt_delta is None:
+            return self.bridge
+        bridge = copy.deepcopy(self.bridge)
+        for parameter, delta in zip(
+            bridge.parameters(), self.prompt_delta.parameters(), strict=True
+        ):
+            parameter.data.add_(delta)
+        return bridge
 
     def bridge_features(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Return features [B, N, D] as the bridge reads them: standardized, in its precision."""
@@ -213,8 +233,8 @@ class CaptionModel(nn.Module):
         """Caption each row of features: the best beams, or as many draws; an image's side by side.
 
         Args:
-            hints: tokens for each image's prompt (`hint_tokens`); None names its objects,
-                if ``decode.object_threshold`` says so.
+            hints: tokens for each image's prompt (`hint_tokens`); None names the objects of
+                ``decode.object_threshold``.
             keys: a number for each image, from which its draws follow together with
                 ``decode.seed``; None takes the content of its features.
 
@@ -236,6 +256,7 @@ class CaptionModel(nn.Module):
                 decode,
                 num_return_sequences,
                 [keys[index] for index in some] if keys is not None else [],
+                is_named=length > 0,
             )
             for index, of_image in zip(some, found, strict=True):
                 captions[index] = of_image
@@ -248,6 +269,7 @@ class CaptionModel(nn.Module):
         decode: DecodeSettings,
         per_image: int,
         keys: list[int],
+        is_named: bool,
     ) -> list[list[Caption]]:
         """Return the captions of each image; its prompts have one length."""
         num_images = len(features_bnd)
@@ -255,7 +277,7 @@ class CaptionModel(nn.Module):
         more = len(features_bnd) - num_images
         found = search(
             self.language_model,
-            self.image_inputs(features_bnd),
+            self.image_inputs(features_bnd, is_named=is_named),
             prompts + prompts[-1:] * more,
             decode,
             keys=keys + keys[-1:] * more,
@@ -268,7 +290,7 @@ class CaptionModel(nn.Module):
         """Return tokens that name the objects of each image in its prompt; often none."""
         if not decode.object_threshold:
             return [[]] * len(features_bnd)
-        names = self.object_namer(features_bnd, decode.object_threshold)
+        names = self.object_namer(features_bnd, decode.object_threshold, decode.known_objects)
         return hint_tokens(names, self.language_model.encode_all)
 
     def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
@@ -339,9 +361,15 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
         bridge.set_output_scale(language_model.embedding_std())
     standardize = recipe.bridge.standardize_features
     remembered = recipe.confidence.remembered_images if recipe.confidence else 0
+    prompt_delta = None
+    if recipe.prompt_delta:
+        prompt_delta = copy.deepcopy(bridge)
+        for parameter in prompt_delta.parameters():
+            torch.nn.init.zeros_(parameter)
     model = CaptionModel(
-        encoder, language_model, bridge, standardize=standardize, remembered_images=remembered
-    )
+        encoder, language_model, bridge,
+        standardize=standardize, remembered_images=remembered, prompt_delta=prompt_delta,
+    )  # fmt: skip
     choose_trainable(model, recipe.trained)
     if recipe.decode.object_threshold and not meta:
         _ = model.object_namer  # an encoder without a classifier is an error now, not in an epoch

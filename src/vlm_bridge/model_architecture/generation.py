@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -30,8 +30,6 @@ from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.bridges import ImageInputs
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.vision_encoder import EfficientNetLiteEncoder
-
-MOST_NAMES = 2  # objects that a prompt names
 
 
 class Caption(NamedTuple):
@@ -251,12 +249,15 @@ class ObjectNamer:
         ]
         return torch.stack(found).mean(0) @ self._members
 
-    def __call__(self, features_bnd: torch.Tensor, threshold: float) -> list[list[str]]:
-        """Return the likeliest objects of each image, as probable as ``threshold`` at least."""
-        values, indices = self.probabilities(features_bnd).topk(MOST_NAMES)
+    def __call__(
+        self, features_bnd: torch.Tensor, threshold: float, known: Collection[str] = ()
+    ) -> list[list[str]]:
+        """Return the likeliest object of each image; none below ``threshold``, none ``known``."""
+        values, indices = self.probabilities(features_bnd).max(-1)
+        names = [self.names[index] for index in indices.tolist()]
         return [
-            [self.names[i] for value, i in zip(*row, strict=True) if value >= threshold]
-            for row in zip(values.tolist(), indices.tolist(), strict=True)
+            [name] if value >= threshold and name not in known else []
+            for value, name in zip(values.tolist(), names, strict=True)
         ]
 
 

@@ -153,10 +153,14 @@ def stored_as(weights: Mapping[str, torch.Tensor], dtype: StorageDtype) -> dict[
     return stored
 
 
-def save_average(target: Path, paths: Sequence[Path]) -> None:
+def save_average(target: Path, paths: Sequence[Path], plain: Path | None = None) -> None:
     """Write the mean of checkpoints' weights in float32, with the recipe of the first.
 
     Raises CheckpointError where they are not of one architecture.
+
+    Args:
+        plain: checkpoint whose bridge captions images without an object in the prompt; the mean is
+            for the others (`prompt_delta`).
     """
     contents = [load_checkpoint(path) for path in paths]
     recipe = recipe_of(contents[0], paths[0], is_built=False)
@@ -169,8 +173,24 @@ def save_average(target: Path, paths: Sequence[Path]) -> None:
     }
     # Runs of other seeds remember other images.
     mean |= {n: x for n, x in contents[0]["weights"].items() if n.startswith("familiarity.")}
+    if plain is not None:
+        recipe = recipe.replace(prompt_delta=True)
+        mean = _apart_from(plain, recipe, mean)
     version = min(content["format_version"] for content in contents)
     save_checkpoint(target, recipe, mean, format_version=version)
+
+
+def _apart_from(
+    plain: Path, recipe: Recipe, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return weights with the bridge of ``plain``, and their own one as a difference from it."""
+    content, bridge = load_checkpoint(plain), "bridge."
+    check_architecture(content, recipe, plain)
+    of_plain = {n: x.float() for n, x in content["weights"].items() if n.startswith(bridge)}
+    own = {n: x for n, x in weights.items() if n.startswith(bridge)}
+    _refuse(misfits(of_plain, own), plain)
+    delta = {f"prompt_delta.{n.removeprefix(bridge)}": own[n] - of_plain[n] for n in own}
+    return weights | of_plain | delta
 
 
 # --- where checkpoints are ---
@@ -349,8 +369,8 @@ def restore(
     """Load a checkpoint's weights into a captioner. Raises CheckpointError.
 
     Args:
-        is_start: LoRA adapters and remembered images that the checkpoint does not have stay as
-            they are.
+        is_start: adapters, remembered images and the difference for prompts that the checkpoint
+            does not have stay as they are; those that the captioner does not have are left out.
     """
     scale = embedding_scale(model.language_model.causal_lm.get_input_embeddings())
     bridge = model.bridge
@@ -362,10 +382,12 @@ def restore(
             "it again"
         )
     weights = content["weights"]
-    for new in (".lora_", "familiarity.") if is_start else ():
-        if not any(new in name for name in weights):
-            ours = model.trained_state_dict()
-            weights = {name: ours[name] for name in ours if new in name} | weights
+    ours = model.trained_state_dict()
+    for part in (".lora_", "familiarity.", "prompt_delta.") if is_start else ():
+        if not any(part in name for name in weights):
+            weights = {name: ours[name] for name in ours if part in name} | weights
+        elif part != ".lora_" and not any(part in name for name in ours):
+            weights = {name: x for name, x in weights.items() if part not in name}
     load_weights(model, weights, where)
 
 
