@@ -20,14 +20,14 @@ from vlm_bridge import Captioner
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "images" / "photographs.jpg"
 JUDGMENTS = {
-    "coffee": ("A cup of coffee is sitting on a wooden bench.", True, "right, if a table is a bench"),
-    "chelsea": ("A cat is drinking from a glass.", False, "a cat, but no glass"),
+    "coffee": ("A coffee cup sits in the air.", False, "it is on a table"),
+    "chelsea": ("A person is holding a cat.", False, "a cat, and nobody else"),
     "china": (
-        "A group of people are standing in front of a building.", False, "a building, but nobody there",
+        "Two children are standing in front of a tall building.", False, "a building, but nobody there",
     ),
-    "rocket": ("A person is standing in front of a field of snow.", False, "a rocket on its pad"),
-    "astronaut": ("A man in a red shirt is playing a soccer game.", False, "a woman in a space suit"),
-    "flower": ("A white horse is standing in a field.", False, "a flower"),
+    "rocket": ("A woman is standing in front of a yellow tent.", False, "a rocket on its pad"),
+    "astronaut": ("A boy in a red jersey is playing soccer.", False, "a woman in a space suit"),
+    "flower": ("A mushroom is standing in a mushroom.", False, "a flower"),
 }  # fmt: skip
 """Of each photo: the caption that was judged, whether it is right, and a remark."""
 
@@ -68,6 +68,7 @@ def main(checkpoint: str | None = None) -> None:
         pen.text((x, y + TILE[1] + 8), "\n".join(text), "black", ImageFont.load_default(20))
         below = y + TILE[1] + 14 + 25 * len(text)
         draw_mark(pen, x, below, right)
+        remark = f"unsure; {remark}" if result.unsure else remark
         pen.text((x + 26, below), remark, RIGHT if right else WRONG, ImageFont.load_default(17))
     sheet.save(OUTPUT, quality=88, optimize=True)
 

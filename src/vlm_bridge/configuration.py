@@ -281,7 +281,8 @@ class DecodeSettings(Section):
 
     The object that EfficientNet-Lite's classifiers see with a probability of ``object_threshold``
     (0: off) is named in the image's prompt, as ``prompt_words`` are in training; but not
-    ``known_objects``, frequent in training captions.
+    ``known_objects``, frequent in training captions. Of images unlike those of training
+    (``confidence.unlike_below``), ``unlike_object_threshold`` is enough.
     """
 
     place = "decode"
@@ -296,6 +297,7 @@ class DecodeSettings(Section):
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0
     object_threshold: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    unlike_object_threshold: Annotated[Number, Field(ge=0, le=1)] = 1.0
     known_objects: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
@@ -305,6 +307,7 @@ class ConfidenceOptions(Section):
     Attributes:
         remembered_images: training images whose mean features are kept; what counts is an image's
             similarity to the nearest.
+        unlike_below: images of less similarity are unlike the training images.
         weights: log-odds: a constant, per nat of the caption's score, per unit of similarity;
             `benchmarks.confidence` fits them to labeled captions.
         unsure_below: captions of less confidence are marked as unsure.
@@ -312,6 +315,7 @@ class ConfidenceOptions(Section):
 
     place = "confidence"
     remembered_images: Size = 256
+    unlike_below: Share = 0.0
     weights: Annotated[tuple[Number, Number, Number], Field(strict=False)] = (0.0, 0.0, 0.0)
     unsure_below: Share = 0.0
 

@@ -185,6 +185,22 @@ def test_objects_of_the_classifier_are_named_in_the_prompt() -> None:
     assert named == model.generate(features, [TOY_START], PLAIN, hints=[[4], []])
 
 
+def test_of_an_unlike_image_less_sure_objects_are_named(
+    tiny_vit_dir: Path, tiny_llama_dir: Path
+) -> None:
+    options = {"remembered_images": 2, "unlike_below": 0.9}
+    model = tiny_captioner(tiny_recipe(tiny_vit_dir, tiny_llama_dir, confidence=options))
+    features = random_features(model, 2)
+    assert model.familiarity is not None
+    model.familiarity.remember(model.bridge_features(features[:1]))
+    asked: list[list[float]] = []
+    model.object_namer = lambda _, thresholds, __: (  # type: ignore[assignment]
+        asked.append(thresholds) or [[], []]
+    )
+    model.hints(features, PLAIN.replace(object_threshold=0.5, unlike_object_threshold=0.25))
+    assert asked == [[0.5, 0.25]]
+
+
 def test_an_encoder_that_does_not_classify_is_refused(
     tiny_vit_dir: Path, tiny_llama_dir: Path
 ) -> None:
@@ -213,9 +229,9 @@ def test_classes_are_those_of_the_encoder() -> None:
     # An image whose features are those that the classifier looks for, and one without any.
     tabby = weight[281].expand(1, encoder.num_tokens, -1)
     features = torch.cat((tabby * 20, tabby * 0))
-    assert namer(features, 0.5) == [["cat"], []]
-    assert len(namer(features, 0.0)[1]) == 1
-    assert namer(features, 0.5, known=["cat"]) == [[], []]
+    assert namer(features, [0.5, 0.5]) == [["cat"], []]
+    assert len(namer(features, [0.0, 0.0])[1]) == 1
+    assert namer(features, [0.5, 0.5], known=["cat"]) == [[], []]
     # Side by side, the mean of both counts.
     pair: Any = build_vision_encoder(
         VisionEncoderConfig(name="efficientnet-lite0 + efficientnet-lite0")

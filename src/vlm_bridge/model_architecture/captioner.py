@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_bridge.configuration import DecodeSettings, Recipe
+from vlm_bridge.configuration import ConfidenceOptions, DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.loader import CaptionFormat, hint_tokens, in_batches, with_hint
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
@@ -82,7 +82,7 @@ class CaptionModel(nn.Module):
         bridge: Bridge,
         *,
         standardize: bool,
-        remembered_images: int = 0,
+        confidence: ConfidenceOptions | None = None,
         prompt_delta: Bridge | None = None,
     ):
         super().__init__()
@@ -97,8 +97,8 @@ class CaptionModel(nn.Module):
             language_model.open_layer(bridge.first_layer)
         self.feature_scale = FeatureScale(vision_encoder.embed_dim) if standardize else None
         self.familiarity = None
-        if remembered_images:
-            self.familiarity = Familiarity(remembered_images, vision_encoder.embed_dim)
+        if confidence is not None:
+            self.familiarity = Familiarity(confidence, vision_encoder.embed_dim)
         # Positions before the text: soft tokens, and the start token before them.
         self.num_soft_positions = bridge.num_soft_tokens + (bridge.num_soft_tokens > 0)
         self._cache_options: dict[str, Any] = {}
@@ -290,7 +290,11 @@ class CaptionModel(nn.Module):
         """Return tokens that name the objects of each image in its prompt; often none."""
         if not decode.object_threshold:
             return [[]] * len(features_bnd)
-        names = self.object_namer(features_bnd, decode.object_threshold, decode.known_objects)
+        thresholds = torch.full((len(features_bnd),), decode.object_threshold)
+        if self.familiarity is not None:
+            is_unlike = self.familiarity.is_unlike(self.bridge_features(features_bnd)).cpu()
+            thresholds[is_unlike] = min(decode.object_threshold, decode.unlike_object_threshold)
+        names = self.object_namer(features_bnd, thresholds.tolist(), decode.known_objects)
         return hint_tokens(names, self.language_model.encode_all)
 
     def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
@@ -360,7 +364,6 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
     if not meta:
         bridge.set_output_scale(language_model.embedding_std())
     standardize = recipe.bridge.standardize_features
-    remembered = recipe.confidence.remembered_images if recipe.confidence else 0
     prompt_delta = None
     if recipe.prompt_delta:
         prompt_delta = copy.deepcopy(bridge)
@@ -368,7 +371,7 @@ def build_captioner(recipe: Recipe, *, meta: bool = False) -> CaptionModel:
             torch.nn.init.zeros_(parameter)
     model = CaptionModel(
         encoder, language_model, bridge,
-        standardize=standardize, remembered_images=remembered, prompt_delta=prompt_delta,
+        standardize=standardize, confidence=recipe.confidence, prompt_delta=prompt_delta,
     )  # fmt: skip
     choose_trainable(model, recipe.trained)
     if recipe.decode.object_threshold and not meta:

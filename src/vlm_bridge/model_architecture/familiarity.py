@@ -16,9 +16,10 @@ class Familiarity(nn.Module):
 
     memory: torch.Tensor
 
-    def __init__(self, num_images: int, dim: int):
+    def __init__(self, options: ConfidenceOptions, dim: int):
         super().__init__()
-        self.register_buffer("memory", torch.zeros(num_images, dim))
+        self.unlike_below = options.unlike_below
+        self.register_buffer("memory", torch.zeros(options.remembered_images, dim))
 
     @torch.no_grad()
     def remember(self, features_bnd: torch.Tensor) -> None:
@@ -31,6 +32,10 @@ class Familiarity(nn.Module):
     def forward(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Return the similarity [B], at most 1; 0 while nothing is remembered."""
         return (_directions(features_bnd).to(self.memory) @ self.memory.T).amax(1)
+
+    def is_unlike(self, features_bnd: torch.Tensor) -> torch.Tensor:
+        """Return for each image [B] whether it is unlike the training images."""
+        return self(features_bnd) < self.unlike_below
 
 
 def _directions(features_bnd: torch.Tensor) -> torch.Tensor:

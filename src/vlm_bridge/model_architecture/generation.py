@@ -250,14 +250,14 @@ class ObjectNamer:
         return torch.stack(found).mean(0) @ self._members
 
     def __call__(
-        self, features_bnd: torch.Tensor, threshold: float, known: Collection[str] = ()
+        self, features_bnd: torch.Tensor, thresholds: Sequence[float], known: Collection[str] = ()
     ) -> list[list[str]]:
-        """Return the likeliest object of each image; none below ``threshold``, none ``known``."""
+        """Return the likeliest object of each image; none below its threshold, none ``known``."""
         values, indices = self.probabilities(features_bnd).max(-1)
         names = [self.names[index] for index in indices.tolist()]
         return [
             [name] if value >= threshold and name not in known else []
-            for value, name in zip(values.tolist(), names, strict=True)
+            for value, threshold, name in zip(values.tolist(), thresholds, names, strict=True)
         ]
 
 
