@@ -72,7 +72,7 @@ def test_what_a_recipe_freezes_stays_as_it_is(
 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     changed = {name for name, tensor in everything.items() if not torch.equal(tensor, before[name])}
-    measured = {name for name in everything if name.startswith("feature_scale.")}
+    measured = {name for name in everything if name.startswith(("feature_scale.", "familiarity."))}
     assert changed <= trained | measured
     assert any(name.startswith("bridge.") for name in changed)
     assert any(name.startswith("language_model.") for name in trained) == (
