@@ -23,7 +23,10 @@ def start(
 ) -> Path:
     """A captioner to start from."""
     folder = tmp_path_factory.mktemp("start")
-    recipe = tiny_recipe(tiny_vit_dir, tiny_llama_dir, decode={"num_beams": 1, "max_new_tokens": 5})
+    recipe = tiny_recipe(
+        tiny_vit_dir, tiny_llama_dir, decode={"num_beams": 1, "max_new_tokens": 5},
+        confidence={"remembered_images": 4}, prompt_delta=True,
+    )  # fmt: skip
     weights = tiny_captioner(recipe).trained_state_dict()
     checkpoints.save_checkpoint(folder / checkpoints.BEST_WEIGHTS, recipe, weights)
     return folder
@@ -68,6 +71,12 @@ def test_a_folder_becomes_a_captioner(run: Callable, run_here: Callable, tmp_pat
     recipe = load_recipe(mine / "recipe.yaml")
     assert (recipe.max_steps, recipe.monitor, recipe.early_stopping_patience) == (3, "loss", None)
     assert recipe.decode.max_new_tokens > 5, "captions are cut to the length of the start's"
+    # What the start knows of prompts and of its own training images is not of these.
+    assert (recipe.confidence, recipe.prompt_delta, recipe.decode.object_threshold) == (
+        None,
+        False,
+        0,
+    )
     # The same command again finds everything done.
     again = run(images, "max_steps=3")
     assert again.returncode == 0 and "nothing is left to train" in again.stderr
