@@ -159,12 +159,7 @@ class CaptionModel(nn.Module):
         """Return the bridge, or for prompts that name objects, a copy with `prompt_delta`."""
         if not is_named or self.prompt_delta is None:
             return self.bridge
-        bridge = copy.deepcopy(self.bridge)
-        for parameter, delta in zip(
-            bridge.parameters(), self.prompt_delta.parameters(), strict=True
-        ):
-            parameter.data.add_(delta)
-        return bridge
+        return _moved(self.bridge, self.prompt_delta)
 
     def bridge_features(self, features_bnd: torch.Tensor) -> torch.Tensor:
         """Return features [B, N, D] as the bridge reads them: standardized, in its precision."""
@@ -244,7 +239,8 @@ class CaptionModel(nn.Module):
         if hints is None:
             hints = self.hints(features_bnd, decode)
         longest = len(prompt_ids) + max(map(len, hints), default=0)
-        self._check_request(decode, num_return_sequences, longest + self.num_soft_positions)
+        limit = self.language_model.max_positions
+        _check_request(decode, num_return_sequences, longest + self.num_soft_positions, limit)
         if decode.do_sample and keys is None:
             keys = image_keys(features_bnd)
         captions: list[list[Caption]] = [[]] * len(features_bnd)
@@ -297,19 +293,6 @@ class CaptionModel(nn.Module):
         names = self.object_namer(features_bnd, thresholds.tolist(), decode.known_objects)
         return hint_tokens(names, self.language_model.encode_all)
 
-    def _check_request(self, decode: DecodeSettings, per_image: int, num_before: int) -> None:
-        if not decode.do_sample and per_image > decode.num_beams:
-            raise ConfigurationError(
-                f"num_return_sequences={per_image} is more than decode.num_beams="
-                f"{decode.num_beams}: search with more beams, or sample"
-            )
-        limit = self.language_model.max_positions
-        if limit is not None and num_before + decode.max_new_tokens > limit:
-            raise ConfigurationError(
-                f"decode.max_new_tokens={decode.max_new_tokens} after {num_before} positions of "
-                f"prompt and image is more than the language model has, {limit}: ask for fewer"
-            )
-
     def use_static_cache(self) -> None:
         """Generate with a KV cache of fixed size, whose step transformers compiles.
 
@@ -338,6 +321,30 @@ class CaptionModel(nn.Module):
             for name, tensor in self.state_dict().items()
             if name in trained or name.startswith(KEPT)
         }
+
+
+def _moved(bridge: Bridge, delta: Bridge) -> Bridge:
+    """Return a copy of a bridge with the weights of another one added."""
+    bridge = copy.deepcopy(bridge)
+    for parameter, difference in zip(bridge.parameters(), delta.parameters(), strict=True):
+        parameter.data.add_(difference)
+    return bridge
+
+
+def _check_request(
+    decode: DecodeSettings, per_image: int, num_before: int, limit: int | None
+) -> None:
+    """Raise ConfigurationError for more captions than beams, or more positions than ``limit``."""
+    if not decode.do_sample and per_image > decode.num_beams:
+        raise ConfigurationError(
+            f"num_return_sequences={per_image} is more than decode.num_beams="
+            f"{decode.num_beams}: search with more beams, or sample"
+        )
+    if limit is not None and num_before + decode.max_new_tokens > limit:
+        raise ConfigurationError(
+            f"decode.max_new_tokens={decode.max_new_tokens} after {num_before} positions of "
+            f"prompt and image is more than the language model has, {limit}: ask for fewer"
+        )
 
 
 def _filled_up(tensor_b: torch.Tensor, count: int) -> torch.Tensor:
