@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlm_bridge.data_pipeline.caption_folder import CaptionFolder
-from vlm_bridge.model_architecture.generation import imagenet_objects
+from vlm_bridge.model_architecture.generation import object_names
 
 
 def known_objects(captions: Iterable[str], at_least: int) -> list[str]:
     """Names that, alone or in the plural, at least so many captions use as whole words."""
     counts: Counter[str] = Counter()
-    names = set(imagenet_objects().values())
+    names = object_names()
     forms = {form: name for name in names for form in (name, f"{name}s", f"{name}es")}
     pattern = re.compile(
         rf"\b({'|'.join(sorted(map(re.escape, forms), key=len, reverse=True))})\b", re.IGNORECASE

@@ -74,7 +74,7 @@ class Candidate(NamedTuple):
     unsure: bool | None = None
 
     def sureness(self) -> dict[str, Any]:
-        """Return confidence and unsure for JSON; empty where nothing was calibrated."""
+        """Return `confidence` and `unsure` for JSON; nothing where none was calibrated."""
         if self.confidence is None:
             return {}
         return {"confidence": round(self.confidence, 3), "unsure": self.unsure}
@@ -94,6 +94,7 @@ class CaptionResult:
     confidence: float | None = None
     unsure: bool | None = None
     error: str | None = None
+    sureness = Candidate.sureness
 
     def __str__(self) -> str:
         return self.caption or (str(ImageError(self.image, self.error)) if self.error else "")

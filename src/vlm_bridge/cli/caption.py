@@ -20,6 +20,7 @@ from vlm_bridge.errors import UsageError, on_one_line
 if TYPE_CHECKING:
     from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
     from vlm_bridge.captioning.results_file import ResultsFile
+    from vlm_bridge.configuration import DecodeSettings
     from vlm_bridge.data_pipeline.images import ImageReader
 
 
@@ -142,6 +143,7 @@ def _rows(
     """Yield image, caption and score, or image and error, which is also printed to stderr."""
     folder, panels = given["explain"], []
     settings, batch_size = options.given_settings(given), given["batch_size"]
+    decode = captioner.recipe.decode.replace(**settings)
     for result in captioner.stream(
         files, batch_size=batch_size, open_image=reader.open_image, **settings
     ):
@@ -150,10 +152,9 @@ def _rows(
             yield {"image": redact(result.image), "error": redact(result.error)}
             continue
         row = {"image": result.image, "caption": result.caption, "score": result.score}
-        if result.confidence is not None:
-            row |= {"confidence": round(result.confidence, 3), "unsure": result.unsure}
+        row |= result.sureness()
         if folder:
-            panels.append(_explain(captioner, result, folder, panels, reader))
+            panels.append(_explain(captioner, result, decode, folder, panels, reader))
             row["explanation"] = panels[-1]
         yield row
 
@@ -184,6 +185,7 @@ def _printing(as_json: bool, *, named: bool) -> Iterator[Callable[[dict[str, Any
 def _explain(
     captioner: Captioner,
     result: CaptionResult,
+    decode: DecodeSettings,
     folder: Path,
     others: Sequence[str],
     reader: ImageReader,
@@ -196,7 +198,7 @@ def _explain(
     while str(path) in others:  # an image of another folder has the same name
         path, number = folder / f"{stem}-{number}.png", number + 1
     image = reader.open_image(result.image)
-    attention_panels(explain(captioner, image, caption=result.caption), image).save(path)
+    attention_panels(explain(captioner, image, decode, caption=result.caption), image).save(path)
     return str(path)
 
 

@@ -76,6 +76,12 @@ def swap_words(words: Sequence[str], names: Sequence[str], seed: Sequence[int]) 
     return {name: word for name, word in swapped.items() if name not in words}
 
 
+def in_prompt(words: Sequence[str], swapped: Mapping[str, str]) -> list[str]:
+    """Return the words as the prompt names them."""
+    shown = {word: name for name, word in swapped.items()}
+    return [shown.get(word, word) for word in words]
+
+
 def with_swapped(caption: str, swapped: Mapping[str, str]) -> str:
     """Return a caption that names what the prompt names."""
     for name, word in swapped.items():

@@ -234,8 +234,7 @@ class ObjectNamer:
 
     def __init__(self, vision_encoder: nn.Module):
         self._classifiers = _classifiers_of(vision_encoder)
-        objects = imagenet_objects()
-        self.names = sorted(set(objects.values()))
+        objects, self.names = imagenet_objects(), object_names()
         self._members = torch.zeros(self._classifiers[0][1].out_features, len(self.names))
         for index, name in objects.items():
             self._members[index, self.names.index(name)] = 1
@@ -272,6 +271,11 @@ def imagenet_objects() -> dict[int, str]:
             first, _, last = classes.partition("-")
             names.update(dict.fromkeys(range(int(first), int(last or first) + 1), name))
     return names
+
+
+def object_names() -> list[str]:
+    """Return the names of `imagenet_objects`, each once, sorted."""
+    return sorted(set(imagenet_objects().values()))
 
 
 def _classifiers_of(encoder: Any) -> list[tuple[slice, nn.Linear]]:

@@ -14,7 +14,13 @@ import torch
 from vlm_bridge.configuration import Recipe
 from vlm_bridge.data_pipeline import features
 from vlm_bridge.data_pipeline.features import FeatureCache, OnTheFlyPixels, SplitFeatures, Views
-from vlm_bridge.data_pipeline.hints import draw_words, shared_words, swap_words, with_swapped
+from vlm_bridge.data_pipeline.hints import (
+    draw_words,
+    in_prompt,
+    shared_words,
+    swap_words,
+    with_swapped,
+)
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
     EpochPlan,
@@ -27,7 +33,7 @@ from vlm_bridge.data_pipeline.samples import CaptionedImage, DataFolder, Skipped
 from vlm_bridge.data_pipeline.splits import SplitName
 from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
-from vlm_bridge.model_architecture.generation import imagenet_objects
+from vlm_bridge.model_architecture.generation import object_names
 from vlm_bridge.model_architecture.vision_encoder import encoder_fingerprint
 from vlm_bridge.training_strategy.distributed import World
 
@@ -126,8 +132,7 @@ def prompted(
     images: Sequence[CaptionedImage], recipe: Recipe
 ) -> tuple[list[CaptionedImage], list[list[str]]]:
     """Draw words for each caption's prompt; return them, and images whose captions name them."""
-    names = sorted(set(imagenet_objects().values()))
-    changed, prompts = [], []
+    names, changed, prompts = object_names(), [], []
     for index, image in enumerate(images):
         shared, captions = shared_words(image.captions), []
         for number, caption in enumerate(image.captions):
@@ -135,8 +140,7 @@ def prompted(
             own = set(simple_tokenize([caption])[0].split())
             drawn = draw_words([w for w in shared if w in own], recipe.prompt_words, seed)
             swapped = swap_words(drawn, names, [*seed, 1])
-            shown = {word: name for name, word in swapped.items()}
-            prompts.append([shown.get(word, word) for word in drawn])
+            prompts.append(in_prompt(drawn, swapped))
             captions.append(with_swapped(caption, swapped))
         changed.append(replace(image, captions=tuple(captions)))
     return changed, prompts

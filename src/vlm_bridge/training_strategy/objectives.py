@@ -10,7 +10,13 @@ import torch
 
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.features import Features
-from vlm_bridge.data_pipeline.hints import draw_words, shared_words, swap_words, swapped_back
+from vlm_bridge.data_pipeline.hints import (
+    draw_words,
+    in_prompt,
+    shared_words,
+    swap_words,
+    swapped_back,
+)
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
     Row,
@@ -22,7 +28,7 @@ from vlm_bridge.device import to_device
 from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.metrics.cider import CiderD
 from vlm_bridge.model_architecture.captioner import CaptionModel
-from vlm_bridge.model_architecture.generation import imagenet_objects
+from vlm_bridge.model_architecture.generation import object_names
 from vlm_bridge.training_strategy.data import Split
 from vlm_bridge.training_strategy.validation import (
     LoadedBatch,
@@ -88,7 +94,7 @@ class SelfCritical(CrossEntropy):
         references = [image.captions for image in self.split.images]
         self.reward = CiderD([[f"{x} {END}" for x in simple_tokenize(some)] for some in references])
         self.num_samples = self.recipe.scst_samples
-        self._names = sorted(set(imagenet_objects().values()))
+        self._names = object_names()
         self._sampling = DecodeSettings(
             max_new_tokens=self.recipe.decode.max_new_tokens,
             do_sample=True,
@@ -131,8 +137,7 @@ class SelfCritical(CrossEntropy):
             candidates = shared_words(self.split.images[index].captions)
             drawn = draw_words(candidates, self.recipe.prompt_words, [seed, index])
             names = swap_words(drawn, self._names, [seed, index, 1])
-            shown = {word: name for name, word in names.items()}
-            words.append([shown.get(word, word) for word in drawn])
+            words.append(in_prompt(drawn, names))
             swapped.append(names)
         return words, swapped
 
