@@ -2,6 +2,8 @@
 
 * ``published_step``: the published recipe. One row a caption, padded to the longest; the encoder runs in every step on
   the picture of every caption; logits of all positions in float32; `nn.CrossEntropyLoss`. The same models and bridge.
+* ``hugging_face_step``: the same, as a good user of Hugging Face writes it: encoder, activations, logits and loss in
+  bfloat16, and the fused AdamW. The strongest rival.
 * ``encoder_decoder_step``: Hugging Face's `VisionEncoderDecoderModel` trained by `Trainer`. The same encoder, but its
   decoder needs cross-attention, which Llama and Gemma have not: a GPT-2 of the same width, depth, heads and vocabulary
   takes their place, frozen but for its cross-attention. Its weights are float32 under autocast, as `Trainer(bf16=True)`
@@ -16,6 +18,7 @@ same AdamW and gradient clipping as ours.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -92,21 +95,26 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
 # (a) The published recipe.
 
 
-def published_loss(system: System, batch: Batch) -> torch.Tensor:
-    """Mean loss per supervised token of rows of one caption."""
+def published_logits(system: System, batch: Batch, encoder: nn.Module) -> torch.Tensor:
+    """Logits [R, T, vocabulary] of rows of one caption, by the language model's own forward pass."""
     model = system.model
     bridge: Any = model.bridge
     with torch.no_grad():
-        features = model.vision_encoder(batch["images"])
+        features = encoder(batch["images"]).float()
     if model.feature_scale is not None:
         features = model.feature_scale(features)
     causal_lm = model.language_model.causal_lm
-    with attach(model.language_model, bridge.encode(features.float())) as attached:
-        logits = causal_lm(
+    with attach(model.language_model, bridge.encode(features)) as attached:
+        return causal_lm(
             **attached.inputs(batch["input_ids"]),
             attention_mask=batch["attention_mask"],
             use_cache=False,
-        ).logits.float()
+        ).logits
+
+
+def published_loss(system: System, batch: Batch) -> torch.Tensor:
+    """Mean loss per supervised token of rows of one caption."""
+    logits = published_logits(system, batch, system.model.vision_encoder).float()
     return nn.CrossEntropyLoss(ignore_index=IGNORE)(logits.flatten(0, 1), batch["labels"].flatten())
 
 
@@ -114,8 +122,32 @@ def published_step(system: System) -> Callable[[], None]:
     loader = DataLoader(
         CaptionDataset(system), batch_size=system.recipe.batch_size, collate_fn=collate
     )
-    parameters = list(system.model.bridge.parameters())
-    return _loop(system, loader, parameters, lambda batch: published_loss(system, batch))
+    return _loop(system, loader, _trained(system), lambda batch: published_loss(system, batch))
+
+
+def _trained(system: System) -> list[nn.Parameter]:
+    return [parameter for parameter in system.model.parameters() if parameter.requires_grad]
+
+
+# The same, as a good user of Hugging Face writes it.
+
+
+def hugging_face_loss(system: System, batch: Batch, encoder: nn.Module) -> torch.Tensor:
+    """Mean loss per supervised token from logits in bfloat16."""
+    logits = published_logits(system, batch | {"images": batch["images"].bfloat16()}, encoder)
+    with torch.autocast(logits.device.type, enabled=False):  # it would make them float32
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE
+        )
+
+
+def hugging_face_step(system: System) -> Callable[[], None]:
+    encoder = copy.deepcopy(system.model.vision_encoder).bfloat16()
+    loader = DataLoader(
+        CaptionDataset(system), batch_size=system.recipe.batch_size, collate_fn=collate
+    )
+    loss_of = lambda batch: hugging_face_loss(system, batch, encoder)  # noqa: E731
+    return _loop(system, loader, _trained(system), loss_of, fused=True)
 
 
 # (c) ClipCap.
@@ -173,11 +205,12 @@ def _loop(
     loader: DataLoader,
     parameters: list[nn.Parameter],
     loss_of: Callable[[Batch], torch.Tensor],
+    **options: Any,
 ) -> Callable[[], None]:
-    """The loop of (a) and (c): autocast around the forward pass, backward, clip, step."""
+    """The usual loop: autocast around the forward pass, backward, clip, step (AdamW with ``options``)."""
     recipe, device = system.recipe, system.model.device
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, **options
     )
 
     def run() -> None:

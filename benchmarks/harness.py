@@ -49,7 +49,7 @@ class Variant:
         run: does all of it once; may be called any number of times.
         samples: captions trained, or images encoded, captioned or read, in one call.
         tokens: of these, tokens that are not padding; 0 where there is no text.
-        flops: floating-point operations that the work needs (`frozen_training_flops`), None where nobody asks.
+        flops: floating-point operations that the work needs (`training_flops`), None where nobody asks.
     """
 
     name: str
@@ -72,7 +72,11 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The seconds of each repeat of a variant, in the order of repeats; none where only memory was measured."""
+    """The seconds of each repeat of a variant, in the order of repeats; none where only memory was measured.
+
+    Attributes:
+        cpu_seconds: of all threads of this process, which other work on the machine changes less than the time.
+    """
 
     variant: str
     seconds: tuple[float, ...]
@@ -80,6 +84,7 @@ class Measurement:
     tokens: int = 0
     flops: float | None = None
     peak: Peak | None = None
+    cpu_seconds: tuple[float, ...] = ()
 
     @property
     def median_seconds(self) -> float:
@@ -172,19 +177,24 @@ def measure(
 ) -> list[Measurement]:
     """Time variants in turns: one unmeasured round, then ``repeats`` rounds, every other one in reverse order."""
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    cpu_seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for repeat in range(-1, repeats):
         for variant in variants if repeat % 2 else reversed(variants):
-            started = _now(device)
+            started, cpu_started = _now(device), time.process_time()
             variant.run()
-            elapsed = _now(device) - started
+            elapsed, cpu = _now(device) - started, time.process_time() - cpu_started
             if repeat >= 0:
                 seconds[variant.name].append(elapsed)
-            say(
-                f"{'warm-up' if repeat < 0 else f'repeat {repeat + 1}/{repeats}'}: {variant.name} {elapsed:.3f} s"
-            )
+                cpu_seconds[variant.name].append(cpu)
+            turn = "warm-up" if repeat < 0 else f"repeat {repeat + 1}/{repeats}"
+            say(f"{turn}: {variant.name} {elapsed:.3f} s, {cpu:.3f} s of CPU")
     return [
-        Measurement(v.name, tuple(seconds[v.name]), v.samples, v.tokens, v.flops) for v in variants
-    ]
+        Measurement(
+            v.name, tuple(seconds[v.name]), v.samples, v.tokens, v.flops,
+            cpu_seconds=tuple(cpu_seconds[v.name]),
+        )
+        for v in variants
+    ]  # fmt: skip
 
 
 def _now(device: torch.device | None) -> float:
@@ -211,18 +221,21 @@ def matmul_flops_per_second(
     return best
 
 
-def frozen_training_flops(parameters: int, tokens: int, *, without_gradient: int = 0) -> float:
-    """Operations of a training step through a frozen language model: 4 x parameters x tokens.
+def training_flops(
+    parameters: int, tokens: int, *, is_trained: bool = False, passes_gradient: bool = True
+) -> float:
+    """Operations of a training step through matrices of a language model.
 
-    Two for the forward pass and two for the gradient of the activations; a model that learns needs two more
-    for that of its weights (Kaplan et al. 2020, table 1). Attention scores, the bridge and the encoder are left out.
+    Two per parameter and token for the forward pass, two for the gradient of the activations, and two for that of the
+    weights where they are trained (Kaplan et al. 2020, table 1). Attention scores, the bridge and the encoder are left
+    out.
 
     Args:
         parameters: those that multiply: the head's included, the table of input embeddings not.
         tokens: that are not padding.
-        without_gradient: parameters of layers below the one where the image enters; nothing passes back through them.
+        passes_gradient: False below the layer where the image enters; nothing passes back through these.
     """
-    return float(4 * parameters - 2 * without_gradient) * tokens
+    return 2.0 * parameters * tokens * (1 + passes_gradient + is_trained)
 
 
 # Memory.
@@ -311,8 +324,12 @@ class Report:
     def add_ratio(self, fast: str, slow: str, name: str | None = None) -> float:
         """How many times as many samples a second ``fast`` does as ``slow``: the median over repeats."""
         a, b = self[fast], self[slow]
-        of_repeats = np.array(b.seconds) / np.array(a.seconds) * (a.samples / b.samples)
-        return self._add(name or f"{fast} / {slow}: samples/s", float(np.median(of_repeats)))
+        name, per_sample = name or f"{fast} / {slow}", a.samples / b.samples
+        if all(a.cpu_seconds):
+            of_cpu = np.array(b.cpu_seconds) / np.array(a.cpu_seconds) * per_sample
+            self._add(f"{name}: samples per CPU second", float(np.median(of_cpu)))
+        of_repeats = np.array(b.seconds) / np.array(a.seconds) * per_sample
+        return self._add(f"{name}: samples/s", float(np.median(of_repeats)))
 
     def add_memory_ratio(self, small: str, large: str, name: str | None = None) -> None:
         """Peak memory of ``small`` over that of ``large``, absolute and over the models; nothing where not measured."""
@@ -345,6 +362,7 @@ class Report:
                 "tokens_per_second": m.tokens_per_second,
                 "peak_bytes": m.peak.absolute if m.peak else None,
                 "spread": m.spread,
+                "cpu_seconds": list(m.cpu_seconds),
             }
             for m in self.measurements
         ]
@@ -353,9 +371,16 @@ class Report:
         """The rows as a Markdown table; columns that no row fills are left out."""
         columns = {
             "variant": [m.variant for m in self.measurements],
+            "seconds": [
+                _cell((m.seconds and m.median_seconds) or None, ".2f") for m in self.measurements
+            ],
             "samples/s": [_cell(m.samples_per_second, ".2f") for m in self.measurements],
             "tokens/s": [_cell(m.tokens_per_second, ".0f") for m in self.measurements],
             "spread": [_cell(m.spread, ".1%") for m in self.measurements],
+            "CPU s": [
+                _cell(float(np.median(m.cpu_seconds)) if m.cpu_seconds else None, ".2f")
+                for m in self.measurements
+            ],
             "of matmul peak": [_cell(self._share(m), ".1%") for m in self.measurements],
             "peak GiB": [_cell(m.peak and m.peak.absolute / GIB, ".2f") for m in self.measurements],
             "over models GiB": [

@@ -1,7 +1,7 @@
 """The systems that benchmarks run: frozen models, a bridge that looks as if it were trained, and captioned images.
 
 `lite` is the shipped recipe with its real weights on a caption folder. `gemma-like`, `dinov2-gemma` and `pvt-blip`
-(for captioning only) have random weights of real shapes, and captions of random tokens. With ``tiny``, all are small
+have random weights of real shapes, and captions of random tokens. With ``tiny``, all are small
 random models of the same kinds.
 """
 
@@ -49,7 +49,7 @@ from vlm_bridge.model_architecture.weights import read_config
 from vlm_bridge.training_strategy.validation import Features
 
 SystemName = Literal["lite", "gemma-like", "dinov2-gemma", "pvt-blip"]
-SYSTEMS: tuple[SystemName, ...] = ("lite", "gemma-like", "dinov2-gemma")
+SYSTEMS: tuple[SystemName, ...] = ("lite", "gemma-like", "dinov2-gemma", "pvt-blip")
 START, EOS = 1, 2
 """Of captions of random tokens."""
 
@@ -97,7 +97,8 @@ def build_system(
         with device:
             model = random_captioner(recipe, *random_configs(name, tiny=tiny))
         num_images = -(-num_captions // recipe.captions_per_image)
-        tokens = (4, 12) if tiny else (40, 120)
+        # GroundCap's captions are paragraphs, Flickr30k's sentences.
+        tokens = (4, 12) if tiny else (8, 24) if name == "pvt-blip" else (40, 120)
         data = drawn_captions(model, num_images, recipe.captions_per_image, tokens, seed)
         encoder: Any = model.vision_encoder
         shape = num_images, 3, encoder.image_size, encoder.image_size

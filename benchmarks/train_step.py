@@ -30,6 +30,7 @@ from benchmarks.baselines import (
     clipcap_step,
     collate,
     encoder_decoder_step,
+    hugging_face_step,
     published_loss,
     published_step,
 )
@@ -43,7 +44,8 @@ from vlm_bridge.training_strategy.data import epoch_plan
 from vlm_bridge.training_strategy.step import adamw
 from vlm_bridge.training_strategy.validation import Features, LoadedBatch, batch_loss, load_batch
 
-OURS, PUBLISHED, ENCODER_DECODER, CLIPCAP = "ours", "published", "encoder-decoder", "clipcap"
+OURS, HUGGING_FACE, PUBLISHED = "ours", "hugging-face", "published"
+ENCODER_DECODER, CLIPCAP = "encoder-decoder", "clipcap"
 COMPILED = "compile"
 LOSSES_AGREE_WITHIN = 1e-2
 Step = Callable[[], object]
@@ -60,7 +62,7 @@ def full_logits_loss(model: CaptionModel, batch: LoadedBatch) -> torch.Tensor:
     """The same from float32 logits of every position, pads included."""
     input_ids, labels, segments, _, features = batch.tensors
     image = model.image_inputs(model.features(features))
-    states = model.text_states(input_ids, image, segments)
+    states = model.text_states(input_ids, image, segments, batch.places)
     logits = model.language_model.head(states).float()
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -82,7 +84,8 @@ def our_step(
     optimizer, _ = adamw(trained, recipe)
 
     def load(index: int) -> LoadedBatch:
-        return load_batch(data.pack(batches[index]), images, model.device)
+        packed = data.pack(batches[index], share_rows=model.may_share_rows)
+        return load_batch(packed, images, model.device)
 
     def run() -> None:
         loaded = prefetch(range(len(batches)), load, recipe.num_workers)
@@ -145,6 +148,7 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
         own_captioner(system, enter_at_layer=system.model.language_model.shape.num_layers // 3)
     ),
     COMPILED: compiled,
+    HUGGING_FACE: hugging_face_step,
     PUBLISHED: published_step,
     ENCODER_DECODER: encoder_decoder_step,
     CLIPCAP: clipcap_step,
@@ -199,20 +203,39 @@ def num_tokens(system: System) -> int:
 
 
 def step_flops(system: System) -> float:
-    """Of a call of a variant; only what a frozen language model needs (`frozen_training_flops`)."""
-    language_model: Any = system.model.language_model
-    matrices = sum(p.numel() for p in language_model.parameters() if p.ndim > 1)
-    if (
-        language_model.head_module.weight
-        is not language_model.causal_lm.get_input_embeddings().weight
-    ):
-        matrices -= language_model.causal_lm.get_input_embeddings().weight.numel()
-    below = getattr(system.model.bridge, "first_layer", 0)
-    layers = language_model.causal_lm.base_model.layers[:below]
-    without_gradient = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
-    return harness.frozen_training_flops(
-        matrices, num_tokens(system), without_gradient=without_gradient
+    """Of a call of a variant; only what a language model needs (`harness.training_flops`).
+
+    Keys and values that BLIP's decoder makes of image tokens count as often as there are images.
+    """
+    model: Any = system.model
+    language_model = model.language_model
+    below = {
+        parameter
+        for layer in language_model.layers()[: getattr(model.bridge, "first_layer", 0)]
+        for parameter in layer.parameters()
+    }
+    table, head = (
+        language_model.causal_lm.get_input_embeddings().weight,
+        set(language_model.head_module.parameters()),
     )
+    flops = 0.0
+    for name, parameter in language_model.named_parameters():
+        if (
+            parameter.ndim < 2
+            or "position_embeddings" in name
+            or (parameter is table and table not in head)
+        ):
+            continue
+        rows = num_tokens(system)
+        if "crossattention.self.key" in name or "crossattention.self.value" in name:
+            rows = len(system.data) * model.vision_encoder.num_tokens
+        flops += harness.training_flops(
+            parameter.numel(),
+            rows,
+            is_trained=parameter.requires_grad,
+            passes_gradient=parameter not in below,
+        )
+    return flops
 
 
 def build(options: argparse.Namespace, device: torch.device) -> System:
