@@ -27,10 +27,11 @@ from captioners import (
 from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
-from vlm_bridge.data_pipeline.loader import PackedBatch, Row, TokenizedImages
+from vlm_bridge.data_pipeline.loader import PackedBatch, Row, TokenizedImages, whole_rows
 from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.model_architecture.attach import attach
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
+from vlm_bridge.training_strategy.validation import batch_loss, load_batch
 
 CAPTIONS = (
     "A small red square on a white background.",
@@ -69,6 +70,28 @@ def losses_of_each_caption(
     owner = list(zip(rows.tolist(), batch.segments[rows, positions].tolist(), strict=True))
     captions = dict.fromkeys(owner)
     return [losses[torch.tensor([o == caption for o in owner])] for caption in captions]
+
+
+def test_images_that_share_rows_are_worth_a_row_each(tiny_vit_dir: Path, tiny_gemma2_dir: Path):
+    recipe = tiny_recipe(tiny_vit_dir, tiny_gemma2_dir, "cross_attention")
+    model = tiny_captioner(recipe)
+    assert model.may_share_rows
+    data = TokenizedImages(
+        [CaptionedImage(Path(f"{n}.jpg"), CAPTIONS[: 1 + n % 3], str(n)) for n in range(7)],
+        caption_format(model.language_model, recipe),
+    )
+    rows, features = whole_rows(data.captions_per_image), random_features(model, 7).numpy()
+    found = []
+    for share_rows in (False, True):
+        model.zero_grad()
+        packed = data.pack(rows, share_rows=share_rows)
+        loss = batch_loss(model, load_batch(packed, features, model.device))
+        loss.total.backward()
+        gradients = [parameter.grad for parameter in model.bridge.parameters()]
+        found.append((loss.total.detach(), loss.token_losses.sort().values, gradients))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    assert packed.input_ids.shape[0] < 7 and packed.num_tokens == packed.segments.astype(bool).sum()
+    assert packed.num_positions < 1.2 * packed.num_tokens
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 LOG_EVERY_SECONDS = 10.0
 TOKENIZE_TOGETHER = 4096
+SHARED_ROW = 256  # positions of a row that captions of several images share
 WINDOW_BATCHES = 50  # rows are sorted by length within windows of so many batches
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -138,19 +139,21 @@ class TokenizedImages:
         index = self._first_caption[image] + number
         return self.format.with_targets(self._targets[index].tolist(), self._hints[index].tolist())
 
-    def pack(self, rows: Sequence[Row]) -> PackedBatch:
+    def pack(self, rows: Sequence[Row], *, share_rows: bool = False) -> PackedBatch:
         chosen = [[self.caption(row.image, number) for number in row.captions] for row in rows]
-        return pack_rows([row.image for row in rows], chosen)
+        return pack_rows([row.image for row in rows], chosen, share_rows=share_rows)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B rows of T tokens.
+    """R rows of T tokens about B images: a row each, or fewer rows that images share.
 
     Attributes:
-        image_indices: [B], the image of each row.
-        labels: [B, T], what each position must predict.
-        segments: [B, T], 0 for pads, otherwise the caption's number within its row, from 1.
+        image_indices: [B].
+        labels: [R, T], what each position must predict.
+        segments: [R, T], 0 for pads, otherwise the caption's number within its row, from 1.
+        places: [B, L], where each image's text is in the R x T positions, and R x T for none; None
+            for a row each.
     """
 
     image_indices: np.ndarray
@@ -158,10 +161,11 @@ class PackedBatch:
     labels: np.ndarray
     segments: np.ndarray
     num_captions: int
+    places: np.ndarray | None = None
 
     @cached_property
     def supervised(self) -> np.ndarray:
-        """[V], indices into the B x T positions, row after row."""
+        """[V], indices into the R x T positions, row after row."""
         return np.flatnonzero(self.labels != IGNORE_INDEX)
 
     @property
@@ -179,26 +183,49 @@ class PackedBatch:
 
 
 def pack_rows(
-    images: Sequence[int], captions_of_rows: Sequence[Sequence[TokenizedCaption]]
+    images: Sequence[int],
+    captions_of_images: Sequence[Sequence[TokenizedCaption]],
+    *,
+    share_rows: bool = False,
 ) -> PackedBatch:
-    """Lay the captions of each row one behind the other and pad the rows to one length.
+    """Lay the captions of each image one behind the other and pad the rows to one length.
 
     Args:
-        images: [B], the image of each row.
+        images: [B].
+        share_rows: lay several images one behind the other, which leaves fewer pads.
     """
-    length = max(sum(len(c.input_ids) for c in captions) for captions in captions_of_rows)
-    input_ids, segments = np.zeros((2, len(images), length), np.int64)
+    lengths = [sum(len(c.input_ids) for c in captions) for captions in captions_of_images]
+    rows = shared_rows(lengths) if share_rows else [[b] for b in range(len(images))]
+    shape = len(rows), max(sum(lengths[b] for b in row) for row in rows)
+    input_ids, segments = np.zeros((2, *shape), np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
-    for b, captions in enumerate(captions_of_rows):
-        start = 0
-        for number, caption in enumerate(captions, 1):
-            end = start + len(caption.input_ids)
-            input_ids[b, start:end] = caption.input_ids
-            labels[b, start:end] = caption.labels
-            segments[b, start:end] = number
-            start = end
-    num_captions = sum(map(len, captions_of_rows))
-    return PackedBatch(np.asarray(images), input_ids, labels, segments, num_captions)
+    places = np.full((len(images), max(lengths)), input_ids.size)
+    for r, row in enumerate(rows):
+        start, number = 0, 0
+        for b in row:
+            places[b, : lengths[b]] = r * shape[1] + start + np.arange(lengths[b])
+            for number, caption in enumerate(captions_of_images[b], number + 1):
+                end = start + len(caption.input_ids)
+                input_ids[r, start:end] = caption.input_ids
+                labels[r, start:end] = caption.labels
+                segments[r, start:end] = number
+                start = end
+    num_captions = sum(map(len, captions_of_images))
+    indices = np.asarray(images)
+    return PackedBatch(
+        indices, input_ids, labels, segments, num_captions, places if share_rows else None
+    )
+
+
+def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Spread items over rows of about 256 positions: the longest first, each to the emptiest."""
+    rows: list[list[int]] = [[] for _ in range(-(-sum(lengths) // SHARED_ROW))]
+    filled = [0] * len(rows)
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        emptiest = filled.index(min(filled))
+        rows[emptiest].append(item)
+        filled[emptiest] += lengths[item]
+    return [row for row in rows if row]
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,16 @@ ATTENTION = "vlm_bridge_{}"
 
 @dataclass(frozen=True)
 class Attached:
-    """Images that a language model sees, and the module at which they edit the text."""
+    """Images that a language model sees, and the module at which they edit the text.
+
+    Attributes:
+        places: [B, L], where each image's text is in rows that images share (`PackedBatch`).
+    """
 
     language_model: LanguageModel
     image: ImageInputs
     entrance: nn.Module | None
+    places: torch.Tensor | None = None
 
     def inputs(self, ids_rt: torch.Tensor) -> dict[str, Any]:
         """Return the model's own arguments for text of token ids [R, T].
@@ -57,15 +62,23 @@ class Attached:
             del inputs["input_ids"]
         if image.encoder_hidden_states is not None:
             states = _for_rows(image.encoder_hidden_states, len(ids_rt))
-            inputs["encoder_hidden_states"] = states.to(model.dtype)
+            # Under autocast every layer would round them again.
+            is_autocast = torch.is_autocast_enabled(states.device.type)
+            inputs["encoder_hidden_states"] = states if is_autocast else states.to(model.dtype)
         return inputs
 
     def edited(self, text_rth: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Return text [R, T, H] as the layer reads it: edited, scaled, and rounded once."""
         assert self.image.edit is not None
-        # An edit looks at one position at a time: rows that share an image may stand in one row.
-        per_image = text_rth.reshape(self.image.num_images, -1, text_rth.shape[-1])
-        return (self.image.edit(per_image).reshape(text_rth.shape) * scale).to(text_rth.dtype)
+        if self.places is None:
+            # An edit looks at one position at a time: rows of an image may stand in one row.
+            text_blh = text_rth.reshape(self.image.num_images, -1, text_rth.shape[-1])
+            return (self.image.edit(text_blh).reshape(text_rth.shape) * scale).to(text_rth.dtype)
+        text_ph = F.pad(text_rth.flatten(0, 1), (0, 0, 0, 1))  # the last one is nowhere
+        edited_blh = (self.image.edit(text_ph[self.places]) * scale).to(text_rth.dtype)
+        nothing_ph = torch.zeros_like(text_ph)
+        text_ph = nothing_ph.index_copy(0, self.places.flatten(), edited_blh.flatten(0, 1))
+        return text_ph[:-1].view(text_rth.shape)
 
 
 _ATTACHED: ContextVar[Attached | None] = ContextVar("attached", default=None)
@@ -79,16 +92,18 @@ class _Traced:
 
 
 @contextmanager
-def attach(language_model: LanguageModel, image: ImageInputs) -> Iterator[Attached]:
+def attach(
+    language_model: LanguageModel, image: ImageInputs, places: torch.Tensor | None = None
+) -> Iterator[Attached]:
     """Make a language model see images within a block; blocks nest, threads have their own.
 
-    For an edit, its layer must be open (`LanguageModel.open_layer`).
+    For an edit, its layer must be open (`LanguageModel.open_layer`). ``places`` as for `Attached`.
 
     Raises:
         ModelError: at the end, if a layer has not asked for its part of the prefix.
     """
     entrance = None if image.edit is None else language_model.entrance(image.edit_layer)
-    attached = Attached(language_model, image, entrance)
+    attached = Attached(language_model, image, entrance, places)
     with _set(attached), _traced(attached) if language_model.is_compiled else nullcontext():
         yield attached
     prefix = image.key_value_prefix

@@ -35,7 +35,12 @@ from vlm_bridge.model_architecture.generation import (
     search,
 )
 from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
-from vlm_bridge.model_architecture.loss import CaptionLoss, caption_cross_entropy
+from vlm_bridge.model_architecture.loss import (
+    CHUNK_LOGITS,
+    CHUNK_POSITIONS,
+    CaptionLoss,
+    caption_cross_entropy,
+)
 from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
@@ -168,8 +173,17 @@ class CaptionModel(nn.Module):
             features_bnd = self.feature_scale(features_bnd)
         return features_bnd.to(next(self.bridge.parameters()).dtype)
 
+    @property
+    def may_share_rows(self) -> bool:
+        """Whether captions of several images may share a row: where images only edit the text."""
+        return self.bridge.output == "edit"
+
     def text_states(
-        self, input_ids: torch.Tensor, image: ImageInputs, segments: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        image: ImageInputs,
+        segments: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the language model's last states [R, T, H] of ``input_ids`` [R, T].
 
@@ -177,6 +191,7 @@ class CaptionModel(nn.Module):
             image: of R images, or of fewer that divide R: as many rows side by side read each.
             segments: [R, T] caption numbers of packed rows (0 = pad); None for rows of one caption
                 without pads.
+            places: [B, L], of B images that share rows (`PackedBatch`).
 
         Raises:
             ModelError: the language model does not read what the bridge makes.
@@ -185,7 +200,7 @@ class CaptionModel(nn.Module):
         if segments is not None:
             packed["attention_mask"] = self.language_model.packed_mask(segments, num_soft)
             packed["position_ids"] = packed_positions(segments, num_soft)
-        with attach(self.language_model, image) as attached:
+        with attach(self.language_model, image, places) as attached:
             states = self.language_model.hidden_states(**packed, **attached.inputs(input_ids))
         return states[:, num_soft:]
 
@@ -201,19 +216,24 @@ class CaptionModel(nn.Module):
         labels: torch.Tensor,
         segments: torch.Tensor,
         image: ImageInputs,
+        places: torch.Tensor | None = None,
         **options: Any,
     ) -> CaptionLoss:
         """Return the loss of packed rows; ``labels[:, t]`` is the token to predict at position t.
 
         Args:
+            places: as for `text_states`.
             options: further arguments of `caption_cross_entropy`.
         """
         model = self.language_model
-        states = self.text_states(input_ids, image, segments)
-        is_trained = any(p.requires_grad for p in model.head_module.parameters())
+        states = self.text_states(input_ids, image, segments, places)
+        head = model.head_module
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // model.text_config.vocab_size)
         return caption_cross_entropy(
-            states, labels, model.head, head_is_trained=is_trained, **options
-        )
+            states, labels, head,
+            softcap=model.softcap, trained=trained, chunk_positions=chunk, **options,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def generate(

@@ -184,6 +184,7 @@ def check_machine(recipe: Recipe, world: World) -> None:
         )
     if world.device.type == "cpu":
         devices.set_threads()
+        devices.keep_freed_memory()
 
 
 def check_folders(**folders: str) -> None:

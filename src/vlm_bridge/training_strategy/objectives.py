@@ -66,7 +66,8 @@ class CrossEntropy:
 
     def load(self, rows: Sequence[Row], features: Features) -> Batch:
         """Start to copy the rows of a micro-batch to the device."""
-        return load_batch(self.split.captions.pack(rows), features, self.model.device)
+        packed = self.split.captions.pack(rows, share_rows=self.model.may_share_rows)
+        return load_batch(packed, features, self.model.device)
 
     def captions(self, batch: Any, step: int, number: int) -> LoadedBatch:
         """Return the captions of micro-batch ``number`` of a step; numbers count all processes."""

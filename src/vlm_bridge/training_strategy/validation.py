@@ -61,13 +61,17 @@ class LoadedBatch:
     packed: PackedBatch
     tensors: list[torch.Tensor]  # ids, labels, segments [R, T], supervised [V], features or pixels
     weights: torch.Tensor | None = None  # of the losses of supervised tokens [V]; None is 1 each
+    places: torch.Tensor | None = None  # [B, L], of `PackedBatch`
 
 
 def load_batch(batch: PackedBatch, features: Features, device: torch.device) -> LoadedBatch:
     """Read features of a batch and start to copy it; threads may call it."""
     chosen = torch.as_tensor(features[batch.image_indices]).contiguous()
-    arrays = (batch.input_ids, batch.labels, batch.segments, batch.supervised)
-    return LoadedBatch(batch, to_device([*map(torch.from_numpy, arrays), chosen], device))
+    arrays = [batch.input_ids, batch.labels, batch.segments, batch.supervised]
+    tensors = to_device([*map(torch.from_numpy, arrays), chosen], device)
+    if batch.places is None:
+        return LoadedBatch(batch, tensors)
+    return LoadedBatch(batch, tensors, places=torch.from_numpy(batch.places).to(device))
 
 
 def batch_loss(
@@ -77,7 +81,8 @@ def batch_loss(
     ids, labels, segments, supervised, features = batch.tensors
     image = model.image_inputs(model.features(features))
     return model.caption_loss(
-        ids, labels, segments, image, supervised_v=supervised, weights_v=batch.weights,
+        ids, labels, segments, image, batch.places,
+        supervised_v=supervised, weights_v=batch.weights,
         label_smoothing=label_smoothing,
     )  # fmt: skip
 
