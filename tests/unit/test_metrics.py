@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -129,7 +132,8 @@ def test_scores_equal_pycocoevalcap() -> None:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    scores = score_captions(REFERENCES, HYPOTHESES, spice=True)
+    with coco.started_meteor() as meteor:
+        scores = score_captions(REFERENCES, HYPOTHESES, spice=True, meteor=meteor)
     tokens = iter(ptb_tokenize([*chain(*REFERENCES.values()), *HYPOTHESES.values()]))
     gts = {image_id: [next(tokens) for _ in refs] for image_id, refs in REFERENCES.items()}
     res = {image_id: [next(tokens)] for image_id in HYPOTHESES}
@@ -167,6 +171,77 @@ def test_java_that_hangs_or_breaks_is_reported(
     scores = score_captions(REFERENCES, HYPOTHESES)
     assert scores.skipped == {"METEOR": reason}
     assert scores.tokenizer == "regex" and "CIDEr" in scores.corpus
+
+
+# Reads a line, and answers one of METEOR's or dies.
+ANSWERS = "echo $$ > {pid}; read line; echo 1; exec sleep 300"
+DIES = "echo $$ > {pid}; read line; echo 'Error: out of memory' >&2; exit 3"
+
+
+@pytest.fixture
+def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Put a script in the place of Java; it writes its process id into the file returned."""
+
+    def install(script: str) -> Path:
+        java, pid = tmp_path / "java", tmp_path / "pid"
+        java.write_text(f"#!/bin/sh\n{script.format(pid=pid)}\n")
+        java.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return pid
+
+    return install
+
+
+def is_gone(pid: Path) -> bool:
+    try:
+        os.kill(int(pid.read_text()), 0)  # a zombie would still be there
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(1000):
+        if path.exists() and path.read_text().strip():
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [(ANSWERS, "Java gave no answer within 1 s and was stopped"),
+     (DIES, "Java failed: Error: out of memory"),
+     ("echo $$ > {pid}; exec true", "Java failed: exit code 0")],
+)  # fmt: skip
+def test_a_started_meteor_that_dies_or_hangs_is_skipped(
+    script: str, reason: str, fake_java, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = fake_java(script)
+    monkeypatch.setattr(coco, "TIMEOUT_S", 1)
+    tokens = {str(n): ["a dog runs"] * 5 for n in range(2000)}
+    with coco.started_meteor() as meteor:
+        wait_for(pid)
+        monkeypatch.setenv("PATH", "")  # the tokenizer needs no answer
+        scores = score_captions(tokens, dict.fromkeys(tokens, "a dog"), meteor=meteor)
+    assert scores.skipped == {"METEOR": reason} and "CIDEr" in scores.corpus
+    assert is_gone(pid)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DataError])
+def test_a_started_meteor_is_gone_after_an_error(error: type[BaseException], fake_java) -> None:
+    pid = fake_java(ANSWERS)
+    with pytest.raises(error), coco.started_meteor():
+        wait_for(pid)
+        assert not is_gone(pid)
+        raise error
+    assert is_gone(pid)
+
+
+def test_a_meteor_that_cannot_start_says_so_when_scores_are_asked_for(fake_java) -> None:
+    fake_java("")
+    Path(shutil.which("java") or "").write_text("#!/no/such/interpreter\n")
+    with coco.started_meteor() as meteor, pytest.raises(JavaError, match="Java failed: "):
+        meteor({"a": ["a dog"]}, {"a": ["a dog"]})
 
 
 def test_cider_of_single_captions_equals_the_reference_implementation() -> None:

@@ -12,10 +12,10 @@ from typing import Literal
 
 from vlm_bridge.errors import DataError
 from vlm_bridge.metrics import coco
-from vlm_bridge.metrics.coco import JavaError, ptb_tokenize, simple_tokenize
+from vlm_bridge.metrics.coco import JavaError, Metric, ptb_tokenize, simple_tokenize
 
 # The scores that each function returns, in the order in which they are shown.
-METRICS: dict[tuple[str, ...], Callable[[coco.Tokens, coco.Tokens], coco.Scores]] = {
+METRICS: dict[tuple[str, ...], Metric] = {
     ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"): coco.bleu,
     ("METEOR",): coco.meteor,
     ("ROUGE-L",): coco.rouge,
@@ -51,7 +51,11 @@ def score_notes(skipped: Mapping[str, str], tokenizer: str | None) -> list[str]:
 
 
 def score_captions(
-    references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], *, spice: bool = False
+    references: Mapping[str, Sequence[str]],
+    hypotheses: Mapping[str, str],
+    *,
+    spice: bool = False,
+    meteor: Metric | None = None,
 ) -> CaptionScores:
     """Score one caption per image against all its references.
 
@@ -63,6 +67,7 @@ def score_captions(
         references: image id -> human captions, at least one with a word in it.
         hypotheses: image id -> generated caption, for the same ids.
         spice: also compute SPICE, which takes minutes per thousand images.
+        meteor: from `coco.started_meteor`, when it was started before.
 
     Raises:
         DataError: there are no images, the ids differ, or an image has no usable reference.
@@ -78,7 +83,8 @@ def score_captions(
     corpus: dict[str, float] = {}
     skipped: dict[str, str] = {}
     per_image: dict[str, dict[str, float]] = {image_id: {} for image_id in gts}
-    for names, scorer in METRICS.items():
+    started: dict[tuple[str, ...], Metric] = {("METEOR",): meteor} if meteor else {}
+    for names, scorer in (METRICS | started).items():
         if "SPICE" in names and not spice:
             continue
         try:

@@ -10,10 +10,14 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import SupportsFloat
+from typing import IO, Any, SupportsFloat
 
 TIMEOUT_S, SPICE_TIMEOUT_S = 300.0, 3600.0
 # Otherwise the jars read and write text in the locale's encoding and decimal mark.
@@ -24,6 +28,7 @@ Tokens = dict[str, list[str]]
 """Image id -> sentences as tokens joined by spaces, the form that pycocoevalcap takes."""
 Scores = Mapping[str, tuple[SupportsFloat, Iterable[SupportsFloat]]]
 """Metric -> (score of the corpus, scores of the images in the order given)."""
+Metric = Callable[[Tokens, Tokens], Scores]
 
 # A clitic is a token of its own ("do n't", "dog 's"). Words keep their inner hyphens, numbers
 # their inner marks.
@@ -68,14 +73,21 @@ def run_java(
             command, input=text, capture_output=True, encoding="utf-8", timeout=timeout_s, cwd=cwd
         )
     except subprocess.TimeoutExpired:
-        reason = f"Java gave no answer within {timeout_s:g} s and was stopped"
-        raise JavaError(reason) from None
+        raise _java_silent(timeout_s) from None
     except (OSError, ValueError) as error:
         raise JavaError(f"Java failed: {error}") from error
     if done.returncode:
-        reason = re.search(r".*(Error|Exception).*", done.stderr)
-        raise JavaError(f"Java failed: {reason[0] if reason else f'exit code {done.returncode}'}")
+        raise _java_failed(done.stderr, done.returncode)
     return done.stdout
+
+
+def _java_failed(log: str, code: int) -> JavaError:
+    reason = re.search(r".*(Error|Exception).*", log)
+    return JavaError(f"Java failed: {reason[0] if reason else f'exit code {code}'}")
+
+
+def _java_silent(timeout_s: float) -> JavaError:
+    return JavaError(f"Java gave no answer within {timeout_s:g} s and was stopped")
 
 
 def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
@@ -133,27 +145,70 @@ def cider(gts: Tokens, res: Tokens) -> Scores:
 
 def meteor(gts: Tokens, res: Tokens) -> Scores:
     """METEOR 1.5 (Denkowski and Lavie 2014)."""
+    with started_meteor() as score:
+        return score(gts, res)
+
+
+@contextmanager
+def started_meteor() -> Iterator[Metric]:
+    """Start METEOR's Java program, which reads its tables for seconds, and yield `meteor`.
+
+    The program is gone after the block. A failed start raises JavaError where scores are asked for.
+    """
     from pycocoevalcap.meteor import meteor as package
 
     jar = Path(package.__file__).with_name(package.METEOR_JAR)
-    # Its files have equally many references per caption. The best one counts, so more of the
-    # same change nothing.
-    most = max(map(len, gts.values()))
-    padded = (refs + refs[:1] * (most - len(refs)) for refs in gts.values())
-    references = list(chain.from_iterable(padded))
-    files = {"captions": [res[i][0] for i in gts], "references": references}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, sentences in files.items():
-            # As in pycocoevalcap, which has this mark between sentences.
-            lines = (f"{text.replace('|||', '').replace('  ', ' ')}\n" for text in sentences)
-            Path(scratch, name).write_text("".join(lines), encoding="utf-8")
-        program = ["-Xmx2G", "-jar", jar, *files, "-l", "en", "-norm", "-r", str(most)]
-        output = run_java(program, timeout_s=TIMEOUT_S, cwd=Path(scratch))
-    scores = [float(score) for score in re.findall(r"(?m)^Segment \d+ score:\t(.+)$", output)]
-    final = re.search(r"(?m)^Final score:\s+(.+)$", output)
-    if final is None or len(scores) != len(gts):
-        raise JavaError(f"Java failed: {len(scores)} scores of METEOR for {len(gts)} captions")
-    return {"METEOR": (float(final[1]), scores)}
+    # The serial collector halves the memory.
+    options = ["-Xmx2G", "-XX:+UseSerialGC", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        process = None
+        try:
+            command = [find_java(), *TEXT_OPTIONS, *options]
+            process = subprocess.Popen(command, encoding="utf-8", **pipes)
+            score = partial(_meteor, process, log)
+        except (JavaError, OSError) as error:
+            failure = error if isinstance(error, JavaError) else JavaError(f"Java failed: {error}")
+            score = partial(_raise, failure)
+        try:
+            yield score
+        finally:
+            if process:
+                process.kill()
+                process.communicate()
+
+
+def _raise(error: JavaError, *_: Tokens) -> Scores:
+    raise error
+
+
+def _meteor(process: subprocess.Popen[str], log: IO[str], gts: Tokens, res: Tokens) -> Scores:
+    """Score captions by a program that was started and writes its errors to ``log``."""
+
+    def ask(*parts: str, num_lines: int = 1) -> list[str]:
+        # As in pycocoevalcap, which has this mark between sentences.
+        plain = (part.replace("|||", "").replace("  ", " ") for part in parts)
+        print(*plain, sep=" ||| ", file=process.stdin, flush=True)
+        return list(islice(process.stdout or (), num_lines))
+
+    started = time.monotonic()
+    alarm = threading.Timer(TIMEOUT_S, process.kill)
+    alarm.start()
+    try:
+        counts = [ask("SCORE", *refs, *res[i])[0].strip() for i, refs in gts.items()]
+        *scores, final = map(float, ask("EVAL", *counts, num_lines=len(gts) + 1))
+        if len(scores) == len(gts):
+            return {"METEOR": (final, scores)}
+    except (OSError, ValueError, IndexError):  # it has ended, or printed an error
+        pass
+    finally:
+        alarm.cancel()
+    process.kill()
+    if time.monotonic() - started >= TIMEOUT_S:
+        raise _java_silent(TIMEOUT_S)
+    code = process.wait()
+    log.seek(0)
+    raise _java_failed(log.read(), code)
 
 
 def spice(gts: Tokens, res: Tokens) -> Scores:
