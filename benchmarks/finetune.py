@@ -66,7 +66,7 @@ def measure(captioner: Captioner, items: Sequence[SourceItem], name: str) -> dic
     ]
     with show_progress(f"captioned {name}") as report:
         run = evaluate_captioner(
-            captioner, images, decode=captioner.recipe.decode, validate=captioner.validate,
+            captioner, images, decode=captioner.recipe.decode,
             progress=lambda done: report(done, len(images)),
         )  # fmt: skip
     captions = [prediction.caption for prediction in run.predictions]

@@ -133,7 +133,7 @@ def judgement_of(recipe: Recipe, checkpoint: Path) -> list[Any]:
         captioner = Captioner.from_pretrained(checkpoint, "cpu")
         images = open_data_folder(recipe.data_dir).split("val")
         evaluation = evaluate_captioner(
-            captioner, images, decode=recipe.decode, validate=captioner.validate, batch_size=3,
+            captioner, images, decode=recipe.decode, batch_size=3,
             world=world,
         )  # fmt: skip
     return [evaluation.predictions, evaluation.metrics]

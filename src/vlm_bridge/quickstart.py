@@ -60,9 +60,7 @@ def run(
     logger.info(f"3/4 captioning {NUM_TEST} scenes of color-shape pairs that training never showed")
     captioner = Captioner.from_pretrained(recipe.checkpoint_dir, device=recipe.device)
     images = CaptionFolder.open(data_dir).split("test")
-    evaluation = evaluate_captioner(
-        captioner, images, decode=recipe.decode, validate=captioner.validate, batch_size=32
-    )
+    evaluation = evaluate_captioner(captioner, images, decode=recipe.decode, batch_size=32)
 
     logger.info(f"4/4 writing {output_dir / 'report.html'}")
     evaluation = replace(evaluation, curves=read_curves(log_dir), recipe_yaml=recipe.to_yaml())

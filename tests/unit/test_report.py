@@ -276,7 +276,7 @@ class FakeCaptioner:
 
     visual_gain = 0.75
 
-    def caption(self, images: Sequence[Path], *, decode, batch_size, progress) -> list[Any]:
+    def caption(self, images: Sequence[Path], **_: object) -> list[Any]:
         return [
             CaptionResult(str(path), error="damaged")
             if path.stem == "broken"
@@ -284,15 +284,14 @@ class FakeCaptioner:
             for path in images
         ]
 
-    def validate(self, images: list[CaptionedImage], **_: object) -> SimpleNamespace:
-        assert [image.path.stem for image in images] == list(COLORS)  # a failed one is not
-        return SimpleNamespace(perplexity=12.5, visual_gain=self.visual_gain)
+    def validation(self, images: list[CaptionedImage]) -> SimpleNamespace:
+        found = SimpleNamespace(perplexity=12.5, visual_gain=self.visual_gain)
+        return SimpleNamespace(add=lambda names, features: None, result=lambda world: found)
 
 
 def evaluated(images: list[CaptionedImage], captioner: Any = None, **options: Any) -> ReportedRun:
     captioner = captioner or FakeCaptioner()
-    options = {"decode": DecodeSettings(num_beams=2), "validate": captioner.validate} | options
-    return evaluate_captioner(captioner, images, **options)
+    return evaluate_captioner(captioner, images, decode=DecodeSettings(num_beams=2), **options)
 
 
 def test_an_evaluation_records_scores_and_settings(images: list[CaptionedImage]) -> None:

@@ -13,6 +13,7 @@ from vlm_bridge.captioning.pipeline import Captioner
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage, CaptionFolder
 from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.loader import TokenizedImages
+from vlm_bridge.evaluation.run import evaluate_captioner
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
 from vlm_bridge.training_strategy.validation import Validation, validate
 
@@ -93,9 +94,10 @@ def test_a_single_image_has_no_wrong_one_and_the_mode_stays(captioner: Captioner
         assert not captioner.model.language_model.training
 
 
-def test_pixels_and_features_say_the_same(
+def test_captioning_measures_the_same_and_encodes_each_image_once(
     captioner: Captioner, drawn_caption_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "")  # no Java
     images = CaptionFolder.open(drawn_caption_folder).split("val")
     model = captioner.model
     data = TokenizedImages(images, captioner.format)
@@ -103,9 +105,33 @@ def test_pixels_and_features_say_the_same(
         [image.path for image in images], lambda x: model.vision_encoder.preprocess(x).numpy()
     )
     on_the_fly = validate(model, data, pixels, batch_images=3, autocast=contextlib.nullcontext)
-    encoded_once = captioner.validate(images, batch_size=3)
-    monkeypatch.setattr("vlm_bridge.captioning.pipeline.VALIDATION_MEMORY", 0)
-    without_memory = captioner.validate(images, batch_size=5)
-    for result in (encoded_once, without_memory):
-        assert result.loss == pytest.approx(on_the_fly.loss, abs=1e-5)
-        assert result.visual_gain == pytest.approx(on_the_fly.visual_gain, abs=1e-5)
+    encoded: list[int] = []
+    features = model.features
+    monkeypatch.setattr(
+        model, "features", lambda x: (encoded.append(len(x) if x.ndim == 4 else 0), features(x))[1]
+    )
+    for batch_size in (3, 5, 1):
+        encoded.clear()
+        metrics = evaluate_captioner(
+            captioner, images, decode=captioner.recipe.decode, batch_size=batch_size
+        ).metrics
+        assert sum(encoded) == len(images)
+        assert metrics["perplexity"] == pytest.approx(on_the_fly.perplexity, rel=1e-5)
+        assert metrics["visual_gain"] == pytest.approx(on_the_fly.visual_gain, abs=1e-5)
+
+
+def test_a_damaged_image_takes_no_part_in_losses(
+    captioner: Captioner, drawn_caption_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no Java
+    (tmp_path / "damaged.jpg").write_bytes(b"no image")
+    damaged = CaptionedImage(tmp_path / "damaged.jpg", ("A long caption of words.",), "damaged")
+    images = CaptionFolder.open(drawn_caption_folder).split("val")
+
+    def losses(images: list[CaptionedImage]) -> tuple[float, float | None]:
+        run = evaluate_captioner(captioner, images, decode=captioner.recipe.decode, batch_size=2)
+        return run.metrics["perplexity"], run.metrics["visual_gain"]
+
+    assert losses([damaged, *images])[0] == pytest.approx(losses(images)[0], rel=1e-5)
+    # The only image that is left has no wrong one.
+    assert losses([damaged, images[0]])[1] == losses(images[:1])[1] == 0

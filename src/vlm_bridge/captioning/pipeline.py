@@ -18,9 +18,8 @@ from PIL import Image
 from vlm_bridge.captioning.publish import CardFacts, push_to_hub, write_huggingface_folder
 from vlm_bridge.configuration import DecodeSettings, Recipe
 from vlm_bridge.data_pipeline.caption_folder import CaptionedImage
-from vlm_bridge.data_pipeline.features import OnTheFlyPixels
 from vlm_bridge.data_pipeline.images import open_image, upright_rgb
-from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch
+from vlm_bridge.data_pipeline.loader import TokenizedImages, in_batches, prefetch, whole_rows
 from vlm_bridge.data_pipeline.samples import ImageFile
 from vlm_bridge.device import autocast, resolve_device
 from vlm_bridge.errors import ImageError
@@ -29,15 +28,14 @@ from vlm_bridge.model_architecture.familiarity import confidence
 from vlm_bridge.model_architecture.generation import image_keys
 from vlm_bridge.model_architecture.weights import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
-from vlm_bridge.training_strategy.distributed import World
-from vlm_bridge.training_strategy.validation import Validation, validate
+from vlm_bridge.training_strategy.validation import StreamedValidation
 
-VALIDATION_MEMORY = 2**30
 DECODE_AHEAD = 2  # batches that are opened and preprocessed while another is captioned
 FIRST_BATCHES = (1, 3, 8, 16)  # images, of a stream
 
 # A path, a file's content, an image of Pillow, or an array [height, width, 3] of uint8.
 ImageSource = str | ImageFile | bytes | Image.Image | np.ndarray
+WithFeatures = Callable[[Sequence[str], torch.Tensor], None]
 
 
 def opened(image: ImageSource) -> Image.Image:
@@ -171,6 +169,7 @@ class Captioner:
         decode: DecodeSettings | None = None,
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda done: None,
+        with_features: WithFeatures | None = None,
         **settings: Any,
     ) -> CaptionResult | list[CaptionResult]:
         """Caption an image or several: a path, bytes, an image of Pillow or an array each.
@@ -179,6 +178,8 @@ class Captioner:
             decode: how to generate; None means the recipe's settings.
             batch_size: images encoded and decoded together; captions do not depend on it.
             progress: called with the number of images done.
+            with_features: called with the names and features [B, N, D] of a batch's readable
+                images, before they are captioned.
             settings: changes of `decode`, such as ``num_beams=5, max_new_tokens=30``.
 
         Returns:
@@ -191,7 +192,8 @@ class Captioner:
         """
         is_one = isinstance(images, ImageSource)
         batches = batches_of([images] if is_one else images, [batch_size])
-        results = counted(self._results(batches, opened, decode, settings), progress)
+        found = self._results(batches, opened, decode, settings, with_features)
+        results = counted(found, progress)
         if not is_one:
             return results
         if results[0].error is not None:
@@ -226,9 +228,10 @@ class Captioner:
         open_image: Callable[[Any], Image.Image],
         decode: DecodeSettings | None,
         settings: dict[str, Any],
+        with_features: WithFeatures | None = None,
     ) -> Iterator[CaptionResult]:
         decode = (decode or self.recipe.decode).replace(**settings)
-        caption_batch = partial(self._caption_batch, decode=decode)
+        caption_batch = partial(self._caption_batch, decode=decode, with_features=with_features)
         prepare = self.model.vision_encoder.preprocess
         return caption_in_batches(batches, caption_batch, prepare=prepare, open_image=open_image)
 
@@ -242,7 +245,8 @@ class Captioner:
             ImageError: an image cannot be read.
         """
         pixels = self.model.vision_encoder.preprocess([opened(image) for image in images])
-        return in_batches(self._caption_batch(pixels, decode or self.recipe.decode, count), count)
+        captions = self._caption_batch(pixels, decode=decode or self.recipe.decode, per_image=count)
+        return in_batches(captions, count)
 
     def save_pretrained(self, folder: str | Path, facts: CardFacts | None = None) -> None:
         """Write a folder for `from_pretrained` and the hub: trained weights, recipe, model card."""
@@ -259,30 +263,25 @@ class Captioner:
             self.save_pretrained(temporary, replace(facts, title=title, repo=repo))
             return push_to_hub(Path(temporary), repo, private=private)
 
-    def validate(
-        self, images: Sequence[CaptionedImage], *, batch_size: int = 16, world: World | None = None
-    ) -> Validation:
-        """Measure loss, perplexity and visual gain; each process of `world` gets the result."""
-        world = world or World(self.model.device)
-        encoder = self.model.vision_encoder
-        paths = [image.path for image in images]
-        features: Any = OnTheFlyPixels(paths, lambda x: encoder.preprocess(x).numpy())
-        if len(images) * encoder.num_tokens * encoder.embed_dim * 4 <= VALIDATION_MEMORY:
-            # Every image is read with its own captions and with another's: encode it once.
-            batches = world.share(in_batches(range(len(images)), batch_size))
-            pixels = (torch.from_numpy(features[np.array(indices)]) for indices in batches)
-            parts = [self.model.features(some).float().cpu().numpy() for some in pixels]
-            features = np.concatenate(world.interleave(parts))
-        data, autocast = TokenizedImages(images, self.format), self._autocast
-        return validate(
-            self.model, data, features, batch_images=batch_size, autocast=autocast, world=world
-        )
+    def validation(self, images: Sequence[CaptionedImage]) -> StreamedValidation:
+        """Return what measures loss and visual gain of images while they are captioned."""
+        data, paths = TokenizedImages(images, self.format), [str(image.path) for image in images]
+        rows = dict(zip(paths, whole_rows(data.captions_per_image), strict=True))
+        return StreamedValidation(self.model, data, rows, self._autocast)
 
     def _caption_batch(
-        self, pixels: torch.Tensor, decode: DecodeSettings, per_image: int = 1
+        self,
+        pixels: torch.Tensor,
+        names: Sequence[str] = (),
+        *,
+        decode: DecodeSettings,
+        per_image: int = 1,
+        with_features: WithFeatures | None = None,
     ) -> list[Candidate]:
         """Caption pixels [B, 3, h, w], `per_image` times each."""
         features = self.model.features(pixels)
+        if with_features:
+            with_features(names, features)
         # Draws follow from pixels: features round differently in batches of another size.
         keys = image_keys(pixels) if decode.do_sample else None
         prompt = self.format.prompt_ids
@@ -334,7 +333,7 @@ def counted(
 
 def caption_in_batches(
     batches: Iterable[list[ImageSource]],
-    caption_batch: Callable[[Any], Sequence[tuple[Any, ...]]],
+    caption_batch: Callable[[Any, list[str]], Sequence[tuple[Any, ...]]],
     *,
     prepare: Callable[[list[Image.Image]], Any] = lambda images: images,
     open_image: Callable[[Any], Image.Image] = opened,
@@ -342,7 +341,8 @@ def caption_in_batches(
     """Yield results in the order of the images, while threads prepare the next batches.
 
     Args:
-        caption_batch: prepared images -> the values of a `Candidate`, or the first three.
+        caption_batch: prepared images and their names -> the values of a `Candidate`, or the
+            first three.
         prepare: turns the RGB images of a batch into the input of `caption_batch`.
     """
 
@@ -358,6 +358,7 @@ def caption_in_batches(
         return results, prepare(readable) if readable else None
 
     for results, prepared in prefetch(batches, read, DECODE_AHEAD):
-        captions = iter(caption_batch(prepared) if prepared is not None else [])
+        names = [result.image for result in results if result.error is None]
+        captions = iter(caption_batch(prepared, names) if names else [])
         for result in results:
             yield result if result.error else CaptionResult(result.image, *next(captions))

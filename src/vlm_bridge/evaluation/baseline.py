@@ -122,8 +122,11 @@ class BaselineCaptioner:
                 f"exceed the {self.max_positions} positions of {type(self.model).__name__}"
             )
         batches = batches_of(images, [batch_size])
-        captions = caption_in_batches(batches, lambda batch: self._caption_batch(batch, decode))
+        captions = caption_in_batches(batches, lambda batch, _: self._caption_batch(batch, decode))
         return counted(captions, progress)
+
+    def validation(self, images: object) -> None:
+        """Return nothing: perplexity is measured for captioners of vlm-bridge alone."""
 
     @torch.inference_mode()
     def _caption_batch(

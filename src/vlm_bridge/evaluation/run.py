@@ -8,6 +8,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from itertools import chain
@@ -29,10 +30,10 @@ from vlm_bridge.evaluation.report import SHOWN, write_report
 from vlm_bridge.evaluation.run_folder import MEASURED, Prediction, ReportedRun
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import SCORES, score_captions
-from vlm_bridge.metrics.coco import java_version
+from vlm_bridge.metrics.coco import java_version, started_meteor
 from vlm_bridge.training_strategy.checkpoint import BUNDLED
 from vlm_bridge.training_strategy.distributed import World, joined
-from vlm_bridge.training_strategy.validation import Validation
+from vlm_bridge.training_strategy.validation import StreamedValidation, Validation, shuffled
 
 if TYPE_CHECKING:
     from vlm_bridge.evaluation.baseline import BaselineCaptioner
@@ -86,13 +87,13 @@ def evaluate(
         device = str(world.device)
         if model is None:
             captioner, facts = _open_checkpoint(checkpoint or BUNDLED, device, recipe)
-            decode, validate, recipe = captioner.recipe.decode, captioner.validate, captioner.recipe
+            decode, recipe = captioner.recipe.decode, captioner.recipe
         else:
             captioner, facts = _open_model(model, device, revision, prompt)
-            decode, validate, recipe = DecodeSettings(), None, None
+            decode, recipe = DecodeSettings(), None
         run = evaluate_captioner(
-            captioner, images, decode=decode.replace(**settings), validate=validate,
-            batch_size=batch_size, spice=spice, model=facts, data=data, world=world,
+            captioner, images, decode=decode.replace(**settings), batch_size=batch_size,
+            spice=spice, model=facts, data=data, world=world,
             progress=lambda done: progress(done, len(images)) if world.is_first else None,
         )  # fmt: skip
     run = replace(run, recipe_yaml=recipe.to_yaml() if recipe else "")
@@ -136,7 +137,6 @@ def evaluate_captioner(
     images: Sequence[CaptionedImage],
     *,
     decode: DecodeSettings,
-    validate: Callable[..., Validation] | None = None,
     batch_size: int = 32,
     spice: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -150,7 +150,6 @@ def evaluate_captioner(
     metrics record the settings that scores depend on; a skipped metric is None.
 
     Args:
-        validate: a captioner's `validate`; None leaves perplexity and visual gain out.
         model: identity of the captioner for the record, with a ``name``.
         data: ``name``, ``fingerprint`` and ``split`` for the record.
         world: processes that share the work and all get the result; the first one scores.
@@ -159,19 +158,20 @@ def evaluate_captioner(
         DataError: there are no images, or none of them can be captioned.
     """
     world = world or World(torch.device("cpu"))
-    results = _caption(captioner, images, decode, batch_size, world, progress)
-    readable = [i for i, result in zip(images, results, strict=True) if result.error is None]
-    if not readable:
-        why = results[0].error if results else "there are none"
-        raise DataError(f"none of the {len(images)} images can be captioned: {why}")
-    measured: dict[str, float | None] = dict.fromkeys(MEASURED)
-    if validate:
-        found = validate(readable, batch_size=batch_size, world=world)
-        measured |= {n: v for n in MEASURED if math.isfinite(v := getattr(found, n))}
-    # By path: images of several folders may share an id.
-    references = {str(image.path): image.captions for image in images}
-    captions = {p: result.caption or "" for p, result in zip(references, results, strict=True)}
-    scores = world.from_first(lambda: score_captions(references, captions, spice=spice))
+    losses = captioner.validation(images) if images else None
+    with started_meteor() if world.is_first else nullcontext() as meteor:
+        results = _caption(captioner, images, decode, batch_size, world, progress, losses)
+        num_failures = sum(result.error is not None for result in results)
+        if num_failures == len(images):
+            why = results[0].error if results else "there are none"
+            raise DataError(f"none of the {len(images)} images can be captioned: {why}")
+        measured = _measured(losses.result(world) if losses else None)
+        # By path: images of several folders may share an id.
+        references = {str(image.path): image.captions for image in images}
+        captions = {p: r.caption or "" for p, r in zip(references, results, strict=True)}
+        scores = world.from_first(
+            lambda: score_captions(references, captions, spice=spice, meteor=meteor)
+        )
     rows = zip(images, captions.values(), results, scores.per_image.values(), strict=True)
     predictions = tuple(
         Prediction(image, text, result.score, result.error, of_image, result.finished)
@@ -182,15 +182,21 @@ def evaluate_captioner(
         **scores.corpus,
         **measured,
         "num_images": len(images),
-        "num_failures": len(images) - len(readable),
+        "num_failures": num_failures,
         "decode": decode.to_dict(),
         "tokenizer": scores.tokenizer,
-        "skipped": scores.skipped | ({} if validate else dict.fromkeys(MEASURED, NOT_OURS)),
+        "skipped": scores.skipped | ({} if losses else dict.fromkeys(MEASURED, NOT_OURS)),
         "versions": versions(),
         "model": dict(model or {}),
         "data": {**(data or {}), "references": references_digest(images)},
     }
     return ReportedRun(metrics["model"].get("name") or "this evaluation", metrics, predictions)
+
+
+def _measured(found: Validation | None) -> dict[str, float | None]:
+    """Return perplexity and visual gain; None for one that is unknown or not finite."""
+    values = {name: getattr(found, name, math.nan) for name in MEASURED}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def versions() -> dict[str, str]:
@@ -209,16 +215,22 @@ def _caption(
     batch_size: int,
     world: World,
     progress: Callable[[int], None],
+    losses: StreamedValidation | None,
 ) -> list[CaptionResult]:
     """Split the batches among processes; each gets the captions of a single one, to the bit."""
-    batches = world.share(in_batches([image.path for image in images], batch_size))
+    order = shuffled(len(images)).tolist()
+    batches = in_batches([images[index].path for index in order], batch_size)
+    start, end = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
+    measured = {"with_features": losses.add} if losses else {}
     results = captioner.caption(
-        list(chain.from_iterable(batches)),
+        list(chain.from_iterable(batches[start:end])),
         decode=decode,
         batch_size=batch_size,
         progress=lambda done: progress(min(done * world.size, len(images))),
+        **measured,
     )
-    return list(chain.from_iterable(world.interleave(in_batches(results, batch_size))))
+    found = dict(zip(order, chain.from_iterable(world.gather(results)), strict=True))
+    return [found[index] for index in range(len(images))]
 
 
 def write_evaluation(run: ReportedRun, folder: Path, *, title: str) -> None:

@@ -197,7 +197,7 @@ def evaluate(
     data = {"name": name, "split": split, "fingerprint": folder.fingerprint}
     with progress("captioned") as report:
         run = evaluate_captioner(
-            captioner, held_out, decode=recipe.decode, validate=captioner.validate, data=data,
+            captioner, held_out, decode=recipe.decode, data=data,
             progress=lambda done: report(done, len(held_out)), model={"name": output_dir.name},
         )  # fmt: skip
     run = replace(run, recipe_yaml=recipe.to_yaml())

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, SupportsFloat
+from subprocess import PIPE, Popen
+from typing import IO, SupportsFloat
 
 TIMEOUT_S, SPICE_TIMEOUT_S = 300.0, 3600.0
 # Otherwise the jars read and write text in the locale's encoding and decimal mark.
@@ -161,29 +162,23 @@ def started_meteor() -> Iterator[Metric]:
     # The serial collector halves the memory.
     options = ["-Xmx2G", "-XX:+UseSerialGC", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-        process = None
         try:
             command = [find_java(), *TEXT_OPTIONS, *options]
-            process = subprocess.Popen(command, encoding="utf-8", **pipes)
-            score = partial(_meteor, process, log)
+            process = Popen(command, encoding="utf-8", stdin=PIPE, stdout=PIPE, stderr=log)
         except (JavaError, OSError) as error:
-            failure = error if isinstance(error, JavaError) else JavaError(f"Java failed: {error}")
-            score = partial(_raise, failure)
+            process = error if isinstance(error, JavaError) else JavaError(f"Java failed: {error}")
         try:
-            yield score
+            yield partial(_meteor, process, log)
         finally:
-            if process:
+            if isinstance(process, Popen):
                 process.kill()
                 process.communicate()
 
 
-def _raise(error: JavaError, *_: Tokens) -> Scores:
-    raise error
-
-
-def _meteor(process: subprocess.Popen[str], log: IO[str], gts: Tokens, res: Tokens) -> Scores:
+def _meteor(process: Popen[str] | JavaError, log: IO[str], gts: Tokens, res: Tokens) -> Scores:
     """Score captions by a program that was started and writes its errors to ``log``."""
+    if isinstance(process, JavaError):
+        raise process
 
     def ask(*parts: str, num_lines: int = 1) -> list[str]:
         # As in pycocoevalcap, which has this mark between sentences.

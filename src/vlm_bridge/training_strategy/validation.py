@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,13 @@ import torch
 
 from vlm_bridge.configuration import parse_interval
 from vlm_bridge.data_pipeline.features import Features
-from vlm_bridge.data_pipeline.loader import PackedBatch, TokenizedImages, in_batches, whole_rows
+from vlm_bridge.data_pipeline.loader import (
+    PackedBatch,
+    Row,
+    TokenizedImages,
+    in_batches,
+    whole_rows,
+)
 from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.device import to_device
 from vlm_bridge.metrics import score_without_java
@@ -112,7 +118,7 @@ def validate(
     the number of processes, which share the batches, changes the result.
     """
     world = world or World(model.device)
-    circle = np.random.default_rng(0).permutation(len(data))
+    circle = shuffled(len(data))
     wrong_image = np.empty_like(circle)
     wrong_image[circle] = np.roll(circle, 1)  # its neighbor
     losses: list[torch.Tensor] = []  # of each batch: with its own images, with wrong ones
@@ -132,6 +138,69 @@ def validate(
     all_losses = list(chain(*world.gather(torch.stack(losses).tolist() if losses else [])))
     loss, wrong_loss = (math.fsum(all_losses[start::2]) / num_tokens for start in (0, 1))
     return Validation(loss, wrong_loss - loss if len(data) > 1 else 0.0, num_tokens)
+
+
+def shuffled(count: int) -> np.ndarray:
+    """Return the order [count] in which each image's wrong image is the one before it."""
+    return np.random.default_rng(0).permutation(count)
+
+
+@dataclass
+class StreamedValidation:
+    """`validate` for features that come in batches, such as those of captioning.
+
+    Images must come in the order `shuffled`; several processes each take a part of it. Features of
+    three batches are held at most.
+
+    Args:
+        rows: path -> all captions of its image.
+    """
+
+    model: CaptionModel
+    data: TokenizedImages
+    rows: Mapping[str, Row]
+    autocast: Callable[[], Any]
+    losses: list[torch.Tensor] = field(default_factory=list, init=False)
+    wrong_losses: list[torch.Tensor] = field(default_factory=list, init=False)
+    num_tokens: int = field(default=0, init=False)
+    first: tuple[PackedBatch, torch.Tensor] | None = field(default=None, init=False)
+    last_1nd: torch.Tensor | None = field(default=None, init=False)
+
+    def add(self, paths: Sequence[str], features_bnd: torch.Tensor) -> None:
+        """Measure the captions of a batch of images."""
+        indices = np.arange(len(paths))
+        batch = replace(self.data.pack([self.rows[path] for path in paths]), image_indices=indices)
+        self.num_tokens += batch.num_supervised
+        self.losses.append(self._loss(batch, features_bnd))
+        if self.last_1nd is None:
+            self.first = batch, features_bnd
+        else:
+            self.wrong_losses.append(self._loss(batch, features_bnd, self.last_1nd))
+        self.last_1nd = features_bnd[-1:]
+
+    def result(self, world: World) -> Validation:
+        """Return the outcome of all processes to each of them."""
+        lasts = world.gather(None if self.last_1nd is None else self.last_1nd.cpu())
+        if self.first:  # behind the last image of the processes before this one
+            *_, before = filter(torch.is_tensor, (*lasts[world.rank :], *lasts[: world.rank]))
+            self.wrong_losses.append(self._loss(*self.first, before.to(self.model.device)))
+        (num_tokens,) = world.sum([self.num_tokens])
+        loss, wrong_loss = (
+            math.fsum(chain(*world.gather([each.item() for each in losses]))) / num_tokens
+            for losses in (self.losses, self.wrong_losses)
+        )
+        return Validation(loss, wrong_loss - loss, int(num_tokens))
+
+    @torch.no_grad()
+    def _loss(
+        self, batch: PackedBatch, features_bnd: torch.Tensor, wrong_1nd: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum the losses; with the features of the image before, each image has wrong ones."""
+        if wrong_1nd is not None:
+            features_bnd = torch.cat([wrong_1nd, features_bnd[:-1]])
+        loaded = load_batch(batch, features_bnd, self.model.device)
+        with self.autocast():
+            return batch_loss(self.model, loaded).token_losses.sum()
 
 
 def scores_of(samples: Sequence[Sample]) -> dict[str, float]:
