@@ -20,13 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
-import numpy as np
 from PIL import Image
 
 from vlm_bridge import __version__
 from vlm_bridge.data_pipeline import caption_folder as folders
 from vlm_bridge.data_pipeline.captions import MAX_CAPTION_CHARACTERS, CaptionStyle, clean_caption
 from vlm_bridge.data_pipeline.images import ImageReader, decode_image, open_image
+from vlm_bridge.data_pipeline.near_duplicates import near_duplicates
 from vlm_bridge.data_pipeline.samples import SkippedSample, main_causes
 from vlm_bridge.data_pipeline.sources import RawImage, Source, SourceItem, iter_images, open_source
 from vlm_bridge.data_pipeline.splits import DUPLICATE_PRIORITY, SPLITS, SplitBy, SplitRule
@@ -37,7 +37,6 @@ from vlm_bridge.parsing import is_text
 Progress = Callable[[int, int], None]  # called with (images done, images in all)
 
 JPEG_QUALITY = 95
-MAX_LISTED_NEAR_DUPLICATES = 100
 IMAGES_A_PROCESS = 32  # fewer are not worth the start of another one
 
 
@@ -305,23 +304,9 @@ def _drop_duplicates(made: Sequence[_Made]) -> tuple[list[_Made], list[SkippedSa
 
 
 def _near(kept: Sequence[_Made], distance: int) -> dict[str, Any]:
-    """Report pairs of images that look alike; those across splits first, then the most alike."""
-    looks = np.array([image.looks for image in kept], dtype=np.uint64)
+    looks, splits = [image.looks for image in kept], [str(image.item.split) for image in kept]
     names = [f"{image.item.split}/{image.item.image_id}" for image in kept]
-    pairs: list[tuple[bool, int, int, int]] = []  # whether in one split, distance, both images
-    for i in range(len(kept)):
-        bits = np.bitwise_count(looks[i + 1 :] ^ looks[i])
-        for n in np.flatnonzero(bits <= distance).tolist():
-            j = i + 1 + n
-            pairs.append((kept[i].item.split == kept[j].item.split, int(bits[n]), i, j))
-    listed = heapq.nsmallest(MAX_LISTED_NEAR_DUPLICATES, pairs)
-    return {
-        "measure": "64-bit perceptual hash (DCT), differing bits",
-        "distance": distance,
-        "pairs": len(pairs),
-        "pairs_across_splits": sum(not is_within for is_within, *_ in pairs),
-        "listed": [{"images": [names[i], names[j]], "distance": n} for _, n, i, j in listed],
-    }
+    return near_duplicates(looks, splits, names, distance)
 
 
 def _finish(

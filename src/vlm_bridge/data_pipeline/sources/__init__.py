@@ -69,8 +69,7 @@ class Source:
     """A dataset in its own layout.
 
     Attributes:
-        finds_near_duplicates: whether perceptual hashes tell its images apart, and they are few
-            enough to compare every pair.
+        finds_near_duplicates: whether perceptual hashes tell its images apart.
         default_split_rule: for images whose split the dataset does not decide.
         split_rule: how the dataset decides its splits; None where it leaves images to a rule.
         rejected: what ``items`` skipped.
