@@ -51,8 +51,10 @@ def shared_words(captions: Sequence[str]) -> list[str]:
 
 def draw_words(words: list[str], most: int, seed: Sequence[int]) -> list[str]:
     """Draw up to ``most`` of an image's words, or none for `SHARE_WITHOUT` of the seeds."""
+    if not words or not most:
+        return []
     random = np.random.default_rng(seed)
-    if not words or not most or random.random() < SHARE_WITHOUT:
+    if random.random() < SHARE_WITHOUT:
         return []
     count = min(len(words), int(random.integers(1, most + 1)))
     chosen = random.choice(len(words), count, replace=False).tolist()
@@ -68,6 +70,8 @@ def swap_words(words: Sequence[str], names: Sequence[str], seed: Sequence[int]) 
     Returns:
         The name in the prompt -> the word of the captions.
     """
+    if not words:
+        return {}
     random = np.random.default_rng(seed)
     known, swapped = set(names), {}
     for word in words:
