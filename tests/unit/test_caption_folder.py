@@ -166,8 +166,9 @@ def cut(root: Path, number: int) -> Path:
     return path
 
 
-def test_damaged_images_are_skipped_and_named(made: Path) -> None:
-    folder, recipe = CaptionFolder.open(made), Recipe(max_bad_samples=0, feature_cache="off")
+def test_damaged_images_are_skipped_and_named(made: Path, tmp_path: Path) -> None:
+    folder = CaptionFolder.open(made)
+    recipe = Recipe(max_bad_samples=0, feature_cache=str(tmp_path / "features"))
     images = usable_images(folder, "train", recipe)
     assert images == folder.split("train")
     broken = [cut(made, 3), cut(made, 7)]
@@ -178,6 +179,8 @@ def test_damaged_images_are_skipped_and_named(made: Path) -> None:
     assert all(str(path) in logged[0] for path in broken)
     with pytest.raises(DataError, match=r"2 of 24 train images .* max_bad_samples=0"):
         usable_images(folder, "train", recipe)
+    # Without a cache, training finds them as it reads them.
+    assert usable_images(folder, "train", recipe.replace(feature_cache="off")) == images
 
 
 def test_the_outcome_is_remembered_until_an_image_is_touched(made: Path, tmp_path: Path) -> None:

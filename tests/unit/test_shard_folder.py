@@ -104,7 +104,7 @@ def test_samples_that_cannot_be_used_are_skipped_and_counted(root: Path) -> None
     with pytest.raises(DataError, match="00040: it has no caption"):
         open_data_folder(root).split("train")
     lines = log_lines()
-    recipe = Recipe(max_bad_samples=0.1, feature_cache="off")
+    recipe = Recipe(max_bad_samples=0.1, feature_cache=str(root / ".features"))
     assert usable_images(open_data_folder(root), "train", recipe)[-1].original_id == "00043"
     assert any("skipped 1 of 32 train images" in line and "00041.jpg" in line for line in lines)
     with pytest.raises(DataError, match="2 of 34 train samples"):

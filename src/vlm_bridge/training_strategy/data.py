@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from vlm_bridge.data_pipeline.hints import (
     swap_words,
     with_swapped,
 )
+from vlm_bridge.data_pipeline.images import open_image
 from vlm_bridge.data_pipeline.loader import (
     CaptionFormat,
     EpochPlan,
@@ -31,6 +32,7 @@ from vlm_bridge.data_pipeline.loader import (
 )
 from vlm_bridge.data_pipeline.samples import CaptionedImage, DataFolder, Skipped
 from vlm_bridge.data_pipeline.splits import SplitName
+from vlm_bridge.errors import ImageError
 from vlm_bridge.metrics import simple_tokenize
 from vlm_bridge.model_architecture.captioner import CaptionModel, caption_format
 from vlm_bridge.model_architecture.generation import object_names
@@ -56,13 +58,18 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads, and in which order."""
+    """What a training reads, and in which order.
+
+    Attributes:
+        unreadable: why training images cannot be read, by index, as far as that is known.
+    """
 
     recipe: Recipe
     world: World
     format: CaptionFormat
     train: Split
     val: Split
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -83,7 +90,7 @@ class TrainingData:
             Split(some, captions[split], split_features(model.vision_encoder, recipe, split, some))
             for split, some in images.items()
         ]
-        return cls(recipe, world, format, *splits)
+        return cls(recipe, world, format, train=splits[0], val=splits[1])
 
     @cached_property
     def plan(self) -> EpochPlan:
@@ -108,24 +115,61 @@ class TrainingData:
     ) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each remaining step of an epoch, loaded ahead in threads.
 
-        Of several processes each gets its share of the rows of every micro-batch.
+        Of several processes each gets its share of the rows of every micro-batch, without those of
+        images that cannot be read. The plan does not depend on them, so that runs resume exactly.
+        Raises DataError as `readable`.
         """
         batches, features = self.plan.batches(epoch), self.train.features.in_epoch(epoch)
         groups = in_batches(batches, self.recipe.gradient_accumulation_steps)
 
         def load_share(group: list[list[Row]]) -> list[Batch]:
-            shares = [self.world.share(batch) for batch in group]
-            return [load(rows, features) for rows in shares if rows]
+            return [item for batch in group for item in load_rows(self.world.share(batch))]
+
+        def load_rows(rows: Sequence[Row]) -> list[Batch]:
+            try:
+                return [load(rows, features)] if rows else []
+            except ImageError:
+                sound = self.readable(row.image for row in rows)
+                rows = [row for row in rows if row.image in sound]
+                return [load(rows, features)] if rows else []
 
         return prefetch(groups[step_in_epoch:], load_share, self.recipe.num_workers)
+
+    def readable(self, images: Iterable[int]) -> set[int]:
+        """Read training images again; return those that can be, and log the others once.
+
+        Raises:
+            DataError: more than ``max_bad_samples`` of all training images are known to be damaged.
+        """
+        chosen = set(images)
+        for index in sorted(chosen):
+            try:
+                open_image(self.train.images[index].path)
+            except ImageError as error:
+                chosen.remove(index)
+                if index not in self.unreadable:
+                    logger.warning(f"skipped its captions: {error}")
+                self.unreadable[index] = error.reason
+        damaged = Skipped("train images", len(self.train.images))
+        for index, reason in sorted(self.unreadable.items()):
+            damaged.add(self.train.images[index].path, reason)
+        damaged.check(self.recipe.max_bad_samples, setting="max_bad_samples")
+        return chosen
 
     def sample_features(self, model: CaptionModel) -> torch.Tensor:
         """Return features of some training images [S, N, D], for the channel statistics."""
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.train.images))
         chosen = np.sort(order[:STANDARDIZE_ON_IMAGES])
+
+        def read(part: np.ndarray) -> torch.Tensor:
+            try:
+                return torch.as_tensor(self.train.features[part])
+            except ImageError:
+                sound = sorted(self.readable(part.tolist()))
+                return torch.as_tensor(self.train.features[np.array(sound)])
+
         parts = np.array_split(chosen, -(-len(chosen) // STANDARDIZE_BATCH))
-        read = (torch.as_tensor(self.train.features[part]) for part in parts)
-        return torch.cat([model.features(features).float().cpu() for features in read])
+        return torch.cat([model.features(features).float().cpu() for features in map(read, parts)])
 
 
 def prompted(
@@ -167,7 +211,8 @@ def epoch_plan(
 def usable_images(folder: DataFolder, split: SplitName, recipe: Recipe) -> list[CaptionedImage]:
     """Return the images of a split without captions and images that cannot be read.
 
-    A damaged image would end the training in its middle, so each is decoded once before.
+    Each image is decoded once before. Without a feature cache, training images are not, so that
+    the first step need not wait for them: `TrainingData.steps` finds the damaged ones.
 
     Raises:
         DataError: no such split, or more than ``max_bad_samples`` of captions or images.
@@ -176,8 +221,10 @@ def usable_images(folder: DataFolder, split: SplitName, recipe: Recipe) -> list[
     limit = recipe.max_validation_images if split == "val" else None
     images = folder.split(split, captions)[:limit]
     unreadable.total = len(images)
-    root = features.cache_root(recipe.feature_cache, recipe.data_dir) or folder.root / ".features"
-    problems = features.check_images([image.path for image in images], root)
+    root, problems = features.cache_root(recipe.feature_cache, recipe.data_dir), {}
+    if root or split != "train":
+        paths = [image.path for image in images]
+        problems = features.check_images(paths, root or folder.root / ".features")
     for index, reason in problems.items():
         unreadable.add(images[index].path, reason)
     for part in (captions, unreadable):

@@ -67,14 +67,16 @@ class TrainStep:
             group["lr"] = learning_rate * relative
         loss, counts = self._back_propagate(batches)
         sum_gradients(self.world, self.parameters, loss)
-        scaler.unscale_(optimizer)
+        if counts[0]:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip_val)
         numbers = torch.stack([loss.float(), norm.float()]).tolist()  # waits for the device
         result = StepResult(state.step + 1, counts, learning_rate, *numbers)
         if not result.was_skipped:  # `GradScaler.step` would ignore a norm that overflows
             optimizer.step()
             state.average.update(result.step)
-        scaler.update()
+        if counts[0]:
+            scaler.update()
         optimizer.zero_grad(set_to_none=True)
         state.advance(steps_in_epoch, None if result.was_skipped else result.loss)
         if self.world.device.type == "cpu" and state.step % RETURN_MEMORY_EVERY == 0:
@@ -92,7 +94,8 @@ class TrainStep:
         ]
         packed = [batch.packed for batch in loaded]
         counts = world.sum([sum(getattr(batch, name) for batch in packed) for name in COUNTS])
-        step_loss = torch.zeros((), device=world.device)
+        # Without any image that can be read, there is no loss, and nothing to scale.
+        step_loss = torch.full((), 0.0 if counts[0] else math.nan, device=world.device)
         for batch in loaded:
             with self.autocast():
                 loss = self.objective.loss(batch) / counts[0]
