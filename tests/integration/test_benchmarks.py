@@ -152,3 +152,16 @@ def test_rows_by_positions_have_fewer_pads(tmp_path: Path, monkeypatch: pytest.M
         pads[f"share of pads: an image a row, by {unit}"] for unit in ("positions", "captions")
     )
     assert by_positions < by_captions
+
+
+def test_the_plan_of_a_million_images_names_every_stage(
+    drawn_caption_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import scale
+
+    file = tmp_path / "plan.json"
+    scale.main(["--data-dir", str(drawn_caption_folder), "--tiny", "--json", str(file)])
+    printed, plan = capsys.readouterr().out, json.loads(file.read_text())["plan"]
+    assert printed.startswith("1,000,000 images") and all(name in printed for name in scale.WHEN)
+    assert plan.keys() == scale.WHEN.keys()
+    assert all(cost["seconds"] >= 0 for cost in plan.values())

@@ -5,15 +5,13 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
 
 MAX_LISTED = 100
 MOST_BANDED = 12  # differing bits; with more, bands are so narrow that all are compared with all
-
-Pair = tuple[bool, int, int, int]  # whether in one split, distance, both images
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +53,8 @@ def near_duplicates(
 
     Args:
         looks: perceptual hash of each image.
-        splits, names: of each image.
+        splits: of each image.
+        names: of each image.
         distance: differing bits, at most.
     """
     known = sorted(set(splits))
@@ -77,15 +76,14 @@ def near_duplicates(
         if seen[key] <= MAX_LISTED + 1:
             members[key[0]].append(image)
 
-    def images() -> Iterator[Pair]:
-        for n in np.flatnonzero(equal > 1).tolist():
-            for i, j in combinations(members[n], 2):
-                yield splits[i] == splits[j], 0, i, j
-        for (n, m), differing in zip(pairs.tolist(), bits.tolist(), strict=True):
-            for i, j in ((i, j) for i in members[n] for j in members[m]):
-                yield splits[i] == splits[j], differing, min(i, j), max(i, j)
+    def candidates() -> Iterator[tuple[bool, int, int, int]]:
+        alike = [(n, n, 0) for n in np.flatnonzero(equal > 1).tolist()]
+        for n, m, differing in chain(alike, np.column_stack([pairs, bits]).tolist()):
+            for i, j in product(members[n], members[m]):
+                if n != m or i < j:
+                    yield splits[i] == splits[j], differing, min(i, j), max(i, j)
 
-    listed = heapq.nsmallest(MAX_LISTED, images())
+    listed = heapq.nsmallest(MAX_LISTED, candidates())
     return {
         "measure": "64-bit perceptual hash (DCT), differing bits",
         "distance": distance,

@@ -58,18 +58,14 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads, and in which order.
-
-    Attributes:
-        unreadable: why training images cannot be read, by index, as far as that is known.
-    """
+    """What a training reads, and in which order."""
 
     recipe: Recipe
     world: World
     format: CaptionFormat
     train: Split
     val: Split
-    unreadable: dict[int, str] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)  # reasons by image, as they are found
 
     @classmethod
     def open(
