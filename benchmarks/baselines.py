@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.systems import START, System
-from vlm_bridge.device import autocast
+from vlm_bridge.device import autocast, keep_freed_memory
 from vlm_bridge.model_architecture.attach import attach
 
 IGNORE = -100
@@ -214,6 +214,7 @@ def _loop(
     )
 
     def run() -> None:
+        keep_freed_memory(False)  # as Python begins
         for batch in on_device(loader, device):
             with autocast(device, recipe.autocast_dtype):
                 loss = loss_of(batch)

@@ -88,6 +88,7 @@ def our_step(
         return load_batch(packed, images, model.device)
 
     def run() -> None:
+        device.keep_freed_memory()  # as the trainer
         loaded = prefetch(range(len(batches)), load, recipe.num_workers)
         while group := list(islice(loaded, recipe.gradient_accumulation_steps)):
             num_supervised = sum(batch.packed.num_supervised for batch in group)

@@ -204,8 +204,8 @@ def pack_rows(
         start, number = 0, 0
         for b in row:
             places[b, : lengths[b]] = r * shape[1] + start + np.arange(lengths[b])
-            for number, caption in enumerate(captions_of_images[b], number + 1):
-                end = start + len(caption.input_ids)
+            for caption in captions_of_images[b]:
+                number, end = number + 1, start + len(caption.input_ids)
                 input_ids[r, start:end] = caption.input_ids
                 labels[r, start:end] = caption.labels
                 segments[r, start:end] = number

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from transformers import (
 
 from vlm_bridge.configuration import DecodeSettings
 from vlm_bridge.errors import ConfigurationError
-from vlm_bridge.model_architecture.attach import attach
+from vlm_bridge.model_architecture.attach import Attached, attach
 from vlm_bridge.model_architecture.bridges import ImageInputs
 from vlm_bridge.model_architecture.language_model import LanguageModel
 from vlm_bridge.model_architecture.vision_encoder import EfficientNetLiteEncoder
@@ -67,7 +68,7 @@ def search(
         per_image: captions of each image.
         options: further ones of ``generate``.
     """
-    prompt_rt = torch.tensor(prompts, device=model.device)
+    prompt_rt = prompt_bt = torch.tensor(prompts, device=model.device)
     if beams(decode) == 1:  # else transformers itself makes a row for each beam
         prompt_rt = prompt_rt.repeat_interleave(per_image, dim=0)
     num_rows = len(prompt_rt)
@@ -82,13 +83,15 @@ def search(
         if decode.top_p < 1:  # it sorts the vocabulary
             processors.append(TopPLogitsWarper(decode.top_p))
         processors.append(draw)
-    with attach(model, image) as attached:
+    with attach(model, image) as attached, rounded_weights(model.causal_lm):
+        rows_of_image = beams(decode) * num_rows // len(prompt_bt)
+        options |= _image_cache(model, attached, prompt_bt, rows_of_image)
         inputs = attached.inputs(prompt_rt)
         length = inputs.get("inputs_embeds", prompt_rt).shape[1]
         # Beside soft tokens too, `generate` gets the prompt's ids: penalties count them.
         inputs |= {"input_ids": prompt_rt, "attention_mask": prompt_rt.new_ones(num_rows, length)}
         output = model.causal_lm.generate(
-            **(inputs | _cross_attention_cache(model) | options),
+            **(inputs | options),
             num_beams=beams(decode),
             max_new_tokens=decode.max_new_tokens,
             logits_processor=LogitsProcessorList(processors),
@@ -101,17 +104,55 @@ def search(
     return _captions(ids_st, log_probs.of(ids_st, rows_st.long().clamp_min(0)), model.eos_id)
 
 
-def _cross_attention_cache(model: LanguageModel) -> dict[str, Any]:
-    """Return a cache that also keeps the keys and values of an image, if the model cross-attends.
+class ImageCache(DynamicCache):
+    """Keys and values of images, the same for all beams of one: a new order changes nothing."""
 
-    transformers makes one for some families only.
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        pass
+
+
+def _image_cache(
+    model: LanguageModel, attached: Attached, prompt_bt: torch.Tensor, per_image: int
+) -> dict[str, Any]:
+    """Return a cache with the image's keys and values, if the model cross-attends.
+
+    They are computed once an image and repeated for ``per_image`` rows. transformers' own cache
+    keeps them for some families only.
     """
     if model.shape.cross_attention_width is None:
         return {}
-    config = model.text_config
-    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    config, of_images = model.text_config, ImageCache(config=model.text_config)
     takes = inspect.signature(model.causal_lm.forward).parameters
-    return {"cache" if "cache" in takes else "past_key_values": cache}  # since 5.24, and before
+    name = "cache" if "cache" in takes else "past_key_values"  # since 5.24, and before
+    if per_image > 1:
+        cache = EncoderDecoderCache(DynamicCache(config=config), of_images)
+        model.causal_lm(**attached.inputs(prompt_bt), use_cache=True, **{name: cache})
+        of_images.batch_repeat_interleave(per_image)
+    return {name: EncoderDecoderCache(DynamicCache(config=config), of_images)}
+
+
+@contextmanager
+def rounded_weights(module: nn.Module) -> Iterator[None]:
+    """Hold linear layers in autocast's precision within a block: it would round them at each token.
+
+    Trained weights are stored in float32, and come back at the end.
+    """
+    device = next(module.parameters()).device.type
+    linears = [
+        (layer, layer.weight)
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32
+    ]
+    if not torch.is_autocast_enabled(device):
+        linears = []
+    try:
+        for layer, weight in linears:
+            rounded = weight.detach().to(torch.get_autocast_dtype(device))
+            layer.weight = nn.Parameter(rounded, requires_grad=False)
+        yield
+    finally:
+        for layer, weight in linears:
+            layer.weight = weight
 
 
 def _captions(ids_st: torch.Tensor, log_probs_st: torch.Tensor, eos_id: int) -> list[Caption]:
