@@ -84,7 +84,7 @@ def our_step(
     optimizer, _ = adamw(trained, recipe)
 
     def load(index: int) -> LoadedBatch:
-        packed = data.pack(batches[index], share_rows=model.may_share_rows)
+        packed = data.pack(batches[index], share_rows=model.bridge.shares_rows)
         return load_batch(packed, images, model.device)
 
     def run() -> None:

@@ -75,7 +75,7 @@ def losses_of_each_caption(
 def test_images_that_share_rows_are_worth_a_row_each(tiny_vit_dir: Path, tiny_gemma2_dir: Path):
     recipe = tiny_recipe(tiny_vit_dir, tiny_gemma2_dir, "cross_attention")
     model = tiny_captioner(recipe)
-    assert model.may_share_rows
+    assert model.bridge.shares_rows
     data = TokenizedImages(
         [CaptionedImage(Path(f"{n}.jpg"), CAPTIONS[: 1 + n % 3], str(n)) for n in range(7)],
         caption_format(model.language_model, recipe),

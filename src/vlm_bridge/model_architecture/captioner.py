@@ -35,12 +35,7 @@ from vlm_bridge.model_architecture.generation import (
     search,
 )
 from vlm_bridge.model_architecture.language_model import LanguageModel, packed_positions
-from vlm_bridge.model_architecture.loss import (
-    CHUNK_LOGITS,
-    CHUNK_POSITIONS,
-    CaptionLoss,
-    caption_cross_entropy,
-)
+from vlm_bridge.model_architecture.loss import CaptionLoss
 from vlm_bridge.model_architecture.vision_encoder import (
     ENCODE_TOGETHER_ON_CPU,
     build_vision_encoder,
@@ -173,11 +168,6 @@ class CaptionModel(nn.Module):
             features_bnd = self.feature_scale(features_bnd)
         return features_bnd.to(next(self.bridge.parameters()).dtype)
 
-    @property
-    def may_share_rows(self) -> bool:
-        """Whether captions of several images may share a row: where images only edit the text."""
-        return self.bridge.output == "edit"
-
     def text_states(
         self,
         input_ids: torch.Tensor,
@@ -221,19 +211,10 @@ class CaptionModel(nn.Module):
     ) -> CaptionLoss:
         """Return the loss of packed rows; ``labels[:, t]`` is the token to predict at position t.
 
-        Args:
-            places: as for `text_states`.
-            options: further arguments of `caption_cross_entropy`.
+        ``options`` are further arguments of `caption_cross_entropy`; others as for `text_states`.
         """
-        model = self.language_model
         states = self.text_states(input_ids, image, segments, places)
-        head = model.head_module
-        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // model.text_config.vocab_size)
-        return caption_cross_entropy(
-            states, labels, head,
-            softcap=model.softcap, trained=trained, chunk_positions=chunk, **options,
-        )  # fmt: skip
+        return self.language_model.cross_entropy(states, labels, **options)
 
     @torch.inference_mode()
     def generate(

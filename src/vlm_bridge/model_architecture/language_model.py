@@ -23,6 +23,12 @@ from vlm_bridge.model_architecture.attach import (
     keep_attached,
 )
 from vlm_bridge.model_architecture.bridges import TextShape
+from vlm_bridge.model_architecture.loss import (
+    CHUNK_LOGITS,
+    CHUNK_POSITIONS,
+    CaptionLoss,
+    caption_cross_entropy,
+)
 
 BLIP_TEXT = "blip_text_model"  # transformers' model_type of BLIP's text decoder
 
@@ -129,6 +135,18 @@ class LanguageModel(nn.Module):
         """Return logits [..., vocabulary] of states [..., H], soft-capped as Gemma 2's are."""
         logits = self.head_module(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def cross_entropy(
+        self, states_bth: torch.Tensor, labels_bt: torch.Tensor, **options: Any
+    ) -> CaptionLoss:
+        """Return the loss of last states; options as for `caption_cross_entropy`."""
+        head = self.head_module
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // self.text_config.vocab_size)
+        return caption_cross_entropy(
+            states_bth, labels_bt, head,
+            softcap=self.softcap, trained=trained, chunk_positions=chunk, **options,
+        )  # fmt: skip
 
     def layers(self) -> nn.ModuleList:
         """Return the body's layers. Raises ModelError if they cannot be found."""

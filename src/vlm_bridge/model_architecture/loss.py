@@ -133,7 +133,9 @@ def _losses(
     rows = min(max(1, block // logits_vw.shape[1]), max(1, len(logits_vw)))
     scratch = logits_vw.new_empty((2, rows, logits_vw.shape[1]), dtype=torch.float32)
     parts = zip(*(tensor.split(rows) for tensor in (logits_vw, labels_v, weights_v)), strict=True)
-    found = [_block_losses(*part, scratch[:, : len(part[0])], **options) for part in parts]
+    found = [
+        _block_losses(*part, scratch=scratch[:, : len(part[0])], **options) for part in parts
+    ]
     smoothed, plain = zip(*found, strict=True)
     return torch.cat(smoothed), torch.cat(plain)
 
@@ -142,6 +144,7 @@ def _block_losses(
     logits_vw: torch.Tensor,
     labels_v: torch.Tensor,
     weights_v: torch.Tensor,
+    *,
     scratch: torch.Tensor,
     softcap: float | None,
     smoothing: float,

@@ -66,7 +66,7 @@ class CrossEntropy:
 
     def load(self, rows: Sequence[Row], features: Features) -> Batch:
         """Start to copy the rows of a micro-batch to the device."""
-        packed = self.split.captions.pack(rows, share_rows=self.model.may_share_rows)
+        packed = self.split.captions.pack(rows, share_rows=self.model.bridge.shares_rows)
         return load_batch(packed, features, self.model.device)
 
     def captions(self, batch: Any, step: int, number: int) -> LoadedBatch:

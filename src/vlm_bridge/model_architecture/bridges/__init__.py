@@ -85,6 +85,11 @@ class Bridge(nn.Module):
     first_layer: int = 0
     num_soft_tokens: int = 0
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether captions of several images may share a row: where images only edit the text."""
+        return self.output == "edit"
+
     def encode(self, features_bnd: torch.Tensor) -> ImageInputs:
         """Compute everything that depends on the image alone, once per image.
 
