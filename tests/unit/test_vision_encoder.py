@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -17,14 +19,14 @@ from transformers import BlipForConditionalGeneration, CLIPModel, PvtModel, PvtV
 
 from vlm_bridge.configuration import VisionEncoderConfig
 from vlm_bridge.errors import ConfigurationError, ModelError
-from vlm_bridge.model_architecture import weights
+from vlm_bridge.model_architecture import wheels
 from vlm_bridge.model_architecture.pvt_cbam import PvtCbam, PvtCbamConfig
 from vlm_bridge.model_architecture.vision_encoder import (
     build_vision_encoder,
     encoder_fingerprint,
     middle_of,
 )
-from vlm_bridge.model_architecture.weights import packaged_file
+from vlm_bridge.model_architecture.wheels import packaged_file
 
 # Own image size, tokens, grid, width; and a larger size that the patches divide.
 FAMILIES = {
@@ -219,6 +221,18 @@ def test_layers_and_pixels_of_an_efficientnet_lite() -> None:
 
 
 @needs_lite0
+def test_pixels_are_made_without_a_pool_of_torch_threads() -> None:
+    images = odd_images() * 2  # more numbers than torch leaves to one thread
+    process = psutil.Process()
+    for encoder in (load(LITE0), load(f"{LITE0} + {LITE0}")):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            before = process.num_threads()
+            pool.submit(encoder.preprocess, images).result()
+            assert process.num_threads() <= before
+
+
+@needs_lite0
 def test_mistakes_with_an_efficientnet_lite(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, says in (
         ({"image_size": 100}, "image_size=100 must be a multiple of 32, or 224"),
@@ -227,7 +241,7 @@ def test_mistakes_with_an_efficientnet_lite(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(ModelError, match=says):
             load(LITE0, **options)
-    monkeypatch.setattr(f"{weights.__name__}.packaged_file", lambda name: None)
+    monkeypatch.setattr(f"{wheels.__name__}.packaged_file", lambda name: None)
     with pytest.raises(ModelError, match="lite0 are missing: run vlm-bridge weights"):
         load(LITE0)
 

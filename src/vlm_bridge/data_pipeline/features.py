@@ -257,7 +257,7 @@ class FeatureFormat:
         stored_bnd = stored_bnx.view(getattr(torch, self.dtype))
         if self.dtype != "int8":
             return stored_bnd
-        return stored_bnd * torch.from_numpy(np.ascontiguousarray(records["scales"]))
+        return torch.from_numpy(stored_bnd.numpy() * records["scales"])
 
 
 def _checksum(record: np.void) -> int:
