@@ -78,15 +78,22 @@ def caption(
     if not (left := _left(files, results)):
         return
 
+    with images.ImageReader(min(2, len(left))) as reader:
+        reader.submit("", int)  # its processes start while the models load
+        captioner = _load(checkpoint, device, recipe=recipe, compile=compile)
+        printing = _printing(as_json, named=len(files) > 1)
+        with nullcontext(results.add) if results else printing as write:
+            failures = _caption_files(captioner, left, given, reader, write)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _load(checkpoint: Path | None, device: str, **arguments: Any) -> Captioner:
     with options.without_garbage_collection():
         options.quiet_transformers()
         from vlm_bridge.captioning.pipeline import Captioner
 
-        captioner = Captioner.from_pretrained(checkpoint, device, recipe=recipe, compile=compile)
-    with nullcontext(results.add) if results else _printing(as_json, named=len(files) > 1) as write:
-        failures = _caption_files(captioner, left, given, write)
-    if failures:
-        raise typer.Exit(1)
+        return Captioner.from_pretrained(checkpoint, device, **arguments)
 
 
 def _left(files: list[Path], results: ResultsFile | None) -> list[Path]:
@@ -103,6 +110,7 @@ def _caption_files(
     captioner: Captioner,
     files: Sequence[Path],
     given: Mapping[str, Any],
+    reader: ImageReader,
     write: Callable[[dict[str, Any]], None],
 ) -> int:
     """Write a row for each image when it is ready; return the number of failed images.
@@ -110,13 +118,11 @@ def _caption_files(
     Args:
         given: the options of `caption` by name.
     """
-    from vlm_bridge.data_pipeline.images import ImageReader
-
     done = failures = 0
     unsure: list[str] = []
     output, several = given["output"], len(files) > 1
     bar = options.show_progress("images", plain_lines=output is not None) if several else None
-    with ImageReader(min(2, len(files))) as reader, bar or nullcontext() as report:
+    with bar or nullcontext() as report:
         try:
             for row in _rows(captioner, files, given, reader):
                 write(row)
