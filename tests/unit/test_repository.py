@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -85,6 +86,25 @@ def test_command_line_starts_without_heavy_imports() -> None:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "found"),
+    [
+        ("vlm_bridge", {}, None),
+        ("vlm_bridge.cli.main", {}, "10000"),
+        ("vlm_bridge.cli.main", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("vlm_bridge.cli.main", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_only_the_commands_choose_how_threads_wait(
+    module: str, given: dict[str, str], found: str | None
+) -> None:
+    kept = {n: v for n, v in os.environ.items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = f"import os, {module}; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=kept | given, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{found}\n"
 
 
 # Rooms from the ground up: a room may import rooms of its own floor and below.
