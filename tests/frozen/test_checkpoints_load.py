@@ -87,9 +87,11 @@ def check_end(system: str, since: int) -> None:
     assert losses == pytest.approx(expected["losses"][since:], rel=1e-4)
     validated = [row["loss"] for row in rows if row["event"] == "validation"]
     assert validated[-1] == pytest.approx(expected["validation"][-1], rel=1e-4)
-    assert sizes("run/checkpoints/latest_checkpoint.pth") == pytest.approx(
-        expected["norms"], rel=1e-4, abs=1e-4
-    )
+    found, before = sizes("run/checkpoints/latest_checkpoint.pth"), dict(expected["norms"])
+    # Softmax ignores it: its gradient is rounding alone, which Adam makes as large as any other.
+    for norms in (found, before):
+        norms.pop("bridge.key.bias", None)
+    assert found == pytest.approx(before, rel=1e-4, abs=1e-4)
 
 
 def test_a_run_of_before_is_the_same_from_its_start(system: str, run: Run) -> None:

@@ -1,7 +1,8 @@
 """From captioned images to packed token batches.
 
-A row is one image and up to K of its captions, one behind the other. Which rows form which batch
-depends only on (seed, epoch), so an interrupted epoch continues exactly.
+A row is one image and up to K of its captions, one behind the other; where images only edit the
+text, several share a row. Which rows form which batch depends only on (seed, epoch), so an
+interrupted epoch continues exactly.
 """
 
 from __future__ import annotations

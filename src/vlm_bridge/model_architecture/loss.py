@@ -12,9 +12,8 @@ from vlm_bridge.data_pipeline.loader import IGNORE_INDEX
 
 # Positions per chunk: 512, or what 64 MiB of logits in 16 bits hold of a small vocabulary.
 CHUNK_POSITIONS, CHUNK_LOGITS = 512, 2**25
-# Logits in float32 at a time: what a CPU's cache holds (4 MiB), and 256 MiB elsewhere.
-BLOCK_LOGITS = {"cpu": 2**20}
-LARGE_BLOCK = 2**26
+# Logits in float32 at a time: what a CPU's cache holds (4 MiB); 256 MiB on a GPU.
+CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -129,7 +128,7 @@ def _losses(
     logits_vw: torch.Tensor, labels_v: torch.Tensor, weights_v: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [V], smoothed and plain, and write the gradient over the logits."""
-    block = BLOCK_LOGITS.get(logits_vw.device.type, LARGE_BLOCK)
+    block = CPU_BLOCK if logits_vw.device.type == "cpu" else GPU_BLOCK
     rows = min(max(1, block // logits_vw.shape[1]), max(1, len(logits_vw)))
     scratch = logits_vw.new_empty((2, rows, logits_vw.shape[1]), dtype=torch.float32)
     parts = zip(*(tensor.split(rows) for tensor in (logits_vw, labels_v, weights_v)), strict=True)
