@@ -242,7 +242,8 @@ class TokenLogProbs(LogitsProcessor):
             ids_rk = nn.functional.pad(chosen_rk, (0, 1), value=self.eos_id)
             self.ids_trk.append(ids_rk)
             self.values_trk.append(self.last_rv.gather(1, ids_rk))
-        self.last_rv = scores.float().log_softmax(-1)
+        # Those of a beam search are log-probabilities already.
+        self.last_rv = scores if self.group > 1 else scores.float().log_softmax(-1)
         return scores
 
     def of(self, ids_st: torch.Tensor, rows_st: torch.Tensor) -> torch.Tensor:
