@@ -92,7 +92,7 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# (a) The published recipe.
+# The published recipe.
 
 
 def published_logits(system: System, batch: Batch, encoder: nn.Module) -> torch.Tensor:
@@ -150,7 +150,7 @@ def hugging_face_step(system: System) -> Callable[[], None]:
     return _loop(system, loader, _trained(system), loss_of, fused=True)
 
 
-# (c) ClipCap.
+# ClipCap.
 
 
 class ClipCapModel(nn.Module):
@@ -226,7 +226,7 @@ def _loop(
     return run
 
 
-# (b) Hugging Face's VisionEncoderDecoderModel and Trainer.
+# Hugging Face's VisionEncoderDecoderModel and Trainer.
 
 
 class EncoderConfig(PreTrainedConfig):

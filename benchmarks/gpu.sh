@@ -44,7 +44,7 @@ run() {  # NAME BENCHMARK OPTIONS...: its table to the screen and NAME.txt, its 
 
 for size in "${batches[@]}"; do
   run "train-batch-$size" train_step --system dinov2-gemma --batch-size "$size" \
-    --variants ours no-feature-cache full-logits like-lengths published clipcap
+    --variants ours no-feature-cache full-logits like-lengths hugging-face published clipcap
 done
 for size in "${large_batches[@]}"; do
   run "train-batch-$size" train_step --system dinov2-gemma --batch-size "$size" --captions "$((2 * size))" \

@@ -1,13 +1,13 @@
-"""Training steps: ours, ours with one thing changed at a time, and three ways in which users write them without us.
+"""Training steps: ours, ours with one thing changed at a time, and ways in which users write them without us.
 
     python -m benchmarks.train_step --data-dir data/flickr8k                  `lite` on real photographs and captions
     python -m benchmarks.train_step --system gemma-like --memory              301 M parameters, vocabulary of 256,000
     python -m benchmarks.train_step --system dinov2-gemma --device cuda       full size, random weights
     python -m benchmarks.train_step --tiny                                    does it run at all?
 
-All variants train on the same captions with the same frozen models, optimiser, autocast dtype and threads; a sample is
+All variants train on the same captions with the same frozen models, optimizer, autocast dtype and threads; a sample is
 a caption trained. Before anything is timed, the loss of ours and of the published recipe's step on these captions must
-agree within 1 %. `benchmarks/baselines.py` says what the baselines do and how (b) and (c) differ.
+agree within 1 %. `benchmarks/baselines.py` says what the baselines do and how they differ.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def our_step(
     features: Features | None = None,
     loss_of: Callable[[CaptionModel, LoadedBatch], torch.Tensor] = summed_loss,
 ) -> Step:
-    """Train on all captions of a system once, as the trainer does: its batches, its loss, its optimiser."""
+    """Train on all captions of a system once, as the trainer does: its batches, its loss, its optimizer."""
     recipe, model, data = system.recipe, system.model, system.data
     images = system.features if features is None else features
     batches = epoch_plan(recipe, data.captions_per_image, data.caption_lengths).batches(0)
@@ -154,7 +154,7 @@ VARIANTS: dict[str, Callable[[System], Step]] = {
     ENCODER_DECODER: encoder_decoder_step,
     CLIPCAP: clipcap_step,
 }
-"""In the order of the table: ours, ours with one thing changed, and the baselines (a), (b) and (c)."""
+"""In the order of the table: ours, ours with one thing changed, and the baselines."""
 
 
 def applicable(name: SystemName, recipe: Recipe) -> list[str]:

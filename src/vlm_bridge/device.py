@@ -105,7 +105,7 @@ def return_freed_memory() -> None:
 def keep_freed_memory(keep: bool = True) -> None:
     """Reuse freed memory in the steps that follow (glibc), or return it at once as by default.
 
-    Fresh pages of large tensors cost a fifth of a training step on a virtual machine.
+    Fresh pages of large tensors cost up to a fifth of a training step on a virtual machine.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX in mallopt(3)
     with suppress(AttributeError, OSError, TypeError):
